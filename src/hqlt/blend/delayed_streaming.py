@@ -1,0 +1,52 @@
+"""Delayed-Streaming: a token goes to the FW-memory in the moment in which it leaves the KV-memory."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from hqlt.blend.blend import Blend, Reads, Timeline
+from hqlt.memory import FastWeights
+from hqlt.shapes import Queries, Resets, Strengths
+
+
+class DelayedStreaming(Blend):
+    """At step t the KV-memory holds tokens t−S+1 … t and the FW-memory 1 … t−S: each past token is in exactly one.
+
+    The pair of token t−S falls out of the window at step t, is written with the current β_t, and then the FW-memory is
+    read.
+
+    Source: the paper, section 3, "Delayed-Streaming blending".
+    """
+
+    @property
+    def slots(self) -> int:
+        return self.kv.window
+
+    def held(self, count: Tensor) -> Tensor:
+        return count.clamp(max=self.slots)
+
+    def read(
+        self,
+        q: Queries,
+        beta: Strengths,
+        timeline: Timeline,
+        past: FastWeights | None,
+        resets: Resets | None,
+    ) -> tuple[Reads, FastWeights]:
+        t, l = q.shape[1], timeline.keys.shape[1]
+
+        def falling_out(x: Tensor) -> Tensor:
+            """What token t−S had, for each new token t."""
+            return F.pad(x, (0, 0, 0, 0, self.slots - (l - t), 0))[:, :t]
+
+        left_the_window = timeline.position[:, -t:] >= self.slots  # otherwise token t−S is of another segment, or none
+        fw, fast_weights = self.fw.scan(
+            self.fw.features(q),
+            self.fw.features(falling_out(timeline.keys)),
+            falling_out(timeline.values),
+            beta * left_the_window[..., None],
+            past,
+            resets,
+        )
+        return Reads(fw, self.kv.read(q, timeline.keys, timeline.values, timeline.resets)), fast_weights

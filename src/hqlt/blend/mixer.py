@@ -1,0 +1,63 @@
+"""Mixers: how what the two memories say becomes one vector a head."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from hqlt.blend.blend import Reads
+from hqlt.shapes import Hidden, Values
+
+
+class Mixer(nn.Module):
+    """mix = g_FW ⊙ fw + g_KV ⊙ kv."""
+
+    def gates(self, x: Hidden) -> tuple[Tensor, Tensor] | tuple[float, float]:
+        """(g_FW, g_KV) for each token: [b, t, h, v], or one axis of size 1 for a scalar a head."""
+        raise NotImplementedError
+
+    def forward(self, x: Hidden, reads: Reads) -> Values:
+        fw_gate, kv_gate = self.gates(x)
+        return fw_gate * reads.fw + kv_gate * reads.kv
+
+
+class SumMixer(Mixer):
+    """fw + kv."""
+
+    def gates(self, x: Hidden) -> tuple[float, float]:
+        return 1.0, 1.0
+
+
+class ScalarMixer(Mixer):
+    """σ(·) fw + σ(·) kv: two independent scalars a head. `gate_proj` rows: the FW heads first, then the KV heads."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, 2 * num_heads, bias=False)
+
+    def gates(self, x: Hidden) -> tuple[Tensor, Tensor]:
+        fw, kv = self.gate_proj(x).sigmoid()[..., None].chunk(2, dim=-2)
+        return fw, kv
+
+
+class VectorMixer(Mixer):
+    """γ ⊙ fw + (1 − γ) ⊙ kv with γ = σ(W_γ x): one weight for each number that is read."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.gate_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def gates(self, x: Hidden) -> tuple[Tensor, Tensor]:
+        gamma = self.gate_proj(x).sigmoid().unflatten(-1, (self.num_heads, -1))
+        return gamma, 1 - gamma
+
+    def forward(self, x: Hidden, reads: Reads) -> Values:
+        gamma, _ = self.gates(x)
+        return reads.kv + gamma * (reads.fw - reads.kv)
+
+
+class NoMixer(Mixer):
+    """For one memory alone: what it says."""
+
+    def forward(self, x: Hidden, reads: Reads) -> Values:
+        return reads.kv if reads.fw is None else reads.fw

@@ -1,0 +1,52 @@
+"""A short causal convolution over time that stops at resets."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hqlt.ops.segments import positions
+from hqlt.shapes import Resets
+
+
+class ShortConvolution(nn.Module):
+    """out_t = Σ_{j<size} w_j ⊙ x_{t−j}, one weight a channel and tap, over the tokens of t's own segment.
+
+    weight: [channels, size], the current token's tap last.
+    """
+
+    def __init__(self, channels: int, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.weight = nn.Parameter(torch.empty(channels, size))
+        nn.init.uniform_(self.weight, -1 / math.sqrt(size), 1 / math.sqrt(size))
+
+    def forward(
+        self, x: Tensor, held: tuple[Tensor, Tensor] | None, resets: Resets | None
+    ) -> tuple[Tensor, Tensor]:
+        """x: [b, t, channels]; held: the size − 1 inputs before it, and how many tokens the segment already has [b].
+
+        → out [b, t, channels], and the latest size − 1 inputs, zeros before a segment's first token.
+        """
+        b, t, channels = x.shape
+        if held is None:
+            held = x.new_zeros(b, self.size - 1, channels), torch.zeros(b, dtype=torch.long, device=x.device)
+        before, position = held
+        inputs = torch.cat([before.to(x.dtype), x], dim=1)
+        where = positions(resets, position, t)
+        if resets is None:
+            out = F.conv1d(inputs.mT, self.weight[:, None], groups=channels).mT
+        else:
+            out = x * self.weight[:, -1]
+            for j in range(1, self.size):
+                earlier = inputs[:, self.size - 1 - j : self.size - 1 - j + t]
+                out = out + torch.where((where >= j)[..., None], earlier, 0) * self.weight[:, -1 - j]
+        age = torch.arange(self.size - 1, 0, -1, device=x.device)
+        unused = age > (where[:, -1:] + 1)
+        return out, inputs[:, t:].masked_fill(unused[..., None], 0)
+
+    def extra_repr(self) -> str:
+        return f"channels={len(self.weight)}, size={self.size}"

@@ -1,0 +1,59 @@
+"""The KV-memory: precise and short. Pairs are kept as they are, and read by softmax."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor, nn
+
+from hqlt import ops
+from hqlt.shapes import Keys, Queries, Resets, Values
+
+
+class KVMemory(nn.Module):
+    """Softmax attention over the latest `window` pairs (None: over all), with rotary positions or none.
+
+        out_t = V_t softmax(K_tᵀ q_t / √k)        K_t, V_t: the pairs of tokens t−window+1 … t, q and k rotated
+
+    Rotary positions act on differences alone, so a pair is held unrotated and its angle counted from wherever the
+    call's timeline begins: no token counter grows, and nothing loses precision after a million tokens.
+
+    Source: the paper, section 2.1; Su et al. 2021, "RoFormer", eq. 15 (whole head, halves rotated).
+    """
+
+    def __init__(self, window: int | None, rope_theta: float | None) -> None:
+        super().__init__()
+        self.window = window
+        self.rope_theta = rope_theta
+
+    def read(self, q: Queries, k: Keys, v: Values, resets: Resets | None) -> Values:
+        """q: [b, t, h, k] of the new tokens; k, v: [b, l, h, ·], held pairs then new ones; resets: Bool[b, l]."""
+        if self.rope_theta is not None:
+            t, l = q.shape[1], k.shape[1]
+            cos, sin = rotary_table(l, q.shape[-1], self.rope_theta, q.device, q.dtype)
+            q, k = rotated(q, cos[l - t :], sin[l - t :]), rotated(k, cos, sin)
+        return ops.window_attention(q, k, v, window=self.window, resets=resets)
+
+    def extra_repr(self) -> str:
+        return f"window={self.window}, rope_theta={self.rope_theta}"
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each pair (x_i, x_{i+k/2}) of a head by its position's angle. x: [b, l, h, k]; cos, sin: [l, 1, k/2]."""
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return turned.to(x.dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def rotary_table(
+    l: int, k: int, theta: float, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of position · theta^(−2i/k) for i < k/2: [l, 1, k/2] each, from angles in float64."""
+    with torch.inference_mode(False), torch.no_grad():
+        frequency = theta ** (-torch.arange(0, k, 2, dtype=torch.float64) / k)
+        angle = torch.arange(l, dtype=torch.float64)[:, None] * frequency
+        dtype = torch.promote_types(dtype, torch.float32)
+        cos, sin = (wave[:, None].to(device, dtype) for wave in (angle.cos(), angle.sin()))
+        return cos, sin

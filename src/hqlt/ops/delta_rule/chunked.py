@@ -1,0 +1,161 @@
+"""The delta rule by chunks of tokens: matrix products instead of a loop over time.
+
+Within a chunk that begins with the matrix S (rows: keys), write r_i for the correction that token i makes:
+
+    r_i = β_i (v_i − Sᵀk_i − Σ_{j<i} (k_i·k_j) r_j)      so   (I + L) R = β(V − K S),   L = tril(β K Kᵀ, −1)
+    R   = U − Y S,      U = (I + L)⁻¹ βV,   Y = (I + L)⁻¹ βK                     (the WY form)
+    O   = scale · (Q S + tril(Q Kᵀ) R),     S' = S + Kᵀ R
+
+A reset cuts all of these: tokens of different segments in a chunk do not see each other, tokens after a reset do not
+see S, and only the last segment reaches S'. The backward pass keeps the inputs alone and recomputes the rest.
+
+Source: Yang et al., "Parallelizing Linear Transformers with the Delta Rule over Sequence Length", 2024, section 3.2.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hqlt.ops.segments import segment_ids
+from hqlt.shapes import Keys, Matrix, Queries, Resets, Strengths, Values, at_least_float32
+
+
+def delta_rule(
+    q: Queries, k: Keys, v: Values, beta: Strengths, *, scale: float, state: Matrix, resets: Resets | None
+) -> tuple[Values, Matrix]:
+    out, state = _ChunkedDeltaRule.apply(q, k, v, beta, state, resets, scale, _chunk_length(q))
+    return out, state
+
+
+def _chunk_length(q: Tensor) -> int:
+    """Long chunks suit wide keys: a chunk costs c·c·k for itself and c·k·v for the matrix."""
+    t, k = q.shape[1], q.shape[3]
+    return min(16 if k <= 50 else 32 if k <= 64 else 64, max(t, 1))
+
+
+class _Chunks(NamedTuple):
+    """The inputs laid out as [b, h, n, c, ·], and what depends on them alone. Masks are None without resets."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    beta: Tensor  # [b, h, n, c, 1]
+    inverse: Tensor  # (I + L)⁻¹ [b, h, n, c, c]
+    attention: Tensor  # tril(Q Kᵀ) [b, h, n, c, c]
+    visible: Tensor | None  # token j's correction reaches token i: same segment [b, 1, n, c, c]
+    sees_matrix: Tensor | None  # no reset yet in this chunk [b, 1, n, c, 1]
+    reaches_end: Tensor | None  # token is of the chunk's last segment [b, 1, n, c, 1]
+    keeps_matrix: Tensor | None  # no reset at all in this chunk [b, 1, n, 1, 1]
+
+
+def _to_chunks(x: Tensor, c: int) -> Tensor:
+    """[b, t, h, ·] → [b, h, n, c, ·], in at least float32; the last chunk is filled with zeros, which write nothing."""
+    x = F.pad(x.to(at_least_float32(x.dtype)), (0, 0, 0, 0, 0, -x.shape[1] % c))
+    return x.unflatten(1, (-1, c)).permute(0, 3, 1, 2, 4).contiguous()
+
+
+def _from_chunks(x: Tensor, t: int) -> Tensor:
+    """[b, h, n, c, ·] → [b, t, h, ·]."""
+    return x.flatten(2, 3)[:, :, :t].transpose(1, 2)
+
+
+def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask
+
+
+def _chunks(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, resets: Tensor | None, c: int) -> _Chunks:
+    q, k, v, beta = (_to_chunks(x, c) for x in (q, k, v, beta[..., None]))
+    visible = sees_matrix = reaches_end = keeps_matrix = None
+    if resets is not None:
+        ids = F.pad(segment_ids(resets), (0, -resets.shape[1] % c), mode="replicate").unflatten(1, (-1, c))[:, None]
+        first = F.pad(ids[..., -1], (1, -1))[..., None]  # the segment that the matrix at a chunk's start belongs to
+        last = ids[..., -1:]
+        visible = ids[..., :, None] == ids[..., None, :]
+        sees_matrix = (ids == first)[..., None]
+        reaches_end = (ids == last)[..., None]
+        keeps_matrix = (first == last)[..., None]
+    lower = _masked((beta * (k @ k.mT)).tril(-1), visible)
+    identity = torch.eye(c, dtype=k.dtype, device=k.device)
+    inverse = torch.linalg.solve_triangular(identity + lower, identity.expand_as(lower), upper=False, unitriangular=True)
+    attention = _masked((q @ k.mT).tril(), visible)
+    return _Chunks(q, k, v, beta, inverse, attention, visible, sees_matrix, reaches_end, keeps_matrix)
+
+
+def _run(x: _Chunks, state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loop over chunks → corrections R [b, h, n, c, v], Y, matrix at each chunk's start [b, h, n, k, v], final."""
+    U = x.inverse @ (x.beta * x.v)
+    Y = x.inverse @ _masked(x.beta * x.k, x.sees_matrix)
+    k_end = _masked(x.k, x.reaches_end)
+    starts, corrections = [], []
+    for i in range(x.k.shape[2]):
+        starts.append(state)
+        correction = U[:, :, i] - Y[:, :, i] @ state
+        kept = state if x.keeps_matrix is None else state * x.keeps_matrix[:, :, i]
+        state = kept + k_end[:, :, i].mT @ correction
+        corrections.append(correction)
+    return torch.stack(corrections, dim=2), Y, torch.stack(starts, dim=2), state
+
+
+class _ChunkedDeltaRule(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor,
+        state: Tensor,
+        resets: Tensor | None,
+        scale: float,
+        c: int,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(q, k, v, beta, state, resets)
+        ctx.scale, ctx.c = scale, c
+        x = _chunks(q, k, v, beta, resets, c)
+        R, _, S, final = _run(x, state)
+        out = scale * (_masked(x.q, x.sees_matrix) @ S + x.attention @ R)
+        return _from_chunks(out, q.shape[1]), final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, beta, state, resets = ctx.saved_tensors
+        t = q.shape[1]
+        x = _chunks(q, k, v, beta, resets, ctx.c)
+        R, Y, S, _ = _run(x, state)
+        dO = ctx.scale * _to_chunks(d_out, ctx.c)
+        q_seen, k_end = _masked(x.q, x.sees_matrix), _masked(x.k, x.reaches_end)
+
+        # Backwards through the loop over chunks: dR, and the gradient dS' of the matrix after each chunk.
+        dR_read, dS_read = x.attention.mT @ dO, q_seen.mT @ dO
+        dR, dS_after, dS = [], [], d_final
+        for i in reversed(range(x.k.shape[2])):
+            dS_after.append(dS)
+            dR.append(dR_read[:, :, i] + k_end[:, :, i] @ dS)
+            kept = dS if x.keeps_matrix is None else dS * x.keeps_matrix[:, :, i]
+            dS = kept + dS_read[:, :, i] - Y[:, :, i].mT @ dR[-1]
+        dR, dS_after = (torch.stack(parts[::-1], dim=2) for parts in (dR, dS_after))
+
+        # R = (I + L)⁻¹ E with E = β(V − K S): dE = (I + L)⁻ᵀ dR and dL = −dE Rᵀ.
+        dE = x.inverse.mT @ dR
+        dL = _masked(-(dE @ R.mT).tril(-1), x.visible)
+        d_attention = _masked((dO @ R.mT).tril(), x.visible)
+        error = x.v - _masked(x.k, x.sees_matrix) @ S
+        gram = x.k @ x.k.mT
+        d_beta = (dE * error).sum(-1) + (dL * gram).sum(-1)
+        dG = x.beta * dL
+        dq = _masked(dO @ S.mT, x.sees_matrix) + d_attention @ x.k
+        dk = (
+            d_attention.mT @ x.q
+            + (dG + dG.mT) @ x.k
+            + _masked(R @ dS_after.mT, x.reaches_end)
+            - _masked(x.beta * (dE @ S.mT), x.sees_matrix)
+        )
+        dv = x.beta * dE
+        grads = (_from_chunks(g, t).to(like.dtype) for g, like in ((dq, q), (dk, k), (dv, v)))
+        return *grads, _from_chunks(d_beta[..., None], t)[..., 0].to(beta.dtype), dS, None, None, None

@@ -1,0 +1,60 @@
+"""The FW-memory's read and write by plain addition: one name, one signature, an implementation a file."""
+
+from __future__ import annotations
+
+import torch
+
+from hqlt.ops.backend import Choice, Rule, choose
+from hqlt.ops.linear_attention import chunked, reference
+from hqlt.ops.linear_attention.state import EPSILON as EPSILON
+from hqlt.ops.linear_attention.state import LinearState as LinearState
+from hqlt.shapes import Keys, Queries, Resets, Values, at_least_float32, check_resets, match
+
+IMPLEMENTATIONS = {"reference": reference.linear_attention, "chunked": chunked.linear_attention}
+RULES = (
+    Rule("reference", lambda q: q.shape[1] <= 1, "one token or none: the equation itself takes the fewest calls"),
+    Rule("chunked", lambda q: True, "many tokens: matrix products over chunks"),
+)
+
+
+def linear_attention(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    *,
+    state: LinearState | None = None,
+    resets: Resets | None = None,
+    backend: str | None = None,
+) -> tuple[Values, LinearState]:
+    """Fast weights written by addition and read with a normaliser that sums over time.
+
+        W_t = W_{t−1} + φk_t ⊗ v_t      z_t = z_{t−1} + φk_t      out_t = W_tᵀ φq_t / (z_t·φq_t + 1e-10)
+
+    q, k: [b, t, h, k], already mapped by a positive φ. v: [b, t, h, v]. state: (W_0 [b, h, k, v], z_0 [b, h, k]),
+    zeros where None. resets: Bool[b, t], the memory is emptied before a marked token is written. backend: the name
+    of one implementation, None picks. The read has no scale: the normaliser would cancel it.
+
+    → out [b, t, h, v] in v's dtype, LinearState in at least float32. An empty memory reads as zero.
+
+    Raises ValueError for shapes that do not fit, and for an unknown backend.
+
+    Source: Katharopoulos et al. 2020, "Transformers are RNNs", eqs. 18–20.
+    """
+    size = match(q=(q, "b t h k"), k=(k, "b t h k"), v=(v, "b t h v"))
+    check_resets(resets, size["b"], size["t"])
+    dtype = at_least_float32(v.dtype)
+    if state is None:
+        matrix = q.new_zeros(size["b"], size["h"], size["k"], size["v"], dtype=dtype)
+        state = LinearState(matrix, torch.zeros_like(matrix[..., 0]))
+    else:
+        match(q=(q, "b t h k"), v=(v, "b t h v"), matrix=(state[0], "b h k v"), key_sum=(state[1], "b h k"))
+        state = LinearState(state[0].to(dtype), state[1].to(dtype))
+    run = IMPLEMENTATIONS[explain(q, backend=backend).name]
+    if size["t"] == 0:
+        return torch.zeros_like(v), state
+    out, state = run(q, k, v, state=state, resets=resets)
+    return out.to(v.dtype), state
+
+
+def explain(q: Queries, *, backend: str | None = None) -> Choice:
+    return choose("linear_attention", IMPLEMENTATIONS, RULES, q, backend)

@@ -1,0 +1,40 @@
+"""Linear attention by chunks of tokens.
+
+A column of ones beside the values makes the normaliser one more value: W' = [W, z]. Within a chunk that begins with
+W', the sums are Q W' + tril(Q Kᵀ) [V, 1]; the next chunk begins with W' + Kᵀ [V, 1]. A reset cuts all of these.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from hqlt.ops.linear_attention.state import EPSILON, LinearState
+from hqlt.ops.segments import segment_ids
+from hqlt.shapes import Keys, Queries, Resets, Values, at_least_float32
+
+CHUNK = 64
+
+
+def linear_attention(
+    q: Queries, k: Keys, v: Values, *, state: LinearState, resets: Resets | None
+) -> tuple[Values, LinearState]:
+    q, k, v = (x.to(at_least_float32(x.dtype)).transpose(1, 2) for x in (q, k, v))  # [b, h, t, ·]
+    v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
+    W = torch.cat([state.matrix, state.key_sum[..., None]], dim=-1)
+    ids = None if resets is None else F.pad(segment_ids(resets), (1, 0))  # id 0 first: the segment carried in
+    sums = []
+    for i in range(0, q.shape[2], CHUNK):
+        qc, kc, vc = (x[:, :, i : i + CHUNK] for x in (q, k, v))
+        attention = (qc @ kc.mT).tril()
+        if ids is not None:
+            before, own = ids[:, None, i, None], ids[:, None, i + 1 : i + 1 + CHUNK]
+            attention = attention * (own[..., :, None] == own[..., None, :])
+            qc = qc * (own == before)[..., None]
+            kc = kc * (own == own[..., -1:])[..., None]
+        sums.append(qc @ W + attention @ vc)
+        if ids is not None:
+            W = W * (own[..., -1:] == before)[..., None]
+        W = W + kc.mT @ vc
+    total = torch.cat(sums, dim=2).transpose(1, 2)
+    return total[..., :-1] / (total[..., -1:] + EPSILON), LinearState(W[..., :-1], W[..., -1])

@@ -1,0 +1,26 @@
+"""Arithmetic on resets. A reset marks a token that begins a new segment; nothing is read or written across it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hqlt.shapes import Positions, Resets
+
+
+def segment_ids(resets: Resets) -> Tensor:
+    """How many segments have begun up to and including each token: [b, t]; 0 is the segment carried in."""
+    return resets.long().cumsum(dim=1)
+
+
+def positions(resets: Resets | None, before: Tensor, t: int) -> Positions:
+    """Position of each of t tokens within its segment, from 0: [b, t].
+
+    before: [b], the tokens that each row's running segment already has.
+    """
+    index = torch.arange(t, device=before.device)
+    running = before[:, None] + index
+    if resets is None:
+        return running
+    latest_reset = torch.where(resets, index, -1).cummax(dim=1).values
+    return torch.where(latest_reset < 0, running, index - latest_reset)

@@ -1,0 +1,81 @@
+"""Window attention by blocks of queries, each against the keys that it can reach: linear in length.
+
+Block i of c queries reads the c + window − 1 keys that end with its own last one, as a view. Per block, with the
+scores masked to −∞ outside the window and the segment,
+
+    P = softmax(scale · Q Kᵀ)    O = P V    dV = Pᵀ dO    dP = dO Vᵀ    dA = P ∘ (dP − rowsum(dP ∘ P))
+
+and dQ = scale · dA K, dK = scale · dAᵀ Q. The backward pass keeps q, k, v alone and recomputes P.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hqlt.ops.window_attention.dense import visible
+from hqlt.shapes import Keys, Queries, Resets, Values, at_least_float32
+
+
+def window_attention(
+    q: Queries, k: Keys, v: Values, *, window: int, scale: float, resets: Resets | None
+) -> Values:
+    return _BlockedWindowAttention.apply(q, k, v, window, scale, resets)
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """[b, t, h, ·] → contiguous [b, h, t, ·] in at least float32, of which a slice of time is a view for matmul."""
+    return x.to(at_least_float32(x.dtype)).transpose(1, 2).contiguous()
+
+
+def _blocks(
+    t: int, l: int, window: int, resets: Tensor | None, device: torch.device
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """(a block's queries, the keys it can reach, the mask between them [·, 1, c, c + window − 1])."""
+    c = max(64, min(window, 256))
+    for begin in range(0, t, c):
+        end = min(begin + c, t)
+        first_key = max(l - t + begin - window + 1, 0)
+        keys = slice(first_key, l - t + end)
+        block_resets = None if resets is None else resets[:, keys]
+        yield slice(begin, end), keys, visible(end - begin, keys.stop - keys.start, window, block_resets, device)
+
+
+def _weights(q: Tensor, k: Tensor, scale: float, mask: Tensor) -> Tensor:
+    return (scale * (q @ k.mT)).masked_fill_(~mask, -torch.inf).softmax(dim=-1)
+
+
+class _BlockedWindowAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, resets: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, resets)
+        ctx.window, ctx.scale = window, scale
+        Q, K, V = (_heads_first(x) for x in (q, k, v))
+        out = torch.empty(*Q.shape[:3], V.shape[3], dtype=V.dtype, device=V.device)
+        for queries, keys, mask in _blocks(Q.shape[2], K.shape[2], window, resets, q.device):
+            P = _weights(Q[:, :, queries], K[:, :, keys], scale, mask)
+            out[:, :, queries] = P @ V[:, :, keys]
+        return out.transpose(1, 2).to(q.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, resets = ctx.saved_tensors
+        Q, K, V, dO = (_heads_first(x) for x in (q, k, v, d_out))
+        dQ, dK, dV = torch.empty_like(Q), torch.zeros_like(K), torch.zeros_like(V)
+        for queries, keys, mask in _blocks(Q.shape[2], K.shape[2], ctx.window, resets, q.device):
+            Qb, Kb, Vb, dOb = Q[:, :, queries], K[:, :, keys], V[:, :, keys], dO[:, :, queries]
+            P = _weights(Qb, Kb, ctx.scale, mask)
+            dP = dOb @ Vb.mT
+            dA = ctx.scale * P * (dP - (dP * P).sum(dim=-1, keepdim=True))
+            dQ[:, :, queries] = dA @ Kb
+            dK[:, :, keys] += dA.mT @ Qb
+            dV[:, :, keys] += P.mT @ dOb
+        dq, dk, dv = (g.transpose(1, 2).to(like.dtype) for g, like in ((dQ, q), (dK, k), (dV, v)))
+        return dq, dk, dv, None, None, None

@@ -1,0 +1,31 @@
+"""Window attention by PyTorch's fused attention with a mask over all pairs: for windows as long as the sequence."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hqlt.ops.segments import segment_ids
+from hqlt.shapes import Keys, Queries, Resets, Values
+
+
+def window_attention(
+    q: Queries, k: Keys, v: Values, *, window: int, scale: float, resets: Resets | None
+) -> Values:
+    t, l = q.shape[1], k.shape[1]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    causal_is_enough = resets is None and window >= l and t == l
+    mask = None if causal_is_enough else visible(t, l, window, resets, q.device)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal_is_enough, scale=scale)
+    return out.transpose(1, 2)
+
+
+def visible(t: int, l: int, window: int, resets: Tensor | None, device: torch.device) -> Tensor:
+    """Which of l keys the last t tokens may read: Bool [t, l], or [b, 1, t, l] with resets."""
+    age = torch.arange(l - t, l, device=device)[:, None] - torch.arange(l, device=device)
+    reach = (age >= 0) & (age < window)
+    if resets is None:
+        return reach
+    ids = segment_ids(resets)
+    return reach & (ids[:, None, l - t :, None] == ids[:, None, None, :])

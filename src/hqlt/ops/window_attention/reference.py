@@ -1,0 +1,26 @@
+"""Window attention as its equation, token by token: the oracle of its faster twins."""
+
+from __future__ import annotations
+
+import torch
+
+from hqlt.ops.segments import segment_ids
+from hqlt.shapes import Keys, Queries, Resets, Values, at_least_float32
+
+
+def window_attention(
+    q: Queries, k: Keys, v: Values, *, window: int, scale: float, resets: Resets | None
+) -> Values:
+    dtype = q.dtype
+    q, k, v = (x.to(at_least_float32(x.dtype)) for x in (q, k, v))
+    held = k.shape[1] - q.shape[1]
+    ids = None if resets is None else segment_ids(resets)
+    reads = []
+    for t in range(q.shape[1]):
+        now = held + t
+        reach = slice(max(now - window + 1, 0), now + 1)
+        score = scale * torch.einsum("bhk,blhk->bhl", q[:, t], k[:, reach])
+        if ids is not None:
+            score = score.masked_fill((ids[:, reach] != ids[:, now, None])[:, None], -torch.inf)
+        reads.append(torch.einsum("bhl,blhv->bhv", score.softmax(dim=-1), v[:, reach]))
+    return torch.stack(reads, dim=1).to(dtype)

@@ -1,0 +1,98 @@
+"""The letters. Every shape in this library is spelled with them, and none ever changes its meaning.
+
+    b  batch rows            k  width of a key or query head
+    t  time, tokens          v  width of a value head
+    h  heads                 s  pairs held by a KV-memory between two calls, at most its window
+    n  chunks                c  tokens in a chunk
+    d  hidden size           l  length of a key timeline: the held pairs, then the new ones (s + t)
+
+A tensor's shape is written as its letters, `[b, t, h, k]`, in docstrings, in the aliases below and in errors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Annotated, TypeAlias
+
+import torch
+from torch import Tensor
+
+Hidden: TypeAlias = Annotated[Tensor, "b t d"]
+Queries: TypeAlias = Annotated[Tensor, "b t h k"]
+Keys: TypeAlias = Annotated[Tensor, "b t h k"]
+Values: TypeAlias = Annotated[Tensor, "b t h v"]
+Strengths: TypeAlias = Annotated[Tensor, "b t h"]
+Resets: TypeAlias = Annotated[Tensor, "b t"]
+Positions: TypeAlias = Annotated[Tensor, "b t"]
+Matrix: TypeAlias = Annotated[Tensor, "b h k v"]
+KeySum: TypeAlias = Annotated[Tensor, "b h k"]
+
+_finite_checks = False
+
+
+@contextlib.contextmanager
+def checked(enabled: bool = True) -> Iterator[None]:
+    """Within this context every operation also refuses NaN and infinite inputs.
+
+    Off by default, because looking at every number costs a pass over the data (and, on a GPU, a wait).
+
+    >>> with hqlt.checked():
+    ...     y, state = layer(x)
+    """
+    global _finite_checks
+    before, _finite_checks = _finite_checks, enabled
+    try:
+        yield
+    finally:
+        _finite_checks = before
+
+
+def match(**named: tuple[Tensor, str]) -> dict[str, int]:
+    """Bind letters to sizes: `match(q=(q, "b t h k"), v=(v, "b t h v"))["t"]` is the number of tokens.
+
+    Raises ValueError where a tensor has the wrong number of axes or a letter would stand for two sizes,
+    and, within `checked()`, where a floating-point tensor holds NaN or infinity.
+    """
+    sizes: dict[str, int] = {}
+    for name, (tensor, letters) in named.items():
+        axes = letters.split()
+        if tensor.dim() != len(axes):
+            raise ValueError(
+                f"{name}: expected {len(axes)} axes [{', '.join(axes)}], got shape {list(tensor.shape)}"
+            )
+        for axis, size in zip(axes, tensor.shape, strict=True):
+            if sizes.setdefault(axis, size) != size:
+                raise ValueError(
+                    f"{name}: expected [{', '.join(axes)}] with {axis} = {sizes[axis]} "
+                    f"as in the arguments before it, got shape {list(tensor.shape)}"
+                )
+        if _finite_checks and tensor.is_floating_point():
+            refuse_non_finite(name, tensor)
+    return sizes
+
+
+def refuse_non_finite(name: str, tensor: Tensor) -> None:
+    bad = (~torch.isfinite(tensor)).nonzero()
+    if len(bad):
+        where = tuple(bad[0].tolist())
+        raise ValueError(
+            f"{name}: expected finite numbers, got {tensor[where].item()} at index {where} "
+            f"({len(bad)} of {tensor.numel()} entries are NaN or infinite); "
+            f"look for an overflow or a division by zero before this call"
+        )
+
+
+def check_resets(resets: Tensor | None, b: int, t: int) -> None:
+    if resets is None:
+        return
+    if resets.dtype != torch.bool or tuple(resets.shape) != (b, t):
+        raise ValueError(
+            f"resets: expected a bool tensor of shape [b, t] = [{b}, {t}] that is True where a token begins "
+            f"a new segment, got {str(resets.dtype).removeprefix('torch.')} {list(resets.shape)}"
+        )
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The type in which fast weights accumulate: float32, or float64 for float64 inputs."""
+    return torch.promote_types(dtype, torch.float32)
