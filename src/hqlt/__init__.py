@@ -10,15 +10,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hqlt import ops
+from hqlt._version import version as __version__
 from hqlt.layer import HybridMemory
 from hqlt.memory import MemoryState, fingerprint, load_state, save_state
+from hqlt.registration import register_with_transformers
 from hqlt.shapes import checked
 
 if TYPE_CHECKING:
-    from hqlt.model import HQLTConfig, HQLTForCausalLM, HQLTModel, preset
+    from hqlt.model import HQLTCache, HQLTConfig, HQLTForCausalLM, HQLTModel, preset
 
-__version__ = "0.1.0"
 __all__ = [
+    "HQLTCache",
     "HQLTConfig",
     "HQLTForCausalLM",
     "HQLTModel",
@@ -35,8 +37,11 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Language models need transformers, which takes seconds to import: loaded when first asked for."""
-    if name in ("HQLTConfig", "HQLTForCausalLM", "HQLTModel", "preset"):
+    if name in ("HQLTCache", "HQLTConfig", "HQLTForCausalLM", "HQLTModel", "preset"):
         from hqlt import model
 
         return getattr(model, name)
     raise AttributeError(f"module 'hqlt' has no attribute {name!r}")
+
+
+register_with_transformers()

@@ -78,7 +78,7 @@ class HybridMemory(nn.Module):
         self.beta_proj = linear(num_heads) if fw and fw.uses_beta else None
         self.conv = ShortConvolution(3 * hidden_size, conv_size) if conv_size else None
         self.v_activation = nn.SiLU() if fw else nn.Identity()
-        self.o_norm = nn.RMSNorm(hidden_size // num_heads, eps=norm_eps) if fw else nn.Identity()
+        self.o_norm = HeadNorm(hidden_size // num_heads, eps=norm_eps) if fw else nn.Identity()
         self.g_proj = linear(hidden_size) if output_gate else None
         self.o_proj = linear(hidden_size)
 
@@ -124,7 +124,7 @@ class HybridMemory(nn.Module):
     def write_strength(self, x: Hidden) -> Tensor:
         """β: [b, t, h], in at least float32; ones for a rule without."""
         if self.beta_proj is None:
-            return x.new_ones(*x.shape[:2], self.num_heads)
+            return x.new_ones(*x.shape[:2], self.num_heads, dtype=at_least_float32(x.dtype))
         logits = self.beta_proj(x)
         return self.beta_max * logits.to(at_least_float32(logits.dtype)).sigmoid()
 
@@ -166,7 +166,7 @@ class HybridMemory(nn.Module):
         for name, expected in self.state_shapes(len(x)).items():
             part = getattr(state, name)
             if part.dim() != len(expected) or any(
-                e not in (None, size) for e, size in zip(expected, part.shape, strict=True)
+                e is not None and e != size for e, size in zip(expected, part.shape, strict=True)
             ):
                 raise ValueError(
                     f"state.{name}: expected shape {_shape(expected)} for this layer ({self.extra_repr()}) and a batch "
@@ -179,6 +179,13 @@ class HybridMemory(nn.Module):
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, num_heads={self.num_heads}, beta_max={self.beta_max}"
+
+
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm in the dtype of its weight, which is wider than the reads under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
 
 
 def build_mixer(name: str | None, hidden_size: int, num_heads: int) -> Mixer:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hqlt.memory import FastWeights, FWMemory, KVMemory, MemoryState
 from hqlt.ops.segments import positions
-from hqlt.shapes import Keys, Positions, Queries, Resets, Strengths, Values
+from hqlt.shapes import Keys, Positions, Queries, Resets, Strengths, Values, at_least_float32
 
 
 class Reads(NamedTuple):
@@ -103,7 +103,8 @@ class Blend(nn.Module):
             return x.masked_fill(unused.view(b, s, *(1,) * (x.dim() - 2)), 0)
 
         if fast_weights is None:
-            nothing = timeline.values.new_zeros(b, 0, k, timeline.values.shape[-1], dtype=torch.float32)
+            v = timeline.values
+            nothing = v.new_zeros(b, 0, k, v.shape[-1], dtype=at_least_float32(v.dtype))
             fast_weights = FastWeights(nothing, nothing[..., 0, :0])
         return MemoryState(
             keys=latest(timeline.keys),

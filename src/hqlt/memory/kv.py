@@ -31,7 +31,9 @@ class KVMemory(nn.Module):
         """q: [b, t, h, k] of the new tokens; k, v: [b, l, h, ·], held pairs then new ones; resets: Bool[b, l]."""
         if self.rope_theta is not None:
             t, l = q.shape[1], k.shape[1]
-            cos, sin = rotary_table(l, q.shape[-1], self.rope_theta, q.device, q.dtype)
+            # A compiler traces the making itself, and warns of a cache.
+            table = rotary_table.__wrapped__ if torch.compiler.is_compiling() else rotary_table
+            cos, sin = table(l, q.shape[-1], self.rope_theta, q.device, q.dtype)
             q, k = rotated(q, cos[l - t :], sin[l - t :]), rotated(k, cos, sin)
         return ops.window_attention(q, k, v, window=self.window, resets=resets)
 

@@ -44,7 +44,10 @@ class MemoryState(NamedTuple):
 
     def select(self, rows: Tensor | Sequence[int]) -> MemoryState:
         """These rows, in this order, repeated where named twice: beams, agents, requests of a batch."""
-        index = torch.as_tensor(rows, dtype=torch.long, device=self.position.device)
+        index = torch.as_tensor(rows, device=self.position.device)
+        if index.dtype == torch.bool:
+            raise ValueError("rows: expected indices of rows, got a bool mask; use mask.nonzero()[:, 0]")
+        index = index.long()
         return self.map(lambda x: x.index_select(0, index))
 
     def repeat(self, times: int) -> MemoryState:

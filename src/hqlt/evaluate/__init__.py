@@ -1,0 +1,5 @@
+"""Scores of models."""
+
+from hqlt.evaluate.scores import Score, evaluate
+
+__all__ = ["Score", "evaluate"]

@@ -1,0 +1,175 @@
+"""A language model's configuration: `HybridMemory`'s own field names, and what a model adds to a layer."""
+# mypy: allow-untyped-calls
+
+# No `from __future__ import annotations` here: the type checks of transformers' configs read the types themselves.
+
+import difflib
+import importlib
+from dataclasses import fields
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import AutoConfig
+
+from hqlt.layer import HybridMemory, one_of
+
+LAYER_KINDS = ("hybrid", "kv", "fw")
+
+FROM_TRANSFORMERS = frozenset(
+    {
+        "attn_implementation",
+        "auto_map",
+        "experts_implementation",
+        "model_type",
+        "name_or_path",
+        "num_labels",
+        "output_attentions",
+        "quantization_config",
+        "tie_last_hidden_states",
+        "torch_dtype",
+    }
+)
+"""Keys that are no fields of a config, and that transformers itself passes: in `to_dict`, saving, loading, the Auto
+classes. Its private ones, which begin with an underscore, come on top."""
+
+
+@strict
+class HQLTConfig(PreTrainedConfig):
+    """What `HQLTForCausalLM` is built from. The defaults are the paper's 340M model.
+
+    >>> HQLTConfig(hidden_size=256, num_heads=4, num_hidden_layers=4, blend="delayed-chunk")
+    >>> HQLTConfig(num_hidden_layers=4, layer_kinds=["fw", "kv", "fw", "kv"], kv_window=256)  # alternates over depth
+
+    Raises ValueError for values that do not fit together and for unknown keys (transformers keeps those silently),
+    and huggingface_hub's StrictDataclassFieldValidationError for a value of the wrong type, also when it is assigned.
+    """
+
+    model_type = "hqlt"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    attribute_map = {"num_attention_heads": "num_heads"}  # noqa: RUF012
+
+    hidden_size: int = 1024
+    """Width of the residual stream."""
+    num_heads: int = 8
+    """Heads of every layer; they divide `hidden_size`."""
+    window: int | None = 64
+    """Tokens that a hybrid layer's KV-memory reaches, the current one included; None: all (synchronous only)."""
+    blend: str = "synchronous"
+    """When a token reaches each memory of a hybrid layer: "synchronous", "delayed-streaming", "delayed-chunk"."""
+    mixer: str = "vector"
+    """How a hybrid layer's two reads become one: "vector", "scalar", "sum"."""
+    fast_weights: str = "delta"
+    """The FW-memory's write rule: "delta", or "linear" for the additive one."""
+    beta_max: float | int = 2.0
+    """The largest write strength: 2.0 lets the delta rule track state, 1.0 is DeltaNet's."""
+    rope_theta: float | int | None = 10_000.0
+    """Base of the KV-memory's rotary positions; None: no positions."""
+    norm_eps: float = 1e-6
+    """Added under the root of every RMSNorm."""
+    conv_size: int = 0
+    """Taps of a short convolution on q, k and v; 0: none."""
+    output_gate: bool = False
+    """Whether a layer's normed heads are multiplied by SiLU(W_g x)."""
+
+    layer_kinds: list[str] | None = None
+    """One of "hybrid", "kv" (KV-memory alone) and "fw" (FW-memory alone) for each layer; None: all hybrid."""
+    kv_window: int | None = None
+    """Tokens that a "kv" layer reaches; None: all, full attention."""
+    num_hidden_layers: int = 24
+    """Blocks of the model."""
+    intermediate_size: int | None = None
+    """Width of the SwiGLU MLPs; None: 256·⌈(8/3)·hidden_size/256⌉."""
+    vocab_size: int = 32_000
+    """Tokens that the model knows."""
+    tie_word_embeddings: bool = False
+    """Whether the head uses the embeddings' matrix."""
+    initializer_range: float = 0.02
+    """Standard deviation of the initial linear maps and embeddings, but for those that write to the residual stream."""
+
+    use_cache: bool = True
+    """Whether a call returns the memories' states, so that another call can go on."""
+    bos_token_id: int | None = None
+    """The token that begins a text, if there is one."""
+    eos_token_id: int | list[int] | None = None
+    """The token or tokens that end generation, if there are any."""
+    pad_token_id: int | None = None
+    """The token that fills up batches, if there is one. Its embedding is a token's like any other."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        importlib.import_module("hqlt.model.language_model")  # who has a config may ask the Auto classes for its model
+        self._refuse_unknown(kwargs)
+        if self.intermediate_size is None:
+            self.intermediate_size = 256 * -(-8 * self.hidden_size // (3 * 256))
+        super().__post_init__(**kwargs)
+        self.check()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, but an override that is no field is refused, and the overridden config checked again."""
+        return_unused = kwargs.pop("return_unused_kwargs", False)
+        config, unused = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
+        config.check()
+        if return_unused:
+            return config, unused
+        cls._refuse_unknown(unused)
+        return config
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kind of each layer."""
+        return ["hybrid"] * self.num_hidden_layers if self.layer_kinds is None else self.layer_kinds
+
+    def layer_options(self, kind: str) -> dict[str, Any]:
+        """What `HybridMemory` is built with for a layer of this kind."""
+        blend, window = {
+            "hybrid": (self.blend, self.window),
+            "kv": ("kv-only", self.kv_window),
+            "fw": ("fw-only", None),
+        }[kind]
+        return {
+            "hidden_size": self.hidden_size,
+            "num_heads": self.num_heads,
+            "window": window,
+            "blend": blend,
+            "mixer": self.mixer,
+            "fast_weights": self.fast_weights,
+            "beta_max": self.beta_max,
+            "rope_theta": self.rope_theta,
+            "norm_eps": self.norm_eps,
+            "conv_size": self.conv_size,
+            "output_gate": self.output_gate,
+        }
+
+    def check(self) -> None:
+        """Raise ValueError, saying what was expected and what came, where no model can be built from these values."""
+        for name in ("num_hidden_layers", "intermediate_size", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("norm_eps", "initializer_range"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+        if len(self.kinds) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_kinds: expected one entry for each of the {self.num_hidden_layers} layers "
+                f"(num_hidden_layers), got {len(self.kinds)}: {self.kinds}"
+            )
+        for kind in self.kinds:
+            one_of("layer_kinds", kind, LAYER_KINDS)
+        with torch.device("meta"):  # the layer knows what it refuses, and on this device costs nothing
+            for kind in set(self.kinds):
+                HybridMemory(**self.layer_options(kind))
+
+    @classmethod
+    def _refuse_unknown(cls, kwargs: dict[str, Any]) -> None:
+        own = [field.name for field in fields(cls) if field.name in HQLTConfig.__annotations__]
+        for name in kwargs:
+            if name.startswith("_") or name in FROM_TRANSFORMERS or name in cls.attribute_map:
+                continue
+            near = difflib.get_close_matches(name, own, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the fields are {', '.join(own)}"
+            raise ValueError(f"{cls.__name__}: expected fields of this config, got unknown {name!r}; {hint}")
+
+
+AutoConfig.register("hqlt", HQLTConfig, exist_ok=True)

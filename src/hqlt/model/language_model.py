@@ -1,0 +1,282 @@
+"""The language model, in the shape that transformers gives to one."""
+# mypy: allow-untyped-calls
+
+from __future__ import annotations
+
+import difflib
+import math
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from hqlt.convolution import ShortConvolution
+from hqlt.layer import HybridMemory
+from hqlt.memory import MemoryState
+from hqlt.model.block import HQLTBlock, SwiGLU
+from hqlt.model.cache import HQLTCache
+from hqlt.model.config import HQLTConfig
+from hqlt.model.segments import read_segments
+from hqlt.shapes import Hidden, Resets
+
+ARGUMENTS = (
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "inputs_embeds",
+    "labels",
+    "use_cache",
+    "resets",
+    "logits_to_keep",
+    "output_hidden_states",
+    "return_dict",
+)
+PACKING = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx"})
+
+
+class HQLTPreTrainedModel(PreTrainedModel):
+    config_class = HQLTConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _is_stateful = True  # memories cannot take tokens back: transformers then refuses assisted generation
+    _no_split_modules = ["HQLTBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Linear maps and embeddings normal(0, initializer_range), norms 1, convolutions as they are built."""
+        super()._init_weights(module)
+        if isinstance(module, ShortConvolution):
+            bound = 1 / math.sqrt(module.size)
+            nn.init.uniform_(module.weight, -bound, bound)
+
+
+class HQLTModel(HQLTPreTrainedModel):
+    """Embeddings, blocks, a final norm: tokens → hidden states.
+
+    Source: the paper, section 4.1.
+    """
+
+    def __init__(self, config: HQLTConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(build_block(config, kind) for kind in config.kinds)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """What writes to the residual stream: Kaiming-uniform(a=√5), that is ±1/√inputs, divided by √(2·layers)."""
+        super()._init_weights(module)
+        for block in self.layers:
+            if isinstance(block, HQLTBlock) and isinstance(module, nn.Linear) and module in block.residual_writers():
+                bound = 1 / math.sqrt(module.in_features * 2 * len(self.layers))
+                nn.init.uniform_(module.weight, -bound, bound)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: HQLTCache | None = None,
+        inputs_embeds: Hidden | None = None,
+        use_cache: bool | None = None,
+        resets: Resets | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+        """The normed hidden states of the last block, [b, t, d], and the memories after the last token.
+
+        input_ids: [b, t], or inputs_embeds: [b, t, d]. past_key_values: the cache that an earlier call returned or was
+        given; it is brought up to date in place. use_cache: whether to return one (None: as the config says).
+
+        Segments begin where resets, Bool[b, t], is True; without it, where position_ids, [b, t] or [1, t], is 0. With
+        attention_mask, [b, past + t], a row's first real token begins one, and padding is remembered nowhere; right
+        padding and holes are allowed in the call that begins a row. The same in training and in evaluation.
+
+        Raises ValueError for shapes that do not fit, TypeError for another kind of cache or a misspelt argument.
+        """
+        refuse_misspelt(kwargs, packed=position_ids is not None or resets is not None)
+        x = self._embed(input_ids, inputs_embeds)
+        b, t = x.shape[:2]
+        cache = self._cache(past_key_values, use_cache)
+        before = cache.states if cache is not None and cache.states else ((),) * len(self.layers)
+        past = cache.seen_tokens if cache is not None and cache.states else None
+        segments = read_segments(b, t, past, attention_mask, position_ids, resets)
+
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+
+        x = segments.sort(x)
+        after: list[MemoryState] = []
+        hidden: list[Hidden] = []
+        for block, state in zip(self.layers, before, strict=True):
+            if wanted:
+                hidden.append(segments.restore(x))
+            x, *parts = block(x, segments.resets, *state)
+            if cache is not None:
+                after.append(MemoryState(*parts))
+        x = segments.restore(self.norm(x))
+        if cache is not None:
+            cache.advance(after, t)
+
+        output = BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=cache,
+            hidden_states=(*hidden, x) if wanted else None,
+        )
+        return output if _as_dict(return_dict, self.config) else output.to_tuple()
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Hidden | None) -> Hidden:
+        if inputs_embeds is not None and input_ids is None:
+            return inputs_embeds
+        if input_ids is None or inputs_embeds is not None:
+            both = "neither" if input_ids is None else "both"
+            raise ValueError(f"expected either input_ids or inputs_embeds, got {both}")
+        if input_ids.dim() != 2:
+            raise ValueError(f"input_ids: expected [b, t], got shape {list(input_ids.shape)}")
+        embedded: Hidden = self.embed_tokens(input_ids)
+        return embedded
+
+    def _cache(self, given: HQLTCache | None, use_cache: bool | None) -> HQLTCache | None:
+        if given is None:
+            return HQLTCache() if (self.config.use_cache if use_cache is None else use_cache) else None
+        check_cache(given)
+        if given.states and len(given.states) != len(self.layers):
+            raise ValueError(
+                f"past_key_values: expected a state for each of the {len(self.layers)} layers, got "
+                f"{len(given.states)}; is it the cache of another model?"
+            )
+        return given
+
+
+class HQLTForCausalLM(HQLTPreTrainedModel, GenerationMixin):
+    """`HQLTModel` and a head over the vocabulary: tokens → logits of the next token.
+
+    >>> model = HQLTForCausalLM(hqlt.preset("tiny"))
+    >>> model(tokens, labels=tokens).loss
+    >>> model.generate(tokens, max_new_tokens=20)
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: HQLTConfig) -> None:
+        super().__init__(config)
+        self.model = HQLTModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: HQLTCache | None = None,
+        inputs_embeds: Hidden | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        resets: Resets | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Logits [b, t, vocabulary] of the token after each; the rest as in `HQLTModel.forward`.
+
+        labels: [b, t], in the convention of transformers: labels[:, i] is the token at i, the shift by one happens
+        here, -100 is not scored. A document's first token is predicted from the document before it, as in every model
+        of transformers: give it the label -100 to leave it out. num_items_in_batch (among kwargs) divides the summed
+        loss where gradients are accumulated. logits_to_keep: the last n positions only (0: all), or their indices.
+        """
+        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise ValueError("labels: expected logits_to_keep = 0 beside them, because all positions are scored")
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            resets=resets,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(output.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        result = CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=output.past_key_values, hidden_states=output.hidden_states
+        )
+        return result if _as_dict(return_dict, self.config) else result.to_tuple()
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+        """The mask over tokens as it is: the memories need no [b, 1, t, l] of transformers."""
+        return attention_mask
+
+    def _prepare_cache_for_generation(  # type: ignore[override]  # so that an argument more or less breaks nothing
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """`generate` starts from a cache of ours. Refuses other kinds, and right padding, which it would continue."""
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation: expected None, because this model's memories have one static shape, got "
+                f"{generation_config.cache_implementation!r}"
+            )
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and not mask[:, -1].all():
+            raise ValueError(
+                "attention_mask: expected a token at the end of every prompt, got right padding, after which generate "
+                "would go on; pad on the left (tokenizer.padding_side = 'left')"
+            )
+        given = model_kwargs.get("past_key_values")
+        if given is not None:
+            check_cache(given)
+        elif generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = HQLTCache()
+
+
+def build_block(config: HQLTConfig, kind: str) -> HQLTBlock:
+    """A block whose memories are of this kind: "hybrid", "kv" or "fw"."""
+    assert config.intermediate_size is not None, "the config sets it"
+    mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+    return HQLTBlock(HybridMemory(**config.layer_options(kind)), mlp, config.norm_eps)
+
+
+def check_cache(given: object) -> None:
+    if not isinstance(given, HQLTCache):
+        raise TypeError(
+            f"past_key_values: expected an HQLTCache (one that this model returned, hqlt.model.HQLTCache(), or "
+            f"HQLTCache.from_states(states)), got {type(given).__name__}, which cannot hold both memories"
+        )
+
+
+def refuse_misspelt(kwargs: dict[str, Any], packed: bool) -> None:
+    """Arguments that callers of transformers add are left aside, but not one that was meant for us."""
+    for name in kwargs:
+        near = difflib.get_close_matches(name, ARGUMENTS, n=1, cutoff=0.85)
+        if near:
+            raise TypeError(f"forward: got an unknown argument {name!r}; did you mean {near[0]!r}?")
+        if name in PACKING and not packed:
+            raise ValueError(
+                f"{name}: expected packed documents to be told apart by `position_ids` (0 where one begins) or "
+                f"`resets`, got {name} alone, which this model does not read"
+            )
+
+
+def _as_dict(return_dict: bool | None, config: PreTrainedConfig) -> bool:
+    return bool(config.return_dict if return_dict is None else return_dict)
+
+
+AutoModel.register(HQLTConfig, HQLTModel, exist_ok=True)
+AutoModelForCausalLM.register(HQLTConfig, HQLTForCausalLM, exist_ok=True)

@@ -1,0 +1,56 @@
+"""What a task is: an endless, seeded source of batches, and the way in which answers are scored."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from hqlt.shapes import Resets
+
+Split = Literal["train", "validation", "test"]
+
+IGNORE = -100
+"""The target of a token that is not scored."""
+
+
+class Batch(NamedTuple):
+    inputs: Tensor
+    """[b, t] tokens."""
+    targets: Tensor
+    """[b, t] the token to be named at each position, IGNORE where nothing is asked."""
+    coordinate: Tensor
+    """[b, t] what a score is drawn against: the length of the sequence, the distance to the answer, the position."""
+    resets: Resets | None = None
+    """Bool [b, t], True where a token begins a new segment."""
+
+
+class Task(Protocol):
+    """Adding a task is adding one file with a frozen dataclass of this form, and its name in `task/__init__.py`."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def metric(self) -> Literal["accuracy", "bits"]:
+        """accuracy: share of scored tokens named right, stretched so that chance is 0; bits: mean −log₂ p(target)."""
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of guessing."""
+
+    @property
+    def coordinate_name(self) -> str: ...
+
+    def sample(self, generator: torch.Generator, rows: int, split: Split) -> Batch: ...
+
+
+def generator_for(split: Split, seed: int) -> torch.Generator:
+    """A source of randomness that no other split or seed shares."""
+    digest = hashlib.sha256(f"{split}/{seed}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

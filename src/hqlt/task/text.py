@@ -1,0 +1,81 @@
+"""Real text that every machine has: the source of the Python standard library, byte by byte."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hqlt.task.task import Batch, Split
+
+LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "ensurepip"}
+"""Folders that hold other people's packages, or tests (long tables of data among them)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StandardLibrary:
+    """Name the next byte of Python source. One file in twenty is held out for validation, and one for test.
+
+        inputs    d e f _ f
+        targets   e f _ f (
+        resets    1 0 0 0 0      (a file begins)
+
+    The files of a split follow each other in an order that depends on their names alone; a window of `length` bytes
+    may begin anywhere, and a file's first byte begins a segment: nothing is remembered across files.
+    """
+
+    length: int = 256
+
+    name = "text"
+    vocab_size = 256
+    metric: Literal["bits"] = "bits"
+    chance = 1 / 256
+    coordinate_name = "position in the window"
+
+    def sample(self, generator: torch.Generator, rows: int, split: Split) -> Batch:
+        source, begins = files_of(split)
+        start = torch.randint(0, len(source) - self.length - 1, (rows, 1), generator=generator)
+        window = start + torch.arange(self.length + 1)
+        tokens = source[window].long()
+        return Batch(
+            inputs=tokens[:, :-1],
+            targets=tokens[:, 1:],
+            coordinate=torch.arange(self.length).expand(rows, -1),
+            resets=begins[window[:, :-1]],
+        )
+
+
+@functools.cache
+def files_of(split: Split) -> tuple[Tensor, Tensor]:
+    """All files of a split: their bytes [n] (uint8), and where a file begins [n] (bool)."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    texts = [
+        np.frombuffer(path.read_bytes(), dtype=np.uint8)
+        for path in sorted(library.rglob("*.py"), key=lambda path: _digest(path.relative_to(library)))
+        if not LEFT_OUT & set(path.relative_to(library).parts) and _split_of(path.relative_to(library)) == split
+    ]
+    texts = [text for text in texts if len(text)]
+    if not texts:
+        raise FileNotFoundError(
+            f"{library}: expected the source files of Python's standard library, found none for the {split} split; "
+            f"some minimal installations leave them out: install Python's full package"
+        )
+    begins = np.zeros(sum(map(len, texts)), dtype=bool)
+    begins[np.cumsum([0, *map(len, texts[:-1])])] = True
+    return torch.from_numpy(np.concatenate(texts)), torch.from_numpy(begins)
+
+
+def _digest(path: Path) -> bytes:
+    return hashlib.sha256(path.as_posix().encode()).digest()
+
+
+def _split_of(path: Path) -> Split:
+    twentieth = _digest(path)[0] % 20
+    return "test" if twentieth == 0 else "validation" if twentieth == 1 else "train"

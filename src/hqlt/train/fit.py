@@ -1,0 +1,122 @@
+"""Training one model on one task within a fixed budget: select on validation, test once."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hqlt.evaluate.scores import Score, evaluate
+from hqlt.task import IGNORE, Batch, Task, generator_for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What every model of a comparison gets alike."""
+
+    steps: int
+    """Updates."""
+    batch_size: int
+    """Sequences in an update."""
+    learning_rate: float = 1e-2
+    """Peak of the schedule: linear warm-up, then a cosine down to 0.001 of it."""
+    warmup: float = 0.1
+    """Share of the steps that the learning rate takes to its peak."""
+    weight_decay: float = 0.0
+    """AdamW's, on matrices; norms and embeddings have none."""
+    clip: float = 1.0
+    """Greatest norm of a gradient; a longer one is shortened to it."""
+    validations: int = 10
+    """How often a checkpoint is scored on the validation set, evenly over the steps."""
+    evaluation_rows: int = 512
+    """Sequences in the validation set, and in the test set."""
+
+    def learning_rate_at(self, step: int) -> float:
+        """step counts from 0."""
+        warm = max(round(self.warmup * self.steps), 1)
+        if step < warm:
+            return self.learning_rate * (step + 1) / warm
+        progress = (step - warm) / max(self.steps - warm, 1)
+        return self.learning_rate * (0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+class Progress(NamedTuple):
+    """What can be told after an update."""
+
+    step: int
+    """Updates done."""
+    loss: float
+    gradient_norm: float
+    """Before clipping."""
+    seconds: float
+    """Since training began."""
+    tokens: int
+    """Seen so far."""
+    validation: float | None
+    """The validation score, at the steps where it was taken."""
+
+
+class Fit(NamedTuple):
+    best_step: int
+    validation: Score
+    test: Score
+
+
+def fit(model: nn.Module, task: Task, budget: Budget, seed: int) -> Iterator[Progress | Fit]:
+    """Train, and yield Progress after each update; last, with the best checkpoint's weights loaded, the Fit.
+
+    model: a causal language model of transformers' form. A step with a gradient that is not finite is left out.
+    The training data depends on the seed alone, validation and test sets on nothing: they are the same for all.
+    """
+    optimiser = torch.optim.AdamW(parameter_groups(model, budget.weight_decay), lr=budget.learning_rate)
+    source = generator_for("train", seed)
+    validation_set = task.sample(generator_for("validation", 0), budget.evaluation_rows, "validation")
+    validate_at = {round(budget.steps * (i + 1) / budget.validations) for i in range(budget.validations)}
+    best_step, best, best_weights = 0, None, dict[str, Tensor]()
+    tokens, begun = 0, time.perf_counter()
+    for step in range(budget.steps):
+        batch = task.sample(source, budget.batch_size, "train")
+        for group in optimiser.param_groups:
+            group["lr"] = budget.learning_rate_at(step)
+        model.train()
+        loss = loss_of(model, batch)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), budget.clip)
+        if norm.isfinite():
+            optimiser.step()
+        tokens += batch.inputs.numel()
+        score = None
+        if step + 1 in validate_at:
+            score = evaluate(model, task, validation_set)
+            if best is None or score.better_than(best):
+                best_step, best = step + 1, score
+                best_weights = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+        seconds = time.perf_counter() - begun
+        yield Progress(step + 1, loss.item(), norm.item(), seconds, tokens, score.value if score else None)
+    assert best is not None
+    model.load_state_dict(best_weights)
+    test_set = task.sample(generator_for("test", 0), budget.evaluation_rows, "test")
+    yield Fit(best_step, best, evaluate(model, task, test_set))
+
+
+def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean cross-entropy in nats over the scored tokens."""
+    logits = model(batch.inputs, resets=batch.resets, use_cache=False).logits
+    return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Matrices decay; norms, convolutions and embeddings do not."""
+    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in parameters if id(p) in linear], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if id(p) not in linear], "weight_decay": 0.0},
+    ]

@@ -1,0 +1,200 @@
+"""A grid of cells, each one model on one task with one seed, run in parallel processes.
+
+A finished cell leaves `cells/NAME.json` and its best weights in `models/NAME`; a grid started again in the same folder
+takes those as they are and runs the rest. A worker that dies costs its own cell one more try, and no other cell.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from hqlt.task import TASKS
+from hqlt.train.fit import Budget, Fit, Progress, fit
+
+TRIES = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One training run."""
+
+    model: str
+    """The model's label in tables and plots."""
+    config: dict[str, Any]
+    """Fields of its HQLTConfig, but for the vocabulary, which the task gives."""
+    task: str
+    """Name of the task."""
+    task_options: dict[str, Any]
+    """Fields of the task."""
+    budget: Budget
+    seed: int = 0
+    """Of the weights and of the training data."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}-{self.model}-seed{self.seed}".lower().replace(" ", "-")
+
+
+class Result(NamedTuple):
+    """What is kept of a cell that ended."""
+
+    cell: Cell
+    parameters: int
+    seconds: float
+    fit: Fit
+    history: list[Progress]
+    """The updates at which the validation set was scored, and as many between them as make a smooth curve."""
+
+
+class Event(NamedTuple):
+    """Something that a cell tells while it runs."""
+
+    cell: Cell
+    progress: Progress
+
+
+def run_grid(
+    cells: Sequence[Cell], folder: Path, workers: int, on_event: Callable[[Event | Result], None]
+) -> list[Result]:
+    """Run every cell that has no result in the folder yet; → all results, in the cells' order.
+
+    on_event: called in this process for each progress and each result, those from an earlier start included.
+    Raises RuntimeError, after all others are done, for cells whose worker died or raised in every try.
+    """
+    (folder / "cells").mkdir(parents=True, exist_ok=True)
+    results: dict[str, Result] = {}
+    waiting: list[tuple[Cell, int]] = []
+    for cell in cells:
+        finished = load_result(folder, cell)
+        if finished is None:
+            waiting.append((cell, 1))
+        else:
+            results[cell.name] = finished
+            on_event(finished)
+
+    context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+    context.set_forkserver_preload(["hqlt.train.grid", "hqlt.model"])
+    running: dict[Connection, tuple[BaseProcess, Cell, int]] = {}
+    failed: list[str] = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                cell, attempt = waiting.pop(0)
+                ours, theirs = context.Pipe(duplex=False)
+                process = context.Process(target=_work, args=(cell, folder, theirs), daemon=True)
+                process.start()
+                theirs.close()
+                running[ours] = process, cell, attempt
+            for pipe in wait(list(running)):
+                assert isinstance(pipe, Connection)
+                process, cell, attempt = running[pipe]
+                try:
+                    message = pipe.recv()
+                except EOFError:  # the worker ended: its result came before, or it died
+                    process.join()
+                    del running[pipe]
+                    if cell.name in results:
+                        continue
+                    if attempt < TRIES:
+                        waiting.append((cell, attempt + 1))
+                    else:
+                        failed.append(f"{cell.name} (exit code {process.exitcode})")
+                    continue
+                if isinstance(message, Result):
+                    save_result(folder, message)
+                    results[cell.name] = message
+                on_event(message)
+    finally:
+        for process, _, _ in running.values():
+            process.terminate()
+        for process, _, _ in running.values():
+            process.join()
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(cells)} cells failed {TRIES} times: {', '.join(failed)}")
+    return [results[cell.name] for cell in cells]
+
+
+def _work(cell: Cell, folder: Path, pipe: Connection) -> None:
+    """One cell, in a process of its own with one thread."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    torch.set_num_threads(1)
+    try:
+        for progress in run_cell(cell, folder):
+            pipe.send(progress)
+    except BrokenPipeError:
+        pass  # the parent is gone
+
+
+def run_cell(cell: Cell, folder: Path) -> Any:
+    """Train one cell: yields Events, then its Result."""
+    from hqlt.model import HQLTConfig, HQLTForCausalLM
+
+    task = TASKS[cell.task](**cell.task_options)
+    torch.manual_seed(cell.seed)
+    model = HQLTForCausalLM(HQLTConfig(**cell.config, vocab_size=task.vocab_size))
+    keep_every = max(cell.budget.steps // 100, 1)
+    history: list[Progress] = []
+    for told in fit(model, task, cell.budget, cell.seed):
+        if isinstance(told, Progress):
+            if told.validation is not None or told.step % keep_every == 0:
+                history.append(told)
+            yield Event(cell, told)
+        else:
+            model.save_pretrained(folder / "models" / cell.name)
+            yield Result(cell, model.num_parameters(), history[-1].seconds, told, history)
+
+
+def save_result(folder: Path, result: Result) -> None:
+    """Whole or not at all: written beside its place, then moved there."""
+    place = folder / "cells" / f"{result.cell.name}.json"
+    unfinished = place.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(as_json(result), indent=1))
+    unfinished.replace(place)
+
+
+def load_result(folder: Path, cell: Cell) -> Result | None:
+    """The result of this very cell, None where there is none yet.
+
+    Raises ValueError where the folder holds another experiment under the same name.
+    """
+    place = folder / "cells" / f"{cell.name}.json"
+    if not place.exists():
+        return None
+    kept = json.loads(place.read_text())
+    if kept["cell"] != json.loads(json.dumps(asdict(cell))):
+        raise ValueError(
+            f"{place}: holds the result of a cell with other settings; give another folder, or remove this one"
+        )
+    from hqlt.evaluate import Score
+
+    validation, test = (Score(**kept[split]) for split in ("validation", "test"))
+    return Result(
+        cell,
+        kept["parameters"],
+        kept["seconds"],
+        Fit(kept["best_step"], validation, test),
+        [Progress(**progress) for progress in kept["history"]],
+    )
+
+
+def as_json(result: Result) -> dict[str, Any]:
+    return {
+        "cell": asdict(result.cell),
+        "parameters": result.parameters,
+        "seconds": result.seconds,
+        "best_step": result.fit.best_step,
+        "validation": result.fit.validation._asdict(),
+        "test": result.fit.test._asdict(),
+        "history": [progress._asdict() for progress in result.history],
+    }

@@ -1,0 +1,95 @@
+"""Which memory holds a token, proved by intervention: change its value, and see which read moves.
+
+Reads are linear in the values, so a token is in a memory exactly if that memory's read depends on the token's value.
+Batch row j changes the value of token j; one call gives the influence of every token on every read.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+
+from tests.laws import Story, normal, segments, stories
+from tests.layers import HEADS, HIDDEN, HYBRIDS, RULES, build_layer
+
+LONGEST = 14
+
+
+def intervened(t):
+    """(q, k, v, β) of t + 1 rows, equal but for v of token j in row j. The last row is the untouched one."""
+    q, k, v = (normal(1, t, HEADS, HIDDEN // HEADS, seed=i).expand(t + 1, -1, -1, -1) for i in range(3))
+    changed = v.clone()
+    for token in range(t):
+        changed[token, token] += 1
+    return q, k, changed, normal(1, t, HEADS).sigmoid().expand(t + 1, -1, -1) + 0.5
+
+
+def moved(x):
+    """Which rows of x [t + 1, …, h, v] differ from the last, the untouched one, anywhere in h, v: Bool [t, …]."""
+    return (x[:-1] - x[-1:]).abs().amax(dim=(-2, -1)) > 1e-9
+
+
+def in_both(blend, t, window, resets):
+    """Bool [token, step] of the KV-memory and of the FW-memory, by the definition of the blend."""
+    kv, fw = torch.zeros(t, t, dtype=torch.bool), torch.zeros(t, t, dtype=torch.bool)
+    for begin, end in segments(resets, 0, t):
+        for step in range(begin, end):
+            for token in range(begin, step + 1):
+                recent = step - token < window
+                own_chunk = (step - begin) // window == (token - begin) // window
+                kv[token, step] = own_chunk if blend == "delayed-chunk" else recent
+                fw[token, step] = blend == "synchronous" or not kv[token, step]
+    return kv, fw
+
+
+def told(blend_name, rule, story: Story):
+    """The blend run over the story: its reads' influences, and the state after each piece."""
+    blend = build_layer(f"{blend_name}-vector-{rule}-plain", story.window).blend
+    inputs = intervened(story.t)
+    resets = None if story.resets is None else story.resets[:1].expand(story.t + 1, -1)
+    kv, fw, state = [], [], None
+    for begin, end in pairwise([0, *story.cuts, story.t]):
+        if begin < end:
+            piece = (x[:, begin:end] for x in inputs)
+            reads, state = blend(*piece, state, None if resets is None else resets[:, begin:end])
+            kv.append(moved(reads.kv))
+            fw.append(moved(reads.fw))
+    return torch.cat(kv, dim=1), torch.cat(fw, dim=1), state
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("blend", HYBRIDS)
+class TestPartition:
+    @given(story=stories(LONGEST, shortest=1))
+    def test_each_memory_reads_what_its_blend_says(self, blend, rule, story):
+        kv, fw, _ = told(blend, rule, story)
+        expected_kv, expected_fw = in_both(blend, story.t, story.window, story.resets)
+        assert torch.equal(kv, expected_kv)
+        assert torch.equal(fw, expected_fw)
+
+    @given(story=stories(LONGEST, shortest=1))
+    def test_each_token_is_in_exactly_one_memory_or_in_both_as_long_as_the_window_reaches(self, blend, rule, story):
+        kv, fw, _ = told(blend, rule, story)
+        past = torch.zeros_like(kv)
+        for begin, end in segments(story.resets, 0, story.t):
+            past[begin:end, begin:end] = torch.ones(end - begin, end - begin).triu().bool()
+        if blend == "synchronous":
+            assert torch.equal(fw, past)
+            assert not (kv & ~past).any()
+        else:
+            assert torch.equal(kv ^ fw, past)
+            assert not (kv & fw).any()
+
+    @given(story=stories(LONGEST, shortest=1))
+    def test_held_pairs_and_written_pairs_are_the_whole_past(self, blend, rule, story):
+        """In the state too: a token of the running segment is in the buffer or (synchronous: always) in the matrix."""
+        _, _, state = told(blend, rule, story)
+        held = moved(state.values).any(dim=1)
+        written = moved(state.fast_weights.flatten(1, 2))
+        begin, _ = list(segments(story.resets, 0, story.t))[-1]
+        past = torch.arange(story.t) >= begin
+        assert torch.equal(written if blend == "synchronous" else held ^ written, past)
+        assert held.sum() <= state.keys.shape[1]

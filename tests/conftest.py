@@ -1,0 +1,31 @@
+"""Small, strict and the same on every machine: one thread, fixed seeds, few and derandomised examples.
+
+`pytest --hypothesis-profile=thorough` looks much harder, with new examples each time.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+pytest.register_assert_rewrite("tests.laws")
+
+torch.set_num_threads(1)
+
+INHERITED_LAWS_WITH_FIXTURES = [HealthCheck.differing_executors, HealthCheck.function_scoped_fixture]
+settings.register_profile(
+    "fast",
+    max_examples=4,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[*INHERITED_LAWS_WITH_FIXTURES, HealthCheck.too_slow],
+)
+settings.register_profile("thorough", settings.get_profile("fast"), max_examples=100, derandomize=False)
+settings.load_profile("fast")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)

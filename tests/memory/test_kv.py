@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import torch
+
+from hqlt.memory import KVMemory
+from hqlt.memory.kv import rotary_table, rotated
+from tests.laws import close, normal
+
+
+def test_rotation_by_hand():
+    """Width 4, θ = 100: the pair (x_0, x_2) turns by 1 a step, (x_1, x_3) by 1/10. At step 2, (1, 1, 0, 0)."""
+    cos, sin = rotary_table(3, 4, 100.0, torch.device("cpu"), torch.float64)
+    x = torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64).expand(1, 3, 1, 4)
+    angles = torch.tensor([2.0, 0.2], dtype=torch.float64)
+    close(rotated(x, cos, sin)[0, 2, 0], torch.cat([angles.cos(), angles.sin()]))
+
+
+def test_only_differences_of_positions_matter():
+    """The same pairs with ten older ones, out of reach, before them."""
+    memory = KVMemory(window=3, rope_theta=10_000.0)
+    q, k, v = normal(1, 5, 2, 4), normal(1, 15, 2, 4), normal(1, 15, 2, 4, seed=1)
+    close(memory.read(q, k[:, -7:], v[:, -7:], None), memory.read(q, k, v, None))
+
+
+def test_table_made_in_inference_mode_serves_training():
+    rotary_table.cache_clear()
+    memory = KVMemory(window=3, rope_theta=10_000.0)
+    with torch.inference_mode():
+        memory.read(*(normal(1, 5, 2, 4),) * 3, None)
+    q = normal(1, 5, 2, 4).requires_grad_()
+    memory.read(q, q, q, None).sum().backward()
+    assert q.grad.isfinite().all()

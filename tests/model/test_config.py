@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+
+import pytest
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+from transformers import AutoConfig
+
+from hqlt.layer import HybridMemory
+from hqlt.model import HQLTConfig, HQLTForCausalLM
+
+
+def test_fields_of_the_layer_have_its_names_and_defaults():
+    config = HQLTConfig()
+    for name, parameter in inspect.signature(HybridMemory).parameters.items():
+        assert hasattr(config, name)
+        if parameter.default is not parameter.empty:
+            assert getattr(config, name) == parameter.default, name
+
+
+@pytest.mark.parametrize(("hidden_size", "width"), [(1024, 2816), (2048, 5632), (96, 256), (97, 512)])
+def test_width_of_the_mlp(hidden_size, width):
+    assert HQLTConfig(hidden_size=hidden_size, num_heads=1, rope_theta=None).intermediate_size == width
+    assert HQLTConfig(intermediate_size=64).intermediate_size == 64
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("windw", "window"), ("num_head", "num_heads"), ("hidden_sizes", "hidden_size"), ("layer_kind", "layer_kinds")],
+)
+def test_unknown_key_is_refused_with_the_nearest_name(wrong, right):
+    with pytest.raises(ValueError, match=f"unknown '{wrong}'; did you mean '{right}'"):
+        HQLTConfig(**{wrong: 8})
+
+
+def test_unknown_key_without_a_near_name_lists_the_fields():
+    with pytest.raises(ValueError, match=r"unknown 'temperature'; the fields are hidden_size, num_heads, window"):
+        HQLTConfig(temperature=0.5)
+
+
+def test_unknown_key_is_refused_when_loading(small, tmp_path):
+    HQLTConfig(**small).save_pretrained(tmp_path)
+    for load in (HQLTConfig.from_pretrained, AutoConfig.from_pretrained):
+        assert load(tmp_path, window=5).window == 5
+        with pytest.raises(ValueError, match="did you mean 'window'"):
+            load(tmp_path, windw=5)
+        with pytest.raises(ValueError, match="window: expected at least 1"):
+            load(tmp_path, window=0)
+
+
+def test_round_trips(small, tmp_path):
+    config = HQLTConfig(**{**small, "num_hidden_layers": 3}, layer_kinds=["fw", "kv", "hybrid"], eos_token_id=[1, 2])
+    config.save_pretrained(tmp_path)
+    for other in (
+        HQLTConfig(**config.to_dict()),
+        HQLTConfig.from_dict(config.to_dict()),
+        HQLTConfig.from_pretrained(tmp_path),
+        AutoConfig.from_pretrained(tmp_path),
+        AutoConfig.for_model(**config.to_diff_dict()),
+        copy.deepcopy(config),
+        pickle.loads(pickle.dumps(config)),
+    ):
+        assert isinstance(other, HQLTConfig)
+        a, b = other.to_dict(), config.to_dict()
+        a.pop("_name_or_path"), b.pop("_name_or_path")
+        assert a == b
+
+
+def test_what_transformers_adds_is_accepted(small):
+    config = HQLTConfig(
+        **small, torch_dtype="bfloat16", attn_implementation="eager", num_labels=3, num_attention_heads=4
+    )
+    assert (config.num_heads, config.num_attention_heads, config.num_labels) == (4, 4, 3)
+    assert HQLTForCausalLM(config).generation_config is not None
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_heads": 3}, "num_heads: expected a positive number that divides hidden_size = 1024, got 3"),
+        ({"window": 0}, "window: expected at least 1"),
+        ({"window": None, "blend": "delayed-chunk"}, "window: expected a number of tokens"),
+        ({"blend": "delayed-chunks"}, "did you mean 'delayed-chunk'"),
+        ({"mixer": "vektor"}, "did you mean 'vector'"),
+        ({"fast_weights": "gated"}, "fast_weights: expected one of 'delta', 'linear', got 'gated'"),
+        ({"beta_max": 3.0}, r"beta_max: expected a number in \(0, 2\]"),
+        ({"conv_size": -1}, "conv_size"),
+        ({"norm_eps": 0.0}, "norm_eps: expected a number above 0"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers: expected at least 1, got 0"),
+        ({"vocab_size": 0}, "vocab_size: expected at least 1"),
+        ({"layer_kinds": ["kv"]}, "expected one entry for each of the 24 layers .* got 1"),
+        ({"layer_kinds": ["kw"], "num_hidden_layers": 1}, "layer_kinds: .* got 'kw'"),
+        ({"layer_kinds": ["kv"], "kv_window": 0, "num_hidden_layers": 1}, "window: expected at least 1"),
+    ],
+)
+def test_values_that_do_not_fit(fields, message):
+    with pytest.raises(ValueError, match=message):
+        HQLTConfig(**fields)
+
+
+def test_wrong_types_are_refused_also_when_assigned():
+    with pytest.raises(StrictDataclassFieldValidationError, match="window"):
+        HQLTConfig(window="8")
+    config = HQLTConfig()
+    with pytest.raises(StrictDataclassFieldValidationError, match="num_heads"):
+        config.num_heads = "8"
+
+
+def test_whole_numbers_will_do_where_a_fraction_could_stand():
+    assert HQLTConfig(beta_max=1, rope_theta=500).beta_max == 1

@@ -1,0 +1,72 @@
+"""Imports point one way, and importing the library is light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hqlt
+
+SOURCE = Path(hqlt.__file__).parent
+
+LAYERS = [
+    {"shapes"},
+    {"native", "ops"},
+    {"convolution", "memory"},
+    {"blend"},
+    {"layer"},
+    {"model"},
+    {"task", "train", "evaluate", "agent", "report", "demo", "cli"},
+]
+"""From the bottom to the top: a module imports from its own layer and those below."""
+
+PARTS_THAT_KNOW_NO_MODEL = ("task",)
+
+HEAVY = {
+    "transformers", "tokenizers", "datasets", "torchdata", "lm_eval", "matplotlib", "jinja2", "pandas", "scipy",
+    "gymnasium", "jsonargparse", "rich", "tensorboard", "triton", "accelerate",
+}  # fmt: skip
+
+
+def height(part: str) -> int:
+    return next((i for i, layer in enumerate(LAYERS) if part in layer), len(LAYERS))
+
+
+def imported_parts(file: Path) -> set[str]:
+    """The parts of hqlt that a file names in its imports, wherever they stand."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{file}: expected absolute imports, got a relative one in line {node.lineno}"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name.split(".")[1] for name in names if name.startswith("hqlt.")}
+
+
+FILES = {str(file.relative_to(SOURCE)): file for file in sorted(SOURCE.rglob("*.py")) if file.parent != SOURCE}
+FILES |= {name: SOURCE / name for name in ("shapes.py", "convolution.py", "layer.py")}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_point_down(name):
+    own = Path(name).parts[0].removesuffix(".py")
+    parts = imported_parts(FILES[name])
+    assert {part for part in parts if height(own) < height(part) < len(LAYERS)} == set()
+    if own in PARTS_THAT_KNOW_NO_MODEL:
+        assert not parts & {"model", "layer", "blend", "memory"}
+
+
+def test_importing_hqlt_is_light():
+    def loaded_by(modules: str) -> set[str]:
+        code = f"import sys, {modules}; print(*{{name.partition('.')[0] for name in sys.modules}})"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        return set(done.stdout.split())
+
+    by_hqlt = loaded_by("hqlt")
+    assert "hqlt" in by_hqlt
+    assert HEAVY & (by_hqlt - loaded_by("torch, safetensors.torch")) == set()

@@ -1,0 +1,257 @@
+"""The contract of the layer: names, shapes, options, errors, dtypes, and equality with the oracle."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+
+import hqlt
+from hqlt import HybridMemory
+from tests import oracle
+from tests.laws import close
+from tests.layers import (
+    CHOICES,
+    EVERY_STATE,
+    HEADS,
+    HIDDEN,
+    HYBRIDS,
+    MIXERS,
+    ONE_OF_EACH_BLEND,
+    RULES,
+    build_layer,
+    tokens,
+)
+
+every_choice = pytest.mark.parametrize("choice", CHOICES)
+every_state = pytest.mark.parametrize("choice", EVERY_STATE)
+
+PROJECTIONS = {f"{name}_proj.weight": (HIDDEN, HIDDEN) for name in "qkvo"}
+NORM = {"o_norm.weight": (HIDDEN // HEADS,)}
+BETA = {"beta_proj.weight": (HEADS, HIDDEN)}
+
+
+class TestParameters:
+    def shapes(self, **options):
+        layer = HybridMemory(hidden_size=HIDDEN, num_heads=HEADS, window=4, **options)
+        return {name: tuple(weight.shape) for name, weight in layer.state_dict().items()}
+
+    @pytest.mark.parametrize("blend", HYBRIDS)
+    @pytest.mark.parametrize(("mixer", "gate"), [("vector", HIDDEN), ("scalar", 2 * HEADS), ("sum", None)])
+    def test_names_and_shapes_are_the_contracts(self, blend, mixer, gate):
+        expected = PROJECTIONS | NORM | BETA
+        if gate:
+            expected = expected | {"mixer.gate_proj.weight": (gate, HIDDEN)}
+        assert self.shapes(blend=blend, mixer=mixer) == expected
+
+    def test_linear_attention_has_no_beta(self):
+        assert "beta_proj.weight" not in self.shapes(fast_weights="linear")
+
+    def test_baselines_have_the_parts_of_their_memory(self):
+        assert self.shapes(blend="kv-only") == PROJECTIONS
+        assert self.shapes(blend="fw-only") == PROJECTIONS | NORM | BETA
+
+    def test_options_add_their_own(self):
+        added = self.shapes(conv_size=3, output_gate=True).items() - self.shapes().items()
+        assert dict(added) == {"conv.weight": (3 * HIDDEN, 3), "g_proj.weight": (HIDDEN, HIDDEN)}
+
+    def test_scalar_mixers_rows_are_fw_heads_then_kv_heads(self):
+        """Gates shut by weights of −∞ silence one memory: rows 0, 1 (FW) leave the KV-memory's read of token 0, v."""
+        layer = build_layer("synchronous-scalar-delta-plain")
+        x = tokens(1, 1).abs()
+        with torch.no_grad():
+            layer.mixer.gate_proj.weight[:HEADS] = -1e3
+            layer.mixer.gate_proj.weight[HEADS:] = 1e3
+            y, _ = layer(x)
+            v = layer.v_activation(layer.v_proj(x)).unflatten(-1, (HEADS, -1))
+        close(y, layer.o_proj(layer.o_norm(v).flatten(2)))
+
+
+@pytest.mark.parametrize(("blend", "mixer", "rule"), list(product(HYBRIDS, MIXERS, RULES)))
+@pytest.mark.parametrize("rope_theta", [None, 10_000.0])
+@pytest.mark.parametrize("beta_max", [1.0, 2.0])
+def test_equals_the_papers_equations(blend, mixer, rule, rope_theta, beta_max):
+    """A window that does not divide the length, and a reset in one row of two."""
+    layer = build_layer(f"{blend}-{mixer}-{rule}-plain", window=3, rope_theta=rope_theta, beta_max=beta_max)
+    x = tokens(2, 11)
+    resets = torch.zeros(2, 11, dtype=torch.bool)
+    resets[1, 5] = True
+    weights = {name: weight.numpy() for name, weight in layer.state_dict().items()}
+    options = {"num_heads": HEADS, "window": 3, "blend": blend, "mixer": mixer, "fast_weights": rule}
+    options |= {"beta_max": beta_max, "rope_theta": rope_theta, "norm_eps": 1e-6}
+    y, _ = layer(x, resets=resets)
+    for row in range(2):
+        close(y[row], torch.from_numpy(oracle.layer(weights, x[row].numpy(), resets[row].numpy(), **options)))
+
+
+@every_choice
+@pytest.mark.parametrize("t", [0, 1, 5, 13])
+@pytest.mark.parametrize("b", [1, 3])
+def test_shapes(choice, t, b):
+    layer = build_layer(choice)
+    x = tokens(b, t)
+    y, state = layer(x)
+    assert y.shape == x.shape
+    y, after = layer(x, state=state)
+    assert y.shape == x.shape
+    if layer.blend.slots is not None:
+        assert [z.shape for z in after] == [z.shape for z in state] == [z.shape for z in layer.init_state(b)]
+
+
+@every_choice
+def test_no_tokens_change_nothing(choice):
+    layer = build_layer(choice)
+    _, state = layer(tokens(2, 5))
+    _, after = layer(tokens(2, 0), state=state)
+    assert all(map(torch.equal, after, state))
+    _, empty = layer(tokens(2, 0))
+    assert all(map(torch.equal, empty, layer.init_state(2)))
+
+
+@every_choice
+def test_initial_state_is_no_state(choice):
+    layer = build_layer(choice)
+    x = tokens(2, 9)
+    y, state = layer(x)
+    y_given, state_given = layer(x, state=layer.init_state(2))
+    close(y_given, y)
+    if layer.blend.slots is not None:
+        for mine, theirs in zip(state_given, state, strict=True):
+            close(mine, theirs)
+
+
+@every_state
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_dtypes(choice, dtype):
+    """In the module's dtype the layer gives what the same rounded weights give in float64; so do steps."""
+    layer = build_layer(choice, dtype=dtype)
+    exact = build_layer(choice)
+    exact.load_state_dict(layer.state_dict())
+    x = tokens(2, 20, dtype=dtype)
+    y, _ = layer(x)
+    assert y.dtype == dtype
+    expected, _ = exact(x.double())
+    error = (y.double() - expected).norm() / expected.norm()
+    assert error < {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
+    state, steps = None, []
+    for token in x.split(1, dim=1):
+        step, state = layer(token, state=state)
+        steps.append(step)
+    error = (torch.cat(steps, dim=1).double() - expected).norm() / expected.norm()
+    assert error < {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
+
+
+@every_state
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_state_dtypes(choice, dtype):
+    """Pairs in the module's dtype, sums in at least float32, and always the same ones: an empty state's too."""
+    layer = build_layer(choice, dtype=dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    expected = dict.fromkeys(("keys", "values", "convolution"), dtype)
+    expected |= dict.fromkeys(("betas", "fast_weights", "key_sum"), wide) | {"position": torch.int64}
+    _, state = layer(tokens(2, 6, dtype=dtype))
+    for each in (layer.init_state(2), state, layer(tokens(2, 1, dtype=dtype), state=state)[1]):
+        assert {name: part.dtype for name, part in each._asdict().items()} == expected
+
+
+@every_state
+def test_autocast_keeps_the_fast_weights_wide(choice):
+    layer = build_layer(choice, dtype=torch.float32)
+    x = tokens(2, 9, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, state = layer(x)
+        layer(x, state=state)
+    assert state.fast_weights.dtype == torch.float32
+    assert y.isfinite().all()
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"num_heads": 3}, "num_heads: expected a positive number that divides hidden_size = 8, got 3"),
+            ({"num_heads": 0}, "num_heads: .* got 0"),
+            ({"window": 0}, "window: expected at least 1 .* got 0"),
+            ({"window": None, "blend": "delayed-chunk"}, "window: expected a number .* delayed-chunk .* got None"),
+            ({"blend": "sinchronous"}, "blend: expected one of .*'sinchronous'; did you mean 'synchronous'"),
+            ({"blend": "delayed_chunk"}, "did you mean 'delayed-chunk'"),
+            ({"mixer": "vectors"}, "mixer: .* got 'vectors'; did you mean 'vector'"),
+            ({"fast_weights": "deltas"}, "fast_weights: .* did you mean 'delta'"),
+            ({"beta_max": 2.5}, r"beta_max: expected a number in \(0, 2\].* got 2.5"),
+            ({"num_heads": 8}, "even head width for rotary positions, got 1; .*rope_theta=None"),
+            ({"conv_size": -1}, "conv_size: .* got -1"),
+        ],
+    )
+    def test_wrong_options_are_named(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            HybridMemory(**{"hidden_size": 8, "num_heads": 2, "window": 4, **options})
+
+    @pytest.mark.parametrize(
+        ("x", "resets", "message"),
+        [
+            (torch.zeros(2, 5, 9), None, r"x: expected \[b, t, 8\] for this layer, got shape \[2, 5, 9\]"),
+            (torch.zeros(5, 8), None, r"x: expected 3 axes \[b, t, d\], got shape \[5, 8\]"),
+            (torch.zeros(2, 5, 8), torch.zeros(5, 2).bool(), r"resets: .* \[2, 5\] .* got bool \[5, 2\]"),
+            (torch.zeros(2, 5, 8), torch.zeros(2, 5), r"resets: expected a bool tensor.* got float32 \[2, 5\]"),
+        ],
+    )
+    def test_wrong_inputs_are_named(self, x, resets, message):
+        with pytest.raises(ValueError, match=message):
+            HybridMemory(8, 2, 4)(x, resets=resets)
+
+    @pytest.mark.parametrize(
+        ("changes", "batch", "part"),
+        [
+            ({}, 3, "keys"),
+            ({"window": 5}, 2, "keys"),
+            ({"num_heads": 4}, 2, "keys"),
+            ({"hidden_size": 16}, 2, "keys"),
+            ({"fast_weights": "linear"}, 2, "key_sum"),
+            ({"blend": "delayed-chunk", "window": 3}, 2, "betas"),
+            ({"conv_size": 4}, 2, "convolution"),
+            ({"blend": "kv-only"}, 2, "fast_weights"),
+        ],
+    )
+    def test_a_state_of_another_layer_or_batch_is_refused(self, changes, batch, part):
+        other = HybridMemory(**{"hidden_size": 8, "num_heads": 2, "window": 4, **changes})
+        message = rf"state.{part}: expected shape .* a batch of 2, got .* another layer or batch\?"
+        with pytest.raises(ValueError, match=message):
+            HybridMemory(8, 2, 4)(torch.zeros(2, 1, 8), state=other.init_state(batch))
+
+    def test_nan_is_refused_when_checked_and_only_then(self):
+        layer, x = HybridMemory(8, 2, 4), torch.zeros(1, 5, 8)
+        x[0, 3, 2] = torch.nan
+        layer(x)
+        with hqlt.checked(), pytest.raises(ValueError, match=r"x: expected finite numbers, got nan at .*\(0, 3, 2\)"):
+            layer(x)
+        layer(x)
+
+
+@pytest.mark.parametrize("choice", ONE_OF_EACH_BLEND)
+class TestGraphs:
+    """A step has static shapes, so that it compiles and exports whole."""
+
+    @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler's own
+    def test_a_step_compiles_without_a_break(self, choice):
+        torch._dynamo.reset()  # its limit of compilations is for all layers together
+        layer = build_layer(choice).requires_grad_(False)
+        step = torch.compile(layer, fullgraph=True, backend="eager")
+        # A second number of rows becomes a variable, the same way in every blend.
+        for b in (2, 3) if choice == "kv-only" else (2,):
+            state = layer.init_state(b)
+            for token in tokens(b, 10).split(1, dim=1):
+                expected, after = layer(token, state)
+                y, state = step(token, state)
+                close(y, expected)
+                for mine, theirs in zip(state, after, strict=True):
+                    close(mine, theirs)
+
+    def test_a_step_exports(self, choice):
+        layer = build_layer(choice)
+        program = torch.export.export(layer, (tokens(2, 1), layer.init_state(2))).module()
+        state = layer.init_state(2)
+        for token in tokens(2, 10).split(1, dim=1):
+            expected, _ = layer(token, state)
+            y, state = program(token, state)
+            close(y, expected)
