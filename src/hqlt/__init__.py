@@ -26,6 +26,7 @@ __all__ = [
     "HQLTModel",
     "HybridMemory",
     "MemoryState",
+    "__version__",
     "checked",
     "fingerprint",
     "load_state",

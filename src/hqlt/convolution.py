@@ -24,9 +24,7 @@ class ShortConvolution(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, size))
         nn.init.uniform_(self.weight, -1 / math.sqrt(size), 1 / math.sqrt(size))
 
-    def forward(
-        self, x: Tensor, held: tuple[Tensor, Tensor] | None, resets: Resets | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, held: tuple[Tensor, Tensor] | None, resets: Resets | None) -> tuple[Tensor, Tensor]:
         """x: [b, t, channels]; held: the size − 1 inputs before it, and how many tokens the segment already has [b].
 
         → out [b, t, channels], and the latest size − 1 inputs, zeros before a segment's first token.

@@ -57,9 +57,7 @@ class HybridMemory(nn.Module):
         one_of("mixer", mixer, MIXERS)
         one_of("fast_weights", fast_weights, RULES)
         if not 0 < beta_max <= 2:
-            raise ValueError(
-                f"beta_max: expected a number in (0, 2] (above 2 the delta rule diverges), got {beta_max}"
-            )
+            raise ValueError(f"beta_max: expected a number in (0, 2] (above 2 the delta rule diverges), got {beta_max}")
         self.hidden_size = hidden_size
         self.num_heads = num_heads
         self.beta_max = beta_max
@@ -169,12 +167,13 @@ class HybridMemory(nn.Module):
                 e is not None and e != size for e, size in zip(expected, part.shape, strict=True)
             ):
                 raise ValueError(
-                    f"state.{name}: expected shape {_shape(expected)} for this layer ({self.extra_repr()}) and a batch "
-                    f"of {len(x)}, got {_shape(part.shape)}; is it the state of another layer or batch?"
+                    f"state.{name}: expected shape {_shape(expected)} for this layer ({self.extra_repr()}) and a "
+                    f"batch of {len(x)}, got {_shape(part.shape)}; is it the state of another layer or batch?"
                 )
             if part.device != x.device:
                 raise ValueError(
-                    f"state.{name}: expected on {x.device}, where x is, got {part.device}; use state.to({str(x.device)!r})"
+                    f"state.{name}: expected on {x.device}, where x is, got {part.device}; "
+                    f"use state.to({str(x.device)!r})"
                 )
 
     def extra_repr(self) -> str:

@@ -58,9 +58,7 @@ def match(**named: tuple[Tensor, str]) -> dict[str, int]:
     for name, (tensor, letters) in named.items():
         axes = letters.split()
         if tensor.dim() != len(axes):
-            raise ValueError(
-                f"{name}: expected {len(axes)} axes [{', '.join(axes)}], got shape {list(tensor.shape)}"
-            )
+            raise ValueError(f"{name}: expected {len(axes)} axes [{', '.join(axes)}], got shape {list(tensor.shape)}")
         for axis, size in zip(axes, tensor.shape, strict=True):
             if sizes.setdefault(axis, size) != size:
                 raise ValueError(

@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from hqlt.blend.blend import Blend, Reads, Timeline
-from hqlt.memory import FastWeights
+from hqlt.memory import FastWeights, FWMemory, KVMemory
 from hqlt.shapes import Queries, Resets, Strengths
 
 
 class KVOnly(Blend):
     """Softmax attention alone, over a window or (window None) over everything: a transformer's layer."""
+
+    kv: KVMemory
 
     @property
     def slots(self) -> int | None:
@@ -34,7 +36,11 @@ class KVOnly(Blend):
 class FWOnly(Blend):
     """Fast weights alone: DeltaNet, or with the additive rule a linear transformer."""
 
-    slots = 0
+    fw: FWMemory
+
+    @property
+    def slots(self) -> int:
+        return 0
 
     def held(self, count: Tensor) -> Tensor:
         return torch.zeros_like(count)

@@ -14,8 +14,15 @@ from hqlt.shapes import Keys, Positions, Queries, Resets, Strengths, Values, at_
 
 
 class Reads(NamedTuple):
+    """What the queries read from each memory, [b, t, h, v]; None from one that is not there."""
+
     fw: Values | None
     kv: Values | None
+
+    def both(self) -> tuple[Values, Values]:
+        """(fw, kv), where there are two memories."""
+        assert self.fw is not None and self.kv is not None, "a mixer needs two memories"
+        return self.fw, self.kv
 
 
 class Timeline(NamedTuple):
@@ -92,7 +99,7 @@ class Blend(nn.Module):
         )
 
     def _state_after(self, timeline: Timeline, fast_weights: FastWeights | None) -> MemoryState:
-        b, l, h, k = timeline.keys.shape
+        b, l, _, k = timeline.keys.shape
         s = l if self.slots is None else self.slots
         count = timeline.position[:, -1] + 1
         unused = torch.arange(s, 0, -1, device=count.device) > self.held(count)[:, None]

@@ -1,4 +1,4 @@
-"""Delayed-Chunk: tokens gather in the KV-memory by chunks, and a whole chunk goes to the FW-memory when the next begins."""
+"""Delayed-Chunk: tokens gather in the KV-memory; a whole chunk goes to the FW-memory when the next one begins."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hqlt.blend.blend import Blend, Reads, Timeline
-from hqlt.memory import FastWeights
+from hqlt.memory import FastWeights, FWMemory, KVMemory
 from hqlt.shapes import Queries, Resets, Strengths
 
 
@@ -26,10 +26,14 @@ class DelayedChunk(Blend):
     Source: the paper, section 3, "Delayed-Chunk blending"; Munkhdalai et al. 2024, "Infini-attention".
     """
 
+    kv: KVMemory
+    fw: FWMemory
+
     keeps_betas = True
 
     @property
     def slots(self) -> int:
+        assert self.kv.window is not None, "the layer refuses it"
         return self.kv.window
 
     def held(self, count: Tensor) -> Tensor:
@@ -54,29 +58,29 @@ class DelayedChunk(Blend):
         t, l = q.shape[1], timeline.keys.shape[1]
         q = self.fw.features(q)
         begins = begins_chunk[:, l - t :]
-        # Between two chunks nothing is written. (While tracing the answer is unknown, and the general way always right.)
+        # Between two chunks nothing is written. (While tracing nobody knows, and the general way is always right.)
         if past is not None and not torch.compiler.is_compiling() and not begins.any():
             return self.fw.read(q, past), past
 
         chunk = F.pad(begins.cumsum(dim=1), (l - t, 0))  # [b, l]; 0: the chunk that was open before this call
         complete = chunk < chunk[:, -1:]
         order = torch.cat([2 * chunk[:, l - t :], 2 * chunk + 1], dim=1).argsort(dim=1, stable=True)
-        first_reads = F.pad(timeline.position[:, l - t :] == 0, (0, l))
 
-        def events(reads: Tensor | None, writes: Tensor | None) -> Tensor:
-            like = reads if writes is None else writes
-            b, tail = len(like), like.shape[2:]
-            reads = like.new_zeros(b, t, *tail) if reads is None else reads
-            writes = like.new_zeros(b, l, *tail) if writes is None else writes
-            return _take(torch.cat([reads, writes], dim=1), order)
+        def of_reads(x: Tensor) -> Tensor:
+            """[b, t, …] → [b, t + l, …] by events, zeros where they write."""
+            return _take(torch.cat([x, x.new_zeros(len(x), l, *x.shape[2:])], dim=1), order)
+
+        def of_writes(x: Tensor) -> Tensor:
+            """[b, l, …] → [b, t + l, …] by events, zeros where they read."""
+            return _take(torch.cat([x.new_zeros(len(x), t, *x.shape[2:]), x], dim=1), order)
 
         out, fast_weights = self.fw.scan(
-            events(q, None),
-            events(None, self.fw.features(timeline.keys)),
-            events(None, timeline.values),
-            events(None, timeline.betas * complete[..., None]),
+            of_reads(q),
+            of_writes(self.fw.features(timeline.keys)),
+            of_writes(timeline.values),
+            of_writes(timeline.betas * complete[..., None]),
             past,
-            _take(first_reads, order),
+            of_reads(timeline.position[:, l - t :] == 0),  # a segment's first read finds an empty memory
         )
         return _take(out, order.argsort(dim=1)[:, :t]), fast_weights
 

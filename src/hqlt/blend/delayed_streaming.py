@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hqlt.blend.blend import Blend, Reads, Timeline
-from hqlt.memory import FastWeights
+from hqlt.memory import FastWeights, FWMemory, KVMemory
 from hqlt.shapes import Queries, Resets, Strengths
 
 
@@ -19,8 +19,12 @@ class DelayedStreaming(Blend):
     Source: the paper, section 3, "Delayed-Streaming blending".
     """
 
+    kv: KVMemory
+    fw: FWMemory
+
     @property
     def slots(self) -> int:
+        assert self.kv.window is not None, "the layer refuses it"
         return self.kv.window
 
     def held(self, count: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Hidden, reads: Reads) -> Values:
-        fw_gate, kv_gate = self.gates(x)
-        return fw_gate * reads.fw + kv_gate * reads.kv
+        (fw, kv), (fw_gate, kv_gate) = reads.both(), self.gates(x)
+        return fw_gate * fw + kv_gate * kv
 
 
 class SumMixer(Mixer):
@@ -52,12 +52,14 @@ class VectorMixer(Mixer):
         return gamma, 1 - gamma
 
     def forward(self, x: Hidden, reads: Reads) -> Values:
-        gamma, _ = self.gates(x)
-        return reads.kv + gamma * (reads.fw - reads.kv)
+        (fw, kv), (gamma, _) = reads.both(), self.gates(x)
+        return kv + gamma * (fw - kv)
 
 
 class NoMixer(Mixer):
     """For one memory alone: what it says."""
 
     def forward(self, x: Hidden, reads: Reads) -> Values:
-        return reads.kv if reads.fw is None else reads.fw
+        read = reads.kv if reads.fw is None else reads.fw
+        assert read is not None
+        return read

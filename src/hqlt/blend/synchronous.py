@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from hqlt.blend.blend import Blend, Reads, Timeline
-from hqlt.memory import FastWeights
+from hqlt.memory import FastWeights, FWMemory, KVMemory
 from hqlt.shapes import Queries, Resets, Strengths
 
 
@@ -14,6 +14,9 @@ class Synchronous(Blend):
 
     Source: the paper, section 3, "Synchronous blending".
     """
+
+    kv: KVMemory
+    fw: FWMemory
 
     @property
     def slots(self) -> int | None:
@@ -32,7 +35,5 @@ class Synchronous(Blend):
     ) -> tuple[Reads, FastWeights]:
         t = q.shape[1]
         new_keys, new_values = timeline.keys[:, -t:], timeline.values[:, -t:]
-        fw, fast_weights = self.fw.scan(
-            self.fw.features(q), self.fw.features(new_keys), new_values, beta, past, resets
-        )
+        fw, fast_weights = self.fw.scan(self.fw.features(q), self.fw.features(new_keys), new_values, beta, past, resets)
         return Reads(fw, self.kv.read(q, timeline.keys, timeline.values, timeline.resets)), fast_weights

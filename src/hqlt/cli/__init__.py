@@ -9,7 +9,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Parse the command line and run the command."""
     from jsonargparse import auto_cli
 
-    from hqlt import __version__
+    from hqlt._version import version
     from hqlt.cli.demo import demo
 
     try:
@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> None:
             args=arguments,
             prog="hqlt",
             description="Hybrid memory layers: one layer, two memories.",
-            version=__version__,
+            version=version,
             allow_abbrev=False,
         )
     except KeyboardInterrupt:

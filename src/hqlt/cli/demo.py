@@ -156,23 +156,23 @@ def show(results: list[Result], folder: Path, settings: dict[str, Any], console:
     (folder / "results.json").write_text(json.dumps([as_json(result) for result in results], indent=1))
     (folder / "table.md").write_text(table.as_markdown())
     plot = save(figure_of(results), folder / "curves.png")
-    best = max((r for r in results if r.cell.task == "text"), key=lambda r: (r.cell.model == "Synchronous"))
+    best = max((r for r in results if r.cell.task == "text"), key=lambda r: r.cell.model == "Synchronous")
     text = read_and_write(best, folder)
     write_page(
         folder / "report.html",
         title="One layer, two memories",
         introduction=(
-            "Five models of equal size and budget: softmax attention alone, fast weights alone, and three blends of the "
-            "two in every layer. Parity needs a state to be tracked, recall a precise memory, and text some of each."
+            "Five models of equal size and budget: softmax attention alone, fast weights alone, and three blends of "
+            "the two in every layer. Parity needs a state to be tracked, recall a precise memory, text some of each."
         ),
         table=table,
         plot=plot,
         spoken=text["spoken"],
         samples=text["samples"],
         protocol=(
-            "Checkpoints were chosen by the validation score and tested once. Validation and test sets are the same for "
-            "all models and come from other seeds (text: other files) than the training data and each other. All that "
-            "was run is in the table."
+            "Checkpoints were chosen by the validation score and tested once. Validation and test sets are the same "
+            "for all models and come from other seeds (text: other files) than the training data and each other. "
+            "All that was run is in the table."
         ),
         settings=json.dumps({k: v for k, v in settings.items() if k != "cells"}, indent=1)
         + "\n"

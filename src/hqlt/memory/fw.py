@@ -38,7 +38,7 @@ class FWMemory(nn.Module):
         past: FastWeights | None,
         resets: Resets | None,
     ) -> tuple[Values, FastWeights]:
-        """At each step write (k, v) with its strength, then read q; q and k already mapped by φ. Strength 0 is no write."""
+        """At each step write (k, v) with its strength (0: not at all), then read q; q and k already mapped by φ."""
         raise NotImplementedError
 
     def read(self, q: Queries, past: FastWeights) -> Values:

@@ -49,9 +49,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def rotary_table(
-    l: int, k: int, theta: float, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def rotary_table(l: int, k: int, theta: float, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of position · theta^(−2i/k) for i < k/2: [l, 1, k/2] each, from angles in float64."""
     with torch.inference_mode(False), torch.no_grad():
         frequency = theta ** (-torch.arange(0, k, 2, dtype=torch.float64) / k)

@@ -37,7 +37,7 @@ def save_state(path: str | Path, state: MemoryState | Sequence[MemoryState], mod
     The file appears whole or not at all: it is written beside its place and then moved there.
     """
     single = isinstance(state, MemoryState)
-    states = [state] if single else list(state)
+    states = [state] if isinstance(state, MemoryState) else list(state)
     tensors = {
         f"{i}.{name}": part.detach().cpu().contiguous()
         for i, layer in enumerate(states)
@@ -65,7 +65,7 @@ def load_state(
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path}: expected a safetensors file written by save_state, got {error}") from error
     if metadata.get("format") != FORMAT:

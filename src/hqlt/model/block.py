@@ -1,5 +1,4 @@
 """One block of the model: a layer with its memories, then a multilayer perceptron."""
-# mypy: allow-untyped-calls
 
 from __future__ import annotations
 

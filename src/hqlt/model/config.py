@@ -1,5 +1,4 @@
 """A language model's configuration: `HybridMemory`'s own field names, and what a model adds to a layer."""
-# mypy: allow-untyped-calls
 
 # No `from __future__ import annotations` here: the type checks of transformers' configs read the types themselves.
 

@@ -1,5 +1,4 @@
 """The language model, in the shape that transformers gives to one."""
-# mypy: allow-untyped-calls
 
 from __future__ import annotations
 

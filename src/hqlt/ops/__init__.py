@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from hqlt.ops import delta_rule as _delta_rule
@@ -23,7 +25,7 @@ __all__ = [
 ]
 
 
-def explain(op: str, q: Tensor, **options: int | str | None) -> Choice:
+def explain(op: str, q: Tensor, **options: Any) -> Choice:
     """Which implementation of `op` would run on queries q [b, t, h, k], and why.
 
     >>> hqlt.ops.explain("window_attention", q, window=64)

@@ -48,6 +48,6 @@ def choose(
         if named not in implementations:
             raise ValueError(f"{op}: expected a backend among {', '.join(implementations)}, got {named!r}")
         return Choice(named, "named by the caller")
-    if _forced in implementations:
+    if _forced is not None and _forced in implementations:
         return Choice(_forced, "forced by hqlt.ops.use_backend")
     return next(Choice(rule.name, rule.why) for rule in rules if rule.holds(subject))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-
 from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
@@ -92,5 +91,3 @@ class GridDisplay:
 
 def _clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-

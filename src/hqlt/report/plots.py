@@ -21,14 +21,20 @@ COLOURS = {
     "Delayed-Chunk": "#7b5ea7",
     "Synchronous": "#c0392b",
 }
-TITLES = {"parity": "State tracking: parity", "recall": "Recall: key–value pairs", "text": "Real text: Python's library"}
+TITLES = {
+    "parity": "State tracking: parity",
+    "recall": "Recall: key–value pairs",
+    "text": "Real text: Python's library",
+}
 METRICS = {"accuracy": "accuracy (chance = 0)", "bits": "bits per byte"}
 
 
 def figure_of(results: Sequence[Result]) -> Figure:
     """Two rows of panels, a column a task: the test score along the task's coordinate, and the learning curves."""
     tasks = list(dict.fromkeys(result.cell.task for result in results))
-    figure, panels = pyplot.subplots(2, len(tasks), figsize=(4.6 * len(tasks), 6.6), squeeze=False, layout="constrained")
+    figure, panels = pyplot.subplots(
+        2, len(tasks), figsize=(4.6 * len(tasks), 6.6), squeeze=False, layout="constrained"
+    )
     for (top, bottom), task in zip(panels.T, tasks, strict=True):
         of_task = [result for result in results if result.cell.task == task]
         for result in of_task:

@@ -40,7 +40,8 @@ class AssociativeRecall:
     def __post_init__(self) -> None:
         if self.tokens_per_pair < 4:
             raise ValueError(
-                f"tokens_per_pair: expected at least 4, two for the pair and two for its query, got {self.tokens_per_pair}"
+                f"tokens_per_pair: expected at least 4, two for the pair and two for its query, "
+                f"got {self.tokens_per_pair}"
             )
         most = self.vocabulary // 2 - 1
         for name, pairs in (("pairs", self.pairs), *(("train_pairs", pairs) for pairs in self.train_pairs)):

@@ -10,7 +10,7 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -83,8 +83,8 @@ def run_grid(
             results[cell.name] = finished
             on_event(finished)
 
-    context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
-    context.set_forkserver_preload(["hqlt.train.grid", "hqlt.model"])
+    context: Any = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+    context.set_forkserver_preload(["hqlt.train.grid", "hqlt.model.language_model"])
     running: dict[Connection, tuple[BaseProcess, Cell, int]] = {}
     failed: list[str] = []
     try:
@@ -136,7 +136,7 @@ def _work(cell: Cell, folder: Path, pipe: Connection) -> None:
         pass  # the parent is gone
 
 
-def run_cell(cell: Cell, folder: Path) -> Any:
+def run_cell(cell: Cell, folder: Path) -> Iterator[Event | Result]:
     """Train one cell: yields Events, then its Result."""
     from hqlt.model import HQLTConfig, HQLTForCausalLM
 

@@ -81,7 +81,9 @@ def _chunks(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, resets: Tensor | None
         keeps_matrix = (first == last)[..., None]
     lower = _masked((beta * (k @ k.mT)).tril(-1), visible)
     identity = torch.eye(c, dtype=k.dtype, device=k.device)
-    inverse = torch.linalg.solve_triangular(identity + lower, identity.expand_as(lower), upper=False, unitriangular=True)
+    inverse = torch.linalg.solve_triangular(
+        identity + lower, identity.expand_as(lower), upper=False, unitriangular=True
+    )
     attention = _masked((q @ k.mT).tril(), visible)
     return _Chunks(q, k, v, beta, inverse, attention, visible, sees_matrix, reaches_end, keeps_matrix)
 
@@ -133,13 +135,13 @@ class _ChunkedDeltaRule(torch.autograd.Function):
 
         # Backwards through the loop over chunks: dR, and the gradient dS' of the matrix after each chunk.
         dR_read, dS_read = x.attention.mT @ dO, q_seen.mT @ dO
-        dR, dS_after, dS = [], [], d_final
+        dRs, dS_afters, dS = list[Tensor](), list[Tensor](), d_final
         for i in reversed(range(x.k.shape[2])):
-            dS_after.append(dS)
-            dR.append(dR_read[:, :, i] + k_end[:, :, i] @ dS)
+            dS_afters.append(dS)
+            dRs.append(dR_read[:, :, i] + k_end[:, :, i] @ dS)
             kept = dS if x.keeps_matrix is None else dS * x.keeps_matrix[:, :, i]
-            dS = kept + dS_read[:, :, i] - Y[:, :, i].mT @ dR[-1]
-        dR, dS_after = (torch.stack(parts[::-1], dim=2) for parts in (dR, dS_after))
+            dS = kept + dS_read[:, :, i] - Y[:, :, i].mT @ dRs[-1]
+        dR, dS_after = torch.stack(dRs[::-1], dim=2), torch.stack(dS_afters[::-1], dim=2)
 
         # R = (I + L)⁻¹ E with E = β(V − K S): dE = (I + L)⁻ᵀ dR and dL = −dE Rᵀ.
         dE = x.inverse.mT @ dR

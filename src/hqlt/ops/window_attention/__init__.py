@@ -68,7 +68,9 @@ def explain(q: Queries, *, window: int | None = None, backend: str | None = None
     t = q.shape[1]
     rules = (
         Rule("dense", lambda q: t <= SHORT, f"at most {SHORT} tokens: one fused call"),
-        Rule("dense", lambda q: window is None or 2 * window > t, "a window of over half the sequence: hardly less work"),
+        Rule(
+            "dense", lambda q: window is None or 2 * window > t, "a window of over half the sequence: hardly less work"
+        ),
         Rule("blocked", lambda q: True, "many windows in the sequence: work linear in length"),
     )
     return choose("window_attention", IMPLEMENTATIONS, rules, q, backend)

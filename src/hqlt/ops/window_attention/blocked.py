@@ -21,9 +21,7 @@ from hqlt.ops.window_attention.dense import visible
 from hqlt.shapes import Keys, Queries, Resets, Values, at_least_float32
 
 
-def window_attention(
-    q: Queries, k: Keys, v: Values, *, window: int, scale: float, resets: Resets | None
-) -> Values:
+def window_attention(q: Queries, k: Keys, v: Values, *, window: int, scale: float, resets: Resets | None) -> Values:
     return _BlockedWindowAttention.apply(q, k, v, window, scale, resets)
 
 
@@ -51,9 +49,7 @@ def _weights(q: Tensor, k: Tensor, scale: float, mask: Tensor) -> Tensor:
 
 class _BlockedWindowAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, resets: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, resets: Tensor | None) -> Tensor:
         ctx.save_for_backward(q, k, v, resets)
         ctx.window, ctx.scale = window, scale
         Q, K, V = (_heads_first(x) for x in (q, k, v))

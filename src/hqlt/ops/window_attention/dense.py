@@ -10,9 +10,7 @@ from hqlt.ops.segments import segment_ids
 from hqlt.shapes import Keys, Queries, Resets, Values
 
 
-def window_attention(
-    q: Queries, k: Keys, v: Values, *, window: int, scale: float, resets: Resets | None
-) -> Values:
+def window_attention(q: Queries, k: Keys, v: Values, *, window: int, scale: float, resets: Resets | None) -> Values:
     t, l = q.shape[1], k.shape[1]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     causal_is_enough = resets is None and window >= l and t == l

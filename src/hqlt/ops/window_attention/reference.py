@@ -8,9 +8,7 @@ from hqlt.ops.segments import segment_ids
 from hqlt.shapes import Keys, Queries, Resets, Values, at_least_float32
 
 
-def window_attention(
-    q: Queries, k: Keys, v: Values, *, window: int, scale: float, resets: Resets | None
-) -> Values:
+def window_attention(q: Queries, k: Keys, v: Values, *, window: int, scale: float, resets: Resets | None) -> Values:
     dtype = q.dtype
     q, k, v = (x.to(at_least_float32(x.dtype)) for x in (q, k, v))
     held = k.shape[1] - q.shape[1]
