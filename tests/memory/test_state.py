@@ -131,6 +131,11 @@ class TestMoves:
         y, _ = build_layer(choice, dtype=torch.float32)(tokens(2, 3, seed=1).float(), state.to(dtype=torch.float32))
         close(y, expected, 1e-4)
 
+    def test_a_mask_of_rows_is_refused(self):
+        """It would be read as the indices 0 and 1."""
+        with pytest.raises(ValueError, match="rows: expected indices of rows, got a bool mask"):
+            build_layer("kv-only").init_state(2).select(torch.tensor([False, True]))
+
     def test_joining_nothing_or_states_of_two_layers_is_refused(self):
         with pytest.raises(ValueError, match="at least one state"):
             MemoryState.concatenate([])

@@ -187,9 +187,12 @@ def show(results: list[Result], folder: Path, settings: dict[str, Any], console:
 
 def read_and_write(result: Result, folder: Path) -> dict[str, Any]:
     """What a trained text model writes, and which of its memories speaks while it reads held-out text."""
+    from transformers.utils import logging
+
     from hqlt.model import HQLTForCausalLM
     from hqlt.report import memory_shares
 
+    logging.disable_progress_bar()
     model = HQLTForCausalLM.from_pretrained(folder / "models" / result.cell.name).eval()
     task = StandardLibrary(length=480)
     batch = task.sample(generator_for("test", 1), 1, "test")

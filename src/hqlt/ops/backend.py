@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from hqlt import native
+
 
 class Choice(NamedTuple):
     name: str
@@ -26,6 +28,16 @@ class Rule(NamedTuple):
     holds: Callable[[Tensor], bool]
     why: str
 
+    def when(self, condition: bool) -> Rule:
+        """This rule where the condition holds, and one that never holds elsewhere."""
+        return self if condition else self._replace(holds=lambda x: False)
+
+
+def _runs_natively(x: Tensor) -> bool:
+    return x.device.type == "cpu" and native.available()
+
+
+NATIVE = Rule("native", _runs_natively, "on a CPU: one pass in C++, the memory stays in the cache")
 
 _forced: str | None = None
 

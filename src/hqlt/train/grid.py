@@ -6,10 +6,13 @@ takes those as they are and runs the rest. A worker that dies costs its own cell
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
 import signal
+import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
@@ -64,6 +67,12 @@ class Event(NamedTuple):
     progress: Progress
 
 
+class Failure(NamedTuple):
+    """Why a cell's worker gave up."""
+
+    reason: str
+
+
 def run_grid(
     cells: Sequence[Cell], folder: Path, workers: int, on_event: Callable[[Event | Result], None]
 ) -> list[Result]:
@@ -87,15 +96,17 @@ def run_grid(
     context.set_forkserver_preload(["hqlt.train.grid", "hqlt.model.language_model"])
     running: dict[Connection, tuple[BaseProcess, Cell, int]] = {}
     failed: list[str] = []
+    reasons: dict[str, str] = {}
     try:
         while waiting or running:
             while waiting and len(running) < workers:
                 cell, attempt = waiting.pop(0)
-                ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=_work, args=(cell, folder, theirs), daemon=True)
-                process.start()
-                theirs.close()
-                running[ours] = process, cell, attempt
+                with _interrupts_wait():
+                    ours, theirs = context.Pipe(duplex=False)
+                    process = context.Process(target=_work, args=(cell, folder, theirs), daemon=True)
+                    process.start()
+                    theirs.close()
+                    running[ours] = process, cell, attempt
             for pipe in wait(list(running)):
                 assert isinstance(pipe, Connection)
                 process, cell, attempt = running[pipe]
@@ -109,7 +120,11 @@ def run_grid(
                     if attempt < TRIES:
                         waiting.append((cell, attempt + 1))
                     else:
-                        failed.append(f"{cell.name} (exit code {process.exitcode})")
+                        reason = reasons.get(cell.name, f"its process died with exit code {process.exitcode}")
+                        failed.append(f"{cell.name}: {reason}")
+                    continue
+                if isinstance(message, Failure):
+                    reasons[cell.name] = message.reason
                     continue
                 if isinstance(message, Result):
                     save_result(folder, message)
@@ -121,7 +136,7 @@ def run_grid(
         for process, _, _ in running.values():
             process.join()
     if failed:
-        raise RuntimeError(f"{len(failed)} of {len(cells)} cells failed {TRIES} times: {', '.join(failed)}")
+        raise RuntimeError(f"{len(failed)} of {len(cells)} cells failed {TRIES} times:\n" + "\n".join(failed))
     return [results[cell.name] for cell in cells]
 
 
@@ -134,12 +149,30 @@ def _work(cell: Cell, folder: Path, pipe: Connection) -> None:
             pipe.send(progress)
     except BrokenPipeError:
         pass  # the parent is gone
+    except Exception:
+        pipe.send(Failure(traceback.format_exc()))
+
+
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Ctrl-C takes effect at the end, so that no process is left half started."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def run_cell(cell: Cell, folder: Path) -> Iterator[Event | Result]:
     """Train one cell: yields Events, then its Result."""
+    from transformers.utils import logging
+
     from hqlt.model import HQLTConfig, HQLTForCausalLM
 
+    logging.disable_progress_bar()  # of writing a few kilobytes
     task = TASKS[cell.task](**cell.task_options)
     torch.manual_seed(cell.seed)
     model = HQLTForCausalLM(HQLTConfig(**cell.config, vocab_size=task.vocab_size))

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from hqlt.ops.backend import Choice, Rule, choose
-from hqlt.ops.delta_rule import chunked, reference
+from hqlt.ops.backend import NATIVE, Choice, Rule, choose
+from hqlt.ops.delta_rule import chunked, native, reference
 from hqlt.shapes import Keys, Matrix, Queries, Resets, Strengths, Values, at_least_float32, check_resets, match
 
-IMPLEMENTATIONS = {"reference": reference.delta_rule, "chunked": chunked.delta_rule}
+IMPLEMENTATIONS = {
+    "reference": reference.delta_rule,
+    "chunked": chunked.delta_rule,
+    "native": native.delta_rule,
+}
 RULES = (
+    NATIVE,
     Rule("reference", lambda q: q.shape[1] <= 1, "one token or none: the equation itself takes the fewest calls"),
     Rule("chunked", lambda q: True, "many tokens: matrix products over chunks"),
 )

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from hqlt.ops.backend import Choice, Rule, choose
-from hqlt.ops.linear_attention import chunked, reference
+from hqlt.ops.backend import NATIVE, Choice, Rule, choose
+from hqlt.ops.linear_attention import chunked, native, reference
 from hqlt.ops.linear_attention.state import EPSILON as EPSILON
 from hqlt.ops.linear_attention.state import LinearState as LinearState
 from hqlt.shapes import Keys, Queries, Resets, Values, at_least_float32, check_resets, match
 
-IMPLEMENTATIONS = {"reference": reference.linear_attention, "chunked": chunked.linear_attention}
+IMPLEMENTATIONS = {
+    "reference": reference.linear_attention,
+    "chunked": chunked.linear_attention,
+    "native": native.linear_attention,
+}
 RULES = (
+    NATIVE,
     Rule("reference", lambda q: q.shape[1] <= 1, "one token or none: the equation itself takes the fewest calls"),
     Rule("chunked", lambda q: True, "many tokens: matrix products over chunks"),
 )

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from hqlt.ops.backend import Choice, Rule, choose
+from hqlt.ops.backend import NATIVE, Choice, Rule, choose
 from hqlt.ops.segments import positions
-from hqlt.ops.window_attention import blocked, dense, reference
+from hqlt.ops.window_attention import blocked, dense, native, reference
 from hqlt.shapes import Keys, Queries, Resets, Values, check_resets, match
 
 IMPLEMENTATIONS = {
     "reference": reference.window_attention,
     "dense": dense.window_attention,
     "blocked": blocked.window_attention,
+    "native": native.window_attention,
 }
-SHORT = 128
 
 
 def window_attention(
@@ -66,11 +66,12 @@ def window_attention(
 
 def explain(q: Queries, *, window: int | None = None, backend: str | None = None) -> Choice:
     t = q.shape[1]
+    mostly_masked = window is not None and 2 * window <= t
     rules = (
-        Rule("dense", lambda q: t <= SHORT, f"at most {SHORT} tokens: one fused call"),
-        Rule(
-            "dense", lambda q: window is None or 2 * window > t, "a window of over half the sequence: hardly less work"
-        ),
+        Rule("dense", lambda q: t < 8, "a few tokens: one fused call"),
+        NATIVE.when(mostly_masked or t <= 1024),
+        Rule("dense", lambda q: t <= 128, "a short sequence: one fused call"),
+        Rule("dense", lambda q: not mostly_masked, "a window of over half the sequence: hardly less work"),
         Rule("blocked", lambda q: True, "many windows in the sequence: work linear in length"),
     )
     return choose("window_attention", IMPLEMENTATIONS, rules, q, backend)

@@ -1,0 +1,95 @@
+"""The memories' reads and writes in C++, for CPUs: one small library, called on the addresses of tensors.
+
+`memories.cpp` is compiled for plain vectors, AVX2 and AVX-512 at once, and the library picks what the machine has
+(HQLT_NATIVE_ISA=plain|avx2|avx512 names one, for tests). It knows nothing of Python or torch, so that one build serves
+every version of both. Its threads sleep between calls; each call uses as many as `torch.get_num_threads()` says.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FOLDER = Path(__file__).parent
+
+
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """(the library, "") or (None, why not)."""
+    built = sorted([*FOLDER.glob("_memories*.so"), *FOLDER.glob("_memories*.dylib")])
+    if not built:
+        return None, f"the native library was not built: no _memories*.so in {FOLDER}"
+    try:
+        library = ctypes.CDLL(str(built[0]))
+        library.hqlt_instruction_set.restype = ctypes.c_char_p
+    except (OSError, AttributeError) as error:
+        return None, f"the native library does not load: {error}"
+    if not library.hqlt_instruction_set():
+        return None, f"HQLT_NATIVE_ISA={os.environ.get('HQLT_NATIVE_ISA')}: this machine has no such instructions"
+    for name in ("delta_rule", "linear_attention", "window_attention"):
+        for direction in ("forward", "backward"):
+            kernel = library[f"hqlt_{name}_{direction}"]
+            kernel.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_double, ctypes.c_void_p)
+            kernel.restype = None
+            setattr(library, f"{name}_{direction}", kernel)
+    return library, ""
+
+
+_library, _why_not = _load()
+_silent = False
+
+
+def available() -> bool:
+    """Whether the native implementations can run here. Warns once where they cannot."""
+    global _silent
+    if _library is None and not _silent:
+        _silent = True
+        warnings.warn(f"hqlt: {_why_not}; slower torch implementations run instead", RuntimeWarning, stacklevel=2)
+    return _library is not None
+
+
+def why_not() -> str:
+    """Why they cannot run, "" where they can."""
+    return _why_not
+
+
+def instruction_set() -> str:
+    """ "plain", "avx2" or "avx512"; "" where the library is missing."""
+    return "" if _library is None else _library.hqlt_instruction_set().decode()
+
+
+def run(kernel: str, sizes: Sequence[int], scale: float, tensors: Sequence[Any]) -> None:
+    """Call a kernel on contiguous tensors of the first one's type: float32 or float64 (resets: bool, or None)."""
+    if _library is None:
+        raise RuntimeError(f"backend 'native': {_why_not}; name another backend, or None to let hqlt pick")
+    addresses = [None if x is None else x.data_ptr() for x in tensors]
+    getattr(_library, kernel)(
+        tensors[0].dtype == torch.float64,
+        torch.get_num_threads(),
+        (ctypes.c_int64 * len(sizes))(*sizes),
+        scale,
+        (ctypes.c_void_p * len(addresses))(*addresses),
+    )
+
+
+def contiguous(*tensors: Tensor | None) -> list[Any]:
+    """The same tensors, laid out without gaps; None stays None."""
+    return [x if x is None else x.contiguous() for x in tensors]
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether these are ordinary tensors without gradients that nobody traces: then an operator may skip torch's
+    dispatcher, which costs more than the work on one token."""
+    grad = torch.is_grad_enabled()
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and all(x is None or (type(x) is Tensor and not (grad and x.requires_grad)) for x in tensors)
+    )

@@ -1,0 +1,246 @@
+// The delta rule.
+//
+//     r_t = v_t − W_{t−1}ᵀ k_t      W_t = W_{t−1} + k_t ⊗ β_t r_t      out_t = scale · W_tᵀ q_t
+//
+// The columns of W never meet, so a slice of columns is a task of its own: it stays in the first-level cache, and one
+// pass over it writes and reads two tokens and predicts the next two. The errors r are kept for the backward pass.
+//
+// Backward, with G_t the gradient of W_t and du_t = G_tᵀ k_t that of β_t r_t:
+//
+//     G_t = G_{t+1} − k_{t+1} ⊗ dv_{t+1} + scale · q_t ⊗ dout_t
+//     dv_t = β_t du_t      dβ_t = du_t · r_t      dq_t = scale · W_t dout_t      dk_t = β_t G_t r_t − W_{t−1} dv_t
+//
+// Given r and dv, every step above only adds products to a matrix, so that W itself is rebuilt forwards from the
+// initial state: nothing but r is kept, and nothing is inverted. The sums over v (dq, dk) sweep the transposes of G and
+// W, so that they too run along lanes: three sweeps in all, each like the forward one.
+
+template <class T>
+struct DeltaRule {
+  int64_t b, t, h, k, v;
+  T scale;
+  const T *q, *key, *value, *beta, *state;
+  const uint8_t* resets;  // [b, t] or null
+  T *errors, *out, *final_state;
+  const T *d_out, *d_final;
+  T *d_q, *d_key, *d_value, *d_beta, *d_state;
+
+  // Two tokens a pass. Both are predicted before either is written; the second then sees the first one's write.
+  template <int N>
+  void forward(int64_t head, int64_t slice) const {
+    const Head at(head, t, h, resets);
+    const Columns<T, N> columns{v, slice};
+    Slice<T, N> W{columns, k, scratch<T>(k * N)};
+    W.read(state + head * k * v);
+
+    Pass<T, N, read, read> look;
+    Pass<T, N, write, read, read, read> one;
+    Pass<T, N, write, read, write, read, read, read> two;
+    look.w[0] = key + at.token(0) * k, look.w[1] = key + at.token(t > 1) * k;
+    look(W.M, k);
+    for (int64_t i = 0; i < t;) {
+      const bool pair = i + 1 < t && !at.reset(i + 1);
+      const int64_t first = at.token(i), second = at.token(i + pair), after = i + 1 + pair;
+      const T* next[2] = {key + at.token(after < t ? after : i) * k, key + at.token(after + 1 < t ? after + 1 : i) * k};
+      for (int64_t soon = after + 2; soon < after + 4 && soon < t; ++soon) {
+        const int64_t token = at.token(soon);
+        prefetch(q + token * k, k), prefetch(key + token * k, k), prefetch(value + token * v, v);
+      }
+      if (at.reset(i)) {
+        W.clear();
+        UNROLL for (int n = 0; n < N; ++n) look.x[0][n] = look.x[1][n] = Lanes<T>{};
+      }
+      Lanes<T> correction[N];
+      correct(columns, first, look.x[0], correction);
+      if (pair) {
+        const T overlap = dot(key + first * k, key + second * k, k);
+        UNROLL for (int n = 0; n < N; ++n) {
+          two.x[0][n] = correction[n];
+          look.x[1][n] += overlap * correction[n];
+        }
+        correct(columns, second, look.x[1], two.x[2]);
+        two.w[0] = key + first * k, two.w[1] = q + first * k, two.w[2] = key + second * k, two.w[3] = q + second * k;
+        two.w[4] = next[0], two.w[5] = next[1];
+        two(W.M, k);
+        UNROLL for (int n = 0; n < N; ++n) {
+          columns.store(out + first * v, n, scale * two.x[1][n]);
+          columns.store(out + second * v, n, scale * two.x[3][n]);
+          look.x[0][n] = two.x[4][n], look.x[1][n] = two.x[5][n];
+        }
+      } else {
+        UNROLL for (int n = 0; n < N; ++n) one.x[0][n] = correction[n];
+        one.w[0] = key + first * k, one.w[1] = q + first * k, one.w[2] = next[0], one.w[3] = next[1];
+        one(W.M, k);
+        UNROLL for (int n = 0; n < N; ++n) {
+          columns.store(out + first * v, n, scale * one.x[1][n]);
+          look.x[0][n] = one.x[2][n], look.x[1][n] = one.x[3][n];
+        }
+      }
+      i = after;
+    }
+    W.write(final_state + head * k * v);
+  }
+
+  // Backwards in time over columns of G: dv, this slice's part of dβ, and the gradient of the initial state.
+  template <int N>
+  void backward_columns(int64_t head, int64_t slice, T* d_beta_part) const {
+    const Head at(head, t, h, resets);
+    const Columns<T, N> columns{v, slice};
+    Slice<T, N> G{columns, k, scratch<T>(k * N)};
+    G.read(d_final + head * k * v);
+
+    Pass<T, N, write, write, read> pass;  // predicted by the token after, read here, written here
+    pass.w[0] = key + at.token(t - 1) * k;
+    UNROLL for (int n = 0; n < N; ++n) pass.x[0][n] = Lanes<T>{};
+    for (int64_t i = t - 1; i >= 0; --i) {
+      const int64_t now = at.token(i), soon = at.token(i > 1 ? i - 2 : i);
+      prefetch(q + soon * k, k), prefetch(key + soon * k, k);
+      prefetch(d_out + soon * v, v), prefetch(errors + soon * v, v);
+      if (at.reset(i + 1)) {
+        G.clear();
+        UNROLL for (int n = 0; n < N; ++n) pass.x[0][n] = Lanes<T>{};
+      }
+      UNROLL for (int n = 0; n < N; ++n) pass.x[1][n] = scale * columns.load(d_out + now * v, n);
+      pass.w[1] = q + now * k, pass.w[2] = key + now * k;
+      pass(G.M, k);
+      T d_strength = 0;
+      UNROLL for (int n = 0; n < N; ++n) {
+        d_strength += columns.sum(n, pass.x[2][n] * columns.load(errors + now * v, n));
+        const Lanes<T> d_error = beta[now] * pass.x[2][n];
+        columns.store(d_value + now * v, n, d_error);
+        pass.x[0][n] = -d_error;
+      }
+      d_beta_part[now] = d_strength;
+      pass.w[0] = key + now * k;
+    }
+    Pass<T, N, write> last;
+    last.w[0] = pass.w[0];
+    UNROLL for (int n = 0; n < N; ++n) last.x[0][n] = pass.x[0][n];
+    last(G.M, k);
+    if (at.reset(0)) G.clear();
+    G.write(d_state + head * k * v);
+  }
+
+  // Given dv: dk and dq by columns of the transposes of G (backwards in time), then of W (forwards).
+  template <int N>
+  void backward_rows(int64_t head, int64_t slice) const {
+    const Head at(head, t, h, resets);
+    const Columns<T, N> columns{k, slice};
+    Slice<T, N> M{columns, v, scratch<T>(v * N)};
+
+    M.read_transposed(d_final + head * k * v);
+    Pass<T, N, write, read, write> later;  // read here, written here, predicted here
+    Pass<T, N, write, read, write, write, read, write> later_two;
+    for (int64_t i = t - 1; i >= 0;) {
+      const bool pair = i > 0 && !at.reset(i);
+      for (int64_t soon = i - 2 - pair; soon > i - 4 - pair && soon >= 0; --soon) fetch(at.token(soon));
+      if (at.reset(i + 1)) M.clear();
+      const int64_t now[2] = {at.token(i), at.token(i - pair)};
+      if (pair) {
+        load_later(columns, now[0], later_two.w, later_two.x), load_later(columns, now[1], later_two.w + 3, later_two.x + 3);
+        later_two(M.M, v);
+        store_later(columns, now[0], later_two.x), store_later(columns, now[1], later_two.x + 3);
+      } else {
+        load_later(columns, now[0], later.w, later.x);
+        later(M.M, v);
+        store_later(columns, now[0], later.x);
+      }
+      i -= 1 + pair;
+    }
+
+    M.read_transposed(state + head * k * v);
+    Pass<T, N, read, write, read> earlier;  // predicted here, written here, read here
+    Pass<T, N, read, write, read, read, write, read> earlier_two;
+    for (int64_t i = 0; i < t;) {
+      const bool pair = i + 1 < t && !at.reset(i + 1);
+      for (int64_t soon = i + 2 + pair; soon < i + 4 + pair && soon < t; ++soon) fetch(at.token(soon));
+      if (at.reset(i)) M.clear();
+      const int64_t now[2] = {at.token(i), at.token(i + pair)};
+      if (pair) {
+        load_earlier(columns, now[0], earlier_two.w, earlier_two.x), load_earlier(columns, now[1], earlier_two.w + 3, earlier_two.x + 3);
+        earlier_two(M.M, v);
+        store_earlier(columns, now[0], earlier_two.x), store_earlier(columns, now[1], earlier_two.x + 3);
+      } else {
+        load_earlier(columns, now[0], earlier.w, earlier.x);
+        earlier(M.M, v);
+        store_earlier(columns, now[0], earlier.x);
+      }
+      i += 1 + pair;
+    }
+  }
+
+ private:
+  // β (v − prediction), and the error in it.
+  template <int N>
+  INLINE void correct(Columns<T, N> columns, int64_t token, const Lanes<T>* predicted, Lanes<T>* correction) const {
+    UNROLL for (int n = 0; n < N; ++n) {
+      const Lanes<T> error = columns.load(value + token * v, n) - predicted[n];
+      if (errors) columns.store(errors + token * v, n, error);
+      correction[n] = beta[token] * error;
+    }
+  }
+
+  // The steps of one token over the transpose of G:  + dout ⊗ scale q,  read r,  − dv ⊗ k.
+  template <int N>
+  INLINE void load_later(Columns<T, N> columns, int64_t token, const T** w, Lanes<T> (*x)[N]) const {
+    w[0] = d_out + token * v, w[1] = errors + token * v, w[2] = d_value + token * v;
+    UNROLL for (int n = 0; n < N; ++n) {
+      x[0][n] = scale * columns.load(q + token * k, n);
+      x[2][n] = -columns.load(key + token * k, n);
+    }
+  }
+  template <int N>
+  INLINE void store_later(Columns<T, N> columns, int64_t token, const Lanes<T> (*x)[N]) const {
+    UNROLL for (int n = 0; n < N; ++n) columns.put(d_key + token * k, n, beta[token] * x[1][n]);
+  }
+
+  // And over the transpose of W:  read dv,  + r ⊗ β k,  read dout.
+  template <int N>
+  INLINE void load_earlier(Columns<T, N> columns, int64_t token, const T** w, Lanes<T> (*x)[N]) const {
+    w[0] = d_value + token * v, w[1] = errors + token * v, w[2] = d_out + token * v;
+    UNROLL for (int n = 0; n < N; ++n) x[1][n] = beta[token] * columns.load(key + token * k, n);
+  }
+  template <int N>
+  INLINE void store_earlier(Columns<T, N> columns, int64_t token, const Lanes<T> (*x)[N]) const {
+    UNROLL for (int n = 0; n < N; ++n) {
+      columns.add(d_key + token * k, n, -x[0][n]);
+      columns.store(d_q + token * k, n, scale * x[2][n]);
+    }
+  }
+
+  INLINE void fetch(int64_t token) const {
+    prefetch(q + token * k, k), prefetch(key + token * k, k);
+    prefetch(d_out + token * v, v), prefetch(errors + token * v, v), prefetch(d_value + token * v, v);
+  }
+};
+
+template <class T>
+void delta_rule_forward(int threads, const int64_t* size, double scale, void* const* x) {
+  DeltaRule<T> job = {size[0], size[1], size[2], size[3], size[4], T(scale)};
+  from(x, job.q, job.key, job.value, job.beta, job.state, job.resets, job.out, job.final_state, job.errors);
+  threads = threads_for(threads, 3 * job.b * job.t * job.h * job.k * job.v);
+  for_slices<T>(threads, job.b * job.h, job.k, job.v, [&](auto N, int64_t head, int64_t slice) {
+    job.template forward<N>(head, slice);
+  });
+}
+
+template <class T>
+void delta_rule_backward(int threads, const int64_t* size, double scale, void* const* x) {
+  DeltaRule<T> job = {size[0], size[1], size[2], size[3], size[4], T(scale)};
+  from(x, job.q, job.key, job.beta, job.state, job.resets, job.errors, job.d_out, job.d_final,  //
+       job.d_q, job.d_key, job.d_value, job.d_beta, job.d_state);
+  const int64_t heads = job.b * job.h, tokens = heads * job.t;
+  threads = threads_for(threads, 9 * tokens * job.k * job.v);
+
+  // Every slice sums dβ over its own columns, in a buffer of its own; the first one's is the result.
+  const int64_t slices = slicing<T>(job.k, job.v, heads, threads).count;
+  std::vector<T> others((slices - 1) * tokens);
+  for_slices<T>(threads, heads, job.k, job.v, [&](auto N, int64_t head, int64_t slice) {
+    job.template backward_columns<N>(head, slice, slice ? &others[(slice - 1) * tokens] : job.d_beta);
+  });
+  for (int64_t slice = 1; slice < slices; ++slice)
+    for (int64_t i = 0; i < tokens; ++i) job.d_beta[i] += others[(slice - 1) * tokens + i];
+
+  for_slices<T>(threads, heads, job.v, job.k, [&](auto N, int64_t head, int64_t slice) {
+    job.template backward_rows<N>(head, slice);
+  });
+}

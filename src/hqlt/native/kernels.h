@@ -1,0 +1,18 @@
+// Everything that is compiled once per instruction set: ISA names the namespace, LANE_BYTES the width of a vector.
+namespace ISA {
+#include "lanes.h"
+#include "sweep.h"
+#include "delta_rule.h"
+#include "linear_attention.h"
+#include "window_attention.h"
+
+
+const Kernels kernels = {
+    {delta_rule_forward<float>, delta_rule_forward<double>},
+    {delta_rule_backward<float>, delta_rule_backward<double>},
+    {linear_attention_forward<float>, linear_attention_forward<double>},
+    {linear_attention_backward<float>, linear_attention_backward<double>},
+    {window_attention_forward<float>, window_attention_forward<double>},
+    {window_attention_backward<float>, window_attention_backward<double>},
+};
+}  // namespace ISA

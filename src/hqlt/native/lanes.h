@@ -1,0 +1,149 @@
+// Vectors of LANE_BYTES bytes, and matrices whose columns lie in their lanes. Included once per instruction set.
+
+template <class T>
+constexpr int L = LANE_BYTES / sizeof(T);  // numbers in a vector
+
+template <class T>
+struct Vector {
+  typedef T type __attribute__((vector_size(LANE_BYTES)));
+};
+template <class T>
+using Lanes = typename Vector<T>::type;
+
+template <class T>
+INLINE Lanes<T> load(const T* from) {
+  Lanes<T> x;
+  __builtin_memcpy(&x, from, sizeof x);
+  return x;
+}
+
+// One number in every lane of a register: left to itself, the compiler loads it anew for every use.
+template <class T>
+INLINE Lanes<T> broadcast(const T* from) {
+  Lanes<T> x = *from - Lanes<T>{};
+  IN_REGISTER(x);
+  return x;
+}
+
+// Tokens of one head lie h rows apart, a stride that the hardware's own prefetching does not follow.
+template <class T>
+INLINE void prefetch(const T* row, int64_t width) {
+  for (int64_t i = 0; i < width; i += 64 / sizeof(T)) __builtin_prefetch(row + i, 0, 2);
+}
+
+template <class T>
+INLINE void store(T* to, Lanes<T> x) {
+  __builtin_memcpy(to, &x, sizeof x);
+}
+
+// The columns of one slice, N vectors wide, of a row of `width` numbers. Where the width is no multiple of L, the last
+// vector is moved left to end with the row: it overlaps its neighbour and computes the same numbers once more, so that
+// every load and store is whole. Only a row shorter than a vector (N = 1 then) is filled up with zeros.
+template <class T, int N>
+struct Columns {
+  int64_t width, slice;
+
+  INLINE bool narrow() const { return N == 1 && width < L<T>; }
+  INLINE int64_t begin(int n) const { return (slice * N + n) * L<T>; }
+  INLINE int64_t at(int n) const { return narrow() ? 0 : begin(n) < width - L<T> ? begin(n) : width - L<T>; }
+  INLINE int64_t lanes() const { return narrow() ? width : L<T>; }
+
+  INLINE Lanes<T> load(const T* row, int n) const {
+    Lanes<T> x = {};
+    __builtin_memcpy(&x, row + at(n), narrow() ? width * sizeof(T) : LANE_BYTES);
+    return x;
+  }
+  INLINE void store(T* row, int n, Lanes<T> x) const {
+    __builtin_memcpy(row + at(n), &x, narrow() ? width * sizeof(T) : LANE_BYTES);
+  }
+  // The three below touch each column of the row once: for sums, and where two slices meet in what they write.
+  INLINE void put(T* row, int n, Lanes<T> x) const {
+    if (begin(n) == at(n)) return store(row, n, x);
+    for (int64_t lane = begin(n) - at(n); lane < L<T>; ++lane) row[at(n) + lane] = x[lane];
+  }
+  INLINE void add(T* row, int n, Lanes<T> x) const {
+    if (begin(n) == at(n)) return store(row, n, load(row, n) + x);
+    for (int64_t lane = begin(n) - at(n); lane < L<T>; ++lane) row[at(n) + lane] += x[lane];
+  }
+  INLINE T sum(int n, Lanes<T> x) const {
+    T total = 0;
+    for (int64_t lane = begin(n) - at(n); lane < L<T>; ++lane) total += x[lane];
+    return total;
+  }
+};
+
+template <class T>
+constexpr int widest_slice = LANE_BYTES == 64 && sizeof(T) == 4 ? 4 : 2;
+
+// How a width is cut into slices so that rows × slice stays in the first-level cache.
+struct Slicing {
+  int vectors;    // in a slice: 1, 2 or, with registers enough, 4
+  int64_t count;  // slices
+};
+
+template <class T>
+Slicing slicing(int64_t rows, int64_t width, int64_t matrices, int threads) {
+  constexpr int64_t cache = 20480;
+  const int64_t all = (width + L<T> - 1) / L<T>;
+  const int64_t wanted = (threads + matrices - 1) / matrices;  // slices, so that every thread has one
+  int vectors = widest_slice<T>;
+  while (vectors > 1 && (vectors * rows * LANE_BYTES > cache || vectors / 2 >= all || all / vectors < wanted)) vectors /= 2;
+  return {vectors, (all + vectors - 1) / vectors};
+}
+
+template <int N>
+using Size = std::integral_constant<int, N>;
+
+// work(N, head, slice) for every slice of `width` columns of every head's matrix, over the threads.
+template <class T, class Work>
+void for_slices(int threads, int64_t heads, int64_t rows, int64_t width, const Work& work) {
+  const Slicing cut = slicing<T>(rows, width, heads, threads);
+  Pool::run(threads, heads * cut.count, [&](int64_t task) {
+    const int64_t head = task / cut.count, slice = task % cut.count;
+    if (cut.vectors == 1) return work(Size<1>(), head, slice);
+    if constexpr (widest_slice<T> == 4)
+      if (cut.vectors == 4) return work(Size<4>(), head, slice);
+    return work(Size<2>(), head, slice);
+  });
+}
+
+template <class T>
+Lanes<T>* scratch(int64_t vectors) {
+  static thread_local struct Buffer {
+    void* memory = nullptr;
+    int64_t bytes = 0;
+    ~Buffer() { ::free(memory); }
+  } buffer;
+  const int64_t bytes = vectors * LANE_BYTES;
+  if (buffer.bytes < bytes) {
+    ::free(buffer.memory);
+    if (::posix_memalign(&buffer.memory, 64, bytes)) ::abort();
+    buffer.bytes = bytes;
+  }
+  return static_cast<Lanes<T>*>(buffer.memory);
+}
+
+// Heads are numbered over b and h: where the tokens of one lie in [b, t, h, ·], and which of them begin a segment.
+struct Head {
+  int64_t first, stride, t;
+  const uint8_t* resets;
+
+  Head(int64_t head, int64_t t, int64_t h, const uint8_t* all_resets)
+      : first(head / h * t * h + head % h), stride(h), t(t), resets(all_resets ? all_resets + head / h * t : nullptr) {}
+  INLINE int64_t token(int64_t i) const { return first + i * stride; }
+  INLINE bool reset(int64_t i) const { return resets && i < t && resets[i]; }
+};
+
+// Waking a second thread pays from about this many multiply-adds on.
+inline int threads_for(int threads, int64_t multiply_adds) { return multiply_adds < 400000 ? 1 : threads; }
+
+template <class T>
+INLINE T dot(const T* a, const T* b, int64_t n) {
+  Lanes<T> sums = {};
+  int64_t i = 0;
+  for (; i + L<T> <= n; i += L<T>) sums += load(a + i) * load(b + i);
+  T sum = 0;
+  for (; i < n; ++i) sum += a[i] * b[i];
+  for (int lane = 0; lane < L<T>; ++lane) sum += sums[lane];
+  return sum;
+}

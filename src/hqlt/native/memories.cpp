@@ -1,0 +1,109 @@
+// Native memories: a plain C interface over one set of kernels, compiled once per instruction set.
+//
+// Every tensor is contiguous, [b, t, h, ·] or [b, h, k, v]. No headers of Python or torch: Python passes addresses.
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "pool.h"
+
+#define INLINE inline __attribute__((always_inline))
+#if defined(__x86_64__)
+#define IN_REGISTER(x) asm("" : "+v"(x))
+#else
+#define IN_REGISTER(x) asm("" : "+w"(x))
+#endif
+#define UNROLL _Pragma("GCC unroll 16")
+
+namespace {
+
+// Every kernel is called alike: sizes, a scale, the addresses of its tensors (null where there are no resets).
+using Kernel = void(int threads, const int64_t* sizes, double scale, void* const* tensors);
+
+struct Kernels {
+  struct Types {
+    Kernel *f32, *f64;
+  } delta_rule_forward, delta_rule_backward, linear_attention_forward, linear_attention_backward,
+      window_attention_forward, window_attention_backward;
+};
+
+template <class... Pointers>
+void from(void* const* addresses, Pointers*&... tensors) {
+  ((tensors = static_cast<Pointers*>(*addresses++)), ...);
+}
+
+#define ISA plain
+#define LANE_BYTES 16
+#include "kernels.h"
+#undef ISA
+#undef LANE_BYTES
+
+#if defined(__x86_64__)
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#define ISA avx2
+#define LANE_BYTES 32
+#include "kernels.h"
+#undef ISA
+#undef LANE_BYTES
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,prefer-vector-width=512")
+#define ISA avx512
+#define LANE_BYTES 64
+#include "kernels.h"
+#undef ISA
+#undef LANE_BYTES
+#pragma GCC pop_options
+#endif
+
+const Kernels* best() {
+  const char* forced = std::getenv("HQLT_NATIVE_ISA");
+  const std::string name = forced ? forced : "";
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  if (has_avx512 && (name == "avx512" || name == "")) return &avx512::kernels;
+  if (has_avx2 && (name == "avx2" || name == "")) return &avx2::kernels;
+#endif
+  return name == "" || name == "plain" ? &plain::kernels : nullptr;
+}
+
+const Kernels* const kernels = best();
+
+}  // namespace
+
+#define EXPORT(kernel)                                                                            \
+  extern "C" __attribute__((visibility("default"))) void hqlt_##kernel(                           \
+      int is_double, int threads, const int64_t* sizes, double scale, void* const* tensors) {     \
+    (is_double ? kernels->kernel.f64 : kernels->kernel.f32)(threads, sizes, scale, tensors);      \
+  }
+
+EXPORT(delta_rule_forward)
+EXPORT(delta_rule_backward)
+EXPORT(linear_attention_forward)
+EXPORT(linear_attention_backward)
+EXPORT(window_attention_forward)
+EXPORT(window_attention_backward)
+
+// The instruction set in use: "plain", "avx2" or "avx512"; "" where HQLT_NATIVE_ISA names one that this machine lacks.
+extern "C" __attribute__((visibility("default"))) const char* hqlt_instruction_set() {
+  if (kernels == &plain::kernels) return "plain";
+#if defined(__x86_64__)
+  if (kernels == &avx2::kernels) return "avx2";
+  if (kernels == &avx512::kernels) return "avx512";
+#endif
+  return "";
+}
+
+// setuptools builds this file as an extension module, for which some linkers expect an entry point.
+extern "C" __attribute__((visibility("default"))) void* PyInit__memories() { return nullptr; }

@@ -1,0 +1,83 @@
+// A small pool of threads that sleep between calls. The caller works too, so `threads` counts it.
+//
+// No thread spins: torch's own threads are free to use the cores between two calls. A caller that finds the pool busy
+// (a second Python thread) works alone. A forked child starts with a pool of its own.
+#pragma once
+#include <pthread.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+
+class Pool {
+ public:
+  // Runs work(0), …, work(tasks − 1), each once, in no particular order, and returns when all are done.
+  template <class Work>
+  static void run(int threads, int64_t tasks, const Work& work) {
+    if (threads > tasks) threads = int(tasks);
+    Pool* pool = threads > 1 ? &current() : nullptr;
+    if (!pool || !pool->callers.try_lock()) {
+      for (int64_t task = 0; task < tasks; ++task) work(task);
+      return;
+    }
+    pool->share(threads - 1, tasks, [](const void* w, int64_t task) { (*static_cast<const Work*>(w))(task); }, &work);
+    pool->callers.unlock();
+  }
+
+ private:
+  std::mutex callers;  // one job at a time
+  std::mutex gate;     // guards everything below except `next`
+  std::condition_variable job_is_open, helper_is_done;
+  int helpers_alive = 0, helpers_wanted = 0, helpers_working = 0;
+  std::atomic<int64_t> next{0};
+  int64_t tasks = 0;
+  void (*call)(const void*, int64_t) = nullptr;
+  const void* work = nullptr;
+
+  static Pool& current() {
+    static std::atomic<Pool*> pool{nullptr};
+    static std::mutex birth;
+    static bool watched = false;
+    Pool* found = pool.load(std::memory_order_acquire);
+    if (found) return *found;
+    std::lock_guard<std::mutex> lock(birth);
+    if (!pool.load()) {
+      // Threads do not survive a fork, and a lock may have been held: the child forgets the pool and builds another.
+      if (!watched) pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr); });
+      watched = true;
+      pool.store(new Pool);  // never deleted: its threads sleep until the process ends
+    }
+    return *pool.load();
+  }
+
+  void take_tasks() {
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) call(work, task);
+  }
+
+  void share(int helpers, int64_t n, void (*f)(const void*, int64_t), const void* w) {
+    {
+      std::lock_guard<std::mutex> lock(gate);
+      for (; helpers_alive < helpers; ++helpers_alive) std::thread(&Pool::help, this).detach();
+      tasks = n, call = f, work = w, next = 0, helpers_wanted = helpers;
+    }
+    helpers == 1 ? job_is_open.notify_one() : job_is_open.notify_all();
+    take_tasks();
+    std::unique_lock<std::mutex> lock(gate);
+    helpers_wanted = 0;  // nothing is left for a helper that has not woken up yet
+    helper_is_done.wait(lock, [this] { return helpers_working == 0; });
+  }
+
+  void help() {
+    std::unique_lock<std::mutex> lock(gate);
+    for (;;) {
+      job_is_open.wait(lock, [this] { return helpers_wanted > 0; });
+      --helpers_wanted, ++helpers_working;
+      lock.unlock();
+      take_tasks();
+      lock.lock();
+      if (--helpers_working == 0) helper_is_done.notify_one();
+    }
+  }
+};

@@ -1,0 +1,90 @@
+"""The delta rule in C++, token by token: a slice of the matrix stays in the cache (`hqlt/native/delta_rule.h`).
+
+The forward pass keeps the errors v_t − W_{t−1}ᵀk_t, as large as v, and nothing else: with them the backward pass
+rebuilds each W_t by additions alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hqlt import native
+from hqlt.shapes import Keys, Matrix, Queries, Resets, Strengths, Values
+
+
+def delta_rule(
+    q: Queries, k: Keys, v: Values, beta: Strengths, *, scale: float, state: Matrix, resets: Resets | None
+) -> tuple[Values, Matrix]:
+    q, k, v, beta, state = (x.to(state.dtype) for x in (q, k, v, beta, state))
+    plain = native.is_plain(q, k, v, beta, state, resets)
+    out, state, _ = (_run if plain else _forward)(q, k, v, beta, state, resets, scale, not plain)
+    return out, state
+
+
+def _sizes(q: Tensor, v: Tensor) -> tuple[int, int, int, int, int]:
+    return (*q.shape, v.shape[3])
+
+
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor, resets: Tensor | None, scale: float, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """→ out, final state, errors [b, t, h, v] (empty where not kept)."""
+    q, k, v, beta, state, resets = native.contiguous(q, k, v, beta, state, resets)
+    out, final = torch.empty_like(v), torch.empty_like(state)
+    errors = torch.empty_like(v) if keep else v.new_empty(0)
+    kept = errors if keep else None
+    native.run("delta_rule_forward", _sizes(q, v), scale, (q, k, v, beta, state, resets, out, final, kept))
+    return out, final, errors
+
+
+_forward = torch.library.custom_op("hqlt::delta_rule", _run, mutates_args=())
+
+
+@_forward.register_fake
+def _(q, k, v, beta, state, resets, scale, keep):  # type: ignore[no-untyped-def]
+    return v.new_empty(v.shape), state.new_empty(state.shape), v.new_empty(v.shape if keep else 0)
+
+
+@torch.library.custom_op("hqlt::delta_rule_backward", mutates_args=())
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    resets: Tensor | None,
+    errors: Tensor,
+    d_out: Tensor,
+    d_final: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """→ dq, dk, dv, dβ, the gradient of the initial state."""
+    inputs = native.contiguous(q, k, beta, state, resets, errors, d_out, d_final)
+    q, k, beta, state, _, errors, *_ = inputs
+    dq, dk, dv, d_beta, d_state = (torch.empty_like(x) for x in (q, k, errors, beta, state))
+    native.run("delta_rule_backward", _sizes(q, errors), scale, (*inputs, dq, dk, dv, d_beta, d_state))
+    return dq, dk, dv, d_beta, d_state
+
+
+@_backward.register_fake
+def _(q, k, beta, state, resets, errors, d_out, d_final, scale):  # type: ignore[no-untyped-def]
+    return tuple(x.new_empty(x.shape) for x in (q, k, errors, beta, state))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, beta, state, resets, ctx.scale, _ = inputs
+    errors = output[2]
+    ctx.save_for_backward(q, k, v, beta, state, resets, errors)
+    ctx.mark_non_differentiable(errors)
+
+
+def _gradients(ctx: Any, d_out: Tensor, d_final: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, beta, state, resets, errors = ctx.saved_tensors
+    if errors.numel() == 0:
+        errors = _forward(q, k, v, beta, state, resets, ctx.scale, True)[2]
+    return *_backward(q, k, beta, state, resets, errors, d_out, d_final, ctx.scale), None, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)

@@ -1,0 +1,79 @@
+"""Linear attention in C++, token by token: a slice of the matrix stays in the cache (`hqlt/native/linear_attention.h`).
+
+The backward pass keeps the inputs and the output, and rebuilds each W_t by additions alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hqlt import native
+from hqlt.ops.linear_attention.state import EPSILON, LinearState
+from hqlt.shapes import Keys, Queries, Resets, Values
+
+
+def linear_attention(
+    q: Queries, k: Keys, v: Values, *, state: LinearState, resets: Resets | None
+) -> tuple[Values, LinearState]:
+    matrix, key_sum = state
+    q, k, v = (x.to(matrix.dtype) for x in (q, k, v))
+    run = _run if native.is_plain(q, k, v, matrix, key_sum, resets) else _forward
+    out, matrix, key_sum = run(q, k, v, matrix, key_sum, resets)
+    return out, LinearState(matrix, key_sum)
+
+
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, matrix: Tensor, key_sum: Tensor, resets: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """→ out, final matrix, final key sum."""
+    inputs = native.contiguous(q, k, v, matrix, key_sum, resets)
+    out, matrix, key_sum = (torch.empty_like(x) for x in inputs[2:5])
+    native.run("linear_attention_forward", (*q.shape, v.shape[3]), EPSILON, (*inputs, out, matrix, key_sum))
+    return out, matrix, key_sum
+
+
+_forward = torch.library.custom_op("hqlt::linear_attention", _run, mutates_args=())
+
+
+@_forward.register_fake
+def _(q, k, v, matrix, key_sum, resets):  # type: ignore[no-untyped-def]
+    return tuple(x.new_empty(x.shape) for x in (v, matrix, key_sum))
+
+
+@torch.library.custom_op("hqlt::linear_attention_backward", mutates_args=())
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    matrix: Tensor,
+    key_sum: Tensor,
+    resets: Tensor | None,
+    out: Tensor,
+    d_out: Tensor,
+    d_matrix: Tensor,
+    d_key_sum: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """→ dq, dk, dv, the gradients of the initial matrix and key sum."""
+    inputs = native.contiguous(q, k, v, matrix, key_sum, resets, out, d_out, d_matrix, d_key_sum)
+    dq, dk, dv, dW, dz = (torch.empty_like(x) for x in inputs[:5])
+    native.run("linear_attention_backward", (*q.shape, v.shape[3]), EPSILON, (*inputs, dq, dk, dv, dW, dz))
+    return dq, dk, dv, dW, dz
+
+
+@_backward.register_fake
+def _(q, k, v, matrix, key_sum, resets, out, d_out, d_matrix, d_key_sum):  # type: ignore[no-untyped-def]
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, matrix, key_sum))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs, output[0])
+
+
+def _gradients(ctx: Any, d_out: Tensor, d_matrix: Tensor, d_key_sum: Tensor) -> tuple[Tensor | None, ...]:
+    return *_backward(*ctx.saved_tensors, d_out, d_matrix, d_key_sum), None
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)

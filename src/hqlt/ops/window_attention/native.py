@@ -1,0 +1,67 @@
+"""Window attention in C++: a vector's width of queries at a time against the pairs that they reach
+(`hqlt/native/window_attention.h`). The backward pass keeps q, k and v alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hqlt import native
+from hqlt.shapes import Keys, Queries, Resets, Values, at_least_float32
+
+
+def window_attention(q: Queries, k: Keys, v: Values, *, window: int, scale: float, resets: Resets | None) -> Values:
+    dtype = q.dtype
+    q, k, v = (x.to(at_least_float32(x.dtype)) for x in (q, k, v))
+    run = _run if native.is_plain(q, k, v, resets) else _forward
+    return run(q, k, v, resets, min(window, k.shape[1]), scale).to(dtype)
+
+
+def _sizes(q: Tensor, v: Tensor, window: int) -> tuple[int, ...]:
+    b, t, h, k = q.shape
+    return b, t, v.shape[1], h, k, v.shape[3], window
+
+
+def _run(q: Tensor, k: Tensor, v: Tensor, resets: Tensor | None, window: int, scale: float) -> Tensor:
+    inputs = native.contiguous(q, k, v, resets)
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    native.run("window_attention_forward", _sizes(q, v, window), scale, (*inputs, out))
+    return out
+
+
+_forward = torch.library.custom_op("hqlt::window_attention", _run, mutates_args=())
+
+
+@_forward.register_fake
+def _(q, k, v, resets, window, scale):  # type: ignore[no-untyped-def]
+    return q.new_empty(*q.shape[:3], v.shape[3])
+
+
+@torch.library.custom_op("hqlt::window_attention_backward", mutates_args=())
+def _backward(
+    q: Tensor, k: Tensor, v: Tensor, resets: Tensor | None, d_out: Tensor, window: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """→ dq, dk, dv."""
+    inputs = native.contiguous(q, k, v, resets, d_out)
+    grads = torch.empty_like(inputs[0]), torch.zeros_like(inputs[1]), torch.zeros_like(inputs[2])
+    native.run("window_attention_backward", _sizes(q, v, window), scale, (*inputs, *grads))
+    return grads
+
+
+@_backward.register_fake
+def _(q, k, v, resets, d_out, window, scale):  # type: ignore[no-untyped-def]
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *saved, ctx.window, ctx.scale = inputs
+    ctx.save_for_backward(*saved)
+
+
+def _gradients(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+    return *_backward(*ctx.saved_tensors, d_out, ctx.window, ctx.scale), None, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)

@@ -1,0 +1,64 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from hqlt.cli import main
+from hqlt.cli.demo import MODELS, experiments, sized
+from hqlt.model import HQLTConfig, HQLTForCausalLM
+from hqlt.task import TASKS
+
+COMMAND = [sys.executable, "-m", "hqlt"]
+
+
+def test_models_are_of_equal_size():
+    import torch
+
+    for task, options, common, _ in experiments(quick=False):
+        with torch.device("meta"):
+            vocabulary = TASKS[task](**options).vocab_size
+            sizes = [
+                HQLTForCausalLM(HQLTConfig(**sized(common, own), vocab_size=vocabulary)).num_parameters()
+                for own in MODELS.values()
+            ]
+        assert max(sizes) / min(sizes) < 1.02, (task, sizes)
+
+
+def test_wrong_options_are_refused(capsys):
+    for wrong in (["demo", "--quik=true"], ["dmeo"], ["demo", "--seed=x"]):
+        with pytest.raises(SystemExit):
+            main(wrong)
+    assert "expected" in capsys.readouterr().err.lower()
+
+
+@pytest.mark.slow
+def test_the_quick_demo_leaves_a_run_that_can_be_read(tmp_path):
+    subprocess.run([*COMMAND, "demo", "--quick=true", f"--folder={tmp_path}"], check=True, timeout=600)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert len(results) == 15
+    assert {result["cell"]["model"] for result in results} == set(MODELS)
+    for name in ("config.json", "metrics.jsonl", "table.md", "curves.png", "report.html"):
+        assert (tmp_path / name).stat().st_size > 0
+
+
+def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [*COMMAND, "demo", "--quick=true", f"--folder={tmp_path / 'run'}"], stdout=out, stderr=out
+        )
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not list((tmp_path / "run").glob("cells/*.json")):
+            time.sleep(0.2)
+            assert process.poll() is None, log.read_text()
+        os.kill(process.pid, signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+    said = log.read_text()
+    assert "go on with: hqlt demo --quick=true" in said
+    assert "Traceback" not in said
+    assert metrics.exists()

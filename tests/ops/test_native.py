@@ -1,0 +1,227 @@
+"""The native implementations against the equations: outputs, final states and gradients, on every instruction set."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hqlt import native
+from hqlt.ops.delta_rule import native as delta_native
+from hqlt.ops.delta_rule import reference as delta_reference
+from hqlt.ops.linear_attention import LinearState
+from hqlt.ops.linear_attention import native as linear_native
+from hqlt.ops.linear_attention import reference as linear_reference
+from hqlt.ops.window_attention import native as window_native
+from hqlt.ops.window_attention import reference as window_reference
+
+pytestmark = pytest.mark.skipif(bool(native.why_not()), reason=native.why_not() or "native")
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
+DTYPES = [torch.float64, torch.float32]
+LENGTHS = [1, 2, 31, 33, 100]
+WIDTHS = [(1, 1), (3, 3), (16, 16), (50, 50), (64, 64), (128, 128), (3, 70), (50, 16), (16, 50), (128, 5)]
+FORMS = {
+    "delta_rule": (delta_reference.delta_rule, delta_native.delta_rule),
+    "linear_attention": (linear_reference.linear_attention, linear_native.linear_attention),
+    "window_attention": (window_reference.window_attention, window_native.window_attention),
+}
+
+
+def case(op: str, b: int, t: int, h: int, k: int, v: int, dtype: torch.dtype, *, held: int = 0, window: int = 7):
+    """→ tensors to differentiate, and a function (implementation, tensors) → flat tuple of outputs."""
+    g = torch.Generator().manual_seed(t + 1000 * k + v)
+    normal = lambda *shape: torch.randn(*shape, generator=g, dtype=dtype)  # noqa: E731
+    resets = torch.rand(b, t + held, generator=g) < 0.15
+    unit = torch.nn.functional.normalize
+    if op == "delta_rule":
+        beta = 2 * torch.rand(b, t, h, generator=g, dtype=dtype)
+        inputs = unit(normal(b, t, h, k), dim=-1), unit(normal(b, t, h, k), dim=-1), normal(b, t, h, v), beta
+        inputs = (*inputs, normal(b, h, k, v))
+
+        def run(form, tensors, resets=resets):
+            *x, state = tensors
+            return form(*x, scale=0.7, state=state, resets=resets)
+
+    elif op == "linear_attention":
+        inputs = normal(b, t, h, k).exp(), normal(b, t, h, k).exp(), normal(b, t, h, v)
+        inputs = (*inputs, normal(b, h, k, v), normal(b, h, k).exp())
+
+        def run(form, tensors, resets=resets):
+            *x, matrix, key_sum = tensors
+            out, state = form(*x, state=LinearState(matrix, key_sum), resets=resets)
+            return out, *state
+
+    else:
+        inputs = normal(b, t, h, k), normal(b, t + held, h, k), normal(b, t + held, h, v)
+
+        def run(form, tensors, resets=resets):
+            return (form(*tensors, window=window, scale=0.7, resets=resets),)
+
+    return [x.requires_grad_() for x in inputs], run
+
+
+def assert_same(op: str, inputs: list[Tensor], run, **options) -> None:
+    reference, fast = FORMS[op]
+    expected, got = run(reference, inputs, **options), run(fast, inputs, **options)
+    weights = [torch.randn_like(x) for x in expected]
+    expected += torch.autograd.grad(expected, inputs, weights)
+    got += torch.autograd.grad(got, inputs, weights)
+    for i, (e, g) in enumerate(zip(expected, got, strict=True)):
+        assert e.shape == g.shape and e.dtype == g.dtype
+        error = (e - g).norm() / e.norm().clamp_min(1)
+        assert error < TOLERANCE[e.dtype], f"{op}: tensor {i} of outputs and gradients is off by {error:.1e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", FORMS)
+@pytest.mark.parametrize("t", LENGTHS)
+@pytest.mark.parametrize("with_resets", [False, True])
+def test_lengths(op, t, dtype, with_resets):
+    inputs, run = case(op, 2, t, 3, 16, 20, dtype)
+    assert_same(op, inputs, run, **({} if with_resets else {"resets": None}))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", FORMS)
+@pytest.mark.parametrize(("k", "v"), WIDTHS)
+def test_widths(op, k, v, dtype):
+    assert_same(op, *case(op, 2, 19, 2, k, v, dtype))
+
+
+@settings(max_examples=25)
+@given(
+    st.sampled_from(sorted(FORMS)),
+    st.integers(1, 3), st.integers(1, 40), st.integers(1, 3), st.integers(1, 70), st.integers(1, 70),
+    st.integers(0, 20), st.integers(1, 50), st.sampled_from(DTYPES),
+)  # fmt: skip
+def test_any_shape(op, b, t, h, k, v, held, window, dtype):
+    held = held if op == "window_attention" else 0
+    assert_same(op, *case(op, b, t, h, k, v, dtype, held=held, window=window))
+
+
+@pytest.mark.parametrize(("t", "window"), [(300, 64), (700, 200), (130, 1), (257, 1000), (1030, 129)])
+def test_windows_over_several_stretches(t, window):
+    assert_same("window_attention", *case("window_attention", 1, t, 1, 8, 8, torch.float64, held=37, window=window))
+
+
+@pytest.mark.parametrize("op", FORMS)
+def test_tensors_that_are_not_contiguous(op):
+    inputs, run = case(op, 2, 9, 3, 16, 20, torch.float64)
+    strided = [x.detach().mT.contiguous().mT.requires_grad_() for x in inputs]
+    assert not all(x.is_contiguous() for x in strided)
+    assert_same(op, strided, run)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("op", FORMS)
+def test_half_precision_gradients_keep_their_type(op, dtype):
+    inputs, run = case(op, 2, 9, 3, 16, 20, torch.float32)
+    halves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+    states = {"delta_rule": 1, "linear_attention": 2, "window_attention": 0}[op]
+    halves = halves[: len(halves) - states] + [x.detach().requires_grad_() for x in inputs[len(inputs) - states :]]
+    outputs = run(FORMS[op][1], halves)
+    grads = torch.autograd.grad(outputs, halves, [torch.ones_like(o) for o in outputs])
+    for grad, x in zip(grads, halves, strict=True):
+        assert grad.dtype == x.dtype and grad.isfinite().all()
+
+
+@pytest.mark.parametrize("op", FORMS)
+def test_every_number_of_threads_gives_the_same_numbers(op):
+    inputs, run = case(op, 1, 300, 2, 64, 64, torch.float32, window=64)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5, 1):
+            torch.set_num_threads(threads)
+            out = run(FORMS[op][1], inputs)
+            results.append((*out, *torch.autograd.grad(out, inputs, [torch.ones_like(o) for o in out])))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for expected, got in zip(results[0], other, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("op", FORMS)
+def test_every_output_is_written(op):
+    for k, v in WIDTHS:
+        inputs, run = case(op, 2, 21, 2, k, v, torch.float32)
+        outputs = run(FORMS[op][1], inputs)
+        for x in (*outputs, *torch.autograd.grad(outputs, inputs, [torch.ones_like(o) for o in outputs])):
+            assert x.isfinite().all()
+
+
+@pytest.mark.parametrize("with_resets", [False, True])
+@pytest.mark.parametrize("op", FORMS)
+def test_registration(op, with_resets):
+    inputs, _ = case(op, 2, 5, 2, 4, 6, torch.float64)
+    resets = torch.rand(2, 5) < 0.3 if with_resets else None
+    if op == "delta_rule":
+        arguments, forward = (*inputs, resets, 0.5, True), delta_native._forward
+    elif op == "linear_attention":
+        arguments, forward = (*inputs, resets), linear_native._forward
+    else:
+        arguments, forward = (*inputs, resets, 3, 0.5), window_native._forward
+    torch.library.opcheck(forward, arguments)
+
+
+@pytest.mark.parametrize("op", FORMS)
+def test_gradients_by_finite_differences(op):
+    inputs, run = case(op, 1, 4, 1, 2, 3, torch.float64)
+    assert torch.autograd.gradcheck(lambda *x: run(FORMS[op][1], x), inputs)
+
+
+def _in_child(queue, run, inputs) -> None:
+    queue.put(run(FORMS["delta_rule"][1], inputs)[0].tolist())
+
+
+def test_a_forked_child_has_threads_of_its_own():
+    # The child calls nothing but the kernel: torch's own threads (OpenMP) hang in a forked child.
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        inputs, run = case("delta_rule", 1, 300, 2, 64, 64, torch.float32)
+        inputs = [x.detach() for x in inputs]
+        expected = run(FORMS["delta_rule"][1], inputs)[0].tolist()
+        context = multiprocessing.get_context("fork")
+        queue = context.Queue()
+        child = context.Process(target=_in_child, args=(queue, run, inputs))
+        child.start()
+        assert queue.get(timeout=60) == expected
+        child.join(60)
+        assert child.exitcode == 0
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif("HQLT_NATIVE_ISA" in os.environ, reason="this is the child")
+@pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    environment = os.environ | {"HQLT_NATIVE_ISA": isa}
+    ask = [sys.executable, "-c", "from hqlt import native; print(native.instruction_set())"]
+    if subprocess.run(ask, env=environment, capture_output=True, text=True).stdout.strip() != isa:
+        pytest.skip(f"this machine has no {isa}")
+    tests = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
+    tests += ["-k", "widths or stretches"]
+    run = subprocess.run(tests, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:]
+
+
+def test_without_the_library_it_says_so_once(monkeypatch):
+    monkeypatch.setattr(native, "_library", None)
+    monkeypatch.setattr(native, "_why_not", "gone for this test")
+    monkeypatch.setattr(native, "_silent", False)
+    with pytest.warns(RuntimeWarning, match="gone for this test"):
+        assert not native.available()
+    assert not native.available()
+    with pytest.raises(RuntimeError, match="gone for this test"):
+        native.run("delta_rule_forward", (1,), 1.0, (torch.ones(1),))

@@ -1,0 +1,102 @@
+import io
+import re
+
+import pytest
+import torch
+from rich.console import Console
+
+from hqlt.evaluate import Score
+from hqlt.model import HQLTConfig, HQLTForCausalLM
+from hqlt.report import memory_shares
+from hqlt.report.page import write_page
+from hqlt.report.plots import figure_of, save
+from hqlt.report.table import table_of
+from hqlt.train.fit import Budget, Fit, Progress
+from hqlt.train.grid import Cell, Result
+
+
+def result(model, task, value, seed=0):
+    metric = "bits" if task == "text" else "accuracy"
+    cell = Cell(model=model, config={}, task=task, task_options={}, budget=Budget(steps=2, batch_size=1), seed=seed)
+    score = Score(metric, value, [(1.0, value), (2.0, value)])
+    history = [Progress(1, 1.0, 1.0, 0.5, 10, value), Progress(2, 1.0, 1.0, 1.0, 20, value)]
+    return Result(cell, 1000, 1.0, Fit(2, score, score), history)
+
+
+RESULTS = [
+    result("DeltaNet", "parity", 0.5),
+    result("DeltaNet", "parity", 1.0, seed=1),
+    result("DeltaNet", "parity", 0.25, seed=2),
+    result("Synchronous", "parity", 0.75),
+    result("DeltaNet", "text", 2.5),
+    result("Synchronous", "text", 2.25),
+]
+
+
+def test_a_table_shows_medians_all_seeds_and_the_best():
+    table = table_of(RESULTS)
+    assert table.columns == ["model", "parity, accuracy %", "text, bits/byte", "parameters", "seconds"]
+    delta, synchronous = table.rows
+    assert delta[1].text == "50.0 (25.0 50.0 100.0)"
+    assert [cell.best for cell in synchronous[1:3]] == [True, True]
+    assert [cell.best for cell in delta[1:3]] == [False, False]
+    assert "| **75.0** | **2.250** |" in table.as_markdown()
+    console = Console(record=True, width=120, file=io.StringIO())
+    console.print(table.for_terminal())
+    assert "2.250" in console.export_text()
+
+
+def test_every_result_is_drawn(tmp_path):
+    figure = figure_of(RESULTS)
+    top, bottom = figure.axes[:2], figure.axes[2:]
+    assert [len(axes.lines) for axes in (*top, *bottom)] == [4, 2, 4, 2]
+    url = save(figure, tmp_path / "curves.png")
+    assert url.startswith("data:image/png;base64,")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_a_page_stands_alone_and_escapes_what_it_is_given(tmp_path):
+    write_page(
+        tmp_path / "page.html",
+        title="<script>alert(1)</script>",
+        introduction="i",
+        table=table_of(RESULTS),
+        plot="data:image/png;base64,",
+        spoken=None,
+        samples=[{"model": "m", "temperature": 1, "seed": 0, "prompt": "def ", "text": "<b>x</b>"}],
+        protocol="p",
+        settings="s",
+    )
+    page = (tmp_path / "page.html").read_text()
+    assert "<script" not in page
+    assert "&lt;b&gt;x&lt;/b&gt;" in page
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+
+
+def model(**options):
+    options = {"hidden_size": 16, "num_heads": 2, "num_hidden_layers": 2, "vocab_size": 8, "window": 4} | options
+    return HQLTForCausalLM(HQLTConfig(**options, intermediate_size=16))
+
+
+@pytest.mark.parametrize("mixer", ["vector", "scalar", "sum"])
+def test_shares_tell_which_memory_spoke(mixer):
+    hybrid = model(mixer=mixer)
+    tokens = torch.randint(0, 8, (3, 10))
+    shares = memory_shares(hybrid, tokens)
+    assert shares.fw.shape == shares.gate.shape == (2, 3, 10)
+    assert (shares.fw > 0).all()
+    assert (shares.fw < 1).all()
+    if mixer == "sum":
+        assert (shares.gate == 1).all()
+
+
+def test_a_memory_left_idle_has_no_share():
+    hybrid = model(blend="delayed-streaming")
+    shares = memory_shares(hybrid, torch.randint(0, 8, (1, 10)))
+    assert (shares.fw[..., :4] == 0).all()  # nothing has left the window yet
+    assert (shares.fw[..., 4:] > 0).all()
+
+
+def test_a_model_without_two_memories_is_refused():
+    with pytest.raises(ValueError, match="at least one layer that mixes two memories"):
+        memory_shares(model(layer_kinds=["kv", "fw"]), torch.zeros(1, 3, dtype=torch.long))

@@ -1,0 +1,77 @@
+import math
+
+import pytest
+import torch
+
+from hqlt.model import HQLTConfig, HQLTForCausalLM
+from hqlt.task import Parity
+from hqlt.train import Budget, Fit, fit
+from hqlt.train.fit import parameter_groups
+
+TASK = Parity(train_lengths=(3, 6), test_lengths=(6, 12))
+BUDGET = Budget(steps=6, batch_size=8, validations=3, evaluation_rows=16)
+
+
+def tiny(seed: int = 0) -> HQLTForCausalLM:
+    torch.manual_seed(seed)
+    options = {"hidden_size": 16, "num_heads": 2, "num_hidden_layers": 1, "window": 4, "intermediate_size": 16}
+    return HQLTForCausalLM(HQLTConfig(**options, vocab_size=TASK.vocab_size))
+
+
+def test_the_same_seed_trains_the_same_model_bit_for_bit():
+    losses = [[told.loss for told in fit(tiny(), TASK, BUDGET, seed=1) if not isinstance(told, Fit)] for _ in range(2)]
+    assert losses[0] == losses[1]
+    other = [told.loss for told in fit(tiny(), TASK, BUDGET, seed=2) if not isinstance(told, Fit)]
+    assert losses[0] != other
+
+
+def test_the_best_checkpoint_by_validation_is_tested():
+    model = tiny()
+    *progress, result = fit(model, TASK, BUDGET, seed=0)
+    taken = {told.step: told.validation for told in progress if told.validation is not None}
+    assert list(taken) == [2, 4, 6]
+    assert result.validation.value == max(taken.values()) == taken[result.best_step]
+    assert result.best_step == min(step for step, value in taken.items() if value == max(taken.values()))
+
+
+def test_learning_rate_warms_up_and_falls_by_a_cosine():
+    budget = Budget(steps=100, batch_size=1, learning_rate=2.0, warmup=0.1)
+    rates = [budget.learning_rate_at(step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2)
+    assert max(rates) == rates[10] == rates[9] == pytest.approx(2.0)
+    assert rates[55] == pytest.approx(2.0 * (0.001 + 0.999 * 0.5))
+    assert rates[99] < 0.01
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+def test_gradients_are_really_clipped(monkeypatch):
+    seen = []
+    step = torch.optim.AdamW.step
+
+    def watch(self, *args):
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        seen.append(math.sqrt(sum(p.grad.square().sum().item() for p in parameters if p.grad is not None)))
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watch)
+    budget = Budget(steps=3, batch_size=8, clip=1e-3, validations=1, evaluation_rows=4)
+    told = [told for told in fit(tiny(), TASK, budget, seed=0) if not isinstance(told, Fit)]
+    assert all(t.gradient_norm > 1e-3 for t in told)
+    assert seen == pytest.approx([1e-3] * 3, rel=1e-2)
+
+
+def test_a_step_with_a_gradient_that_is_not_finite_is_left_out():
+    model = tiny()
+    model.lm_head.weight.register_hook(lambda grad: grad * torch.nan)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    list(fit(model, TASK, Budget(steps=2, batch_size=4, validations=1, evaluation_rows=4), seed=0))
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_only_matrices_decay():
+    model = tiny()
+    decayed, free = parameter_groups(model, 0.1)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert {names[id(p)] for p in free["params"]} >= {"model.embed_tokens.weight", "model.norm.weight"}
+    assert all(p.dim() == 2 for p in decayed["params"])
+    assert len(decayed["params"]) + len(free["params"]) == len(names)

@@ -1,0 +1,90 @@
+import dataclasses
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from hqlt.model import HQLTForCausalLM
+from hqlt.train import Budget
+from hqlt.train.grid import Cell, Event, Result, run_grid
+
+CELL = Cell(
+    model="Synchronous",
+    config={"hidden_size": 16, "num_heads": 2, "num_hidden_layers": 1, "window": 4, "intermediate_size": 16},
+    task="parity",
+    task_options={"train_lengths": [3, 6], "test_lengths": [6, 12]},
+    budget=Budget(steps=4, batch_size=4, validations=2, evaluation_rows=8),
+)
+
+
+def others(**changes):
+    return dataclasses.replace(CELL, **changes)
+
+
+def test_a_grid_runs_in_parallel_and_a_finished_cell_never_again(tmp_path):
+    cells = [CELL, others(seed=1)]
+    told = []
+    first = run_grid(cells, tmp_path, 2, told.append)
+    assert [result.cell for result in first] == cells
+    assert sum(isinstance(t, Event) for t in told) == 8
+    assert HQLTForCausalLM.from_pretrained(tmp_path / "models" / CELL.name).num_parameters() == first[0].parameters
+
+    more = []
+    again = run_grid([*cells, others(seed=2)], tmp_path, 2, more.append)
+    assert {t.cell.seed for t in more if isinstance(t, Event)} == {2}
+    assert [result.fit.test.value for result in again[:2]] == [result.fit.test.value for result in first]
+    assert again[0].history[0]._asdict() == first[0].history[0]._asdict()
+
+
+def test_a_result_does_not_depend_on_its_neighbours(tmp_path):
+    alone = run_grid([others(seed=3)], tmp_path / "alone", 1, lambda told: None)
+    beside = run_grid([CELL, others(seed=3)], tmp_path / "beside", 2, lambda told: None)
+    assert alone[0].fit.test.value == beside[1].fit.test.value
+    assert [p.loss for p in alone[0].history] == [p.loss for p in beside[1].history]
+
+
+def test_a_killed_worker_costs_its_cell_a_try_and_no_more(tmp_path):
+    killed = []
+
+    def kill_the_first(told):
+        if isinstance(told, Event) and not killed:
+            (worker,) = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and is_worker(int(pid))]
+            os.kill(worker, signal.SIGKILL)
+            killed.append(worker)
+
+    if not os.path.isdir("/proc"):
+        pytest.skip("needs /proc to find the worker")
+    cell = others(budget=Budget(steps=400, batch_size=4, validations=1, evaluation_rows=8))
+    (result,) = run_grid([cell], tmp_path, 1, kill_the_first)
+    assert killed
+    assert isinstance(result, Result)
+
+
+def is_worker(pid: int) -> bool:
+    """Whether a process is a child of our fork server, which forks one for each cell."""
+    try:
+        parent = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        return "forkserver" in Path(f"/proc/{parent}/cmdline").read_text() and is_child_of(parent, os.getpid())
+    except OSError:
+        return False
+
+
+def is_child_of(pid: int, parent: int) -> bool:
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1]) == parent
+
+
+def test_a_cell_that_cannot_run_is_named_with_its_reason(tmp_path):
+    bad = others(task_options={"train_lengths": [3, 6], "test_lengths": [6]})
+    with pytest.raises(
+        RuntimeError, match=rf"1 of 2 cells failed 2 times:\n{bad.name}[^$]*not enough values to unpack"
+    ):
+        run_grid([bad, others(seed=1)], tmp_path, 2, lambda told: None)
+    assert (tmp_path / "cells" / f"{others(seed=1).name}.json").exists()
+
+
+def test_another_experiment_in_the_folder_is_refused(tmp_path):
+    run_grid([CELL], tmp_path, 1, lambda told: None)
+    changed = others(budget=dataclasses.replace(CELL.budget, steps=5))
+    with pytest.raises(ValueError, match="other settings"):
+        run_grid([changed], tmp_path, 1, lambda told: None)
