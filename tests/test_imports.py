@@ -15,7 +15,7 @@ SOURCE = Path(hqlt.__file__).parent
 
 LAYERS = [
     {"shapes"},
-    {"native", "ops"},
+    {"registration", "native", "ops"},
     {"convolution", "memory"},
     {"blend"},
     {"layer"},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hqlt.ops.segments import positions
@@ -35,13 +34,12 @@ class ShortConvolution(nn.Module):
         before, position = held
         inputs = torch.cat([before.to(x.dtype), x], dim=1)
         where = positions(resets, position, t)
-        if resets is None:
-            out = F.conv1d(inputs.mT, self.weight[:, None], groups=channels).mT
-        else:
-            out = x * self.weight[:, -1]
-            for j in range(1, self.size):
-                earlier = inputs[:, self.size - 1 - j : self.size - 1 - j + t]
-                out = out + torch.where((where >= j)[..., None], earlier, 0) * self.weight[:, -1 - j]
+        out = x * self.weight[:, -1]
+        for j in range(1, self.size):
+            earlier = inputs[:, self.size - 1 - j : self.size - 1 - j + t]
+            if resets is not None:  # without any, what came before a segment's first token is zero already
+                earlier = earlier.masked_fill((where < j)[..., None], 0)
+            out = torch.addcmul(out, earlier, self.weight[:, -1 - j])
         age = torch.arange(self.size - 1, 0, -1, device=x.device)
         unused = age > (where[:, -1:] + 1)
         return out, inputs[:, t:].masked_fill(unused[..., None], 0)

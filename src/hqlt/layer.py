@@ -129,17 +129,14 @@ class HybridMemory(nn.Module):
     def init_state(self, batch_size: int, device: torch.device | str | None = None) -> MemoryState:
         """The state of empty memories, as `state=None` means it."""
         weight = self.q_proj.weight
-        device = weight.device if device is None else device
+        wide = at_least_float32(weight.dtype)
+        dtypes = {"betas": wide, "fast_weights": wide, "key_sum": wide, "position": torch.long}
         return MemoryState(
             **{
                 name: torch.zeros(
-                    [0 if size is None else size for size in shape],
-                    dtype=torch.long
-                    if name == "position"
-                    else at_least_float32(weight.dtype)
-                    if name in ("betas", "fast_weights", "key_sum")
-                    else weight.dtype,
-                    device=device,
+                    [size or 0 for size in shape],
+                    dtype=dtypes.get(name, weight.dtype),
+                    device=weight.device if device is None else device,
                 )
                 for name, shape in self.state_shapes(batch_size).items()
             }

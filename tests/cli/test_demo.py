@@ -29,15 +29,14 @@ def test_models_are_of_equal_size():
 
 
 def test_wrong_options_are_refused(capsys):
-    for wrong in (["demo", "--quik=true"], ["dmeo"], ["demo", "--seed=x"]):
+    for wrong in (["demo", "--quik"], ["dmeo"], ["demo", "--seed=x"]):
         with pytest.raises(SystemExit):
             main(wrong)
     assert "expected" in capsys.readouterr().err.lower()
 
 
-@pytest.mark.slow
 def test_the_quick_demo_leaves_a_run_that_can_be_read(tmp_path):
-    subprocess.run([*COMMAND, "demo", "--quick=true", f"--folder={tmp_path}"], check=True, timeout=600)
+    subprocess.run([*COMMAND, "demo", "--quick", f"--folder={tmp_path}"], check=True, timeout=600)
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results) == 15
     assert {result["cell"]["model"] for result in results} == set(MODELS)
@@ -49,7 +48,7 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
     log = tmp_path / "log"
     with log.open("w") as out:
         process = subprocess.Popen(
-            [*COMMAND, "demo", "--quick=true", f"--folder={tmp_path / 'run'}"], stdout=out, stderr=out
+            [*COMMAND, "demo", "--quick", f"--folder={tmp_path / 'run'}"], stdout=out, stderr=out
         )
         metrics = tmp_path / "run" / "metrics.jsonl"
         deadline = time.monotonic() + 120
@@ -59,6 +58,6 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
         os.kill(process.pid, signal.SIGINT)
         assert process.wait(timeout=60) == 130
     said = log.read_text()
-    assert "go on with: hqlt demo --quick=true" in said
+    assert "go on with: hqlt demo --quick" in said
     assert "Traceback" not in said
     assert metrics.exists()

@@ -35,7 +35,7 @@ RESULTS = [
 
 def test_a_table_shows_medians_all_seeds_and_the_best():
     table = table_of(RESULTS)
-    assert table.columns == ["model", "parity, accuracy %", "text, bits/byte", "parameters", "seconds"]
+    assert table.columns == ["model", "parity, accuracy %", "text, bits/byte", "seconds"]
     delta, synchronous = table.rows
     assert delta[1].text == "50.0 (25.0 50.0 100.0)"
     assert [cell.best for cell in synchronous[1:3]] == [True, True]

@@ -1,3 +1,4 @@
+import itertools
 import sysconfig
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def test_a_file_stands_in_one_split_only():
 def test_a_segment_begins_where_a_file_does():
     text, begins = files_of("test")
     starts = [*begins.nonzero()[:, 0].tolist(), len(text)]
-    sizes = sorted(end - start for start, end in zip(starts[:-1], starts[1:], strict=True))
+    sizes = sorted(end - start for start, end in itertools.pairwise(starts))
     library = Path(sysconfig.get_paths()["stdlib"])
     first = bytes(text[: starts[1]].numpy())
     assert any(first == path.read_bytes() for path in library.rglob("*.py") if path.stat().st_size == len(first))

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from hqlt.train import Budget, Fit, fit
 from hqlt.train.fit import parameter_groups
 
 TASK = Parity(train_lengths=(3, 6), test_lengths=(6, 12))
-BUDGET = Budget(steps=6, batch_size=8, validations=3, evaluation_rows=16)
+BUDGET = Budget(steps=6, batch_size=8, validations=3, validation_rows=16, test_rows=16)
 
 
 def tiny(seed: int = 0) -> HQLTForCausalLM:
@@ -41,7 +42,7 @@ def test_learning_rate_warms_up_and_falls_by_a_cosine():
     assert max(rates) == rates[10] == rates[9] == pytest.approx(2.0)
     assert rates[55] == pytest.approx(2.0 * (0.001 + 0.999 * 0.5))
     assert rates[99] < 0.01
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
 
 
 def test_gradients_are_really_clipped(monkeypatch):
@@ -54,7 +55,7 @@ def test_gradients_are_really_clipped(monkeypatch):
         return step(self, *args)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", watch)
-    budget = Budget(steps=3, batch_size=8, clip=1e-3, validations=1, evaluation_rows=4)
+    budget = Budget(steps=3, batch_size=8, clip=1e-3, validations=1, validation_rows=4, test_rows=4)
     told = [told for told in fit(tiny(), TASK, budget, seed=0) if not isinstance(told, Fit)]
     assert all(t.gradient_norm > 1e-3 for t in told)
     assert seen == pytest.approx([1e-3] * 3, rel=1e-2)
@@ -64,7 +65,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_left_out():
     model = tiny()
     model.lm_head.weight.register_hook(lambda grad: grad * torch.nan)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    list(fit(model, TASK, Budget(steps=2, batch_size=4, validations=1, evaluation_rows=4), seed=0))
+    list(fit(model, TASK, Budget(steps=2, batch_size=4, validations=1, validation_rows=4, test_rows=4), seed=0))
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 

@@ -14,7 +14,7 @@ CELL = Cell(
     config={"hidden_size": 16, "num_heads": 2, "num_hidden_layers": 1, "window": 4, "intermediate_size": 16},
     task="parity",
     task_options={"train_lengths": [3, 6], "test_lengths": [6, 12]},
-    budget=Budget(steps=4, batch_size=4, validations=2, evaluation_rows=8),
+    budget=Budget(steps=4, batch_size=4, validations=2, validation_rows=8, test_rows=8),
 )
 
 
@@ -55,7 +55,7 @@ def test_a_killed_worker_costs_its_cell_a_try_and_no_more(tmp_path):
 
     if not os.path.isdir("/proc"):
         pytest.skip("needs /proc to find the worker")
-    cell = others(budget=Budget(steps=400, batch_size=4, validations=1, evaluation_rows=8))
+    cell = others(budget=Budget(steps=400, batch_size=4, validations=1, validation_rows=8, test_rows=8))
     (result,) = run_grid([cell], tmp_path, 1, kill_the_first)
     assert killed
     assert isinstance(result, Result)

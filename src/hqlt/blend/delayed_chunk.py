@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hqlt.blend.blend import Blend, Reads, Timeline
 from hqlt.memory import FastWeights, FWMemory, KVMemory
-from hqlt.shapes import Queries, Resets, Strengths
+from hqlt.shapes import Keys, Queries, Resets, Strengths, Values
 
 
 class DelayedChunk(Blend):
@@ -49,38 +49,64 @@ class DelayedChunk(Blend):
     ) -> tuple[Reads, FastWeights]:
         begins_chunk = timeline.position % self.slots == 0
         kv = self.kv.read(q, timeline.keys, timeline.values, begins_chunk)
-        fw, fast_weights = self._read_between_chunks(q, timeline, begins_chunk, past)
+        q, keys = self.fw.features(q), self.fw.features(timeline.keys)
+        if past is None and resets is None:
+            fw, fast_weights = self._scan_aligned(q, keys, timeline)
+        elif past is not None and self._known_not(begins_chunk[:, -q.shape[1] :].any()):
+            fw, fast_weights = self.fw.read(q, past), past  # no chunk begins, so none is written
+        else:
+            fw, fast_weights = self._scan_in_order(q, keys, timeline, begins_chunk, past)
         return Reads(fw, kv), fast_weights
 
-    def _read_between_chunks(
-        self, q: Queries, timeline: Timeline, begins_chunk: Tensor, past: FastWeights | None
-    ) -> tuple[Tensor, FastWeights]:
-        t, l = q.shape[1], timeline.keys.shape[1]
-        q = self.fw.features(q)
-        begins = begins_chunk[:, l - t :]
-        # Between two chunks nothing is written. (While tracing nobody knows, and the general way is always right.)
-        if past is not None and not torch.compiler.is_compiling() and not begins.any():
-            return self.fw.read(q, past), past
+    @staticmethod
+    def _known_not(condition: Tensor) -> bool:
+        """Whether it is known not to hold. While tracing nobody knows, and the general way is always right."""
+        return not torch.compiler.is_compiling() and not condition
 
-        chunk = F.pad(begins.cumsum(dim=1), (l - t, 0))  # [b, l]; 0: the chunk that was open before this call
+    def _scan_aligned(self, q: Queries, keys: Keys, timeline: Timeline) -> tuple[Values, FastWeights]:
+        """Where all rows begin together, the order is the same for all: chunks side by side, reads before writes."""
+        t, S = q.shape[1], self.slots
+
+        def chunks(x: Tensor) -> Tensor:
+            """[b, t, …] → [b, n, S, …]"""
+            return F.pad(x, (0, 0) * (x.dim() - 2) + (0, -t % S)).unflatten(1, (-1, S))
+
+        def reads(x: Tensor) -> Tensor:
+            return torch.cat([x, torch.zeros_like(x)], dim=2).flatten(1, 2)[:, :-S]  # the last chunk is not written yet
+
+        def writes(x: Tensor) -> Tensor:
+            return torch.cat([torch.zeros_like(x), x], dim=2).flatten(1, 2)[:, :-S]
+
+        q, keys, values, betas = (chunks(x) for x in (q, keys, timeline.values, timeline.betas))
+        out, fast_weights = self.fw.scan(reads(q), writes(keys), writes(values), writes(betas), None, None)
+        out = F.pad(out, (0, 0, 0, 0, 0, S)).unflatten(1, (-1, 2, S))[:, :, 0]
+        return out.flatten(1, 2)[:, :t], fast_weights
+
+    def _scan_in_order(
+        self, q: Queries, keys: Keys, timeline: Timeline, begins_chunk: Tensor, past: FastWeights | None
+    ) -> tuple[Values, FastWeights]:
+        """Each row in an order of its own: its chunks begin where its segments and its held pairs say."""
+        t, l = q.shape[1], keys.shape[1]
+        # [b, l]; 0: the chunk that was open before this call
+        chunk = F.pad(begins_chunk[:, l - t :].cumsum(dim=1), (l - t, 0))
         complete = chunk < chunk[:, -1:]
         order = torch.cat([2 * chunk[:, l - t :], 2 * chunk + 1], dim=1).argsort(dim=1, stable=True)
 
-        def of_reads(x: Tensor) -> Tensor:
+        def reads(x: Tensor) -> Tensor:
             """[b, t, …] → [b, t + l, …] by events, zeros where they write."""
             return _take(torch.cat([x, x.new_zeros(len(x), l, *x.shape[2:])], dim=1), order)
 
-        def of_writes(x: Tensor) -> Tensor:
+        def writes(x: Tensor) -> Tensor:
             """[b, l, …] → [b, t + l, …] by events, zeros where they read."""
             return _take(torch.cat([x.new_zeros(len(x), t, *x.shape[2:]), x], dim=1), order)
 
         out, fast_weights = self.fw.scan(
-            of_reads(q),
-            of_writes(self.fw.features(timeline.keys)),
-            of_writes(timeline.values),
-            of_writes(timeline.betas * complete[..., None]),
+            reads(q),
+            writes(keys),
+            writes(timeline.values),
+            writes(timeline.betas * complete[..., None]),
             past,
-            of_reads(timeline.position[:, l - t :] == 0),  # a segment's first read finds an empty memory
+            reads(timeline.position[:, l - t :] == 0),  # a segment's first read finds an empty memory
         )
         return _take(out, order.argsort(dim=1)[:, :t]), fast_weights
 

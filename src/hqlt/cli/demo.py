@@ -31,30 +31,35 @@ MODELS: dict[str, dict[str, Any]] = {
 # What all models of a task share; no positions, so that lengths beyond training are not foreign to anyone.
 PARITY = {"hidden_size": 32, "num_heads": 4, "num_hidden_layers": 1, "window": 8, "rope_theta": None}
 RECALL = {"hidden_size": 64, "num_heads": 4, "num_hidden_layers": 2, "window": 64, "rope_theta": None, "conv_size": 4}
-TEXT = {"hidden_size": 96, "num_heads": 4, "num_hidden_layers": 3, "window": 32}
+TEXT = {"hidden_size": 64, "num_heads": 4, "num_hidden_layers": 3, "window": 32}
 
 
 def experiments(quick: bool) -> list[tuple[str, dict[str, Any], dict[str, Any], Budget]]:
     """(task, its options, the models' common configuration, the budget), for each task."""
-    few: dict[str, Any] = {"validations": 3, "evaluation_rows": 64} if quick else {}
+    few: dict[str, Any] = {"validations": 2, "validation_rows": 16, "test_rows": 64} if quick else {}
     return [
         (
             "parity",
             {},
             PARITY,
-            Budget(steps=40 if quick else 200, batch_size=128, learning_rate=1e-2, **few),
+            Budget(steps=40 if quick else 150, batch_size=128, learning_rate=1e-2, **few),
         ),
         (
             "recall",
             {"vocabulary": 128, "pairs": 32, "train_pairs": [4, 8, 16, 32]},
             RECALL,
-            Budget(steps=15 if quick else 200, batch_size=32, learning_rate=1e-2, **few),
+            Budget(steps=15 if quick else 400, batch_size=16, learning_rate=1e-2, **few),
         ),
         (
             "text",
             {"length": 256},
             TEXT,
-            Budget(steps=15 if quick else 200, batch_size=16, learning_rate=1e-2, **({"evaluation_rows": 128} | few)),
+            Budget(
+                steps=15 if quick else 400,
+                batch_size=8,
+                learning_rate=1e-2,
+                **({"validation_rows": 64, "test_rows": 256} | few),
+            ),
         ),
     ]
 
@@ -123,7 +128,7 @@ def demo(
         except KeyboardInterrupt:
             console.print(
                 f"stopped with {len(results)} of {len(cells)} cells finished; go on with: hqlt demo "
-                f"{'--quick=true ' if quick else ''}--seed={seed} --folder={folder}",
+                f"{'--quick ' if quick else ''}--seed={seed} --folder={folder}",
                 highlight=False,
             )
             raise

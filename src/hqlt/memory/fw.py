@@ -72,7 +72,8 @@ class DeltaMemory(FWMemory):
         past: FastWeights | None,
         resets: Resets | None,
     ) -> tuple[Values, FastWeights]:
-        out, matrix = ops.delta_rule(q, k, v, strength, state=past and past.matrix, resets=resets)
+        state = None if past is None else past.matrix
+        out, matrix = ops.delta_rule(q, k, v, strength, state=state, resets=resets)
         return out, FastWeights(matrix, matrix.new_zeros(*matrix.shape[:2], 0))
 
 

@@ -24,7 +24,7 @@ class Table(NamedTuple):
     def for_terminal(self) -> rich.table.Table:
         table = rich.table.Table(caption=self.caption)
         for i, name in enumerate(self.columns):
-            table.add_column(name, justify="left" if i == 0 else "right")
+            table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0)
         for row in self.rows:
             table.add_row(*(f"[bold]{cell.text}[/bold]" if cell.best else cell.text for cell in row))
         return table
@@ -50,7 +50,7 @@ def table_of(results: Sequence[Result]) -> Table:
     columns = ["model"]
     for task in tasks:
         columns.append(f"{task}, {'bits/byte' if metric[task] == 'bits' else 'accuracy %'}")
-    columns += ["parameters", "seconds"]
+    columns.append("seconds")
     rows = []
     for model in models:
         row = [TableCell(model)]
@@ -59,17 +59,23 @@ def table_of(results: Sequence[Result]) -> Table:
             best = (min if metric[task] == "bits" else max)(known)
             row.append(_score(values[model, task], metric[task], best))
         own = [result for result in results if result.cell.model == model]
-        sizes = sorted({result.parameters for result in own})
-        row.append(TableCell(" ".join(f"{size / 1000:.0f}k" for size in sizes)))
         row.append(TableCell(f"{sum(result.seconds for result in own):.0f}"))
         rows.append(row)
     seeds = len({result.cell.seed for result in results})
     caption = (
         "Test scores of the checkpoint chosen on validation. Accuracy: chance 0, perfect 100. Bits per byte: lower is "
         f"better. {'One seed' if seeds == 1 else f'Median of {seeds} seeds, all in brackets'}. "
-        "Parameters: one size a task. Seconds: of training, all tasks."
+        f"Parameters: {'; '.join(f'{task} {_sizes(results, task)}' for task in tasks)}. Seconds: of training, all tasks."
     )
     return Table(columns, rows, caption)
+
+
+def _sizes(results: Sequence[Result], task: str) -> str:
+    """The models' sizes on a task, from the smallest to the largest."""
+    sizes = [
+        f"{result.parameters:,}" for result in sorted(results, key=lambda r: r.parameters) if result.cell.task == task
+    ]
+    return sizes[0] if sizes[0] == sizes[-1] else f"{sizes[0]} to {sizes[-1]}"
 
 
 def _score(values: list[float], metric: str, best: float) -> TableCell:

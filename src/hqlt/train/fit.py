@@ -34,8 +34,10 @@ class Budget:
     """Greatest norm of a gradient; a longer one is shortened to it."""
     validations: int = 10
     """How often a checkpoint is scored on the validation set, evenly over the steps."""
-    evaluation_rows: int = 512
-    """Sequences in the validation set, and in the test set."""
+    validation_rows: int = 128
+    """Sequences in the validation set."""
+    test_rows: int = 512
+    """Sequences in the test set."""
 
     def learning_rate_at(self, step: int) -> float:
         """step counts from 0."""
@@ -76,7 +78,7 @@ def fit(model: nn.Module, task: Task, budget: Budget, seed: int) -> Iterator[Pro
     """
     optimiser = torch.optim.AdamW(parameter_groups(model, budget.weight_decay), lr=budget.learning_rate)
     source = generator_for("train", seed)
-    validation_set = task.sample(generator_for("validation", 0), budget.evaluation_rows, "validation")
+    validation_set = task.sample(generator_for("validation", 0), budget.validation_rows, "validation")
     validate_at = {round(budget.steps * (i + 1) / budget.validations) for i in range(budget.validations)}
     best_step, best, best_weights = 0, None, dict[str, Tensor]()
     tokens, begun = 0, time.perf_counter()
@@ -102,7 +104,7 @@ def fit(model: nn.Module, task: Task, budget: Budget, seed: int) -> Iterator[Pro
         yield Progress(step + 1, loss.item(), norm.item(), seconds, tokens, score.value if score else None)
     assert best is not None
     model.load_state_dict(best_weights)
-    test_set = task.sample(generator_for("test", 0), budget.evaluation_rows, "test")
+    test_set = task.sample(generator_for("test", 0), budget.test_rows, "test")
     yield Fit(best_step, best, evaluate(model, task, test_set))
 
 
