@@ -65,16 +65,15 @@ def table_of(results: Sequence[Result]) -> Table:
     caption = (
         "Test scores of the checkpoint chosen on validation. Accuracy: chance 0, perfect 100. Bits per byte: lower is "
         f"better. {'One seed' if seeds == 1 else f'Median of {seeds} seeds, all in brackets'}. "
-        f"Parameters: {'; '.join(f'{task} {_sizes(results, task)}' for task in tasks)}. Seconds: of training, all tasks."
+        f"Parameters: {'; '.join(f'{task} {_sizes(results, task)}' for task in tasks)}. "
+        "Seconds: of training, all tasks."
     )
     return Table(columns, rows, caption)
 
 
 def _sizes(results: Sequence[Result], task: str) -> str:
     """The models' sizes on a task, from the smallest to the largest."""
-    sizes = [
-        f"{result.parameters:,}" for result in sorted(results, key=lambda r: r.parameters) if result.cell.task == task
-    ]
+    sizes = [f"{size:,}" for size in sorted(result.parameters for result in results if result.cell.task == task)]
     return sizes[0] if sizes[0] == sizes[-1] else f"{sizes[0]} to {sizes[-1]}"
 
 

@@ -1,0 +1,31 @@
+"""After `import hqlt`, transformers' Auto classes know our models, whichever part of transformers is imported first."""
+
+import subprocess
+import sys
+
+import pytest
+
+from hqlt.model import HQLTConfig, HQLTForCausalLM
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    options = {"hidden_size": 16, "num_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16, "vocab_size": 8}
+    HQLTForCausalLM(HQLTConfig(**options)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import hqlt; from transformers import AutoModelForCausalLM",
+        "from transformers import AutoModelForCausalLM; import hqlt",
+        "import hqlt; from transformers import PreTrainedModel, AutoModelForCausalLM",
+        "import hqlt; from transformers import AutoConfig, AutoModelForCausalLM",
+    ],
+)
+def test_auto_classes_find_our_models(imports, folder):
+    program = f"{imports}\nprint(type(AutoModelForCausalLM.from_pretrained({str(folder)!r})).__name__)"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ran.stdout.strip() == "HQLTForCausalLM", ran.stderr
