@@ -14,6 +14,7 @@ class KVOnly(Blend):
     """Softmax attention alone, over a window or (window None) over everything: a transformer's layer."""
 
     kv: KVMemory
+    writes = None
 
     @property
     def slots(self) -> int | None:
@@ -37,6 +38,7 @@ class FWOnly(Blend):
     """Fast weights alone: DeltaNet, or with the additive rule a linear transformer."""
 
     fw: FWMemory
+    writes = "own"
 
     @property
     def slots(self) -> int:

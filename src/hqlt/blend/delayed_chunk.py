@@ -28,6 +28,7 @@ class DelayedChunk(Blend):
 
     kv: KVMemory
     fw: FWMemory
+    writes = "chunk"
 
     keeps_betas = True
 

@@ -21,6 +21,7 @@ class DelayedStreaming(Blend):
 
     kv: KVMemory
     fw: FWMemory
+    writes = "leaving"
 
     @property
     def slots(self) -> int:

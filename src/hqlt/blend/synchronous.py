@@ -17,6 +17,7 @@ class Synchronous(Blend):
 
     kv: KVMemory
     fw: FWMemory
+    writes = "own"
 
     @property
     def slots(self) -> int | None:

@@ -11,7 +11,7 @@ from jsonargparse import ActionYesNo, ArgumentParser
 
 from hqlt._version import version
 
-COMMANDS = ("demo",)
+COMMANDS = ("bench", "demo")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name, command in commands.items():
         subcommands.add_subcommand(name, options_of(command))
     given = parser.parse_args(arguments)
-    options = parser.instantiate_classes(given)[given.subcommand].as_dict()
+    options = parser.instantiate(given)[given.subcommand].as_dict()
     options.pop("config")
     try:
         commands[given.subcommand](**options)
@@ -44,7 +44,7 @@ def options_of(command: Callable[..., None]) -> ArgumentParser:
     flags: set[str | int] = {
         name for name, argument in inspect.signature(command).parameters.items() if argument.default is False
     }
-    parser.add_function_arguments(command, skip=flags)
+    parser.add_function_arguments(command, as_positional=True, skip=flags)
     for argument in told.params:
         if argument.arg_name in flags:
             action = ActionYesNo(no_prefix="no-")

@@ -32,12 +32,12 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, f"the native library does not load: {error}"
     if not library.hqlt_instruction_set():
         return None, f"HQLT_NATIVE_ISA={os.environ.get('HQLT_NATIVE_ISA')}: this machine has no such instructions"
-    for name in ("delta_rule", "linear_attention", "window_attention"):
-        for direction in ("forward", "backward"):
-            kernel = library[f"hqlt_{name}_{direction}"]
-            kernel.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_double, ctypes.c_void_p)
-            kernel.restype = None
-            setattr(library, f"{name}_{direction}", kernel)
+    operations = ("delta_rule", "linear_attention", "window_attention")
+    for name in [f"{x}_{way}" for x in operations for way in ("forward", "backward")] + ["one_token_forward"]:
+        kernel = library[f"hqlt_{name}"]
+        kernel.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_double, ctypes.c_void_p)
+        kernel.restype = None
+        setattr(library, name, kernel)
     return library, ""
 
 
@@ -80,7 +80,7 @@ def run(kernel: str, sizes: Sequence[int], scale: float, tensors: Sequence[Any])
 
 def contiguous(*tensors: Tensor | None) -> list[Any]:
     """The same tensors, laid out without gaps; None stays None."""
-    return [x if x is None else x.contiguous() for x in tensors]
+    return [x if x is None or x.is_contiguous() else x.contiguous() for x in tensors]
 
 
 def is_plain(*tensors: Tensor | None) -> bool:

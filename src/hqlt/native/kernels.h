@@ -5,6 +5,7 @@ namespace ISA {
 #include "delta_rule.h"
 #include "linear_attention.h"
 #include "window_attention.h"
+#include "step.h"
 
 
 const Kernels kernels = {
@@ -14,5 +15,6 @@ const Kernels kernels = {
     {linear_attention_backward<float>, linear_attention_backward<double>},
     {window_attention_forward<float>, window_attention_forward<double>},
     {window_attention_backward<float>, window_attention_backward<double>},
+    {one_token_forward<float>, one_token_forward<double>},
 };
 }  // namespace ISA

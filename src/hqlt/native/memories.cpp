@@ -2,6 +2,7 @@
 //
 // Every tensor is contiguous, [b, t, h, ·] or [b, h, k, v]. No headers of Python or torch: Python passes addresses.
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -30,7 +31,7 @@ struct Kernels {
   struct Types {
     Kernel *f32, *f64;
   } delta_rule_forward, delta_rule_backward, linear_attention_forward, linear_attention_backward,
-      window_attention_forward, window_attention_backward;
+      window_attention_forward, window_attention_backward, one_token_forward;
 };
 
 template <class... Pointers>
@@ -94,6 +95,7 @@ EXPORT(linear_attention_forward)
 EXPORT(linear_attention_backward)
 EXPORT(window_attention_forward)
 EXPORT(window_attention_backward)
+EXPORT(one_token_forward)
 
 // The instruction set in use: "plain", "avx2" or "avx512"; "" where HQLT_NATIVE_ISA names one that this machine lacks.
 extern "C" __attribute__((visibility("default"))) const char* hqlt_instruction_set() {

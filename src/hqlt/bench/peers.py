@@ -1,0 +1,67 @@
+"""What a CPU user has today in place of our operations, under their signatures."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hqlt import ops
+from hqlt.blend import Blend, Reads
+from hqlt.memory import MemoryState
+
+
+def delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, *, state: Tensor | None = None, **_: Any
+) -> tuple[Tensor, Tensor]:
+    """`torch_chunk_gated_delta_rule`, transformers' implementation without a GPU, with g = 0."""
+    from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+
+    no_decay = torch.zeros_like(beta)
+    out, final = torch_chunk_gated_delta_rule(q, k, v, no_decay, beta, initial_state=state, output_final_state=True)
+    return out, final
+
+
+def band_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int, **_: Any) -> Tensor:
+    """PyTorch's fused attention with a band for a mask."""
+    t, l = q.shape[1], k.shape[1]
+    age = torch.arange(l - t, l)[:, None] - torch.arange(l)
+    return _heads_first(q, k, v, attn_mask=(age >= 0) & (age < window))
+
+
+def full_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's fused attention over everything before."""
+    return _heads_first(q, k, v, is_causal=True)
+
+
+def _heads_first(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
+
+
+@contextlib.contextmanager
+def memories(delta: Callable[..., Any], window: Callable[..., Any]) -> Iterator[None]:
+    """Within this context every layer's memories are these two operations."""
+    with mock.patch.object(ops, "delta_rule", delta), mock.patch.object(ops, "window_attention", window):
+        yield
+
+
+@contextlib.contextmanager
+def no_memories() -> Iterator[None]:
+    """Within this context layers have no memories: what remains is the limit. Every projection gets its gradient."""
+
+    def forward(
+        self: Blend, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: object, resets: object
+    ) -> tuple[Reads, MemoryState]:
+        nothing = q.new_zeros(len(q), 0, 1, 1)
+        position = torch.zeros(len(q), dtype=torch.long)
+        after = MemoryState(nothing, nothing, nothing[..., 0], nothing, nothing[..., 0], position, nothing[..., 0])
+        return Reads(q * beta[..., None], k + v), after
+
+    with mock.patch.object(Blend, "forward", forward):
+        yield

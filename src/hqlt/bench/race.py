@@ -1,0 +1,126 @@
+"""A race: contestants take turns, times are medians, results are compared before anything is timed."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Work = Callable[[], Any]
+Row = dict[str, Any]
+"""{"case", "shape", "implementation", and for each thing measured {"ms", "times faster", "of ceiling", "peak MB"}}"""
+
+
+def seconds(work: Work) -> float:
+    """Time that has passed; with one thread the processor's, in which other programs count less."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    begin = clock()
+    work()
+    return clock() - begin
+
+
+def matrix_product_rate(n: int = 1536, rounds: int = 5) -> float:
+    """Floating-point operations a second of a large product of matrices: the ceiling of what computes."""
+    x = torch.randn(n, n)
+    return 2 * n**3 / max(min(seconds(lambda: x @ x) for _ in range(rounds)), 1e-9)
+
+
+def copy_rate(numbers: int = 2**24, rounds: int = 5) -> float:
+    """Bytes a second, read and written, of copying more than any cache holds: the ceiling of what only moves."""
+    x, y = torch.randn(numbers), torch.empty(numbers)
+    return 8 * numbers / max(min(seconds(lambda: y.copy_(x)) for _ in range(rounds)), 1e-9)
+
+
+def peak_megabytes(work: Work) -> float:
+    """How far the process grew during the work, by the kernel's own account; NaN where there is none to ask."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return float("nan")
+
+    def kilobytes(field: str) -> int:
+        found = re.search(rf"{field}:\s+(\d+)", status.read_text())
+        return int(found[1]) if found else 0
+
+    ctypes.CDLL(None).malloc_trim(0)
+    reset.write_text("5")  # the high-water mark begins anew
+    before = kilobytes("VmRSS")
+    work()
+    return (kilobytes("VmHWM") - before) / 1e3
+
+
+def check_equal(results: dict[str, Any], tolerance: float = 1e-4) -> None:
+    """Refuse to compare contestants that compute different things. Each result: a tensor or some of them."""
+    (first, expected), *others = results.items()
+    for name, got in others:
+        for e, g in zip(_tensors(expected), _tensors(got), strict=True):
+            error = ((e - g).norm() / e.norm().clamp_min(1e-30)).item()
+            if not error < tolerance:
+                raise SystemExit(f"{name} differs from {first} by {error:.1e}: nothing to compare")
+
+
+def _tensors(x: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    return [x] if isinstance(x, Tensor) else list(x)
+
+
+def race(contestants: dict[str, Work], count: dict[str, float] | float, ceiling: float, rounds: int) -> dict[str, Row]:
+    """Time them in turns. count: operations (or bytes) of each, or of all; ceiling: how many of them a second.
+
+    → by name: ms, how many times faster than the first contestant, part of the ceiling reached, peak memory.
+    """
+    for work in contestants.values():
+        work()
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, work in contestants.items():
+            times[name].append(seconds(work))
+    median = {name: statistics.median(of) for name, of in times.items()}
+    first = median[next(iter(contestants))]
+    return {
+        name: {
+            "ms": 1e3 * median[name],
+            "times faster": first / median[name],
+            "of ceiling": (count[name] if isinstance(count, dict) else count) / median[name] / ceiling,
+            "peak MB": peak_megabytes(work),
+        }
+        for name, work in contestants.items()
+    }
+
+
+def rows(case: str, shape: tuple[int, ...], measured: dict[str, dict[str, Row]]) -> list[Row]:
+    """One row an implementation, from {what was measured: race's answer}."""
+    names = list(dict.fromkeys(name for of in measured.values() for name in of))
+    return [
+        {"case": case, "shape": shape, "implementation": name}
+        | {what: of[name] for what, of in measured.items() if name in of}
+        for name in names
+    ]
+
+
+def forward_and_backward(
+    contestants: Mapping[str, Callable[[], Tensor]],
+    leaves: list[Tensor],
+    count: tuple[float, float],
+    ceiling: float,
+    rounds: int,
+) -> dict[str, dict[str, Row]]:
+    """Both directions: without gradients, and with those of the sum of all outputs. count: forward, backward."""
+
+    def forward(run: Callable[[], Tensor]) -> Work:
+        return torch.no_grad()(run)
+
+    def both(run: Callable[[], Tensor]) -> Work:
+        return lambda: torch.autograd.grad(run().sum(), leaves)
+
+    measured = {}
+    for what, prepare, total in (("forward", forward, count[0]), ("forward + backward", both, sum(count))):
+        works = {name: prepare(run) for name, run in contestants.items()}
+        check_equal({name: work() for name, work in works.items()}, 1e-3)
+        measured[what] = race(works, total, ceiling, rounds)
+    return measured

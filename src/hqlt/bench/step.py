@@ -1,0 +1,78 @@
+"""One token of one layer at batch 1, its state carried: the memories against the projections, and against a cache.
+
+Nothing here computes much, so the ceiling is that of copying: the projections read their weights, the memories read
+their state and write the next one (the given state is left as it was), full attention reads its cache. A state after a
+million tokens is one after a thousand whose row counts a million: no part of it grows.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from hqlt import HybridMemory, ops
+from hqlt.bench.race import Row, Work, check_equal, copy_rate, race, rows
+from hqlt.memory import MemoryState
+
+ONLY = ("synchronous", "delayed-streaming", "delayed-chunk", "full attention")
+
+
+@torch.no_grad()
+def run(rounds: int, quick: bool, only: str | None) -> list[Row]:
+    ceiling = copy_rate(2**16 if quick else 2**24)
+    d, h, window, rounds = (16, 2, 8, rounds) if quick else (1024, 8, 64, 20 * rounds)
+    results: list[Row] = []
+    for blend in ONLY[:3]:
+        if only in (None, blend):
+            results += blend_race(HybridMemory(d, h, window, blend), d, h, rounds, ceiling)
+    for context in [100] if quick else [1_000, 8_000, 64_000]:
+        if only in (None, "full attention"):
+            results += cache_race(context, d, h, rounds, ceiling)
+    return results
+
+
+def blend_race(layer: HybridMemory, d: int, h: int, rounds: int, ceiling: float) -> list[Row]:
+    q, k, v = torch.randn(3, 1, 1, h, d // h)
+    x, beta = torch.randn(1, 1, d), torch.rand(1, 1, h)
+    young = layer(torch.randn(1, 1_000, d))[1]
+    old = young._replace(position=torch.full_like(young.position, 1_000_000))
+    moved = 2.0 * young.bytes_per_row()
+
+    def memories(state: MemoryState) -> Work:
+        return lambda: layer.blend(q, k, v, beta, state, None)
+
+    def composed() -> object:
+        with ops.use_backend("native"):
+            return layer.blend(q, k, v, beta, young, None)
+
+    def projections() -> None:
+        for linear in (layer.q_proj, layer.k_proj, layer.v_proj, layer.o_proj, getattr(layer.mixer, "gate_proj", None)):
+            if linear is not None:
+                linear(x)
+
+    with ops.use_backend("reference"):
+        expected, after = layer.blend(q, k, v, beta, young, None)
+    for reads, state in (memories(young)(), composed()):  # type: ignore[misc]
+        check_equal({"reference": [*expected, *after[:2], after.fast_weights],
+                     "native": [*reads, *state[:2], state.fast_weights]})  # fmt: skip
+    works: dict[str, Work] = {
+        "projections": projections,
+        "both memories, native step": memories(young),
+        "both memories, operation by operation": composed,
+        "whole layer, context 1,000": lambda: layer(x, young),
+        "whole layer, context 1,000,000": lambda: layer(x, old),
+    }
+    weights = 5.0 * 4 * d * d
+    count = {name: weights + moved if "layer" in name else moved for name in works} | {"projections": weights}
+    name = next(name for name in ONLY if type(layer.blend).__name__.lower() == name.replace("-", ""))
+    results = rows(name, (1, 1, d, h), {"one token": race(works, count, ceiling, rounds)})
+    for row in results:
+        row["one token"]["of projections"] = row["one token"]["ms"] / results[0]["one token"]["ms"]
+    return results
+
+
+def cache_race(context: int, d: int, h: int, rounds: int, ceiling: float) -> list[Row]:
+    q, (k, v) = torch.randn(1, h, 1, d // h), torch.randn(2, 1, h, context, d // h)
+    works: dict[str, Work] = {"SDPA over a cache": lambda: F.scaled_dot_product_attention(q, k, v)}
+    measured = race(works, 8.0 * context * d, ceiling, max(rounds // 4, 1))
+    return rows(f"full attention, context {context:,}", (1, 1, d, h), {"one token": measured})

@@ -1,0 +1,72 @@
+"""One training step of the tiny model (forward, backward, AdamW), with native memories and with the peers in it.
+
+Where the memories are removed, the rest of the model remains: no memory can make a step faster than that. Counted are
+6 operations a parameter and token and the memories' own, as in `hqlt.bench.ops`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from hqlt.bench import peers
+from hqlt.bench.race import Row, Work, check_equal, matrix_product_rate, race, rows
+from hqlt.ops import delta_rule, window_attention
+
+ONLY = ("256", "512")
+"""Tokens in a row."""
+
+
+def run(rounds: int, quick: bool, only: str | None) -> list[Row]:
+    ceiling = matrix_product_rate(256 if quick else 1536)
+    results: list[Row] = []
+    for t in [70] if quick else [256, 512]:
+        if only in (None, str(t)):
+            results += training_race(1 if quick else 8, t, quick, rounds, ceiling)
+    return results
+
+
+def training_race(b: int, t: int, quick: bool, rounds: int, ceiling: float) -> list[Row]:
+    from hqlt.model import HQLTForCausalLM, preset
+
+    small = {"hidden_size": 16, "num_heads": 2, "num_hidden_layers": 1, "window": 8} if quick else {}
+    model = HQLTForCausalLM(preset("tiny", **small))
+    config, tokens = model.config, torch.randint(0, model.config.vocab_size, (b, t))
+    blocked = partial(window_attention, backend="blocked")
+    settings: dict[str, Callable[[], AbstractContextManager[None]]] = {
+        "peer delta, SDPA band": partial(peers.memories, peers.delta_rule, peers.band_attention),
+        "chunked, blocked": partial(peers.memories, partial(delta_rule, backend="chunked"), blocked),
+        "native": contextlib.nullcontext,
+        "memories removed: the limit": peers.no_memories,
+    }
+
+    def gradients(name: str) -> list[Tensor]:
+        with settings[name]():
+            loss = model(tokens, labels=tokens).loss
+            return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
+
+    check_equal({name: gradients(name) for name in settings if "removed" not in name}, 1e-3)
+
+    def training(name: str) -> Work:
+        trained = copy.deepcopy(model)
+        optimiser = torch.optim.AdamW(trained.parameters(), lr=1e-4)
+
+        def step() -> None:
+            with settings[name]():
+                optimiser.zero_grad()
+                trained(tokens, labels=tokens).loss.backward()
+                optimiser.step()
+
+        return step
+
+    window, k = config.window or t, config.hidden_size // config.num_heads
+    own = config.num_hidden_layers * config.hidden_size * (20 * k + 14 * window)
+    count = b * t * (6.0 * sum(p.numel() for p in model.parameters()) + own)
+    measured = race({name: training(name) for name in settings}, count, ceiling, rounds)
+    return rows("training step, tiny", (b, t, config.hidden_size, config.num_heads), {"step": measured})

@@ -1,0 +1,81 @@
+"""`hqlt bench`: how fast, beside what else there is. One table, and JSON."""
+
+from __future__ import annotations
+
+import importlib
+import json as json_format
+import platform
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from hqlt import native
+
+
+def bench(
+    what: Literal["ops", "layer", "step", "train"],
+    threads: int = 2,
+    rounds: int = 7,
+    only: str | None = None,
+    json: Path | None = None,
+    quick: bool = False,
+) -> None:
+    """Measure ours and its peers side by side on this machine's CPU, and print one table.
+
+    Results are compared before anything is timed; contestants take turns, and times are medians. Beside each stand its
+    peak memory and the part of the machine's measured ceiling that its own count of operations (or bytes) reaches.
+
+    Args:
+        what: "ops" the memories' reads and writes, "layer" one layer, "step" one token, "train" one training step.
+        threads: of torch and of the native memories.
+        rounds: turns of each contestant.
+        only: one part of the benchmark, such as "delta" of ops, or "synchronous" of step.
+        json: where the figures go; runs/bench/WHAT.json by default.
+        quick: sizes so small that the times say nothing; to see that everything runs.
+    """
+    module = importlib.import_module(f"hqlt.bench.{what}")
+    if only is not None and only not in module.ONLY:
+        raise SystemExit(f"only: expected one of {', '.join(module.ONLY)} for {what}, got {only!r}")
+    before = torch.get_num_threads()
+    torch.manual_seed(0)
+    torch.set_num_threads(threads)
+    try:
+        results = module.run(rounds, quick, only)
+    finally:
+        torch.set_num_threads(before)
+    setting = {
+        "processor": platform.processor() or platform.machine(),
+        "threads": threads,
+        "clock": "the processor's" if threads == 1 else "the wall's",
+        "torch": torch.__version__,
+        "instruction set": native.instruction_set(),
+    }
+    title = f"hqlt bench {what}: " + ", ".join(f"{name} {value}" for name, value in setting.items())
+    Console(width=160).print(table_of(title, results))
+    file = json or Path("runs/bench") / f"{what}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json_format.dumps({"setting": setting, "results": results}, indent=1) + "\n")
+
+
+def table_of(title: str, results: list[dict[str, Any]]) -> Table:
+    table = Table(title=title, caption="float32; ×: times faster than the first; %: of the measured ceiling")
+    for column in ("case", "shape", "implementation"):
+        table.add_column(column)
+    measured = [name for name, value in results[0].items() if isinstance(value, dict)]
+    against = "of projections" in results[0][measured[0]]
+    for name in measured:
+        for column in (f"{name} ms", "×", "%", "MB", *(["of projections"] if against else [])):
+            table.add_column(column, justify="right")
+    for row in results:
+        cells = []
+        for name in measured:
+            of = row[name]
+            cells += [f"{of['ms']:.3g}", f"{of['times faster']:.2f}", f"{100 * of['of ceiling']:.0f}"]
+            cells += [f"{of['peak MB']:.0f}"]
+            if against:
+                cells += [f"{of['of projections']:.3f}" if "of projections" in of else ""]
+        table.add_row(row["case"], ", ".join(map(str, row["shape"])), row["implementation"], *cells)
+    return table

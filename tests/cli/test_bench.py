@@ -1,0 +1,42 @@
+"""Every benchmark runs, finds its contestants equal, and leaves its figures. (What they say is no test's business.)"""
+
+import json
+import math
+
+import pytest
+
+from hqlt.cli import main
+
+pytest.importorskip("transformers")
+
+
+@pytest.mark.parametrize(
+    ("what", "contestants"),
+    [
+        ("ops", {"transformers", "chunked", "blocked", "native", "SDPA, band mask", "SDPA, full causal"}),
+        ("layer", {"peer delta, SDPA band", "chunked, blocked", "native"}),
+        ("step", {"projections", "both memories, native step", "SDPA over a cache", "whole layer, context 1,000,000"}),
+        ("train", {"peer delta, SDPA band", "chunked, blocked", "native", "memories removed: the limit"}),
+    ],
+)
+def test_a_benchmark_leaves_its_figures(what, contestants, tmp_path, capsys):
+    file = tmp_path / "some" / "figures.json"
+    main(["bench", what, "--quick", "--rounds=1", "--threads=1", f"--json={file}"])
+    written = json.loads(file.read_text())
+    assert contestants <= {row["implementation"] for row in written["results"]}
+    assert written["setting"]["threads"] == 1
+    for row in written["results"]:
+        for figures in (value for value in row.values() if isinstance(value, dict)):
+            assert figures["ms"] > 0
+            assert math.isfinite(figures["of ceiling"])
+    assert f"hqlt bench {what}" in capsys.readouterr().out
+
+
+def test_one_part_of_a_benchmark(tmp_path):
+    main(["bench", "ops", "--only=linear", "--quick", "--rounds=1", f"--json={tmp_path / 'figures.json'}"])
+    results = json.loads((tmp_path / "figures.json").read_text())["results"]
+    assert {row["case"] for row in results} == {"linear attention"}
+    with pytest.raises(SystemExit, match="expected one of delta, linear, window"):
+        main(["bench", "ops", "--only=nothing", "--quick"])
+    with pytest.raises(SystemExit):
+        main(["bench", "everything"])
