@@ -44,12 +44,13 @@ def test_the_quick_demo_leaves_a_run_that_can_be_read(tmp_path):
         assert (tmp_path / name).stat().st_size > 0
 
 
-def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
+def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path, request):
     log = tmp_path / "log"
     with log.open("w") as out:
         process = subprocess.Popen(
             [*COMMAND, "demo", "--quick", f"--folder={tmp_path / 'run'}"], stdout=out, stderr=out
         )
+        request.addfinalizer(lambda: (process.kill(), process.wait()))
         metrics = tmp_path / "run" / "metrics.jsonl"
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and not list((tmp_path / "run").glob("cells/*.json")):

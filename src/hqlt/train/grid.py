@@ -97,17 +97,19 @@ def run_grid(
     running: dict[Connection, tuple[BaseProcess, Cell, int]] = {}
     failed: list[str] = []
     reasons: dict[str, str] = {}
-    try:
+    with _interrupts() as interrupts, contextlib.ExitStack() as at_the_end:
+        at_the_end.callback(lambda: _end([process for process, _, _ in running.values()]))
         while waiting or running:
+            if interrupts:
+                raise KeyboardInterrupt
             while waiting and len(running) < workers:
                 cell, attempt = waiting.pop(0)
-                with _interrupts_wait():
-                    ours, theirs = context.Pipe(duplex=False)
-                    process = context.Process(target=_work, args=(cell, folder, theirs), daemon=True)
-                    process.start()
-                    theirs.close()
-                    running[ours] = process, cell, attempt
-            for pipe in wait(list(running)):
+                ours, theirs = context.Pipe(duplex=False)
+                process = context.Process(target=_work, args=(cell, folder, theirs), daemon=True)
+                process.start()
+                theirs.close()
+                running[ours] = process, cell, attempt
+            for pipe in wait(list(running), timeout=0.5):
                 assert isinstance(pipe, Connection)
                 process, cell, attempt = running[pipe]
                 try:
@@ -130,11 +132,6 @@ def run_grid(
                     save_result(folder, message)
                     results[cell.name] = message
                 on_event(message)
-    finally:
-        for process, _, _ in running.values():
-            process.terminate()
-        for process, _, _ in running.values():
-            process.join()
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(cells)} cells failed {TRIES} times:\n" + "\n".join(failed))
     return [results[cell.name] for cell in cells]
@@ -154,16 +151,26 @@ def _work(cell: Cell, folder: Path, pipe: Connection) -> None:
 
 
 @contextlib.contextmanager
-def _interrupts_wait() -> Iterator[None]:
-    """Ctrl-C takes effect at the end, so that no process is left half started."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_sigmask"):
-        yield
+def _interrupts() -> Iterator[list[int]]:
+    """Ctrl-C only notes itself in the list, and is answered between two steps, with no process half started."""
+    noted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield noted
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
     try:
-        yield
+        yield noted
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, before)
+
+
+def _end(processes: list[BaseProcess]) -> None:
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.join(timeout=5)
+        if process.is_alive():
+            process.kill()
 
 
 def run_cell(cell: Cell, folder: Path) -> Iterator[Event | Result]:
