@@ -134,6 +134,14 @@ def test_half_precision_gradients_keep_their_type(op, dtype):
         assert grad.dtype == x.dtype and grad.isfinite().all()
 
 
+@pytest.fixture(params=["torch's threads", "threads of our own"])
+def threads_of(request):
+    native._library.hqlt_use_openmp(native._openmp() if request.param == "torch's threads" else None)
+    yield
+    native._library.hqlt_use_openmp(native._openmp())
+
+
+@pytest.mark.usefixtures("threads_of")
 @pytest.mark.parametrize("op", FORMS)
 def test_every_number_of_threads_gives_the_same_numbers(op):
     inputs, run = case(op, 1, 300, 2, 64, 64, torch.float32, window=64)

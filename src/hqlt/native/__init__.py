@@ -2,11 +2,12 @@
 
 `memories.cpp` is compiled for plain vectors, AVX2 and AVX-512 at once, and the library picks what the machine has
 (HQLT_NATIVE_ISA=plain|avx2|avx512 names one, for tests). It knows nothing of Python or torch, so that one build serves
-every version of both. Its threads sleep between calls; each call uses as many as `torch.get_num_threads()` says.
+every version of both. Its calls run on torch's own threads, as many as `torch.get_num_threads()` says.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import warnings
@@ -38,7 +39,15 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         kernel.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_double, ctypes.c_void_p)
         kernel.restype = None
         setattr(library, name, kernel)
+    library.hqlt_use_openmp(_openmp())
     return library, ""
+
+
+def _openmp() -> ctypes.c_void_p | None:
+    """The function that starts torch's own threads; None where torch does not run on OpenMP."""
+    with contextlib.suppress(OSError, AttributeError):
+        return ctypes.cast(ctypes.CDLL(torch._C.__file__).GOMP_parallel, ctypes.c_void_p)
+    return None
 
 
 _library, _why_not = _load()

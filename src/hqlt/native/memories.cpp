@@ -107,5 +107,8 @@ extern "C" __attribute__((visibility("default"))) const char* hqlt_instruction_s
   return "";
 }
 
+// Torch's GOMP_parallel: calls then run on its threads.
+extern "C" __attribute__((visibility("default"))) void hqlt_use_openmp(Pool::Parallel* parallel) { Pool::openmp = parallel; }
+
 // setuptools builds this file as an extension module, for which some linkers expect an entry point.
 extern "C" __attribute__((visibility("default"))) void* PyInit__memories() { return nullptr; }

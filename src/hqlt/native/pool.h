@@ -1,7 +1,9 @@
-// A small pool of threads that sleep between calls. The caller works too, so `threads` counts it.
+// Threads for a call's tasks. The caller works too, so `threads` counts it.
 //
-// No thread spins: torch's own threads are free to use the cores between two calls. A caller that finds the pool busy
-// (a second Python thread) works alone. A forked child starts with a pool of its own.
+// Torch's own threads where it runs on OpenMP: they spin for a while after each of its operations, so that other threads
+// beside them would find no core free, and wake at once. Their library is the one that torch has loaded: `openmp` is its
+// GOMP_parallel, which Python looks up and passes. Elsewhere, and in a forked child, where OpenMP's threads are gone, a
+// small pool of our own, which sleeps between calls. A caller that finds it busy (a second Python thread) works alone.
 #pragma once
 #include <pthread.h>
 
@@ -13,10 +15,26 @@
 
 class Pool {
  public:
+  using Parallel = void(void (*work)(void*), void* data, unsigned threads, unsigned flags);
+  static inline std::atomic<Parallel*> openmp{nullptr};
+
   // Runs work(0), …, work(tasks − 1), each once, in no particular order, and returns when all are done.
   template <class Work>
   static void run(int threads, int64_t tasks, const Work& work) {
     if (threads > tasks) threads = int(tasks);
+    Parallel* const parallel = openmp;
+    if (threads > 1 && parallel) {
+      struct Share {
+        const Work& work;
+        int64_t tasks;
+        std::atomic<int64_t> next{0};
+      } share{work, tasks};
+      parallel([](void* data) {
+        Share& mine = *static_cast<Share*>(data);
+        for (int64_t task; (task = mine.next.fetch_add(1, std::memory_order_relaxed)) < mine.tasks;) mine.work(task);
+      }, &share, unsigned(threads), 0);
+      return;
+    }
     Pool* pool = threads > 1 ? &current() : nullptr;
     if (!pool || !pool->callers.try_lock()) {
       for (int64_t task = 0; task < tasks; ++task) work(task);
@@ -36,19 +54,17 @@ class Pool {
   void (*call)(const void*, int64_t) = nullptr;
   const void* work = nullptr;
 
+  static inline std::atomic<Pool*> pool{nullptr};
+
+  // Threads do not survive a fork, and a lock may have been held: the child forgets all pools, and builds another.
+  static inline const int watched = pthread_atfork(nullptr, nullptr, [] { pool = nullptr, openmp = nullptr; });
+
   static Pool& current() {
-    static std::atomic<Pool*> pool{nullptr};
     static std::mutex birth;
-    static bool watched = false;
     Pool* found = pool.load(std::memory_order_acquire);
     if (found) return *found;
     std::lock_guard<std::mutex> lock(birth);
-    if (!pool.load()) {
-      // Threads do not survive a fork, and a lock may have been held: the child forgets the pool and builds another.
-      if (!watched) pthread_atfork(nullptr, nullptr, [] { pool.store(nullptr); });
-      watched = true;
-      pool.store(new Pool);  // never deleted: its threads sleep until the process ends
-    }
+    if (!pool.load()) pool.store(new Pool);  // never deleted: its threads sleep until the process ends
     return *pool.load();
   }
 
