@@ -19,6 +19,20 @@ import torch
 from torch import Tensor
 
 FOLDER = Path(__file__).parent
+KERNELS = (
+    "delta_rule_forward",
+    "delta_rule_backward",
+    "linear_attention_forward",
+    "linear_attention_backward",
+    "window_attention_forward",
+    "window_attention_backward",
+    "unit_silu_forward",
+    "unit_silu_backward",
+    "rotate_forward",
+    "mix_forward",
+    "mix_backward",
+    "one_token_forward",
+)
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
@@ -33,8 +47,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, f"the native library does not load: {error}"
     if not library.hqlt_instruction_set():
         return None, f"HQLT_NATIVE_ISA={os.environ.get('HQLT_NATIVE_ISA')}: this machine has no such instructions"
-    operations = ("delta_rule", "linear_attention", "window_attention")
-    for name in [f"{x}_{way}" for x in operations for way in ("forward", "backward")] + ["one_token_forward"]:
+    for name in KERNELS:
         kernel = library[f"hqlt_{name}"]
         kernel.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_double, ctypes.c_void_p)
         kernel.restype = None

@@ -5,8 +5,8 @@ namespace ISA {
 #include "delta_rule.h"
 #include "linear_attention.h"
 #include "window_attention.h"
+#include "rows.h"
 #include "step.h"
-
 
 const Kernels kernels = {
     {delta_rule_forward<float>, delta_rule_forward<double>},
@@ -15,6 +15,11 @@ const Kernels kernels = {
     {linear_attention_backward<float>, linear_attention_backward<double>},
     {window_attention_forward<float>, window_attention_forward<double>},
     {window_attention_backward<float>, window_attention_backward<double>},
+    {unit_silu_forward<float>, unit_silu_forward<double>},
+    {unit_silu_backward<float>, unit_silu_backward<double>},
+    {rotate_forward<float>, rotate_forward<double>},
+    {mix_forward<float>, mix_forward<double>},
+    {mix_backward<float>, mix_backward<double>},
     {one_token_forward<float>, one_token_forward<double>},
 };
 }  // namespace ISA

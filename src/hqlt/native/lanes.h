@@ -17,6 +17,11 @@ INLINE Lanes<T> load(const T* from) {
   return x;
 }
 
+template <class T>
+INLINE void store(T* to, Lanes<T> x) {
+  __builtin_memcpy(to, &x, sizeof x);
+}
+
 // One number in every lane of a register: left to itself, the compiler loads it anew for every use.
 template <class T>
 INLINE Lanes<T> broadcast(const T* from) {
@@ -25,15 +30,36 @@ INLINE Lanes<T> broadcast(const T* from) {
   return x;
 }
 
+// A vector of a row that may end before it: zeros stand for what is not there.
+template <class T>
+INLINE Lanes<T> load_until(const T* row, int64_t i, int64_t width) {
+  if (i + L<T> <= width) return load(row + i);
+  Lanes<T> x = {};
+  __builtin_memcpy(&x, row + i, (width - i) * sizeof(T));
+  return x;
+}
+template <class T>
+INLINE void store_until(T* row, int64_t i, int64_t width, Lanes<T> x) {
+  if (i + L<T> <= width) return store(row + i, x);
+  __builtin_memcpy(row + i, &x, (width - i) * sizeof(T));
+}
+
+// All lanes' sum, by halves: rounds of adding each lane to the one `apart` lanes away.
+template <class T, int apart, int... I>
+INLINE Lanes<T> folded(Lanes<T> x, std::integer_sequence<int, I...> lanes) {
+  x += __builtin_shufflevector(x, x, (I ^ apart)...);
+  if constexpr (apart > 1) return folded<T, apart / 2>(x, lanes);
+  return x;
+}
+template <class T>
+INLINE T sum_of(Lanes<T> x) {
+  return folded<T, L<T> / 2>(x, std::make_integer_sequence<int, L<T>>())[0];
+}
+
 // Tokens of one head lie h rows apart, a stride that the hardware's own prefetching does not follow.
 template <class T>
 INLINE void prefetch(const T* row, int64_t width) {
   for (int64_t i = 0; i < width; i += 64 / sizeof(T)) __builtin_prefetch(row + i, 0, 2);
-}
-
-template <class T>
-INLINE void store(T* to, Lanes<T> x) {
-  __builtin_memcpy(to, &x, sizeof x);
 }
 
 // The columns of one slice, N vectors wide, of a row of `width` numbers. Where the width is no multiple of L, the last
@@ -66,6 +92,7 @@ struct Columns {
     for (int64_t lane = begin(n) - at(n); lane < L<T>; ++lane) row[at(n) + lane] += x[lane];
   }
   INLINE T sum(int n, Lanes<T> x) const {
+    if (begin(n) == at(n)) return sum_of<T>(x);
     T total = 0;
     for (int64_t lane = begin(n) - at(n); lane < L<T>; ++lane) total += x[lane];
     return total;
@@ -142,8 +169,7 @@ INLINE T dot(const T* a, const T* b, int64_t n) {
   Lanes<T> sums = {};
   int64_t i = 0;
   for (; i + L<T> <= n; i += L<T>) sums += load(a + i) * load(b + i);
-  T sum = 0;
+  T sum = sum_of<T>(sums);
   for (; i < n; ++i) sum += a[i] * b[i];
-  for (int lane = 0; lane < L<T>; ++lane) sum += sums[lane];
   return sum;
 }

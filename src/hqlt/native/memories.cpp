@@ -31,7 +31,8 @@ struct Kernels {
   struct Types {
     Kernel *f32, *f64;
   } delta_rule_forward, delta_rule_backward, linear_attention_forward, linear_attention_backward,
-      window_attention_forward, window_attention_backward, one_token_forward;
+      window_attention_forward, window_attention_backward, unit_silu_forward, unit_silu_backward, rotate_forward,
+      mix_forward, mix_backward, one_token_forward;
 };
 
 template <class... Pointers>
@@ -95,6 +96,11 @@ EXPORT(linear_attention_forward)
 EXPORT(linear_attention_backward)
 EXPORT(window_attention_forward)
 EXPORT(window_attention_backward)
+EXPORT(unit_silu_forward)
+EXPORT(unit_silu_backward)
+EXPORT(rotate_forward)
+EXPORT(mix_forward)
+EXPORT(mix_backward)
 EXPORT(one_token_forward)
 
 // The instruction set in use: "plain", "avx2" or "avx512"; "" where HQLT_NATIVE_ISA names one that this machine lacks.

@@ -92,26 +92,33 @@ INLINE void combine_rows(const T* weights, int64_t step_i, int64_t step_j, const
   UNROLL for (int i = 0; i < count; ++i)
     UNROLL for (int c = 0; c < N; ++c) to[i * vectors + c] = add ? to[i * vectors + c] + sum[i][c] : sum[i][c];
 }
+template <class T, int count, int N>
+INLINE int64_t combine_blocks(const T* weights, int64_t step_i, int64_t step_j, const Lanes<T>* rows, int64_t vectors,
+                              int64_t n, Lanes<T>* to, int64_t i, int64_t m, bool add) {
+  for (; i + count <= m; i += count)
+    combine_rows<T, count, N>(weights + i * step_i, step_i, step_j, rows, vectors, n, to + i * vectors, add);
+  return i;
+}
+template <class T, int N>
+void combine_columns(const T* weights, int64_t step_i, int64_t step_j, const Lanes<T>* rows, int64_t vectors, int64_t n,
+                     Lanes<T>* to, int64_t m, bool add) {
+  constexpr int count = LANE_BYTES == 64 ? 16 / N : 8 / N;  // as many sums as there are registers for
+  int64_t i = combine_blocks<T, std::min(count, 8), N>(weights, step_i, step_j, rows, vectors, n, to, 0, m, add);
+  combine_blocks<T, 1, N>(weights, step_i, step_j, rows, vectors, n, to, i, m, add);
+}
 template <class T>
 void combine(const T* weights, int64_t step_i, int64_t step_j, Rows<T> rows, int64_t first, int64_t n,  //
              Rows<T> to, int64_t first_to, int64_t m, bool add) {
   constexpr int wide = LANE_BYTES == 64 ? 4 : 2;
   const int64_t vectors = rows.vectors;
-  for (int64_t i = 0; i < m; i += 4) {
-    const T* weight = weights + i * step_i;
-    const Lanes<T>* row = rows.at + first * vectors;
-    Lanes<T>* target = to.at + (first_to + i) * vectors;
-    const bool four = i + 4 <= m;
-    int64_t c = 0;
-    for (; four && c + wide <= vectors; c += wide)
-      combine_rows<T, 4, wide>(weight, step_i, step_j, row + c, vectors, n, target + c, add);
-    for (; four && c < vectors; ++c)
-      combine_rows<T, 4, 1>(weight, step_i, step_j, row + c, vectors, n, target + c, add);
-    for (int64_t one = i; !four && one < m; ++one)
-      for (c = 0; c < vectors; ++c)
-        combine_rows<T, 1, 1>(weights + one * step_i, step_i, step_j, row + c, vectors, n,
-                              to.at + (first_to + one) * vectors + c, add);
-  }
+  const Lanes<T>* row = rows.at + first * vectors;
+  Lanes<T>* target = to.at + first_to * vectors;
+  int64_t c = 0;
+  for (; c + wide <= vectors; c += wide)
+    combine_columns<T, wide>(weights, step_i, step_j, row + c, vectors, n, target + c, m, add);
+  for (; c + 2 <= vectors; c += 2)
+    combine_columns<T, 2>(weights, step_i, step_j, row + c, vectors, n, target + c, m, add);
+  if (c < vectors) combine_columns<T, 1>(weights, step_i, step_j, row + c, vectors, n, target + c, m, add);
 }
 
 template <class T>
@@ -157,17 +164,28 @@ struct WindowAttention {
     Rows<T> rows(int64_t n, int64_t vectors) { return {take(n * vectors), vectors}; }
     int64_t place(int64_t time, int64_t i) const { return (head / job.h * time + i) * job.h + head % job.h; }
 
-    // n rows of [b, time, h, width] and rows of zeros to fill up.
+    // n rows of [b, time, h, width], and rows of zeros to fill up.
     void copy_in(Rows<T> to, const T* from, int64_t time, int64_t begin, int64_t n, int64_t all, int64_t width) const {
-      std::fill_n(to.at, all * to.vectors, Lanes<T>{});
-      for (int64_t i = 0; i < n; ++i) std::copy_n(from + place(time, begin + i) * width, width, to.row(i));
+      for (int64_t i = 0; i < n; ++i) {
+        const T* row = from + place(time, begin + i) * width;
+        prefetch(row + 8 * job.h * width, width);
+        for (int64_t j = 0; j < to.vectors; ++j) to.at[i * to.vectors + j] = load_until(row, j * L<T>, width);
+      }
+      std::fill_n(to.at + n * to.vectors, (all - n) * to.vectors, Lanes<T>{});
     }
     void copy_out(Rows<T> from, T* to, int64_t time, int64_t begin, int64_t n, int64_t width) const {
-      for (int64_t i = 0; i < n; ++i) std::copy_n(from.row(i), width, to + place(time, begin + i) * width);
+      for (int64_t i = 0; i < n; ++i) {
+        T* row = to + place(time, begin + i) * width;
+        for (int64_t j = 0; j < from.vectors; ++j) store_until(row, j * L<T>, width, from.at[i * from.vectors + j]);
+      }
     }
     void add_out(Rows<T> from, T* to, int64_t time, int64_t begin, int64_t n, int64_t width) const {
-      for (int64_t i = 0; i < n; ++i)
-        for (int64_t j = 0; j < width; ++j) to[place(time, begin + i) * width + j] += from.row(i)[j];
+      for (int64_t i = 0; i < n; ++i) {
+        T* row = to + place(time, begin + i) * width;
+        prefetch(row + 8 * job.h * width, width);
+        for (int64_t j = 0; j < from.vectors; ++j)
+          store_until(row, j * L<T>, width, load_until(row, j * L<T>, width) + from.at[i * from.vectors + j]);
+      }
     }
 
     // P for the L queries from `block` on: weights[j − begin], begin ≤ j < end.

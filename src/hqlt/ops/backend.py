@@ -13,6 +13,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from hqlt import native
@@ -38,6 +39,11 @@ def _runs_natively(x: Tensor) -> bool:
 
 
 NATIVE = Rule("native", _runs_natively, "on a CPU: one pass in C++, the memory stays in the cache")
+NATIVE_ROWS = Rule(
+    "native",
+    lambda x: _runs_natively(x) and x.dtype in (torch.float32, torch.float64),
+    "on a CPU: all factors in one pass over the numbers",
+)
 
 _forced: str | None = None
 

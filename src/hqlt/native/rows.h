@@ -1,0 +1,155 @@
+// What happens to each head's row of numbers by itself, in one pass instead of one a factor.
+//
+//     φ          y = r · s,  s = x σ(x),  r = (Σ s² + ε)^−½       ds = r · dy − r³ (Σ s dy) · s     dx = σ(x) (1 + x (1 − σ(x))) · ds
+//     rotation   (y₁, y₂) = (c x₁ − s x₂, c x₂ + s x₁)            the same with −s
+//     mix        y = w · r · m,  m = b + γ (a − b),  γ = σ(gate),  r = (mean m² + ε)^−½
+//                dm = r w dy − r³ mean(w dy m) · m     da = γ dm     db = (1 − γ) dm     dgate = γ (1 − γ) (a − b) dm
+//                dw = Σ r m dy   over all rows
+//
+// A backward pass keeps the inputs alone. A task is a stretch of rows.
+
+template <class T>
+INLINE Lanes<T> sigmoid(Lanes<T> x) {
+  const Lanes<T> small = exponential<T>(x > T(0) ? -x : x);
+  return (x > T(0) ? Lanes<T>{} + T(1) : small) / (T(1) + small) + (x - x);  // + 0, or NaN where x is
+}
+
+// work(first, last) for stretches of rows, over the threads; work is about `cost` multiply-adds a number.
+template <class Work>
+void for_rows(int threads, int64_t rows, int64_t width, int64_t cost, const Work& work) {
+  const int64_t stretch = std::max<int64_t>(1, 16384 / std::max<int64_t>(width, 1));
+  Pool::run(threads_for(threads, rows * width * cost), (rows + stretch - 1) / stretch, [&](int64_t task) {
+    work(task * stretch, std::min((task + 1) * stretch, rows));
+  });
+}
+
+template <class T>
+void unit_silu_forward(int threads, const int64_t* n, double epsilon, void* const* tensors) {
+  const T* x;
+  T* y;
+  from(tensors, x, y);
+  const int64_t rows = n[0], width = n[1];
+  for_rows(threads, rows, width, 20, [&](int64_t first, int64_t last) {
+    for (int64_t row = first * width; row < last * width; row += width) {
+      Lanes<T> squares = {};
+      for (int64_t i = 0; i < width; i += L<T>) {
+        const Lanes<T> at = load_until(x + row, i, width), s = at * sigmoid<T>(at);
+        store_until(y + row, i, width, s);
+        squares += s * s;
+      }
+      const T inverse = T(1) / std::sqrt(sum_of<T>(squares) + T(epsilon));
+      for (int64_t i = 0; i < width; i += L<T>) store_until(y + row, i, width, inverse * load_until(y + row, i, width));
+    }
+  });
+}
+
+template <class T>
+void unit_silu_backward(int threads, const int64_t* n, double epsilon, void* const* tensors) {
+  const T *x, *d_y;
+  T* d_x;
+  from(tensors, x, d_y, d_x);
+  const int64_t rows = n[0], width = n[1], vectors = (width + L<T> - 1) / L<T>;
+  for_rows(threads, rows, width, 30, [&](int64_t first, int64_t last) {
+    Lanes<T>* gates = scratch<T>(vectors);
+    for (int64_t row = first * width; row < last * width; row += width) {
+      Lanes<T> squares = {}, products = {};
+      for (int64_t i = 0; i < vectors; ++i) {
+        const Lanes<T> at = load_until(x + row, i * L<T>, width), s = at * (gates[i] = sigmoid<T>(at));
+        squares += s * s;
+        products += s * load_until(d_y + row, i * L<T>, width);
+      }
+      const T inverse = T(1) / std::sqrt(sum_of<T>(squares) + T(epsilon));
+      const T along = inverse * inverse * sum_of<T>(products);
+      for (int64_t i = 0; i < vectors; ++i) {
+        const Lanes<T> at = load_until(x + row, i * L<T>, width), gate = gates[i];
+        const Lanes<T> d_s = inverse * (load_until(d_y + row, i * L<T>, width) - along * at * gate);
+        store_until(d_x + row, i * L<T>, width, gate * (T(1) + at * (T(1) - gate)) * d_s);
+      }
+    }
+  });
+}
+
+// n: rows, each of h heads, the length of the tables, a head's width; the direction turns forwards (1) or back (−1).
+template <class T>
+void rotate_forward(int threads, const int64_t* n, double direction, void* const* tensors) {
+  const T *x, *cos, *sin;
+  T* y;
+  from(tensors, x, cos, sin, y);
+  const int64_t rows = n[0], h = n[1], l = n[2], width = n[3], half = width / 2;
+  for_rows(threads, rows, h * width, 3, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      const T *c = cos + row % l * half, *s = sin + row % l * half;
+      for (int64_t head = row * h * width; head < (row + 1) * h * width; head += width)
+        for (int64_t i = 0; i < half; i += L<T>) {
+          const Lanes<T> x1 = load_until(x + head, i, half), x2 = load_until(x + head + half, i, half);
+          const Lanes<T> ci = load_until(c, i, half), si = T(direction) * load_until(s, i, half);
+          store_until(y + head, i, half, x1 * ci - x2 * si);
+          store_until(y + head + half, i, half, x2 * ci + x1 * si);
+        }
+    }
+  });
+}
+
+// One row's m, kept in memory, and r.
+template <class T>
+INLINE T mixed(const T* a, const T* b, const T* gate, int64_t width, T epsilon, Lanes<T>* m, Lanes<T>* gates) {
+  Lanes<T> squares = {};
+  for (int64_t i = 0; i * L<T> < width; ++i) {
+    const Lanes<T> ai = load_until(a, i * L<T>, width), bi = load_until(b, i * L<T>, width);
+    gates[i] = sigmoid<T>(load_until(gate, i * L<T>, width));
+    m[i] = bi + gates[i] * (ai - bi);
+    squares += m[i] * m[i];
+  }
+  return T(1) / std::sqrt(sum_of<T>(squares) / T(width) + epsilon);
+}
+
+template <class T>
+void mix_forward(int threads, const int64_t* n, double epsilon, void* const* tensors) {
+  const T *a, *b, *gate, *weight;
+  T* y;
+  from(tensors, a, b, gate, weight, y);
+  const int64_t rows = n[0], width = n[1], vectors = (width + L<T> - 1) / L<T>;
+  for_rows(threads, rows, width, 20, [&](int64_t first, int64_t last) {
+    Lanes<T>*m = scratch<T>(2 * vectors), *gates = m + vectors;
+    for (int64_t row = first * width; row < last * width; row += width) {
+      const T inverse = mixed(a + row, b + row, gate + row, width, T(epsilon), m, gates);
+      for (int64_t i = 0; i < vectors; ++i)
+        store_until(y + row, i * L<T>, width, inverse * m[i] * load_until(weight, i * L<T>, width));
+    }
+  });
+}
+
+// d_weight comes filled with zeros.
+template <class T>
+void mix_backward(int threads, const int64_t* n, double epsilon, void* const* tensors) {
+  const T *a, *b, *gate, *weight, *d_y;
+  T *d_a, *d_b, *d_gate, *d_weight;
+  from(tensors, a, b, gate, weight, d_y, d_a, d_b, d_gate, d_weight);
+  const int64_t rows = n[0], width = n[1], vectors = (width + L<T> - 1) / L<T>;
+  std::mutex summing;
+  for_rows(threads, rows, width, 30, [&](int64_t first, int64_t last) {
+    Lanes<T>*m = scratch<T>(3 * vectors), *gates = m + vectors, *d_weights = gates + vectors;
+    std::fill_n(d_weights, vectors, Lanes<T>{});
+    for (int64_t row = first * width; row < last * width; row += width) {
+      const T inverse = mixed(a + row, b + row, gate + row, width, T(epsilon), m, gates);
+      Lanes<T> products = {};
+      for (int64_t i = 0; i < vectors; ++i) {
+        const Lanes<T> dy = load_until(d_y + row, i * L<T>, width);
+        d_weights[i] += inverse * m[i] * dy;
+        products += m[i] * dy * load_until(weight, i * L<T>, width);
+      }
+      const T along = inverse * inverse * sum_of<T>(products) / T(width);
+      for (int64_t i = 0; i < vectors; ++i) {
+        const int64_t at = i * L<T>;
+        const Lanes<T> difference = load_until(a + row, at, width) - load_until(b + row, at, width);
+        const Lanes<T> scaled = load_until(weight, at, width) * load_until(d_y + row, at, width);
+        const Lanes<T> dm = inverse * (scaled - along * m[i]);
+        store_until(d_a + row, at, width, gates[i] * dm);
+        store_until(d_b + row, at, width, (T(1) - gates[i]) * dm);
+        store_until(d_gate + row, at, width, gates[i] * (T(1) - gates[i]) * difference * dm);
+      }
+    }
+    std::lock_guard<std::mutex> lock(summing);
+    for (int64_t i = 0; i < width; ++i) d_weight[i] += reinterpret_cast<const T*>(d_weights)[i];
+  });
+}

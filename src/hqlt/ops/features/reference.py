@@ -1,0 +1,20 @@
+"""φ and the rotation as their equations."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hqlt.shapes import Keys
+
+
+def unit_silu(x: Keys) -> Keys:
+    x = F.silu(x)
+    return x * torch.rsqrt(x.square().sum(dim=-1, keepdim=True) + 1e-6)
+
+
+def rotated(x: Keys, cos: Tensor, sin: Tensor) -> Keys:
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return turned.to(x.dtype)
