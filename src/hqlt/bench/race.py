@@ -110,13 +110,15 @@ def forward_and_backward(
     ceiling: float,
     rounds: int,
 ) -> dict[str, dict[str, Row]]:
-    """Both directions: without gradients, and with those of the sum of all outputs. count: forward, backward."""
+    """Both directions: without gradients, and with those of a fixed random direction. count: forward, backward."""
+    with torch.no_grad():
+        direction = torch.randn_like(next(iter(contestants.values()))())
 
     def forward(run: Callable[[], Tensor]) -> Work:
         return torch.no_grad()(run)
 
     def both(run: Callable[[], Tensor]) -> Work:
-        return lambda: torch.autograd.grad(run().sum(), leaves)
+        return lambda: torch.autograd.grad(run(), leaves, direction)
 
     measured = {}
     for what, prepare, total in (("forward", forward, count[0]), ("forward + backward", both, sum(count))):

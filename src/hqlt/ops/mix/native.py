@@ -36,9 +36,11 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """→ the gradients of fw, kv, gate and weight."""
     inputs = native.contiguous(fw, kv, gate, weight, d_y)
-    grads = (*(torch.empty_like(x) for x in inputs[:3]), torch.zeros_like(inputs[3]))
-    native.run("mix_backward", (d_y.numel() // len(weight), len(weight)), eps, (*inputs, *grads))
-    return grads
+    d_fw, d_kv, d_gate = (torch.empty_like(x) for x in inputs[:3])
+    d_weight = torch.zeros_like(weight)
+    sizes = d_y.numel() // len(weight), len(weight)
+    native.run("mix_backward", sizes, eps, (*inputs, d_fw, d_kv, d_gate, d_weight))
+    return d_fw, d_kv, d_gate, d_weight
 
 
 @_backward.register_fake
