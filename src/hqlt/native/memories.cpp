@@ -46,24 +46,32 @@ void from(void* const* addresses, Pointers*&... tensors) {
 #undef ISA
 #undef LANE_BYTES
 
+// GCC and clang each have their own way to say that all functions from here on may use more instructions.
+#define PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define BEGIN_TARGET(isa) PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
+#define END_TARGET PRAGMA(clang attribute pop)
+#else
+#define BEGIN_TARGET(isa) PRAGMA(GCC push_options) PRAGMA(GCC target(isa))
+#define END_TARGET PRAGMA(GCC pop_options)
+#endif
+
 #if defined(__x86_64__)
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
+BEGIN_TARGET("avx2,fma")
 #define ISA avx2
 #define LANE_BYTES 32
 #include "kernels.h"
 #undef ISA
 #undef LANE_BYTES
-#pragma GCC pop_options
+END_TARGET
 
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,prefer-vector-width=512")
+BEGIN_TARGET("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma")
 #define ISA avx512
 #define LANE_BYTES 64
 #include "kernels.h"
 #undef ISA
 #undef LANE_BYTES
-#pragma GCC pop_options
+END_TARGET
 #endif
 
 const Kernels* best() {

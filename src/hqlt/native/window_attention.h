@@ -206,7 +206,7 @@ struct WindowAttention {
       for (int64_t j = begin; j < end; ++j) {
         Lanes<T>& score = weights[j - begin];
         const Index at = Index(j);
-        score = (lowest <= at) & (highest >= at) ? score : none - Lanes<T>{};
+        score = ((lowest <= at) & (highest >= at)) ? score : none - Lanes<T>{};
         most = score > most ? score : most;
       }
       for (int64_t j = 0; j < end - begin; ++j) total += weights[j] = exponential<T>(weights[j] - most);
