@@ -11,8 +11,8 @@
 //     dv_t = β_t du_t      dβ_t = du_t · r_t      dq_t = scale · W_t dout_t      dk_t = β_t G_t r_t − W_{t−1} dv_t
 //
 // Given r and dv, every step above only adds products to a matrix, so that W itself is rebuilt forwards from the
-// initial state: nothing but r is kept, and nothing is inverted. The sums over v (dq, dk) sweep the transposes of G and
-// W, so that they too run along lanes: three sweeps in all, each like the forward one.
+// initial state: nothing but r is kept, and nothing is inverted. One sweep over G backwards in time, then one over the
+// transpose of W forwards, so that the sums over v (dq, dk) run along lanes; those of G r_t are a sum for each row.
 
 template <class T>
 struct DeltaRule {
@@ -80,72 +80,75 @@ struct DeltaRule {
     W.write(final_state + head * k * v);
   }
 
-  // Backwards in time over columns of G: dv, this slice's part of dβ, and the gradient of the initial state.
+  // Where the columns of one task add up what is a sum over all of them: dβ, and of dk the part β G r.
+  struct Sums {
+    T *d_key, *d_beta;
+  };
+
+  // Backwards in time over columns of G: dv, the gradient of the initial state, and these columns' part of the sums.
   template <int N>
-  void backward_columns(int64_t head, int64_t slice, T* d_beta_part) const {
+  void backward_columns(int64_t head, int64_t slice, Sums sums, bool first) const {
     const Head at(head, t, h, resets);
     const Columns<T, N> columns{v, slice};
     Slice<T, N> G{columns, k, scratch<T>(k * N)};
     G.read(d_final + head * k * v);
 
-    Pass<T, N, write, write, read> pass;  // predicted by the token after, read here, written here
-    pass.w[0] = key + at.token(t - 1) * k;
-    UNROLL for (int n = 0; n < N; ++n) pass.x[0][n] = Lanes<T>{};
+    Lanes<T> own[N], d_error[N] = {}, error[N], d_read[N];
+    UNROLL for (int n = 0; n < N; ++n) own[n] = columns.own(n);
     for (int64_t i = t - 1; i >= 0; --i) {
-      const int64_t now = at.token(i), soon = at.token(i > 1 ? i - 2 : i);
+      const int64_t now = at.token(i), later = at.token(i + 1 < t ? i + 1 : i), soon = at.token(i > 1 ? i - 2 : i);
       prefetch(q + soon * k, k), prefetch(key + soon * k, k);
       prefetch(d_out + soon * v, v), prefetch(errors + soon * v, v);
       if (at.reset(i + 1)) {
         G.clear();
-        UNROLL for (int n = 0; n < N; ++n) pass.x[0][n] = Lanes<T>{};
+        UNROLL for (int n = 0; n < N; ++n) d_error[n] = Lanes<T>{};
       }
-      UNROLL for (int n = 0; n < N; ++n) pass.x[1][n] = scale * columns.load(d_out + now * v, n);
-      pass.w[1] = q + now * k, pass.w[2] = key + now * k;
-      pass(G.M, k);
-      T d_strength = 0;
       UNROLL for (int n = 0; n < N; ++n) {
-        d_strength += columns.sum(n, pass.x[2][n] * columns.load(errors + now * v, n));
-        const Lanes<T> d_error = beta[now] * pass.x[2][n];
-        columns.store(d_value + now * v, n, d_error);
-        pass.x[0][n] = -d_error;
+        d_read[n] = scale * columns.load(d_out + now * v, n);
+        error[n] = own[n] * columns.load(errors + now * v, n);
       }
-      d_beta_part[now] = d_strength;
-      pass.w[0] = key + now * k;
+      Lanes<T> d_write[N] = {};
+      for (int64_t row = 0; row < k; row += L<T>) {
+        const int64_t rows = std::min<int64_t>(L<T>, k - row);
+        Lanes<T> products[L<T>];
+        for (int64_t j = rows; j < L<T>; ++j) products[j] = Lanes<T>{};
+        for (int64_t j = 0; j < rows; ++j) {
+          Lanes<T>* M = G.M + (row + j) * N;
+          const Lanes<T> k_later = broadcast(key + later * k + row + j), q_now = broadcast(q + now * k + row + j);
+          const Lanes<T> k_now = broadcast(key + now * k + row + j);
+          Lanes<T> product = {};
+          UNROLL for (int n = 0; n < N; ++n) {
+            const Lanes<T> m = M[n] - d_error[n] * k_later + d_read[n] * q_now;
+            d_write[n] += m * k_now;
+            product += m * error[n];
+            M[n] = m;
+          }
+          products[j] = product;
+        }
+        T* d_key_row = sums.d_key + now * k;
+        const Lanes<T> product = beta[now] * sums_of<T>(products);
+        store_until(d_key_row, row, k, first ? product : load_until(d_key_row, row, k) + product);
+      }
+      Lanes<T> strengths = {};
+      UNROLL for (int n = 0; n < N; ++n) {
+        strengths += d_write[n] * error[n];
+        d_error[n] = beta[now] * d_write[n];
+        columns.store(d_value + now * v, n, d_error[n]);
+      }
+      sums.d_beta[now] = (first ? T(0) : sums.d_beta[now]) + sum_of<T>(strengths);
     }
-    Pass<T, N, write> last;
-    last.w[0] = pass.w[0];
-    UNROLL for (int n = 0; n < N; ++n) last.x[0][n] = pass.x[0][n];
-    last(G.M, k);
+    for (int64_t row = 0; row < k; ++row)
+      UNROLL for (int n = 0; n < N; ++n) G.M[row * N + n] -= d_error[n] * key[at.token(0) * k + row];
     if (at.reset(0)) G.clear();
     G.write(d_state + head * k * v);
   }
 
-  // Given dv: dk and dq by columns of the transposes of G (backwards in time), then of W (forwards).
+  // Given dv: dq, and the rest of dk, by columns of the transpose of W.
   template <int N>
   void backward_rows(int64_t head, int64_t slice) const {
     const Head at(head, t, h, resets);
     const Columns<T, N> columns{k, slice};
     Slice<T, N> M{columns, v, scratch<T>(v * N)};
-
-    M.read_transposed(d_final + head * k * v);
-    Pass<T, N, write, read, write> later;  // read here, written here, predicted here
-    Pass<T, N, write, read, write, write, read, write> later_two;
-    for (int64_t i = t - 1; i >= 0;) {
-      const bool pair = i > 0 && !at.reset(i);
-      for (int64_t soon = i - 2 - pair; soon > i - 4 - pair && soon >= 0; --soon) fetch(at.token(soon));
-      if (at.reset(i + 1)) M.clear();
-      const int64_t now[2] = {at.token(i), at.token(i - pair)};
-      if (pair) {
-        load_later(columns, now[0], later_two.w, later_two.x), load_later(columns, now[1], later_two.w + 3, later_two.x + 3);
-        later_two(M.M, v);
-        store_later(columns, now[0], later_two.x), store_later(columns, now[1], later_two.x + 3);
-      } else {
-        load_later(columns, now[0], later.w, later.x);
-        later(M.M, v);
-        store_later(columns, now[0], later.x);
-      }
-      i -= 1 + pair;
-    }
 
     M.read_transposed(state + head * k * v);
     Pass<T, N, read, write, read> earlier;  // predicted here, written here, read here
@@ -179,21 +182,7 @@ struct DeltaRule {
     }
   }
 
-  // The steps of one token over the transpose of G:  + dout ⊗ scale q,  read r,  − dv ⊗ k.
-  template <int N>
-  INLINE void load_later(Columns<T, N> columns, int64_t token, const T** w, Lanes<T> (*x)[N]) const {
-    w[0] = d_out + token * v, w[1] = errors + token * v, w[2] = d_value + token * v;
-    UNROLL for (int n = 0; n < N; ++n) {
-      x[0][n] = scale * columns.load(q + token * k, n);
-      x[2][n] = -columns.load(key + token * k, n);
-    }
-  }
-  template <int N>
-  INLINE void store_later(Columns<T, N> columns, int64_t token, const Lanes<T> (*x)[N]) const {
-    UNROLL for (int n = 0; n < N; ++n) columns.put(d_key + token * k, n, beta[token] * x[1][n]);
-  }
-
-  // And over the transpose of W:  read dv,  + r ⊗ β k,  read dout.
+  // The steps of one token over the transpose of W:  read dv,  + r ⊗ β k,  read dout.
   template <int N>
   INLINE void load_earlier(Columns<T, N> columns, int64_t token, const T** w, Lanes<T> (*x)[N]) const {
     w[0] = d_value + token * v, w[1] = errors + token * v, w[2] = d_out + token * v;
@@ -231,14 +220,23 @@ void delta_rule_backward(int threads, const int64_t* size, double scale, void* c
   const int64_t heads = job.b * job.h, tokens = heads * job.t;
   threads = threads_for(threads, 9 * tokens * job.k * job.v);
 
-  // Every slice sums dβ over its own columns, in a buffer of its own; the first one's is the result.
-  const int64_t slices = slicing<T>(job.k, job.v, heads, threads).count;
-  std::vector<T> others((slices - 1) * tokens);
-  for_slices<T>(threads, heads, job.k, job.v, [&](auto N, int64_t head, int64_t slice) {
-    job.template backward_columns<N>(head, slice, slice ? &others[(slice - 1) * tokens] : job.d_beta);
+  // A head's slices are one task, or as many as it takes to give every thread one; each but the first has its own sums.
+  const Slicing cut = slicing<T>(job.k, job.v, heads, threads);
+  const int64_t tasks = std::min<int64_t>(cut.count, (threads + heads - 1) / heads);
+  std::vector<T> others((tasks - 1) * tokens * (job.k + 1));
+  Pool::run(threads, heads * tasks, [&](int64_t i) {
+    const int64_t head = i / tasks, task = i % tasks;
+    T* mine = others.data() + (task - 1) * tokens * (job.k + 1);
+    const typename DeltaRule<T>::Sums sums = task ? typename DeltaRule<T>::Sums{mine, mine + tokens * job.k}
+                                                  : typename DeltaRule<T>::Sums{job.d_key, job.d_beta};
+    for (int64_t slice = task; slice < cut.count; slice += tasks)
+      with_vectors<T>(cut.vectors, [&](auto N) { job.template backward_columns<N>(head, slice, sums, slice == task); });
   });
-  for (int64_t slice = 1; slice < slices; ++slice)
-    for (int64_t i = 0; i < tokens; ++i) job.d_beta[i] += others[(slice - 1) * tokens + i];
+  for (int64_t task = 1; task < tasks; ++task) {
+    const T* theirs = others.data() + (task - 1) * tokens * (job.k + 1);
+    for (int64_t i = 0; i < tokens * job.k; ++i) job.d_key[i] += theirs[i];
+    for (int64_t i = 0; i < tokens; ++i) job.d_beta[i] += theirs[tokens * job.k + i];
+  }
 
   for_slices<T>(threads, heads, job.v, job.k, [&](auto N, int64_t head, int64_t slice) {
     job.template backward_rows<N>(head, slice);

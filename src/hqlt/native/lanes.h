@@ -56,6 +56,22 @@ INLINE T sum_of(Lanes<T> x) {
   return folded<T, L<T> / 2>(x, std::make_integer_sequence<int, L<T>>())[0];
 }
 
+// The sums of L vectors, one in each lane: rounds in which two vectors share one, with half the numbers left of each.
+template <class T, int apart, int... I>
+INLINE Lanes<T> zip_sums(Lanes<T> x, Lanes<T> y, std::integer_sequence<int, I...>) {
+  constexpr int N = L<T>;
+  return __builtin_shufflevector(x, y, (I & apart ? N + I - apart : I)...) +
+         __builtin_shufflevector(x, y, (I & apart ? N + I : I + apart)...);
+}
+template <class T, int apart = 1>
+INLINE Lanes<T> sums_of(Lanes<T>* x) {
+  constexpr int left = L<T> / apart;
+  UNROLL for (int i = 0; i < left / 2; ++i)
+    x[i] = zip_sums<T, apart>(x[2 * i], x[2 * i + 1], std::make_integer_sequence<int, L<T>>());
+  if constexpr (left > 2) return sums_of<T, 2 * apart>(x);
+  return x[0];
+}
+
 // Tokens of one head lie h rows apart, a stride that the hardware's own prefetching does not follow.
 template <class T>
 INLINE void prefetch(const T* row, int64_t width) {
@@ -82,7 +98,7 @@ struct Columns {
   INLINE void store(T* row, int n, Lanes<T> x) const {
     __builtin_memcpy(row + at(n), &x, narrow() ? width * sizeof(T) : LANE_BYTES);
   }
-  // The three below touch each column of the row once: for sums, and where two slices meet in what they write.
+  // Those below touch each column of the row once: for sums, and where two slices meet in what they write.
   INLINE void put(T* row, int n, Lanes<T> x) const {
     if (begin(n) == at(n)) return store(row, n, x);
     for (int64_t lane = begin(n) - at(n); lane < L<T>; ++lane) row[at(n) + lane] = x[lane];
@@ -91,11 +107,10 @@ struct Columns {
     if (begin(n) == at(n)) return store(row, n, load(row, n) + x);
     for (int64_t lane = begin(n) - at(n); lane < L<T>; ++lane) row[at(n) + lane] += x[lane];
   }
-  INLINE T sum(int n, Lanes<T> x) const {
-    if (begin(n) == at(n)) return sum_of<T>(x);
-    T total = 0;
-    for (int64_t lane = begin(n) - at(n); lane < L<T>; ++lane) total += x[lane];
-    return total;
+  INLINE Lanes<T> own(int n) const {  // 1 in the lanes that are not the neighbour's, 0 in those that are
+    Lanes<T> ones = {};
+    for (int64_t lane = begin(n) - at(n); lane < L<T>; ++lane) ones[lane] = 1;
+    return ones;
   }
 };
 
@@ -121,16 +136,21 @@ Slicing slicing(int64_t rows, int64_t width, int64_t matrices, int threads) {
 template <int N>
 using Size = std::integral_constant<int, N>;
 
+// work(N), where N is how many vectors a slice has.
+template <class T, class Work>
+INLINE void with_vectors(int vectors, const Work& work) {
+  if (vectors == 1) return work(Size<1>());
+  if constexpr (widest_slice<T> == 4)
+    if (vectors == 4) return work(Size<4>());
+  return work(Size<2>());
+}
+
 // work(N, head, slice) for every slice of `width` columns of every head's matrix, over the threads.
 template <class T, class Work>
 void for_slices(int threads, int64_t heads, int64_t rows, int64_t width, const Work& work) {
   const Slicing cut = slicing<T>(rows, width, heads, threads);
   Pool::run(threads, heads * cut.count, [&](int64_t task) {
-    const int64_t head = task / cut.count, slice = task % cut.count;
-    if (cut.vectors == 1) return work(Size<1>(), head, slice);
-    if constexpr (widest_slice<T> == 4)
-      if (cut.vectors == 4) return work(Size<4>(), head, slice);
-    return work(Size<2>(), head, slice);
+    with_vectors<T>(cut.vectors, [&](auto N) { work(N, task / cut.count, task % cut.count); });
   });
 }
 
