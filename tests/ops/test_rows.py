@@ -1,4 +1,4 @@
-"""φ, the rotation and the mixer with its norm: the native pass over the numbers against the equations."""
+"""φ, the rotation, the norm and the mixer before it: the native pass over the numbers against the equations."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hqlt import native
 from hqlt.ops.features import native as native_features
 from hqlt.ops.features import rotated, unit_silu
-from hqlt.ops.mix import mix
-from hqlt.ops.mix import native as native_mix
+from hqlt.ops.norm import mix, rms_norm
+from hqlt.ops.norm import native as native_norm
 from tests.laws import close, normal
 from tests.ops.inputs import strided
 
@@ -28,12 +28,15 @@ def case(op, b, t, h, k, dtype=torch.float64):
     if op == "rotated":
         cos, sin = normal(2, t, 1, k // 2, dtype=dtype, seed=1)
         return [x.requires_grad_()], lambda backend, x: rotated(x, cos, sin, backend=backend)
+    if op == "rms_norm":
+        inputs = [x, normal(k, dtype=dtype, seed=2)]
+        return [y.requires_grad_() for y in inputs], lambda backend, *x: rms_norm(*x, eps=1e-6, backend=backend)
     inputs = [x, *normal(2, b, t, h, k, dtype=dtype, seed=1), normal(k, dtype=dtype, seed=2)]
     run = lambda backend, *inputs: mix(*inputs, eps=1e-6, backend=backend)  # noqa: E731
     return [y.requires_grad_() for y in inputs], run
 
 
-OPS = ["unit_silu", "rotated", "mix"]
+OPS = ["unit_silu", "rotated", "rms_norm", "mix"]
 
 
 def assert_same(inputs, run):
@@ -115,7 +118,9 @@ def test_registration():
     cos, sin = normal(2, 5, 1, 2, seed=1)
     torch.library.opcheck(native_features._unit_silu_op, (x,))
     torch.library.opcheck(native_features._rotate_op, (x, cos, sin, 1.0))
-    torch.library.opcheck(native_mix._forward, (fw, kv, gate, normal(4).requires_grad_(), 1e-6))
+    weight = normal(4).requires_grad_()
+    torch.library.opcheck(native_norm._rms_norm_op, (x, weight, 1e-6))
+    torch.library.opcheck(native_norm._mix_op, (fw, kv, gate, weight, 1e-6))
 
 
 def test_half_precision_takes_the_equations():
@@ -133,3 +138,5 @@ def test_an_unknown_backend_is_refused():
 def test_reads_that_do_not_fit_the_gate_are_refused():
     with pytest.raises(ValueError, match="gate: expected"):
         mix(*normal(2, 1, 2, 1, 4), normal(1, 2, 1, 3), normal(4), eps=1e-6)
+    with pytest.raises(ValueError, match="weight: expected"):
+        rms_norm(normal(1, 2, 1, 4), normal(3), eps=1e-6)

@@ -29,6 +29,8 @@ KERNELS = (
     "unit_silu_forward",
     "unit_silu_backward",
     "rotate_forward",
+    "rms_norm_forward",
+    "rms_norm_backward",
     "mix_forward",
     "mix_backward",
     "one_token_forward",

@@ -18,6 +18,8 @@ const Kernels kernels = {
     {unit_silu_forward<float>, unit_silu_forward<double>},
     {unit_silu_backward<float>, unit_silu_backward<double>},
     {rotate_forward<float>, rotate_forward<double>},
+    {rms_norm_forward<float>, rms_norm_forward<double>},
+    {rms_norm_backward<float>, rms_norm_backward<double>},
     {mix_forward<float>, mix_forward<double>},
     {mix_backward<float>, mix_backward<double>},
     {one_token_forward<float>, one_token_forward<double>},

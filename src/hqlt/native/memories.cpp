@@ -32,7 +32,7 @@ struct Kernels {
     Kernel *f32, *f64;
   } delta_rule_forward, delta_rule_backward, linear_attention_forward, linear_attention_backward,
       window_attention_forward, window_attention_backward, unit_silu_forward, unit_silu_backward, rotate_forward,
-      mix_forward, mix_backward, one_token_forward;
+      rms_norm_forward, rms_norm_backward, mix_forward, mix_backward, one_token_forward;
 };
 
 template <class... Pointers>
@@ -107,6 +107,8 @@ EXPORT(window_attention_backward)
 EXPORT(unit_silu_forward)
 EXPORT(unit_silu_backward)
 EXPORT(rotate_forward)
+EXPORT(rms_norm_forward)
+EXPORT(rms_norm_backward)
 EXPORT(mix_forward)
 EXPORT(mix_backward)
 EXPORT(one_token_forward)

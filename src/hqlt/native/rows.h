@@ -2,9 +2,8 @@
 //
 //     φ          y = r · s,  s = x σ(x),  r = (Σ s² + ε)^−½       ds = r · dy − r³ (Σ s dy) · s     dx = σ(x) (1 + x (1 − σ(x))) · ds
 //     rotation   (y₁, y₂) = (c x₁ − s x₂, c x₂ + s x₁)            the same with −s
-//     mix        y = w · r · m,  m = b + γ (a − b),  γ = σ(gate),  r = (mean m² + ε)^−½
-//                dm = r w dy − r³ mean(w dy m) · m     da = γ dm     db = (1 − γ) dm     dgate = γ (1 − γ) (a − b) dm
-//                dw = Σ r m dy   over all rows
+//     RMSNorm    y = w · r · m,  r = (mean m² + ε)^−½            dm = r w dy − r³ mean(w dy m) · m     dw = Σ r m dy
+//     mixer      m = b + γ (a − b),  γ = σ(gate)                 da = γ dm     db = (1 − γ) dm     dgate = γ (1 − γ) (a − b) dm
 //
 // A backward pass keeps the inputs alone. A task is a stretch of rows.
 
@@ -90,48 +89,41 @@ void rotate_forward(int threads, const int64_t* n, double direction, void* const
   });
 }
 
-// One row's m, kept in memory, and r.
-template <class T>
-INLINE T mixed(const T* a, const T* b, const T* gate, int64_t width, T epsilon, Lanes<T>* m, Lanes<T>* gates) {
+// RMSNorm of rows m: y = w · r · m. fill(row, i) is vector i of m's row that begins at number `row`.
+template <class T, class Fill>
+INLINE T inverse_norm(int64_t row, int64_t width, T epsilon, Lanes<T>* m, const Fill& fill) {
   Lanes<T> squares = {};
   for (int64_t i = 0; i * L<T> < width; ++i) {
-    const Lanes<T> ai = load_until(a, i * L<T>, width), bi = load_until(b, i * L<T>, width);
-    gates[i] = sigmoid<T>(load_until(gate, i * L<T>, width));
-    m[i] = bi + gates[i] * (ai - bi);
+    m[i] = fill(row, i);
     squares += m[i] * m[i];
   }
   return T(1) / std::sqrt(sum_of<T>(squares) / T(width) + epsilon);
 }
 
-template <class T>
-void mix_forward(int threads, const int64_t* n, double epsilon, void* const* tensors) {
-  const T *a, *b, *gate, *weight;
-  T* y;
-  from(tensors, a, b, gate, weight, y);
+template <class T, class Fill>
+void norm_rows(int threads, const int64_t* n, double epsilon, const T* weight, T* y, const Fill& fill) {
   const int64_t rows = n[0], width = n[1], vectors = (width + L<T> - 1) / L<T>;
   for_rows(threads, rows, width, 20, [&](int64_t first, int64_t last) {
-    Lanes<T>*m = scratch<T>(2 * vectors), *gates = m + vectors;
+    Lanes<T>* m = scratch<T>(vectors);
     for (int64_t row = first * width; row < last * width; row += width) {
-      const T inverse = mixed(a + row, b + row, gate + row, width, T(epsilon), m, gates);
+      const T inverse = inverse_norm(row, width, T(epsilon), m, fill);
       for (int64_t i = 0; i < vectors; ++i)
         store_until(y + row, i * L<T>, width, inverse * m[i] * load_until(weight, i * L<T>, width));
     }
   });
 }
 
-// d_weight comes filled with zeros.
-template <class T>
-void mix_backward(int threads, const int64_t* n, double epsilon, void* const* tensors) {
-  const T *a, *b, *gate, *weight, *d_y;
-  T *d_a, *d_b, *d_gate, *d_weight;
-  from(tensors, a, b, gate, weight, d_y, d_a, d_b, d_gate, d_weight);
+// dm = r w dy − r³ mean(w dy m) · m, which spread(row, i, dm) hands on; dw = Σ r m dy is added to d_weight.
+template <class T, class Fill, class Spread>
+void norm_rows_backward(int threads, const int64_t* n, double epsilon, const T* weight, const T* d_y, T* d_weight,
+                        const Fill& fill, const Spread& spread) {
   const int64_t rows = n[0], width = n[1], vectors = (width + L<T> - 1) / L<T>;
   std::mutex summing;
   for_rows(threads, rows, width, 30, [&](int64_t first, int64_t last) {
-    Lanes<T>*m = scratch<T>(3 * vectors), *gates = m + vectors, *d_weights = gates + vectors;
+    Lanes<T>*m = scratch<T>(2 * vectors), *d_weights = m + vectors;
     std::fill_n(d_weights, vectors, Lanes<T>{});
     for (int64_t row = first * width; row < last * width; row += width) {
-      const T inverse = mixed(a + row, b + row, gate + row, width, T(epsilon), m, gates);
+      const T inverse = inverse_norm(row, width, T(epsilon), m, fill);
       Lanes<T> products = {};
       for (int64_t i = 0; i < vectors; ++i) {
         const Lanes<T> dy = load_until(d_y + row, i * L<T>, width);
@@ -140,16 +132,62 @@ void mix_backward(int threads, const int64_t* n, double epsilon, void* const* te
       }
       const T along = inverse * inverse * sum_of<T>(products) / T(width);
       for (int64_t i = 0; i < vectors; ++i) {
-        const int64_t at = i * L<T>;
-        const Lanes<T> difference = load_until(a + row, at, width) - load_until(b + row, at, width);
-        const Lanes<T> scaled = load_until(weight, at, width) * load_until(d_y + row, at, width);
-        const Lanes<T> dm = inverse * (scaled - along * m[i]);
-        store_until(d_a + row, at, width, gates[i] * dm);
-        store_until(d_b + row, at, width, (T(1) - gates[i]) * dm);
-        store_until(d_gate + row, at, width, gates[i] * (T(1) - gates[i]) * difference * dm);
+        const Lanes<T> scaled = load_until(weight, i * L<T>, width) * load_until(d_y + row, i * L<T>, width);
+        spread(row, i, inverse * (scaled - along * m[i]));
       }
     }
     std::lock_guard<std::mutex> lock(summing);
     for (int64_t i = 0; i < width; ++i) d_weight[i] += reinterpret_cast<const T*>(d_weights)[i];
   });
+}
+
+template <class T>
+void rms_norm_forward(int threads, const int64_t* n, double epsilon, void* const* tensors) {
+  const T *x, *weight;
+  T* y;
+  from(tensors, x, weight, y);
+  norm_rows(threads, n, epsilon, weight, y, [=](int64_t row, int64_t i) { return load_until(x + row, i * L<T>, n[1]); });
+}
+
+// d_weight comes filled with zeros, here and below.
+template <class T>
+void rms_norm_backward(int threads, const int64_t* n, double epsilon, void* const* tensors) {
+  const T *x, *weight, *d_y;
+  T *d_x, *d_weight;
+  from(tensors, x, weight, d_y, d_x, d_weight);
+  norm_rows_backward(
+      threads, n, epsilon, weight, d_y, d_weight,
+      [=](int64_t row, int64_t i) { return load_until(x + row, i * L<T>, n[1]); },
+      [=](int64_t row, int64_t i, Lanes<T> dm) { store_until(d_x + row, i * L<T>, n[1], dm); });
+}
+
+template <class T>
+void mix_forward(int threads, const int64_t* n, double epsilon, void* const* tensors) {
+  const T *a, *b, *gate, *weight;
+  T* y;
+  from(tensors, a, b, gate, weight, y);
+  norm_rows(threads, n, epsilon, weight, y, [=](int64_t row, int64_t i) {
+    const auto at = [=](const T* x) { return load_until(x + row, i * L<T>, n[1]); };
+    return at(b) + sigmoid<T>(at(gate)) * (at(a) - at(b));
+  });
+}
+
+template <class T>
+void mix_backward(int threads, const int64_t* n, double epsilon, void* const* tensors) {
+  const T *a, *b, *gate, *weight, *d_y;
+  T *d_a, *d_b, *d_gate, *d_weight;
+  from(tensors, a, b, gate, weight, d_y, d_a, d_b, d_gate, d_weight);
+  norm_rows_backward(
+      threads, n, epsilon, weight, d_y, d_weight,
+      [=](int64_t row, int64_t i) {
+        const auto at = [=](const T* x) { return load_until(x + row, i * L<T>, n[1]); };
+        return at(b) + sigmoid<T>(at(gate)) * (at(a) - at(b));
+      },
+      [=](int64_t row, int64_t i, Lanes<T> dm) {
+        const auto at = [=](const T* x) { return load_until(x + row, i * L<T>, n[1]); };
+        const auto put = [=](T* x, Lanes<T> y) { store_until(x + row, i * L<T>, n[1], y); };
+        const Lanes<T> gamma = sigmoid<T>(at(gate));
+        put(d_a, gamma * dm), put(d_b, (T(1) - gamma) * dm);
+        put(d_gate, gamma * (T(1) - gamma) * (at(a) - at(b)) * dm);
+      });
 }

@@ -1,0 +1,92 @@
+"""The norm, and the mixer before it, in C++: one pass over the numbers (`hqlt/native/rows.h`). The backward passes keep
+the inputs alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hqlt import native
+from hqlt.shapes import Values
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return (_rms_norm if native.is_plain(x, weight) else _rms_norm_op)(x, weight, eps)
+
+
+def mix(fw: Values, kv: Values, gate: Tensor, weight: Tensor, eps: float) -> Values:
+    return (_mix if native.is_plain(fw, kv, gate, weight) else _mix_op)(fw, kv, gate, weight, eps)
+
+
+def _sizes(x: Tensor, weight: Tensor) -> tuple[int, int]:
+    """Rows, and their width."""
+    return x.numel() // max(len(weight), 1), len(weight)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x, weight = native.contiguous(x, weight)
+    y = torch.empty_like(x)
+    native.run("rms_norm_forward", _sizes(x, weight), eps, (x, weight, y))
+    return y
+
+
+_rms_norm_op = torch.library.custom_op("hqlt::rms_norm", _rms_norm, mutates_args=())
+
+
+@torch.library.custom_op("hqlt::rms_norm_backward", mutates_args=())
+def _rms_norm_backward(x: Tensor, weight: Tensor, d_y: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """→ the gradients of x and weight."""
+    x, weight, d_y = native.contiguous(x, weight, d_y)
+    d_x, d_weight = torch.empty_like(x), torch.zeros_like(weight)
+    native.run("rms_norm_backward", _sizes(x, weight), eps, (x, weight, d_y, d_x, d_weight))
+    return d_x, d_weight
+
+
+def _mix(fw: Tensor, kv: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    fw, kv, gate, weight = native.contiguous(fw, kv, gate, weight)
+    y = torch.empty_like(fw)
+    native.run("mix_forward", _sizes(fw, weight), eps, (fw, kv, gate, weight, y))
+    return y
+
+
+_mix_op = torch.library.custom_op("hqlt::mix", _mix, mutates_args=())
+
+
+@torch.library.custom_op("hqlt::mix_backward", mutates_args=())
+def _mix_backward(
+    fw: Tensor, kv: Tensor, gate: Tensor, weight: Tensor, d_y: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """→ the gradients of fw, kv, gate and weight."""
+    inputs = native.contiguous(fw, kv, gate, weight, d_y)
+    d_fw, d_kv, d_gate = (torch.empty_like(x) for x in inputs[:3])
+    d_weight = torch.zeros_like(weight)
+    native.run("mix_backward", _sizes(fw, weight), eps, (*inputs, d_fw, d_kv, d_gate, d_weight))
+    return d_fw, d_kv, d_gate, d_weight
+
+
+@_rms_norm_op.register_fake
+@_mix_op.register_fake
+def _(x, *others):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape)
+
+
+@_rms_norm_backward.register_fake
+@_mix_backward.register_fake
+def _(*tensors_and_eps):  # type: ignore[no-untyped-def]
+    *inputs, _, _ = tensors_and_eps  # without the gradient that comes in
+    return tuple(x.new_empty(x.shape) for x in inputs)
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *saved, ctx.eps = inputs
+    ctx.save_for_backward(*saved)
+
+
+_rms_norm_op.register_autograd(
+    lambda ctx, d_y: (*_rms_norm_backward(*ctx.saved_tensors, d_y, ctx.eps), None), setup_context=_keep_inputs
+)
+_mix_op.register_autograd(
+    lambda ctx, d_y: (*_mix_backward(*ctx.saved_tensors, d_y, ctx.eps), None), setup_context=_keep_inputs
+)

@@ -1,0 +1,16 @@
+"""The norm, and the mixer before it, as their equations."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from hqlt.shapes import Values
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def mix(fw: Values, kv: Values, gate: Tensor, weight: Tensor, eps: float) -> Values:
+    return rms_norm(kv + gate.sigmoid() * (fw - kv), weight, eps)
