@@ -15,6 +15,6 @@ const Kernels kernels = {
     {linear_attention_backward<float>, linear_attention_backward<double>},
     {window_attention_forward<float>, window_attention_forward<double>},
     {window_attention_backward<float>, window_attention_backward<double>},
-    {one_token_forward<float>, one_token_forward<double>},
+    {one_token<float>, one_token<double>},
 };
 }  // namespace ISA
