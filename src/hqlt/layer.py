@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import difflib
+import operator
 from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hqlt.blend import BLENDS, MIXERS, Blend, Mixer, NoMixer, ScalarMixer, SumMixer, VectorMixer
+from hqlt.blend import (
+    BLENDS,
+    FUSED,
+    MIXERS,
+    Blend,
+    HeadNorm,
+    Mixer,
+    NoMixer,
+    Parts,
+    Projected,
+    ScalarMixer,
+    SumMixer,
+    VectorMixer,
+)
 from hqlt.convolution import ShortConvolution
 from hqlt.memory import KVMemory, MemoryState
 from hqlt.memory.fw import RULES
-from hqlt.shapes import Hidden, Resets, at_least_float32, check_resets, match
+from hqlt.shapes import Hidden, Resets, Values, at_least_float32, check_resets, match
+
+_parts = operator.itemgetter("v_activation", "blend", "mixer", "o_norm")  # one token would notice nn.Module's look-ups
 
 
 class HybridMemory(nn.Module):
@@ -99,32 +115,39 @@ class HybridMemory(nn.Module):
         if t == 0:
             return x, self.init_state(b, x.device) if state is None else state
 
-        (q, k, v), convolution = self._project(x, state, resets)
-        reads, after = self.blend(q, k, v, self.write_strength(x), state, resets)
-        y = self.o_norm(self.mixer(x, reads)).flatten(2)
+        projected, convolution = self.project(x, state, resets)
+        heads, after = self.heads(projected, state, resets)
+        y = heads.flatten(2)
         if self.g_proj is not None:
             y = y * F.silu(self.g_proj(x))
         return self.o_proj(y), after._replace(convolution=convolution)
 
-    def _project(
-        self, x: Hidden, state: MemoryState | None, resets: Resets | None
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-        """q, k [b, t, h, k], v [b, t, h, v], and the latest inputs of the convolution."""
+    def project(self, x: Hidden, state: MemoryState | None, resets: Resets | None) -> tuple[Projected, Tensor]:
+        """What the heads are made of, and the latest inputs of the convolution."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        latest = x.new_zeros(len(x), 0, 3 * self.hidden_size)
+        latest = x.new_zeros(len(x), 0, 3 * self.hidden_size) if state is None else state.convolution
         if self.conv is not None:
             held = None if state is None else (state.convolution, state.position)
             convolved, latest = self.conv(torch.cat([q, k, v], dim=-1), held, resets)
             q, k, v = convolved.chunk(3, dim=-1)
-        q, k, v = (z.unflatten(-1, (self.num_heads, -1)) for z in (q, k, self.v_activation(v)))
-        return (q, k, v), latest
+        heads = (*x.shape[:2], self.num_heads, -1)
+        q, k, v = q.view(heads), k.view(heads), v.view(heads)
+        beta = None if self.beta_proj is None else self.beta_proj(x)
+        return Projected(q, k, v, beta, self.mixer.logits(x)), latest
 
-    def write_strength(self, x: Hidden) -> Tensor:
-        """β: [b, t, h], in at least float32; ones for a rule without."""
-        if self.beta_proj is None:
-            return x.new_ones(*x.shape[:2], self.num_heads, dtype=at_least_float32(x.dtype))
-        logits = self.beta_proj(x)
-        return self.beta_max * logits.to(at_least_float32(logits.dtype)).sigmoid()
+    def heads(
+        self, projected: Projected, state: MemoryState | None, resets: Resets | None
+    ) -> tuple[Values, MemoryState]:
+        """What both memories say, mixed and normed: [b, t, h, v], and the state after the last token.
+
+        The first of `hqlt.blend.FUSED` that serves does it in one piece; otherwise the parts run one by one.
+        """
+        activation, blend, mixer, norm = _parts(self._modules)
+        parts = Parts(activation, blend, mixer, norm, self.beta_max)
+        for fused in FUSED:
+            if (done := fused(parts, projected, state, resets)) is not None:
+                return done
+        return parts.run(projected, state, resets)
 
     def init_state(self, batch_size: int, device: torch.device | str | None = None) -> MemoryState:
         """The state of empty memories, as `state=None` means it."""
@@ -144,12 +167,12 @@ class HybridMemory(nn.Module):
 
     def state_shapes(self, b: int) -> dict[str, tuple[int | None, ...]]:
         """The shape of each part of this layer's state; None where a part grows with the context."""
-        h, k = self.num_heads, self.hidden_size // self.num_heads
-        s, fw = self.blend.slots, self.blend.fw
+        h, k, blend = self.num_heads, self.hidden_size // self.num_heads, self.blend
+        s, fw = blend.slots, blend.fw
         return {
             "keys": (b, s, h, k),
             "values": (b, s, h, k),
-            "betas": (b, s, h if self.blend.keeps_betas else 0),
+            "betas": (b, s, h if blend.keeps_betas else 0),
             "fast_weights": (b, h if fw else 0, k, k),
             "key_sum": (b, h if fw else 0, k if fw and fw.uses_key_sum else 0),
             "position": (b,),
@@ -158,8 +181,10 @@ class HybridMemory(nn.Module):
 
     def check_state(self, state: MemoryState, x: Hidden) -> None:
         """Refuse a state of another layer, batch or device."""
-        for name, expected in self.state_shapes(len(x)).items():
-            part = getattr(state, name)
+        shapes = self.state_shapes(len(x))
+        if [(part.shape, part.device) for part in state] == [(shape, x.device) for shape in shapes.values()]:
+            return
+        for (name, expected), part in zip(shapes.items(), state, strict=True):
             if part.dim() != len(expected) or any(
                 e is not None and e != size for e, size in zip(expected, part.shape, strict=True)
             ):
@@ -175,13 +200,6 @@ class HybridMemory(nn.Module):
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, num_heads={self.num_heads}, beta_max={self.beta_max}"
-
-
-class HeadNorm(nn.RMSNorm):
-    """RMSNorm in the dtype of its weight, which is wider than the reads under autocast."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.weight.dtype))
 
 
 def build_mixer(name: str | None, hidden_size: int, num_heads: int) -> Mixer:

@@ -1,16 +1,17 @@
-"""One native token: every blend is its own readable twin, in every state that a layer can be in."""
+"""One native token: the layer's parts one by one are its readable twin, in every state that a layer can be in."""
 
 from __future__ import annotations
 
 import contextlib
+from itertools import product
 from unittest import mock
 
 import pytest
 import torch
+from torch import nn
 
 from hqlt import native, ops
-from hqlt.blend import Synchronous
-from hqlt.blend import blend as blend_module
+from hqlt.blend import Synchronous, VectorMixer, fused
 from hqlt.memory import DeltaMemory, KVMemory
 from hqlt.ops.step import Held, Schedule, step
 from hqlt.shapes import checked
@@ -32,7 +33,7 @@ def counted():
         calls.extend([1] if stepped else [])
         return stepped
 
-    with mock.patch.object(blend_module, "step", count):
+    with mock.patch.object(fused, "step", count):
         yield calls
 
 
@@ -62,8 +63,9 @@ class TestLaws(Laws):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("window", [1, 2, 5, 16])
-@pytest.mark.parametrize("choice", EVERY_STATE)
+@pytest.mark.parametrize(
+    ("choice", "window"), [*product(EVERY_STATE, [1, 2, 5, 16]), *product(sorted(CHOICES.keys() - EVERY_STATE), [5])]
+)
 def test_many_steps_are_the_twins(choice, window, dtype):
     """Rows in different places of their buffers, resets in some of them, several times around each buffer."""
     b, t = 3, 40
@@ -109,18 +111,37 @@ def test_widths(blend, fast_weights, width, rope_theta):
                 alike(got, layer(x, state), 1e-10)
 
 
-def test_several_threads_give_the_same():
-    layer = build_layer("synchronous-vector-delta-plain", 9, hidden_size=3 * 96, num_heads=3)
+@pytest.mark.parametrize("blend", ["synchronous", "delayed-streaming", "delayed-chunk"])
+@pytest.mark.parametrize("b", [2, 20])
+def test_states_larger_than_a_cache(blend, b):
+    """They are written past it, and by several threads where they are larger still."""
+    layer = build_layer(f"{blend}-vector-delta-plain", 9, hidden_size=3 * 96, num_heads=3)
     before = torch.get_num_threads()
     with torch.no_grad():
-        state = layer(normal(4, 20, 3 * 96))[1]
-        results = []
-        for threads in (1, 2, 3, 16):
-            torch.set_num_threads(threads)
-            results.append(layer.blend(*normal(3, 4, 1, 3, 96), torch.ones(4, 1, 3, dtype=torch.float64), state, None))
-    torch.set_num_threads(before)
-    for reads, after in results[1:]:
-        assert all(map(torch.equal, (*reads, *after), (*results[0][0], *results[0][1])))
+        for weight in layer.parameters():
+            weight.mul_(0.2 if weight.dim() == 2 else 1)
+        state = layer(normal(b, 20, 3 * 96))[1]
+        x, resets = normal(b, 1, 3 * 96, seed=1), torch.arange(b)[:, None] == 1
+        with ops.use_backend("reference"):
+            expected = layer(x, state, resets)
+        try:
+            for threads in (1, 2, 3, 16):
+                torch.set_num_threads(threads)
+                alike(layer(x, state, resets), expected, 1e-10)
+        finally:
+            torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_number_is_written(choice, dtype):
+    layer = build_layer(choice, dtype=dtype)
+    with torch.no_grad():
+        for seen in (1, 3, 9):
+            state = layer(tokens(2, seen, dtype=dtype))[1]
+            y, after = layer(tokens(2, 1, dtype=dtype), state)
+            assert all(x.isfinite().all() for x in (y, *after))
 
 
 @pytest.mark.parametrize("choice", EVERY_STATE)
@@ -154,10 +175,6 @@ def test_where_the_twin_runs():
                 layer(x * torch.nan, state)
             torch.export.export(layer, (x, state))
 
-            class Other(Synchronous):
-                pass
-
-            assert Other(KVMemory(4, None), DeltaMemory()).schedule is None
         assert not calls
         with torch.no_grad():
             layer(x, state)
@@ -166,28 +183,100 @@ def test_where_the_twin_runs():
         assert len(calls) == 2
 
 
+def test_parts_that_are_exchanged_or_listened_to_run_by_themselves():
+    class Other(Synchronous):
+        pass
+
+    class Halved(VectorMixer):
+        def forward(self, logits, reads):
+            return 0.5 * super().forward(logits, reads)
+
+    x = tokens(2, 1)
+    for name, part in [
+        ("blend", Other(KVMemory(4, None), DeltaMemory())),
+        ("mixer", Halved(HIDDEN, HEADS).double()),
+        ("o_norm", nn.LayerNorm(HIDDEN // HEADS).double()),
+        ("v_activation", nn.Tanh()),
+    ]:
+        layer = build_layer("synchronous-vector-delta-plain")
+        setattr(layer, name, part)
+        with torch.no_grad(), counted() as calls:
+            state = layer(tokens(2, 3))[1]
+            got = layer(x, state)
+            with ops.use_backend("reference"):
+                alike(got, layer(x, state), 1e-10)
+        assert not calls
+
+    layer, heard = build_layer("synchronous-vector-delta-plain"), []
+    layer.mixer.register_forward_hook(lambda *call: heard.append(call))
+    with torch.no_grad(), counted() as calls:
+        layer(x, layer(tokens(2, 3))[1])
+    assert len(heard) == 2 and not calls
+
+
+def test_numbers_of_the_layer_may_change():
+    layer, x = build_layer("synchronous-vector-delta-plain"), tokens(2, 1)
+    with torch.no_grad():
+        state = layer(tokens(2, 3))[1]
+        layer.beta_max, layer.o_norm.eps, layer.blend.kv.rope_theta = 0.5, 0.1, 3.0
+        with counted() as calls:
+            got = layer(x, state)
+        with ops.use_backend("reference"):
+            alike(got, layer(x, state), 1e-10)
+    assert len(calls) == 1
+
+
 def test_what_does_not_fit_is_left_to_the_twin():
     layer = build_layer("synchronous-vector-delta-plain")
     with torch.no_grad():
         held = Held(*layer(tokens(2, 3))[1][:6])
     x = normal(2, 1, HEADS, HIDDEN // HEADS)
-    beta = torch.ones(2, 1, HEADS, dtype=torch.float64)
-    table = torch.ones(4, 1, HIDDEN // HEADS // 2, dtype=torch.float64)
-    assert step(x, x, x, beta, held, Schedule("own", True, 4), rotary=(table, table))
-    for schedule, changed in [
-        (Schedule("own", True, 9), {}),
-        (Schedule("leaving", True, 4), {}),
-        (Schedule("leaving", True, None), {}),
-        (Schedule("own", True, 4, "linear"), {}),
-        (Schedule("chunk", True, 3), {}),
-        (Schedule("own", True, 4), {"matrix": held.matrix[:, :, :1]}),
-        (Schedule("own", True, 4), {"values": held.values[:, :2]}),
-        (Schedule("own", True, 4), {"position": held.position[:1]}),
-        (Schedule("own", True, 4), {"position": held.position.int()}),
-        (Schedule("own", True, 4), {"keys": held.keys.float()}),
+    beta, gate = torch.ones(2, 1, HEADS, dtype=torch.float64), normal(2, 1, HIDDEN)
+    norm, table = torch.ones(HIDDEN // HEADS).double(), torch.ones(4, 1, HIDDEN // HEADS // 2, dtype=torch.float64)
+    usual = Schedule("own", True, 4, "delta", "vector")
+
+    def steps(
+        schedule=usual, q=x, k=x, v=x, beta=beta, gate=gate, norm=norm, rotary=(table, table), resets=None, **part
+    ):
+        changed = held._replace(**part)
+        return (
+            step(q, k, v, beta, gate, norm, changed, schedule, norm_eps=1e-6, rotary=rotary, resets=resets) is not None
+        )
+
+    assert steps()
+    assert steps(norm=None, rotary=None, resets=torch.ones(2, 1) > 0)
+    for schedule in [
+        usual._replace(window=9),
+        usual._replace(writes="leaving"),
+        usual._replace(writes="leaving", window=None),
+        usual._replace(writes="chunk", window=3),
+        usual._replace(rule="linear"),
+        usual._replace(mixer="scalar"),
+        usual._replace(mixer=None),
+        usual._replace(writes=None),
+        usual._replace(attends=False),
     ]:
-        assert step(x, x, x, beta, held._replace(**changed), schedule) is None
-    for tables in [(table[:3], table), (table, table[..., :1, :1]), (table.float(), table)]:
-        assert step(x, x, x, beta, held, Schedule("own", True, 4), rotary=tables) is None
-    for q, strength, resets in [(x[:1], beta, None), (x, beta[..., :1], None), (x, beta, torch.ones(2, 2) > 0)]:
-        assert step(q, x, x, strength, held, Schedule("own", True, 4), resets=resets) is None
+        assert not steps(schedule)
+    for wrong in [
+        {"matrix": held.matrix[:, :, :1]},
+        {"values": held.values[:, :2]},
+        {"position": held.position[:1]},
+        {"position": held.position.int()},
+        {"keys": held.keys.float()},
+        {"keys": held.keys.to("meta")},
+        {"q": x[:1]},
+        {"q": x.expand(2, 2, -1, -1)},
+        {"v": x[0]},
+        {"beta": beta[..., :1]},
+        {"beta": None},
+        {"gate": gate[..., :-1]},
+        {"gate": None},
+        {"norm": norm[:-1]},
+        {"norm": norm.float()},
+        {"rotary": (table[:3], table[:3])},
+        {"rotary": (table, table[..., :1])},
+        {"rotary": (table.float(), table.float())},
+        {"resets": torch.ones(2, 2) > 0},
+        {"resets": torch.ones(2, 1)},
+    ]:
+        assert not steps(**wrong), wrong

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from hqlt import HybridMemory, ops
 from hqlt.bench.race import Row, Work, check_equal, copy_rate, race, rows
@@ -32,33 +33,40 @@ def run(rounds: int, quick: bool, only: str | None) -> list[Row]:
 
 
 def blend_race(layer: HybridMemory, d: int, h: int, rounds: int, ceiling: float) -> list[Row]:
-    q, k, v = torch.randn(3, 1, 1, h, d // h)
-    x, beta = torch.randn(1, 1, d), torch.rand(1, 1, h)
+    x = torch.randn(1, 1, d)
     young = layer(torch.randn(1, 1_000, d))[1]
     old = young._replace(position=torch.full_like(young.position, 1_000_000))
-    moved = 2.0 * young.bytes_per_row()
+    projected, _ = layer.project(x, young, None)
+    moved, copy = 2.0 * young.bytes_per_row(), young.clone()
 
-    def memories(state: MemoryState) -> Work:
-        return lambda: layer.blend(q, k, v, beta, state, None)
+    def memories() -> tuple[Tensor, MemoryState]:
+        return layer.heads(projected, young, None)
 
-    def composed() -> object:
+    def composed() -> tuple[Tensor, MemoryState]:
         with ops.use_backend("native"):
-            return layer.blend(q, k, v, beta, young, None)
+            return memories()
 
     def projections() -> None:
         for linear in (layer.q_proj, layer.k_proj, layer.v_proj, layer.o_proj, getattr(layer.mixer, "gate_proj", None)):
             if linear is not None:
                 linear(x)
 
+    def copied() -> None:
+        for part, given in zip(copy, young, strict=True):
+            part.copy_(given)
+
+    def numbers(out: Tensor, after: MemoryState) -> list[Tensor]:
+        return [out, *after[:2], after.fast_weights]
+
     with ops.use_backend("reference"):
-        expected, after = layer.blend(q, k, v, beta, young, None)
-    for reads, state in (memories(young)(), composed()):  # type: ignore[misc]
-        check_equal({"reference": [*expected, *after[:2], after.fast_weights],
-                     "native": [*reads, *state[:2], state.fast_weights]})  # fmt: skip
+        expected = numbers(*memories())
+    for run in (memories, composed):
+        check_equal({"reference": expected, "native": numbers(*run())})
     works: dict[str, Work] = {
         "projections": projections,
-        "both memories, native step": memories(young),
-        "both memories, operation by operation": composed,
+        "both memories, mixer and norm, native step": memories,
+        "both memories, mixer and norm, operation by operation": composed,
+        "a copy of the state": copied,
         "whole layer, context 1,000": lambda: layer(x, young),
         "whole layer, context 1,000,000": lambda: layer(x, old),
     }

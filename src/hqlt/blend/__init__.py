@@ -6,6 +6,8 @@ from hqlt.blend.alone import FWOnly, KVOnly
 from hqlt.blend.blend import Blend, Reads, Timeline
 from hqlt.blend.delayed_chunk import DelayedChunk
 from hqlt.blend.delayed_streaming import DelayedStreaming
+from hqlt.blend.fused import FUSED
+from hqlt.blend.heads import HeadNorm, Parts, Projected
 from hqlt.blend.mixer import Mixer, NoMixer, ScalarMixer, SumMixer, VectorMixer
 from hqlt.blend.synchronous import Synchronous
 
@@ -20,14 +22,18 @@ MIXERS = ("vector", "scalar", "sum")
 
 __all__ = [
     "BLENDS",
+    "FUSED",
     "MIXERS",
     "Blend",
     "DelayedChunk",
     "DelayedStreaming",
     "FWOnly",
+    "HeadNorm",
     "KVOnly",
     "Mixer",
     "NoMixer",
+    "Parts",
+    "Projected",
     "Reads",
     "ScalarMixer",
     "SumMixer",

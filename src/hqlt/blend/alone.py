@@ -14,7 +14,6 @@ class KVOnly(Blend):
     """Softmax attention alone, over a window or (window None) over everything: a transformer's layer."""
 
     kv: KVMemory
-    writes = None
 
     @property
     def slots(self) -> int | None:
@@ -38,7 +37,6 @@ class FWOnly(Blend):
     """Fast weights alone: DeltaNet, or with the additive rule a linear transformer."""
 
     fw: FWMemory
-    writes = "own"
 
     @property
     def slots(self) -> int:

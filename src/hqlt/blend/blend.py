@@ -8,10 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hqlt.memory import DeltaMemory, FastWeights, FWMemory, KVMemory, LinearMemory, MemoryState
-from hqlt.memory.kv import rotary_table
+from hqlt.memory import FastWeights, FWMemory, KVMemory, MemoryState
 from hqlt.ops.segments import positions
-from hqlt.ops.step import Held, Schedule, step
 from hqlt.shapes import Keys, Positions, Queries, Resets, Strengths, Values, at_least_float32
 
 
@@ -47,14 +45,10 @@ class Blend(nn.Module):
     keeps_betas = False
     """Whether a pair's write strength is held with it, because the pair is written later with its own."""
 
-    writes: str | None = None
-    """What the FW-memory writes when one token comes, as `hqlt.ops.step` knows it: its native twin of this schedule."""
-
     def __init__(self, kv: KVMemory | None, fw: FWMemory | None) -> None:
         super().__init__()
         self.kv = kv
         self.fw = fw
-        self.schedule = self._schedule()
 
     @property
     def slots(self) -> int | None:
@@ -79,36 +73,10 @@ class Blend(nn.Module):
     def forward(
         self, q: Queries, k: Keys, v: Values, beta: Strengths, state: MemoryState | None, resets: Resets | None
     ) -> tuple[Reads, MemoryState]:
-        if state is not None and q.shape[1] == 1 and (stepped := self._step(q, k, v, beta, state, resets)):
-            return stepped
         timeline = self._timeline(k, v, beta, state, resets)
         past = None if state is None else FastWeights(state.fast_weights, state.key_sum)
         reads, fast_weights = self.read(q, beta, timeline, past, resets)
         return reads, self._state_after(timeline, fast_weights)
-
-    def _schedule(self) -> Schedule | None:
-        """What the native step needs to know; None for a schedule or memory that it does not know."""
-        rule = {type(None): "delta", DeltaMemory: "delta", LinearMemory: "linear"}.get(type(self.fw))
-        if "writes" not in vars(type(self)) or rule is None or type(self.kv) not in (type(None), KVMemory):
-            return None
-        window = None if self.kv is None else self.kv.window
-        return Schedule(self.writes, self.kv is not None, window, rule)
-
-    def _step(
-        self, q: Queries, k: Keys, v: Values, beta: Strengths, state: MemoryState, resets: Resets | None
-    ) -> tuple[Reads, MemoryState] | None:
-        """`forward` of one token in one native call, where that is possible."""
-        if self.schedule is None or torch.compiler.is_compiling():
-            return None
-        rotary = None
-        if self.kv is not None and self.kv.rope_theta is not None:
-            rows = 1 << state.keys.shape[1].bit_length()  # one for each age, and few tables where pairs grow in number
-            rotary = rotary_table(rows, q.shape[-1], self.kv.rope_theta, q.device, q.dtype)
-        stepped = step(q, k, v, beta, Held(*state[:6]), self.schedule, rotary=rotary, resets=resets)
-        if stepped is None:
-            return None
-        fw, kv, held = stepped
-        return Reads(fw, kv), MemoryState(*held, convolution=q.new_zeros(len(q), 0, 0))
 
     def _timeline(
         self, k: Keys, v: Values, beta: Strengths, state: MemoryState | None, resets: Resets | None

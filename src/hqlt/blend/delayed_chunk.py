@@ -28,7 +28,6 @@ class DelayedChunk(Blend):
 
     kv: KVMemory
     fw: FWMemory
-    writes = "chunk"
 
     keeps_betas = True
 

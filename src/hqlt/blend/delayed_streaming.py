@@ -21,7 +21,6 @@ class DelayedStreaming(Blend):
 
     kv: KVMemory
     fw: FWMemory
-    writes = "leaving"
 
     @property
     def slots(self) -> int:

@@ -17,7 +17,6 @@ class Synchronous(Blend):
 
     kv: KVMemory
     fw: FWMemory
-    writes = "own"
 
     @property
     def slots(self) -> int | None:

@@ -13,10 +13,12 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 FOLDER = Path(__file__).parent
 KERNELS = (
@@ -33,7 +35,6 @@ KERNELS = (
     "rms_norm_backward",
     "mix_forward",
     "mix_backward",
-    "one_token_forward",
 )
 
 
@@ -45,16 +46,18 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     try:
         library = ctypes.CDLL(str(built[0]))
         library.hqlt_instruction_set.restype = ctypes.c_char_p
+        for name in KERNELS:
+            kernel = library[f"hqlt_{name}"]
+            kernel.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_double, ctypes.c_void_p)
+            kernel.restype = None
+            setattr(library, name, kernel)
+        library.hqlt_one_token.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_char_p)
+        library.hqlt_one_token.restype = None
+        library.hqlt_use_openmp(_openmp())
     except (OSError, AttributeError) as error:
         return None, f"the native library does not load: {error}"
     if not library.hqlt_instruction_set():
         return None, f"HQLT_NATIVE_ISA={os.environ.get('HQLT_NATIVE_ISA')}: this machine has no such instructions"
-    for name in KERNELS:
-        kernel = library[f"hqlt_{name}"]
-        kernel.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_double, ctypes.c_void_p)
-        kernel.restype = None
-        setattr(library, name, kernel)
-    library.hqlt_use_openmp(_openmp())
     return library, ""
 
 
@@ -102,18 +105,27 @@ def run(kernel: str, sizes: Sequence[int], scale: float, tensors: Sequence[Any])
     )
 
 
+def one_token(is_double: bool, job: bytes) -> None:
+    """Call the kernel of one token on what `hqlt.ops.step` packed for it."""
+    assert _library is not None, "asked for by native.available()"
+    _library.hqlt_one_token(is_double, torch.get_num_threads(), job)
+
+
 def contiguous(*tensors: Tensor | None) -> list[Any]:
     """The same tensors, laid out without gaps; None stays None."""
     return [x if x is None or x.is_contiguous() else x.contiguous() for x in tensors]
 
 
+PLAIN = {Tensor, Parameter, NoneType}
+
+
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether these are ordinary tensors without gradients that nobody traces: then an operator may skip torch's
     dispatcher, which costs more than the work on one token."""
-    grad = torch.is_grad_enabled()
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
-        and all(x is None or (type(x) is Tensor and not (grad and x.requires_grad)) for x in tensors)
+        and PLAIN.issuperset(map(type, tensors))
+        and not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors))
     )

@@ -22,6 +22,6 @@ const Kernels kernels = {
     {rms_norm_backward<float>, rms_norm_backward<double>},
     {mix_forward<float>, mix_forward<double>},
     {mix_backward<float>, mix_backward<double>},
-    {one_token_forward<float>, one_token_forward<double>},
+    {one_token<float>, one_token<double>},
 };
 }  // namespace ISA

@@ -12,6 +12,10 @@
 #include <utility>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "pool.h"
 
 #define INLINE inline __attribute__((always_inline))
@@ -24,15 +28,25 @@
 
 namespace {
 
-// Every kernel is called alike: sizes, a scale, the addresses of its tensors (null where there are no resets).
+// The operations' kernels are called alike: sizes, a scale, the addresses of tensors (null where there are no resets).
 using Kernel = void(int threads, const int64_t* sizes, double scale, void* const* tensors);
 
+// What Python packs for one token: sizes, factors and addresses in the order of OneToken's members (step.h).
+struct OneTokenJob {
+  int64_t sizes[11];
+  double factors[2];
+  void* tensors[22];
+};
+
 struct Kernels {
+  template <class Function>
   struct Types {
-    Kernel *f32, *f64;
-  } delta_rule_forward, delta_rule_backward, linear_attention_forward, linear_attention_backward,
+    Function *f32, *f64;
+  };
+  Types<Kernel> delta_rule_forward, delta_rule_backward, linear_attention_forward, linear_attention_backward,
       window_attention_forward, window_attention_backward, unit_silu_forward, unit_silu_backward, rotate_forward,
-      rms_norm_forward, rms_norm_backward, mix_forward, mix_backward, one_token_forward;
+      rms_norm_forward, rms_norm_backward, mix_forward, mix_backward;
+  Types<void(int threads, const OneTokenJob&)> one_token;
 };
 
 template <class... Pointers>
@@ -111,7 +125,10 @@ EXPORT(rms_norm_forward)
 EXPORT(rms_norm_backward)
 EXPORT(mix_forward)
 EXPORT(mix_backward)
-EXPORT(one_token_forward)
+
+extern "C" __attribute__((visibility("default"))) void hqlt_one_token(int is_double, int threads, const OneTokenJob* job) {
+  (is_double ? kernels->one_token.f64 : kernels->one_token.f32)(threads, *job);
+}
 
 // The instruction set in use: "plain", "avx2" or "avx512"; "" where HQLT_NATIVE_ISA names one that this machine lacks.
 extern "C" __attribute__((visibility("default"))) const char* hqlt_instruction_set() {

@@ -1,7 +1,9 @@
-// One token of a whole layer: both memories between the projections and the mixer, and the state after it.
+// One token through everything between a layer's projections, and the state after it.
 //
+//     own pair:   k, SiLU(v), β = beta_max · σ(β)      (SiLU where there is an FW-memory, β where its rule has one)
 //     FW-memory:  write what the schedule says (the own pair, the one that leaves the window, a whole chunk), read φ(q)
 //     KV-memory:  softmax over the held pairs within reach and the own one
+//     out:        RMSNorm(mix(FW read, KV read)) of each head
 //     state:      the pairs, one slot older, the own pair in the last slot; zeros in unused slots
 //
 // A held pair is unrotated. Turning q by its age, (c q₁ − s q₂, c q₂ + s q₁), gives the product that turning both by
@@ -11,48 +13,125 @@
 // which they lie in memory. The state that was given is only read.
 
 template <class T>
+INLINE Lanes<T> sigmoid(Lanes<T> x) {
+  const Lanes<T> small = exponential<T>(x > T(0) ? -x : x), sigma = (x > T(0) ? Lanes<T>{} + T(1) : small) / (T(1) + small);
+  return x == x ? sigma : x;
+}
+template <class T>
+T sigmoid(T x) {
+  return 1 / (1 + std::exp(-x));
+}
+
+// All lanes' sum, by halves: rounds of adding each lane to the one `apart` lanes away.
+template <class T, int apart, int... I>
+INLINE T sum_of(Lanes<T> x, std::integer_sequence<int, I...> lanes) {
+  x += __builtin_shufflevector(x, x, (I ^ apart)...);
+  if constexpr (apart > 1) return sum_of<T, apart / 2>(x, lanes);
+  else return x[0];
+}
+
+// A store that does not first fetch into the cache what it is about to overwrite. `to` is aligned to a vector.
+template <class T>
+INLINE void stream(T* to, Lanes<T> x) {
+#if !defined(__x86_64__)
+  store(to, x);
+#elif LANE_BYTES == 64
+  _mm512_stream_ps(reinterpret_cast<float*>(to), (__m512)x);
+#elif LANE_BYTES == 32
+  _mm256_stream_ps(reinterpret_cast<float*>(to), (__m256)x);
+#else
+  _mm_stream_ps(reinterpret_cast<float*>(to), (__m128)x);
+#endif
+}
+
+template <class T>
 struct OneToken {
-  enum Writes { own, leaving, chunk };
+  enum Writes { nothing, own, leaving, chunk };
+  enum Mixer { alone, sum, scalar, vector };
   static constexpr T epsilon = T(1e-10);  // of linear attention's normaliser
 
-  int64_t b, h, k, v, s, s_after, window, writes, is_linear;
-  T scale;
-  const T *q, *key, *value, *beta, *keys, *values, *betas, *state, *key_sum, *cos, *sin;
+  int64_t b, h, k, v, s, s_after, window, writes, attends, is_linear, mixer;
+  T beta_max, norm_epsilon;
+  const T *q, *key, *value, *keys, *values, *betas, *state, *key_sum;
   const int64_t* position;
-  const uint8_t* resets;  // [b] or null
-  T *fw, *kv, *keys_after, *values_after, *betas_after, *final_state, *final_key_sum;  // fw, kv: null without a memory
+  const T *beta, *gate, *norm;  // beta and gate: logits; all: null where there are none
+  const uint8_t* resets;        // [b] or null
+  const T *cos, *sin;
+  T *out, *keys_after, *values_after, *betas_after, *final_state, *final_key_sum;
   int64_t* position_after;
 
+  T scale;
+  int64_t bytes;  // of the whole state
+  bool streams;   // a state that would fill a core's own cache is written past it: nobody reads it before the next token
+
   static int64_t whole(int64_t width) { return (width + L<T> - 1) / L<T>; }
+
+  void prepare() {
+    const auto aligned = [](int64_t address) { return address % LANE_BYTES == 0; };
+    scale = 1 / std::sqrt(T(k));
+    bytes = b * h * ((writes ? k * v : 0) + (attends ? s_after * (k + v) : 0)) * int64_t(sizeof(T));
+    streams = bytes >= 1 << 18 && aligned(k * sizeof(T)) && aligned(v * sizeof(T)) && aligned(int64_t(keys_after)) &&
+              aligned(int64_t(values_after)) && aligned(int64_t(final_state));
+  }
+  INLINE void put(T* to, Lanes<T> x) const { streams ? stream(to, x) : store(to, x); }
+  INLINE void put(T* to, const T* from, int64_t n) const {
+    if (!streams) return void(std::copy_n(from, n, to));
+    for (int64_t i = 0; i < n; i += L<T>) stream(to + i, load(from + i));
+  }
+
+  // Beside the state, all that a stretch of heads needs: a row of whole(v) vectors a head, [heads, age] scores, and the
+  // FW-memory's slice and features.
+  struct Room {
+    int64_t row;
+    T *value, *fw, *kv, *beta;
+    Lanes<T>*scores, *memory;
+  };
+  Room room(int64_t heads, int64_t reach, int64_t written) const {
+    const int64_t row = whole(v), scores = attends ? heads * whole(reach + 1) : 0;
+    Lanes<T>* at = scratch<T>(3 * heads * row + whole(heads) + scores + (writes ? (1 + written) * whole(k) + k * widest_slice<T> : 0));
+    const auto take = [&](int64_t vectors) { return (at += vectors) - vectors; };
+    const auto numbers = [&](int64_t vectors) { return reinterpret_cast<T*>(take(vectors)); };
+    T *value = numbers(heads * row), *fw = numbers(heads * row), *kv = numbers(heads * row), *beta = numbers(whole(heads));
+    return {row * L<T>, value, fw, kv, beta, take(scores), at};
+  }
+
+  void operator()(int64_t row, int64_t first, int64_t last) const {
+    const bool reset = resets && resets[row];
+    const int64_t now = reset ? 0 : position[row], mine = row * h + first, heads = last - first;
+    const bool full = s == window && now >= window;  // of a delayed blend: the oldest pair leaves
+    const int64_t written = writes == own || (writes == leaving && full) ? 1 : writes == chunk && full && now % window == 0 ? s : 0;
+    const int64_t since = writes == chunk ? now % window : std::min(now, window - 1), reach = std::min(since, s);
+    const Room at = room(heads, reach, written);
+
+    for (int64_t head = 0; head < heads; ++head) {
+      activate(value + (mine + head) * v, at.value + head * at.row);
+      at.beta[head] = beta ? beta_max * sigmoid(beta[mine + head]) : T(1);
+    }
+    if (writes)
+      for (int64_t head = 0; head < heads; ++head)
+        fast_weights(at, row, first, head, written, reset || (writes == chunk && now == 0));
+    if (attends) pairs(at, row, first, heads, now, reach);
+    for (int64_t head = 0; head < heads; ++head) mix(at, row, first, head);
+    if (first == 0) position_after[row] = now + 1;
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
+  }
 
   // What the FW-memory writes for one head: n pairs, h rows apart.
   struct Written {
     const T *key, *value, *beta;
     int64_t n;
   };
-  Written written(int64_t row, int64_t head, int64_t now) const {
-    const int64_t mine = row * h + head, oldest = row * s * h + head;
-    if (writes == own) return {key + mine * k, value + mine * v, beta + mine, 1};
-    const bool full = s == window && now >= window;
-    if (writes == leaving) return {keys + oldest * k, values + oldest * v, beta + mine, full};
-    return {keys + oldest * k, values + oldest * v, betas + oldest, full && now % window == 0 ? s : 0};
-  }
 
-  void operator()(int64_t row, int64_t first, int64_t last) const {
-    const bool reset = resets && resets[row];
-    const int64_t now = reset ? 0 : position[row];
-    if (fw)
-      for (int64_t head = first; head < last; ++head) fast_weights(row, head, now, reset || (writes == chunk && now == 0));
-    if (kv) pairs(row, first, last, now);
-    if (first == 0) position_after[row] = now + 1;
-  }
-
-  void fast_weights(int64_t row, int64_t head, int64_t now, bool empty) const {
-    const Written pairs = written(row, head, now);
-    const int64_t mine = row * h + head, width = whole(k);
-    Lanes<T>* memory = scratch<T>((1 + pairs.n) * width + k * widest_slice<T>);
-    Lanes<T>*features = memory + k * widest_slice<T>, *reader = features + pairs.n * width;
-    for (int64_t j = 0; j < pairs.n; ++j) feature(pairs.key + j * h * k, features + j * width);
+  void fast_weights(const Room& at, int64_t row, int64_t first, int64_t head, int64_t n, bool empty) const {
+    const int64_t mine = row * h + first + head, oldest = row * s * h + first + head, width = whole(k);
+    const T* held_beta = writes == chunk ? betas + oldest : at.beta + head;
+    const Written pairs = writes == own ? Written{key + mine * k, at.value + head * at.row, at.beta + head, n}
+                                        : Written{keys + oldest * k, values + oldest * v, held_beta, n};
+    T* fw = at.fw + head * at.row;
+    Lanes<T>*memory = at.memory, *features = memory + k * widest_slice<T>, *reader = features + n * width;
+    for (int64_t j = 0; j < n; ++j) feature(pairs.key + j * h * k, features + j * width);
     feature(q + mine * k, reader);
 
     T factor = scale;
@@ -60,29 +139,33 @@ struct OneToken {
       const T* phi = reinterpret_cast<const T*>(features);
       T* z = final_key_sum + mine * k;
       for (int64_t i = 0; i < k; ++i) z[i] = empty ? T(0) : key_sum[mine * k + i];
-      for (int64_t j = 0; j < pairs.n; ++j)
+      for (int64_t j = 0; j < n; ++j)
         for (int64_t i = 0; i < k; ++i) z[i] += pairs.beta[j * h] * phi[j * width * L<T> + i];
       factor = T(1) / (dot(z, reinterpret_cast<const T*>(reader), k) + epsilon);
     }
+    const T* before = state + mine * k * v;
+    T* after = final_state + mine * k * v;
     constexpr int wide = LANE_BYTES == 64 ? 8 : 4;
-    if (pairs.n == 1 && !empty && v % (wide * L<T>) == 0) {
-      for (int64_t slice = 0; slice < v / (wide * L<T>); ++slice) one_write<wide>({v, slice}, mine, pairs, features, factor);
+    if (n == 1 && !empty && v % (wide * L<T>) == 0) {
+      for (int64_t slice = 0; slice < v / (wide * L<T>); ++slice)
+        one_write<wide>({v, slice}, before, after, pairs, features, factor, fw);
       return;
     }
     const Slicing cut = slicing<T>(k, v, 1, 1);
     for (int64_t slice = 0; slice < cut.count; ++slice) {
-      if (cut.vectors == 1) columns<1>({v, slice}, mine, pairs, memory, features, empty, factor);
-      else if (cut.vectors == 2) columns<2>({v, slice}, mine, pairs, memory, features, empty, factor);
-      else if constexpr (widest_slice<T> == 4) columns<4>({v, slice}, mine, pairs, memory, features, empty, factor);
+      if (cut.vectors == 1) columns<1>({v, slice}, before, after, pairs, memory, features, empty, factor, fw);
+      else if (cut.vectors == 2) columns<2>({v, slice}, before, after, pairs, memory, features, empty, factor, fw);
+      else if constexpr (widest_slice<T> == 4) columns<4>({v, slice}, before, after, pairs, memory, features, empty, factor, fw);
     }
   }
 
   // The writes, each predicted while the one before is written, and the read: over a slice of the matrix's columns.
   template <int N>
-  void columns(Columns<T, N> at, int64_t mine, Written pairs, Lanes<T>* memory, const Lanes<T>* features, bool empty, T factor) const {
+  void columns(Columns<T, N> at, const T* before, T* after, Written pairs, Lanes<T>* memory, const Lanes<T>* features,
+               bool empty, T factor, T* fw) const {
     Slice<T, N> W{at, k, memory};
     if (empty) W.clear();
-    else W.read(state + mine * k * v);
+    else W.read(before);
     Pass<T, N, read> look;
     look.w[0] = reinterpret_cast<const T*>(features);
     look(W.M, k);
@@ -96,16 +179,16 @@ struct OneToken {
       pass.w[0] = reinterpret_cast<const T*>(features + j * whole(k)), pass.w[1] = pass.w[0] + whole(k) * L<T>;
       pass(W.M, k);
     }
-    UNROLL for (int n = 0; n < N; ++n) at.store(fw + mine * v, n, factor * pass.x[1][n]);
-    W.write(final_state + mine * k * v);
+    UNROLL for (int n = 0; n < N; ++n) at.store(fw, n, factor * pass.x[1][n]);
+    W.write(after);
   }
 
   // The same for a single write: whole rows in the order of memory, once to predict, once to write and read.
   template <int N>
-  void one_write(Columns<T, N> at, int64_t mine, Written pairs, const Lanes<T>* features, T factor) const {
+  void one_write(Columns<T, N> at, const T* before, T* after, Written pairs, const Lanes<T>* features, T factor, T* fw) const {
     const T *phi_k = reinterpret_cast<const T*>(features), *phi_q = reinterpret_cast<const T*>(features + whole(k));
-    const T* W = state + mine * k * v + at.begin(0);
-    T* to = final_state + mine * k * v + at.begin(0);
+    const T* W = before + at.begin(0);
+    T* to = after + at.begin(0);
     Lanes<T> sum[N] = {}, correction[N];
     if (!is_linear)
       for (int64_t i = 0; i < k; ++i)
@@ -118,63 +201,86 @@ struct OneToken {
       prefetch(W + (k + i) * v, N * L<T>);  // the next head's matrix
       UNROLL for (int n = 0; n < N; ++n) {
         const Lanes<T> w = load(W + i * v + n * L<T>) + phi_k[i] * correction[n];
-        store(to + i * v + n * L<T>, w);
+        put(to + i * v + n * L<T>, w);
         sum[n] += phi_q[i] * w;
       }
     }
-    UNROLL for (int n = 0; n < N; ++n) store(fw + mine * v + at.begin(n), factor * sum[n]);
+    UNROLL for (int n = 0; n < N; ++n) store(fw + at.begin(n), factor * sum[n]);
   }
 
   // Ages count from the own pair, 0; the pair in slot i is s − i tokens old.
-  void pairs(int64_t row, int64_t first, int64_t last, int64_t now) const {
-    const int64_t since = writes == chunk && fw ? now % window : std::min(now, window - 1), reach = std::min(since, s);
-    const int64_t kept = std::min(writes == chunk && fw ? since + 1 : now + 1, s_after), heads = last - first;
-    const int64_t mine = row * h + first, width = whole(reach + 1);
-    Lanes<T>* weights = scratch<T>(heads * width);
-    T* scores = reinterpret_cast<T*>(weights);  // [heads, age]
-    std::fill_n(scores, heads * width * L<T>, -std::numeric_limits<T>::infinity());
+  void pairs(const Room& at, int64_t row, int64_t first, int64_t heads, int64_t now, int64_t reach) const {
+    const int64_t kept = std::min(writes == chunk ? now % window + 1 : now + 1, s_after);
+    const int64_t mine = row * h + first, width = whole(reach + 1) * L<T>;
+    T* scores = reinterpret_cast<T*>(at.scores);  // [heads, age]
+    std::fill_n(scores, heads * width, -std::numeric_limits<T>::infinity());
 
     for (int64_t head = 0; head < heads; ++head)
-      scores[head * width * L<T>] = scale * dot(q + (mine + head) * k, key + (mine + head) * k, k);
+      scores[head * width] = scale * dot(q + (mine + head) * k, key + (mine + head) * k, k);
     clear_unused(keys_after, row, first, heads, kept, k);
     for (int64_t age = std::max(reach, kept - 1); age > 0; --age) {
-      const T* held = keys + ((row * s + s - age) * h + first) * k;
+      const T* held = keys + slot(row, s, age, first) * k;
       prefetch(held + 2 * h * k, heads * k);
-      if (age < kept) std::copy_n(held, heads * k, keys_after + ((row * s_after + s_after - age - 1) * h + first) * k);
+      if (age < kept) put(keys_after + slot(row, s_after, age + 1, first) * k, held, heads * k);
       if (age > reach) continue;
       for (int64_t head = 0; head < heads; ++head)
-        scores[head * width * L<T> + age] = scale * product(q + (mine + head) * k, held + head * k, age);
+        scores[head * width + age] = scale * product(q + (mine + head) * k, held + head * k, age);
     }
-    if (kept > 0) std::copy_n(key + mine * k, heads * k, keys_after + ((row * s_after + s_after - 1) * h + first) * k);
-
-    for (int64_t head = 0; head < heads; ++head) softmax(weights + head * width, width);
+    if (kept > 0) std::copy_n(key + mine * k, heads * k, keys_after + slot(row, s_after, 1, first) * k);
 
     for (int64_t head = 0; head < heads; ++head) {
-      std::fill_n(kv + (mine + head) * v, v, T(0));
-      add(kv + (mine + head) * v, scores[head * width * L<T>], value + (mine + head) * v);
+      softmax(at.scores + head * whole(reach + 1), whole(reach + 1));
+      std::fill_n(at.kv + head * at.row, v, T(0));
+      add(at.kv + head * at.row, scores[head * width], at.value + head * at.row);
     }
     clear_unused(values_after, row, first, heads, kept, v);
     for (int64_t age = std::max(reach, kept - 1); age > 0; --age) {
-      const T* held = values + ((row * s + s - age) * h + first) * v;
+      const T* held = values + slot(row, s, age, first) * v;
       prefetch(held + 2 * h * v, heads * v);
-      if (age < kept) std::copy_n(held, heads * v, values_after + ((row * s_after + s_after - age - 1) * h + first) * v);
+      if (age < kept) put(values_after + slot(row, s_after, age + 1, first) * v, held, heads * v);
       if (age > reach) continue;
       for (int64_t head = 0; head < heads; ++head)
-        add(kv + (mine + head) * v, scores[head * width * L<T> + age], held + head * v);
+        add(at.kv + head * at.row, scores[head * width + age], held + head * v);
     }
-    if (kept > 0) std::copy_n(value + mine * v, heads * v, values_after + ((row * s_after + s_after - 1) * h + first) * v);
+    for (int64_t head = 0; kept > 0 && head < heads; ++head)
+      std::copy_n(at.value + head * at.row, v, values_after + (slot(row, s_after, 1, first) + head) * v);
 
-    if (!betas_after) return;
+    if (writes != chunk) return;
     clear_unused(betas_after, row, first, heads, kept, 1);
     for (int64_t age = 1; age < kept; ++age)
-      std::copy_n(betas + (row * s + s - age) * h + first, heads, betas_after + (row * s_after + s_after - age - 1) * h + first);
-    if (kept > 0) std::copy_n(beta + mine, heads, betas_after + (row * s_after + s_after - 1) * h + first);
+      std::copy_n(betas + slot(row, s, age, first), heads, betas_after + slot(row, s_after, age + 1, first));
+    if (kept > 0) std::copy_n(at.beta, heads, betas_after + slot(row, s_after, 1, first));
+  }
+
+  // out = RMSNorm(mix(fw, kv)) of one head.
+  void mix(const Room& at, int64_t row, int64_t first, int64_t head) const {
+    const int64_t mine = row * h + first + head;
+    const T *fw = at.fw + head * at.row, *kv = at.kv + head * at.row;
+    T *mixed = at.value + head * at.row, *to = out + mine * v;
+    if (mixer == alone) std::copy_n(writes ? fw : kv, v, mixed);
+    else if (mixer == vector) std::copy_n(gate + mine * v, v, mixed);
+    const T fw_gate = mixer == scalar ? sigmoid(gate[row * 2 * h + first + head]) : T(1);
+    const T kv_gate = mixer == scalar ? sigmoid(gate[row * 2 * h + h + first + head]) : T(1);
+    for (int64_t i = 0; mixer != alone && i < v; i += L<T>) {
+      const Lanes<T> a = load(fw + i), b = load(kv + i);
+      store(mixed + i, mixer == vector ? b + sigmoid<T>(load(mixed + i)) * (a - b) : fw_gate * a + kv_gate * b);
+    }
+    if (!norm) return void(std::copy_n(mixed, v, to));
+    const T inverse = 1 / std::sqrt(dot(mixed, mixed, v) / v + norm_epsilon);
+    for (int64_t i = 0; i < v; ++i) to[i] = mixed[i] * inverse * norm[i];
   }
 
  private:
+  int64_t slot(int64_t row, int64_t slots, int64_t age, int64_t head) const { return (row * slots + slots - age) * h + head; }
+
   void clear_unused(T* after, int64_t row, int64_t first, int64_t heads, int64_t kept, int64_t width) const {
-    for (int64_t slot = 0; slot < s_after - kept; ++slot)
-      std::fill_n(after + ((row * s_after + slot) * h + first) * width, heads * width, T(0));
+    for (int64_t i = 0; i < s_after - kept; ++i) std::fill_n(after + ((row * s_after + i) * h + first) * width, heads * width, T(0));
+  }
+
+  // The own value, as the memories hold it.
+  void activate(const T* from, T* to) const {
+    std::copy_n(from, v, to);
+    for (int64_t i = 0; writes && i < v; i += L<T>) store(to + i, load(to + i) * sigmoid<T>(load(to + i)));
   }
 
   // φ of a row: SiLU(x) / √(‖SiLU(x)‖² + 1e-6) for the delta rule, elu(x) + 1 for the additive one.
@@ -183,9 +289,9 @@ struct OneToken {
     std::copy_n(row, k, x);
     std::fill_n(x + k, whole(k) * L<T> - k, T(0));
     for (int64_t n = 0; n < whole(k); ++n) {
-      const Lanes<T> at = to[n], small = exponential<T>(at > T(0) ? -at : at);
-      if (is_linear) to[n] = at > T(0) ? at + T(1) : small + (at - at);  // + 0, or NaN where x is
-      else to[n] = at * (at > T(0) ? Lanes<T>{} + T(1) : small) / (T(1) + small);
+      const Lanes<T> at = to[n];
+      if (is_linear) to[n] = at > T(0) ? at + T(1) : exponential<T>(at) + (at - at);  // + 0, or NaN where x is
+      else to[n] = at * sigmoid<T>(at);
     }
     if (is_linear) return;
     const T inverse = T(1) / std::sqrt(dot(x, x, k) + T(1e-6));
@@ -205,8 +311,7 @@ struct OneToken {
     }
     T sum = 0;
     for (; i < half; ++i) sum += key[i] * (c[i] * q[i] - s[i] * q[half + i]) + key[half + i] * (c[i] * q[half + i] + s[i] * q[i]);
-    for (int lane = 0; lane < L<T>; ++lane) sum += sums[lane];
-    return sum;
+    return sum + sum_of<T, L<T> / 2>(sums, std::make_integer_sequence<int, L<T>>());
   }
 
   static void softmax(Lanes<T>* x, int64_t width) {
@@ -227,13 +332,15 @@ struct OneToken {
 };
 
 template <class T>
-void one_token_forward(int threads, const int64_t* n, double scale, void* const* x) {
-  OneToken<T> job = {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], T(scale)};
-  from(x, job.q, job.key, job.value, job.beta, job.keys, job.values, job.betas, job.state, job.key_sum, job.position,
-       job.resets, job.cos, job.sin, job.fw, job.kv, job.keys_after, job.values_after, job.betas_after, job.final_state,
-       job.final_key_sum, job.position_after);
-  const int64_t fw = job.fw ? 3 * job.k * job.v : 0, kv = job.kv ? 2 * job.s * (job.k + job.v) : 0;
-  threads = threads_for(threads, job.b * job.h * (fw + kv));
+void one_token(int threads, const OneTokenJob& packed) {
+  const int64_t* n = packed.sizes;
+  const double* factor = packed.factors;
+  OneToken<T> job = {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], T(factor[0]), T(factor[1])};
+  from(packed.tensors, job.q, job.key, job.value, job.keys, job.values, job.betas, job.state, job.key_sum, job.position,
+       job.beta, job.gate, job.norm, job.resets, job.cos, job.sin, job.out, job.keys_after, job.values_after, job.betas_after,
+       job.final_state, job.final_key_sum, job.position_after);
+  job.prepare();
+  if (job.bytes < 4 << 20) threads = 1;  // waking a second one takes longer than moving less
   const int64_t stretches = std::min((threads + job.b - 1) / job.b, job.h), heads = (job.h + stretches - 1) / stretches;
   Pool::run(threads, job.b * stretches, [&](int64_t task) {
     const int64_t first = task % stretches * heads;

@@ -25,12 +25,12 @@ def memory_shares(model: nn.Module, inputs: Tensor, resets: Tensor | None = None
     """
     gates, shares = [], []
 
-    def listen(mixer: nn.Module, args: tuple[Tensor, Reads], mixed: Tensor) -> None:
-        x, reads = args
+    def listen(mixer: nn.Module, args: tuple[Tensor | None, Reads], mixed: Tensor) -> None:
+        logits, reads = args
         if reads.fw is None or reads.kv is None:
             return
         assert isinstance(mixer, Mixer)
-        fw_gate, kv_gate = (torch.as_tensor(gate).expand_as(reads.fw) for gate in mixer.gates(x))
+        fw_gate, kv_gate = (torch.as_tensor(gate).expand_as(reads.fw) for gate in mixer.gates(logits))
         fw, kv = (fw_gate * reads.fw).norm(dim=-1), (kv_gate * reads.kv).norm(dim=-1)
         gates.append(fw_gate.mean(dim=(-2, -1)))
         shares.append((fw / (fw + kv).clamp_min(1e-30)).mean(dim=-1))
