@@ -13,21 +13,8 @@
 // which they lie in memory. The state that was given is only read.
 
 template <class T>
-INLINE Lanes<T> sigmoid(Lanes<T> x) {
-  const Lanes<T> small = exponential<T>(x > T(0) ? -x : x), sigma = (x > T(0) ? Lanes<T>{} + T(1) : small) / (T(1) + small);
-  return x == x ? sigma : x;
-}
-template <class T>
 T sigmoid(T x) {
   return 1 / (1 + std::exp(-x));
-}
-
-// All lanes' sum, by halves: rounds of adding each lane to the one `apart` lanes away.
-template <class T, int apart, int... I>
-INLINE T sum_of(Lanes<T> x, std::integer_sequence<int, I...> lanes) {
-  x += __builtin_shufflevector(x, x, (I ^ apart)...);
-  if constexpr (apart > 1) return sum_of<T, apart / 2>(x, lanes);
-  else return x[0];
 }
 
 // A store that does not first fetch into the cache what it is about to overwrite. `to` is aligned to a vector.
@@ -311,7 +298,7 @@ struct OneToken {
     }
     T sum = 0;
     for (; i < half; ++i) sum += key[i] * (c[i] * q[i] - s[i] * q[half + i]) + key[half + i] * (c[i] * q[half + i] + s[i] * q[i]);
-    return sum + sum_of<T, L<T> / 2>(sums, std::make_integer_sequence<int, L<T>>());
+    return sum + sum_of<T>(sums);
   }
 
   static void softmax(Lanes<T>* x, int64_t width) {
