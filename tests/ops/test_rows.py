@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hqlt import native
+from hqlt import native, ops
 from hqlt.ops.features import native as native_features
 from hqlt.ops.features import rotated, unit_silu
 from hqlt.ops.norm import mix, rms_norm
@@ -128,6 +128,14 @@ def test_half_precision_takes_the_equations():
     y = unit_silu(x)
     y.sum().backward()
     assert y.dtype == x.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_choice_has_a_reason(op):
+    wide, narrow = ops.explain(op, normal(1, 2, 1, 4)), ops.explain(op, normal(1, 2, 1, 4).bfloat16())
+    assert wide.why and narrow.name == "reference"
+    with ops.use_backend("reference"):
+        assert ops.explain(op, normal(1, 2, 1, 4)).name == "reference"
 
 
 def test_an_unknown_backend_is_refused():

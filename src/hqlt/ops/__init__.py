@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from hqlt.ops import delta_rule as _delta_rule
+from hqlt.ops import features as _features
 from hqlt.ops import linear_attention as _linear_attention
+from hqlt.ops import norm as _norm
 from hqlt.ops import window_attention as _window_attention
 from hqlt.ops.backend import Choice, use_backend
 from hqlt.ops.delta_rule import delta_rule
+from hqlt.ops.features import rotated, unit_silu
 from hqlt.ops.linear_attention import LinearState, linear_attention
+from hqlt.ops.norm import mix, rms_norm
 from hqlt.ops.window_attention import window_attention
 
 __all__ = [
@@ -20,6 +25,10 @@ __all__ = [
     "delta_rule",
     "explain",
     "linear_attention",
+    "mix",
+    "rms_norm",
+    "rotated",
+    "unit_silu",
     "use_backend",
     "window_attention",
 ]
@@ -35,6 +44,8 @@ def explain(op: str, q: Tensor, **options: Any) -> Choice:
         "delta_rule": _delta_rule.explain,
         "linear_attention": _linear_attention.explain,
         "window_attention": _window_attention.explain,
+        **{name: partial(_features.explain, name) for name in _features.IMPLEMENTATIONS},
+        **{name: partial(_norm.explain, name) for name in _norm.IMPLEMENTATIONS},
     }
     if op not in explainers:
         raise ValueError(f"op: expected one of {', '.join(explainers)}, got {op!r}")

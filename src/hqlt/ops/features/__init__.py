@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from hqlt.ops.backend import NATIVE_ROWS, Rule, choose
+from hqlt.ops.backend import NATIVE_ROWS, Choice, Rule, choose
 from hqlt.ops.features import native, reference
 from hqlt.shapes import Keys
 
+IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
+    "unit_silu": {"reference": reference.unit_silu, "native": native.unit_silu},
+    "rotated": {"reference": reference.rotated, "native": native.rotated},
+}
 RULES = (NATIVE_ROWS, Rule("reference", lambda x: True, "a factor a call"))
 
 
@@ -20,8 +26,7 @@ def unit_silu(x: Keys, *, backend: str | None = None) -> Keys:
 
     Source: Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule over Sequence Length".
     """
-    implementations = {"reference": reference.unit_silu, "native": native.unit_silu}
-    return implementations[choose("unit_silu", implementations, RULES, x, backend).name](x)
+    return IMPLEMENTATIONS["unit_silu"][explain("unit_silu", x, backend=backend).name](x)
 
 
 def rotated(x: Keys, cos: Tensor, sin: Tensor, *, backend: str | None = None) -> Keys:
@@ -33,5 +38,8 @@ def rotated(x: Keys, cos: Tensor, sin: Tensor, *, backend: str | None = None) ->
 
     Source: Su et al. 2021, "RoFormer", eq. 15 (whole head, halves rotated).
     """
-    implementations = {"reference": reference.rotated, "native": native.rotated}
-    return implementations[choose("rotated", implementations, RULES, x, backend).name](x, cos, sin)
+    return IMPLEMENTATIONS["rotated"][explain("rotated", x, backend=backend).name](x, cos, sin)
+
+
+def explain(op: str, x: Tensor, *, backend: str | None = None) -> Choice:
+    return choose(op, IMPLEMENTATIONS[op], RULES, x, backend)

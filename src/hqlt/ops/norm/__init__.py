@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from hqlt.ops.backend import NATIVE_ROWS, Rule, choose
+from hqlt.ops.backend import NATIVE_ROWS, Choice, Rule, choose
 from hqlt.ops.norm import native, reference
 from hqlt.shapes import Values, match
 
+IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
+    "rms_norm": {"reference": reference.rms_norm, "native": native.rms_norm},
+    "mix": {"reference": reference.mix, "native": native.mix},
+}
 RULES = (NATIVE_ROWS, Rule("reference", lambda x: True, "a factor a call"))
 
 
@@ -26,8 +32,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float, backend: str | None = Non
         raise ValueError(
             f"weight: expected one number for each of x's last axis {x.shape[-1]}, got {list(weight.shape)}"
         )
-    implementations = {"reference": reference.rms_norm, "native": native.rms_norm}
-    run = implementations[choose("rms_norm", implementations, RULES, weight, backend).name]
+    run = IMPLEMENTATIONS["rms_norm"][explain("rms_norm", weight, backend=backend).name]
     return run(x.to(weight.dtype), weight, eps)
 
 
@@ -43,7 +48,9 @@ def mix(fw: Values, kv: Values, gate: Tensor, weight: Tensor, *, eps: float, bac
     Source: the paper, section 3, the dynamic vector mixer.
     """
     match(fw=(fw, "b t h v"), kv=(kv, "b t h v"), gate=(gate, "b t h v"), weight=(weight, "v"))
-    implementations = {"reference": reference.mix, "native": native.mix}
-    run = implementations[choose("mix", implementations, RULES, weight, backend).name]
-    dtype = weight.dtype
+    run, dtype = IMPLEMENTATIONS["mix"][explain("mix", weight, backend=backend).name], weight.dtype
     return run(fw.to(dtype), kv.to(dtype), gate.to(dtype), weight, eps)
+
+
+def explain(op: str, x: Tensor, *, backend: str | None = None) -> Choice:
+    return choose(op, IMPLEMENTATIONS[op], RULES, x, backend)
