@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -40,7 +41,7 @@ def explain(op: str, q: Tensor, **options: Any) -> Choice:
     >>> hqlt.ops.explain("window_attention", q, window=64)
     Choice(name='blocked', why='many windows in the sequence: work linear in length')
     """
-    explainers = {
+    explainers: dict[str, Callable[..., Choice]] = {
         "delta_rule": _delta_rule.explain,
         "linear_attention": _linear_attention.explain,
         "window_attention": _window_attention.explain,
