@@ -396,7 +396,9 @@ class TestSaving:
         assert isinstance(loaded, HQLTForCausalLM)
         assert loaded.dtype == torch.float64
         assert loaded.config.to_diff_dict() == model.config.to_diff_dict()
-        assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+        for name, weight in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], weight), name
+        same(loaded(tokens).logits, model(tokens).logits)  # products round by where in memory the weights lie
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_dtype_is_kept_or_asked_for(self, one_model, tokens, tmp_path, dtype):

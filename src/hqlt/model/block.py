@@ -8,6 +8,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hqlt.layer import HybridMemory
 from hqlt.memory import MemoryState
+from hqlt.norm import RMSNorm
 from hqlt.shapes import Hidden, Resets
 
 
@@ -33,9 +34,9 @@ class HQLTBlock(GradientCheckpointingLayer):
 
     def __init__(self, memory: HybridMemory, mlp: SwiGLU, norm_eps: float) -> None:
         super().__init__()
-        self.memory_norm = nn.RMSNorm(memory.hidden_size, eps=norm_eps)
+        self.memory_norm = RMSNorm(memory.hidden_size, eps=norm_eps)
         self.memory = memory
-        self.mlp_norm = nn.RMSNorm(memory.hidden_size, eps=norm_eps)
+        self.mlp_norm = RMSNorm(memory.hidden_size, eps=norm_eps)
         self.mlp = mlp
 
     def forward(self, x: Hidden, resets: Resets | None, *state: Tensor) -> tuple[Tensor, ...]:

@@ -24,6 +24,7 @@ from hqlt.model.block import HQLTBlock, SwiGLU
 from hqlt.model.cache import HQLTCache
 from hqlt.model.config import HQLTConfig
 from hqlt.model.segments import read_segments
+from hqlt.norm import RMSNorm
 from hqlt.shapes import Hidden, Resets
 
 ARGUMENTS = (
@@ -68,7 +69,7 @@ class HQLTModel(HQLTPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(build_block(config, kind) for kind in config.kinds)
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
