@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import operator
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +28,6 @@ from hqlt.convolution import ShortConvolution
 from hqlt.memory import KVMemory, MemoryState
 from hqlt.memory.fw import RULES
 from hqlt.shapes import Hidden, Resets, Values, at_least_float32, check_resets, match
-
-_parts = operator.itemgetter("v_activation", "blend", "mixer", "o_norm")  # one token would notice nn.Module's look-ups
 
 
 class HybridMemory(nn.Module):
@@ -95,6 +93,7 @@ class HybridMemory(nn.Module):
         self.o_norm = HeadNorm(hidden_size // num_heads, eps=norm_eps) if fw else nn.Identity()
         self.g_proj = linear(hidden_size) if output_gate else None
         self.o_proj = linear(hidden_size)
+        self.fused = tuple(make() for make in FUSED)
 
     def forward(
         self, x: Hidden, state: MemoryState | None = None, resets: Resets | None = None
@@ -142,9 +141,9 @@ class HybridMemory(nn.Module):
 
         The first of `hqlt.blend.FUSED` that serves does it in one piece; otherwise the parts run one by one.
         """
-        activation, blend, mixer, norm = _parts(self._modules)
-        parts = Parts(activation, blend, mixer, norm, self.beta_max)
-        for fused in FUSED:
+        modules: dict[str, Any] = self._modules  # nn.Module's look-up of self.mixer takes as long as one token's mixing
+        parts = Parts(modules["v_activation"], modules["blend"], modules["mixer"], modules["o_norm"], self.beta_max)
+        for fused in self.fused:
             if (done := fused(parts, projected, state, resets)) is not None:
                 return done
         return parts.run(projected, state, resets)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from types import NoneType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.compiler import is_compiling
 
 from hqlt.blend.alone import FWOnly, KVOnly
 from hqlt.blend.delayed_chunk import DelayedChunk
@@ -15,9 +16,9 @@ from hqlt.blend.delayed_streaming import DelayedStreaming
 from hqlt.blend.heads import Fused, HeadNorm, Parts, Projected
 from hqlt.blend.mixer import NoMixer, ScalarMixer, SumMixer, VectorMixer
 from hqlt.blend.synchronous import Synchronous
-from hqlt.memory import DeltaMemory, KVMemory, LinearMemory, MemoryState
+from hqlt.memory import DeltaMemory, FWMemory, KVMemory, LinearMemory, MemoryState
 from hqlt.memory.kv import rotary_table
-from hqlt.ops.step import Schedule, step
+from hqlt.ops.step import NOTHING, Given, Layout, Plan, Schedule, layout_of, may_run, plan, run
 from hqlt.shapes import Resets, Values
 
 WRITES = {Synchronous: "own", FWOnly: "own", DelayedStreaming: "leaving", DelayedChunk: "chunk", KVOnly: None}
@@ -25,40 +26,63 @@ RULES = {DeltaMemory: "delta", LinearMemory: "linear", NoneType: "delta"}
 MIXERS = {VectorMixer: "vector", ScalarMixer: "scalar", SumMixer: "sum", NoMixer: None}
 
 
-def one_token(
-    parts: Parts, given: Projected, state: MemoryState | None, resets: Resets | None
-) -> tuple[Values, MemoryState] | None:
-    """One token by `hqlt.ops.step`, where the parts are known and nobody listens to them."""
-    q = given.q
-    if torch.compiler.is_compiling() or state is None or q.shape[1] != 1 or not q.is_cpu:
-        return None
+class OneToken:
+    """One token by `hqlt.ops.step`, where the parts are known and nobody listens to them.
+
+    It remembers how the last call looked, and what that meant: as long as calls look the same, comparing is all.
+    """
+
+    def __init__(self) -> None:
+        self.last: tuple[Any, Plan | None] = (None, None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OneToken, ()  # a copy of a layer has parts of its own
+
+    def __call__(
+        self, parts: Parts, projected: Projected, state: MemoryState | None, resets: Resets | None
+    ) -> tuple[Values, MemoryState] | None:
+        if is_compiling() or state is None or projected.q.shape[1] != 1 or parts.observed():
+            return None
+        q, k, v, beta, gate = projected
+        kv, fw, norm = parts.blend.kv, parts.blend.fw, parts.norm
+        weight, norm_eps = (norm.weight, norm.eps) if isinstance(norm, HeadNorm) else (NOTHING, 0.0)
+        beta, gate, resets = (NOTHING if x is None else x for x in (beta, gate, resets))
+        given = Given._make((q, k, v, beta, gate, weight, resets, *state[:6]))
+        reach = (None, None) if kv is None else (kv.window, kv.rope_theta)
+        look = parts, kv, fw, reach, norm_eps, tuple(map(layout_of, given))
+        seen, plan = self.last
+        if look != seen:
+            plan = plan_of(*look)
+            self.last = look, plan
+        if plan is None or not may_run(given):
+            return None
+        out, held = run(plan, given)
+        return out, MemoryState._make([*held, state.convolution])
+
+
+def plan_of(
+    parts: Parts,
+    kv: KVMemory | None,
+    fw: FWMemory | None,
+    reach: tuple[int | None, float | None],
+    norm_eps: float | None,
+    layouts: tuple[Layout, ...],
+) -> Plan | None:
+    """How the kernel runs these parts on tensors of these layouts; None where it does not know them."""
     activation, blend, mixer, norm, beta_max = parts
-    kv = blend.kv
-    schedule = _schedule(tuple(map(type, (activation, blend, kv, blend.fw, mixer, norm))), kv and kv.window)
-    weight, norm_eps = (norm.weight, norm.eps) if isinstance(norm, HeadNorm) else (None, 0.0)
-    if schedule is None or norm_eps is None or parts.observed():
+    known = type(blend) in WRITES and type(fw) in RULES and type(mixer) in MIXERS and type(kv) in (KVMemory, NoneType)
+    usual = type(activation) is (nn.SiLU if fw else nn.Identity) and type(norm) in (HeadNorm, nn.Identity)
+    if not (known and usual) or norm_eps is None:
         return None
-    rotary = None
-    if kv is not None and kv.rope_theta is not None:
-        rows = 1 << state.keys.shape[1].bit_length()  # one for each age, and few tables where pairs grow in number
-        rotary = rotary_table(rows, q.shape[3], kv.rope_theta, q.device, q.dtype)
-    stepped = step(
-        *given, weight, state[:6], schedule, beta_max=beta_max, norm_eps=norm_eps, rotary=rotary, resets=resets
-    )
-    if stepped is None:
-        return None
-    out, held = stepped
-    return out, MemoryState._make([*held, state.convolution])
+    window, theta = reach
+    rotary = (NOTHING, NOTHING)
+    if theta is not None:
+        _, (*_, width), dtype, _ = layouts[0]
+        rows = 1 << layouts[7][1][1].bit_length()  # one for each age, and few tables where pairs grow in number
+        rotary = rotary_table(rows, width, theta, torch.device("cpu"), dtype)
+    schedule = Schedule(WRITES[type(blend)], kv is not None, window, RULES[type(fw)], MIXERS[type(mixer)])
+    return plan(schedule, layouts, beta_max=beta_max, norm_eps=norm_eps, rotary=rotary)
 
 
-@functools.lru_cache
-def _schedule(types: tuple[Any, ...], window: int | None) -> Schedule | None:
-    """What the kernel calls parts of these types; None where it does not know one."""
-    activation, blend, kv, fw, mixer, norm = types
-    known = blend in WRITES and kv in (KVMemory, NoneType) and fw in RULES and mixer in MIXERS
-    usual = activation is (nn.Identity if fw is NoneType else nn.SiLU) and norm in (HeadNorm, nn.Identity)
-    return Schedule(WRITES[blend], kv is KVMemory, window, RULES[fw], MIXERS[mixer]) if known and usual else None
-
-
-FUSED: tuple[Fused, ...] = (one_token,)
-"""The first that serves a call runs it."""
+FUSED: tuple[Callable[[], Fused], ...] = (OneToken,)
+"""A layer has one of each; the first that serves a call runs it."""

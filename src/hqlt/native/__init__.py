@@ -13,12 +13,13 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch._C import _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
+from torch.compiler import is_compiling
 
 FOLDER = Path(__file__).parent
 KERNELS = (
@@ -116,16 +117,13 @@ def contiguous(*tensors: Tensor | None) -> list[Any]:
     return [x if x is None or x.is_contiguous() else x.contiguous() for x in tensors]
 
 
-PLAIN = {Tensor, Parameter, NoneType}
-
-
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether these are ordinary tensors without gradients that nobody traces: then an operator may skip torch's
     dispatcher, which costs more than the work on one token."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and PLAIN.issuperset(map(type, tensors))
-        and not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors))
-    )
+    grad = torch.is_grad_enabled()
+    return not is_traced() and all(x is None or (type(x) is Tensor and not (grad and x.requires_grad)) for x in tensors)
+
+
+def is_traced() -> bool:
+    """Whether a compiler, a mode or a transform of torch watches what is done to tensors."""
+    return is_compiling() or _len_torch_dispatch_stack() > 0 or peek_interpreter_stack() is not None

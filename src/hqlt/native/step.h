@@ -39,11 +39,11 @@ struct OneToken {
 
   int64_t b, h, k, v, s, s_after, window, writes, attends, is_linear, mixer;
   T beta_max, norm_epsilon;
-  const T *q, *key, *value, *keys, *values, *betas, *state, *key_sum;
+  const T *q, *key, *value, *beta, *gate, *norm;  // beta, gate: logits; beta, gate, norm: null where there are none
+  const uint8_t* resets;                          // [b] or null
+  const T *keys, *values, *betas, *state, *key_sum;
   const int64_t* position;
-  const T *beta, *gate, *norm;  // beta and gate: logits; all: null where there are none
-  const uint8_t* resets;        // [b] or null
-  const T *cos, *sin;
+  const T *cos, *sin;  // null without positions
   T *out, *keys_after, *values_after, *betas_after, *final_state, *final_key_sum;
   int64_t* position_after;
 
@@ -323,8 +323,8 @@ void one_token(int threads, const OneTokenJob& packed) {
   const int64_t* n = packed.sizes;
   const double* factor = packed.factors;
   OneToken<T> job = {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], T(factor[0]), T(factor[1])};
-  from(packed.tensors, job.q, job.key, job.value, job.keys, job.values, job.betas, job.state, job.key_sum, job.position,
-       job.beta, job.gate, job.norm, job.resets, job.cos, job.sin, job.out, job.keys_after, job.values_after, job.betas_after,
+  from(packed.tensors, job.q, job.key, job.value, job.beta, job.gate, job.norm, job.resets, job.keys, job.values, job.betas,
+       job.state, job.key_sum, job.position, job.cos, job.sin, job.out, job.keys_after, job.values_after, job.betas_after,
        job.final_state, job.final_key_sum, job.position_after);
   job.prepare();
   if (job.bytes < 4 << 20) threads = 1;  // waking a second one takes longer than moving less
