@@ -15,7 +15,6 @@ from hqlt.blend import (
     FUSED,
     MIXERS,
     Blend,
-    HeadNorm,
     Mixer,
     NoMixer,
     Parts,
@@ -27,6 +26,7 @@ from hqlt.blend import (
 from hqlt.convolution import ShortConvolution
 from hqlt.memory import KVMemory, MemoryState
 from hqlt.memory.fw import RULES
+from hqlt.norm import RMSNorm
 from hqlt.shapes import Hidden, Resets, Values, at_least_float32, check_resets, match
 
 
@@ -90,7 +90,7 @@ class HybridMemory(nn.Module):
         self.beta_proj = linear(num_heads) if fw and fw.uses_beta else None
         self.conv = ShortConvolution(3 * hidden_size, conv_size) if conv_size else None
         self.v_activation = nn.SiLU() if fw else nn.Identity()
-        self.o_norm = HeadNorm(hidden_size // num_heads, eps=norm_eps) if fw else nn.Identity()
+        self.o_norm = RMSNorm(hidden_size // num_heads, eps=norm_eps) if fw else nn.Identity()
         self.g_proj = linear(hidden_size) if output_gate else None
         self.o_proj = linear(hidden_size)
         self.fused = tuple(make() for make in FUSED)

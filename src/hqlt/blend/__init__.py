@@ -7,7 +7,7 @@ from hqlt.blend.blend import Blend, Reads, Timeline
 from hqlt.blend.delayed_chunk import DelayedChunk
 from hqlt.blend.delayed_streaming import DelayedStreaming
 from hqlt.blend.fused import FUSED
-from hqlt.blend.heads import HeadNorm, Parts, Projected
+from hqlt.blend.heads import Parts, Projected
 from hqlt.blend.mixer import Mixer, NoMixer, ScalarMixer, SumMixer, VectorMixer
 from hqlt.blend.synchronous import Synchronous
 
@@ -28,7 +28,6 @@ __all__ = [
     "DelayedChunk",
     "DelayedStreaming",
     "FWOnly",
-    "HeadNorm",
     "KVOnly",
     "Mixer",
     "NoMixer",

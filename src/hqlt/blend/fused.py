@@ -13,11 +13,13 @@ from torch.compiler import is_compiling
 from hqlt.blend.alone import FWOnly, KVOnly
 from hqlt.blend.delayed_chunk import DelayedChunk
 from hqlt.blend.delayed_streaming import DelayedStreaming
-from hqlt.blend.heads import Fused, HeadNorm, Parts, Projected
+from hqlt.blend.heads import Fused, Parts, Projected
 from hqlt.blend.mixer import NoMixer, ScalarMixer, SumMixer, VectorMixer
 from hqlt.blend.synchronous import Synchronous
 from hqlt.memory import DeltaMemory, FWMemory, KVMemory, LinearMemory, MemoryState
 from hqlt.memory.kv import rotary_table
+from hqlt.norm import RMSNorm
+from hqlt.ops import mix
 from hqlt.ops.step import NOTHING, Given, Layout, Plan, Schedule, layout_of, may_run, plan, run
 from hqlt.shapes import Resets, Values
 
@@ -45,7 +47,7 @@ class OneToken:
             return None
         q, k, v, beta, gate = projected
         kv, fw, norm = parts.blend.kv, parts.blend.fw, parts.norm
-        weight, norm_eps = (norm.weight, norm.eps) if isinstance(norm, HeadNorm) else (NOTHING, 0.0)
+        weight, norm_eps = (norm.weight, norm.eps) if isinstance(norm, RMSNorm) else (NOTHING, 0.0)
         beta, gate, resets = (NOTHING if x is None else x for x in (beta, gate, resets))
         given = Given._make((q, k, v, beta, gate, weight, resets, *state[:6]))
         reach = (None, None) if kv is None else (kv.window, kv.rope_theta)
@@ -65,14 +67,14 @@ def plan_of(
     kv: KVMemory | None,
     fw: FWMemory | None,
     reach: tuple[int | None, float | None],
-    norm_eps: float | None,
+    norm_eps: float,
     layouts: tuple[Layout, ...],
 ) -> Plan | None:
     """How the kernel runs these parts on tensors of these layouts; None where it does not know them."""
     activation, blend, mixer, norm, beta_max = parts
     known = type(blend) in WRITES and type(fw) in RULES and type(mixer) in MIXERS and type(kv) in (KVMemory, NoneType)
-    usual = type(activation) is (nn.SiLU if fw else nn.Identity) and type(norm) in (HeadNorm, nn.Identity)
-    if not (known and usual) or norm_eps is None:
+    usual = type(activation) is (nn.SiLU if fw else nn.Identity) and type(norm) in (RMSNorm, nn.Identity)
+    if not (known and usual):
         return None
     window, theta = reach
     rotary = (NOTHING, NOTHING)
@@ -84,5 +86,19 @@ def plan_of(
     return plan(schedule, layouts, beta_max=beta_max, norm_eps=norm_eps, rotary=rotary)
 
 
-FUSED: tuple[Callable[[], Fused], ...] = (OneToken,)
+class MixedAndNormed:
+    """Vector mixer and norm in one pass, where nobody listens to them."""
+
+    def __call__(
+        self, parts: Parts, projected: Projected, state: MemoryState | None, resets: Resets | None
+    ) -> tuple[Values, MemoryState] | None:
+        mixer, norm, gate = parts.mixer, parts.norm, projected.gate
+        if type(mixer) is not VectorMixer or not isinstance(norm, RMSNorm) or gate is None or parts.observed():
+            return None
+        reads, after = parts.read(projected, state, resets)
+        fw, kv = reads.both()
+        return mix(fw, kv, gate.view(fw.shape), norm.weight, eps=norm.eps), after
+
+
+FUSED: tuple[Callable[[], Fused], ...] = (OneToken, MixedAndNormed)
 """A layer has one of each; the first that serves a call runs it."""

@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
-from hqlt.blend.blend import Blend
+from hqlt.blend.blend import Blend, Reads
 from hqlt.blend.mixer import Mixer
 from hqlt.memory import MemoryState
 from hqlt.shapes import Keys, Queries, Resets, Strengths, Values, at_least_float32
@@ -40,9 +40,13 @@ class Parts(NamedTuple):
 
     def run(self, given: Projected, state: MemoryState | None, resets: Resets | None) -> tuple[Values, MemoryState]:
         """→ out [b, t, h, v] and the state after the last token, part by part."""
-        beta = self.strengths(given.v, given.beta)
-        reads, after = self.blend(given.q, given.k, self.activation(given.v), beta, state, resets)
+        reads, after = self.read(given, state, resets)
         return self.norm(self.mixer(given.gate, reads)), after
+
+    def read(self, given: Projected, state: MemoryState | None, resets: Resets | None) -> tuple[Reads, MemoryState]:
+        """What each memory says, and the state after the last token."""
+        beta = self.strengths(given.v, given.beta)
+        return self.blend(given.q, given.k, self.activation(given.v), beta, state, resets)
 
     def strengths(self, v: Values, logits: Strengths | None) -> Strengths:
         """β [b, t, h], in at least float32; ones for a rule without."""
@@ -63,10 +67,3 @@ class Parts(NamedTuple):
 
 Fused: TypeAlias = Callable[[Parts, Projected, MemoryState | None, Resets | None], tuple[Values, MemoryState] | None]
 """What `Parts.run` does, in one piece; None where it does not serve these parts or this call."""
-
-
-class HeadNorm(nn.RMSNorm):
-    """RMSNorm over each head, in the dtype of its weight, which is wider than the reads under autocast."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.weight.dtype))
