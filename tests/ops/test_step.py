@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from copy import deepcopy
 from itertools import product
 from unittest import mock
 
@@ -13,7 +14,7 @@ from torch import nn
 from hqlt import native, ops
 from hqlt.blend import Synchronous, VectorMixer, fused
 from hqlt.memory import DeltaMemory, KVMemory
-from hqlt.ops.step import Held, Schedule, step
+from hqlt.ops.step import NOTHING, Given, Schedule, layout_of, plan
 from hqlt.shapes import checked
 from tests.laws import Laws, close, normal
 from tests.layers import CHOICES, EVERY_STATE, HEADS, HIDDEN, as_memory, build_layer, tokens
@@ -26,15 +27,8 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 3e-5}
 @contextlib.contextmanager
 def counted():
     """How many tokens the native step takes."""
-    calls = []
-
-    def count(*arguments, **options):
-        stepped = step(*arguments, **options)
-        calls.extend([1] if stepped else [])
-        return stepped
-
-    with mock.patch.object(fused, "step", count):
-        yield calls
+    with mock.patch.object(fused, "run", wraps=fused.run) as run:
+        yield run.call_args_list
 
 
 def alike(got, expected, tolerance):
@@ -226,57 +220,65 @@ def test_numbers_of_the_layer_may_change():
     assert len(calls) == 1
 
 
-def test_what_does_not_fit_is_left_to_the_twin():
-    layer = build_layer("synchronous-vector-delta-plain")
+def test_a_layer_that_runs_is_copied_and_stored(tmp_path):
+    layer, x = build_layer("synchronous-vector-delta-plain"), tokens(2, 1)
     with torch.no_grad():
-        held = Held(*layer(tokens(2, 3))[1][:6])
-    x = normal(2, 1, HEADS, HIDDEN // HEADS)
-    beta, gate = torch.ones(2, 1, HEADS, dtype=torch.float64), normal(2, 1, HIDDEN)
-    norm, table = torch.ones(HIDDEN // HEADS).double(), torch.ones(4, 1, HIDDEN // HEADS // 2, dtype=torch.float64)
-    usual = Schedule("own", True, 4, "delta", "vector")
+        state = layer(tokens(2, 3))[1]
+        expected = layer(x, state)
+        torch.save(layer, tmp_path / "layer.pt")
+        for copy in (deepcopy(layer), torch.load(tmp_path / "layer.pt", weights_only=False)):
+            copy.o_norm.weight.mul_(2)
+            copy.o_proj.weight.mul_(0.5)
+            alike(copy(x, state), expected, 1e-10)
+        alike(layer(x, state), expected, 1e-10)
 
-    def steps(
-        schedule=usual, q=x, k=x, v=x, beta=beta, gate=gate, norm=norm, rotary=(table, table), resets=None, **part
-    ):
-        changed = held._replace(**part)
-        return (
-            step(q, k, v, beta, gate, norm, changed, schedule, norm_eps=1e-6, rotary=rotary, resets=resets) is not None
-        )
 
-    assert steps()
-    assert steps(norm=None, rotary=None, resets=torch.ones(2, 1) > 0)
-    for schedule in [
-        usual._replace(window=9),
-        usual._replace(writes="leaving"),
-        usual._replace(writes="leaving", window=None),
-        usual._replace(writes="chunk", window=3),
-        usual._replace(rule="linear"),
-        usual._replace(mixer="scalar"),
-        usual._replace(mixer=None),
-        usual._replace(writes=None),
-        usual._replace(attends=False),
+def test_what_does_not_fit_is_left_to_the_twin():
+    width, double = HIDDEN // HEADS, {"dtype": torch.float64}
+    with torch.no_grad():
+        state = build_layer("synchronous-vector-delta-plain")(tokens(2, 3))[1]
+    x, beta, gate = normal(2, 1, HEADS, width), torch.ones(2, 1, HEADS, **double), normal(2, 1, HIDDEN)
+    norm, table = torch.ones(width, **double), torch.ones(4, 1, width // 2, **double)
+    given, usual = Given(x, x, x, beta, gate, norm, NOTHING, *state[:6]), Schedule("own", True, 4, "delta", "vector")
+
+    def serves(schedule=usual, rotary=(table, table), **parts):
+        return plan(schedule, tuple(map(layout_of, given._replace(**parts))), rotary=rotary) is not None
+
+    assert serves()
+    assert serves(norm=NOTHING, rotary=(NOTHING, NOTHING), resets=torch.ones(2, 1) > 0)
+    for changes in [
+        {"window": 9},
+        {"writes": "leaving"},
+        {"writes": "leaving", "window": None},
+        {"writes": "chunk", "window": 3},
+        {"rule": "linear"},
+        {"mixer": "scalar"},
+        {"mixer": None},
+        {"writes": None},
+        {"attends": False},
     ]:
-        assert not steps(schedule)
+        assert not serves(usual._replace(**changes)), changes
     for wrong in [
-        {"matrix": held.matrix[:, :, :1]},
-        {"values": held.values[:, :2]},
-        {"position": held.position[:1]},
-        {"position": held.position.int()},
-        {"keys": held.keys.float()},
-        {"keys": held.keys.to("meta")},
+        {"matrix": given.matrix[:, :, :1]},
+        {"values": given.values[:, :2]},
+        {"position": given.position[:1]},
+        {"position": given.position.int()},
+        {"keys": given.keys.float()},
+        {"keys": given.keys.to("meta")},
+        {"keys": nn.Parameter(given.keys)},
         {"q": x[:1]},
         {"q": x.expand(2, 2, -1, -1)},
         {"v": x[0]},
         {"beta": beta[..., :1]},
-        {"beta": None},
+        {"beta": NOTHING},
         {"gate": gate[..., :-1]},
-        {"gate": None},
+        {"gate": NOTHING},
         {"norm": norm[:-1]},
         {"norm": norm.float()},
+        {"resets": torch.ones(2, 2) > 0},
+        {"resets": torch.ones(2, 1)},
         {"rotary": (table[:3], table[:3])},
         {"rotary": (table, table[..., :1])},
         {"rotary": (table.float(), table.float())},
-        {"resets": torch.ones(2, 2) > 0},
-        {"resets": torch.ones(2, 1)},
     ]:
-        assert not steps(**wrong), wrong
+        assert not serves(**wrong), wrong

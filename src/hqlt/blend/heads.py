@@ -56,13 +56,7 @@ class Parts(NamedTuple):
 
     def observed(self) -> bool:
         """Whether somebody listens to a part: then it must run by itself."""
-        activation, blend, mixer, norm, _ = self
-        return bool(
-            activation._forward_hooks or activation._forward_pre_hooks
-            or blend._forward_hooks or blend._forward_pre_hooks
-            or mixer._forward_hooks or mixer._forward_pre_hooks
-            or norm._forward_hooks or norm._forward_pre_hooks
-        )  # fmt: skip
+        return any(part._forward_hooks or part._forward_pre_hooks for part in self[:4])
 
 
 Fused: TypeAlias = Callable[[Parts, Projected, MemoryState | None, Resets | None], tuple[Values, MemoryState] | None]
