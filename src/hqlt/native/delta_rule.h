@@ -220,10 +220,12 @@ void delta_rule_backward(int threads, const int64_t* size, double scale, void* c
   const int64_t heads = job.b * job.h, tokens = heads * job.t;
   threads = threads_for(threads, 9 * tokens * job.k * job.v);
 
-  // A head's slices are one task, or as many as it takes to give every thread one; each but the first has its own sums.
+  // A head's slices are one task, which then goes on with the rows while the head's tokens are still in the cache; or as
+  // many as it takes to give every thread one: each but the first then has its own sums.
   const Slicing cut = slicing<T>(job.k, job.v, heads, threads);
   const int64_t tasks = std::min<int64_t>(cut.count, (threads + heads - 1) / heads);
   std::vector<T> others((tasks - 1) * tokens * (job.k + 1));
+  const auto rows = [&](auto N, int64_t head, int64_t slice) { job.template backward_rows<N>(head, slice); };
   Pool::run(threads, heads * tasks, [&](int64_t i) {
     const int64_t head = i / tasks, task = i % tasks;
     T* mine = others.data() + (task - 1) * tokens * (job.k + 1);
@@ -231,14 +233,13 @@ void delta_rule_backward(int threads, const int64_t* size, double scale, void* c
                                                   : typename DeltaRule<T>::Sums{job.d_key, job.d_beta};
     for (int64_t slice = task; slice < cut.count; slice += tasks)
       with_vectors<T>(cut.vectors, [&](auto N) { job.template backward_columns<N>(head, slice, sums, slice == task); });
+    if (tasks == 1) for_slices<T>(1, 1, job.v, job.k, [&](auto N, int64_t, int64_t slice) { rows(N, head, slice); });
   });
+  if (tasks == 1) return;
   for (int64_t task = 1; task < tasks; ++task) {
     const T* theirs = others.data() + (task - 1) * tokens * (job.k + 1);
     for (int64_t i = 0; i < tokens * job.k; ++i) job.d_key[i] += theirs[i];
     for (int64_t i = 0; i < tokens; ++i) job.d_beta[i] += theirs[tokens * job.k + i];
   }
-
-  for_slices<T>(threads, heads, job.v, job.k, [&](auto N, int64_t head, int64_t slice) {
-    job.template backward_rows<N>(head, slice);
-  });
+  for_slices<T>(threads, heads, job.v, job.k, rows);
 }

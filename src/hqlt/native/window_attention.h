@@ -272,6 +272,10 @@ void window_attention_backward(int threads, const int64_t* n, double scale, void
   from(x, job.q, job.key, job.value, job.resets, job.d_out, job.d_q, job.d_key, job.d_value);
   const int64_t stretches = job.stretches(), heads = job.b * job.h;
   threads = threads_for(threads, heads * job.t * std::min(job.window, job.l) * (job.k + job.v));
+  if (heads % threads == 0 || heads >= 4 * threads)
+    return Pool::run(threads, heads, [&](int64_t head) {
+      for (int64_t i = 0; i < stretches; ++i) job.at(head, i).backward();
+    });
   for (int64_t odd = 0; odd < 2; ++odd) {
     const int64_t half = (stretches + 1 - odd) / 2;
     Pool::run(threads, heads * half, [&](int64_t task) { job.at(task / half, 2 * (task % half) + odd).backward(); });
