@@ -44,6 +44,8 @@ struct DeltaRule {
       for (int64_t soon = after + 2; soon < after + 4 && soon < t; ++soon) {
         const int64_t token = at.token(soon);
         prefetch(q + token * k, k), prefetch(key + token * k, k), prefetch(value + token * v, v);
+        prefetch_to_write(out + token * v, v);
+        if (errors) prefetch_to_write(errors + token * v, v);
       }
       if (at.reset(i)) {
         W.clear();
@@ -99,6 +101,7 @@ struct DeltaRule {
       const int64_t now = at.token(i), later = at.token(i + 1 < t ? i + 1 : i), soon = at.token(i > 1 ? i - 2 : i);
       prefetch(q + soon * k, k), prefetch(key + soon * k, k);
       prefetch(d_out + soon * v, v), prefetch(errors + soon * v, v);
+      prefetch_to_write(d_value + soon * v, v), prefetch_to_write(sums.d_key + soon * k, k);
       if (at.reset(i + 1)) {
         G.clear();
         UNROLL for (int n = 0; n < N; ++n) d_error[n] = Lanes<T>{};
@@ -199,6 +202,7 @@ struct DeltaRule {
   INLINE void fetch(int64_t token) const {
     prefetch(q + token * k, k), prefetch(key + token * k, k);
     prefetch(d_out + token * v, v), prefetch(errors + token * v, v), prefetch(d_value + token * v, v);
+    prefetch_to_write(d_q + token * k, k), prefetch_to_write(d_key + token * k, k);
   }
 };
 

@@ -77,6 +77,10 @@ template <class T>
 INLINE void prefetch(const T* row, int64_t width) {
   for (int64_t i = 0; i < width; i += 64 / sizeof(T)) __builtin_prefetch(row + i, 0, 2);
 }
+template <class T>
+INLINE void prefetch_to_write(T* row, int64_t width) {
+  for (int64_t i = 0; i < width; i += 64 / sizeof(T)) __builtin_prefetch(row + i, 1, 2);
+}
 
 // The columns of one slice, N vectors wide, of a row of `width` numbers. Where the width is no multiple of L, the last
 // vector is moved left to end with the row: it overlaps its neighbour and computes the same numbers once more, so that

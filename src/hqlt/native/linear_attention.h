@@ -65,6 +65,7 @@ struct LinearAttention {
       const int64_t i = forwards ? step : t - 1 - step, now = at.token(i);
       const int64_t soon = at.token(forwards ? (i + 2 < t ? i + 2 : i) : (i > 1 ? i - 2 : i));
       prefetch(a + soon * rows, rows), prefetch(b + soon * rows, rows), prefetch(x + soon * width, width);
+      prefetch_to_write(y + soon * width, width);
       if (at.reset(forwards ? i : i + 1)) M.clear();
       const T on_x_by = weighted == on_x ? inverse_weight[now] : T(1);
       const T on_y_by = weighted == on_y ? inverse_weight[now] : T(1);

@@ -176,13 +176,14 @@ struct WindowAttention {
     void copy_out(Rows<T> from, T* to, int64_t time, int64_t begin, int64_t n, int64_t width) const {
       for (int64_t i = 0; i < n; ++i) {
         T* row = to + place(time, begin + i) * width;
+        prefetch_to_write(row + 8 * job.h * width, width);
         for (int64_t j = 0; j < from.vectors; ++j) store_until(row, j * L<T>, width, from.at[i * from.vectors + j]);
       }
     }
     void add_out(Rows<T> from, T* to, int64_t time, int64_t begin, int64_t n, int64_t width) const {
       for (int64_t i = 0; i < n; ++i) {
         T* row = to + place(time, begin + i) * width;
-        prefetch(row + 8 * job.h * width, width);
+        prefetch_to_write(row + 8 * job.h * width, width);
         for (int64_t j = 0; j < from.vectors; ++j)
           store_until(row, j * L<T>, width, load_until(row, j * L<T>, width) + from.at[i * from.vectors + j]);
       }
