@@ -3,7 +3,8 @@ from __future__ import annotations
 import torch
 
 from hqlt.memory import KVMemory
-from hqlt.memory.kv import rotary_table, rotated
+from hqlt.memory.kv import rotary_table
+from hqlt.ops.features import rotated
 from tests.laws import close, normal
 
 

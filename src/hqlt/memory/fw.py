@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hqlt import ops
+from hqlt.ops.features import unit_silu
 from hqlt.shapes import Keys, KeySum, Matrix, Queries, Resets, Strengths, Values
 
 
@@ -60,8 +61,7 @@ class DeltaMemory(FWMemory):
     uses_key_sum = False
 
     def features(self, x: Queries) -> Queries:
-        x = F.silu(x)
-        return x * torch.rsqrt(x.square().sum(dim=-1, keepdim=True) + 1e-6)
+        return unit_silu(x)
 
     def scan(
         self,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hqlt import ops
+from hqlt.ops.features import rotated
 from hqlt.shapes import Keys, Queries, Resets, Values
 
 
@@ -39,13 +40,6 @@ class KVMemory(nn.Module):
 
     def extra_repr(self) -> str:
         return f"window={self.window}, rope_theta={self.rope_theta}"
-
-
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (x_i, x_{i+k/2}) of a head by its position's angle. x: [b, l, h, k]; cos, sin: [l, 1, k/2]."""
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return turned.to(x.dtype)
 
 
 @functools.lru_cache(maxsize=64)

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from hqlt.ops import delta_rule as _delta_rule
 from hqlt.ops import linear_attention as _linear_attention
+from hqlt.ops import synchronous as _synchronous
 from hqlt.ops import window_attention as _window_attention
 from hqlt.ops.backend import Choice, use_backend
 from hqlt.ops.delta_rule import delta_rule
 from hqlt.ops.linear_attention import LinearState, linear_attention
+from hqlt.ops.synchronous import synchronous
 from hqlt.ops.window_attention import window_attention
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "delta_rule",
     "explain",
     "linear_attention",
+    "synchronous",
     "use_backend",
     "window_attention",
 ]
@@ -34,6 +37,7 @@ def explain(op: str, q: Tensor, **options: Any) -> Choice:
     explainers = {
         "delta_rule": _delta_rule.explain,
         "linear_attention": _linear_attention.explain,
+        "synchronous": _synchronous.explain,
         "window_attention": _window_attention.explain,
     }
     if op not in explainers:
