@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo quick test lint docs clean
+.PHONY: demo quick test test-triton test-gpu bench-gpu lint docs clean
 
 demo: $(VENV)/ready          ## train five models on three tasks, six minutes on two cores; a page in runs/
 	$(BIN)/hqlt demo
@@ -13,6 +13,20 @@ quick: $(VENV)/ready         ## the same in one minute, with budgets too small t
 
 test: $(VENV)/ready lint     ## style, types and tests
 	$(BIN)/pytest -n 2
+
+# The GPU kernels have an environment of their own, because triton and its peer are large.
+TRITON       := .venv-triton
+TRITON_TESTS := tests/ops/test_synchronous.py tests/ops/test_synchronous_step.py tests/ops/test_fla.py \
+                tests/ops/test_kernels_compile.py
+
+test-triton: $(TRITON)/ready ## the GPU kernels' code, interpreted on a CPU and compiled for a GPU that is not there
+	TRITON_INTERPRET=1 $(TRITON)/bin/pytest -n 2 $(TRITON_TESTS)
+
+test-gpu: $(TRITON)/ready    ## the same on a GPU, and all layers there
+	TRITON_DEFAULT_FP_FUSION=1 $(TRITON)/bin/pytest $(TRITON_TESTS) tests/test_gpu.py
+
+bench-gpu: $(TRITON)/ready   ## ours and the peers' kernels side by side on a GPU
+	$(TRITON)/bin/hqlt bench gpu
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -28,5 +42,11 @@ $(VENV)/ready: pyproject.toml constraints.txt $(wildcard setup.py)
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
+$(TRITON)/ready: pyproject.toml constraints.txt $(wildcard setup.py)
+	$(PYTHON) -m venv $(TRITON)
+	$(TRITON)/bin/pip install --quiet -c constraints.txt torch
+	$(TRITON)/bin/pip install --quiet -c constraints.txt -e '.[dev,gpu]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info
+	rm -rf $(VENV) $(TRITON) build dist src/*.egg-info

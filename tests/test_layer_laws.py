@@ -18,7 +18,7 @@ BACKENDS = sorted(
         for op in ("delta_rule", "linear_attention", "window_attention")
         for name in importlib.import_module(f"hqlt.ops.{op}").IMPLEMENTATIONS
     }
-    - {"reference"}
+    - {"reference", "fla"}  # which needs a GPU
 )
 
 

@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import torch
 
 from hqlt.cli import main
 
@@ -40,3 +41,11 @@ def test_one_part_of_a_benchmark(tmp_path):
         main(["bench", "ops", "--only=nothing", "--quick"])
     with pytest.raises(SystemExit):
         main(["bench", "everything"])
+
+
+def test_without_a_gpu_its_benchmark_says_so(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit, match=r"hqlt bench gpu: expected a CUDA GPU .* found none; the other benchmarks"):
+        main(["bench", "gpu", "--quick", f"--json={tmp_path / 'figures.json'}"])
+    assert not list(tmp_path.iterdir())

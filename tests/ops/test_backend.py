@@ -8,7 +8,7 @@ import torch
 from hqlt import ops
 
 
-@pytest.mark.parametrize("op", ["delta_rule", "linear_attention", "window_attention"])
+@pytest.mark.parametrize("op", ["delta_rule", "linear_attention", "window_attention", "synchronous"])
 @pytest.mark.parametrize("t", [0, 1, 200])
 def test_the_choice_is_an_implementation_and_has_a_reason(op, t):
     options = {"window": 8} if op == "window_attention" else {}

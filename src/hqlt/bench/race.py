@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,16 +26,14 @@ def seconds(work: Work) -> float:
     return clock() - begin
 
 
-def matrix_product_rate(n: int = 1536, rounds: int = 5) -> float:
-    """Floating-point operations a second of a large product of matrices: the ceiling of what computes."""
-    x = torch.randn(n, n)
-    return 2 * n**3 / max(min(seconds(lambda: x @ x) for _ in range(rounds)), 1e-9)
-
-
-def copy_rate(numbers: int = 2**24, rounds: int = 5) -> float:
-    """Bytes a second, read and written, of copying more than any cache holds: the ceiling of what only moves."""
-    x, y = torch.randn(numbers), torch.empty(numbers)
-    return 8 * numbers / max(min(seconds(lambda: y.copy_(x)) for _ in range(rounds)), 1e-9)
+def cuda_seconds(work: Work) -> float:
+    """Time between two events on the GPU's own clock."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 def peak_megabytes(work: Work) -> float:
@@ -55,6 +53,41 @@ def peak_megabytes(work: Work) -> float:
     return (kilobytes("VmHWM") - before) / 1e3
 
 
+def cuda_peak_megabytes(work: Work) -> float:
+    """How much more memory than before PyTorch gave out on the GPU during the work, at its highest."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+class Meter(NamedTuple):
+    """How time and memory are measured."""
+
+    seconds: Callable[[Work], float]
+    peak_megabytes: Callable[[Work], float]
+
+
+CPU = Meter(seconds, peak_megabytes)
+CUDA = Meter(cuda_seconds, cuda_peak_megabytes)
+
+
+def matrix_product_rate(n: int = 1536, rounds: int = 5, meter: Meter = CPU, **kind: Any) -> float:
+    """Floating-point operations a second of a large product of matrices: the ceiling of what computes.
+
+    kind: the matrices' dtype and device, where not float32 on a CPU.
+    """
+    x = torch.randn(n, n, **kind)
+    return 2 * n**3 / max(min(meter.seconds(lambda: x @ x) for _ in range(rounds)), 1e-9)
+
+
+def copy_rate(numbers: int = 2**24, rounds: int = 5, meter: Meter = CPU, **kind: Any) -> float:
+    """Bytes a second, read and written, of copying more than any cache holds: the ceiling of what only moves."""
+    x, y = torch.randn(numbers, **kind), torch.empty(numbers, **kind)
+    return 2 * x.nbytes / max(min(meter.seconds(lambda: y.copy_(x)) for _ in range(rounds)), 1e-9)
+
+
 def check_equal(results: dict[str, Any], tolerance: float = 1e-4) -> None:
     """Refuse to compare contestants that compute different things. Each result: a tensor or some of them."""
     (first, expected), *others = results.items()
@@ -69,7 +102,9 @@ def _tensors(x: Tensor | Iterable[Tensor]) -> list[Tensor]:
     return [x] if isinstance(x, Tensor) else list(x)
 
 
-def race(contestants: dict[str, Work], count: dict[str, float] | float, ceiling: float, rounds: int) -> dict[str, Row]:
+def race(
+    contestants: dict[str, Work], count: dict[str, float] | float, ceiling: float, rounds: int, meter: Meter = CPU
+) -> dict[str, Row]:
     """Time them in turns. count: operations (or bytes) of each, or of all; ceiling: how many of them a second.
 
     → by name: ms, how many times faster than the first contestant, part of the ceiling reached, peak memory.
@@ -79,7 +114,7 @@ def race(contestants: dict[str, Work], count: dict[str, float] | float, ceiling:
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, work in contestants.items():
-            times[name].append(seconds(work))
+            times[name].append(meter.seconds(work))
     median = {name: statistics.median(of) for name, of in times.items()}
     first = median[next(iter(contestants))]
     return {
@@ -87,7 +122,7 @@ def race(contestants: dict[str, Work], count: dict[str, float] | float, ceiling:
             "ms": 1e3 * median[name],
             "times faster": first / median[name],
             "of ceiling": (count[name] if isinstance(count, dict) else count) / median[name] / ceiling,
-            "peak MB": peak_megabytes(work),
+            "peak MB": meter.peak_megabytes(work),
         }
         for name, work in contestants.items()
     }
@@ -109,6 +144,8 @@ def forward_and_backward(
     count: tuple[float, float],
     ceiling: float,
     rounds: int,
+    meter: Meter = CPU,
+    tolerance: float = 1e-3,
 ) -> dict[str, dict[str, Row]]:
     """Both directions: without gradients, and with those of a fixed random direction. count: forward, backward."""
     with torch.no_grad():
@@ -123,6 +160,6 @@ def forward_and_backward(
     measured = {}
     for what, prepare, total in (("forward", forward, count[0]), ("forward + backward", both, sum(count))):
         works = {name: prepare(run) for name, run in contestants.items()}
-        check_equal({name: work() for name, work in works.items()}, 1e-3)
-        measured[what] = race(works, total, ceiling, rounds)
+        check_equal({name: work() for name, work in works.items()}, tolerance)
+        measured[what] = race(works, total, ceiling, rounds, meter)
     return measured

@@ -14,22 +14,25 @@ from rich.table import Table
 
 from hqlt import native
 
+CAPTION = "float32; ×: times faster than the first; %: of the measured ceiling"
+
 
 def bench(
-    what: Literal["ops", "layer", "step", "train"],
+    what: Literal["ops", "layer", "step", "train", "gpu"],
     threads: int = 2,
     rounds: int = 7,
     only: str | None = None,
     json: Path | None = None,
     quick: bool = False,
 ) -> None:
-    """Measure ours and its peers side by side on this machine's CPU, and print one table.
+    """Measure ours and its peers side by side on this machine, and print one table.
 
     Results are compared before anything is timed; contestants take turns, and times are medians. Beside each stand its
     peak memory and the part of the machine's measured ceiling that its own count of operations (or bytes) reaches.
 
     Args:
-        what: "ops" the memories' reads and writes, "layer" one layer, "step" one token, "train" one training step.
+        what: "ops" the memories' reads and writes, "layer" one layer, "step" one token, "train" one training step, all
+            on the CPU; "gpu" a synchronous layer's middle and a training step of hqlt-340m on a GPU.
         threads: of torch and of the native memories.
         rounds: turns of each contestant.
         only: one part of the benchmark, such as "delta" of ops, or "synchronous" of step.
@@ -39,6 +42,7 @@ def bench(
     module = importlib.import_module(f"hqlt.bench.{what}")
     if only is not None and only not in module.ONLY:
         raise SystemExit(f"only: expected one of {', '.join(module.ONLY)} for {what}, got {only!r}")
+    setting = module.setting() if what == "gpu" else setting_of_cpu(threads)
     before = torch.get_num_threads()
     torch.manual_seed(0)
     torch.set_num_threads(threads)
@@ -46,22 +50,26 @@ def bench(
         results = module.run(rounds, quick, only)
     finally:
         torch.set_num_threads(before)
-    setting = {
+    title = f"hqlt bench {what}: " + ", ".join(f"{name} {value}" for name, value in setting.items())
+    Console(width=160).print(table_of(title, results, getattr(module, "CAPTION", CAPTION)))
+    file = json or Path("runs/bench") / f"{what}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json_format.dumps({"setting": setting, "results": results}, indent=1) + "\n")
+
+
+def setting_of_cpu(threads: int) -> dict[str, Any]:
+    """What the figures hold for."""
+    return {
         "processor": platform.processor() or platform.machine(),
         "threads": threads,
         "clock": "the processor's" if threads == 1 else "the wall's",
         "torch": torch.__version__,
         "instruction set": native.instruction_set(),
     }
-    title = f"hqlt bench {what}: " + ", ".join(f"{name} {value}" for name, value in setting.items())
-    Console(width=160).print(table_of(title, results))
-    file = json or Path("runs/bench") / f"{what}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json_format.dumps({"setting": setting, "results": results}, indent=1) + "\n")
 
 
-def table_of(title: str, results: list[dict[str, Any]]) -> Table:
-    table = Table(title=title, caption="float32; ×: times faster than the first; %: of the measured ceiling")
+def table_of(title: str, results: list[dict[str, Any]], caption: str) -> Table:
+    table = Table(title=title, caption=caption)
     for column in ("case", "shape", "implementation"):
         table.add_column(column)
     measured = [name for name, value in results[0].items() if isinstance(value, dict)]

@@ -12,12 +12,14 @@ from hqlt.ops import delta_rule as _delta_rule
 from hqlt.ops import features as _features
 from hqlt.ops import linear_attention as _linear_attention
 from hqlt.ops import norm as _norm
+from hqlt.ops import synchronous as _synchronous
 from hqlt.ops import window_attention as _window_attention
 from hqlt.ops.backend import Choice, use_backend
 from hqlt.ops.delta_rule import delta_rule
 from hqlt.ops.features import rotated, unit_silu
 from hqlt.ops.linear_attention import LinearState, linear_attention
 from hqlt.ops.norm import mix, rms_norm
+from hqlt.ops.synchronous import synchronous
 from hqlt.ops.window_attention import window_attention
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "mix",
     "rms_norm",
     "rotated",
+    "synchronous",
     "unit_silu",
     "use_backend",
     "window_attention",
@@ -44,6 +47,7 @@ def explain(op: str, q: Tensor, **options: Any) -> Choice:
     explainers: dict[str, Callable[..., Choice]] = {
         "delta_rule": _delta_rule.explain,
         "linear_attention": _linear_attention.explain,
+        "synchronous": _synchronous.explain,
         "window_attention": _window_attention.explain,
         **{name: partial(_features.explain, name) for name in _features.IMPLEMENTATIONS},
         **{name: partial(_norm.explain, name) for name in _norm.IMPLEMENTATIONS},

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 
 from hqlt.ops.backend import NATIVE, Choice, Rule, choose
-from hqlt.ops.delta_rule import chunked, native, reference
+from hqlt.ops.delta_rule import chunked, fla, native, reference
 from hqlt.shapes import Keys, Matrix, Queries, Resets, Strengths, Values, at_least_float32, check_resets, match
 
 IMPLEMENTATIONS = {
     "reference": reference.delta_rule,
     "chunked": chunked.delta_rule,
     "native": native.delta_rule,
+    "fla": fla.delta_rule,  # not tried on a GPU here yet: by name only
 }
 RULES = (
     NATIVE,

@@ -1,0 +1,196 @@
+"""On a GPU, bfloat16: what is between a synchronous layer's projections, and one training step of hqlt-340m.
+
+The peer is what the paper's layer runs: φ, fla's `chunk_delta_rule`, rotary positions, FlashAttention, then mixer and
+norm, each by itself, in PyTorch. Counted are the memories' own operations, as in `hqlt.bench.ops`, and for a training
+step 6 operations a token and weight of the matrix products and the memories' own, against the dense bfloat16 rate
+measured on the same card in the same run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hqlt import ops
+from hqlt.bench.race import (
+    CUDA,
+    Row,
+    Work,
+    check_equal,
+    copy_rate,
+    forward_and_backward,
+    matrix_product_rate,
+    race,
+    rows,
+)
+from hqlt.memory.kv import rotary_table
+from hqlt.ops.features import rotated, unit_silu
+
+delta_rule, synchronous = (importlib.import_module(f"hqlt.ops.{op}") for op in ("delta_rule", "synchronous"))
+
+ONLY = ("memories", "train")
+CAPTION = "bfloat16; ×: times faster than the first; %: of the measured dense rate of matrix products"
+TOLERANCE = 4e-2
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def setting() -> dict[str, Any]:
+    """What the figures hold for."""
+    if not torch.cuda.is_available():
+        raise SystemExit(
+            "hqlt bench gpu: expected a CUDA GPU and a build of torch that sees it, found none; the other benchmarks "
+            "run on a CPU, and `make test-triton` checks the GPU kernels on one"
+        )
+    if importlib.util.find_spec("fla") is None:
+        raise SystemExit("hqlt bench gpu: expected the peer, fla-core, found none; pip install 'hqlt[gpu]'")
+    return {
+        "GPU": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "copied TB/s": round(copy_rate(2**29, meter=CUDA, device="cuda") / 1e12, 2),
+        "dense TFLOP/s": round(_dense_rate(False) / 1e12),
+    }
+
+
+def run(rounds: int, quick: bool, only: str | None) -> list[Row]:
+    ceiling = _dense_rate(quick)
+    results: list[Row] = []
+    if only in (None, "memories"):
+        results += memories_race((1, 130, 2, 64) if quick else (8, 2048, 8, 128), 64, rounds, ceiling)
+    if only in (None, "train"):
+        results += training_race(1 if quick else 8, 130 if quick else 2048, quick, rounds, ceiling)
+    return results
+
+
+def _dense_rate(quick: bool) -> float:
+    return matrix_product_rate(512 if quick else 8192, 20, CUDA, dtype=torch.bfloat16, device="cuda")
+
+
+def inputs(b: int, t: int, h: int, d: int, **kind: Any) -> list[Tensor]:
+    """q, k, v, β, gate, norm weight: leaves."""
+    q, k, v, gate = torch.randn(4, b, t, h, d, **kind)
+    v, beta = F.silu(v), 2 * torch.rand(b, t, h, device=q.device)
+    return [x.requires_grad_() for x in (q, k, v, beta, gate, torch.ones(d, **kind))]
+
+
+def one_by_one(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, gate: Tensor, norm_weight: Tensor, *, attention: Attention
+) -> Tensor:
+    """The same layer's middle as the paper's code runs it: fla, then attention, then mixer and norm."""
+    fw, _ = ops.delta_rule(unit_silu(q), unit_silu(k), v, beta, backend="fla")
+    cos, sin = rotary_table(q.shape[1], q.shape[3], 10_000.0, q.device, torch.float32)
+    kv = attention(rotated(q, cos, sin), rotated(k, cos, sin), v)
+    gamma = gate.sigmoid()
+    return F.rms_norm(gamma * fw + (1 - gamma) * kv, norm_weight.shape, norm_weight, 1e-6)
+
+
+def flash_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(q, k, v, causal=True, window_size=(window - 1, 0))
+
+
+def flex_window(window: int, t: int, device: torch.device) -> Attention:
+    """PyTorch's FlexAttention with a band, compiled."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def band(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (query - key < window)
+
+    mask = create_block_mask(band, None, None, t, t, device=str(device))
+    compiled = torch.compile(partial(flex_attention, block_mask=mask))
+    return lambda q, k, v: compiled(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+def flash_full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's own FlashAttention over everything before."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def memories_race(shape: tuple[int, int, int, int], window: int, rounds: int, ceiling: float) -> list[Row]:
+    b, t, h, d = shape
+    leaves = inputs(*shape, dtype=torch.bfloat16, device="cuda")
+    rotary = rotary_table(t, d, 10_000.0, leaves[0].device, torch.float32)
+    contestants: dict[str, Callable[[], Tensor]] = {}
+    if importlib.util.find_spec("flash_attn"):
+        contestants["fla, flash-attn"] = partial(one_by_one, *leaves, attention=partial(flash_window, window=window))
+    contestants["fla, FlexAttention"] = partial(one_by_one, *leaves, attention=flex_window(window, t, leaves[0].device))
+    for name, backend in {"composed: chunked, blocked": "composed", "triton": "triton"}.items():
+        contestants[name] = lambda backend=backend: ops.synchronous(  # type: ignore[misc]
+            *leaves, window=window, rotary=rotary, backend=backend
+        )[0]
+    unit = b * t * h * d
+    count = unit * (6 * d + 4 * window), unit * (14 * d + 10 * window)
+    measured = forward_and_backward(contestants, leaves, count, ceiling, rounds, CUDA, TOLERANCE)
+    # Full attention computes something else: a measure beside the contestants, not one to be equal to.
+    full = {"fla, FlashAttention over all": partial(one_by_one, *leaves, attention=flash_full)}
+    for what, row in forward_and_backward(full, leaves, count, ceiling, rounds, CUDA).items():
+        measured[what] = row | measured[what]
+        slowest = row["fla, FlashAttention over all"]["ms"]
+        for of in measured[what].values():
+            of["times faster"] = slowest / of["ms"]
+    return rows(f"memories, mixer, norm; window {window}", shape, measured)
+
+
+def training_race(b: int, t: int, quick: bool, rounds: int, ceiling: float) -> list[Row]:
+    from hqlt.model import HQLTForCausalLM, preset
+
+    config = preset("hqlt-340m", **({"num_hidden_layers": 2} if quick else {}))
+    with torch.device("cuda"):
+        model = HQLTForCausalLM(config).bfloat16()
+    tokens = torch.randint(0, config.vocab_size, (b, t), device="cuda")
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def loss() -> Tensor:
+        return model(tokens, labels=tokens).loss
+
+    def step(backend: str | None) -> None:
+        with ops.use_backend(backend):
+            optimiser.zero_grad()
+            loss().backward()
+            optimiser.step()
+
+    backends = {"fla, blocked": "fla", "chunked, blocked": "chunked", "triton": "triton"}
+    with torch.no_grad():
+        settings = {name: backend for name, backend in backends.items() if takes_part(backend, loss)}
+        check_equal({name: _under(backend, loss) for name, backend in settings.items()}, TOLERANCE)
+    multiplied = sum(p.numel() for p in model.parameters()) - config.vocab_size * config.hidden_size
+    window, d = config.window or t, config.hidden_size // config.num_heads
+    own = config.num_hidden_layers * config.hidden_size * (20 * d + 14 * window)
+    works: dict[str, Work] = {name: partial(step, backend) for name, backend in settings.items()}
+    measured = race(works, b * t * (6.0 * multiplied + own), ceiling, rounds, CUDA)
+    return rows("training step, hqlt-340m", (b, t, config.hidden_size, config.num_heads), {"step": measured})
+
+
+def takes_part(backend: str, work: Work) -> bool:
+    """Whether the work runs an implementation of this name when forced. If not, its row would tell of another."""
+    calls = mock.Mock()
+
+    def counted(run: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments, **options: (calls(), run(*arguments, **options))[1]
+
+    with ExitStack() as patches:
+        for module in (delta_rule, synchronous):
+            if backend in module.IMPLEMENTATIONS:
+                run = counted(module.IMPLEMENTATIONS[backend])
+                patches.enter_context(mock.patch.dict(module.IMPLEMENTATIONS, {backend: run}))
+        patches.enter_context(ops.use_backend(backend))
+        work()
+    return calls.called
+
+
+def _under(backend: str, work: Callable[[], Tensor]) -> Tensor:
+    with ops.use_backend(backend):
+        return work()

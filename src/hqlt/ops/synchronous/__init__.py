@@ -1,0 +1,87 @@
+"""Everything of a synchronous layer between its projections, as one operation."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hqlt.ops.backend import Choice, Rule, choose
+from hqlt.ops.synchronous import composed, reference, triton
+from hqlt.shapes import Keys, Matrix, Queries, Resets, Strengths, Values, at_least_float32, check_resets, match
+
+IMPLEMENTATIONS = {
+    "reference": reference.synchronous,
+    "composed": composed.synchronous,
+    "triton": triton.synchronous,
+}
+RULES = (Rule("composed", lambda q: True, "the fastest operation for each memory; triton is not measured yet"),)
+
+
+def synchronous(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    beta: Strengths,
+    gate: Values,
+    norm_weight: Tensor,
+    *,
+    window: int | None,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    norm_eps: float = 1e-6,
+    scale: float | None = None,
+    state: Matrix | None = None,
+    resets: Resets | None = None,
+    backend: str | None = None,
+) -> tuple[Values, Matrix]:
+    """Both memories read by the same queries, mixed by a gate for each number, normed over each head.
+
+        fw_t = scale · W_tᵀ φ(q_t)         W_t = W_{t−1} + φ(k_t) ⊗ β_t (v_t − W_{t−1}ᵀ φ(k_t))
+        kv_t = Σ_j softmax_j(scale · R_t q_t · R_j k_j) v_j         over the `window` latest tokens j
+        mix  = σ(gate) ⊙ fw + (1 − σ(gate)) ⊙ kv         y = mix / √(mean(mix²) + norm_eps) ⊙ norm_weight
+
+    q: [b, t, h, k]. k: [b, l, h, k], v: [b, l, h, v] with l ≥ t: the last t pairs are the queries' own, those before
+    were held from earlier and are read by attention alone. q and k are raw: φ is `hqlt.ops.features.unit_silu`, R_j
+    the rotation by row j of rotary = (cos, sin), [≥ l, 1, k/2] each (None: none). beta: [b, t, h]. gate: [b, t, h, v],
+    logits. norm_weight: [v]. window: None for all. scale: k^-0.5 where None. state: W_0 [b, h, k, v], zeros where None.
+    resets: Bool[b, l], True at a token that begins a segment. backend: the name of one implementation, None picks.
+
+    → y [b, t, h, v] in v's dtype, W_t [b, h, k, v] in at least float32.
+
+    Raises ValueError for shapes that do not fit, a window below 1, an unknown backend, and what a backend refuses.
+
+    Source: the paper, sections 2 and 3, "Synchronous blending".
+    """
+    size = match(
+        q=(q, "b t h k"), k=(k, "b l h k"), v=(v, "b l h v"), beta=(beta, "b t h"), gate=(gate, "b t h v"),
+        norm_weight=(norm_weight, "v"), **({} if state is None else {"state": (state, "b h k v")}),
+    )  # fmt: skip
+    b, t, l = size["b"], size["t"], size["l"]
+    check_resets(resets, b, l)
+    if l < t:
+        raise ValueError(f"k, v: expected at least as many pairs as the {t} queries (their own), got {l}")
+    window = max(l, 1) if window is None else window
+    if window < 1:
+        raise ValueError(f"window: expected at least 1 (the token itself) or None for all, got {window}")
+    _check_rotary(rotary, l, size["k"])
+    wide = at_least_float32(v.dtype)
+    state = q.new_zeros(b, *(size[x] for x in "hkv"), dtype=wide) if state is None else state.to(wide)
+    run = IMPLEMENTATIONS[explain(q, backend=backend).name]
+    if t == 0:
+        return v[:, :0], state
+    scale = size["k"] ** -0.5 if scale is None else scale
+    y, state = run(
+        q, k, v, beta, gate, norm_weight,
+        window=window, rotary=rotary, norm_eps=norm_eps, scale=scale, state=state, resets=resets,
+    )  # fmt: skip
+    return y.to(v.dtype), state
+
+
+def _check_rotary(rotary: tuple[Tensor, Tensor] | None, l: int, k: int) -> None:
+    for name, table in zip(("cos", "sin"), rotary or (), strict=False):
+        if table.dim() != 3 or table.shape[0] < l or tuple(table.shape[1:]) != (1, k / 2):
+            raise ValueError(
+                f"rotary: expected {name} of shape [≥ l, 1, k/2] = [≥ {l}, 1, {k / 2:g}], got {list(table.shape)}"
+            )
+
+
+def explain(q: Queries, *, backend: str | None = None) -> Choice:
+    return choose("synchronous", IMPLEMENTATIONS, RULES, q, backend)

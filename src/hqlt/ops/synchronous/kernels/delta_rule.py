@@ -1,0 +1,86 @@
+"""The FW-memory by chunks, as in `hqlt.ops.delta_rule.chunked`: all of it but the read."""
+
+import triton
+import triton.language as tl
+
+from hqlt.ops.synchronous.kernels.tiles import (
+    chunk_segments,
+    key_columns,
+    load,
+    matrix,
+    pairs,
+    product,
+    store,
+    tile,
+    unit_silu,
+    unit_triangle_inverse,
+    value_columns,
+)
+
+
+@triton.jit
+def within_chunk(phi, key, own, C: tl.constexpr, DTYPE: tl.constexpr):
+    """tril(φQ φKᵀ) [C, C], between tokens of one segment."""
+    i = tl.arange(0, C)
+    reaches = (i[:, None] >= i[None, :]) & (own[:, None] == own[None, :])
+    return tl.where(reaches, product(phi, tl.trans(key), DTYPE), 0.0)
+
+
+@triton.jit
+def prepare(
+    k, v, beta, ids, unit_k, inverse, Y, U, T, L,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, C: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """For each chunk φ(k), (I + L)⁻¹ with L = tril(β φK φKᵀ, −1), and of the WY form Y and U."""
+    n, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    DTYPE: tl.constexpr = k.dtype.element_ty
+    i = tl.arange(0, C)
+    token = n * C + i
+    exists = token < T
+    kc, kc_exists = key_columns(K, KP)
+    vc, vc_exists = value_columns(V, VP)
+    own, before, _ = chunk_segments(ids, b, n, T, L, C)
+
+    key = unit_silu(load(tile(k, b, L - T + token, h, kc, L, H, K), pairs(exists, kc_exists), ACC))
+    store(tile(unit_k, b, token, h, kc, T, H, K), key, pairs(exists, kc_exists))
+    strength = load(beta + (b * T + token) * H + h, exists, ACC)[:, None]
+
+    key = key.to(DTYPE)
+    reaches = (i[:, None] > i[None, :]) & (own[:, None] == own[None, :])
+    lower = tl.where(reaches, strength * product(key, tl.trans(key), DTYPE), 0.0)
+    inverted = unit_triangle_inverse(lower, C, ACC, PRECISION)
+    store(tile(inverse, b, token, h, i, T, H, C), inverted, pairs(exists, i < C))
+
+    seen = tl.where((own == before)[:, None], strength * key.to(ACC), 0.0)
+    store(tile(Y, b, token, h, kc, T, H, K), product(inverted, seen, DTYPE), pairs(exists, kc_exists))
+    value = load(tile(v, b, L - T + token, h, vc, L, H, V), pairs(exists, vc_exists), ACC)
+    store(tile(U, b, token, h, vc, T, H, V), product(inverted, strength * value, DTYPE), pairs(exists, vc_exists))
+
+
+@triton.jit
+def carry(
+    unit_k, Y, R, ids, initial, S, final, T, L,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, C: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """Chunk after chunk, for VP columns of the matrix: S at the chunk's start, R = U − Y S in U's place, S + φKᵀ R."""
+    part, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    DTYPE: tl.constexpr = unit_k.dtype.element_ty
+    kc, kc_exists = key_columns(K, KP)
+    vc = part * VP + tl.arange(0, VP)
+    mask = pairs(kc_exists, vc < V)
+    chunks = tl.cdiv(T, C)
+    now = load(matrix(initial, b * H + h, kc, vc, K, V), mask, ACC)
+    for n in range(chunks):
+        token = n * C + tl.arange(0, C)
+        exists = token < T
+        own, before, last = chunk_segments(ids, b, n, T, L, C)
+        store(matrix(S, (b * chunks + n) * H + h, kc, vc, K, V), now, mask)
+        R_at = tile(R, b, token, h, vc, T, H, V)
+        y = load(tile(Y, b, token, h, kc, T, H, K), pairs(exists, kc_exists), DTYPE)
+        r = load(R_at, pairs(exists, vc < V), ACC) - product(y, now, DTYPE)
+        store(R_at, r, pairs(exists, vc < V))
+        key = load(tile(unit_k, b, token, h, kc, T, H, K), pairs(exists & (own == last), kc_exists), DTYPE)
+        now = tl.where(before == last, now, 0.0) + product(tl.trans(key), r, DTYPE)
+    store(matrix(final, b * H + h, kc, vc, K, V), now, mask)

@@ -1,0 +1,81 @@
+"""One token through a synchronous layer between its projections, as one Triton kernel. Its readable twins are
+`hqlt.ops.synchronous` and `hqlt.blend.Synchronous`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hqlt.ops.synchronous.triton import check_runs
+from hqlt.shapes import Keys, Matrix, Positions, Queries, Resets, Strengths, Values, check_resets, match
+
+
+class Step(NamedTuple):
+    """A token's output, and what is held after it, in tensors of their own."""
+
+    y: Values
+    keys: Keys
+    values: Values
+    matrix: Matrix
+    position: Positions
+
+
+@torch.no_grad()
+def step(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    beta: Strengths,
+    gate: Values,
+    norm_weight: Tensor,
+    keys: Keys,
+    values: Values,
+    matrix: Matrix,
+    position: Positions,
+    *,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    norm_eps: float = 1e-6,
+    scale: float | None = None,
+    resets: Resets | None = None,
+) -> Step:
+    """`hqlt.ops.synchronous` of one token, with the state that a layer holds between two tokens. Without gradients.
+
+    q, k: [b, 1, h, k], v: [b, 1, h, v], beta: [b, 1, h], gate: [b, 1, h, v], norm_weight: [v], resets: Bool[b, 1].
+    Held: keys [b, s, h, k] and values [b, s, h, v] with s = window − 1, oldest first, the latest in slot s−1, of which
+    a row that has seen fewer tokens uses the last ones; matrix [b, h, k, v]; position [b], tokens since the reset.
+    rotary: (cos, sin) of at least s + 1 positions [·, 1, k/2], the token's own at row s. scale: k^-0.5 where None.
+
+    → y [b, 1, h, v], and keys, values, matrix, position after the token: what was given is left as it was.
+
+    Raises ValueError for shapes that do not fit, RuntimeError without triton or a GPU.
+    """
+    size = match(
+        q=(q, "b t h k"), k=(k, "b t h k"), v=(v, "b t h v"), beta=(beta, "b t h"), gate=(gate, "b t h v"),
+        norm_weight=(norm_weight, "v"), keys=(keys, "b s h k"), values=(values, "b s h v"), matrix=(matrix, "b h k v"),
+        position=(position, "b"),
+    )  # fmt: skip
+    b, h, s = size["b"], size["h"], size["s"]
+    if size["t"] != 1:
+        raise ValueError(f"q: expected one token, [b, 1, h, k], got shape {list(q.shape)}; use hqlt.ops.synchronous")
+    check_resets(resets, b, 1)
+    check_runs(q, v)
+    from hqlt.ops.synchronous.kernels.autograd import sizes
+    from hqlt.ops.synchronous.kernels.step import step as kernel
+
+    if resets is None:
+        resets = torch.zeros(b, 1, dtype=torch.bool, device=q.device)
+    cos, sin = (None, None) if rotary is None else (table.contiguous() for table in rotary)
+    given = [x.contiguous() for x in (q, k, v, beta, gate, norm_weight)]
+    held = [x.contiguous() for x in (keys, values, matrix, position)]
+    after = [torch.empty_like(x) for x in held]
+    y = torch.empty_like(given[2])
+    named = sizes(q, k, v).named
+    widths = {name: named[name] for name in ("H", "K", "V", "KP", "VP", "ACC", "num_warps")}
+    with torch.cuda.device_of(q):
+        kernel[h, b](
+            *given, cos, sin, resets.contiguous(), *held, y, *after,
+            size["k"] ** -0.5 if scale is None else scale, norm_eps, s, BLOCK=32, **widths,
+        )  # fmt: skip
+    return Step(y, *after)

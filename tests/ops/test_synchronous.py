@@ -1,0 +1,260 @@
+"""A synchronous layer between its projections. Triton runs on a GPU, or interpreted where TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hqlt import HybridMemory
+from hqlt.memory import FastWeights
+from hqlt.memory.kv import rotary_table
+from hqlt.ops import synchronous
+from hqlt.ops.synchronous import IMPLEMENTATIONS
+from tests.laws import Laws, Memory, close, normal
+from tests.ops.inputs import HEADS, KEY, VALUE, strided
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+NO_TRITON = (
+    "triton is not installed"
+    if importlib.util.find_spec("triton") is None
+    else "neither a GPU nor TRITON_INTERPRET=1"
+    if not (INTERPRETED or torch.cuda.is_available())
+    else ""
+)
+needs_triton = pytest.mark.skipif(bool(NO_TRITON), reason=NO_TRITON or "triton runs")
+BACKENDS = [pytest.param(name, marks=needs_triton if name == "triton" else ()) for name in IMPLEMENTATIONS]
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.float16: 6e-3, torch.bfloat16: 5e-2}
+"""Of outputs and gradients, as a part of their norm, against the reference in float64 on the same numbers."""
+
+
+def device_of(backend):
+    return "cuda" if backend == "triton" and not INTERPRETED else "cpu"
+
+
+def skip_without_dot(backend, dtype):
+    if backend == "triton" and INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("the interpreter's products of bfloat16 are wrong")
+
+
+def inputs_of(b, t, held=0, key=KEY, value=VALUE, dtype=torch.float64, heads=HEADS):
+    """q, k, v, β, gate, norm weight, W_0. The last two that accumulate are wide in every dtype."""
+    l, wide = held + t, torch.promote_types(dtype, torch.float32)
+    return [
+        normal(b, t, heads, key).to(dtype),
+        normal(b, l, heads, key, seed=1).to(dtype),
+        normal(b, l, heads, value, seed=2).to(dtype),
+        2 * normal(b, t, heads, seed=3).sigmoid().to(wide),
+        normal(b, t, heads, value, seed=4).to(dtype),
+        1 + 0.3 * normal(value, seed=5).to(dtype),
+        normal(b, heads, key, value, seed=6).to(wide),
+    ]
+
+
+def resets_of(b, l, part=0.05, seed=7):
+    return torch.rand(b, l, generator=torch.Generator().manual_seed(seed)) < part
+
+
+def run(inputs, window, resets, backend, rotary=True):
+    """The operation where its backend runs, its answer on the CPU."""
+    *inputs, state = (x.to(device_of(backend)) for x in inputs)
+    q, k = inputs[:2]
+    table = rotary_table(k.shape[1], k.shape[3], 100.0, q.device, q.dtype) if rotary and k.shape[3] % 2 == 0 else None
+    resets = None if resets is None else resets.to(q.device)
+    y, W = synchronous(*inputs, window=window, rotary=table, state=state, resets=resets, backend=backend)
+    return y.cpu(), W.cpu()
+
+
+def with_gradients(inputs, window, resets, backend, **options):
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = run(inputs, window, resets, backend, **options)
+    directions = [normal(*x.shape, seed=8 + i).to(x.dtype) for i, x in enumerate(out)]
+    return [*out, *torch.autograd.grad(out, inputs, directions)]
+
+
+NAMES = ("y", "W", "dq", "dk", "dv", "dβ", "dgate", "dnorm", "dW")
+
+
+def assert_as_reference(inputs, window, resets, backend, **options):
+    """Outputs, final state and all gradients, in norm; and each gradient has its input's type."""
+    got = with_gradients(inputs, window, resets, backend, **options)
+    expected = with_gradients([x.double() for x in inputs], window, resets, "reference", **options)
+    for name, mine, theirs in zip(NAMES, got, expected, strict=True):
+        assert mine.shape == theirs.shape, name
+        error = (mine.double() - theirs).norm() / theirs.norm().clamp_min(1e-6)
+        assert error < TOLERANCE[inputs[0].dtype], f"{name} differs by {error:.1e}"
+    assert [x.dtype for x in got] == [x.dtype for x in (inputs[2], inputs[6], *inputs)]
+
+
+class TestLaws(Laws):
+    """With the pairs and positions that the layer's blend holds between calls."""
+
+    longest = 35  # more than a chunk of what is tested in float64
+
+    @pytest.fixture(params=BACKENDS)
+    def build(self, request):
+        def build(window):
+            layer = HybridMemory(HEADS * KEY, HEADS, window)
+            weight = 1 + 0.3 * normal(KEY)
+
+            def run_in(backend):
+                def run(inputs, state, resets):
+                    q, k, v, beta, gate = (x.to(device_of(backend)) for x in inputs)
+                    b, t = q.shape[:2]
+                    state = state and state.to(q.device)
+                    if t == 0:
+                        return v.cpu(), state.to("cpu") if state else layer.init_state(b, "cpu").to(dtype=v.dtype)
+                    resets = None if resets is None else resets.to(q.device)
+                    timeline = layer.blend._timeline(k, v, beta, state, resets)
+                    table = rotary_table(timeline.keys.shape[1], KEY, 100.0, q.device, q.dtype)
+                    y, W = synchronous(
+                        q, timeline.keys, timeline.values, beta, gate, weight.to(q.device), window=window,
+                        rotary=table, state=state and state.fast_weights, resets=timeline.resets, backend=backend,
+                    )  # fmt: skip
+                    after = layer.blend._state_after(timeline, FastWeights(W, W.new_zeros(b, HEADS, 0)))
+                    return y.cpu(), after.to("cpu")
+
+                return run
+
+            def inputs(b, t):
+                return tuple(x[:, :t] for x in inputs_of(b, t, value=KEY)[:5])
+
+            return Memory(run_in(request.param), run_in("reference"), inputs)
+
+        return build
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_dtypes(backend, dtype):
+    """Over two chunks of every dtype's length, with resets and pairs held from before."""
+    skip_without_dot(backend, dtype)
+    assert_as_reference(inputs_of(2, 131, held=9, key=6, dtype=dtype), 10, resets_of(2, 140, 0.02), backend)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_widest_heads(backend, dtype):
+    skip_without_dot(backend, dtype)
+    inputs = inputs_of(1, 80, held=63, key=128, value=128, dtype=dtype, heads=1)
+    assert_as_reference(inputs, 64, None, backend)
+
+
+@every_backend
+@pytest.mark.parametrize(
+    ("b", "t", "held", "key", "value", "window"),
+    [
+        (1, 1, 0, 4, 3, 1),
+        (1, 1, 7, 4, 3, 8),
+        (3, 2, 40, 5, 7, 4),
+        (2, 31, 0, 1, 1, 7),
+        (1, 32, 3, 50, 20, None),
+        (1, 33, 70, 3, 17, None),
+        (2, 65, 1, 18, 33, 64),
+    ],
+)
+def test_sizes(backend, b, t, held, key, value, window):
+    """Heads no power of two, odd ones (without rotation), values wider than keys; chunks that begin or just end."""
+    inputs = inputs_of(b, t, held, key, value)
+    assert_as_reference(inputs, window, None, backend)
+    assert_as_reference(inputs, window, resets_of(b, held + t, 0.1), backend, rotary=False)
+
+
+@every_backend
+@given(data=st.data())
+def test_any_shape_window_and_resets(backend, data):
+    b, t, held, window = (data.draw(st.integers(*ends)) for ends in [(1, 3), (1, 70), (0, 40), (1, 80)])
+    resets = resets_of(b, held + t, data.draw(st.sampled_from([0.0, 0.03, 0.3, 1.0])), data.draw(st.integers(0, 99)))
+    assert_as_reference(inputs_of(b, t, held), window, resets, backend)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("beta", [1.0, 2.0])
+def test_equal_keys_stay_accurate(backend, dtype, beta):
+    """The same key throughout and strong writes: where inverses made of powers of a triangle lose their digits."""
+    inputs = inputs_of(1, 70, key=16, value=16, dtype=dtype)
+    inputs[1] = inputs[1][:, :1].expand(-1, 70, -1, -1)
+    inputs[3] = torch.full_like(inputs[3], beta)
+    y, W = run(inputs, 8, None, backend)
+    expected_y, expected_W = run([x.double() for x in inputs], 8, None, "reference")
+    close(y.double(), expected_y, 20 * TOLERANCE[dtype])
+    close(W.double(), expected_W, 20 * TOLERANCE[dtype])
+
+
+@every_backend
+def test_memory_layout_does_not_matter(backend):
+    inputs, resets = inputs_of(2, 37, held=5), resets_of(2, 42)
+    expected = with_gradients(inputs, 6, resets, backend)
+    got = with_gradients([strided(x) for x in inputs], 6, strided(resets), backend)
+    for mine, theirs in zip(got, expected, strict=True):
+        close(mine, theirs)
+
+
+@every_backend
+@pytest.mark.parametrize("t", [1, 35])
+def test_every_output_is_written(backend, t, poisoned_memory):
+    for held, resets in [(0, None), (3, resets_of(2, t + 3, 0.2))]:
+        for x in with_gradients(inputs_of(2, t, held), 4, resets, backend):
+            assert x.isfinite().all()
+
+
+@every_backend
+def test_an_unseen_row_of_nan_stays_alone(backend):
+    inputs = inputs_of(3, 40, held=4)
+    alone = with_gradients([x if x.dim() == 1 else x[:2] for x in inputs], 6, None, backend)
+    for x in inputs:
+        if x.dim() > 1:
+            x[2] = torch.nan
+    for name, mine, theirs in zip(NAMES, with_gradients(inputs, 6, None, backend), alone, strict=True):
+        if name != "dnorm":
+            close(mine[:2], theirs, 1e-12 if backend == "reference" else 1e-10)
+
+
+def test_composed_is_the_layer():
+    """Bit for bit: to put the operation in the layer's place changes no loss."""
+    layer = HybridMemory(16, 2, window=5)
+    x, resets = torch.randn(2, 40, 16), resets_of(2, 40)
+    expected, _ = layer(x, resets=resets)
+    (q, k, v), _ = layer._project(x, None, resets)
+    y, _ = synchronous(
+        q, k, v, layer.write_strength(x), layer.mixer.gate_proj(x).unflatten(-1, (2, -1)), layer.o_norm.weight,
+        window=5, rotary=rotary_table(40, 8, 10_000.0, x.device, x.dtype), norm_eps=layer.o_norm.eps, resets=resets,
+    )  # fmt: skip
+    assert torch.equal(layer.o_proj(y.flatten(2)), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": torch.zeros(2, 4, HEADS, KEY), "v": torch.zeros(2, 4, HEADS, VALUE)}, "as many pairs as the 5 queries"),
+        ({"gate": torch.zeros(2, 5, HEADS, KEY)}, r"gate: expected \[b, t, h, v\] with v = 3"),
+        ({"norm_weight": torch.zeros(KEY)}, r"norm_weight: expected \[v\] with v = 3"),
+        ({"window": 0}, "window: expected at least 1"),
+        ({"resets": torch.zeros(2, 4, dtype=torch.bool)}, r"resets: .* \[2, 5\]"),
+        ({"rotary": (torch.zeros(4, 1, 2), torch.zeros(5, 1, 2))}, r"cos of shape .*\[≥ 5, 1, 2\], got \[4, 1, 2\]"),
+        ({"backend": "cuda"}, "synchronous: expected a backend among reference, composed, triton, got 'cuda'"),
+    ],
+)
+def test_wrong_arguments_are_named(change, message):
+    names = ("q", "k", "v", "beta", "gate", "norm_weight", "state")
+    right = dict(zip(names, inputs_of(2, 5), strict=True)) | {"window": 3}
+    with pytest.raises(ValueError, match=message):
+        synchronous(**{**right, **change})
+
+
+def test_triton_says_what_it_needs():
+    *inputs, state = inputs_of(1, 2, key=130)
+    needs = (
+        pytest.raises(ValueError, match="heads of at most 128 numbers, got k = 130 and v = 3")
+        if INTERPRETED
+        else pytest.raises(RuntimeError, match=r"'triton': expected (the package triton, found none|tensors on a GPU)")
+    )
+    with needs:
+        synchronous(*inputs, state=state, window=2, backend="triton")

@@ -1,0 +1,96 @@
+"""One token of a synchronous layer in one Triton kernel: the operation and the blend are its twins."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hqlt import MemoryState
+from hqlt.blend import Synchronous
+from hqlt.memory import DeltaMemory, FastWeights, KVMemory
+from hqlt.memory.kv import rotary_table
+from hqlt.ops import synchronous
+from hqlt.ops.synchronous.step import step
+from tests.laws import close
+from tests.ops.inputs import HEADS, KEY, VALUE, strided
+from tests.ops.test_synchronous import INTERPRETED, device_of, inputs_of, needs_triton
+
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 3e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+DEVICE = device_of("triton")
+
+
+def empty_state(b, window, key, value, dtype):
+    def zeros(*shape, dtype=dtype):
+        return torch.zeros(b, *shape, dtype=dtype, device=DEVICE)
+
+    wide = torch.promote_types(dtype, torch.float32)
+    return MemoryState(
+        keys=zeros(window - 1, HEADS, key), values=zeros(window - 1, HEADS, value), betas=zeros(window - 1, 0),
+        fast_weights=zeros(HEADS, key, value, dtype=wide), key_sum=zeros(HEADS, 0), position=zeros(dtype=torch.long),
+        convolution=zeros(0, 0),
+    )  # fmt: skip
+
+
+def twin(q, k, v, beta, gate, weight, state, window, rotary, resets):
+    blend = Synchronous(KVMemory(window, None), DeltaMemory())
+    timeline = blend._timeline(k, v, beta, state, resets)
+    y, W = synchronous(
+        q, timeline.keys, timeline.values, beta, gate, weight, window=window, rotary=rotary,
+        state=state.fast_weights, resets=timeline.resets, backend="reference",
+    )  # fmt: skip
+    return y, blend._state_after(timeline, FastWeights(W, state.key_sum))
+
+
+def follow(window, key=KEY, value=VALUE, dtype=torch.float64, rotated=True, arranged=lambda x: x):
+    """Three rows, reset at different tokens, until every buffer is full: each token as its twin, the state going on."""
+    t = min(window + 3, 9)
+    *inputs, weight, _ = (x.to(DEVICE) for x in inputs_of(3, t, key=key, value=value, dtype=dtype))
+    rotary = rotary_table(window, key, 100.0, torch.device(DEVICE), dtype) if rotated else None
+    state = empty_state(3, window, key, value, dtype)
+    for i in range(t):
+        token = [x[:, i : i + 1] for x in inputs]
+        resets = torch.tensor([[i == 2], [False], [i == 4]], device=DEVICE) if i % 2 == 0 else None
+        held = [state.keys, state.values, state.fast_weights, state.position]
+        before = [x.clone() for x in held]
+        got = step(*map(arranged, [*token, weight, *held]), rotary=rotary, resets=resets)
+        assert all(map(torch.equal, held, before))
+        y, state = twin(*token, weight, state, window, rotary, resets)
+        expected = y, state.keys, state.values, state.fast_weights, state.position
+        for mine, theirs in zip(got, expected, strict=True):
+            assert mine.dtype == theirs.dtype
+            close(mine, theirs, TOLERANCE[dtype])
+        state = state._replace(keys=got.keys, values=got.values, fast_weights=got.matrix, position=got.position)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_dtypes(dtype):
+    if INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("numpy has no bfloat16")
+    follow(5, dtype=dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize(("window", "key", "value"), [(1, 4, 4), (2, 3, 1), (4, 50, 20), (40, 6, 17), (64, 128, 128)])
+def test_sizes(window, key, value):
+    """No held pairs at all, fewer than a block of the kernel, and more."""
+    follow(window, key, value, rotated=key % 2 == 0)
+
+
+@needs_triton
+def test_memory_layout_does_not_matter():
+    follow(4, arranged=lambda x: strided(x) if x.is_floating_point() else x)
+
+
+@needs_triton
+def test_every_output_is_written(poisoned_memory):
+    follow(3)
+
+
+def test_wrong_arguments_are_named():
+    q, k, v, beta, gate, weight, W = inputs_of(2, 1)
+    keys, values, position = k[:, :0], v[:, :0], torch.zeros(2, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"values: expected \[b, s, h, v\] with s = 0"):
+        step(q, k, v, beta, gate, weight, keys, v, W, position)
+    with pytest.raises(ValueError, match="q: expected one token"):
+        step(*inputs_of(2, 2)[:6], keys, values, W, position)
