@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hqlt import HybridMemory
+from hqlt import HybridMemory, ops
 from hqlt.memory import FastWeights
 from hqlt.memory.kv import rotary_table
 from hqlt.ops import synchronous
-from hqlt.ops.synchronous import IMPLEMENTATIONS
+from hqlt.ops.synchronous import IMPLEMENTATIONS, triton
 from tests.laws import Laws, Memory, close, normal
+from tests.layers import build_layer, tokens
 from tests.ops.inputs import HEADS, KEY, VALUE, strided
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -111,13 +114,13 @@ class TestLaws(Laws):
                     if t == 0:
                         return v.cpu(), state.to("cpu") if state else layer.init_state(b, "cpu").to(dtype=v.dtype)
                     resets = None if resets is None else resets.to(q.device)
-                    timeline = layer.blend._timeline(k, v, beta, state, resets)
+                    timeline = layer.blend.timeline(k, v, beta, state, resets)
                     table = rotary_table(timeline.keys.shape[1], KEY, 100.0, q.device, q.dtype)
                     y, W = synchronous(
                         q, timeline.keys, timeline.values, beta, gate, weight.to(q.device), window=window,
                         rotary=table, state=state and state.fast_weights, resets=timeline.resets, backend=backend,
                     )  # fmt: skip
-                    after = layer.blend._state_after(timeline, FastWeights(W, W.new_zeros(b, HEADS, 0)))
+                    after = layer.blend.state_after(timeline, FastWeights(W, W.new_zeros(b, HEADS, 0)))
                     return y.cpu(), after.to("cpu")
 
                 return run
@@ -222,12 +225,30 @@ def test_composed_is_the_layer():
     layer = HybridMemory(16, 2, window=5)
     x, resets = torch.randn(2, 40, 16), resets_of(2, 40)
     expected, _ = layer(x, resets=resets)
-    (q, k, v), _ = layer._project(x, None, resets)
+    (q, k, v, beta, gate), _ = layer.project(x, None, resets)
     y, _ = synchronous(
-        q, k, v, layer.write_strength(x), layer.mixer.gate_proj(x).unflatten(-1, (2, -1)), layer.o_norm.weight,
+        q, k, F.silu(v), 2 * beta.sigmoid(), gate.unflatten(-1, (2, -1)), layer.o_norm.weight,
         window=5, rotary=rotary_table(40, 8, 10_000.0, x.device, x.dtype), norm_eps=layer.o_norm.eps, resets=resets,
     )  # fmt: skip
     assert torch.equal(layer.o_proj(y.flatten(2)), expected)
+
+
+@needs_triton
+def test_a_layer_runs_it_when_asked_to():
+    """In two pieces with a reset: outputs, final state and gradients of the whole layer."""
+    layer = build_layer("synchronous-vector-delta-plain", 5).to(device_of("triton"))
+    x = tokens(2, 40).to(device_of("triton")).requires_grad_()
+    resets = resets_of(2, 40).to(x.device)
+    answers = []
+    for backend in ("triton", "reference"):
+        with ops.use_backend(backend), mock.patch.dict(IMPLEMENTATIONS, triton=mock.Mock(wraps=triton.synchronous)):
+            y1, state = layer(x[:, :25], resets=resets[:, :25])
+            y2, state = layer(x[:, 25:], state, resets[:, 25:])
+            assert IMPLEMENTATIONS["triton"].call_count == (2 if backend == "triton" else 0)
+        gradients = torch.autograd.grad(y1.square().sum() + y2.square().sum(), [x, *layer.parameters()])
+        answers.append([y1, y2, *state, *gradients])
+    for mine, theirs in zip(*answers, strict=True):
+        close(mine, theirs, 1e-9)
 
 
 @pytest.mark.parametrize(

@@ -33,12 +33,12 @@ def empty_state(b, window, key, value, dtype):
 
 def twin(q, k, v, beta, gate, weight, state, window, rotary, resets):
     blend = Synchronous(KVMemory(window, None), DeltaMemory())
-    timeline = blend._timeline(k, v, beta, state, resets)
+    timeline = blend.timeline(k, v, beta, state, resets)
     y, W = synchronous(
         q, timeline.keys, timeline.values, beta, gate, weight, window=window, rotary=rotary,
         state=state.fast_weights, resets=timeline.resets, backend="reference",
     )  # fmt: skip
-    return y, blend._state_after(timeline, FastWeights(W, state.key_sum))
+    return y, blend.state_after(timeline, FastWeights(W, state.key_sum))
 
 
 def follow(window, key=KEY, value=VALUE, dtype=torch.float64, rotated=True, arranged=lambda x: x):

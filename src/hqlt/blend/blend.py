@@ -73,14 +73,15 @@ class Blend(nn.Module):
     def forward(
         self, q: Queries, k: Keys, v: Values, beta: Strengths, state: MemoryState | None, resets: Resets | None
     ) -> tuple[Reads, MemoryState]:
-        timeline = self._timeline(k, v, beta, state, resets)
+        timeline = self.timeline(k, v, beta, state, resets)
         past = None if state is None else FastWeights(state.fast_weights, state.key_sum)
         reads, fast_weights = self.read(q, beta, timeline, past, resets)
-        return reads, self._state_after(timeline, fast_weights)
+        return reads, self.state_after(timeline, fast_weights)
 
-    def _timeline(
+    def timeline(
         self, k: Keys, v: Values, beta: Strengths, state: MemoryState | None, resets: Resets | None
     ) -> Timeline:
+        """The held pairs, and the new ones behind them."""
         b, t = k.shape[:2]
         if not self.keeps_betas:
             beta = beta[..., :0]
@@ -98,7 +99,8 @@ class Blend(nn.Module):
             position == 0,
         )
 
-    def _state_after(self, timeline: Timeline, fast_weights: FastWeights | None) -> MemoryState:
+    def state_after(self, timeline: Timeline, fast_weights: FastWeights | None) -> MemoryState:
+        """What to hold of the timeline, and the FW-memory after it."""
         b, l, _, k = timeline.keys.shape
         s = l if self.slots is None else self.slots
         count = timeline.position[:, -1] + 1

@@ -16,10 +16,10 @@ from hqlt.blend.delayed_streaming import DelayedStreaming
 from hqlt.blend.heads import Fused, Parts, Projected
 from hqlt.blend.mixer import NoMixer, ScalarMixer, SumMixer, VectorMixer
 from hqlt.blend.synchronous import Synchronous
-from hqlt.memory import DeltaMemory, FWMemory, KVMemory, LinearMemory, MemoryState
+from hqlt.memory import DeltaMemory, FastWeights, FWMemory, KVMemory, LinearMemory, MemoryState
 from hqlt.memory.kv import rotary_table
 from hqlt.norm import RMSNorm
-from hqlt.ops import mix
+from hqlt.ops import explain, mix, synchronous
 from hqlt.ops.step import NOTHING, Given, Layout, Plan, Schedule, layout_of, may_run, plan, run
 from hqlt.shapes import Resets, Values
 
@@ -86,6 +86,32 @@ def plan_of(
     return plan(schedule, layouts, beta_max=beta_max, norm_eps=norm_eps, rotary=rotary)
 
 
+class InOneOperation:
+    """A synchronous layer by `hqlt.ops.synchronous`, where an implementation runs that does more than the parts do."""
+
+    def __call__(
+        self, parts: Parts, projected: Projected, state: MemoryState | None, resets: Resets | None
+    ) -> tuple[Values, MemoryState] | None:
+        _, blend, mixer, norm, _ = parts
+        kv, fw, gate = blend.kv, blend.fw, projected.gate
+        if not (type(blend) is Synchronous and type(mixer) is VectorMixer and isinstance(norm, RMSNorm)):
+            return None
+        if type(kv) is not KVMemory or type(fw) is not DeltaMemory or gate is None or parts.observed():
+            return None
+        q = projected.q
+        if explain("synchronous", q).name != "triton":
+            return None
+        v = parts.activation(projected.v)
+        beta = parts.strengths(v, projected.beta)
+        timeline = blend.timeline(projected.k, v, beta, state, resets)
+        y, matrix = synchronous(
+            q, timeline.keys, timeline.values, beta, gate.view(v.shape), norm.weight,
+            window=kv.window, rotary=kv.rotary(timeline.keys.shape[1], q), norm_eps=norm.eps,
+            state=None if state is None else state.fast_weights, resets=timeline.resets,
+        )  # fmt: skip
+        return y, blend.state_after(timeline, FastWeights(matrix, matrix.new_zeros(*matrix.shape[:2], 0)))
+
+
 class MixedAndNormed:
     """Vector mixer and norm in one pass, where nobody listens to them."""
 
@@ -100,5 +126,5 @@ class MixedAndNormed:
         return mix(fw, kv, gate.view(fw.shape), norm.weight, eps=norm.eps), after
 
 
-FUSED: tuple[Callable[[], Fused], ...] = (OneToken, MixedAndNormed)
+FUSED: tuple[Callable[[], Fused], ...] = (OneToken, InOneOperation, MixedAndNormed)
 """A layer has one of each; the first that serves a call runs it."""

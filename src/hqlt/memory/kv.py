@@ -30,13 +30,19 @@ class KVMemory(nn.Module):
 
     def read(self, q: Queries, k: Keys, v: Values, resets: Resets | None) -> Values:
         """q: [b, t, h, k] of the new tokens; k, v: [b, l, h, ·], held pairs then new ones; resets: Bool[b, l]."""
-        if self.rope_theta is not None:
-            t, l = q.shape[1], k.shape[1]
-            # A compiler traces the making itself, and warns of a cache.
-            table = rotary_table.__wrapped__ if torch.compiler.is_compiling() else rotary_table
-            cos, sin = table(l, q.shape[-1], self.rope_theta, q.device, q.dtype)
+        t, l = q.shape[1], k.shape[1]
+        if (rotary := self.rotary(l, q)) is not None:
+            cos, sin = rotary
             q, k = rotated(q, cos[l - t :], sin[l - t :]), rotated(k, cos, sin)
         return ops.window_attention(q, k, v, window=self.window, resets=resets)
+
+    def rotary(self, l: int, q: Queries) -> tuple[Tensor, Tensor] | None:
+        """cos and sin for a timeline of l pairs; None without positions."""
+        if self.rope_theta is None:
+            return None
+        # A compiler traces the making itself, and warns of a cache.
+        table = rotary_table.__wrapped__ if torch.compiler.is_compiling() else rotary_table
+        return table(l, q.shape[-1], self.rope_theta, q.device, q.dtype)
 
     def extra_repr(self) -> str:
         return f"window={self.window}, rope_theta={self.rope_theta}"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from hqlt.ops.delta_rule import delta_rule
 from hqlt.ops.features import rotated, unit_silu
+from hqlt.ops.norm import mix
 from hqlt.ops.window_attention import window_attention
 from hqlt.shapes import Keys, Matrix, Queries, Resets, Strengths, Values
 
@@ -36,5 +36,4 @@ def synchronous(
         cos, sin = (table[:l] for table in rotary)
         q, k = rotated(q, cos[own], sin[own]), rotated(k, cos, sin)
     kv = window_attention(q, k, v, window=window, scale=scale, resets=resets)
-    mix = kv + gate.sigmoid() * (fw - kv)
-    return F.rms_norm(mix.to(norm_weight.dtype), norm_weight.shape, norm_weight, norm_eps), matrix
+    return mix(fw, kv, gate, norm_weight, eps=norm_eps), matrix

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hqlt.ops.delta_rule import delta_rule
-from hqlt.ops.features import rotated, unit_silu
+from hqlt.ops.features.reference import rotated, unit_silu
 from hqlt.ops.window_attention import window_attention
 from hqlt.shapes import Keys, Matrix, Queries, Resets, Strengths, Values, at_least_float32
 
