@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
     [
         ("ops", {"transformers", "chunked", "blocked", "native", "SDPA, band mask", "SDPA, full causal"}),
         ("layer", {"peer delta, SDPA band", "chunked, blocked", "native"}),
-        ("step", {"projections", "both memories, native step", "SDPA over a cache", "whole layer, context 1,000,000"}),
+        ("step", {"projections", "both memories, mixer and norm, native step", "SDPA over a cache"}),
         ("train", {"peer delta, SDPA band", "chunked, blocked", "native", "memories removed: the limit"}),
     ],
 )
