@@ -48,7 +48,8 @@ class AssociativeRecall:
             for tokens, pairs in sizes:
                 if not 1 <= pairs <= most:
                     raise ValueError(
-                        f"{name}: expected 1 to {most} pairs, the keys of a vocabulary of {self.vocabulary}, got {pairs}"
+                        f"{name}: expected 1 to {most} pairs, the keys of a vocabulary of {self.vocabulary}, "
+                        f"got {pairs}"
                     )
                 if tokens < 4 * pairs:
                     raise ValueError(

@@ -45,9 +45,7 @@ class BracketedArithmetic(StateTracking):
         return tokens.scatter(1, count - 1, EQUALS), (values[:, None] + ZERO).expand_as(tokens)
 
 
-def write_expressions(
-    tokens: Tensor, row: Tensor, start: Tensor, length: Tensor, generator: torch.Generator
-) -> Tensor:
+def write_expressions(tokens: Tensor, row: Tensor, start: Tensor, length: Tensor, generator: torch.Generator) -> Tensor:
     """Write random expressions into tokens[row, start : start + length]; → their values. row, start, length: [m] → [m].
 
     All expressions of one depth are written at once.

@@ -21,7 +21,8 @@ class CycleNavigation(StateTracking):
         inputs      3  3  1  2    (1 for 0, 2 for +1, 3 for −1)
         targets     ·  ·  ·  9    (position + 4; labels "prefix": 9 8 8 9)
 
-    Source: Delétang et al. 2023, "Neural Networks and the Chomsky Hierarchy", appendix A; six positions as in the paper.
+    Source: Delétang et al. 2023, "Neural Networks and the Chomsky Hierarchy", appendix A; six positions as in the
+    paper.
     """
 
     positions: int = 6

@@ -26,6 +26,10 @@ class Batch(NamedTuple):
     resets: Resets | None = None
     """Bool [b, t], True where a token begins a new segment."""
 
+    def to(self, device: torch.device | str) -> Batch:
+        resets = None if self.resets is None else self.resets.to(device)
+        return Batch(self.inputs.to(device), self.targets.to(device), self.coordinate.to(device), resets)
+
 
 class Task(Protocol):
     """Adding a task is adding one file with a frozen dataclass of this form, and its name in `task/__init__.py`."""
