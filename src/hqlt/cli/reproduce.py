@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Literal
 
@@ -48,12 +49,11 @@ def reproduce(
     if quick:
         study, name = study.quick(), f"{name}-quick"
     folder = folder or Path("runs") / name
-    options = {"only": only, "workers": workers, "export": export}
-    again = f"hqlt reproduce {what} --scale={scale} --folder={folder} --device={device}"
-    again += "".join(f" --{key}={value}" for key, value in options.items() if value is not None)
+    options = {"scale": scale, "only": only, "folder": folder, "workers": workers, "device": device, "export": export}
+    again = ["hqlt", "reproduce", what, *(f"--{key}={value}" for key, value in options.items() if value is not None)]
     console = Console()
     results, settings = run_study(
-        study, folder, again=again + " --quick" * quick, workers=workers, device=device, console=console
+        study, folder, again=shlex.join(again + ["--quick"] * quick), workers=workers, device=device, console=console
     )
     leave_report(study, results, folder, settings, console)
     if export is not None:

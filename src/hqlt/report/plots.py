@@ -23,6 +23,7 @@ Curve: TypeAlias = Sequence[tuple[float, float]]
 COLOURS = {
     "Transformer": "#7a7a7a",
     "DeltaNet": "#d98e04",
+    "DeltaNet, β ≤ 2": "#d98e04",
     "Delayed-Streaming": "#2a9d8f",
     "Delayed-Chunk": "#7b5ea7",
     "Synchronous": "#c0392b",
@@ -64,7 +65,9 @@ def figure_of(results: Sequence[Result]) -> Figure:
         label_panels(top, bottom, of_experiment[0])
     handles, labels = panels[0, 0].get_legend_handles_labels()
     once = dict(zip(labels, handles, strict=True))
-    figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=min(len(once), 5), frameon=False)
+    figure.legend(
+        once.values(), once.keys(), loc="outside lower center", ncols=min(len(once), 2 * columns), frameon=False
+    )
     return figure
 
 

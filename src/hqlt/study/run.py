@@ -93,7 +93,9 @@ def leave_report(
     budgets = [
         f"{label}: {json.dumps(e.options)} {json.dumps(e.common)} {e.budget}" for label, e in study.experiments.items()
     ]
-    how = "\n".join([json.dumps({k: v for k, v in settings.items() if k != "cells"}, indent=1), *budgets])
+    how = "\n".join(
+        [json.dumps({k: v for k, v in settings.items() if k != "cells"}, indent=1, ensure_ascii=False), *budgets]
+    )
     protocol = (
         "Checkpoints were chosen by the validation score and tested once. Validation and test sets are the same "
         "for all models and come from other seeds (text: other files) than the training data and each other. "
