@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from hqlt.model import HQLTConfig, HQLTForCausalLM
-from hqlt.task import Parity, StandardLibrary
+from hqlt.task import Parity, StandardLibrary, generator_for
 from hqlt.train import Budget, Fit, fit
-from hqlt.train.fit import parameter_groups
+from hqlt.train.fit import loss_of, parameter_groups
 
 TASK = Parity(train_lengths=(3, 6), test_lengths=(6, 12))
 BUDGET = Budget(steps=6, batch_size=8, validations=3, validation_rows=16, test_rows=16)
@@ -99,6 +99,17 @@ def test_a_curriculum_begins_short_and_ends_at_the_tasks_own_lengths():
     assert Budget(steps=100, batch_size=1).task_at(task, 0) is task
     with pytest.raises(ValueError, match="curriculum: expected 0 for text"):
         budget.task_at(StandardLibrary(), 0)
+
+
+@pytest.mark.parametrize("blend", ["synchronous", "delayed-streaming", "delayed-chunk"])
+def test_packing_leaves_the_loss_as_it_is(blend):
+    config = tiny().config
+    config.blend, config.conv_size = blend, 3
+    model = HQLTForCausalLM(config).double()
+    batch = Parity(labels="prefix").sample(generator_for("train", 0), 9, "train")
+    assert loss_of(model, batch).item() == pytest.approx(loss_of(model, batch.packed()).item(), abs=1e-6)
+    told = [*fit(tiny(), TASK, dataclasses.replace(BUDGET, pack=True), seed=0)]
+    assert told[0].loss == pytest.approx(next(fit(tiny(), TASK, BUDGET, seed=0)).loss, rel=1e-5)
 
 
 def test_bfloat16_activations_leave_float32_weights():

@@ -38,6 +38,8 @@ class Budget:
     """Decay of an exponential average of the weights, which is scored and kept in their place; 0: none."""
     curriculum: float = 0.0
     """Share of the steps over which the greatest training length grows from the least to its own; 0: none."""
+    pack: bool = False
+    """Whether two training sequences share a row, with a reset between them: half the padding, the same loss."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the activations; weights and their updates are float32."""
     validations: int = 10
@@ -111,7 +113,8 @@ def fit(model: nn.Module, task: Task, budget: Budget, seed: int) -> Iterator[Pro
     best_step, best, best_weights = 0, None, dict[str, Tensor]()
     tokens, begun = 0, time.perf_counter()
     for step in range(budget.steps):
-        batch = budget.task_at(task, step).sample(source, budget.batch_size, "train").to(device)
+        batch = budget.task_at(task, step).sample(source, budget.batch_size, "train")
+        batch = (batch.packed() if budget.pack else batch).to(device)
         for group in optimiser.param_groups:
             group["lr"] = budget.learning_rate_at(step)
         model.train()
