@@ -8,24 +8,9 @@ import time
 import pytest
 
 from hqlt.cli import main
-from hqlt.cli.demo import MODELS, experiments, sized
-from hqlt.model import HQLTConfig, HQLTForCausalLM
-from hqlt.task import TASKS
+from hqlt.study import known_studies, read_study
 
 COMMAND = [sys.executable, "-m", "hqlt"]
-
-
-def test_models_are_of_equal_size():
-    import torch
-
-    for task, options, common, _ in experiments(quick=False):
-        with torch.device("meta"):
-            vocabulary = TASKS[task](**options).vocab_size
-            sizes = [
-                HQLTForCausalLM(HQLTConfig(**sized(common, own), vocab_size=vocabulary)).num_parameters()
-                for own in MODELS.values()
-            ]
-        assert max(sizes) / min(sizes) < 1.02, (task, sizes)
 
 
 def test_wrong_options_are_refused(capsys):
@@ -39,8 +24,8 @@ def test_the_quick_demo_leaves_a_run_that_can_be_read(tmp_path):
     subprocess.run([*COMMAND, "demo", "--quick", f"--folder={tmp_path}"], check=True, timeout=600)
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results) == 15
-    assert {result["cell"]["model"] for result in results} == set(MODELS)
-    for name in ("config.json", "metrics.jsonl", "table.md", "curves.png", "report.html"):
+    assert {result["cell"]["model"] for result in results} == set(read_study(known_studies()["demo"]).models)
+    for name in ("config.json", "metrics.jsonl", "README.md", "curves.png", "report.html"):
         assert (tmp_path / name).stat().st_size > 0
 
 

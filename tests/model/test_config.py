@@ -87,6 +87,7 @@ def test_what_transformers_adds_is_accepted(small):
         ({"fast_weights": "gated"}, "fast_weights: expected one of 'delta', 'linear', got 'gated'"),
         ({"beta_max": 3.0}, r"beta_max: expected a number in \(0, 2\]"),
         ({"conv_size": -1}, "conv_size"),
+        ({"conv_init": "identical"}, "conv_init: .* did you mean 'identity'"),
         ({"norm_eps": 0.0}, "norm_eps: expected a number above 0"),
         ({"num_hidden_layers": 0}, "num_hidden_layers: expected at least 1, got 0"),
         ({"vocab_size": 0}, "vocab_size: expected at least 1"),

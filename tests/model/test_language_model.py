@@ -376,6 +376,12 @@ class TestInitialisation:
             else:
                 assert abs(weight.std() / 0.02 - 1) < 0.05, name
 
+    def test_a_convolution_may_begin_as_the_identity(self, small):
+        model = HQLTForCausalLM(HQLTConfig(**{**small, "conv_size": 3, "conv_init": "identity"}))
+        conv = model.model.layers[0].memory.conv
+        x = torch.randn(2, 5, conv.weight.shape[0])
+        same(conv(x, None, None)[0], x)
+
     def test_an_untied_head_and_no_biases(self, one_model):
         assert one_model.lm_head.weight is not one_model.get_input_embeddings().weight
         assert not [name for name, _ in one_model.named_parameters() if name.endswith("bias")]

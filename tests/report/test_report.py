@@ -1,8 +1,10 @@
+import dataclasses
 import io
 import re
 
 import pytest
 import torch
+from matplotlib import pyplot
 from rich.console import Console
 
 from hqlt.evaluate import Score
@@ -38,6 +40,7 @@ def test_a_table_shows_medians_all_seeds_and_the_best():
     assert table.columns == ["model", "parity, accuracy %", "text, bits/byte", "seconds"]
     delta, synchronous = table.rows
     assert delta[1].text == "50.0 (25.0 50.0 100.0)"
+    assert delta[2].text == "2.500"
     assert [cell.best for cell in synchronous[1:3]] == [True, True]
     assert [cell.best for cell in delta[1:3]] == [False, False]
     assert "| **75.0** | **2.250** |" in table.as_markdown()
@@ -46,10 +49,22 @@ def test_a_table_shows_medians_all_seeds_and_the_best():
     assert "2.250" in console.export_text()
 
 
-def test_every_result_is_drawn(tmp_path):
+def test_the_papers_figures_stand_beside_ours():
+    table = table_of(RESULTS, {"parity": {"Synchronous": 100.0}, "text": {}})
+    assert table.columns == ["model", "parity, accuracy %", "paper", "text, bits/byte", "seconds"]
+    assert [row[2].text for row in table.rows] == ["–", "100.0"]
+
+
+def test_from_worst_to_best_whatever_is_better():
+    table = table_of([result("DeltaNet", "text", value, seed) for seed, value in enumerate((2.0, 3.0, 2.5))])
+    assert table.rows[0][1].text == "2.500 (3.000 2.500 2.000)"
+
+
+def test_every_seed_is_drawn_and_their_median(tmp_path):
     figure = figure_of(RESULTS)
     top, bottom = figure.axes[:2], figure.axes[2:]
-    assert [len(axes.lines) for axes in (*top, *bottom)] == [4, 2, 4, 2]
+    assert [len(axes.lines) for axes in (*top, *bottom)] == [3 + 1 + 1, 2, 3 + 1 + 1, 2]
+    assert list(top[0].lines[3].get_ydata()) == [0.5, 0.5]
     url = save(figure, tmp_path / "curves.png")
     assert url.startswith("data:image/png;base64,")
     assert (tmp_path / "curves.png").stat().st_size > 1000
@@ -76,6 +91,17 @@ def test_a_page_stands_alone_and_escapes_what_it_is_given(tmp_path):
 def model(**options):
     options = {"hidden_size": 16, "num_heads": 2, "num_hidden_layers": 2, "vocab_size": 8, "window": 4} | options
     return HQLTForCausalLM(HQLTConfig(**options, intermediate_size=16))
+
+
+def test_many_experiments_and_models_have_room_and_colours_of_their_own():
+    results = [result(f"model {i}", f"parity {j}", 0.5) for i in range(7) for j in range(6)]
+    results = [r._replace(cell=dataclasses.replace(r.cell, task="parity", experiment=r.cell.task)) for r in results]
+    figure = figure_of(results)
+    drawn = [axes for axes in figure.axes if axes.lines]
+    assert len(drawn) == 12
+    assert all(len({line.get_color() for line in axes.lines}) == 7 for axes in drawn)
+    assert table_of(results).columns == ["model", *(f"parity {j}, accuracy %" for j in range(6)), "seconds"]
+    pyplot.close(figure)
 
 
 @pytest.mark.parametrize("mixer", ["vector", "scalar", "sum"])

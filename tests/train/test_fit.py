@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import math
 
@@ -5,9 +6,9 @@ import pytest
 import torch
 
 from hqlt.model import HQLTConfig, HQLTForCausalLM
-from hqlt.task import Parity
+from hqlt.task import Parity, StandardLibrary, generator_for
 from hqlt.train import Budget, Fit, fit
-from hqlt.train.fit import parameter_groups
+from hqlt.train.fit import loss_of, parameter_groups
 
 TASK = Parity(train_lengths=(3, 6), test_lengths=(6, 12))
 BUDGET = Budget(steps=6, batch_size=8, validations=3, validation_rows=16, test_rows=16)
@@ -67,6 +68,57 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_left_out():
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     list(fit(model, TASK, Budget(steps=2, batch_size=4, validations=1, validation_rows=4, test_rows=4), seed=0))
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_the_average_of_the_weights_is_scored_and_kept():
+    """ā_i = d ā_{i−1} + (1 − d) a_i with d = min(average, i / (i + 9)); training itself does not change."""
+    budget = dataclasses.replace(BUDGET, validations=1)
+    model, averaged = tiny(), tiny()
+    expected = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    both = zip(
+        fit(model, TASK, budget, seed=0), fit(averaged, TASK, dataclasses.replace(budget, average=0.3), 0), strict=True
+    )
+    for i in range(1, budget.steps + 1):
+        raw, told = next(both)
+        assert raw.loss == told.loss
+        decay = min(0.3, i / (i + 9))
+        for name, weight in model.named_parameters():
+            expected[name] = decay * expected[name] + (1 - decay) * weight.detach()
+    next(both)
+    for name, weight in averaged.named_parameters():
+        assert torch.allclose(weight, expected[name], atol=1e-6), name
+
+
+def test_a_curriculum_begins_short_and_ends_at_the_tasks_own_lengths():
+    budget = Budget(steps=100, batch_size=1, curriculum=0.5)
+    task = Parity(train_lengths=(3, 40))
+    longest = [budget.task_at(task, step).train_lengths[1] for step in range(100)]
+    assert longest[0] == 4
+    assert longest[49:] == [40] * 51
+    assert all(0 <= b - a <= 1 for a, b in itertools.pairwise(longest))
+    assert Budget(steps=100, batch_size=1).task_at(task, 0) is task
+    with pytest.raises(ValueError, match="curriculum: expected 0 for text"):
+        budget.task_at(StandardLibrary(), 0)
+
+
+@pytest.mark.parametrize("blend", ["synchronous", "delayed-streaming", "delayed-chunk"])
+def test_packing_leaves_the_loss_as_it_is(blend):
+    config = tiny().config
+    config.blend, config.conv_size = blend, 3
+    model = HQLTForCausalLM(config).double()
+    batch = Parity(labels="prefix").sample(generator_for("train", 0), 9, "train")
+    assert loss_of(model, batch).item() == pytest.approx(loss_of(model, batch.packed()).item(), abs=1e-6)
+    told = [*fit(tiny(), TASK, dataclasses.replace(BUDGET, pack=True), seed=0)]
+    assert told[0].loss == pytest.approx(next(fit(tiny(), TASK, BUDGET, seed=0)).loss, rel=1e-5)
+
+
+def test_bfloat16_activations_leave_float32_weights():
+    model = tiny()
+    told = [*fit(model, TASK, dataclasses.replace(BUDGET, precision="bfloat16"), seed=0)]
+    exact = [*fit(tiny(), TASK, BUDGET, seed=0)]
+    assert told[0].loss != exact[0].loss
+    assert told[0].loss == pytest.approx(exact[0].loss, rel=0.05)
+    assert all(weight.dtype == torch.float32 for weight in model.parameters())
 
 
 def test_only_matrices_decay():

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import platform
-import sys
-import time
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,53 +11,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from hqlt._version import version
+from hqlt.study import known_studies, read_study
+from hqlt.study.run import leave_report, run_study
 from hqlt.task import StandardLibrary, generator_for
-from hqlt.train.fit import Budget
-from hqlt.train.grid import Cell, Event, Result, as_json, run_grid
-
-MODELS: dict[str, dict[str, Any]] = {
-    "Transformer": {"layer_kinds": "kv"},
-    "DeltaNet": {"layer_kinds": "fw"},
-    "Delayed-Streaming": {"blend": "delayed-streaming"},
-    "Delayed-Chunk": {"blend": "delayed-chunk"},
-    "Synchronous": {"blend": "synchronous"},
-}
-
-# What all models of a task share; no positions, so that lengths beyond training are not foreign to anyone.
-PARITY = {"hidden_size": 32, "num_heads": 4, "num_hidden_layers": 1, "window": 8, "rope_theta": None}
-RECALL = {"hidden_size": 64, "num_heads": 4, "num_hidden_layers": 2, "window": 64, "rope_theta": None, "conv_size": 4}
-TEXT = {"hidden_size": 64, "num_heads": 4, "num_hidden_layers": 3, "window": 32}
-
-
-def experiments(quick: bool) -> list[tuple[str, dict[str, Any], dict[str, Any], Budget]]:
-    """(task, its options, the models' common configuration, the budget), for each task."""
-    few: dict[str, Any] = {"validations": 2, "validation_rows": 16, "test_rows": 64} if quick else {}
-    return [
-        (
-            "parity",
-            {},
-            PARITY,
-            Budget(steps=40 if quick else 150, batch_size=128, learning_rate=1e-2, **few),
-        ),
-        (
-            "recall",
-            {"vocabulary": 128, "pairs": 32, "train_pairs": [4, 8, 16, 32]},
-            RECALL,
-            Budget(steps=15 if quick else 320, batch_size=16, learning_rate=1e-2, **few),
-        ),
-        (
-            "text",
-            {"length": 256},
-            TEXT,
-            Budget(
-                steps=15 if quick else 300,
-                batch_size=8,
-                learning_rate=1e-2,
-                **({"validation_rows": 64, "test_rows": 256} | few),
-            ),
-        ),
-    ]
+from hqlt.train.grid import Result
 
 
 def demo(
@@ -82,112 +35,22 @@ def demo(
         seed: of weights and training data. Validation and test sets are the same for all.
         workers: processes side by side, one thread each; all cores by default.
     """
-    from hqlt.report.live import GridDisplay
-
-    cells = [
-        Cell(
-            model=model,
-            config=sized(common, own),
-            task=task,
-            task_options=options,
-            budget=budget,
-            seed=seed,
-        )
-        for task, options, common, budget in experiments(quick)
-        for model, own in MODELS.items()
-    ]
+    study = dataclasses.replace(read_study(known_studies()["demo"]), seeds=(seed,))
+    if quick:
+        study = study.quick()
     folder = folder or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
-    folder.mkdir(parents=True, exist_ok=True)
     console = Console()
-    workers = workers or os.cpu_count() or 1
-    settings = {
-        "command": "hqlt " + " ".join(sys.argv[1:]),
-        "seed": seed,
-        "workers": workers,
-        "hqlt": version,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": f"{os.cpu_count()} × {platform.machine()}",
-        "cells": [dataclasses.asdict(cell) for cell in cells],
-    }
-    (folder / "config.json").write_text(json.dumps(settings, indent=1))
-    console.print(f"{len(cells)} cells on {workers} processes → {folder}", highlight=False)
-    begun = time.monotonic()
-    results: list[Result] = []
-    with (folder / "metrics.jsonl").open("a") as log, GridDisplay(len(cells), console) as display:
-
-        def on_event(told: Event | Result) -> None:
-            display.on_event(told)
-            if isinstance(told, Result):
-                results.append(told)
-            else:
-                log.write(json.dumps({"cell": told.cell.name, **told.progress._asdict()}) + "\n")
-
-        try:
-            run_grid(cells, folder, workers, on_event)
-        except KeyboardInterrupt:
-            console.print(
-                f"stopped with {len(results)} of {len(cells)} cells finished; go on with: hqlt demo "
-                f"{'--quick ' if quick else ''}--seed={seed} --folder={folder}",
-                highlight=False,
-            )
-            raise
-    order = [cell.name for cell in cells]
-    results.sort(key=lambda result: order.index(result.cell.name))
-    show(results, folder, settings, console)
-    console.print(f"{time.monotonic() - begun:.0f} s in all", highlight=False)
-
-
-def sized(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """A model's configuration with its MLPs as wide as makes all models equal in size.
-
-    The hybrid's layer has a mixer that a memory alone does not need; the baselines get those weights in their MLPs.
-    """
-    hidden, layers = common["hidden_size"], common["num_hidden_layers"]
-    config = {**common, **own, "initializer_range": hidden**-0.5 / 2, "intermediate_size": 3 * hidden}
-    if (kind := config.get("layer_kinds")) is not None:
-        config["layer_kinds"] = [kind] * layers
-        config["intermediate_size"] += round(hidden / 3)  # d·d of the mixer, over the three matrices of d·m
-    return config
-
-
-def show(results: list[Result], folder: Path, settings: dict[str, Any], console: Console) -> None:
-    """One table, one plot, one page, one JSON file."""
-    from hqlt.report.page import write_page
-    from hqlt.report.plots import figure_of, save
-    from hqlt.report.table import table_of
-
-    table = table_of(results)
-    (folder / "results.json").write_text(json.dumps([as_json(result) for result in results], indent=1))
-    (folder / "table.md").write_text(table.as_markdown())
-    plot = save(figure_of(results), folder / "curves.png")
-    best = max((r for r in results if r.cell.task == "text"), key=lambda r: r.cell.model == "Synchronous")
-    text = read_and_write(best, folder)
-    write_page(
-        folder / "report.html",
-        title="One layer, two memories",
-        introduction=(
-            "Five models of equal size and budget: softmax attention alone, fast weights alone, and three blends of "
-            "the two in every layer. Parity needs a state to be tracked, recall a precise memory, text some of each."
-        ),
-        table=table,
-        plot=plot,
-        spoken=text["spoken"],
-        samples=text["samples"],
-        protocol=(
-            "Checkpoints were chosen by the validation score and tested once. Validation and test sets are the same "
-            "for all models and come from other seeds (text: other files) than the training data and each other. "
-            "All that was run is in the table."
-        ),
-        settings=json.dumps({k: v for k, v in settings.items() if k != "cells"}, indent=1)
-        + "\n"
-        + "\n".join(f"{r.cell.name}: {r.cell.budget}, best update {r.fit.best_step}" for r in results),
-    )
-    console.print(table.for_terminal())
+    again = f"hqlt demo {'--quick ' if quick else ''}--seed={seed} --folder={folder}"
+    results, settings = run_study(study, folder, again=again, workers=workers, device="cpu", console=console)
+    text = read_and_write(the_hybrid_on_text(results), folder)
+    leave_report(study, results, folder, settings, console, **text)
     sample = text["samples"][0]
     console.print(f"[bold]{sample['model']} goes on from[/bold] {sample['prompt']!r}:")
     console.print(sample["text"], markup=False, highlight=False)
-    console.print(f"page: {folder / 'report.html'}    plot: {folder / 'curves.png'}", highlight=False)
+
+
+def the_hybrid_on_text(results: Sequence[Result]) -> Result:
+    return next(r for r in results if (r.cell.task, r.cell.model) == ("text", "Synchronous"))
 
 
 def read_and_write(result: Result, folder: Path) -> dict[str, Any]:

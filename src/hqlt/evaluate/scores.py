@@ -27,6 +27,7 @@ class Score(NamedTuple):
 def evaluate(model: nn.Module, task: Task, batch: Batch, *, bins: int = 12, rows_at_once: int = 64) -> Score:
     """Score the model on a batch, some rows at a time."""
     model.eval()
+    batch = batch.to(next(model.parameters(), batch.inputs).device)
     outcomes, coordinates = [], []
     for rows in torch.arange(len(batch.inputs)).split(rows_at_once):
         targets = batch.targets[rows]
@@ -37,7 +38,7 @@ def evaluate(model: nn.Module, task: Task, batch: Batch, *, bins: int = 12, rows
         asked = asked[:, :last]
         outcomes.append(outcome(task, logits[asked], targets[:, :last][asked]))
         coordinates.append(batch.coordinate[rows, :last][asked])
-    outcomes_, coordinates_ = torch.cat(outcomes), torch.cat(coordinates).double()
+    outcomes_, coordinates_ = torch.cat(outcomes).cpu(), torch.cat(coordinates).double().cpu()
     order = coordinates_.argsort(stable=True)
     curve = [
         (coordinates_[part].mean().item(), summary(task, outcomes_[part]))

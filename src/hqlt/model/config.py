@@ -15,6 +15,7 @@ from transformers.models.auto.configuration_auto import AutoConfig
 from hqlt.layer import HybridMemory, one_of
 
 LAYER_KINDS = ("hybrid", "kv", "fw")
+CONV_INITS = ("uniform", "identity")
 
 FROM_TRANSFORMERS = frozenset(
     {
@@ -86,6 +87,8 @@ class HQLTConfig(PreTrainedConfig):
     """Whether the head uses the embeddings' matrix."""
     initializer_range: float = 0.02
     """Standard deviation of the initial linear maps and embeddings, but for those that write to the residual stream."""
+    conv_init: str = "uniform"
+    """How short convolutions begin: "uniform" in ±1/√conv_size, or "identity", the current token as it is."""
 
     use_cache: bool = True
     """Whether a call returns the memories' states, so that another call can go on."""
@@ -156,6 +159,7 @@ class HQLTConfig(PreTrainedConfig):
             )
         for kind in self.kinds:
             one_of("layer_kinds", kind, LAYER_KINDS)
+        one_of("conv_init", self.conv_init, CONV_INITS)
         with torch.device("meta"):  # the layer knows what it refuses, and on this device costs nothing
             for kind in set(self.kinds):
                 HybridMemory(**self.layer_options(kind))

@@ -52,11 +52,15 @@ class HQLTPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Linear maps and embeddings normal(0, initializer_range), norms 1, convolutions as they are built."""
+        """Linear maps and embeddings normal(0, initializer_range), norms 1, convolutions as `conv_init` says."""
         super()._init_weights(module)
         if isinstance(module, ShortConvolution):
-            bound = 1 / math.sqrt(module.size)
-            nn.init.uniform_(module.weight, -bound, bound)
+            if self.config.conv_init == "identity":
+                nn.init.zeros_(module.weight)
+                nn.init.ones_(module.weight[:, -1])
+            else:
+                bound = 1 / math.sqrt(module.size)
+                nn.init.uniform_(module.weight, -bound, bound)
 
 
 class HQLTModel(HQLTPreTrainedModel):

@@ -52,7 +52,7 @@ class GridDisplay:
         score = told.fit.test
         shown = f"{score.value:.3f} bits/byte" if score.metric == "bits" else f"{100 * score.value:.1f} % accuracy"
         self.console.print(
-            f"{told.cell.task:>7}  {told.cell.model:<18} {shown:>18}  {told.seconds:5.0f} s"
+            f"{told.cell.column:>12}  {told.cell.model:<26} {told.cell.seed:>3} {shown:>18}  {told.seconds:5.0f} s"
             f"{'' if ran_now else '  (from an earlier start)'}",
             highlight=False,
         )
@@ -64,13 +64,14 @@ class GridDisplay:
 
     def _render(self) -> RenderableType:
         table = Table(box=None, padding=(0, 2, 0, 0))
-        for column in ("task", "model", "update", "loss", "gradient", "validation", "tokens/s", "left"):
+        for column in ("task", "model", "seed", "update", "loss", "gradient", "validation", "tokens/s", "left"):
             table.add_column(column, justify="left" if column in ("task", "model") else "right")
         for cell, told in self.running.values():
             speed = told.tokens / max(told.seconds, 1e-9)
             table.add_row(
-                cell.task,
+                cell.column,
                 cell.model,
+                str(cell.seed),
                 f"{told.step}/{cell.budget.steps}",
                 f"{told.loss:.3f}",
                 f"{told.gradient_norm:.2f}",

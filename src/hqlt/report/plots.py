@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
+import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
@@ -14,56 +18,81 @@ from matplotlib.figure import Figure
 from hqlt.task import TASKS
 from hqlt.train.grid import Result
 
+Curve: TypeAlias = Sequence[tuple[float, float]]
+
 COLOURS = {
     "Transformer": "#7a7a7a",
     "DeltaNet": "#d98e04",
+    "DeltaNet, β ≤ 2": "#d98e04",
     "Delayed-Streaming": "#2a9d8f",
     "Delayed-Chunk": "#7b5ea7",
     "Synchronous": "#c0392b",
 }
+OTHERS = ("#1f77b4", "#8c564b", "#e377c2", "#17becf", "#9acd32", "#000080", "#ff7f0e", "#2e8b57")
+"""Colours of models that have none of their own, in the order in which they come."""
 TITLES = {
     "parity": "State tracking: parity",
     "recall": "Recall: key–value pairs",
     "text": "Real text: Python's library",
 }
 METRICS = {"accuracy": "accuracy (chance = 0)", "bits": "bits per byte"}
+COLUMNS = 4
+"""Experiments side by side."""
 
 
 def figure_of(results: Sequence[Result]) -> Figure:
-    """Two rows of panels, a column a task: the test score along the task's coordinate, and the learning curves."""
-    tasks = list(dict.fromkeys(result.cell.task for result in results))
+    """Two panels an experiment, one above the other: the test score along the task's coordinate, and learning curves.
+
+    Where there are several seeds, each is a thin line and their median a thick one.
+    """
+    experiments = list(dict.fromkeys(result.cell.column for result in results))
+    models = list(dict.fromkeys(result.cell.model for result in results))
+    colours = dict(zip([model for model in models if model not in COLOURS], itertools.cycle(OTHERS), strict=False))
+    columns, rows = min(len(experiments), COLUMNS), math.ceil(len(experiments) / COLUMNS)
     figure, panels = pyplot.subplots(
-        2, len(tasks), figsize=(4.6 * len(tasks), 6.6), squeeze=False, layout="constrained"
+        2 * rows, columns, figsize=(4.6 * columns, 6.6 * rows), squeeze=False, layout="constrained"
     )
-    for (top, bottom), task in zip(panels.T, tasks, strict=True):
-        of_task = [result for result in results if result.cell.task == task]
-        for result in of_task:
-            draw_curve(top, result)
-            draw_learning(bottom, result)
-        label_panels(top, bottom, of_task[0])
+    for axes in panels.flat:
+        axes.set_axis_off()
+    for i, label in enumerate(experiments):
+        top, bottom = (panels[2 * (i // columns) + below, i % columns] for below in (0, 1))
+        of_experiment = [result for result in results if result.cell.column == label]
+        for model in models:
+            own = [result for result in of_experiment if result.cell.model == model]
+            style = {"color": (COLOURS | colours)[model], "label": model}
+            draw(top, [result.fit.test.curve for result in own], marker="o", markersize=3, **style)
+            draw(bottom, [learning_curve(result) for result in own], **style)
+        label_panels(top, bottom, of_experiment[0])
     handles, labels = panels[0, 0].get_legend_handles_labels()
     once = dict(zip(labels, handles, strict=True))
-    figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=len(once), frameon=False)
+    figure.legend(
+        once.values(), once.keys(), loc="outside lower center", ncols=min(len(once), 2 * columns), frameon=False
+    )
     return figure
 
 
-def draw_curve(axes: Axes, result: Result) -> None:
-    x, y = zip(*result.fit.test.curve, strict=True)
-    axes.plot(x, y, marker="o", markersize=3, color=COLOURS.get(result.cell.model), label=result.cell.model)
+def draw(axes: Axes, curves: Sequence[Curve], **style: Any) -> None:
+    """One curve as it is; several thin, and their median, point by point."""
+    if len(curves) > 1:
+        for curve in curves:
+            axes.plot(*zip(*curve, strict=True), color=style["color"], linewidth=0.6, alpha=0.4)
+    if curves:
+        x = [x for x, _ in curves[0]]
+        y = [statistics.median(values) for values in zip(*([y for _, y in curve] for curve in curves), strict=True)]
+        axes.plot(x, y, **style)
 
 
-def draw_learning(axes: Axes, result: Result) -> None:
-    taken = [(told.step, told.validation) for told in result.history if told.validation is not None]
-    x, y = zip(*taken, strict=True)
-    axes.plot(x, y, color=COLOURS.get(result.cell.model), label=result.cell.model)
+def learning_curve(result: Result) -> Curve:
+    return [(told.step, told.validation) for told in result.history if told.validation is not None]
 
 
 def label_panels(top: Axes, bottom: Axes, result: Result) -> None:
     task = TASKS[result.cell.task](**result.cell.task_options)
-    top.set_title(TITLES.get(task.name, task.name))
+    top.set_title(TITLES.get(result.cell.column, result.cell.column))
     top.set_xlabel(f"{task.coordinate_name} (test)")
     bottom.set_xlabel("updates (validation)")
     for axes in (top, bottom):
+        axes.set_axis_on()
         axes.set_ylabel(METRICS[task.metric])
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)

@@ -1,9 +1,9 @@
-"""Results as one table: a row a model, a column a task, for the terminal, for a page and for Markdown."""
+"""Results as one table: a row a model, a column an experiment, for the terminal, for a page and for Markdown."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import rich.table
@@ -35,45 +35,53 @@ class Table(NamedTuple):
         return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{self.caption}\n"
 
 
-def table_of(results: Sequence[Result]) -> Table:
-    """Test scores by model and task; the median over seeds, with all of them behind it where there are several."""
-    tasks = list(dict.fromkeys(result.cell.task for result in results))
+def table_of(results: Sequence[Result], paper: Mapping[str, Mapping[str, float]] | None = None) -> Table:
+    """Test scores by model and experiment; the median over seeds, with all of them behind it where there are several.
+
+    paper: by experiment and model, what the paper reports: a column of its own beside ours.
+    """
+    experiments = list(dict.fromkeys(result.cell.column for result in results))
     models = list(dict.fromkeys(result.cell.model for result in results))
+    reported = {label: values for label, values in (paper or {}).items() if values and label in experiments}
     values = {
-        (model, task): [
-            result.fit.test.value for result in results if (result.cell.model, result.cell.task) == (model, task)
+        (model, label): [
+            result.fit.test.value for result in results if (result.cell.model, result.cell.column) == (model, label)
         ]
         for model in models
-        for task in tasks
+        for label in experiments
     }
-    metric = {result.cell.task: result.fit.test.metric for result in results}
+    metric = {result.cell.column: result.fit.test.metric for result in results}
     columns = ["model"]
-    for task in tasks:
-        columns.append(f"{task}, {'bits/byte' if metric[task] == 'bits' else 'accuracy %'}")
+    for label in experiments:
+        columns.append(f"{label}, {'bits/byte' if metric[label] == 'bits' else 'accuracy %'}")
+        columns += ["paper"] * (label in reported)
     columns.append("seconds")
     rows = []
     for model in models:
         row = [TableCell(model)]
-        for task in tasks:
-            known = [statistics.median(values[other, task]) for other in models if values[other, task]]
-            best = (min if metric[task] == "bits" else max)(known)
-            row.append(_score(values[model, task], metric[task], best))
+        for label in experiments:
+            known = [statistics.median(values[other, label]) for other in models if values[other, label]]
+            best = (min if metric[label] == "bits" else max)(known)
+            row.append(_score(values[model, label], metric[label], best))
+            if label in reported:
+                theirs = reported[label].get(model)
+                row.append(TableCell("–" if theirs is None else f"{theirs:.1f}"))
         own = [result for result in results if result.cell.model == model]
         row.append(TableCell(f"{sum(result.seconds for result in own):.0f}"))
         rows.append(row)
     seeds = len({result.cell.seed for result in results})
     caption = (
         "Test scores of the checkpoint chosen on validation. Accuracy: chance 0, perfect 100. Bits per byte: lower is "
-        f"better. {'One seed' if seeds == 1 else f'Median of {seeds} seeds, all in brackets'}. "
-        f"Parameters: {'; '.join(f'{task} {_sizes(results, task)}' for task in tasks)}. "
-        "Seconds: of training, all tasks."
+        f"better. {'One seed' if seeds == 1 else f'Median of {seeds} seeds, all from worst to best in brackets'}. "
+        f"Parameters: {'; '.join(f'{label} {_sizes(results, label)}' for label in experiments)}. "
+        f"Seconds: of training, all tasks{'' if seeds == 1 else ' and seeds'}."
     )
     return Table(columns, rows, caption)
 
 
-def _sizes(results: Sequence[Result], task: str) -> str:
-    """The models' sizes on a task, from the smallest to the largest."""
-    sizes = [f"{size:,}" for size in sorted(result.parameters for result in results if result.cell.task == task)]
+def _sizes(results: Sequence[Result], label: str) -> str:
+    """The models' sizes on an experiment, from the smallest to the largest."""
+    sizes = [f"{size:,}" for size in sorted(result.parameters for result in results if result.cell.column == label)]
     return sizes[0] if sizes[0] == sizes[-1] else f"{sizes[0]} to {sizes[-1]}"
 
 
@@ -85,5 +93,6 @@ def _score(values: list[float], metric: str, best: float) -> TableCell:
         return f"{value:.3f}" if metric == "bits" else f"{100 * value:.1f}"
 
     middle = statistics.median(values)
-    everyone = f" ({' '.join(map(shown, sorted(values)))})" if len(values) > 1 else ""
-    return TableCell(shown(middle) + everyone, best=shown(middle) == shown(best))
+    everyone = sorted(values, reverse=metric == "bits")  # from worst to best
+    brackets = f" ({' '.join(map(shown, everyone))})" if len(values) > 1 else ""
+    return TableCell(shown(middle) + brackets, best=shown(middle) == shown(best))

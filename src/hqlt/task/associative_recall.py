@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from hqlt.task.task import IGNORE, Batch, Split
 
@@ -18,37 +21,41 @@ class AssociativeRecall:
         inputs    3 5 1 6               1 0 3 0 0 0
         targets   · · · ·               6 · 5 · · ·
 
-    Token 0 fills the gaps, and is no key.
+    Token 0 fills the gaps, and is no key. The defaults are zoology's settings.
 
-    Source: Arora et al. 2023, "Zoology: Measuring and Improving Recall in Efficient Language Models", section 3.
+    Source: Arora et al. 2023, "Zoology: Measuring and Improving Recall in Efficient Language Models", section 3; sizes
+    as in Arora et al. 2024, "Simple linear attention language models balance the recall-throughput tradeoff".
     """
 
     vocabulary: int = 8192
-    pairs: int = 64
-    """Pairs of a sequence in validation and test."""
-    train_pairs: tuple[int, ...] = (4, 8, 16, 32, 64)
-    """Pairs in training: each batch draws one of these. Few pairs teach what many cannot begin to."""
-    tokens_per_pair: int = 4
-    """A sequence's length by its pairs: two tokens for each pair, the rest for the queries and the gaps."""
+    train_sizes: Sequence[tuple[int, int]] = ((64, 4), (128, 8), (256, 16), (256, 32), (256, 64))
+    """(tokens, pairs) of training sequences: each batch draws one. Few pairs teach what many cannot begin to."""
+    test_sizes: Sequence[tuple[int, int]] = (
+        (64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256),
+    )  # fmt: skip
+    """(tokens, pairs) in validation and test, as many sequences of each, the shorter ones filled up with 0."""
     power: float = 0.01
     """The gap after the pairs has a density ∝ gap^(power − 1): most keys are asked for soon."""
+    against: Literal["distance", "pairs"] = "distance"
+    """What the scores are drawn against: the tokens between a pair and its query, or the sequence's pairs."""
 
     name = "recall"
     metric: Literal["accuracy"] = "accuracy"
-    coordinate_name = "tokens between pair and query"
 
     def __post_init__(self) -> None:
-        if self.tokens_per_pair < 4:
-            raise ValueError(
-                f"tokens_per_pair: expected at least 4, two for the pair and two for its query, "
-                f"got {self.tokens_per_pair}"
-            )
         most = self.vocabulary // 2 - 1
-        for name, pairs in (("pairs", self.pairs), *(("train_pairs", pairs) for pairs in self.train_pairs)):
-            if not 1 <= pairs <= most:
-                raise ValueError(
-                    f"{name}: expected 1 to {most}, the keys of a vocabulary of {self.vocabulary}, got {pairs}"
-                )
+        for name, sizes in (("train_sizes", self.train_sizes), ("test_sizes", self.test_sizes)):
+            for tokens, pairs in sizes:
+                if not 1 <= pairs <= most:
+                    raise ValueError(
+                        f"{name}: expected 1 to {most} pairs, the keys of a vocabulary of {self.vocabulary}, "
+                        f"got {pairs}"
+                    )
+                if tokens < 4 * pairs:
+                    raise ValueError(
+                        f"{name}: expected at least 4 tokens a pair, two for the pair and two for its query, got "
+                        f"{tokens} for {pairs} pairs"
+                    )
 
     @property
     def vocab_size(self) -> int:
@@ -58,16 +65,29 @@ class AssociativeRecall:
     def chance(self) -> float:
         return 1 / (self.vocabulary - self.vocabulary // 2)
 
+    @property
+    def coordinate_name(self) -> str:
+        return "pairs" if self.against == "pairs" else "tokens between pair and query"
+
     def sample(self, generator: torch.Generator, rows: int, split: Split) -> Batch:
         """A training batch of fewer pairs has as many more rows, so that it asks for as many values."""
-        n = self.pairs
         if split == "train":
-            n = self.train_pairs[int(torch.randint(len(self.train_pairs), (), generator=generator))]
-            rows = rows * self.pairs // n
-        return self._sequences(generator, rows, n)
+            tokens, pairs = self.train_sizes[int(torch.randint(len(self.train_sizes), (), generator=generator))]
+            return self._sequences(generator, rows * max(n for _, n in self.train_sizes) // pairs, tokens, pairs)
+        longest = max(tokens for tokens, _ in self.test_sizes)
+        each = [len(part) for part in torch.arange(rows).tensor_split(len(self.test_sizes))]
+        batches = [
+            self._sequences(generator, n, tokens, pairs)
+            for n, (tokens, pairs) in zip(each, self.test_sizes, strict=True)
+        ]
+        return Batch(
+            inputs=torch.cat([_fill(batch.inputs, longest, 0) for batch in batches]),
+            targets=torch.cat([_fill(batch.targets, longest, IGNORE) for batch in batches]),
+            coordinate=torch.cat([_fill(batch.coordinate, longest, 0) for batch in batches]),
+        )
 
-    def _sequences(self, generator: torch.Generator, rows: int, n: int) -> Batch:
-        half, t = self.vocabulary // 2, n * self.tokens_per_pair
+    def _sequences(self, generator: torch.Generator, rows: int, t: int, n: int) -> Batch:
+        half = self.vocabulary // 2
         keys = 1 + torch.rand(rows, half - 1, generator=generator).argsort(dim=1)[:, :n]
         values = torch.randint(half, self.vocabulary, (rows, n), generator=generator)
         slots = (t - 2 * n) // 2
@@ -79,8 +99,13 @@ class AssociativeRecall:
         inputs[:, : 2 * n] = torch.stack([keys, values], dim=2).flatten(1)
         inputs.scatter_(1, where, keys)
         distance = where - (2 * torch.arange(n) + 1)
+        coordinate = torch.full_like(where, n) if self.against == "pairs" else distance
         return Batch(
             inputs=inputs,
             targets=torch.full_like(inputs, IGNORE).scatter_(1, where, values),
-            coordinate=torch.zeros_like(inputs).scatter_(1, where, distance),
+            coordinate=torch.zeros_like(inputs).scatter_(1, where, coordinate),
         )
+
+
+def _fill(x: Tensor, length: int, value: int) -> Tensor:
+    return F.pad(x, (0, length - x.shape[1]), value=value)

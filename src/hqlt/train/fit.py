@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hqlt.evaluate.scores import Score, evaluate
-from hqlt.task import IGNORE, Batch, Task, generator_for
+from hqlt.task import IGNORE, Batch, StateTracking, Task, generator_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,14 @@ class Budget:
     """AdamW's, on matrices; norms and embeddings have none."""
     clip: float = 1.0
     """Greatest norm of a gradient; a longer one is shortened to it."""
+    average: float = 0.0
+    """Decay of an exponential average of the weights, which is scored and kept in their place; 0: none."""
+    curriculum: float = 0.0
+    """Share of the steps over which the greatest training length grows from the least to its own; 0: none."""
+    pack: bool = False
+    """Whether two training sequences share a row, with a reset between them: half the padding, the same loss."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the activations; weights and their updates are float32."""
     validations: int = 10
     """How often a checkpoint is scored on the validation set, evenly over the steps."""
     validation_rows: int = 128
@@ -46,6 +56,23 @@ class Budget:
             return self.learning_rate * (step + 1) / warm
         progress = (step - warm) / max(self.steps - warm, 1)
         return self.learning_rate * (0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+    def task_at(self, task: Task, step: int) -> Task:
+        """The task with the training lengths of this step."""
+        grows_until = round(self.curriculum * self.steps)
+        if step >= grows_until:
+            return task
+        if not isinstance(task, StateTracking):
+            raise ValueError(
+                f"curriculum: expected 0 for {task.name}, whose lengths do not grow, got {self.curriculum}"
+            )
+        shortest, longest = task.train_lengths
+        reached = shortest + math.ceil((longest - shortest) * (step + 1) / grows_until)
+        return dataclasses.replace(task, train_lengths=(shortest, reached))
+
+    def average_decay_at(self, step: int) -> float:
+        """step counts from 0. Early weights are forgotten sooner."""
+        return min(self.average, (step + 1) / (step + 10))
 
 
 class Progress(NamedTuple):
@@ -73,33 +100,39 @@ class Fit(NamedTuple):
 def fit(model: nn.Module, task: Task, budget: Budget, seed: int) -> Iterator[Progress | Fit]:
     """Train, and yield Progress after each update; last, with the best checkpoint's weights loaded, the Fit.
 
-    model: a causal language model of transformers' form. A step with a gradient that is not finite is left out.
-    The training data depends on the seed alone, validation and test sets on nothing: they are the same for all.
+    model: a causal language model of transformers' form, on the device that is to train it. A step with a gradient
+    that is not finite is left out. The training data depends on the seed alone, validation and test sets on nothing:
+    they are the same for all.
     """
+    device = next(model.parameters()).device
     optimiser = torch.optim.AdamW(parameter_groups(model, budget.weight_decay), lr=budget.learning_rate)
     source = generator_for("train", seed)
     validation_set = task.sample(generator_for("validation", 0), budget.validation_rows, "validation")
     validate_at = {round(budget.steps * (i + 1) / budget.validations) for i in range(budget.validations)}
+    scored = copy.deepcopy(model) if budget.average else model
     best_step, best, best_weights = 0, None, dict[str, Tensor]()
     tokens, begun = 0, time.perf_counter()
     for step in range(budget.steps):
-        batch = task.sample(source, budget.batch_size, "train")
+        batch = budget.task_at(task, step).sample(source, budget.batch_size, "train")
+        batch = (batch.packed() if budget.pack else batch).to(device)
         for group in optimiser.param_groups:
             group["lr"] = budget.learning_rate_at(step)
         model.train()
-        loss = loss_of(model, batch)
+        loss = loss_of(model, batch, budget.precision)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), budget.clip)
         if norm.isfinite():
             optimiser.step()
+        if budget.average:
+            average_into(scored, model, budget.average_decay_at(step))
         tokens += batch.inputs.numel()
         score = None
         if step + 1 in validate_at:
-            score = evaluate(model, task, validation_set)
+            score = evaluate(scored, task, validation_set)
             if best is None or score.better_than(best):
                 best_step, best = step + 1, score
-                best_weights = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+                best_weights = {name: weight.detach().clone() for name, weight in scored.state_dict().items()}
         seconds = time.perf_counter() - begun
         yield Progress(step + 1, loss.item(), norm.item(), seconds, tokens, score.value if score else None)
     assert best is not None
@@ -108,10 +141,18 @@ def fit(model: nn.Module, task: Task, budget: Budget, seed: int) -> Iterator[Pro
     yield Fit(best_step, best, evaluate(model, task, test_set))
 
 
-def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+@torch.no_grad()
+def average_into(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """average ← decay · average + (1 − decay) · model, weight by weight."""
+    for kept, weight in zip(average.parameters(), model.parameters(), strict=True):
+        kept.lerp_(weight, 1 - decay)
+
+
+def loss_of(model: nn.Module, batch: Batch, precision: str = "float32") -> Tensor:
     """Mean cross-entropy in nats over the scored tokens."""
-    logits = model(batch.inputs, resets=batch.resets, use_cache=False).logits
-    return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
+    with torch.autocast(batch.inputs.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        logits = model(batch.inputs, resets=batch.resets, use_cache=False).logits
+    return F.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:

@@ -10,6 +10,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import traceback
@@ -43,10 +44,18 @@ class Cell:
     budget: Budget
     seed: int = 0
     """Of the weights and of the training data."""
+    experiment: str = ""
+    """The label of the task with these options in tables and plots; empty: the task's name."""
+
+    @property
+    def column(self) -> str:
+        return self.experiment or self.task
 
     @property
     def name(self) -> str:
-        return f"{self.task}-{self.model}-seed{self.seed}".lower().replace(" ", "-")
+        """In letters that every file system takes."""
+        label = f"{self.column}-{self.model}-seed{self.seed}".lower().replace("β", "beta")
+        return re.sub(r"[^a-z0-9.]+", "-", label)
 
 
 class Result(NamedTuple):
@@ -57,7 +66,7 @@ class Result(NamedTuple):
     seconds: float
     fit: Fit
     history: list[Progress]
-    """The updates at which the validation set was scored, and as many between them as make a smooth curve."""
+    """Of the events that are kept."""
 
 
 class Event(NamedTuple):
@@ -65,6 +74,12 @@ class Event(NamedTuple):
 
     cell: Cell
     progress: Progress
+
+    @property
+    def kept(self) -> bool:
+        """Whether it stays in the cell's history: validations, and as many others as make a smooth curve."""
+        every = max(self.cell.budget.steps // 100, 1)
+        return self.progress.validation is not None or self.progress.step % every == 0
 
 
 class Failure(NamedTuple):
@@ -74,11 +89,16 @@ class Failure(NamedTuple):
 
 
 def run_grid(
-    cells: Sequence[Cell], folder: Path, workers: int, on_event: Callable[[Event | Result], None]
+    cells: Sequence[Cell],
+    folder: Path,
+    workers: int,
+    on_event: Callable[[Event | Result], None],
+    device: str = "cpu",
 ) -> list[Result]:
     """Run every cell that has no result in the folder yet; → all results, in the cells' order.
 
     on_event: called in this process for each progress and each result, those from an earlier start included.
+    device: where models are trained, such as "cuda"; all workers share it.
     Raises RuntimeError, after all others are done, for cells whose worker died or raised in every try.
     """
     (folder / "cells").mkdir(parents=True, exist_ok=True)
@@ -105,7 +125,7 @@ def run_grid(
             while waiting and len(running) < workers:
                 cell, attempt = waiting.pop(0)
                 ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=_work, args=(cell, folder, theirs), daemon=True)
+                process = context.Process(target=_work, args=(cell, folder, device, theirs), daemon=True)
                 process.start()
                 theirs.close()
                 running[ours] = process, cell, attempt
@@ -137,12 +157,12 @@ def run_grid(
     return [results[cell.name] for cell in cells]
 
 
-def _work(cell: Cell, folder: Path, pipe: Connection) -> None:
+def _work(cell: Cell, folder: Path, device: str, pipe: Connection) -> None:
     """One cell, in a process of its own with one thread."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     torch.set_num_threads(1)
     try:
-        for progress in run_cell(cell, folder):
+        for progress in run_cell(cell, folder, device):
             pipe.send(progress)
     except BrokenPipeError:
         pass  # the parent is gone
@@ -173,7 +193,7 @@ def _end(processes: list[BaseProcess]) -> None:
             process.kill()
 
 
-def run_cell(cell: Cell, folder: Path) -> Iterator[Event | Result]:
+def run_cell(cell: Cell, folder: Path, device: str = "cpu") -> Iterator[Event | Result]:
     """Train one cell: yields Events, then its Result."""
     from transformers.utils import logging
 
@@ -183,13 +203,14 @@ def run_cell(cell: Cell, folder: Path) -> Iterator[Event | Result]:
     task = TASKS[cell.task](**cell.task_options)
     torch.manual_seed(cell.seed)
     model = HQLTForCausalLM(HQLTConfig(**cell.config, vocab_size=task.vocab_size))
-    keep_every = max(cell.budget.steps // 100, 1)
+    torch.nn.Module.to(model, device)
     history: list[Progress] = []
     for told in fit(model, task, cell.budget, cell.seed):
         if isinstance(told, Progress):
-            if told.validation is not None or told.step % keep_every == 0:
+            event = Event(cell, told)
+            if event.kept:
                 history.append(told)
-            yield Event(cell, told)
+            yield event
         else:
             model.save_pretrained(folder / "models" / cell.name)
             yield Result(cell, model.num_parameters(), history[-1].seconds, told, history)

@@ -1,0 +1,72 @@
+"""`hqlt reproduce`: a study of the paper, or one of your own, as a grid of cells."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from hqlt.layer import one_of
+from hqlt.study import known_studies, read_study
+from hqlt.study.run import copy_results, leave_report, run_study
+
+ALIASES = {"table-2": "expressivity"}
+
+
+def reproduce(
+    what: str,
+    scale: Literal["laptop", "paper"] = "laptop",
+    only: str | None = None,
+    folder: Path | None = None,
+    workers: int | None = None,
+    device: str = "cpu",
+    quick: bool = False,
+    export: Path | None = None,
+) -> None:
+    """Train and score every model of a study with every seed, and print ours beside the paper's.
+
+    "expressivity" (or "table-2") is the paper's table of what each model can compute; "suite" has the other tasks,
+    "ablations" windows, mixers and convolutions; or give a YAML file of your own. Cells run in parallel processes. A
+    finished cell is never run again: the same command goes on where an earlier one was stopped.
+
+    Args:
+        what: the study's name, or a YAML file.
+        scale: "laptop" shows who solves what on two cores; "paper" is the paper's own setting, for a GPU.
+        only: one experiment of the study, such as "parity".
+        folder: where everything goes; runs/STUDY-SCALE by default.
+        workers: processes side by side, one thread each; all cores by default.
+        device: where models are trained, such as "cuda"; all workers share it.
+        quick: budgets too small to learn much, to see that everything runs.
+        export: a folder for what is worth committing, such as results/expressivity.
+    """
+    try:
+        name, file = find(what, scale)
+        study = read_study(file).only(only)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    if quick:
+        study, name = study.quick(), f"{name}-quick"
+    folder = folder or Path("runs") / name
+    options = {"scale": scale, "only": only, "folder": folder, "workers": workers, "device": device, "export": export}
+    again = ["hqlt", "reproduce", what, *(f"--{key}={value}" for key, value in options.items() if value is not None)]
+    console = Console()
+    results, settings = run_study(
+        study, folder, again=shlex.join(again + ["--quick"] * quick), workers=workers, device=device, console=console
+    )
+    leave_report(study, results, folder, settings, console)
+    if export is not None:
+        copy_results(folder, export)
+
+
+def find(what: str, scale: str) -> tuple[str, Path]:
+    """A study's name and its file."""
+    if what.endswith((".yaml", ".yml")):
+        return Path(what).stem, Path(what)
+    studies = known_studies()
+    one_of("what", what, sorted({*ALIASES, *(name.rpartition("-")[0] for name in studies)} - {""}))
+    name = f"{ALIASES.get(what, what)}-{scale}"
+    if name not in studies:
+        raise ValueError(f"scale: expected one that {what} has, got {scale!r}; there are {', '.join(studies)}")
+    return name, studies[name]

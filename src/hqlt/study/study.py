@@ -1,0 +1,205 @@
+"""What a study is, and how its YAML file is read: every key is known, and everything is built once before it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from hqlt.layer import one_of
+from hqlt.task import TASKS
+from hqlt.train.fit import Budget
+from hqlt.train.grid import Cell
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A task, and what all models get alike for it."""
+
+    task: str
+    """Name of the task."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Fields of the task."""
+    common: dict[str, Any] = field(default_factory=dict)
+    """Fields of HQLTConfig that the models share."""
+    budget: Budget
+    paper: dict[str, float] = field(default_factory=dict)
+    """What the paper reports, by model, in the table's units."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """Every model on every experiment with every seed."""
+
+    title: str
+    introduction: str
+    """What the study asks, in a few sentences."""
+    models: dict[str, dict[str, Any]]
+    """Fields of HQLTConfig that make a model what it is, by its label."""
+    experiments: dict[str, Experiment]
+    """By the label of their column."""
+    seeds: tuple[int, ...] = (0,)
+    """Of weights and training data."""
+
+    def cells(self) -> list[Cell]:
+        return [
+            Cell(
+                model=model,
+                config=config_of(experiment.common, own),
+                task=experiment.task,
+                task_options=experiment.options,
+                budget=experiment.budget,
+                seed=seed,
+                experiment=label,
+            )
+            for label, experiment in self.experiments.items()
+            for model, own in self.models.items()
+            for seed in self.seeds
+        ]
+
+    def only(self, label: str | None) -> Study:
+        """The study with one experiment; with all of them for None."""
+        if label is None:
+            return self
+        one_of("only", label, self.experiments)
+        return dataclasses.replace(self, experiments={label: self.experiments[label]})
+
+    def quick(self) -> Study:
+        """Budgets too small to learn much, to see that everything runs."""
+        return dataclasses.replace(
+            self,
+            experiments={
+                label: dataclasses.replace(experiment, budget=quick(experiment.budget))
+                for label, experiment in self.experiments.items()
+            },
+        )
+
+
+def quick(budget: Budget) -> Budget:
+    return dataclasses.replace(
+        budget,
+        steps=min(budget.steps, 15),
+        batch_size=min(budget.batch_size, 32),
+        validations=2,
+        validation_rows=16,
+        test_rows=64,
+    )
+
+
+def config_of(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """A model's fields of HQLTConfig: the shared ones, and its own over them.
+
+    `layer_kinds` may be one kind for all layers. Where `intermediate_size` is not given, the MLPs are three times as
+    wide as the model, and wider where the layers have no vector mixer: all models are equal in size. Where
+    `initializer_range` is not given, it is 1/(2√hidden_size).
+    """
+    config = {**common, **own}
+    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
+    alone = isinstance(kind := config.get("layer_kinds"), str)
+    if alone:
+        config["layer_kinds"] = [kind] * layers
+    gates = {"vector": hidden, "scalar": 2 * config["num_heads"], "sum": 0}[config.get("mixer", "vector")]
+    missing = hidden if alone else hidden - gates  # rows of the mixer's matrix; the MLP has three matrices
+    return {"initializer_range": hidden**-0.5 / 2, "intermediate_size": 3 * hidden + round(missing / 3)} | config
+
+
+def known_studies() -> dict[str, Path]:
+    """The studies that come with the library: `expressivity-laptop` and others."""
+    folder = Path(str(resources.files("hqlt.study")))
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def read_study(path: Path) -> Study:
+    """Read a study and build each of its models and tasks once, so that no mistake waits until it is run.
+
+        title: Parity
+        introduction: Who tracks a state?
+        seeds: [0, 1, 2]
+        models:
+          DeltaNet: {layer_kinds: fw}
+          Synchronous: {blend: synchronous}
+        experiments:
+          parity:
+            task: parity
+            options: {labels: prefix}
+            common: {hidden_size: 32, num_heads: 4, num_hidden_layers: 1, window: 8, rope_theta: null}
+            budget: {steps: 150, batch_size: 128}
+
+    Raises ValueError that says where a key is unknown (with the nearest that is known), missing or of a wrong type.
+    """
+    try:
+        given = _keys(Study, yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: expected a study in YAML: {error}") from None
+    experiments = {}
+    for label, experiment in _mapping(given["experiments"], f"{path}: experiments").items():
+        where = f"{path}: experiments.{label}"
+        experiment = _keys(Experiment, experiment, where)
+        budget = _build(Budget, experiment["budget"], f"{where}.budget")
+        experiments[label] = _build(Experiment, experiment | {"budget": budget}, where)
+        try:
+            one_of("task", experiments[label].task, TASKS)
+        except ValueError as error:
+            raise ValueError(f"{where}.{error}") from None
+        _build(TASKS[experiments[label].task], experiments[label].options, f"{where}.options")
+    study = _build(Study, given | {"experiments": experiments}, str(path))
+    for cell in study.cells():
+        _build_model(cell, f"{path}: {cell.model} in {cell.column}")
+    return study
+
+
+def _build(kind: type[T], given: Any, where: str) -> T:
+    """kind(**given), with keys and types checked. What is built already is taken as it is."""
+    given = _keys(kind, given, where)
+    built = {name: value for name, value in given.items() if _is_built(value)}
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    parser.add_class_arguments(kind, skip=set(built))
+    try:
+        plain = parser.parse_object({name: value for name, value in given.items() if name not in built})
+        return kind(**parser.instantiate(plain).as_dict(), **built)
+    except (ArgumentError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _is_built(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) or (isinstance(value, dict) and any(map(_is_built, value.values())))
+
+
+def _keys(kind: Any, given: Any, where: str) -> dict[str, Any]:
+    """The mapping, with no key that is not a field and none missing that has no default."""
+    fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
+    for name in _mapping(given, where):
+        try:
+            one_of("key", name, fields)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+    for name, known in fields.items():
+        required = known.default is dataclasses.MISSING and known.default_factory is dataclasses.MISSING
+        if required and name not in given:
+            raise ValueError(f"{where}: expected the key {name!r}, got {', '.join(map(repr, given)) or 'nothing'}")
+    return dict(given)
+
+
+def _mapping(given: Any, where: str) -> dict[str, Any]:
+    if not isinstance(given, dict):
+        raise ValueError(f"{where}: expected keys with values, got {given!r}")
+    return given
+
+
+def _build_model(cell: Cell, where: str) -> None:
+    """On a device that costs nothing."""
+    from hqlt.model import HQLTConfig
+
+    with torch.device("meta"):
+        try:
+            HQLTConfig(**cell.config, vocab_size=TASKS[cell.task](**cell.task_options).vocab_size)
+        except Exception as error:
+            raise ValueError(f"{where}: {error}") from None

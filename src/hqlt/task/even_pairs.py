@@ -1,0 +1,30 @@
+"""Even pairs: do the two letters change places an even number of times? A finite automaton that needs no counting."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hqlt.task.state_tracking import StateTracking
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvenPairs(StateTracking):
+    """n − 1 letters a and b; is the number of pairs ab and ba even? It is where the last letter equals the first.
+
+        letters   a b b a b    (pairs ab, ba, ab: three)
+        inputs    1 2 2 1 2
+        targets   · · · · 2    (1 even, 2 odd; labels "prefix": 1 2 2 1 2)
+
+    Source: Delétang et al. 2023, "Neural Networks and the Chomsky Hierarchy", appendix A.
+    """
+
+    name = "even-pairs"
+    vocab_size = 3
+    chance = 0.5
+
+    def _draw(self, generator: torch.Generator, count: Tensor) -> tuple[Tensor, Tensor]:
+        letters = torch.randint(0, 2, (len(count), int(count.max())), generator=generator)
+        return letters + 1, (letters != letters[:, :1]).long() + 1

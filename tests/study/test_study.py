@@ -1,0 +1,123 @@
+import dataclasses
+
+import pytest
+import torch
+import yaml
+
+from hqlt.model import HQLTConfig, HQLTForCausalLM
+from hqlt.study import known_studies, read_study
+from hqlt.task import TASKS
+from hqlt.train import Fit, fit
+
+GIVEN = {
+    "title": "t",
+    "introduction": "i",
+    "seeds": [0, 1],
+    "models": {"DeltaNet": {"layer_kinds": "fw"}, "Synchronous": {"mixer": "scalar"}},
+    "experiments": {
+        "short parity": {
+            "task": "parity",
+            "options": {"train_lengths": [3, 6]},
+            "common": {"hidden_size": 16, "num_heads": 2, "num_hidden_layers": 2},
+            "budget": {"steps": 4, "batch_size": 2, "learning_rate": "1e-3"},
+            "paper": {"Synchronous": 100},
+        }
+    },
+}
+
+
+def read(tmp_path, given):
+    file = tmp_path / "study.yaml"
+    file.write_text(given if isinstance(given, str) else yaml.safe_dump(given))
+    return read_study(file)
+
+
+def changed(path, value, given=GIVEN):
+    """The study with the value at a path of keys replaced, or for None taken out."""
+    first, *rest = path
+    new = {**given, first: changed(rest, value, given[first]) if rest else value}
+    return {k: v for k, v in new.items() if v is not None}
+
+
+def test_a_file_says_which_cells_there_are(tmp_path):
+    study = read(tmp_path, GIVEN)
+    cells = study.cells()
+    assert [(cell.model, cell.seed) for cell in cells] == [
+        ("DeltaNet", 0), ("DeltaNet", 1), ("Synchronous", 0), ("Synchronous", 1)
+    ]  # fmt: skip
+    assert cells[0].config["layer_kinds"] == ["fw", "fw"]
+    assert cells[0].budget.learning_rate == 1e-3
+    assert cells[0].name == "short-parity-deltanet-seed0"
+    assert study.experiments["short parity"].paper == {"Synchronous": 100.0}
+    assert {cell.budget.steps for cell in dataclasses.replace(study, seeds=(5,)).quick().cells()} == {4}
+
+
+PARITY = ("experiments", "short parity")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["sedes"], [1], r"key: expected one of .*, got 'sedes'; did you mean 'seeds'\?"),
+        (["title"], None, r"expected the key 'title', got 'experiments', 'introduction'"),
+        (["seeds"], ["a"], r"study.yaml: .*seeds"),
+        ([*PARITY, "budgets"], {}, r"experiments.short parity: key: .*did you mean 'budget'\?"),
+        ([*PARITY, "task"], "partiy", r"short parity.task: expected one of .*did you mean 'parity'\?"),
+        ([*PARITY, "budget", "step"], 1, r"parity.budget: key: expected .*did you mean 'steps'\?"),
+        ([*PARITY, "budget", "steps"], "many", r"parity.budget: .*steps(.|\n)*many"),
+        ([*PARITY, "budget"], {}, r"parity.budget: expected the key 'steps', got nothing"),
+        ([*PARITY, "options", "train_length"], 1, r"parity.options: key: .*did you mean 'train_lengths'\?"),
+        ([*PARITY, "options", "train_lengths"], [9, 3], r"parity.options: .*expected the least and the greatest"),
+        ([*PARITY, "common", "hiden_size"], 8, r"DeltaNet in short parity: .*did you mean 'hidden_size'\?"),
+        (["models", "Synchronous"], {"blend": "synchron"}, r"Synchronous in .*did you mean 'synchronous'\?"),
+        (["experiments"], [], r"experiments: expected keys with values, got \[\]"),
+    ],
+)
+def test_a_mistake_is_told_with_its_place_and_the_nearest_right_key(tmp_path, path, value, message):
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, changed(path, value))
+
+
+def test_what_is_no_yaml_or_not_there_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="expected a study in YAML"):
+        read(tmp_path, "a: [")
+    with pytest.raises(ValueError, match="expected a study in YAML"):
+        read_study(tmp_path / "nothing.yaml")
+    with pytest.raises(ValueError, match="only: expected one of 'short parity', got 'parity'"):
+        read(tmp_path, GIVEN).only("parity")
+
+
+@pytest.mark.parametrize("name", known_studies())
+def test_every_study_of_ours_reads_and_its_models_are_of_equal_size(name):
+    study = read_study(known_studies()[name])
+    cells = [cell for cell in study.cells() if cell.seed == study.seeds[0]]
+    assert len({cell.name for cell in study.cells()}) == len(study.cells())
+    for label, experiment in study.experiments.items():
+        assert set(experiment.paper) <= set(study.models)
+        vocabulary = TASKS[experiment.task](**experiment.options).vocab_size
+        with torch.device("meta"):
+            sizes = [
+                HQLTForCausalLM(HQLTConfig(**cell.config, vocab_size=vocabulary)).num_parameters()
+                for cell in cells
+                if cell.column == label
+            ]
+        if "intermediate_size" not in experiment.common:
+            assert max(sizes) / min(sizes) < 1.05, (label, sizes)
+
+
+def test_the_papers_setting_takes_a_step():
+    """With its own models; of its batches two sequences."""
+    study = read_study(known_studies()["expressivity-paper"])
+    for cell in study.cells():
+        if cell.seed == 0 and cell.model in ("Transformer", "Delayed-Chunk", "Synchronous"):
+            assert (cell.config["hidden_size"], cell.config["conv_size"]) == (128, 4)
+            assert (cell.budget.steps, cell.budget.batch_size, cell.budget.test_rows) in (
+                (20_000, 1024, 8192),
+                (100_000, 256, 8192),
+            )
+            task = TASKS[cell.task](**cell.task_options)
+            model = HQLTForCausalLM(HQLTConfig(**cell.config, vocab_size=task.vocab_size))
+            budget = dataclasses.replace(
+                cell.budget, steps=1, batch_size=2, validations=1, validation_rows=2, test_rows=2
+            )
+            assert isinstance([*fit(model, task, budget, seed=0)][-1], Fit)
