@@ -49,6 +49,9 @@ def test_a_file_says_which_cells_there_are(tmp_path):
     assert cells[0].budget.learning_rate == 1e-3
     assert cells[0].name == "short-parity-deltanet-seed0"
     assert study.experiments["short parity"].paper == {"Synchronous": 100.0}
+    again = dataclasses.replace(study.experiments["short parity"], seeds=(7,))
+    study = dataclasses.replace(study, experiments={"a": study.experiments["short parity"], "b": again})
+    assert [(c.column, c.seed) for c in study.cells() if c.model == "DeltaNet"] == [("a", 0), ("a", 1), ("b", 7)]
     assert {cell.budget.steps for cell in dataclasses.replace(study, seeds=(5,)).quick().cells()} == {4}
 
 
@@ -90,7 +93,7 @@ def test_what_is_no_yaml_or_not_there_is_refused(tmp_path):
 @pytest.mark.parametrize("name", known_studies())
 def test_every_study_of_ours_reads_and_its_models_are_of_equal_size(name):
     study = read_study(known_studies()[name])
-    cells = [cell for cell in study.cells() if cell.seed == study.seeds[0]]
+    cells = {(cell.column, cell.model): cell for cell in study.cells()}.values()
     assert len({cell.name for cell in study.cells()}) == len(study.cells())
     for label, experiment in study.experiments.items():
         assert set(experiment.paper) <= set(study.models)

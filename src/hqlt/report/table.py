@@ -69,12 +69,12 @@ def table_of(results: Sequence[Result], paper: Mapping[str, Mapping[str, float]]
         own = [result for result in results if result.cell.model == model]
         row.append(TableCell(f"{sum(result.seconds for result in own):.0f}"))
         rows.append(row)
-    seeds = len({result.cell.seed for result in results})
+    one_seed = len(results) == len({(result.cell.column, result.cell.model) for result in results})
     caption = (
         "Test scores of the checkpoint chosen on validation. Accuracy: chance 0, perfect 100. Bits per byte: lower is "
-        f"better. {'One seed' if seeds == 1 else f'Median of {seeds} seeds, all from worst to best in brackets'}. "
+        f"better. {'One seed' if one_seed else 'Median over seeds, all of them from worst to best in brackets'}. "
         f"Parameters: {'; '.join(f'{label} {_sizes(results, label)}' for label in experiments)}. "
-        f"Seconds: of training, all tasks{'' if seeds == 1 else ' and seeds'}."
+        f"Seconds: of training, all tasks{'' if one_seed else ' and seeds'}."
     )
     return Table(columns, rows, caption)
 

@@ -31,6 +31,8 @@ class Experiment:
     common: dict[str, Any] = field(default_factory=dict)
     """Fields of HQLTConfig that the models share."""
     budget: Budget
+    seeds: tuple[int, ...] | None = None
+    """Of weights and training data; None: the study's."""
     paper: dict[str, float] = field(default_factory=dict)
     """What the paper reports, by model, in the table's units."""
 
@@ -47,7 +49,7 @@ class Study:
     experiments: dict[str, Experiment]
     """By the label of their column."""
     seeds: tuple[int, ...] = (0,)
-    """Of weights and training data."""
+    """Of weights and training data, for experiments that name none."""
 
     def cells(self) -> list[Cell]:
         return [
@@ -62,7 +64,7 @@ class Study:
             )
             for label, experiment in self.experiments.items()
             for model, own in self.models.items()
-            for seed in self.seeds
+            for seed in experiment.seeds or self.seeds
         ]
 
     def only(self, label: str | None) -> Study:
