@@ -44,6 +44,8 @@ def test_learning_rate_warms_up_and_falls_by_a_cosine():
     assert rates[55] == pytest.approx(2.0 * (0.001 + 0.999 * 0.5))
     assert rates[99] < 0.01
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+    constant = dataclasses.replace(budget, final_rate=1.0)
+    assert {constant.learning_rate_at(step) for step in range(10, 100)} == {2.0}
 
 
 def test_gradients_are_really_clipped(monkeypatch):

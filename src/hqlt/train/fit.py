@@ -27,9 +27,11 @@ class Budget:
     batch_size: int
     """Sequences in an update."""
     learning_rate: float = 1e-2
-    """Peak of the schedule: linear warm-up, then a cosine down to 0.001 of it."""
+    """Peak of the schedule: linear warm-up, then a cosine."""
     warmup: float = 0.1
     """Share of the steps that the learning rate takes to its peak."""
+    final_rate: float = 0.001
+    """What the learning rate falls to at the end, as a share of its peak."""
     weight_decay: float = 0.0
     """AdamW's, on matrices; norms and embeddings have none."""
     clip: float = 1.0
@@ -55,7 +57,8 @@ class Budget:
         if step < warm:
             return self.learning_rate * (step + 1) / warm
         progress = (step - warm) / max(self.steps - warm, 1)
-        return self.learning_rate * (0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * progress)))
+        falling = 0.5 * (1 + math.cos(math.pi * progress))
+        return self.learning_rate * (self.final_rate + (1 - self.final_rate) * falling)
 
     def task_at(self, task: Task, step: int) -> Task:
         """The task with the training lengths of this step."""
