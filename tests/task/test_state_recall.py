@@ -42,9 +42,25 @@ def test_the_value_of_the_setting_is_the_answer(switches, longest, questions, se
 
 def test_the_worked_example():
     inputs = [int(n) for n in re.search(r"inputs +([\d ]+)", StateRecall.__doc__)[1].split()]
-    targets = re.search(r"targets +((?:· +)+)(.*)", StateRecall.__doc__)
+    targets = re.search(r"targets +((?:· +)+)(\d+) (\d+)", StateRecall.__doc__)
     assert targets[1].count("·") == 10
-    assert answers(inputs, 2) == dict(zip((10, 11), map(int, targets[2].split()), strict=True))
+    assert answers(inputs, 2) == {10: int(targets[2]), 11: int(targets[3])}
+
+
+def test_labels_at_every_prefix_name_the_setting():
+    task = StateRecall(switches=2, values=4, labels="prefix", train_lengths=(2, 9), test_lengths=(2, 9))
+    batch = task.sample(generator_for("train", 0), 50, "train")
+    for inputs, targets, walk in zip(
+        batch.inputs.tolist(), batch.targets.tolist(), batch.coordinate[:, 0].tolist(), strict=True
+    ):
+        setting = 0
+        for i in range(walk):
+            setting ^= inputs[i] - 1
+            assert targets[i] == 1 + 4 + setting
+        rest = {i: target for i, target in enumerate(targets) if target != IGNORE and i >= walk}
+        assert rest == answers(inputs, 2)
+    tested = task.sample(generator_for("test", 0), 50, "test")
+    assert ((tested.targets != IGNORE).sum(dim=1) == task.questions).all()
 
 
 def test_the_last_flip_alone_tells_nothing():
@@ -66,6 +82,7 @@ def test_the_last_flip_alone_tells_nothing():
     [
         ({"switches": 0}, "switches, questions: expected at least 1"),
         ({"values": 15}, "values: expected at least 16, one for each setting of 4 switches"),
+        ({"labels": "all"}, "labels: expected 'answer' or 'prefix'"),
         ({"train_lengths": (5, 3)}, "train_lengths: expected the least and the greatest length"),
     ],
 )

@@ -19,7 +19,7 @@ class StateRecall:
         what is flipped       01 11      11 → e   00 → c   10 → d   01 → f    01 10
         setting               01 10                                           11 01
         inputs                 2  4       8 13     5 11     7 12     6 14      2  3
-        targets                ·  ·       ·  ·     ·  ·     ·  ·     ·  ·     13 14
+        targets                ·  ·       ·  ·     ·  ·     ·  ·     ·  ·     13 14    (labels "prefix": 6 7 · …)
 
     With m = 2^switches settings and as many kinds of flips (one of them flips nothing): token 1 + flip, 1 + m +
     setting, 1 + 2m + value. 0 fills up rows on the right. The values of a row differ.
@@ -40,6 +40,8 @@ class StateRecall:
     """Least and greatest length of the walk in training."""
     test_lengths: tuple[int, int] = (40, 256)
     """Least and greatest length of the walk in validation and test."""
+    labels: Literal["answer", "prefix"] = "answer"
+    """What training scores: the answers alone, or after every flip of the walk the setting as well."""
 
     name = "state-recall"
     metric: Literal["accuracy"] = "accuracy"
@@ -55,6 +57,8 @@ class StateRecall:
                 f"values: expected at least {self.settings}, one for each setting of {self.switches} switches, "
                 f"got {self.values}"
             )
+        if self.labels not in ("answer", "prefix"):
+            raise ValueError(f"labels: expected 'answer' or 'prefix', got {self.labels!r}")
         for name, lengths in (("train_lengths", self.train_lengths), ("test_lengths", self.test_lengths)):
             if len(lengths) != 2 or not 1 <= lengths[0] <= lengths[1]:
                 raise ValueError(f"{name}: expected the least and the greatest length, 1 or more, got {lengths}")
@@ -85,14 +89,18 @@ class StateRecall:
         pairs = torch.stack([1 + m + order, 1 + 2 * m + value.gather(1, order)], dim=2).flatten(1)
 
         inputs = torch.zeros(rows, flips.shape[1] + 2 * m, dtype=torch.long)
-        inputs[:, : flips.shape[1]] = torch.where(torch.arange(flips.shape[1]) < walk, 1 + flips, 0)
+        walking = torch.arange(flips.shape[1]) < walk
+        inputs[:, : flips.shape[1]] = torch.where(walking, 1 + flips, 0)
         inputs.scatter_(1, walk + torch.arange(2 * m), pairs)
         question = walk + torch.arange(self.questions)
         asked = question + 2 * m
         inputs.scatter_(1, asked, 1 + flips.gather(1, question))
-        answers = 1 + 2 * m + value.gather(1, setting.gather(1, question))
+        targets = torch.full_like(inputs, IGNORE)
+        if split == "train" and self.labels == "prefix":
+            targets[:, : flips.shape[1]] = torch.where(walking, 1 + m + setting, IGNORE)
+        targets.scatter_(1, asked, 1 + 2 * m + value.gather(1, setting.gather(1, question)))
         return Batch(
             inputs=inputs,
-            targets=torch.full_like(inputs, IGNORE).scatter_(1, asked, answers),
+            targets=targets,
             coordinate=walk.expand_as(inputs),
         )

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hqlt.evaluate.scores import Score, evaluate
-from hqlt.task import IGNORE, Batch, StateTracking, Task, generator_for
+from hqlt.task import IGNORE, Batch, StateRecall, StateTracking, Task, generator_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class Budget:
         grows_until = round(self.curriculum * self.steps)
         if step >= grows_until:
             return task
-        if not isinstance(task, StateTracking):
+        if not isinstance(task, StateTracking | StateRecall):
             raise ValueError(
                 f"curriculum: expected 0 for {task.name}, whose lengths do not grow, got {self.curriculum}"
             )
