@@ -7,81 +7,96 @@ from hypothesis import strategies as st
 from hqlt.task import IGNORE, StateRecall, generator_for
 
 
-def answers(tokens, switches):
+def answers(tokens, switches, symbols):
     """{position: answer} by walking through the tokens one by one."""
     m = 2**switches
-    setting, value_of, last_key, found = [False] * switches, {}, None, {}
+    on, value_of, key, found = [False] * switches, {}, None, {}
     for i, token in enumerate(tokens):
         if 1 <= token <= m:  # a flip: the digits of token − 1 say which switches
             for switch in range(switches):
                 if (token - 1) // 2**switch % 2:
-                    setting[switch] = not setting[switch]
-            if len(value_of) == m:
-                found[i] = value_of[sum(on * 2**switch for switch, on in enumerate(setting))]
-        elif 1 + m <= token <= 2 * m:
-            last_key = token - 1 - m
-        elif token > 2 * m:
-            value_of[last_key] = token
+                    on[switch] = not on[switch]
+        elif m < token <= m + symbols:
+            setting = sum(is_on * 2**switch for switch, is_on in enumerate(on))
+            found[i] = value_of[token - 1 - m, setting]
+        elif m + symbols < token <= m + symbols + m * symbols:
+            key = divmod(token - 1 - m - symbols, m)
+        elif token:
+            value_of[key] = token
     return found
 
 
-@given(switches=st.integers(1, 3), longest=st.integers(3, 20), questions=st.integers(1, 6), seed=st.integers(0, 99))
-def test_the_value_of_the_setting_is_the_answer(switches, longest, questions, seed):
-    task = StateRecall(switches=switches, values=12, questions=questions, test_lengths=(3, longest))
-    batch = task.sample(generator_for("test", seed), 20, "test")
-    for inputs, targets, walk in zip(
-        batch.inputs.tolist(), batch.targets.tolist(), batch.coordinate[:, 0].tolist(), strict=True
-    ):
-        assert {i: target for i, target in enumerate(targets) if target != IGNORE} == answers(inputs, switches)
-        assert len(answers(inputs, switches)) == questions
+def rows_of(batch):
+    return zip(batch.inputs.tolist(), batch.targets.tolist(), batch.coordinate[:, 0].tolist(), strict=True)
+
+
+@given(
+    switches=st.integers(1, 2),
+    symbols=st.integers(1, 4),
+    longest=st.integers(3, 20),
+    questions=st.integers(1, 6),
+    seed=st.integers(0, 99),
+)
+def test_the_value_of_symbol_and_setting_is_the_answer(switches, symbols, longest, questions, seed):
+    task = StateRecall(switches=switches, symbols=symbols, values=20, questions=questions, test_lengths=(3, longest))
+    for inputs, targets, walk in rows_of(task.sample(generator_for("test", seed), 20, "test")):
+        found = answers(inputs, switches, symbols)
+        assert {i: target for i, target in enumerate(targets) if target != IGNORE} == found
+        assert len(found) == questions
         assert all(1 <= token <= task.settings for token in inputs[:walk])
-        values = [token for token in inputs if token > 2 * task.settings]
-        assert len(set(values)) == len(values) == task.settings
-        assert set(inputs[walk + 2 * task.settings + questions :]) <= {0}
-
-
-def test_the_worked_example():
-    inputs = [int(n) for n in re.search(r"inputs +([\d ]+)", StateRecall.__doc__)[1].split()]
-    targets = re.search(r"targets +((?:· +)+)(\d+) (\d+)", StateRecall.__doc__)
-    assert targets[1].count("·") == 10
-    assert answers(inputs, 2) == {10: int(targets[2]), 11: int(targets[3])}
+        values = [token for token in inputs if token >= task.vocab_size - task.values]
+        assert len(set(values)) == len(values) == task.pairs
+        assert set(inputs[walk + 2 * task.pairs + 2 * questions :]) <= {0}
+        assert max(inputs) < task.vocab_size
 
 
 def test_labels_at_every_prefix_name_the_setting():
-    task = StateRecall(switches=2, values=4, labels="prefix", train_lengths=(2, 9), test_lengths=(2, 9))
-    batch = task.sample(generator_for("train", 0), 50, "train")
-    for inputs, targets, walk in zip(
-        batch.inputs.tolist(), batch.targets.tolist(), batch.coordinate[:, 0].tolist(), strict=True
-    ):
+    task = StateRecall(switches=2, symbols=1, values=4, labels="prefix", train_lengths=(2, 9), test_lengths=(2, 9))
+    for inputs, targets, walk in rows_of(task.sample(generator_for("train", 0), 50, "train")):
         setting = 0
         for i in range(walk):
             setting ^= inputs[i] - 1
-            assert targets[i] == 1 + 4 + setting
+            assert targets[i] == 1 + setting
         rest = {i: target for i, target in enumerate(targets) if target != IGNORE and i >= walk}
-        assert rest == answers(inputs, 2)
+        for i in answers(inputs, 2, 1):
+            setting ^= inputs[i - 1] - 1
+            assert rest.pop(i - 1) == 1 + setting
+        assert rest == answers(inputs, 2, 1)
     tested = task.sample(generator_for("test", 0), 50, "test")
     assert ((tested.targets != IGNORE).sum(dim=1) == task.questions).all()
 
 
-def test_the_last_flip_alone_tells_nothing():
-    """Given all but the first flip of the walk, every setting is as likely: the bound on a window."""
-    task = StateRecall(switches=2, values=4, questions=1, train_lengths=(2, 2))
-    batch = task.sample(generator_for("train", 0), 4000, "train")
+def test_the_worked_example():
+    inputs = [int(n) for n in re.search(r"inputs +([\d ]+)", StateRecall.__doc__)[1].split()]
+    targets = re.search(r"targets +([\d· ]+)", StateRecall.__doc__)[1].split()
+    assert len(targets) == len(inputs)
+    assert {i: int(target) for i, target in enumerate(targets) if target != "·"} == answers(inputs, 1, 2)
+    prefixes = re.search(r"after every flip: ([\d ]+)", StateRecall.__doc__)[1].split()
+    setting = 0
+    for flip, label in zip(inputs, prefixes, strict=False):
+        setting ^= flip - 1
+        assert int(label) == 1 + setting
+
+
+def test_a_walk_without_its_first_flip_tells_nothing():
+    """Given all but one flip, every setting is as likely: the bound on a window."""
+    task = StateRecall(switches=2, symbols=1, values=4, questions=1, train_lengths=(2, 2))
+    batch = task.sample(generator_for("train", 0), 8000, "train")
     asked = batch.targets[batch.targets != IGNORE]
     setting = [
-        inputs[2:10].tolist().index(target) // 2
+        (inputs[inputs.tolist().index(target) - 1] - 6).item()
         for inputs, target in zip(batch.inputs, asked.tolist(), strict=True)
         if inputs[1] == 2 and inputs[10] == 1
     ]
-    assert len(setting) > 100
+    assert len(setting) > 200
     assert all(abs(setting.count(i) / len(setting) - 0.25) < 0.1 for i in range(4))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"switches": 0}, "switches, questions: expected at least 1"),
-        ({"values": 15}, "values: expected at least 16, one for each setting of 4 switches"),
+        ({"switches": 0}, "switches: expected at least 1"),
+        ({"values": 31}, "values: expected at least 32, one for each of 16 symbols in each of 2 settings, got 31"),
         ({"labels": "all"}, "labels: expected 'answer' or 'prefix'"),
         ({"train_lengths": (5, 3)}, "train_lengths: expected the least and the greatest length"),
     ],

@@ -1,4 +1,4 @@
-"""Recall by a tracked state: the key is never shown. It needs both memories at once."""
+"""Recall by a tracked state: half of the key is never shown. It needs both memories at once."""
 
 from __future__ import annotations
 
@@ -12,50 +12,51 @@ from hqlt.task.task import IGNORE, Batch, Split
 
 @dataclass(frozen=True, kw_only=True)
 class StateRecall:
-    """Switches are flipped in a long walk; then every setting of theirs gets a value; then more flips, and after each
-    the value of the setting that they are in.
+    """Switches are flipped in a long walk; then every symbol gets a value for every setting of theirs; then symbols are
+    asked for, each after one more flip: what is its value in the setting that the switches are in?
 
-        two switches         the walk    the value of each setting            flips
-        what is flipped       01 11      11 → e   00 → c   10 → d   01 → f    01 10
-        setting               01 10                                           11 01
-        inputs                 2  4       8 13     5 11     7 12     6 14      2  3
-        targets                ·  ·       ·  ·     ·  ·     ·  ·     ·  ·     13 14    (labels "prefix": 6 7 · …)
+        one switch, symbols a and b; 1 flips nothing, 2 the switch; 3 a, 4 b; 5 a off, 6 a on, 7 b off, 8 b on
+                   the walk       the pairs                   the questions
+        inputs     2  2  1  2     6 12   7  9   5 11   8 10   1  3    2  4
+        setting    on   off  on                               on      off
+        targets    ·  ·  ·  ·     ·  ·   ·  ·   ·  ·   ·  ·   · 12    ·  9
 
-    With m = 2^switches settings and as many kinds of flips (one of them flips nothing): token 1 + flip, 1 + m +
-    setting, 1 + 2m + value. 0 fills up rows on the right. The values of a row differ.
+    With m = 2^switches settings and as many kinds of flips: token 1 + flip, 1 + m + symbol, then symbol · m + setting,
+    then the values. Labels "prefix" ask for 1 + setting after every flip: 2 1 1 2 and 2 1. 0 fills up rows on the right.
+    The values of a row differ.
 
     Why both memories are needed. *A window alone* sees the last L·(S − 1) + 1 tokens with L layers. If one flip of the
     walk lies before them, the setting is uniform over all m given all it sees, and as the values differ, no guess is
-    right more often than 1 in m. *A state alone* follows the setting, two reflections for each switch, but must
-    keep m pairs that came once: more than the width of a head's matrix cannot be told apart in it. Together, the
-    FW-memory says where we are, and the KV-memory what is there, if the pairs and the flips fit into its window.
+    right more often than 1 in m. *A state alone* follows the setting, one reflection for each switch, but must keep
+    symbols · m pairs that came once: more than the width of a head's matrix cannot be told apart in it. Together, the
+    FW-memory says which setting, and the KV-memory what is there, if pairs and questions fit into its window.
     """
 
-    switches: int = 4
-    values: int = 32
-    """Different values that there are, at least as many as settings."""
+    switches: int = 1
+    symbols: int = 16
+    values: int = 64
+    """Different values that there are, at least as many as pairs."""
     questions: int = 16
-    """Flips after the pairs."""
+    """Flips and symbols after the pairs."""
     train_lengths: tuple[int, int] = (3, 40)
     """Least and greatest length of the walk in training."""
     test_lengths: tuple[int, int] = (40, 256)
     """Least and greatest length of the walk in validation and test."""
     labels: Literal["answer", "prefix"] = "answer"
-    """What training scores: the answers alone, or after every flip of the walk the setting as well."""
+    """What training scores: the answers alone, or after every flip the setting as well."""
 
     name = "state-recall"
     metric: Literal["accuracy"] = "accuracy"
     coordinate_name = "length of the walk"
 
     def __post_init__(self) -> None:
-        if self.switches < 1 or self.questions < 1:
+        for name in ("switches", "symbols", "questions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.values < self.pairs:
             raise ValueError(
-                f"switches, questions: expected at least 1 of each, got {self.switches} and {self.questions}"
-            )
-        if self.values < self.settings:
-            raise ValueError(
-                f"values: expected at least {self.settings}, one for each setting of {self.switches} switches, "
-                f"got {self.values}"
+                f"values: expected at least {self.pairs}, one for each of {self.symbols} symbols in each of "
+                f"{self.settings} settings, got {self.values}"
             )
         if self.labels not in ("answer", "prefix"):
             raise ValueError(f"labels: expected 'answer' or 'prefix', got {self.labels!r}")
@@ -69,8 +70,12 @@ class StateRecall:
         return 2**self.switches
 
     @property
+    def pairs(self) -> int:
+        return self.symbols * self.settings
+
+    @property
     def vocab_size(self) -> int:
-        return 1 + 2 * self.settings + self.values
+        return 1 + self.settings + self.symbols + self.pairs + self.values
 
     @property
     def chance(self) -> float:
@@ -78,29 +83,31 @@ class StateRecall:
 
     def sample(self, generator: torch.Generator, rows: int, split: Split) -> Batch:
         shortest, longest = self.train_lengths if split == "train" else self.test_lengths
-        m = self.settings
+        n, first_symbol = self.pairs, 1 + self.settings
+        first_key = first_symbol + self.symbols
         walk = torch.randint(shortest, longest + 1, (rows, 1), generator=generator)
-        flips = torch.randint(0, m, (rows, int(walk.max()) + self.questions), generator=generator)
+        flips = torch.randint(0, self.settings, (rows, int(walk.max()) + self.questions), generator=generator)
         bits = flips[..., None] >> torch.arange(self.switches) & 1
         setting = (bits.cumsum(dim=1) % 2 << torch.arange(self.switches)).sum(dim=2)
-
-        order = torch.rand(rows, m, generator=generator).argsort(dim=1)
-        value = torch.rand(rows, self.values, generator=generator).argsort(dim=1)[:, :m]
-        pairs = torch.stack([1 + m + order, 1 + 2 * m + value.gather(1, order)], dim=2).flatten(1)
-
-        inputs = torch.zeros(rows, flips.shape[1] + 2 * m, dtype=torch.long)
         walking = torch.arange(flips.shape[1]) < walk
+
+        order = torch.rand(rows, n, generator=generator).argsort(dim=1)
+        value = first_key + n + torch.rand(rows, self.values, generator=generator).argsort(dim=1)[:, :n]
+        pairs = torch.stack([first_key + order, value.gather(1, order)], dim=2).flatten(1)
+
+        symbol = torch.randint(0, self.symbols, (rows, self.questions), generator=generator)
+        asking = walk + torch.arange(self.questions)
+        questions = torch.stack([1 + flips.gather(1, asking), first_symbol + symbol], dim=2).flatten(1)
+        answers = value.gather(1, symbol * self.settings + setting.gather(1, asking))
+
+        inputs = torch.zeros(rows, int(walk.max()) + 2 * n + 2 * self.questions, dtype=torch.long)
         inputs[:, : flips.shape[1]] = torch.where(walking, 1 + flips, 0)
-        inputs.scatter_(1, walk + torch.arange(2 * m), pairs)
-        question = walk + torch.arange(self.questions)
-        asked = question + 2 * m
-        inputs.scatter_(1, asked, 1 + flips.gather(1, question))
+        inputs.scatter_(1, walk + torch.arange(2 * n), pairs)
+        inputs.scatter_(1, walk + 2 * n + torch.arange(2 * self.questions), questions)
         targets = torch.full_like(inputs, IGNORE)
+        asked = walk + 2 * n + 1 + 2 * torch.arange(self.questions)
         if split == "train" and self.labels == "prefix":
-            targets[:, : flips.shape[1]] = torch.where(walking, 1 + m + setting, IGNORE)
-        targets.scatter_(1, asked, 1 + 2 * m + value.gather(1, setting.gather(1, question)))
-        return Batch(
-            inputs=inputs,
-            targets=targets,
-            coordinate=walk.expand_as(inputs),
-        )
+            targets[:, : flips.shape[1]] = torch.where(walking, 1 + setting, IGNORE)
+            targets.scatter_(1, asked - 1, 1 + setting.gather(1, asking))
+        targets.scatter_(1, asked, answers)
+        return Batch(inputs, targets, walk.expand_as(inputs))
