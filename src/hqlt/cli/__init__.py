@@ -1,4 +1,7 @@
-"""The command line: `hqlt COMMAND`, one file a command. A command is a function; its arguments are the options."""
+"""The command line: `hqlt COMMAND`, one file a command.
+
+A command is a function, whose arguments are the options, or a dict of commands by name: `hqlt data prepare`.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,15 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable
+from typing import TypeAlias
 
 from jsonargparse import ActionYesNo, ArgumentParser
 
 from hqlt._version import version
 
-COMMANDS = ("bench", "demo", "reproduce")
+COMMANDS = ("bench", "data", "demo", "reproduce", "tokenizer")
+
+Command: TypeAlias = "Callable[..., None] | dict[str, Command]"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -19,17 +25,29 @@ def main(arguments: list[str] | None = None) -> None:
     parser = ArgumentParser(
         prog="hqlt", description="Hybrid memory layers: one layer, two memories.", version=version, allow_abbrev=False
     )
-    subcommands = parser.add_subcommands()
     commands = {name: getattr(importlib.import_module(f"hqlt.cli.{name}"), name) for name in COMMANDS}
-    for name, command in commands.items():
-        subcommands.add_subcommand(name, options_of(command))
-    given = parser.parse_args(arguments)
-    options = parser.instantiate(given)[given.subcommand].as_dict()
+    add_commands(parser, commands)
+    command: Command = commands
+    options = parser.instantiate(parser.parse_args(arguments)).as_dict()
+    while isinstance(command, dict):
+        name = options["subcommand"]
+        command, options = command[name], options[name]
     options.pop("config")
     try:
-        commands[given.subcommand](**options)
+        command(**options)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def add_commands(parser: ArgumentParser, commands: dict[str, Command]) -> None:
+    subcommands = parser.add_subcommands()
+    for name, command in commands.items():
+        if isinstance(command, dict):
+            group = ArgumentParser(description=f"One of: {', '.join(command)}.", allow_abbrev=False)
+            subcommands.add_subcommand(name, group)
+            add_commands(group, command)
+        else:
+            subcommands.add_subcommand(name, options_of(command))
 
 
 def options_of(command: Callable[..., None]) -> ArgumentParser:

@@ -77,18 +77,18 @@ class GridDisplay:
                 f"{told.gradient_norm:.2f}",
                 "" if told.validation is None else f"{told.validation:.3f}",
                 f"{speed:,.0f}",
-                _clock(told.seconds / told.step * (cell.budget.steps - told.step)),
+                clock(told.seconds / told.step * (cell.budget.steps - told.step)),
             )
         left = self.seconds_left()
         bar = Progress(
             TextColumn("cells"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("" if left is None else f"about {_clock(left)} left"),
+            TextColumn("" if left is None else f"about {clock(left)} left"),
         )
         bar.add_task("", total=self.cells, completed=self.done)
         return Group(table, bar)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

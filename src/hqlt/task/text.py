@@ -55,21 +55,24 @@ class StandardLibrary:
 @functools.cache
 def files_of(split: Split) -> tuple[Tensor, Tensor]:
     """All files of a split: their bytes [n] (uint8), and where a file begins [n] (bool)."""
-    library = Path(sysconfig.get_paths()["stdlib"])
-    texts = [
-        np.frombuffer(path.read_bytes(), dtype=np.uint8)
-        for path in sorted(library.rglob("*.py"), key=lambda path: _digest(path.relative_to(library)))
-        if not LEFT_OUT & set(path.relative_to(library).parts) and _split_of(path.relative_to(library)) == split
-    ]
+    texts = [np.frombuffer(path.read_bytes(), dtype=np.uint8) for path in library_files(split)]
     texts = [text for text in texts if len(text)]
-    if not texts:
+    begins = np.zeros(sum(map(len, texts)), dtype=bool)
+    begins[np.cumsum([0, *map(len, texts[:-1])])] = True
+    return torch.from_numpy(np.concatenate(texts)), torch.from_numpy(begins)
+
+
+def library_files(split: Split) -> list[Path]:
+    """The library's source files of a split, in an order that depends on their names alone."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    files = {path.relative_to(library): path for path in library.rglob("*.py")}
+    names = [name for name in files if not LEFT_OUT & set(name.parts) and _split_of(name) == split]
+    if not names:
         raise FileNotFoundError(
             f"{library}: expected the source files of Python's standard library, found none for the {split} split; "
             f"some minimal installations leave them out: install Python's full package"
         )
-    begins = np.zeros(sum(map(len, texts)), dtype=bool)
-    begins[np.cumsum([0, *map(len, texts[:-1])])] = True
-    return torch.from_numpy(np.concatenate(texts)), torch.from_numpy(begins)
+    return [files[name] for name in sorted(names, key=_digest)]
 
 
 def _digest(path: Path) -> bytes:

@@ -1,0 +1,119 @@
+"""`hqlt data prepare` and `hqlt data check`: folders of tokens."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from hqlt.data import Manifest, check, prepare
+from hqlt.report.preparing import PreparingDisplay
+
+
+def _prepare(
+    source: str,
+    folder: Path | None = None,
+    tokenizer: str = "bytes",
+    text_field: str = "text",
+    subset: str | None = None,
+    split: str = "train",
+    separator: str | None = None,
+    pattern: str | None = None,
+    validation: Path | None = None,
+    test: Path | None = None,
+    validation_share: float | None = None,
+    test_share: float | None = None,
+    limit_tokens: int | None = None,
+    shard_tokens: int = 1 << 25,
+) -> None:
+    """Turn documents into a folder of tokens for training: memory-mapped shards, and a manifest with checksums.
+
+    The same command goes on where an earlier one was stopped, and leaves a finished folder as it is. Documents are held
+    out for validation and test by a hash of their text.
+
+    Args:
+        source: python-library, a file (.txt, .jsonl, .jsonl.gz, .parquet), a folder of such files, or the name of a
+            dataset on the Hugging Face hub, such as HuggingFaceFW/fineweb-edu, which is streamed.
+        folder: where the tokens go; runs/data/SOURCE-TOKENIZER by default.
+        tokenizer: bytes, a tokenizer.json, a folder that holds one, or a name on the hub.
+        text_field: the field or column with the text, in JSON lines, Parquet and datasets.
+        subset: of a dataset on the hub, such as sample-100BT.
+        split: of a dataset on the hub.
+        separator: a line that stands between two documents of a text file, "" for blank lines; by default a file is one
+            document.
+        pattern: which files of a folder, such as "*.py"; text, JSON lines or Parquet files by default.
+        validation: a file or folder for validation; by default documents are held out.
+        test: a file or folder for the test split; by default documents are held out.
+        validation_share: of the documents; 0.005 by default, and at least one.
+        test_share: of the documents; 0.005 by default, and at least one.
+        limit_tokens: stop after the document with which there are as many tokens for training.
+        shard_tokens: tokens in a file; what is lost by an interrupt is less.
+    """
+    options = dict(locals())
+    console = Console(highlight=False)
+    folder = options["folder"] = folder or Path("runs/data") / slug(source, subset, tokenizer)
+    with PreparingDisplay(console) as display:
+        try:
+            manifest = prepare(**options, on_progress=display.on_progress)
+        except KeyboardInterrupt:
+            again = shlex.join(["hqlt", *sys.argv[1:]])
+            console.print(f"stopped with {display.kept:,} tokens in finished shards; go on with: {again}")
+            raise
+        except (ValueError, OSError) as error:
+            raise SystemExit(reason(error)) from None
+    if not display.worked:
+        console.print("finished by an earlier start:")
+    console.print(summary(folder, manifest), soft_wrap=True)
+
+
+def _check(folder: Path) -> None:
+    """Read a folder of tokens and compare each file with its checksum. Ends with status 1 where one is wrong.
+
+    Args:
+        folder: what `hqlt data prepare` wrote.
+    """
+    console = Console(highlight=False)
+    files, wrong = 0, 0
+    try:
+        with console.status("reading") as status:
+            for name, fault in check(folder):
+                status.update(name)
+                files += 1
+                if fault is not None:
+                    wrong += 1
+                    console.print(fault, soft_wrap=True)
+    except ValueError as error:
+        raise SystemExit(reason(error)) from None
+    console.print(f"{folder}: {files - wrong} of {files} parts are as the manifest says")
+    if wrong:
+        raise SystemExit(1)
+
+
+data = {"prepare": _prepare, "check": _check}
+
+
+def summary(folder: Path, manifest: Manifest) -> str:
+    """A line a split."""
+    lines = [f"{folder}: tokens of {manifest.tokenizer['name']}, vocabulary {manifest.tokenizer['vocab_size']:,}"]
+    for split, shards in manifest.splits.items():
+        if shards:
+            tokens, size = manifest.tokens(split), manifest.bytes(split)
+            lines.append(
+                f"{split:>12} {tokens:>15,} tokens {manifest.documents(split):>12,} documents {size:>16,} bytes of text"
+                f"  {size / tokens:.2f} bytes a token  {len(shards)} shard{'s' * (len(shards) > 1)}"
+            )
+    return "\n".join(lines)
+
+
+def slug(*names: str | None) -> str:
+    """A folder's name from other names."""
+    parts = [re.sub(r"[^a-z0-9.]+", "-", Path(name).name.lower()).strip("-.") for name in names if name]
+    return "-".join(filter(None, parts))
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, without its number."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -1,0 +1,30 @@
+"""The data of language models: tokenizers, folders of tokens, and batches of them.
+
+>>> prepare("python-library", "runs/data/python")           # once; `hqlt data prepare` on the command line
+>>> data = Windows(TokenFiles("runs/data/python"), length=256)
+>>> data.batch(0, rows=8)                                     # the first batch; any other, in any order, as well
+"""
+
+from hqlt.data.bpe import train_tokenizer
+from hqlt.data.files import TokenFiles, check
+from hqlt.data.manifest import Manifest
+from hqlt.data.parts import parts_of, training_texts
+from hqlt.data.prepare import Told, prepare
+from hqlt.data.stream import Stream
+from hqlt.data.tokenizer import Tokenizer, load_tokenizer
+from hqlt.data.windows import Windows
+
+__all__ = [
+    "Manifest",
+    "Stream",
+    "TokenFiles",
+    "Tokenizer",
+    "Told",
+    "Windows",
+    "check",
+    "load_tokenizer",
+    "parts_of",
+    "prepare",
+    "train_tokenizer",
+    "training_texts",
+]

@@ -1,0 +1,60 @@
+"""Documents of a Hugging Face dataset, streamed: nothing is stored but the tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from hqlt.data.local import text_of
+from hqlt.data.source import Source
+
+
+class Hub(Source):
+    """`datasets.load_dataset(name, subset, split=split, streaming=True)`, one field of each row.
+
+    Goes on by the dataset's own state: only the file that was being read is read again.
+    """
+
+    def __init__(self, name: str, subset: str | None = None, split: str = "train", text_field: str = "text") -> None:
+        super().__init__()
+        self.name, self.subset, self.split, self.text_field = name, subset, split, text_field
+        self.state: dict[str, Any] | None = None
+        self.dataset: Any = None
+        self.rows = 1
+
+    def identity(self) -> dict[str, Any]:
+        told = {"name": self.name, "subset": self.subset, "split": self.split, "text_field": self.text_field}
+        return {"kind": "Hub", **told}
+
+    def __iter__(self) -> Iterator[str]:
+        self.dataset = self._load()
+        if self.state is not None:
+            self.dataset.load_state_dict(self.state)
+        for row in self.dataset:
+            self.seen += 1
+            self.passed = self.size * self.seen // self.rows if self.size is not None else 0
+            yield text_of(row, self.text_field, f"{self.name}, row {self.seen}")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen, "dataset": self.dataset.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seen, self.state = state["seen"], state["dataset"]
+
+    def _load(self) -> Any:
+        try:
+            from datasets import load_dataset
+        except ImportError as error:
+            raise ValueError(f"{self.name}: is read by datasets; install it with: pip install 'hqlt[lm]'") from error
+        try:
+            dataset = load_dataset(self.name, name=self.subset, split=self.split, streaming=True)
+        except Exception as error:  # of many libraries below: network, hub, file formats
+            raise ValueError(
+                f"{self.name}: expected a file, a folder, python-library, or a dataset on the Hugging Face hub, which "
+                f"could not be loaded ({type(error).__name__}: {str(error).strip().splitlines()[0]}); check the name, "
+                f"--subset, --split and the network"
+            ) from error
+        about = (dataset.info.splits or {}).get(self.split)
+        if about is not None and about.num_examples:
+            self.size, self.rows = about.num_bytes, about.num_examples
+        return dataset

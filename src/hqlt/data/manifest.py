@@ -1,0 +1,89 @@
+"""What a folder of tokens says of itself, in manifest.json: written last, so that with it the folder is whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hqlt.data.shard import Shard, write_whole
+from hqlt.data.tokenizer import Tokenizer
+from hqlt.task.task import Split
+
+FORMAT = "hqlt-tokens-1"
+MANIFEST = "manifest.json"
+PROGRESS = "progress.json"
+"""In the manifest's place while the folder is not whole: the shards so far, and where the source is to go on."""
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    source: str
+    """What was asked for, for people to read."""
+    settings: dict[str, Any]
+    """The source and all that the tokens depend on; another setting is other data."""
+    tokenizer: dict[str, Any]
+    """name, vocab_size, eos_id, digest."""
+    dtype: str
+    """Of a token: the smallest of uint8, uint16 and uint32 that holds the vocabulary."""
+    splits: dict[str, list[Shard]] = dataclasses.field(default_factory=lambda: {split: [] for split in SPLITS})
+
+    @classmethod
+    def begin(
+        cls, source: str, parts: list[dict[str, Any]], limit_tokens: int | None, shard_tokens: int, tokenizer: Tokenizer
+    ) -> Manifest:
+        settings = {"parts": parts, "limit_tokens": limit_tokens, "shard_tokens": shard_tokens}
+        told = {
+            "name": tokenizer.name,
+            "vocab_size": tokenizer.vocab_size,
+            "eos_id": tokenizer.eos_id,
+            "digest": tokenizer.digest,
+        }
+        as_read_again = json.loads(json.dumps(settings))
+        return cls(source=source, settings=as_read_again, tokenizer=told, dtype=dtype_for(tokenizer.vocab_size))
+
+    def tokens(self, split: str) -> int:
+        return sum(shard.tokens for shard in self.splits[split])
+
+    def documents(self, split: str) -> int:
+        return sum(shard.documents for shard in self.splits[split])
+
+    def bytes(self, split: str) -> int:
+        return sum(shard.bytes for shard in self.splits[split])
+
+    def save(self, folder: Path, name: str = MANIFEST, **more: Any) -> None:
+        told = {"format": FORMAT, **dataclasses.asdict(self), **more}
+        write_whole(folder / name, (json.dumps(told, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_manifest(folder: Path, name: str = MANIFEST) -> tuple[Manifest, dict[str, Any]]:
+    """The manifest, and what else stands in the file."""
+    path = folder / name
+    if not path.is_file():
+        raise ValueError(f"{path}: {_what_is_there(folder)}")
+    try:
+        told = json.loads(path.read_text())
+        if told["format"] != FORMAT:
+            raise ValueError(f"{path}: expected format {FORMAT!r}, got {told['format']!r}; prepare the data anew")
+        fields = {field.name: told.pop(field.name) for field in dataclasses.fields(Manifest)}
+        fields["splits"] = {split: [Shard(**shard) for shard in shards] for split, shards in fields["splits"].items()}
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: expected a manifest written by `hqlt data prepare`, got {type(error).__name__}: {error}; "
+            f"prepare the data anew, into another folder"
+        ) from error
+    return Manifest(**fields), told
+
+
+def _what_is_there(folder: Path) -> str:
+    if (folder / PROGRESS).is_file():
+        return "the data is not whole yet; run the same `hqlt data prepare` again to go on"
+    what = "an empty or other folder" if folder.is_dir() else "no such folder"
+    return f"expected a folder written by `hqlt data prepare`, got {what}"
+
+
+def dtype_for(vocab_size: int) -> str:
+    return "uint8" if vocab_size <= 2**8 else "uint16" if vocab_size <= 2**16 else "uint32"

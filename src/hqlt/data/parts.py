@@ -1,0 +1,101 @@
+"""What is prepared: the sources, one after another, and which split the documents of each are for."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hqlt.data.holdout import Holdout
+from hqlt.data.hub import Hub
+from hqlt.data.local import KINDS, LocalFormat, TextFiles
+from hqlt.data.source import Source
+from hqlt.task.task import Split
+from hqlt.task.text import library_files
+
+HELD_OUT: tuple[Split, Split] = ("validation", "test")
+PYTHON_LIBRARY = "python-library"
+SHARE = 0.005
+"""Of the documents, for validation and for test each, where nothing else is said."""
+
+
+@dataclass(frozen=True)
+class Part:
+    source: Source
+    split: Split | tuple[float, float]
+    """The one split of all documents, or the shares that validation and test get of them."""
+
+    def holdout(self) -> Holdout | None:
+        """How documents are shared out; a look at the source's first ones, which are read again later."""
+        return None if isinstance(self.split, str) else Holdout.of(copy.copy(self.source), *self.split)
+
+    def identity(self) -> dict[str, Any]:
+        return {**self.source.identity(), "for": self.split}
+
+
+def parts_of(
+    source: str | Path | Source,
+    *,
+    text_field: str = "text",
+    subset: str | None = None,
+    split: str = "train",
+    separator: str | None = None,
+    pattern: str | None = None,
+    validation: Path | None = None,
+    test: Path | None = None,
+    validation_share: float | None = None,
+    test_share: float | None = None,
+) -> list[Part]:
+    """The parts in the order in which they are read.
+
+    source: "python-library", a file, a folder, the name of a dataset on the hub, or a Source. Its files' kinds say how
+    they are read: text, JSON lines, Parquet. The arguments are those of `prepare`.
+    """
+    if source == PYTHON_LIBRARY:
+        if (validation, test, validation_share, test_share) != (None, None, None, None):
+            raise ValueError(f"{PYTHON_LIBRARY}: expected no validation or test of your own, as it has fixed ones")
+        return [_library("train"), _library("validation"), _library("test")]
+    shares = [_share_of("validation", validation_share, validation), _share_of("test", test_share, test)]
+    given = [_there(name, file) for name, file in zip(HELD_OUT, (validation, test), strict=True) if file is not None]
+    how = LocalFormat(text_field=text_field, separator=separator, pattern=pattern)
+    if not isinstance(source, Source):
+        path = Path(source).expanduser()
+        if path.exists():
+            source = how.source_in(path, without=[file for _, file in given])
+        elif path.is_absolute() or str(source).startswith((".", "~")) or path.name.endswith(tuple(KINDS)):
+            raise ValueError(f"{source}: expected a file or a folder, found none")
+        else:
+            source = Hub(str(source), subset, split, text_field)
+    return [Part(source, (shares[0], shares[1])), *(Part(how.source_in(file), name) for name, file in given)]
+
+
+def training_texts(parts: Sequence[Part]) -> Iterator[str]:
+    """The documents of the training split."""
+    for part in parts:
+        holdout = part.holdout()
+        for text in copy.copy(part.source):
+            if (holdout.split_of(text) if holdout else part.split) == "train":
+                yield text
+
+
+def _library(split: Split) -> Part:
+    files = library_files(split)
+    return Part(TextFiles(files, Path(os.path.commonpath(files))), split)
+
+
+def _share_of(name: str, share: float | None, file: Path | None) -> float:
+    if file is None:
+        return SHARE if share is None else share
+    if share:
+        raise ValueError(f"{name}_share: expected none, as --{name} gives the documents, got {share}")
+    return 0.0
+
+
+def _there(name: Split, file: Path) -> tuple[Split, Path]:
+    path = file.expanduser()
+    if not path.exists():
+        raise ValueError(f"{name}: expected a file or a folder, found none at {file}")
+    return name, path

@@ -1,0 +1,262 @@
+"""From documents to a folder of tokens, shard by shard, going on where an earlier start was stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hqlt.data.holdout import Holdout
+from hqlt.data.manifest import MANIFEST, PROGRESS, SPLITS, Manifest, read_manifest
+from hqlt.data.parts import Part, parts_of
+from hqlt.data.shard import ShardWriter, sync_folder, told_if_not_written
+from hqlt.data.source import Source
+from hqlt.data.tokenizer import Tokenizer, load_tokenizer
+from hqlt.task.task import Split
+
+BATCH_DOCUMENTS, BATCH_CHARACTERS = 1024, 1 << 22
+"""A batch of texts for the tokenizer ends at whichever comes first."""
+
+
+class Told(NamedTuple):
+    """What can be told after each batch."""
+
+    documents: int
+    tokens: int
+    done: float | None
+    """The share of the work that is done; None: nobody knows."""
+    kept: int
+    """Tokens in finished shards, where no interrupt can take them away."""
+
+
+def prepare(
+    source: str | Path | Source,
+    folder: str | Path,
+    *,
+    tokenizer: str | Path = "bytes",
+    limit_tokens: int | None = None,
+    shard_tokens: int = 1 << 25,
+    on_progress: Callable[[Told], None] = lambda told: None,
+    **how: Any,
+) -> Manifest:
+    """Write the documents of a source as tokens into a folder that `TokenFiles` reads.
+
+    A finished folder of the same settings is left as it is. An unfinished one (after Ctrl-C, a kill or a full disk) is
+    gone on with from its last finished shards, and ends up the same as if nothing had happened.
+
+    source: "python-library", a text file, a .jsonl, .jsonl.gz or .parquet file, a folder of such files, the name of a
+        dataset on the Hugging Face hub, or a Source.
+    tokenizer: what `load_tokenizer` takes; a copy goes into the folder. A document ends with its eos token, if it has
+        one.
+    limit_tokens: stop after the document with which the training split has as many tokens.
+    shard_tokens: a round of shards, one for each split, is finished after the batch with which it has as many.
+    how: what `parts_of` takes: text_field; subset and split of a dataset; separator between the documents of a text
+        file; pattern of the files in a folder; validation and test files, or validation_share and test_share.
+    Raises ValueError for a wrong source, and for a folder with other data, in which nothing is touched; OSError where
+    the folder cannot be written.
+    """
+    folder = Path(folder)
+    if shard_tokens < 1 or (limit_tokens is not None and limit_tokens < 1):
+        raise ValueError(f"shard_tokens, limit_tokens: expected at least 1, got {shard_tokens}, {limit_tokens}")
+    parts = parts_of(source, **how)
+    tok = load_tokenizer(tokenizer)
+    wanted = Manifest.begin(str(source), [part.identity() for part in parts], limit_tokens, shard_tokens, tok)
+    with alone_in(folder):
+        manifest, place = begun_in(folder, wanted, tok)
+        if place is None:
+            return manifest
+        writing = Writing(folder, manifest, tok, parts, on_progress)
+        try:
+            writing.write_from(place)
+        finally:
+            writing.abandon()
+        refuse_empty(folder, manifest, parts)
+        manifest.save(folder)
+        (folder / PROGRESS).unlink()
+    return manifest
+
+
+class Place(NamedTuple):
+    """Where to go on."""
+
+    part: int = 0
+    source: dict[str, Any] | None = None
+    """How far the part's source was read; None: not at all."""
+    holdout: Holdout | None = None
+
+
+def begun_in(folder: Path, wanted: Manifest, tokenizer: Tokenizer) -> tuple[Manifest, Place | None]:
+    """The folder's data so far and where to go on; no place: it is whole. Refuses a folder with anything else in it."""
+    if (folder / MANIFEST).exists():
+        found, place = read_manifest(folder)[0], None
+    elif (folder / PROGRESS).exists():
+        found, more = read_manifest(folder, PROGRESS)
+        holdout = more["holdout"] and Holdout(*more["holdout"])
+        place = Place(more["part"], more["source"], holdout)
+    elif any(folder.iterdir()):
+        raise ValueError(f"{folder}: expected an empty folder or a new one, found other files in it")
+    else:
+        wanted.save(folder, PROGRESS, **Place()._asdict())
+        found, place = wanted, Place()
+    if (found.settings, found.tokenizer["digest"]) != (wanted.settings, wanted.tokenizer["digest"]):
+        raise ValueError(
+            f"{folder}: holds data of other settings ({_difference(found, wanted)}); give another folder, or remove it"
+        )
+    if place is not None:
+        tokenizer.save(folder / "tokenizer")
+    return found, place
+
+
+class Writing:
+    """The shards being written, and those that are finished."""
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        tokenizer: Tokenizer,
+        parts: Sequence[Part],
+        on_progress: Callable[[Told], None],
+    ) -> None:
+        self.folder, self.manifest, self.tokenizer, self.parts = folder, manifest, tokenizer, parts
+        self.on_progress = on_progress
+        self.limit: float = manifest.settings["limit_tokens"] or float("inf")
+        self.round: dict[str, ShardWriter] = {}
+
+    def write_from(self, place: Place) -> None:
+        while place.part < len(self.parts):
+            part = self.parts[place.part]
+            if place.source is None:
+                place = place._replace(holdout=part.holdout())
+            else:
+                part.source.load_state_dict(place.source)
+            self.tell()
+            for texts in batches(part.source):
+                self.write_batch(part, place.holdout, texts)
+                self.tell()
+                if sum(writer.tokens for writer in self.round.values()) >= self.manifest.settings["shard_tokens"]:
+                    self.keep(place._replace(source=part.source.state_dict()))
+                if self.enough_for(part):
+                    break
+            place = Place(place.part + 1)
+            self.keep(place)
+        self.tell()
+
+    def write_batch(self, part: Part, holdout: Holdout | None, texts: Sequence[str]) -> None:
+        for text, ids in zip(texts, self.tokenizer.encode_batch(texts), strict=True):
+            if self.enough_for(part):
+                return
+            split = holdout.split_of(text) if holdout else str(part.split)
+            if self.tokenizer.eos_id is not None:
+                ids = np.append(ids, self.tokenizer.eos_id)
+            if split not in self.round:
+                name = f"{split}-{len(self.manifest.splits[split]):05d}"
+                self.round[split] = ShardWriter(self.folder, name, self.manifest.dtype)
+            self.round[split].add(ids, len(text.encode()))
+
+    def enough_for(self, part: Part) -> bool:
+        return part.split not in ("validation", "test") and self._tokens("train") >= self.limit
+
+    def keep(self, place: Place) -> None:
+        """Finish the round's shards, then note them and the place that follows them."""
+        for split in list(self.round):
+            self.manifest.splits[split].append(self.round[split].finish())
+            del self.round[split]
+        sync_folder(self.folder)
+        self.manifest.save(self.folder, PROGRESS, **place._asdict())
+
+    def abandon(self) -> None:
+        """Take away the shards that are not finished."""
+        for writer in self.round.values():
+            writer.abandon()
+
+    def tell(self) -> None:
+        kept = sum(self.manifest.tokens(split) for split in SPLITS)
+        documents = sum(self.manifest.documents(split) for split in SPLITS)
+        writers = self.round.values()
+        self.on_progress(
+            Told(
+                documents + sum(len(writer.starts) for writer in writers),
+                kept + sum(writer.tokens for writer in writers),
+                self._done(),
+                kept,
+            )
+        )
+
+    def _tokens(self, split: str) -> int:
+        return self.manifest.tokens(split) + (self.round[split].tokens if split in self.round else 0)
+
+    def _done(self) -> float | None:
+        sizes = [part.source.size for part in self.parts]
+        whole = None if None in sizes else sum(filter(None, sizes))
+        read = sum(part.source.passed for part in self.parts) / whole if whole else None
+        towards = self._tokens("train") / self.limit
+        return max(read or 0.0, min(towards, 1.0)) if towards else read
+
+
+def batches(source: Source) -> Iterator[list[str]]:
+    """Documents that are not empty, many at a time."""
+    batch: list[str] = []
+    characters = 0
+    for text in source:
+        if text:
+            batch.append(text)
+            characters += len(text)
+        if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Make the folder, and refuse it while another process prepares data in it (where the system can tell)."""
+    with told_if_not_written(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{folder}: another process is preparing data there; wait for it or end it") from None
+    else:
+        yield
+    finally:
+        os.close(handle)
+
+
+def refuse_empty(folder: Path, manifest: Manifest, parts: Sequence[Part]) -> None:
+    """Every split that was asked for has documents."""
+    shares = next((part.split for part in parts if not isinstance(part.split, str)), (0.0, 0.0))
+    wanted: set[Split] = {"train", *(part.split for part in parts if isinstance(part.split, str))}
+    wanted |= {name for name, share in zip(SPLITS[1:], shares, strict=True) if share}
+    missing = [split for split in SPLITS if split in wanted and not manifest.documents(split)]
+    if missing:
+        raise ValueError(
+            f"{folder}: expected documents in every split, found none for {' and '.join(missing)}; raise "
+            f"--limit-tokens, --validation-share or --test-share, and remove this folder or give another"
+        )
+
+
+def _difference(found: Manifest, wanted: Manifest) -> str:
+    """The first settings that are not equal."""
+    if found.tokenizer["digest"] != wanted.tokenizer["digest"]:
+        return f"tokenizer: there {found.tokenizer['name']}, asked for {wanted.tokenizer['name']}"
+    for name in ("limit_tokens", "shard_tokens"):
+        if found.settings[name] != wanted.settings[name]:
+            return f"{name}: there {found.settings[name]}, asked for {wanted.settings[name]}"
+    there, asked = found.settings["parts"], wanted.settings["parts"]
+    for one, other in zip(there, asked, strict=False):
+        for key in sorted({*one, *other}):
+            if one.get(key) != other.get(key):
+                return f"source, {key}: there {one.get(key)}, asked for {other.get(key)}"
+    return f"there {len(there)} sources, asked for {len(asked)}"

@@ -1,0 +1,124 @@
+"""A shard: some whole documents of a split, as two files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+UNFINISHED = ".unfinished"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """What the manifest says of NAME.tokens (the documents end to end) and NAME.starts (where each begins, uint64)."""
+
+    name: str
+    tokens: int
+    documents: int
+    bytes: int
+    """Of the text, in UTF-8."""
+    sha256_tokens: str
+    sha256_starts: str
+
+
+class ShardWriter:
+    """Writes documents beside the shard's place; `finish` moves them there, `abandon` leaves no trace."""
+
+    def __init__(self, folder: Path, name: str, dtype: str) -> None:
+        self.name = name
+        self.dtype = stored(dtype)
+        self.paths = [folder / f"{name}{ending}" for ending in (".tokens", ".starts")]
+        self.tokens = self.bytes = 0
+        self.starts: list[int] = []
+        self.digest = hashlib.sha256()
+        with told_if_not_written(self.paths[0]):
+            self.file = _beside(self.paths[0]).open("wb", buffering=1 << 20)
+
+    def add(self, ids: NDArray[Any], text_bytes: int) -> None:
+        """One document."""
+        data = ids.astype(self.dtype).tobytes()
+        with told_if_not_written(self.paths[0]):
+            self.file.write(data)
+        self.digest.update(data)
+        self.starts.append(self.tokens)
+        self.tokens += len(ids)
+        self.bytes += text_bytes
+
+    def finish(self) -> Shard:
+        starts = np.array(self.starts, dtype=stored("uint64")).tobytes()
+        with told_if_not_written(self.paths[0]):
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.file.close()
+        with told_if_not_written(self.paths[1]):
+            write_synced(_beside(self.paths[1]), starts)
+            for path in self.paths:
+                _beside(path).replace(path)
+        return Shard(
+            name=self.name,
+            tokens=self.tokens,
+            documents=len(self.starts),
+            bytes=self.bytes,
+            sha256_tokens=self.digest.hexdigest(),
+            sha256_starts=hashlib.sha256(starts).hexdigest(),
+        )
+
+    def abandon(self) -> None:
+        with contextlib.suppress(OSError):  # what is still buffered may not fit either
+            self.file.close()
+        for path in self.paths:
+            _beside(path).unlink(missing_ok=True)
+
+
+def stored(dtype: str) -> np.dtype[Any]:
+    """How numbers lie in the file: little-endian on every machine."""
+    return np.dtype(dtype).newbyteorder("<")
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Replace a file in one step: it holds what it held, or all of the data."""
+    with told_if_not_written(path):
+        write_synced(_beside(path), data)
+        _beside(path).replace(path)
+        sync_folder(path.parent)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make moves within the folder last through a loss of power, where the system can."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def told_if_not_written(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{path} could not be written: {error.strerror}. All shards that were finished before are kept: "
+            f"make room, then run the same command again to go on",
+        ) from error
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(path.name + UNFINISHED)

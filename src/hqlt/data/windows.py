@@ -1,0 +1,79 @@
+"""Shuffled windows of a text, each once an epoch."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hqlt.data.files import TokenFiles
+from hqlt.data.permutation import permute
+from hqlt.task.task import IGNORE, Batch
+
+
+class Windows:
+    """Windows of `length` + 1 tokens in a shuffled order that is another one each epoch, without end.
+
+        tokens    a b c . d e .      (two documents; . ends one)
+        inputs    a b c . d e
+        targets   b c . – e .        (–: IGNORE; the first token of the next document is never asked for)
+        resets    1 0 0 0 1 0        (the window's first token, and where a document begins)
+
+    Window i holds the tokens i·length … (i+1)·length, so that each token is the target of one window at most; fewer
+    than `length` + 1 tokens at the end are left over. Nothing is held between calls: batch `index` is the same whenever
+    it is asked for, by however many ranks.
+    """
+
+    def __init__(self, files: TokenFiles, length: int = 256, seed: int = 0) -> None:
+        if length < 1 or len(files) < length + 1:
+            raise ValueError(
+                f"length: expected from 1 to {len(files) - 1}, as the {files.split} split of {files.folder} has "
+                f"{len(files)} tokens, got {length}"
+            )
+        self.files, self.length, self.seed = files, length, seed
+
+    def __len__(self) -> int:
+        """Windows in an epoch."""
+        return (len(self.files) - 1) // self.length
+
+    def batch(self, index: int, rows: int, rank: int = 0, ranks: int = 1) -> Batch:
+        """The index-th global batch of `rows` windows: this rank's part, [rows / ranks, length].
+
+        The parts of all ranks, one after another, are the batch of one rank alone.
+        """
+        of_rank = rows_of_rank(rows, rank, ranks)
+        windows = [self.window_at(index * rows + row) for row in of_rank]
+        return batch_of(self.files, torch.tensor(windows) * self.length, self.length, first=True)
+
+    def window_at(self, place: int) -> int:
+        """Which window stands at this place of the endless order."""
+        epoch, slot = divmod(place, len(self))
+        digest = hashlib.sha256(f"windows/{self.seed}/{epoch}".encode()).digest()
+        return int(permute(np.array([slot], np.uint64), len(self), int.from_bytes(digest[:8], "little"))[0])
+
+
+def batch_of(files: TokenFiles, starts: Tensor, length: int, first: Tensor | bool) -> Batch:
+    """Rows of `length` tokens from these starts [b]; first: whether (each row's) first token is a reset anyway."""
+    read = [files.read(start, start + length + 1) for start in starts.tolist()]
+    tokens = torch.stack([tokens for tokens, _ in read])
+    begins = torch.stack([begins for _, begins in read])
+    resets = begins[:, :-1].clone()
+    resets[:, 0] |= torch.as_tensor(first)
+    return Batch(
+        inputs=tokens[:, :-1],
+        targets=tokens[:, 1:].masked_fill(begins[:, 1:], IGNORE),
+        coordinate=torch.arange(length).expand(len(starts), -1),
+        resets=resets,
+    )
+
+
+def rows_of_rank(rows: int, rank: int, ranks: int) -> range:
+    """The rows of a global batch that are this rank's: as many for each, in order."""
+    if rows < 1 or rows % ranks:
+        raise ValueError(f"rows: expected a multiple of the {ranks} ranks, got {rows}")
+    if not 0 <= rank < ranks:
+        raise ValueError(f"rank: expected from 0 to {ranks - 1}, got {rank}")
+    each = rows // ranks
+    return range(rank * each, (rank + 1) * each)

@@ -1,0 +1,64 @@
+"""What a person sees while documents become tokens."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+
+from hqlt.data import Told
+from hqlt.report.live import clock
+
+LOG_SECONDS = 30
+
+
+class PreparingDisplay:
+    """One live line on a terminal; elsewhere (a log, CI) a line every half minute."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.live = Live(console=console, refresh_per_second=4, transient=True)
+        self.begun = self.logged = time.monotonic()
+        self.first: Told | None = None
+        """Where this start began."""
+        self.kept = 0
+
+    @property
+    def worked(self) -> bool:
+        """Whether there was anything to do."""
+        return self.first is not None
+
+    def __enter__(self) -> PreparingDisplay:
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.console.is_terminal:
+            self.live.stop()
+
+    def on_progress(self, told: Told) -> None:
+        now = time.monotonic()
+        self.kept = told.kept
+        if self.first is None:
+            self.first = told
+            return
+        line = self.line_of(told, self.first, max(now - self.begun, 1e-9))
+        if self.console.is_terminal:
+            self.live.update(line)
+        elif now - self.logged > LOG_SECONDS:
+            self.console.print(line)
+            self.logged = now
+
+    @staticmethod
+    def line_of(told: Told, first: Told, seconds: float) -> str:
+        speed = (told.tokens - first.tokens) / seconds
+        line = f"{told.documents:,} documents  {told.tokens:,} tokens  {speed:,.0f} tokens/s"
+        if told.done is not None and first.done is not None and told.done > first.done:
+            left = seconds * (1 - told.done) / (told.done - first.done)
+            line += f"  {100 * told.done:.0f} %  about {clock(left)} left"
+        return line
