@@ -27,8 +27,8 @@ LAYERS = [
 PARTS_THAT_KNOW_NO_MODEL = ("task", "data")
 
 HEAVY = {
-    "transformers", "tokenizers", "datasets", "pyarrow", "torchdata", "lm_eval", "matplotlib", "jinja2", "pandas", "scipy",
-    "gymnasium", "jsonargparse", "rich", "tensorboard", "triton", "accelerate",
+    "transformers", "tokenizers", "datasets", "pyarrow", "torchdata", "lm_eval", "matplotlib", "jinja2", "pandas",
+    "scipy", "gymnasium", "jsonargparse", "rich", "tensorboard", "triton", "accelerate",
 }  # fmt: skip
 
 

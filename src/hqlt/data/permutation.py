@@ -11,7 +11,7 @@ ROUNDS = 8
 GOLDEN = 0x9E3779B97F4A7C15
 
 
-def permute(index: NDArray[np.uint64], size: int, key: int) -> NDArray[np.uint64]:
+def permute(index: NDArray[np.int64], size: int, key: int) -> NDArray[np.int64]:
     """Where each index in [0, size) goes under the permutation of [0, size) that the key names.
 
     A Feistel network on the pairs (l, r) with index = l·b + r, a = ⌈√size⌉, b = ⌈size / a⌉:
@@ -32,7 +32,7 @@ def permute(index: NDArray[np.uint64], size: int, key: int) -> NDArray[np.uint64
             r = (r + _mixed(l, key, 2 * i + 1) % np.uint64(b)) % np.uint64(b)
         out[outside] = l * np.uint64(b) + r
         outside = out >= size
-    return out
+    return out.astype(np.int64)
 
 
 def _mixed(x: NDArray[np.uint64], key: int, line: int) -> NDArray[np.uint64]:

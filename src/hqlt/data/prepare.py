@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,23 +92,25 @@ class Place(NamedTuple):
 
 def begun_in(folder: Path, wanted: Manifest, tokenizer: Tokenizer) -> tuple[Manifest, Place | None]:
     """The folder's data so far and where to go on; no place: it is whole. Refuses a folder with anything else in it."""
+    place: Place | None = None
     if (folder / MANIFEST).exists():
-        found, place = read_manifest(folder)[0], None
+        found, _ = read_manifest(folder)
     elif (folder / PROGRESS).exists():
         found, more = read_manifest(folder, PROGRESS)
-        holdout = more["holdout"] and Holdout(*more["holdout"])
-        place = Place(more["part"], more["source"], holdout)
+        place = Place(more["part"], more["source"], more["holdout"] and Holdout(*more["holdout"]))
     elif any(folder.iterdir()):
         raise ValueError(f"{folder}: expected an empty folder or a new one, found other files in it")
     else:
-        wanted.save(folder, PROGRESS, **Place()._asdict())
         found, place = wanted, Place()
+    if place is not None and not any(found.splits.values()):  # nothing is lost by beginning anew
+        found, place = wanted, Place()
+        shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+        found.save(folder, PROGRESS, **place._asdict())
+        tokenizer.save(folder / "tokenizer")
     if (found.settings, found.tokenizer["digest"]) != (wanted.settings, wanted.tokenizer["digest"]):
         raise ValueError(
             f"{folder}: holds data of other settings ({_difference(found, wanted)}); give another folder, or remove it"
         )
-    if place is not None:
-        tokenizer.save(folder / "tokenizer")
     return found, place
 
 
@@ -128,6 +131,7 @@ class Writing:
         self.round: dict[str, ShardWriter] = {}
 
     def write_from(self, place: Place) -> None:
+        shard_tokens = self.manifest.settings["shard_tokens"]
         while place.part < len(self.parts):
             part = self.parts[place.part]
             if place.source is None:
@@ -135,10 +139,10 @@ class Writing:
             else:
                 part.source.load_state_dict(place.source)
             self.tell()
-            for texts in batches(part.source):
+            for texts in batches(part.source, min(BATCH_CHARACTERS, shard_tokens)):
                 self.write_batch(part, place.holdout, texts)
                 self.tell()
-                if sum(writer.tokens for writer in self.round.values()) >= self.manifest.settings["shard_tokens"]:
+                if sum(writer.tokens for writer in self.round.values()) >= shard_tokens:
                     self.keep(place._replace(source=part.source.state_dict()))
                 if self.enough_for(part):
                     break
@@ -198,15 +202,15 @@ class Writing:
         return max(read or 0.0, min(towards, 1.0)) if towards else read
 
 
-def batches(source: Source) -> Iterator[list[str]]:
-    """Documents that are not empty, many at a time."""
+def batches(source: Source, most_characters: int) -> Iterator[list[str]]:
+    """Documents that are not empty, many at a time; the last of a batch may exceed its characters."""
     batch: list[str] = []
     characters = 0
     for text in source:
         if text:
             batch.append(text)
             characters += len(text)
-        if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+        if len(batch) == BATCH_DOCUMENTS or characters >= most_characters:
             yield batch
             batch, characters = [], 0
     if batch:

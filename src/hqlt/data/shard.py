@@ -86,8 +86,11 @@ def stored(dtype: str) -> np.dtype[Any]:
 def write_whole(path: Path, data: bytes) -> None:
     """Replace a file in one step: it holds what it held, or all of the data."""
     with told_if_not_written(path):
-        write_synced(_beside(path), data)
-        _beside(path).replace(path)
+        try:
+            write_synced(_beside(path), data)
+            _beside(path).replace(path)
+        finally:
+            _beside(path).unlink(missing_ok=True)
         sync_folder(path.parent)
 
 
@@ -115,8 +118,8 @@ def told_if_not_written(path: Path) -> Iterator[None]:
     except OSError as error:
         raise OSError(
             error.errno,
-            f"{path} could not be written: {error.strerror}. All shards that were finished before are kept: "
-            f"make room, then run the same command again to go on",
+            f"{path} could not be written: {error.strerror}. What was finished before is kept: once this is mended, "
+            f"the same command goes on from there",
         ) from error
 
 

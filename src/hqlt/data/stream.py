@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+import numpy as np
 
 from hqlt.data.files import TokenFiles
 from hqlt.data.windows import batch_of, rows_of_rank
@@ -31,5 +31,5 @@ class Stream:
     def batch(self, index: int, rank: int = 0, ranks: int = 1) -> Batch:
         """The index-th batch: this rank's rows of it, [rows / ranks, length]."""
         step = index % len(self)
-        row = torch.tensor(rows_of_rank(self.rows, rank, ranks))
+        row = np.array(rows_of_rank(self.rows, rank, ranks))
         return batch_of(self.files, (row * len(self) + step) * self.length, self.length, first=step == 0)

@@ -6,7 +6,7 @@ import hashlib
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from hqlt.data.files import TokenFiles
 from hqlt.data.permutation import permute
@@ -43,24 +43,27 @@ class Windows:
 
         The parts of all ranks, one after another, are the batch of one rank alone.
         """
-        of_rank = rows_of_rank(rows, rank, ranks)
-        windows = [self.window_at(index * rows + row) for row in of_rank]
-        return batch_of(self.files, torch.tensor(windows) * self.length, self.length, first=True)
+        places = index * rows + np.array(rows_of_rank(rows, rank, ranks))
+        return batch_of(self.files, self.windows_at(places) * self.length, self.length, first=True)
 
-    def window_at(self, place: int) -> int:
-        """Which window stands at this place of the endless order."""
-        epoch, slot = divmod(place, len(self))
-        digest = hashlib.sha256(f"windows/{self.seed}/{epoch}".encode()).digest()
-        return int(permute(np.array([slot], np.uint64), len(self), int.from_bytes(digest[:8], "little"))[0])
+    def windows_at(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Which windows stand at these places of the endless order."""
+        epochs, slots = np.divmod(places, len(self))
+        windows = np.empty_like(slots)
+        for epoch in np.unique(epochs):
+            digest = hashlib.sha256(f"windows/{self.seed}/{epoch}".encode()).digest()
+            here = epochs == epoch
+            windows[here] = permute(slots[here], len(self), key=int.from_bytes(digest[:8], "little"))
+        return windows
 
 
-def batch_of(files: TokenFiles, starts: Tensor, length: int, first: Tensor | bool) -> Batch:
-    """Rows of `length` tokens from these starts [b]; first: whether (each row's) first token is a reset anyway."""
+def batch_of(files: TokenFiles, starts: NDArray[np.int64], length: int, first: bool) -> Batch:
+    """Rows of `length` tokens from these starts [b]; first: whether a row's first token is a reset in any case."""
     read = [files.read(start, start + length + 1) for start in starts.tolist()]
     tokens = torch.stack([tokens for tokens, _ in read])
     begins = torch.stack([begins for _, begins in read])
     resets = begins[:, :-1].clone()
-    resets[:, 0] |= torch.as_tensor(first)
+    resets[:, 0] |= first
     return Batch(
         inputs=tokens[:, :-1],
         targets=tokens[:, 1:].masked_fill(begins[:, 1:], IGNORE),

@@ -1,0 +1,217 @@
+import gzip
+import json
+
+import pytest
+
+from hqlt.data.holdout import FEW, Holdout
+from hqlt.data.hub import Hub
+from hqlt.data.local import JsonLines, LocalFormat, TextFiles
+from hqlt.data.parts import parts_of, training_texts
+from hqlt.task.text import files_of, library_files
+from tests.data.conftest import texts, write_lines
+
+
+def write_parquet(file, documents):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.table({"text": documents, "n": list(range(len(documents)))}), file, row_group_size=7)
+    return file
+
+
+def write_gzip(file, documents):
+    lines = "".join(json.dumps({"text": text}) + "\n\n" for text in documents)
+    file.write_bytes(gzip.compress(lines.encode()))
+    return file
+
+
+def write_text(file, documents):
+    file.write_text("\n".join(documents))  # documents end with a line, so a blank one stands between two
+    return file
+
+
+WRITERS = {
+    "a.txt": write_text,
+    "a.jsonl": write_lines,
+    "a.jsonl.gz": write_gzip,
+    "a.parquet": write_parquet,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_kind_of_file_gives_its_documents_and_goes_on_anywhere(name, tmp_path):
+    documents = texts(30)
+    WRITERS[name](tmp_path / name, documents)
+    how = LocalFormat(separator="")
+    source = how.source_in(tmp_path / name)
+    assert list(source) == documents
+    assert source.passed == source.size > 0
+    for done in (0, 1, 13, 30):
+        first = how.source_in(tmp_path)
+        read = [text for text, _ in zip(first, range(done), strict=False)]
+        second = how.source_in(tmp_path)
+        second.load_state_dict({"seen": len(read)})
+        assert [*read, *second] == documents
+
+
+def test_a_file_is_a_document_or_lines_that_stand_between(tmp_path):
+    (tmp_path / "b.txt").write_text("b\r\n\n")
+    (tmp_path / "a.txt").write_text("one\n\n\ntwo\nlines\n  \nthree")
+    (tmp_path / "c.other").write_text("c")
+    assert list(LocalFormat().source_in(tmp_path)) == ["one\n\n\ntwo\nlines\n  \nthree", "b\r\n\n"]
+    assert list(LocalFormat(separator="").source_in(tmp_path)) == ["one\n", "two\nlines\n", "three", "b\r\n"]
+    assert list(LocalFormat(separator="lines").source_in(tmp_path)) == ["one\n\n\ntwo\n", "  \nthree", "b\r\n\n"]
+    assert list(LocalFormat(pattern="c.*").source_in(tmp_path)) == ["c"]
+
+
+def test_the_library_is_split_as_the_task_splits_it():
+    parts = parts_of("python-library")
+    for part, split in zip(parts, ("train", "validation", "test"), strict=True):
+        assert part.split == split
+        assert isinstance(part.source, TextFiles)
+        assert part.source.files == library_files(split)
+    assert "".join(parts[1].source).encode() == bytes(files_of("validation")[0].numpy())
+    with pytest.raises(ValueError, match="expected no validation or test of your own"):
+        parts_of("python-library", test_share=0.1)
+
+
+def test_given_files_are_held_out_and_not_trained_on(tmp_path):
+    for name in ("a", "b", "c", "held"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "d.txt").write_text("d")
+    parts = parts_of(tmp_path, validation=tmp_path / "held.txt", test=tmp_path / "more")
+    assert [list(part.source) for part in parts] == [["a", "b", "c"], ["held"], ["d"]]
+    assert [part.split for part in parts] == [(0.0, 0.0), "validation", "test"]
+    with pytest.raises(ValueError, match=r"validation: expected a file or a folder, found none at .*nothing"):
+        parts_of(tmp_path, validation=tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"test_share: expected none, as --test gives the documents, got 0\.1"):
+        parts_of(tmp_path, test=tmp_path / "held.txt", test_share=0.1)
+
+
+def test_documents_are_held_out_by_what_they_are():
+    documents = texts(50)
+    holdout = Holdout.of(documents, 0.1, 0.04)
+    splits = [holdout.split_of(text) for text in documents]
+    assert [splits.count(split) for split in ("train", "validation", "test")] == [43, 5, 2]
+    assert Holdout.of(reversed(documents * 2), 0.1, 0.04) == holdout
+    of_many = Holdout.of((str(i) for i in range(10 * FEW)), 0.1, 0.05)
+    splits = [of_many.split_of(str(i)) for i in range(10 * FEW)]
+    assert 0.09 < splits.count("validation") / len(splits) < 0.11
+    assert 0.04 < splits.count("test") / len(splits) < 0.06
+    least = Holdout.of("abc", 0.005, 0.005)
+    assert sorted(map(least.split_of, "abc")) == ["test", "train", "validation"]
+    assert {Holdout.of("ab", 0, 0).split_of(text) for text in "ab"} == {"train"}
+    with pytest.raises(ValueError, match=r"expected at least 3 different documents, .* found 2; cut a long text"):
+        Holdout.of("abab", 0.1, 0.1)
+    with pytest.raises(ValueError, match=r"expected shares that leave some for training, got 0\.5, 0\.5"):
+        Holdout.of("ab", 0.5, 0.5)
+
+
+def test_a_tokenizer_is_trained_on_training_documents_alone(tmp_path):
+    documents = texts(40)
+    parts = parts_of(write_lines(tmp_path / "a.jsonl", documents), validation_share=0.2, test_share=0.2)
+    assert len(list(training_texts(parts))) == 24
+    assert list(training_texts(parts)) == list(training_texts(parts))
+
+
+def test_half_a_character_in_json_is_replaced(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud83d"}\n{"text": "\\ud83d\\ude42"}\n')
+    assert list(JsonLines([tmp_path / "a.jsonl"], tmp_path)) == ["a\N{REPLACEMENT CHARACTER}", "🙂"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', r"a\.jsonl, line 2: expected a field 'text', got 'txt'; name"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', r"a\.jsonl, line 2: expected a JSON object, got Expecting value"),
+        ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl, line 1: expected a text in 'text', got int"),
+        ("a.jsonl", b"[1]\n", r"a\.jsonl, line 1: expected a field 'text', got 'list'"),
+        ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl, line 1: expected a JSON object, got 'utf-8' codec"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"text": "a"}\n' * 9)[:-9],
+            r"gz: expected a whole gzip file, got .* after line",
+        ),
+        ("a.jsonl.gz", b"no gzip at all", r"a\.jsonl\.gz: expected a whole gzip file, got"),
+        ("a.txt", b"caf\xe9", r"a\.txt: expected text in UTF-8, got .* convert it first"),
+        ("a.parquet", b"PAR1 or not", r"a\.parquet: expected a whole Parquet file, got"),
+    ],
+)
+def test_a_broken_file_is_named_with_the_place(name, data, message, tmp_path):
+    (tmp_path / name).write_bytes(data)
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    with pytest.raises(ValueError, match=message):
+        list(LocalFormat().source_in(tmp_path / name))
+
+
+def test_wrong_columns_folders_and_names_are_told(tmp_path):
+    write_parquet(tmp_path / "a.parquet", ["a"])
+    with pytest.raises(ValueError, match=r"a\.parquet: expected a field 'body', got 'text', 'n'; name"):
+        list(LocalFormat(text_field="body").source_in(tmp_path))
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(ValueError, match=r"files of one kind .* found Parquet and TextFiles; choose by --pattern"):
+        LocalFormat().source_in(tmp_path)
+    with pytest.raises(ValueError, match=r"files of one kind .* found none"):
+        LocalFormat(pattern="*.xyz").source_in(tmp_path)
+    for name in ("./nothing", "corpus.jsonl", str(tmp_path / "x")):
+        with pytest.raises(ValueError, match="expected a file or a folder, found none"):
+            parts_of(name)
+    (part,) = parts_of("HuggingFaceFW/fineweb-edu", subset="sample-100BT")
+    assert isinstance(part.source, Hub)
+    assert part.source.identity() == {
+        "kind": "Hub",
+        "name": "HuggingFaceFW/fineweb-edu",
+        "subset": "sample-100BT",
+        "split": "train",
+        "text_field": "text",
+    }
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A dataset of several files, as it lies on the hub."""
+    pytest.importorskip("datasets")
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    documents = texts(60)
+    for i in range(3):
+        write_parquet(folder / f"train-{i:05d}-of-00003.parquet", documents[20 * i : 20 * i + 20])
+    write_parquet(folder / "test-00000-of-00001.parquet", ["held out"])
+    return str(folder), documents
+
+
+@pytest.mark.parametrize("done", [0, 1, 20, 33, 60])
+def test_a_dataset_of_the_hub_goes_on_anywhere(hub, done):
+    name, documents = hub
+    first = Hub(name)
+    rows = iter(first)
+    read = [next(rows) for _ in range(done)]
+    second = Hub(name)
+    if done:
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert [*read, *second] == documents
+    assert list(Hub(name, split="test")) == ["held out"]
+
+
+def test_what_the_hub_does_not_have_is_told(hub, monkeypatch):
+    name, _ = hub
+    with pytest.raises(ValueError, match=r"which could not be loaded \(ValueError: Bad split: tset"):
+        list(Hub(name, split="tset"))
+    with pytest.raises(ValueError, match=r"hub, row 1: expected a field 'body', got 'text', 'n'"):
+        list(Hub(name, text_field="body"))
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"no/such: expected a file, .* could not be loaded .* check the name"):
+        list(Hub("no/such"))
+
+
+def test_a_network_that_fails_half_way_is_told(hub, monkeypatch):
+    class Failing:
+        def __iter__(self):
+            yield {"text": "a"}
+            raise TimeoutError("no answer")
+
+    source = Hub(hub[0])
+    monkeypatch.setattr(source, "_load", Failing)
+    with pytest.raises(OSError, match=r"reading stopped after row 1 \(TimeoutError: no answer\); the same command"):
+        list(source)
