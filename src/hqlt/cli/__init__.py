@@ -67,4 +67,8 @@ def options_of(command: Callable[..., None]) -> ArgumentParser:
         if argument.arg_name in flags:
             action = ActionYesNo(no_prefix="no-")
             parser.add_argument(f"--{argument.arg_name}", action=action, default=False, help=argument.description)
+    for option in parser._actions:  # --top_p is also --top-p
+        dashed = [name.replace("_", "-") for name in option.option_strings if "_" in name]
+        option.option_strings = [*dashed, *option.option_strings]
+        parser._option_string_actions.update(dict.fromkeys(dashed, option))
     return parser

@@ -49,11 +49,11 @@ def _prepare(
         test: a file or folder for the test split; by default documents are held out.
         validation_share: of the documents; 0.005 by default, and at least one.
         test_share: of the documents; 0.005 by default, and at least one.
-        limit_tokens: stop after the document with which there are as many tokens for training.
+        limit_tokens: stop after the document with which there are as many tokens for training, and no split is empty.
         shard_tokens: tokens in a file; what is lost by an interrupt is less.
     """
     options = dict(locals())
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     folder = options["folder"] = folder or Path("runs/data") / slug(source, subset, tokenizer)
     with PreparingDisplay(console) as display:
         try:
@@ -66,7 +66,7 @@ def _prepare(
             raise SystemExit(reason(error)) from None
     if not display.worked:
         console.print("finished by an earlier start:")
-    console.print(summary(folder, manifest), soft_wrap=True)
+    console.print(summary(folder, manifest))
 
 
 def _check(folder: Path) -> None:
@@ -75,7 +75,7 @@ def _check(folder: Path) -> None:
     Args:
         folder: what `hqlt data prepare` wrote.
     """
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     files, wrong = 0, 0
     try:
         with console.status("reading") as status:
@@ -84,7 +84,7 @@ def _check(folder: Path) -> None:
                 files += 1
                 if fault is not None:
                     wrong += 1
-                    console.print(fault, soft_wrap=True)
+                    console.print(fault)
     except ValueError as error:
         raise SystemExit(reason(error)) from None
     console.print(f"{folder}: {files - wrong} of {files} parts are as the manifest says")

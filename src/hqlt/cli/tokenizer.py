@@ -48,7 +48,7 @@ def _train(
     options = dict(locals())
     vocabulary, limit_bytes = options.pop("vocabulary"), options.pop("limit_bytes")
     out = options.pop("out") or Path("runs/tokenizers") / f"{slug(source, subset)}-{vocabulary}"
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     try:
         with console.status("reading and counting pairs"):
             texts = training_texts(parts_of(**options))
@@ -56,8 +56,8 @@ def _train(
     except (ValueError, OSError) as error:
         raise SystemExit(reason(error)) from None
     fewer = "" if trained.vocab_size == vocabulary else f" (the text has not pairs enough for {vocabulary:,})"
-    console.print(f"{out}: a vocabulary of {trained.vocab_size:,}{fewer}", soft_wrap=True)
-    console.print(f"use it with: hqlt data prepare … --tokenizer={out}", soft_wrap=True)
+    console.print(f"{out}: a vocabulary of {trained.vocab_size:,}{fewer}")
+    console.print(f"use it with: hqlt data prepare … --tokenizer={out}")
 
 
 tokenizer = {"train": _train}

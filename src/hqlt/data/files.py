@@ -129,4 +129,5 @@ def _open(folder: Path, shard: Shard, ending: str, dtype: str) -> NDArray[Any]:
     found = path.stat().st_size
     if found != expected:
         raise ValueError(f"{path}: expected {expected} bytes, found {found}; {ADVICE}")
-    return np.memmap(path, dtype=stored(dtype), mode="r")
+    mapped = torch.from_file(str(path), size=found, dtype=torch.uint8)  # keeps no file open, unlike np.memmap
+    return mapped.numpy().view(stored(dtype))

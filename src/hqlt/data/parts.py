@@ -28,6 +28,13 @@ class Part:
     split: Split | tuple[float, float]
     """The one split of all documents, or the shares that validation and test get of them."""
 
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """Those that documents are wanted for."""
+        if isinstance(self.split, tuple):
+            return ("train", *(name for name, share in zip(HELD_OUT, self.split, strict=True) if share))
+        return (self.split,)
+
     def holdout(self) -> Holdout | None:
         """How documents are shared out; a look at the source's first ones, which are read again later."""
         return None if isinstance(self.split, str) else Holdout.of(copy.copy(self.source), *self.split)

@@ -17,7 +17,6 @@ from hqlt.data.parts import Part, parts_of
 from hqlt.data.shard import ShardWriter, sync_folder, told_if_not_written
 from hqlt.data.source import Source
 from hqlt.data.tokenizer import Tokenizer, load_tokenizer
-from hqlt.task.task import Split
 
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 1024, 1 << 22
 """A batch of texts for the tokenizer ends at whichever comes first."""
@@ -53,7 +52,7 @@ def prepare(
         dataset on the Hugging Face hub, or a Source.
     tokenizer: what `load_tokenizer` takes; a copy goes into the folder. A document ends with its eos token, if it has
         one.
-    limit_tokens: stop after the document with which the training split has as many tokens.
+    limit_tokens: stop after the document with which the training split has as many tokens, and no split is empty.
     shard_tokens: a round of shards, one for each split, is finished after the batch with which it has as many.
     how: what `parts_of` takes: text_field; subset and split of a dataset; separator between the documents of a text
         file; pattern of the files in a folder; validation and test files, or validation_share and test_share.
@@ -89,6 +88,11 @@ class Place(NamedTuple):
     """How far the part's source was read; None: not at all."""
     holdout: Holdout | None = None
 
+    @classmethod
+    def of(cls, told: dict[str, Any]) -> Place:
+        """From JSON."""
+        return cls(told["part"], told["source"], told["holdout"] and Holdout(*told["holdout"]))
+
 
 def begun_in(folder: Path, wanted: Manifest, tokenizer: Tokenizer) -> tuple[Manifest, Place | None]:
     """The folder's data so far and where to go on; no place: it is whole. Refuses a folder with anything else in it."""
@@ -97,7 +101,7 @@ def begun_in(folder: Path, wanted: Manifest, tokenizer: Tokenizer) -> tuple[Mani
         found, _ = read_manifest(folder)
     elif (folder / PROGRESS).exists():
         found, more = read_manifest(folder, PROGRESS)
-        place = Place(more["part"], more["source"], more["holdout"] and Holdout(*more["holdout"]))
+        place = Place.of(more["place"])
     elif any(folder.iterdir()):
         raise ValueError(f"{folder}: expected an empty folder or a new one, found other files in it")
     else:
@@ -105,7 +109,7 @@ def begun_in(folder: Path, wanted: Manifest, tokenizer: Tokenizer) -> tuple[Mani
     if place is not None and not any(found.splits.values()):  # nothing is lost by beginning anew
         found, place = wanted, Place()
         shutil.rmtree(folder / "tokenizer", ignore_errors=True)
-        found.save(folder, PROGRESS, **place._asdict())
+        found.save(folder, PROGRESS, place=place._asdict())
         tokenizer.save(folder / "tokenizer")
     if (found.settings, found.tokenizer["digest"]) != (wanted.settings, wanted.tokenizer["digest"]):
         raise ValueError(
@@ -129,6 +133,7 @@ class Writing:
         self.on_progress = on_progress
         self.limit: float = manifest.settings["limit_tokens"] or float("inf")
         self.round: dict[str, ShardWriter] = {}
+        self.tokens = {split: manifest.tokens(split) for split in SPLITS}
 
     def write_from(self, place: Place) -> None:
         shard_tokens = self.manifest.settings["shard_tokens"]
@@ -152,18 +157,25 @@ class Writing:
 
     def write_batch(self, part: Part, holdout: Holdout | None, texts: Sequence[str]) -> None:
         for text, ids in zip(texts, self.tokenizer.encode_batch(texts), strict=True):
-            if self.enough_for(part):
-                return
-            split = holdout.split_of(text) if holdout else str(part.split)
+            split = holdout.split_of(text) if holdout else part.split
+            assert not isinstance(split, tuple)
+            if self.enough_for(part) or (split == "train" and self.limit_reached):
+                continue
             if self.tokenizer.eos_id is not None:
                 ids = np.append(ids, self.tokenizer.eos_id)
             if split not in self.round:
                 name = f"{split}-{len(self.manifest.splits[split]):05d}"
                 self.round[split] = ShardWriter(self.folder, name, self.manifest.dtype)
             self.round[split].add(ids, len(text.encode()))
+            self.tokens[split] += len(ids)
 
     def enough_for(self, part: Part) -> bool:
-        return part.split not in ("validation", "test") and self._tokens("train") >= self.limit
+        """Whether the limit is reached, and no split of the part is empty."""
+        return "train" in part.splits and self.limit_reached and all(self.tokens[split] for split in part.splits)
+
+    @property
+    def limit_reached(self) -> bool:
+        return self.tokens["train"] >= self.limit
 
     def keep(self, place: Place) -> None:
         """Finish the round's shards, then note them and the place that follows them."""
@@ -171,7 +183,7 @@ class Writing:
             self.manifest.splits[split].append(self.round[split].finish())
             del self.round[split]
         sync_folder(self.folder)
-        self.manifest.save(self.folder, PROGRESS, **place._asdict())
+        self.manifest.save(self.folder, PROGRESS, place=place._asdict())
 
     def abandon(self) -> None:
         """Take away the shards that are not finished."""
@@ -179,26 +191,17 @@ class Writing:
             writer.abandon()
 
     def tell(self) -> None:
-        kept = sum(self.manifest.tokens(split) for split in SPLITS)
         documents = sum(self.manifest.documents(split) for split in SPLITS)
-        writers = self.round.values()
-        self.on_progress(
-            Told(
-                documents + sum(len(writer.starts) for writer in writers),
-                kept + sum(writer.tokens for writer in writers),
-                self._done(),
-                kept,
-            )
-        )
-
-    def _tokens(self, split: str) -> int:
-        return self.manifest.tokens(split) + (self.round[split].tokens if split in self.round else 0)
+        documents += sum(len(writer.starts) for writer in self.round.values())
+        tokens = sum(self.tokens.values())
+        kept = tokens - sum(writer.tokens for writer in self.round.values())
+        self.on_progress(Told(documents, tokens, self._done(), kept))
 
     def _done(self) -> float | None:
         sizes = [part.source.size for part in self.parts]
         whole = None if None in sizes else sum(filter(None, sizes))
         read = sum(part.source.passed for part in self.parts) / whole if whole else None
-        towards = self._tokens("train") / self.limit
+        towards = self.tokens["train"] / self.limit
         return max(read or 0.0, min(towards, 1.0)) if towards else read
 
 
@@ -240,14 +243,11 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 def refuse_empty(folder: Path, manifest: Manifest, parts: Sequence[Part]) -> None:
     """Every split that was asked for has documents."""
-    shares = next((part.split for part in parts if not isinstance(part.split, str)), (0.0, 0.0))
-    wanted: set[Split] = {"train", *(part.split for part in parts if isinstance(part.split, str))}
-    wanted |= {name for name, share in zip(SPLITS[1:], shares, strict=True) if share}
-    missing = [split for split in SPLITS if split in wanted and not manifest.documents(split)]
+    missing = [split for part in parts for split in part.splits if not manifest.documents(split)]
     if missing:
         raise ValueError(
             f"{folder}: expected documents in every split, found none for {' and '.join(missing)}; raise "
-            f"--limit-tokens, --validation-share or --test-share, and remove this folder or give another"
+            f"--validation-share or --test-share, or set them to 0, and remove this folder or give another"
         )
 
 

@@ -46,6 +46,8 @@ class PreparingDisplay:
         self.kept = told.kept
         if self.first is None:
             self.first = told
+            if told.tokens:
+                self.console.print(f"going on after {told.tokens:,} tokens of an earlier start")
             return
         line = self.line_of(told, self.first, max(now - self.begun, 1e-9))
         if self.console.is_terminal:

@@ -1,0 +1,85 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from hqlt.cli import main
+from hqlt.data import TokenFiles
+from tests.data.conftest import texts, write_lines
+
+pytest.importorskip("tokenizers")
+
+
+def test_from_text_to_tokens_of_a_tokenizer_of_ones_own(tmp_path, capsys):
+    lines = str(write_lines(tmp_path / "a.jsonl", texts(50)))
+    tokenizer, folder = tmp_path / "bpe", tmp_path / "tokens"
+    main(["tokenizer", "train", lines, "--vocabulary=300", f"--out={tokenizer}"])
+    assert f"{tokenizer}: a vocabulary of 300\n" in capsys.readouterr().out
+    command = ["data", "prepare", lines, f"--tokenizer={tokenizer}", f"--folder={folder}", "--validation-share=0.1"]
+    main(command)
+    said = capsys.readouterr().out
+    assert f"{folder}: tokens of {tokenizer}, vocabulary 300" in said
+    assert "finished by an earlier start" not in said
+    assert f"{len(TokenFiles(folder)):,} tokens           44 documents" in said
+    main(command)
+    assert "finished by an earlier start" in capsys.readouterr().out
+    main(["data", "check", str(folder)])
+    assert "7 of 7 parts are as the manifest says" in capsys.readouterr().out
+
+    tokens = folder / "train-00000.tokens"
+    tokens.write_bytes(bytes(len(tokens.read_bytes())))
+    with pytest.raises(SystemExit) as ended:
+        main(["data", "check", str(folder)])
+    assert ended.value.code == 1
+    said = capsys.readouterr().out
+    assert "train-00000.tokens: expected the checksum" in said
+    assert "6 of 7 parts are as the manifest says" in said
+
+
+def test_a_text_too_small_for_the_vocabulary_is_told(tmp_path, capsys):
+    lines = str(write_lines(tmp_path / "a.jsonl", ["a a a", "b b", "c"]))
+    main(["tokenizer", "train", lines, f"--out={tmp_path / 'bpe'}", "--validation-share=0", "--test-share=0"])
+    assert "has not pairs enough for 8,192" in capsys.readouterr().out
+
+
+def test_mistakes_end_with_one_line(tmp_path, capsys):
+    lines = str(write_lines(tmp_path / "a.jsonl", texts(50)))
+    main(["data", "prepare", lines, f"--folder={tmp_path / 'd'}"])
+    for wrong, message in (
+        (["data", "prepare", lines, f"--folder={tmp_path / 'd'}", "--limit-tokens=9"], "limit_tokens: there None"),
+        (["data", "prepare", "nothing.txt"], "expected a file or a folder, found none"),
+        (["data", "check", str(tmp_path)], "expected a folder written by `hqlt data prepare`"),
+        (["tokenizer", "train", lines, "--vocabulary=12"], "vocabulary: expected at least 257"),
+        (["data", "prepare", lines, f"--folder={lines}"], "could not be written: File exists"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(wrong)
+    for wrong in (["data"], ["data", "prepar"], ["data", "prepare"], ["data", "prepare", lines, "--folde=x"]):
+        with pytest.raises(SystemExit):
+            main(wrong)
+    assert "prepare" in capsys.readouterr().err
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path, request, capsys):
+    documents = [text * 60 for text in texts(300)]
+    lines = write_lines(tmp_path / "a.jsonl", documents)
+    log = tmp_path / "log"
+    command = ["data", "prepare", str(lines), f"--folder={tmp_path / 'd'}", "--shard-tokens=20000"]
+    with log.open("w") as out:
+        process = subprocess.Popen([sys.executable, "-m", "hqlt", *command], stdout=out, stderr=out)
+        request.addfinalizer(lambda: (process.kill(), process.wait()))
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not list((tmp_path / "d").glob("train-00003*")):
+            time.sleep(0.005)
+            assert process.poll() is None, log.read_text()
+        os.kill(process.pid, signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+    said = log.read_text()
+    assert "tokens in finished shards; go on with: hqlt data prepare" in said
+    assert "Traceback" not in said
+    main(command)
+    assert "tokens of an earlier start" in capsys.readouterr().out
+    assert TokenFiles(tmp_path / "d").documents > 250

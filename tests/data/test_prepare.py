@@ -1,0 +1,314 @@
+import itertools
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hqlt.data import TokenFiles, check, prepare
+from hqlt.data.manifest import dtype_for
+from tests.data.conftest import texts, write_lines
+
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def documents_of(files):
+    """Texts, cut where documents begin."""
+    tokens, begins = files.read(0, len(files))
+    starts = begins.nonzero()[:, 0].tolist()
+    return [
+        files.tokenizer.decode(tokens[start:stop].tolist())
+        for start, stop in zip(starts, [*starts[1:], len(tokens)], strict=True)
+    ]
+
+
+@pytest.mark.parametrize("name", ["bytes", "bpe"])
+def test_what_was_written_is_read_again(name, bpe, tmp_path):
+    documents = texts(80)
+    tokenizer = "bytes" if name == "bytes" else bpe
+    lines = write_lines(tmp_path / "a.jsonl", [*documents[:40], "", *documents[40:]])
+    manifest = prepare(
+        lines, tmp_path / "d", tokenizer=tokenizer, validation_share=0.1, test_share=0.05, shard_tokens=500
+    )
+    read = {split: TokenFiles(tmp_path / "d", split) for split in ("train", "validation", "test")}
+    kept = {split: documents_of(files) for split, files in read.items()}
+    assert [len(kept[split]) for split in kept] == [68, 8, 4]
+    for split, files in read.items():
+        assert kept[split] == [text for text in documents if text in kept[split]]
+        assert files.bytes == sum(len(text.encode()) for text in kept[split]) == manifest.bytes(split)
+        assert files.documents == len(kept[split])
+        assert files.vocab_size == (256 if name == "bytes" else 300)
+    assert sorted(itertools.chain(*kept.values())) == sorted(documents)
+    assert len(manifest.splits["train"]) > 3
+    assert manifest.dtype == dtype_for(read["train"].vocab_size) == ("uint8" if name == "bytes" else "uint16")
+    assert all(fault is None for _, fault in check(tmp_path / "d"))
+    assert len({files.digest for files in read.values()}) == 3
+
+
+def test_the_library_becomes_the_tasks_own_splits(tmp_path):
+    from hqlt.task.text import files_of
+
+    prepare("python-library", tmp_path)
+    for split in ("train", "validation", "test"):
+        tokens, begins = files_of(split)
+        files = TokenFiles(tmp_path, split)
+        read, starts = files.read(0, len(files))
+        assert read.equal(tokens.long())
+        assert starts.equal(begins)
+        assert files.bytes == len(tokens)
+
+
+def test_a_finished_folder_is_left_as_it_is_and_other_data_refused(tmp_path, bpe):
+    lines = write_lines(tmp_path / "a.jsonl", texts(20))
+    folder = tmp_path / "d"
+    first = prepare(lines, folder, limit_tokens=300)
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    told = []
+    assert prepare(lines, folder, limit_tokens=300, on_progress=told.append) == first
+    assert not told
+    for other, message in (
+        ({"limit_tokens": 400}, "limit_tokens: there 300, asked for 400"),
+        ({"tokenizer": bpe}, "tokenizer: there bytes, asked for"),
+        ({"test_share": 0.3}, r"source, for: there \[0.005, 0.005\], asked for \[0.005, 0.3\]"),
+        ({"text_field": "n"}, "source, text_field: there text, asked for n"),
+    ):
+        with pytest.raises(ValueError, match=f"holds data of other settings .{message}"):
+            prepare(lines, folder, **{"limit_tokens": 300, **other})
+    write_lines(lines, texts(21))
+    with pytest.raises(ValueError, match="source, names and sizes: there"):
+        prepare(lines, folder, limit_tokens=300)
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    with pytest.raises(ValueError, match="expected an empty folder or a new one, found other files"):
+        prepare(lines, tmp_path)
+
+
+def test_a_limit_is_reached_and_not_passed_by_more_than_a_document(tmp_path):
+    documents = texts(60)
+    lines = write_lines(tmp_path / "a.jsonl", documents)
+    held = write_lines(tmp_path / "v.jsonl", documents[:9])
+    for limit in (1, 700, 10**9):
+        manifest = prepare(lines, tmp_path / str(limit), validation=held, test_share=0, limit_tokens=limit)
+        trained = documents_of(TokenFiles(tmp_path / str(limit)))
+        sizes = [len(text.encode()) for text in trained]
+        assert trained == documents[: len(trained)]
+        assert sum(sizes[:-1]) < limit
+        assert sum(sizes) >= limit or len(trained) == 60
+        assert manifest.documents("validation") == 9
+
+
+def test_no_split_is_left_empty(tmp_path):
+    lines = write_lines(tmp_path / "a.jsonl", ["a", "b"])
+    with pytest.raises(ValueError, match="expected at least 3 different documents"):
+        prepare(lines, tmp_path / "d")
+    prepare(lines, tmp_path / "d", validation_share=0, test_share=0)  # nothing was there that could be lost
+    manifest = prepare(write_lines(tmp_path / "b.jsonl", texts(60)), tmp_path / "e", limit_tokens=1)
+    assert [manifest.documents(split) for split in ("train", "validation", "test")] == [1, 1, 1]
+
+
+def test_no_split_of_many_documents_is_left_empty_in_silence(tmp_path):
+    lines = write_lines(tmp_path / "a.jsonl", [str(i) for i in range(4096)])
+    with pytest.raises(ValueError, match=r"expected documents in every split, found none for test; raise"):
+        prepare(lines, tmp_path / "d", test_share=1e-9)
+
+
+COMMAND = """
+import json, sys, time
+from hqlt.data import prepare
+def slowly(told):
+    time.sleep(float(sys.argv[4]))
+prepare(sys.argv[1], sys.argv[2], tokenizer=sys.argv[3], validation_share=0.1, shard_tokens=400, on_progress=slowly)
+"""
+
+
+def start(*arguments):
+    return subprocess.Popen([sys.executable, "-c", COMMAND, *map(str, arguments)], stderr=subprocess.PIPE, text=True)
+
+
+def finished_shards(folder):
+    try:
+        return len(json.loads((folder / "progress.json").read_text())["splits"]["train"])
+    except FileNotFoundError:
+        return 0
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_start_is_gone_on_with(how, bpe, tmp_path, request):
+    lines = write_lines(tmp_path / "a.jsonl", texts(80))
+    prepare(lines, tmp_path / "whole", tokenizer=bpe, validation_share=0.1, shard_tokens=400)
+    folder, shards = tmp_path / "d", 0
+    for more in (1, 2):
+        process = start(lines, folder, bpe, 0.1)
+        request.addfinalizer(lambda process=process: (process.kill(), process.wait()))
+        deadline = time.monotonic() + 60
+        while finished_shards(folder) < shards + more:
+            assert time.monotonic() < deadline
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.02)
+        process.send_signal(how)
+        process.wait()
+        process.stderr.close()
+        shards = finished_shards(folder)
+        with pytest.raises(ValueError, match="the data is not whole yet; run the same `hqlt data prepare` again"):
+            TokenFiles(folder)
+        if how == signal.SIGINT:
+            assert not list(folder.glob("*.unfinished"))
+    told = []
+    prepare(lines, folder, tokenizer=bpe, validation_share=0.1, shard_tokens=400, on_progress=told.append)
+    assert told[0].kept == told[0].tokens > 400 * (shards - 1)
+    assert told[-1].done == 1
+    assert contents(folder) == contents(tmp_path / "whole")
+
+
+def test_two_at_once_are_refused(tmp_path, request, bpe):
+    if os.name != "posix":
+        pytest.skip("no locks")
+    lines = write_lines(tmp_path / "a.jsonl", texts(80))
+    process = start(lines, tmp_path / "d", "bytes", 30)
+    request.addfinalizer(lambda: (process.kill(), process.wait(), process.stderr.close()))
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "d" / "progress.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    with pytest.raises(ValueError, match="another process is preparing data there"):
+        prepare(lines, tmp_path / "d")
+
+
+def test_a_full_disk_is_told_and_leaves_no_half_shard(tmp_path):
+    """The limit on a file's size stands for a full disk: the system refuses to write on in the same way."""
+    lines = write_lines(tmp_path / "a.jsonl", ["short\n"] * 300 + ["long " * 20_000, "a", "b", "c"] + texts(30))
+    how = {"validation_share": 0, "test_share": 0, "shard_tokens": 600}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"d/train-\d+\.tokens could not be written: File too large\. What was fin"):
+            prepare(lines, tmp_path / "d", **how)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert finished_shards(tmp_path / "d") > 0
+    assert not list((tmp_path / "d").glob("*.unfinished"))
+    prepare(lines, tmp_path / "d", **how)
+    prepare(lines, tmp_path / "whole", **how)
+    assert contents(tmp_path / "d") == contents(tmp_path / "whole")
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc to count open files")
+def test_many_shards_do_not_stay_open(tmp_path):
+    lines = write_lines(tmp_path / "a.jsonl", texts(80))
+    manifest = prepare(lines, tmp_path / "d", shard_tokens=1)
+    assert len(manifest.splits["train"]) > 70
+    before = len(os.listdir("/proc/self/fd"))
+    files = TokenFiles(tmp_path / "d")
+    assert len(documents_of(files)) == 78
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.fixture
+def folder(tmp_path, bpe):
+    lines = write_lines(tmp_path / "a.jsonl", texts(80))
+    prepare(lines, tmp_path / "d", tokenizer=bpe, shard_tokens=400)
+    return tmp_path / "d"
+
+
+def test_a_file_that_is_missing_or_cut_is_named(folder):
+    for name, change, message in (
+        ("train-00001.tokens", lambda data: data[:-1], r"train-00001\.tokens: expected \d+ bytes, found \d+; restore"),
+        ("train-00002.starts", lambda data: data + b"0", r"train-00002\.starts: expected \d+ bytes, found \d+"),
+        ("train-00000.tokens", None, r"train-00000\.tokens: expected a file of \d+ bytes, found none; restore"),
+    ):
+        path = folder / name
+        data = path.read_bytes()
+        if change is None:
+            path.unlink()
+        else:
+            path.write_bytes(change(data))
+        with pytest.raises(ValueError, match=message):
+            TokenFiles(folder)
+        assert [file for file, fault in check(folder) if fault] == [name]
+        path.write_bytes(data)
+    TokenFiles(folder)
+
+
+def test_what_keeps_its_size_is_found_by_its_checksum(folder):
+    for name in ("train-00001.tokens", "train-00001.starts", "tokenizer/tokenizer_config.json"):
+        path = folder / name
+        data = path.read_bytes()
+        path.write_bytes(
+            data.replace(b"<|endoftext|>", b"a") if name.endswith("json") else bytes([data[0] ^ 1]) + data[1:]
+        )
+        TokenFiles(folder)
+        (fault,) = [fault for _, fault in check(folder) if fault]
+        assert "expected the" in fault
+        assert "found" in fault
+        path.write_bytes(data)
+    assert not [fault for _, fault in check(folder) if fault]
+
+
+def test_a_manifest_that_is_none_is_refused(folder, tmp_path):
+    manifest = folder / "manifest.json"
+    whole = manifest.read_text()
+    for wrong, message in (
+        ("{", "expected a manifest written by `hqlt data prepare`, got JSONDecodeError"),
+        ("{}", "expected a manifest .* got KeyError: 'format'"),
+        (whole.replace("hqlt-tokens-1", "hqlt-tokens-9"), "expected format 'hqlt-tokens-1', got 'hqlt-tokens-9'"),
+    ):
+        manifest.write_text(wrong)
+        with pytest.raises(ValueError, match=message):
+            TokenFiles(folder)
+    with pytest.raises(ValueError, match="got no such folder"):
+        TokenFiles(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="got an empty or other folder"):
+        TokenFiles(tmp_path)
+    manifest.write_text(whole)
+    with pytest.raises(ValueError, match=r"expected one that .* holds, train or validation or test, got 'tset'"):
+        TokenFiles(folder, "tset")
+
+
+def test_a_folder_can_be_moved_and_has_its_tokenizer(folder, bpe, tmp_path):
+    before = TokenFiles(folder)
+    moved = TokenFiles(folder.rename(tmp_path / "moved"))
+    assert moved.digest == before.digest
+    assert moved.tokenizer.digest == before.manifest.tokenizer["digest"]
+    assert documents_of(moved)[0] in texts(80)
+
+
+def test_digests_name_the_data(tmp_path, bpe):
+    lines = write_lines(tmp_path / "a.jsonl", texts(30))
+    digests = set()
+    for i, (documents, options) in enumerate(
+        [(30, {}), (29, {}), (30, {"tokenizer": bpe}), (30, {"validation_share": 0.2})]
+    ):
+        write_lines(lines, texts(documents))
+        prepare(lines, tmp_path / str(i), **options)
+        digests.add(TokenFiles(tmp_path / str(i)).digest)
+    assert len(digests) == 4
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs real data")
+def test_real_text_goes_there_and_back(tmp_path, bpe):
+    prepare(DATA / "tinyshakespeare.txt", tmp_path / "s", separator="")
+    files = TokenFiles(tmp_path / "s")
+    assert 0.98 < files.bytes / (DATA / "tinyshakespeare.txt").stat().st_size < 0.99  # some held out, no blank lines
+    assert documents_of(files)[0] == "First Citizen:\nBefore we proceed any further, hear me speak.\n"
+    held = {"validation": DATA / "wikitext2_valid.txt", "test": DATA / "wikitext2_test.txt"}
+    prepare(
+        DATA / "lambada_test.jsonl", tmp_path / "l", tokenizer=bpe, **{k: write(tmp_path, v) for k, v in held.items()}
+    )
+    assert TokenFiles(tmp_path / "l").documents == 5153
+    for split, file in held.items():
+        files = TokenFiles(tmp_path / "l", split)
+        assert files.bytes == file.stat().st_size
+        assert documents_of(files) == [file.read_text()]
+
+
+def write(folder, file):
+    """A text as JSON lines."""
+    return write_lines(folder / f"{file.stem}.jsonl", [file.read_text()])
