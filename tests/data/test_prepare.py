@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from hqlt.data import TokenFiles, check, prepare
+from hqlt.data.hub import Hub
 from hqlt.data.manifest import dtype_for
 from tests.data.conftest import texts, write_lines
 
@@ -166,6 +167,29 @@ def test_a_stopped_start_is_gone_on_with(how, bpe, tmp_path, request):
     assert told[0].kept == told[0].tokens > 400 * (shards - 1)
     assert told[-1].done == 1
     assert contents(folder) == contents(tmp_path / "whole")
+
+
+def test_a_dataset_of_the_hub_is_gone_on_with(tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "hub").mkdir()
+    for i in range(3):
+        write_lines(tmp_path / "hub" / f"train-{i:05d}-of-00003.jsonl", texts(80)[27 * i : 27 * i + 27])
+    how = {"shard_tokens": 400, "validation_share": 0.1}
+
+    def stop(told):
+        if told.kept > 1500:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(Hub(str(tmp_path / "hub")), tmp_path / "d", on_progress=stop, **how)
+    told = []
+    prepare(Hub(str(tmp_path / "hub")), tmp_path / "d", on_progress=told.append, **how)
+    assert told[0].kept > 1500
+    prepare(Hub(str(tmp_path / "hub")), tmp_path / "whole", **how)
+    assert {**contents(tmp_path / "d"), "manifest.json": 0} == {**contents(tmp_path / "whole"), "manifest.json": 0}
+    files = [TokenFiles(tmp_path / name) for name in ("d", "whole")]
+    assert files[0].digest == files[1].digest
+    assert files[0].manifest.documents("train") == 71
 
 
 def test_two_at_once_are_refused(tmp_path, request, bpe):
