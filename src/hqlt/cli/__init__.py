@@ -15,7 +15,7 @@ from jsonargparse import ActionYesNo, ArgumentParser
 
 from hqlt._version import version
 
-COMMANDS = ("bench", "data", "demo", "reproduce", "tokenizer")
+COMMANDS = ("bench", "data", "demo", "reproduce", "tokenizer", "train")
 
 Command: TypeAlias = "Callable[..., None] | dict[str, Command]"
 

@@ -1,0 +1,27 @@
+"""`hqlt train`: a language model from scratch, on a laptop or under torchrun."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hqlt.train.language.settings import TrainSettings
+
+
+def train(folder: Path | None = None, device: str | None = None, **settings: Any) -> None:
+    """Train a language model from scratch. The same command goes on where an earlier one stopped, exactly.
+
+    Without options: the smallest model on the source of Python's standard library. `--config configs/hqlt-340m.yaml`
+    is the paper's recipe; under `torchrun --no-python` the same command uses all processes. Any field of the model can
+    be given by `--model.NAME`.
+
+    Args:
+        folder: where everything goes; runs/PRESET-DATA by default.
+        device: cuda or cpu; cuda where there is one by default.
+    """
+    from hqlt.train.language.run import run
+
+    try:
+        run(TrainSettings(**settings), folder, device)
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from None

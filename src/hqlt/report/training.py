@@ -1,0 +1,81 @@
+"""What is left of a training run: a table, a plot, a page, JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from hqlt.report.page import write_page
+from hqlt.report.plots import save
+from hqlt.report.table import Table, TableCell
+
+
+def leave_training_report(folder: Path, told: dict[str, Any], results: dict[str, Any], console: Console) -> None:
+    """Write results.json, README.md, curves.png and report.html into a run's folder, and print the table.
+
+    told: how the run was made, with its settings; the curves come from the folder's metrics.jsonl.
+    """
+    history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (folder / "results.json").write_text(json.dumps({**results, "run": told}, indent=1))
+    table = table_of_run(told, results, history)
+    title = f"{told['settings']['preset']} on {Path(told['settings']['data']).name}"
+    how = json.dumps(told, indent=1, ensure_ascii=False)
+    protocol = "Validation text was scored now and then, the test text once, at the end. The last weights are kept."
+    (folder / "README.md").write_text(
+        f"# {title}\n\n{table.as_markdown()}\n![Curves](curves.png)\n\n{protocol}\n\n```\n{how}\n```\n"
+    )
+    write_page(
+        folder / "report.html",
+        title=title,
+        introduction=f"A language model of {told['parameters']:,} parameters, trained from scratch.",
+        table=table,
+        plot=save(figure_of_run(history), folder / "curves.png"),
+        spoken=None,
+        samples=(),
+        protocol=protocol,
+        settings=how,
+    )
+    console.print(table.for_terminal())
+    console.print(f"model: {folder / 'model'}    page: {folder / 'report.html'}")
+
+
+def table_of_run(told: dict[str, Any], results: dict[str, Any], history: Sequence[dict[str, Any]]) -> Table:
+    settings = told["settings"]
+    row = [
+        settings["preset"],
+        f"{told['parameters']:,}",
+        f"{history[-1]['tokens']:,}",
+        f"{results['validation_bits_per_byte']:.4f}",
+        f"{results['test_bits_per_byte']:.4f}",
+        f"{results['updates_left_out']}",
+    ]
+    columns = ["model", "parameters", "tokens", "validation, bits/byte", "test, bits/byte", "updates left out"]
+    caption = f"Seed {settings['seed']}. Bits per byte: lower is better."
+    return Table(columns, [[TableCell(text) for text in row]], caption)
+
+
+def figure_of_run(history: Sequence[dict[str, Any]]) -> Figure:
+    """The training loss, and validation where it was measured; below them gradient and learning rate."""
+    figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
+    steps = [line["step"] for line in history]
+    top.plot(steps, [line["loss"] for line in history], linewidth=0.6, color="#7a7a7a", label="training, nats a token")
+    scored = [(line["step"], line["validation"]) for line in history if line["validation"] is not None]
+    top.plot(*zip(*scored, strict=True), marker="o", color="#c0392b", label="validation, bits a byte")
+    bottom.plot(steps, [line["gradient_norm"] for line in history], linewidth=0.6, color="#1f77b4")
+    bottom.set_yscale("log")
+    bottom.set_ylabel("gradient norm")
+    bottom.set_xlabel("updates")
+    rate = bottom.twinx()
+    rate.plot(steps, [line["learning_rate"] for line in history], color="#d98e04")
+    rate.set_ylabel("learning rate", color="#d98e04")
+    top.legend(frameon=False)
+    for axes in (top, bottom):
+        axes.grid(alpha=0.25)
+        axes.spines["top"].set_visible(False)
+    return figure

@@ -1,0 +1,123 @@
+"""Checkpoints by torch's DCP, as safetensors and JSON: whole or not there, the newest few kept, for any number of ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from hqlt.train.language.ranks import Ranks
+
+TOLD = "trainer.json"
+UNFINISHED = ".unfinished"
+
+
+class Checkpoints:
+    """The folder `checkpoints/` of a run: `step-00000200/` with tensors (one safetensors file a rank) and trainer.json.
+
+    Writing goes on beside training. A checkpoint has its name only once all of it is on disk; until then the last one
+    stands.
+    """
+
+    def __init__(self, folder: Path, keep: int, ranks: Ranks) -> None:
+        self.folder, self.keep, self.ranks = folder, keep, ranks
+        self._writing: tuple[Path, Future[Any]] | None = None
+
+    def newest(self) -> Path | None:
+        """The newest whole checkpoint; None: there is none."""
+        found = sorted(path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
+        return found[-1] if found else None
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], told: Mapping[str, Any]) -> None:
+        """Copy the tensors, and begin to write them. What is told must be JSON."""
+        self.wait()
+        place = self.folder / f"step-{step:08d}"
+        unfinished = place.with_name(place.name + UNFINISHED)
+        if self.ranks.first:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+            (unfinished / TOLD).write_text(json.dumps({"step": step, **told}, indent=1))
+        self.ranks.wait()
+        writer = HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there is one process
+            future = dcp.async_save(dict(tensors), storage_writer=writer, no_dist=self.ranks.mesh is None)
+        assert isinstance(future, Future)
+        self._writing = place, future
+
+    def wait(self) -> None:
+        """Until what was begun is on disk under its name.
+
+        Raises OSError where it could not be written: the checkpoints from before are untouched.
+        """
+        if self._writing is None:
+            return
+        (place, future), self._writing = self._writing, None
+        unfinished = place.with_name(place.name + UNFINISHED)
+        try:
+            future.result()
+        except (Exception, CheckpointException) as error:
+            if self.ranks.first:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            newest = self.newest()
+            stands = f"{newest} is whole" if newest else "there is none from before"
+            raise OSError(f"{place}: could not be written ({_first_line(error)}); {stands}") from error
+        if self.ranks.first:
+            if place.exists():  # the same step, saved again
+                shutil.rmtree(place)
+            os.replace(unfinished, place)
+            for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
+                shutil.rmtree(old)
+        self.ranks.wait()
+
+    def poll(self) -> None:
+        """Give a checkpoint its name if all processes have written it. To be called by all of them alike."""
+        if self._writing is not None and self.ranks.sum([float(self._writing[1].done())])[0] == self.ranks.count:
+            self.wait()
+
+
+def read_told(place: Path) -> dict[str, Any]:
+    """What `save` was told.
+
+    Raises ValueError where it cannot be read.
+    """
+    try:
+        told: dict[str, Any] = json.loads((place / TOLD).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{place}: expected a checkpoint with a {TOLD}: {error}; {_advice(place)}") from error
+    return told
+
+
+def load_into(place: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
+    """Fill the tensors, whole or sharded over any number of ranks, in place.
+
+    Raises ValueError where the checkpoint is damaged, or holds others.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            reader = HuggingFaceStorageReader(str(place))
+            dcp.load(dict(tensors), storage_reader=reader, no_dist=ranks.mesh is None)
+    except (Exception, CheckpointException) as error:
+        raise ValueError(f"{place}: could not be read ({_first_line(error)}); {_advice(place)}") from error
+
+
+def _advice(place: Path) -> str:
+    return f"remove {place.name} to go on from the checkpoint before it, or give another folder"
+
+
+def _first_line(error: BaseException) -> str:
+    """Of the innermost reason: DCP wraps what went wrong on each rank."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,49 @@
+"""What an update costs at least, and what a processor can do at most."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from hqlt.model import HQLTConfig, HQLTForCausalLM
+
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}
+"""Multiplications and additions of dense bfloat16 products a second, by a part of the device's name: data sheets."""
+
+
+def flops_per_token(config: HQLTConfig, length: int) -> float:
+    """Multiplications and additions of training on one token of a sequence of `length`: forward, and twice as many back.
+
+        linear maps      6 · weights, embeddings left out
+        KV read          12 · hidden_size · pairs read, on average over the sequence
+        FW write, read   18 · hidden_size · hidden_size / num_heads
+
+    Source: Kaplan et al. 2020, "Scaling Laws for Neural Language Models", section 2.1; memories counted alike.
+    """
+    with torch.device("meta"):
+        model = HQLTForCausalLM(config)
+    linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
+    total = 6.0 * linear
+    for kind in config.kinds:
+        if kind != "fw":
+            window = config.layer_options(kind)["window"] or length
+            reach = min(window, length)
+            total += 12.0 * config.hidden_size * (reach * length - reach * (reach - 1) / 2) / length
+        if kind != "kv":
+            total += 18.0 * config.hidden_size * config.hidden_size / config.num_heads
+    return total
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Of one processor: a GPU's from its data sheet (None where it is not known), a CPU's from a product measured now."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return next((peak for part, peak in PEAKS.items() if part in name), None)
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    best = float("inf")
+    for _ in range(4):
+        begun = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - begun)
+    return 2 * 1024**3 / best

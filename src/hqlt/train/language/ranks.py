@@ -1,0 +1,113 @@
+"""One process or many: who is there, and a model spread over them (torchrun, FSDP2)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from hqlt.train.language.settings import TrainSettings
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a run, and this one among them."""
+
+    rank: int
+    count: int
+    device: torch.device
+    mesh: DeviceMesh | None
+    """How weights are spread: ("replicate", "shard") or ("shard",); None: one process that shards nothing."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this process prints and writes what there is once."""
+        return self.rank == 0
+
+    def sum(self, numbers: Sequence[float]) -> list[float]:
+        """Each number, summed over processes."""
+        if self.count == 1:
+            return list(numbers)
+        total = torch.tensor(numbers, dtype=torch.float64)  # on the CPU: gloo
+        dist.all_reduce(total)
+        return [float(number) for number in total]
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.count > 1:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def join(settings: TrainSettings, device: str | None = None) -> Iterator[Ranks]:
+    """The processes that torchrun started, or this one alone. device: cuda where there is one, else cpu."""
+    rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    settings.micro_batches(count)
+    shard_over = settings.shard_over or count
+    if count % shard_over:
+        raise ValueError(f"shard_over: expected a divisor of the {count} processes, got {shard_over}")
+    place = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
+    if kind == "cuda":
+        torch.cuda.set_device(place)
+    if not is_sharded(settings, count):
+        yield Ranks(rank, count, place, None)
+        return
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        shape, names = ((count,), ("shard",))
+        if shard_over < count:
+            shape, names = (count // shard_over, shard_over), ("replicate", "shard")  # type: ignore[assignment]
+        yield Ranks(rank, count, place, init_device_mesh(kind, shape, mesh_dim_names=names))
+    finally:
+        dist.destroy_process_group()
+
+
+def is_sharded(settings: TrainSettings, count: int) -> bool:
+    """FSDP2 serves many processes, and one in bfloat16: float32 weights, computed with in bfloat16."""
+    return count > 1 or settings.precision != "float32"
+
+
+def spread(model: nn.Module, settings: TrainSettings, ranks: Ranks) -> nn.Module:
+    """The model on its device: activation checkpoints, compiled blocks and sharded weights as the settings say."""
+    blocks: nn.ModuleList = model.model.layers  # type: ignore[assignment, union-attr]
+    if settings.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    if settings.compile:
+        for block in blocks:
+            block.compile()
+    model.to(ranks.device)
+    if ranks.mesh is None:
+        return model
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if settings.precision == "bfloat16" else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # tokens are integers, and carried fast weights stay float32
+    )
+    for module in (*blocks, model):
+        fully_shard(module, mesh=ranks.mesh, mp_policy=policy)
+    return model
+
+
+@contextlib.contextmanager
+def without_communication(model: nn.Module, apart: bool) -> Iterator[None]:
+    """Gradients stay here (apart) until the last micro-batch, and are summed over processes once."""
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.set_requires_gradient_sync(not apart)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)

@@ -1,0 +1,146 @@
+"""A run from its folder to its report: go on or begin, train, keep, tell."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from hqlt.data import prepare
+from hqlt.model import HQLTConfig, preset
+from hqlt.train.language.cost import flops_per_token, peak_flops
+from hqlt.train.language.log import LiveLine, Metrics, Trackers
+from hqlt.train.language.ranks import Ranks, join
+from hqlt.train.language.settings import TrainSettings
+from hqlt.train.language.trainer import Trainer, Update
+
+DEFAULT_DATA = "python-library"
+
+
+def run(settings: TrainSettings, folder: Path | None = None, device: str | None = None) -> None:
+    """Train as the settings say into the folder, going on from its newest checkpoint if there is one.
+
+    SIGTERM and Ctrl-C save after the update under way and end with status 143 or 130. Leaves config.json,
+    metrics.jsonl, checkpoints/, and at the end model/, results.json, curves.png, README.md and report.html.
+    """
+    config = preset(settings.preset, **settings.model)
+    folder = folder or Path("runs") / f"{settings.preset}-{Path(settings.data).name}"
+    with join(settings, device) as ranks, stopping() as stopped:
+        console = Console(highlight=False, soft_wrap=True, quiet=not ranks.first)
+        trainer = Trainer(settings, config, data_of(settings, ranks, console), folder, ranks)
+        step = trainer.resume() or 0
+        if ranks.first:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.json").write_text(json.dumps(told_of(settings, config, trainer), indent=1))
+        console.print(
+            f"{settings.preset}: {trainer.size:,} parameters, {len(trainer.splits['train']):,} tokens, "
+            f"{ranks.count} process{'es' * (ranks.count > 1)} on {ranks.device.type} → {folder}"
+            + (f", going on after update {step}" if step else "")
+        )
+        finished = follow(trainer, folder, step, stopped, console)
+        if not finished:
+            trainer.save()
+            trainer.checkpoints.wait()
+            console.print(f"stopped and saved after update {trainer.step}; the same command goes on")
+            sys.exit(128 + stopped[0])
+        results = {
+            "validation_bits_per_byte": trainer.bits_per_byte("validation"),
+            "test_bits_per_byte": trainer.bits_per_byte("test"),
+            "updates": trainer.step,
+            "updates_left_out": trainer.skipped,
+        }
+        trainer.export(folder / "model")
+        if ranks.first:
+            from hqlt.report.training import leave_training_report
+
+            leave_training_report(folder, told_of(settings, config, trainer), results, console)
+
+
+def follow(trainer: Trainer, folder: Path, step: int, stopped: list[int], console: Console) -> bool:
+    """Train, and tell each update; → False where a signal came between."""
+    ranks, settings = trainer.ranks, trainer.settings
+    if not ranks.first:
+        for _ in trainer.updates():
+            if any_of(ranks, stopped):
+                return trainer.step == settings.steps
+        return True
+    peak = peak_flops(ranks.device)
+    flops = flops_per_token(trainer.config, settings.length)
+    metrics = Metrics(folder / "metrics.jsonl", step)
+    trackers = Trackers(folder, dataclasses.asdict(settings), step)
+    begun = time.monotonic()
+    with LiveLine(console, settings.steps, step, flops, peak and peak * ranks.count) as line:
+        try:
+            for told in trainer.updates():
+                speed = line.show(told)
+                metrics.write(told._asdict())
+                trackers.write(told._asdict() | {"tokens_per_second": speed})
+                if any_of(ranks, stopped) and told.step < settings.steps:
+                    return False
+        finally:
+            metrics.close()
+            trackers.close()
+    console.print(f"{time.monotonic() - begun:.0f} s in this start")
+    return True
+
+
+def any_of(ranks: Ranks, stopped: list[int]) -> bool:
+    """Whether a signal reached any process."""
+    return ranks.sum([float(bool(stopped))])[0] > 0
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[list[int]]:
+    """SIGTERM and Ctrl-C note their number in the list, and nothing else."""
+    noted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, lambda number, frame: noted.append(number))
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def data_of(settings: TrainSettings, ranks: Ranks, console: Console) -> Path:
+    """The folder of tokens. The default is made where it is missing, by the first process."""
+    if settings.data != DEFAULT_DATA:
+        return Path(settings.data)
+    folder = Path("runs/data") / f"{DEFAULT_DATA}-bytes"
+    if ranks.first:
+        with console.status("preparing the standard library's source"):
+            prepare(DEFAULT_DATA, folder)
+    ranks.wait()
+    return folder
+
+
+def told_of(settings: TrainSettings, config: HQLTConfig, trainer: Trainer) -> dict[str, Any]:
+    """What made this run, as JSON."""
+    import torch
+
+    from hqlt._version import version
+
+    return {
+        "command": "hqlt " + " ".join(sys.argv[1:]),
+        "settings": dataclasses.asdict(settings),
+        "model": config.to_diff_dict(),
+        "parameters": trainer.size,
+        "data": {"folder": str(trainer.splits["train"].folder), "digest": trainer.splits["train"].digest},
+        "processes": trainer.ranks.count,
+        "device": torch.cuda.get_device_name() if trainer.ranks.device.type == "cuda" else "cpu",
+        "hqlt": version,
+        "torch": torch.__version__,
+    }

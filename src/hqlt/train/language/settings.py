@@ -1,0 +1,101 @@
+"""What a training run is: a model, data, an optimiser and how it is spread over processes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """The defaults train the smallest preset on the standard library's source, in minutes on a laptop."""
+
+    preset: str = "tiny"
+    """The model: hqlt-340m, deltanet-1.3b … (see `hqlt.preset`)."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """Fields of HQLTConfig that differ from the preset: --model.window=128."""
+    data: str = "python-library"
+    """A folder that `hqlt data prepare` wrote; python-library is prepared where it is missing."""
+    length: int = 256
+    """Tokens in a sequence."""
+    batch_size: int = 16
+    """Sequences in an update, over all processes."""
+    micro_batch_size: int | None = None
+    """Sequences that a process takes at once, to save memory; None: all of its own."""
+    steps: int = 600
+    """Updates."""
+    carry_state: bool = False
+    """Truncated back-propagation through time: rows read contiguous text, and the memory goes on from batch to batch."""
+
+    learning_rate: float = 3e-3
+    """Peak of the schedule: linear warm-up, then a cosine."""
+    warmup: int = 60
+    """Updates until the peak."""
+    final_rate: float = 0.1
+    """What the learning rate falls to at the end, as a share of its peak."""
+    weight_decay: float = 0.1
+    """AdamW's, on matrices; norms, convolutions and embeddings have none."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's."""
+    eps: float = 1e-8
+    """AdamW's."""
+    clip: float = 1.0
+    """Greatest norm of a gradient; a longer one is shortened to it."""
+    seed: int = 0
+    """Of weights and of the order of the data."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of activations and of the weights they meet; the weights that are kept, and their gradients, are float32."""
+    activation_checkpointing: bool = False
+    """Whether blocks keep only their input, and compute the rest again for the gradient."""
+    compile: bool = False
+    """Whether blocks go through torch.compile."""
+    shard_over: int | None = None
+    """Processes that hold one copy of the weights together (hybrid sharding where these are fewer than all); None: all."""
+
+    save_every: int = 200
+    """Updates from checkpoint to checkpoint; there is one at the end in any case."""
+    keep: int = 2
+    """How many checkpoints stay, the newest."""
+    validate_every: int = 100
+    """Updates from validation to validation; there is one at the end in any case."""
+    validation_rows: int = 64
+    """Sequences in the validation set; as many are tested, once, at the end."""
+
+    def __post_init__(self) -> None:
+        for name in ("length", "batch_size", "steps", "save_every", "keep", "validate_every", "validation_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "eps", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+        if not 0 <= self.warmup:
+            raise ValueError(f"warmup: expected 0 or more updates, got {self.warmup}")
+
+    def learning_rate_at(self, step: int) -> float:
+        """step counts from 0."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        progress = min((step - self.warmup) / max(self.steps - self.warmup, 1), 1.0)
+        falling = 0.5 * (1 + math.cos(math.pi * progress))
+        return self.learning_rate * (self.final_rate + (1 - self.final_rate) * falling)
+
+    def micro_batches(self, ranks: int) -> tuple[int, int]:
+        """→ how many micro-batches a process takes in an update, and the rows of each.
+
+        Raises ValueError where the batch does not come out even.
+        """
+        if self.batch_size % ranks or self.validation_rows % ranks:
+            raise ValueError(
+                f"batch_size, validation_rows: expected multiples of the {ranks} processes, "
+                f"got {self.batch_size} and {self.validation_rows}"
+            )
+        own = self.batch_size // ranks
+        rows = self.micro_batch_size or own
+        if own % rows:
+            raise ValueError(
+                f"micro_batch_size: expected a divisor of the {own} rows that each of {ranks} processes has of a batch "
+                f"of {self.batch_size}, got {rows}"
+            )
+        return own // rows, rows

@@ -1,0 +1,285 @@
+"""The loop: read, predict, correct, keep. One process or many run the same lines."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from hqlt.data import Stream, TokenFiles, Windows
+from hqlt.memory import MemoryState
+from hqlt.model import HQLTCache, HQLTConfig, HQLTForCausalLM
+from hqlt.task.task import IGNORE, Batch
+from hqlt.train.fit import parameter_groups
+from hqlt.train.language.checkpoints import Checkpoints, load_into, read_told
+from hqlt.train.language.ranks import Ranks, spread, without_communication
+from hqlt.train.language.settings import TrainSettings
+
+FIXED = ("length", "batch_size", "seed", "carry_state")
+"""Settings that a checkpoint's place in the data depends on; others may change when a run goes on."""
+
+KEPT = ("exp_avg", "exp_avg_sq")
+"""What AdamW keeps of each weight."""
+
+
+class Update(NamedTuple):
+    """What is told after an update."""
+
+    step: int
+    """Updates done, those left out included."""
+    loss: float
+    """Nats a scored token."""
+    gradient_norm: float
+    """Before clipping."""
+    learning_rate: float
+    tokens: int
+    """Seen since the run began, over all processes."""
+    skipped: int
+    """Updates left out so far, because a gradient was not finite."""
+    validation: float | None = None
+    """Bits a byte of the validation text, where it was measured."""
+
+
+class Trainer:
+    """A model, its optimiser and its place in the data.
+
+    Everything that a run depends on is in its checkpoints, and nothing in them depends on how many processes wrote
+    them: batch i holds the same rows for any number of ranks, and weights are whole once loaded.
+
+    Raises ValueError for data that do not suit the model, and for a checkpoint of another run.
+    """
+
+    def __init__(self, settings: TrainSettings, config: HQLTConfig, data: Path, folder: Path, ranks: Ranks) -> None:
+        self.settings, self.config, self.ranks = settings, config, ranks
+        self.splits = {split: TokenFiles(data, split) for split in ("train", "validation", "test")}  # type: ignore[arg-type]
+        train = self.splits["train"]
+        if train.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"data: expected tokens of a vocabulary of at most {config.vocab_size}, which the model has, got "
+                f"{train.vocab_size}; set model.vocab_size={train.vocab_size}"
+            )
+        if settings.carry_state:
+            self.source: Windows | Stream = Stream(train, settings.length, settings.batch_size)
+        else:
+            self.source = Windows(train, settings.length, settings.seed)
+        self.micro_batches, self.micro_rows = settings.micro_batches(ranks.count)
+        torch.manual_seed(settings.seed)
+        self.model: Any = spread(HQLTForCausalLM(config), settings, ranks)
+        self.size = sum(parameter.numel() for parameter in self.model.parameters())
+        self.parameters = dict(self.model.named_parameters())
+        self.optimiser = torch.optim.AdamW(
+            parameter_groups(self.model, settings.weight_decay),  # type: ignore[arg-type]
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            eps=settings.eps,
+        )
+        for parameter in self.parameters.values():  # as AdamW itself does at its first step: all is there to be loaded
+            kept = {name: torch.zeros_like(parameter) for name in KEPT}
+            self.optimiser.state[parameter] = {"step": torch.tensor(0.0), **kept}
+        self.step, self.skipped = 0, 0
+        self.caches: list[HQLTCache] = []
+        """The memories of each micro-batch's rows, where they are carried."""
+        self.checkpoints = Checkpoints(folder / "checkpoints", settings.keep, ranks)
+        self._saved_at: int | None = None
+
+    def updates(self) -> Iterator[Update]:
+        """Train to the end. Whoever iterates may stop, and save, after any update."""
+        settings = self.settings
+        while self.step < settings.steps:
+            told = self.update()
+            last = self.step == settings.steps
+            if self.step % settings.validate_every == 0 or last:
+                told = told._replace(validation=self.bits_per_byte("validation"))
+            if self.step % settings.save_every == 0 or last:
+                self.save()
+            self.checkpoints.poll()
+            yield told
+        self.checkpoints.wait()
+
+    def update(self) -> Update:
+        """One batch: its loss is the mean over all scored tokens of all processes."""
+        settings, ranks = self.settings, self.ranks
+        batches = self._batches(self.step)
+        scored = ranks.sum([float(sum((batch.targets != IGNORE).sum() for batch in batches))])[0]
+        rate = settings.learning_rate_at(self.step)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        self.model.train()
+        self.optimiser.zero_grad(set_to_none=True)
+        loss = 0.0
+        for i, batch in enumerate(batches):
+            with without_communication(self.model, apart=i + 1 < len(batches)):
+                part = self._summed_loss(batch, i) / scored
+                (part * ranks.count).backward()  # type: ignore[no-untyped-call]  # FSDP takes the mean over processes
+            loss += part.item()
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), settings.clip)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        loss = ranks.sum([loss])[0]
+        if norm.isfinite():
+            self.optimiser.step()
+        else:
+            self.skipped += 1
+        self.step += 1
+        tokens = self.step * settings.batch_size * settings.length
+        return Update(self.step, loss, norm.item(), rate, tokens, self.skipped)
+
+    def _batches(self, index: int) -> list[Batch]:
+        """This process's rows of a batch, as micro-batches."""
+        ranks = self.ranks
+        if isinstance(self.source, Stream):
+            batch = self.source.batch(index, ranks.rank, ranks.count)
+        else:
+            batch = self.source.batch(index, self.settings.batch_size, ranks.rank, ranks.count)
+        return [part.to(ranks.device) for part in split(batch, self.micro_rows)]
+
+    def _summed_loss(self, batch: Batch, i: int) -> Tensor:
+        """In nats, over the scored tokens of the i-th micro-batch."""
+        if not self.settings.carry_state:
+            return summed_loss(self.model(batch.inputs, resets=batch.resets, use_cache=False).logits, batch.targets)
+        if len(self.caches) <= i:
+            self.caches.append(HQLTCache())
+        cache = self.caches[i].detach()
+        out = self.model(batch.inputs, resets=batch.resets, past_key_values=cache, use_cache=True)
+        return summed_loss(out.logits, batch.targets)
+
+    @torch.no_grad()
+    def bits_per_byte(self, name: str) -> float:
+        """Over the split's first `validation_rows` windows, in an order that is the same for all runs."""
+        files, ranks = self.splits[name], self.ranks
+        rows = min(self.settings.validation_rows, len(windows := Windows(files, self.settings.length)))
+        rows -= rows % ranks.count
+        self.model.eval()
+        total, scored = 0.0, 0.0
+        for part in split(windows.batch(0, rows, ranks.rank, ranks.count), self.micro_rows):
+            batch = part.to(ranks.device)
+            logits = self.model(batch.inputs, resets=batch.resets, use_cache=False).logits
+            total += summed_loss(logits, batch.targets).item()
+            scored += float((batch.targets != IGNORE).sum())
+        total, scored = ranks.sum([total, scored])
+        return total / scored / math.log(2) * len(files) / files.bytes
+
+    # Checkpoints.
+
+    def save(self) -> None:
+        """Begin a checkpoint of this moment, unless there is one."""
+        if self._saved_at == self.step:
+            return
+        self._saved_at = self.step
+        self.checkpoints.save(self.step, self._tensors(), {"skipped": self.skipped, "run": self._identity()})
+
+    def resume(self) -> int | None:
+        """Go on from the newest checkpoint; → its step, None where there is none.
+
+        Raises ValueError where it is damaged, or of another model, data or order; nothing is changed then.
+        """
+        place = self.checkpoints.newest()
+        if place is None:
+            return None
+        told = read_told(place)
+        for name, value in self._identity().items():
+            if told.get("run", {}).get(name) != value:
+                raise ValueError(
+                    f"{place}: is of a run with another {name}: {told.get('run', {}).get(name)!r}, not {value!r}. "
+                    f"Give another folder for a new run, or the settings of the old one to go on with it."
+                )
+        if self.settings.carry_state:
+            self._begin_caches()
+        tensors = self._tensors()
+        load_into(place, tensors, self.ranks)
+        if self.settings.carry_state:
+            self._take_caches(tensors)
+        for parameter in self.parameters.values():
+            self.optimiser.state[parameter]["step"].fill_(told["step"] - told["skipped"])
+        self.step, self.skipped, self._saved_at = told["step"], told["skipped"], told["step"]
+        return self.step
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to be gone on from."""
+        files = self.splits["train"]
+        settings = {name: getattr(self.settings, name) for name in FIXED}
+        return {"model": model_fields(self.config), "data": files.digest, **settings}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Weights, what the optimiser keeps of each, and carried memories: [rows of all processes, …]."""
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            tensors[f"model.{name}"] = parameter.detach()
+            for kept in KEPT:
+                tensors[f"optimiser.{name}.{kept}"] = self.optimiser.state[parameter][kept]
+        if self.caches:
+            for layer, states in enumerate(zip(*(cache.states for cache in self.caches), strict=True)):
+                for part, value in MemoryState.concatenate(states)._asdict().items():
+                    tensors[f"memory.{layer}.{part}"] = self._of_all_ranks(value.detach())
+        return tensors
+
+    def _of_all_ranks(self, rows: Tensor) -> Tensor:
+        mesh = self.ranks.mesh
+        if mesh is None:
+            return rows.contiguous()
+        return DTensor.from_local(rows.contiguous(), mesh, [Shard(0)] * mesh.ndim, run_check=False)
+
+    def _begin_caches(self) -> None:
+        """Memories of the right shapes, to be filled."""
+        batches = self._batches(0)
+        self.model.eval()
+        with torch.no_grad():
+            for batch in batches:
+                cache = HQLTCache()
+                self.model(batch.inputs, resets=batch.resets, past_key_values=cache, use_cache=True)
+                self.caches.append(cache)
+
+    def _take_caches(self, tensors: dict[str, Tensor]) -> None:
+        """The loaded memories, each micro-batch its rows."""
+        layers = len(self.caches[0].states)
+        for i, cache in enumerate(self.caches):
+            rows = slice(i * self.micro_rows, (i + 1) * self.micro_rows)
+            cache.states = tuple(
+                MemoryState(**{part: local(tensors[f"memory.{n}.{part}"])[rows] for part in MemoryState._fields})
+                for n in range(layers)
+            )
+
+    def export(self, folder: Path) -> None:
+        """The model as a Hugging Face folder, whole, with its tokenizer."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        if self.ranks.mesh is None:
+            weights = self.model.state_dict()
+        else:
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            weights = get_model_state_dict(self.model, options=options)
+        if self.ranks.first:
+            whole = HQLTForCausalLM(self.config)
+            whole.load_state_dict({name.replace("_orig_mod.", ""): weight for name, weight in weights.items()})
+            whole.save_pretrained(folder)
+            self.splits["train"].tokenizer.save(folder)
+        self.ranks.wait()
+
+
+def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy in nats, summed over scored tokens. logits: [b, t, vocabulary]; targets: [b, t]."""
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+
+
+def split(batch: Batch, rows: int) -> list[Batch]:
+    """Its rows, so many at a time."""
+    return [Batch(*parts) for parts in zip(*(part.split(rows) for part in batch if part is not None), strict=True)]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's rows of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def model_fields(config: HQLTConfig) -> dict[str, Any]:
+    """The fields that a model's weights and outputs depend on, as JSON."""
+    own = {name: getattr(config, name) for name in HQLTConfig.__annotations__ if name in config.to_dict()}
+    return {name: value for name, value in own.items() if name not in ("use_cache", "layer_kinds")} | {
+        "layer_kinds": config.kinds
+    }
