@@ -192,6 +192,14 @@ def test_a_dataset_of_the_hub_is_gone_on_with(tmp_path):
     assert files[0].manifest.documents("train") == 71
 
 
+def test_a_start_that_was_killed_at_once_is_begun_anew(tmp_path):
+    lines = write_lines(tmp_path / "a.jsonl", texts(9))
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "progress.json.unfinished").write_text("{")
+    prepare(lines, tmp_path / "d")
+    assert not list((tmp_path / "d").glob("*.unfinished"))
+
+
 def test_two_at_once_are_refused(tmp_path, request, bpe):
     if os.name != "posix":
         pytest.skip("no locks")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 from rich.console import Console
@@ -49,12 +50,14 @@ def _train(
     vocabulary, limit_bytes = options.pop("vocabulary"), options.pop("limit_bytes")
     out = options.pop("out") or Path("runs/tokenizers") / f"{slug(source, subset)}-{vocabulary}"
     console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(f"reading, then counting pairs → {out}")
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # `tokenizers` would not listen for a minute or more
     try:
-        with console.status("reading and counting pairs"):
-            texts = training_texts(parts_of(**options))
-            trained = train_tokenizer(texts, vocabulary, out, limit_bytes)
+        trained = train_tokenizer(training_texts(parts_of(**options)), vocabulary, out, limit_bytes)
     except (ValueError, OSError) as error:
         raise SystemExit(reason(error)) from None
+    finally:
+        signal.signal(signal.SIGINT, before)
     fewer = "" if trained.vocab_size == vocabulary else f" (the text has not pairs enough for {vocabulary:,})"
     console.print(f"{out}: a vocabulary of {trained.vocab_size:,}{fewer}")
     console.print(f"use it with: hqlt data prepare … --tokenizer={out}")

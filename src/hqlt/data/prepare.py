@@ -14,7 +14,7 @@ import numpy as np
 from hqlt.data.holdout import Holdout
 from hqlt.data.manifest import MANIFEST, PROGRESS, SPLITS, Manifest, read_manifest
 from hqlt.data.parts import Part, parts_of
-from hqlt.data.shard import ShardWriter, sync_folder, told_if_not_written
+from hqlt.data.shard import UNFINISHED, ShardWriter, sync_folder, told_if_not_written
 from hqlt.data.source import Source
 from hqlt.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -102,7 +102,7 @@ def begun_in(folder: Path, wanted: Manifest, tokenizer: Tokenizer) -> tuple[Mani
     elif (folder / PROGRESS).exists():
         found, more = read_manifest(folder, PROGRESS)
         place = Place.of(more["place"])
-    elif any(folder.iterdir()):
+    elif any(not path.name.endswith(UNFINISHED) for path in folder.iterdir()):
         raise ValueError(f"{folder}: expected an empty folder or a new one, found other files in it")
     else:
         found, place = wanted, Place()
