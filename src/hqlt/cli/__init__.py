@@ -5,13 +5,15 @@ A command is a function, whose arguments are the options, or a dict of commands 
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
+import re
 import sys
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias
 
-from jsonargparse import ActionYesNo, ArgumentParser
+from jsonargparse import ActionYesNo, ArgumentParser, set_parsing_settings
 
 from hqlt._version import version
 
@@ -20,9 +22,31 @@ COMMANDS = ("bench", "data", "demo", "reproduce", "tokenizer", "train")
 Command: TypeAlias = "Callable[..., None] | dict[str, Command]"
 
 
+class Parser(ArgumentParser):
+    """A parser that knows what was meant."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        for wrong in re.findall(r"(?<!\S)--([\w-]+)", message if "nrecognized arguments" in message else ""):
+            known = [name for parser in (self, *_subparsers(self)) for name in parser._option_string_actions]
+            near = difflib.get_close_matches(f"--{wrong}", known, n=1)
+            message += f"; did you mean {near[0]}?" if near else ""
+        super().error(message, ex)
+
+
+def _subparsers(parser: ArgumentParser) -> list[ArgumentParser]:
+    """Of the command that was given, at every depth."""
+    found: list[ArgumentParser] = []
+    for action in parser._actions:
+        for name, below in (getattr(action, "_name_parser_map", None) or {}).items():
+            if name in sys.argv:
+                found += [below, *_subparsers(below)]
+    return found
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line and run the command. Ctrl-C ends with status 130."""
-    parser = ArgumentParser(
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = Parser(
         prog="hqlt", description="Hybrid memory layers: one layer, two memories.", version=version, allow_abbrev=False
     )
     commands = {name: getattr(importlib.import_module(f"hqlt.cli.{name}"), name) for name in COMMANDS}
@@ -43,7 +67,7 @@ def add_commands(parser: ArgumentParser, commands: dict[str, Command]) -> None:
     subcommands = parser.add_subcommands()
     for name, command in commands.items():
         if isinstance(command, dict):
-            group = ArgumentParser(description=f"One of: {', '.join(command)}.", allow_abbrev=False)
+            group = Parser(description=f"One of: {', '.join(command)}.", allow_abbrev=False)
             subcommands.add_subcommand(name, group)
             add_commands(group, command)
         else:
@@ -55,9 +79,7 @@ def options_of(command: Callable[..., None]) -> ArgumentParser:
     import docstring_parser
 
     told = docstring_parser.parse(command.__doc__ or "")
-    parser = ArgumentParser(
-        description=command.__doc__ and command.__doc__.split("\n\n    Args:")[0], allow_abbrev=False
-    )
+    parser = Parser(description=command.__doc__ and command.__doc__.split("\n\n    Args:")[0], allow_abbrev=False)
     parser.add_argument("--config", action="config", help="a YAML or JSON file with options")
     flags: set[str | int] = {
         name for name, argument in inspect.signature(command).parameters.items() if argument.default is False

@@ -22,8 +22,8 @@ class StateRecall:
         targets    ·  ·  ·  ·     ·  ·   ·  ·   ·  ·   ·  ·   · 12    ·  9
 
     With m = 2^switches settings and as many kinds of flips: token 1 + flip, 1 + m + symbol, then symbol · m + setting,
-    then the values. Labels "prefix" ask for 1 + setting after every flip: 2 1 1 2 and 2 1. 0 fills up rows on the right.
-    The values of a row differ.
+    then the values. Labels "prefix" ask for 1 + setting after every flip: 2 1 1 2 and 2 1. 0 fills up rows on the
+    right. The values of a row differ.
 
     Why both memories are needed. *A window alone* sees the last L·(S − 1) + 1 tokens with L layers. If one flip of the
     walk lies before them, the setting is uniform over all m given all it sees, and as the values differ, no guess is

@@ -1,4 +1,4 @@
-"""Checkpoints by torch's DCP, as safetensors and JSON: whole or not there, the newest few kept, for any number of ranks."""
+"""Checkpoints by torch's DCP, as safetensors and JSON: whole or not there, the newest few kept, for any ranks."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from hqlt.train.language.ranks import Ranks
 
@@ -50,8 +52,13 @@ class Checkpoints:
         self.ranks.wait()
         writer = HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that there is one process
-            future = dcp.async_save(dict(tensors), storage_writer=writer, no_dist=self.ranks.mesh is None)
+            warnings.simplefilter("ignore")
+            future = async_save(
+                dict(tensors),
+                storage_writer=writer,
+                process_group=self.ranks.beside,
+                no_dist=self.ranks.mesh is None,
+            )
         assert isinstance(future, Future)
         self._writing = place, future
 
@@ -107,7 +114,7 @@ def load_into(place: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             reader = HuggingFaceStorageReader(str(place))
-            dcp.load(dict(tensors), storage_reader=reader, no_dist=ranks.mesh is None)
+            load(dict(tensors), storage_reader=reader, no_dist=ranks.mesh is None)
     except (Exception, CheckpointException) as error:
         raise ValueError(f"{place}: could not be read ({_first_line(error)}); {_advice(place)}") from error
 

@@ -9,11 +9,11 @@ import torch
 from hqlt.model import HQLTConfig, HQLTForCausalLM
 
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}
-"""Multiplications and additions of dense bfloat16 products a second, by a part of the device's name: data sheets."""
+"""Operations of dense bfloat16 products a second, by a part of the device's name (data sheets)."""
 
 
 def flops_per_token(config: HQLTConfig, length: int) -> float:
-    """Multiplications and additions of training on one token of a sequence of `length`: forward, and twice as many back.
+    """Operations of training on one token of a sequence of `length`: forward, and twice as many backward.
 
         linear maps      6 · weights, embeddings left out
         KV read          12 · hidden_size · pairs read, on average over the sequence
@@ -36,11 +36,11 @@ def flops_per_token(config: HQLTConfig, length: int) -> float:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Of one processor: a GPU's from its data sheet (None where it is not known), a CPU's from a product measured now."""
+    """Of one processor: a GPU's from its data sheet (None where it is not known), a CPU's from products measured now."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         return next((peak for part, peak in PEAKS.items() if part in name), None)
-    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    a, b = torch.rand(1024, 1024), torch.rand(1024, 1024)
     best = float("inf")
     for _ in range(4):
         begun = time.perf_counter()

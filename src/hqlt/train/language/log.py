@@ -74,7 +74,7 @@ class Trackers:
 
 
 class LiveLine:
-    """Loss, speed, share of the peak, gradient, memory and time left: a line that moves, or one now and then in a log."""
+    """Loss, speed, share of the peak, gradient, memory, time left: a line that moves, or one now and then in a log."""
 
     def __init__(self, console: Console, steps: int, step: int, flops: float, peak: float | None) -> None:
         self.console, self.steps, self.flops, self.peak = console, steps, flops, peak
@@ -108,7 +108,8 @@ class LiveLine:
         """→ tokens a second, lately."""
         now = time.monotonic()
         self.times = [*self.times[-SPEED_OVER:], (now, told.tokens)]
-        (then, before), elapsed = self.times[0], now - self.times[0][0]
+        then, before = self.times[0]
+        elapsed = now - then
         speed = (told.tokens - before) / elapsed if elapsed > 0 else 0.0
         words = [f"loss {told.loss:.3f}", f"{speed:,.0f} tokens/s"]
         if self.peak:

@@ -23,8 +23,10 @@ class Ranks:
     rank: int
     count: int
     device: torch.device
-    mesh: DeviceMesh | None
+    mesh: DeviceMesh | None = None
     """How weights are spread: ("replicate", "shard") or ("shard",); None: one process that shards nothing."""
+    beside: dist.ProcessGroup | None = None
+    """The same processes once more, for what talks beside training: two threads must not share a group."""
 
     @property
     def first(self) -> bool:
@@ -54,22 +56,23 @@ def join(settings: TrainSettings, device: str | None = None) -> Iterator[Ranks]:
     shard_over = settings.shard_over or count
     if count % shard_over:
         raise ValueError(f"shard_over: expected a divisor of the {count} processes, got {shard_over}")
-    place = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
+    place = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else 0)
     if kind == "cuda":
         torch.cuda.set_device(place)
     if not is_sharded(settings, count):
-        yield Ranks(rank, count, place, None)
+        yield Ranks(rank, count, place)
         return
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     try:
         shape, names = ((count,), ("shard",))
         if shard_over < count:
             shape, names = (count // shard_over, shard_over), ("replicate", "shard")  # type: ignore[assignment]
-        yield Ranks(rank, count, place, init_device_mesh(kind, shape, mesh_dim_names=names))
+        mesh = init_device_mesh(kind, shape, mesh_dim_names=names)
+        yield Ranks(rank, count, place, mesh, dist.new_group(backend="gloo"))
     finally:
         dist.destroy_process_group()
 

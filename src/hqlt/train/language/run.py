@@ -21,7 +21,7 @@ from hqlt.train.language.cost import flops_per_token, peak_flops
 from hqlt.train.language.log import LiveLine, Metrics, Trackers
 from hqlt.train.language.ranks import Ranks, join
 from hqlt.train.language.settings import TrainSettings
-from hqlt.train.language.trainer import Trainer, Update
+from hqlt.train.language.trainer import Trainer
 
 DEFAULT_DATA = "python-library"
 

@@ -26,7 +26,7 @@ class TrainSettings:
     steps: int = 600
     """Updates."""
     carry_state: bool = False
-    """Truncated back-propagation through time: rows read contiguous text, and the memory goes on from batch to batch."""
+    """Truncated back-propagation through time: rows read contiguous text, and the memory goes on between batches."""
 
     learning_rate: float = 3e-3
     """Peak of the schedule: linear warm-up, then a cosine."""
@@ -52,7 +52,7 @@ class TrainSettings:
     compile: bool = False
     """Whether blocks go through torch.compile."""
     shard_over: int | None = None
-    """Processes that hold one copy of the weights together (hybrid sharding where these are fewer than all); None: all."""
+    """Processes that hold one copy of the weights together; None: all. Fewer: hybrid sharding."""
 
     save_every: int = 200
     """Updates from checkpoint to checkpoint; there is one at the end in any case."""
@@ -70,7 +70,7 @@ class TrainSettings:
         for name in ("learning_rate", "eps", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
-        if not 0 <= self.warmup:
+        if self.warmup < 0:
             raise ValueError(f"warmup: expected 0 or more updates, got {self.warmup}")
 
     def learning_rate_at(self, step: int) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,9 +13,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from hqlt.data import Stream, TokenFiles, Windows
+from hqlt.data.manifest import SPLITS
 from hqlt.memory import MemoryState
 from hqlt.model import HQLTCache, HQLTConfig, HQLTForCausalLM
-from hqlt.task.task import IGNORE, Batch
+from hqlt.task.task import IGNORE, Batch, Split
 from hqlt.train.fit import parameter_groups
 from hqlt.train.language.checkpoints import Checkpoints, load_into, read_told
 from hqlt.train.language.ranks import Ranks, spread, without_communication
@@ -58,7 +58,7 @@ class Trainer:
 
     def __init__(self, settings: TrainSettings, config: HQLTConfig, data: Path, folder: Path, ranks: Ranks) -> None:
         self.settings, self.config, self.ranks = settings, config, ranks
-        self.splits = {split: TokenFiles(data, split) for split in ("train", "validation", "test")}  # type: ignore[arg-type]
+        self.splits = {split: TokenFiles(data, split) for split in SPLITS}
         train = self.splits["train"]
         if train.vocab_size > config.vocab_size:
             raise ValueError(
@@ -75,7 +75,7 @@ class Trainer:
         self.size = sum(parameter.numel() for parameter in self.model.parameters())
         self.parameters = dict(self.model.named_parameters())
         self.optimiser = torch.optim.AdamW(
-            parameter_groups(self.model, settings.weight_decay),  # type: ignore[arg-type]
+            parameter_groups(self.model, settings.weight_decay),
             lr=settings.learning_rate,
             betas=settings.betas,
             eps=settings.eps,
@@ -117,7 +117,7 @@ class Trainer:
         for i, batch in enumerate(batches):
             with without_communication(self.model, apart=i + 1 < len(batches)):
                 part = self._summed_loss(batch, i) / scored
-                (part * ranks.count).backward()  # type: ignore[no-untyped-call]  # FSDP takes the mean over processes
+                (part * ranks.count).backward()  # FSDP takes the mean over processes
             loss += part.item()
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), settings.clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -150,7 +150,7 @@ class Trainer:
         return summed_loss(out.logits, batch.targets)
 
     @torch.no_grad()
-    def bits_per_byte(self, name: str) -> float:
+    def bits_per_byte(self, name: Split) -> float:
         """Over the split's first `validation_rows` windows, in an order that is the same for all runs."""
         files, ranks = self.splits[name], self.ranks
         rows = min(self.settings.validation_rows, len(windows := Windows(files, self.settings.length)))

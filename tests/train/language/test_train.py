@@ -1,0 +1,132 @@
+"""The command as a user runs it: to the end, killed and gone on with, on one process and on two."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.train.language.conftest import command, losses, train
+
+
+@pytest.fixture(scope="module")
+def whole(text, tmp_path_factory):
+    """A run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train(text, folder)
+    return folder
+
+
+def test_leaves_what_a_user_looks_for(whole):
+    assert {"config.json", "metrics.jsonl", "results.json", "README.md", "curves.png", "report.html"} <= {
+        path.name for path in whole.iterdir()
+    }
+    assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["step-00000008", "step-00000012"]
+    assert losses(whole)[-1] < losses(whole)[0]
+    results = json.loads((whole / "results.json").read_text())
+    assert 0 < results["test_bits_per_byte"] < 8
+
+
+def test_the_model_loads_as_any_other(whole):
+    from transformers import AutoModelForCausalLM
+
+    import hqlt  # noqa: F401
+
+    model = AutoModelForCausalLM.from_pretrained(whole / "model")
+    assert model.generate(torch.tensor([[49, 32]]), max_new_tokens=3).shape == (1, 5)
+
+
+@pytest.mark.parametrize("options", [(), ("--carry-state=true", "--micro-batch-size=4")], ids=["windows", "carried"])
+def test_killed_at_any_moment_the_curve_goes_on_bit_for_bit(text, whole, tmp_path, options):
+    expected = whole
+    if options:
+        train(text, expected := tmp_path / "whole", *options)
+    folder = tmp_path / "run"
+    for wanted in (3, 6, 10):  # before the first checkpoint, and after others
+        process = subprocess.Popen(
+            command(text, folder, *options),
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        metrics = folder / "metrics.jsonl"
+        while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= wanted):
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    train(text, folder, *options)
+    assert losses(folder) == losses(expected)
+    ours, theirs = (load_file(run / "model" / "model.safetensors") for run in (folder, expected))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_signal_saves_and_leaves(text, whole, tmp_path, number):
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        command(text, folder, "--steps=100000"),
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while process.poll() is None and not (folder / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(number)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, printed
+    done = len(losses(folder))
+    assert f"saved after update {done}; the same command goes on" in printed
+    assert (folder / "checkpoints" / f"step-{done:08d}").is_dir()
+
+
+def same_run(ours, theirs):
+    torch.testing.assert_close(torch.tensor(losses(ours)), torch.tensor(losses(theirs)), rtol=2e-5, atol=0)
+    ours, theirs = (load_file(run / "model" / "model.safetensors") for run in (ours, theirs))
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--micro-batch-size=2",),
+        ("--activation-checkpointing=true",),
+        ("--shard-over=1",),
+        ("--carry-state=true", "--micro-batch-size=2"),
+    ],
+    ids=["sharded", "accumulated", "recomputed", "replicated", "carried"],
+)
+def test_two_processes_are_one(text, whole, tmp_path, options):
+    alone = whole
+    if "--carry-state=true" in options:
+        train(text, alone := tmp_path / "alone", "--carry-state=true")
+    train(text, tmp_path / "two", *options, processes=2)
+    same_run(tmp_path / "two", alone)
+
+
+@pytest.mark.parametrize("options", [(), ("--carry-state=true",)], ids=["windows", "carried"])
+def test_goes_on_with_another_number_of_processes(text, tmp_path, options):
+    train(text, alone := tmp_path / "alone", *options)
+    folder = tmp_path / "run"
+    train(text, folder, *options, "--steps=4", "--final-rate=1", processes=2)
+    train(text, folder, *options, "--steps=8", "--final-rate=1")
+    train(text, folder, *options, "--final-rate=1", processes=2)
+    train(text, alone := tmp_path / "constant", *options, "--final-rate=1")
+    same_run(folder, alone)
+
+
+def test_bfloat16_on_one_process_and_on_two(text, tmp_path):
+    train(text, tmp_path / "one", "--precision=bfloat16")
+    train(text, tmp_path / "two", "--precision=bfloat16", processes=2)
+    ours, theirs = (torch.tensor(losses(tmp_path / name)) for name in ("one", "two"))
+    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=0)
+    assert load_file(tmp_path / "one" / "model" / "model.safetensors")["lm_head.weight"].dtype == torch.float32
