@@ -13,7 +13,7 @@ PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 1
 
 
 def flops_per_token(config: HQLTConfig, length: int) -> float:
-    """Operations of training on one token of a sequence of `length`: forward, and twice as many backward.
+    """Operations of training on a token of a sequence of `length`: forward, twice as many backward.
 
         linear maps      6 · weights, embeddings left out
         KV read          12 · hidden_size · pairs read, on average over the sequence

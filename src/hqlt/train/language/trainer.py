@@ -172,7 +172,8 @@ class Trainer:
         if self._saved_at == self.step:
             return
         self._saved_at = self.step
-        self.checkpoints.save(self.step, self._tensors(), {"skipped": self.skipped, "run": self._identity()})
+        tensors = self._weights() | self._memories()
+        self.checkpoints.save(self.step, tensors, {"skipped": self.skipped, "run": self._identity()})
 
     def resume(self) -> int | None:
         """Go on from the newest checkpoint; → its step, None where there is none.
@@ -189,12 +190,12 @@ class Trainer:
                     f"{place}: is of a run with another {name}: {told.get('run', {}).get(name)!r}, not {value!r}. "
                     f"Give another folder for a new run, or the settings of the old one to go on with it."
                 )
+        load_into(place, self._weights(), self.ranks)
         if self.settings.carry_state:
-            self._begin_caches()
-        tensors = self._tensors()
-        load_into(place, tensors, self.ranks)
-        if self.settings.carry_state:
-            self._take_caches(tensors)
+            self._begin_caches()  # with the weights loaded: FSDP keeps some of them gathered after a call
+            memories = self._memories()
+            load_into(place, memories, self.ranks)
+            self._take_caches(memories)
         for parameter in self.parameters.values():
             self.optimiser.state[parameter]["step"].fill_(told["step"] - told["skipped"])
         self.step, self.skipped, self._saved_at = told["step"], told["skipped"], told["step"]
@@ -206,13 +207,18 @@ class Trainer:
         settings = {name: getattr(self.settings, name) for name in FIXED}
         return {"model": model_fields(self.config), "data": files.digest, **settings}
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """Weights, what the optimiser keeps of each, and carried memories: [rows of all processes, …]."""
+    def _weights(self) -> dict[str, Tensor]:
+        """Weights, and what the optimiser keeps of each."""
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             tensors[f"model.{name}"] = parameter.detach()
             for kept in KEPT:
                 tensors[f"optimiser.{name}.{kept}"] = self.optimiser.state[parameter][kept]
+        return tensors
+
+    def _memories(self) -> dict[str, Tensor]:
+        """Carried memories, [rows of all processes, …]; nothing where none are carried."""
+        tensors: dict[str, Tensor] = {}
         if self.caches:
             for layer, states in enumerate(zip(*(cache.states for cache in self.caches), strict=True)):
                 for part, value in MemoryState.concatenate(states)._asdict().items():
