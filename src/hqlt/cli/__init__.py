@@ -11,7 +11,7 @@ from jsonargparse import ActionYesNo, ArgumentParser
 
 from hqlt._version import version
 
-COMMANDS = ("bench", "demo", "reproduce")
+COMMANDS = ("bench", "demo", "generate", "reproduce")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -49,4 +49,8 @@ def options_of(command: Callable[..., None]) -> ArgumentParser:
         if argument.arg_name in flags:
             action = ActionYesNo(no_prefix="no-")
             parser.add_argument(f"--{argument.arg_name}", action=action, default=False, help=argument.description)
+    for made in parser._actions:
+        hyphened = [option.replace("_", "-") for option in made.option_strings if "_" in option]  # --top-p, --top_p
+        made.option_strings = [*hyphened, *made.option_strings]
+        parser._option_string_actions.update(dict.fromkeys(hyphened, made))
     return parser
