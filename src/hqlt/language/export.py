@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hqlt.data import Tokenizer as OurTokenizer
@@ -37,21 +38,22 @@ def export(where: str | Path, folder: Path, dtype: torch.dtype | None = None) ->
     model = load_model(where)
     tokenizer = tokenizer_of(where, model.config.vocab_size)
     if dtype is not None:
-        model = model.to(dtype)  # type: ignore[call-arg]  # transformers' signature of nn.Module.to
-    save(model, tokenizer, find_model(where), folder)
+        nn.Module.to(model, dtype)
+    save(model, tokenizer, str(find_model(where)), folder)
 
 
-def save(model: HQLTForCausalLM, tokenizer: OurTokenizer, source: Path, folder: Path) -> None:
-    """All that a folder holds; source: where the tokenizer's files are, unless its tokens are bytes."""
+def save(model: HQLTForCausalLM, tokenizer: OurTokenizer | None, source: str | None, folder: Path) -> None:
+    """All that a folder holds. source: where the tokenizer's files are; its own are made for bytes, none for None."""
     config: Any = model.config
     config.auto_map = {auto: f"{CODE}.{name}" for auto, name in CLASSES.items()}
-    if config.eos_token_id is None and tokenizer.eos_id is not None:
+    if config.eos_token_id is None and tokenizer is not None and tokenizer.eos_id is not None:
         config.eos_token_id = tokenizer.eos_id
         generation: Any = model.generation_config
         generation.eos_token_id = generation.pad_token_id = tokenizer.eos_id
     model.save_pretrained(folder)
-    beside: Any = byte_tokenizer() if tokenizer.name == "bytes" else AutoTokenizer.from_pretrained(str(source))
-    beside.save_pretrained(folder)
+    if tokenizer is not None:
+        beside: Any = byte_tokenizer() if tokenizer.name == "bytes" else AutoTokenizer.from_pretrained(source)
+        beside.save_pretrained(folder)
     package = resources.files("hqlt.language")
     shutil.copyfile(str(package / f"{CODE}.py"), folder / f"{CODE}.py")
     card = (package / "model_card.md").read_text(encoding="utf-8")
@@ -74,7 +76,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
 
 
-def facts_of(model: HQLTForCausalLM, tokenizer: OurTokenizer, folder: Path) -> dict[str, str]:
+def facts_of(model: HQLTForCausalLM, tokenizer: OurTokenizer | None, folder: Path) -> dict[str, str]:
     """What the model card says."""
     config: Any = model.config
     kinds = {kind: config.kinds.count(kind) for kind in dict.fromkeys(config.kinds)}
@@ -84,7 +86,7 @@ def facts_of(model: HQLTForCausalLM, tokenizer: OurTokenizer, folder: Path) -> d
         "hidden size, heads": f"{config.hidden_size}, {config.num_heads}",
         "blend, mixer, window": f"{config.blend}, {config.mixer}, {config.window}",
         "fast weights": f"{config.fast_weights}, β ≤ {config.beta_max}",
-        "vocabulary": f"{config.vocab_size:,} ({'bytes' if tokenizer.name == 'bytes' else 'tokenizer included'})",
+        "vocabulary": f"{config.vocab_size:,} ({'bytes' if tokenizer and tokenizer.name == 'bytes' else 'tokens'})",
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     return {

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from hqlt.data import Tokenizer, load_tokenizer
 
@@ -38,7 +39,8 @@ def load_model(where: str | Path, device: torch.device | str = "cpu") -> HQLTFor
 
     logging.disable_progress_bar()
     model: HQLTForCausalLM = HQLTForCausalLM.from_pretrained(find_model(where), dtype="auto")
-    return model.to(device).eval()  # type: ignore[arg-type]  # transformers' signature of nn.Module.to
+    nn.Module.to(model, device)
+    return model.eval()
 
 
 def tokenizer_of(where: str | Path, vocab_size: int) -> Tokenizer:
