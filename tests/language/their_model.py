@@ -86,10 +86,7 @@ def attend(layer: Tensors, settings: dict[str, Any], n: int, x: Tensor) -> Tenso
         window = between.get("window_size") or settings.get("window_size")
         return softmax_read(rotate(q), rotate(k), v, window or len(x)).flatten(1) @ layer["attn.o_proj.weight"].T
     if settings["use_short_conv"]:
-        q, k, v = (
-            F.conv1d(F.pad(part.T, (settings["conv_size"] - 1, 0)), layer[f"attn.{name}_conv1d.weight"], groups=len(part.T)).T
-            for name, part in zip("qkv", (q, k, v), strict=True)
-        )  # fmt: skip
+        q, k, v = (convolve(part, layer[f"attn.{n}_conv1d.weight"]) for n, part in zip("qkv", (q, k, v), strict=True))
     q, k, v = (part.unflatten(-1, (h, -1)) for part in (q, k, F.silu(v)))
     beta = (x @ layer["attn.b_proj.weight"].T).sigmoid()
     if settings["model_type"] == "delta_net":
@@ -145,6 +142,11 @@ def delta_read(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, begins: Tensor | N
         states.append(state)
     read = torch.stack([states[t + 1 if begins is None else int(begins[t])] for t in range(len(q))])
     return torch.einsum("thk,thkv->thv", q, read) / k.shape[-1] ** 0.5
+
+
+def convolve(x: Tensor, weight: Tensor) -> Tensor:
+    before = weight.shape[-1] - 1
+    return F.conv1d(F.pad(x.T, (before, 0)), weight, groups=len(weight)).T
 
 
 def phi(x: Tensor) -> Tensor:

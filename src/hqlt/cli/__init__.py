@@ -11,7 +11,7 @@ from jsonargparse import ActionYesNo, ArgumentParser
 
 from hqlt._version import version
 
-COMMANDS = ("bench", "convert", "demo", "export", "generate", "reproduce")
+COMMANDS = ("bench", "convert", "demo", "eval", "export", "generate", "reproduce")
 
 
 def main(arguments: list[str] | None = None) -> None:
