@@ -49,8 +49,8 @@ def options_of(command: Callable[..., None]) -> ArgumentParser:
         if argument.arg_name in flags:
             action = ActionYesNo(no_prefix="no-")
             parser.add_argument(f"--{argument.arg_name}", action=action, default=False, help=argument.description)
-    for made in parser._actions:
-        hyphened = [option.replace("_", "-") for option in made.option_strings if "_" in option]  # --top-p, --top_p
-        made.option_strings = [*hyphened, *made.option_strings]
-        parser._option_string_actions.update(dict.fromkeys(hyphened, made))
+    for option in parser._actions:  # --top_p is also --top-p
+        dashed = [name.replace("_", "-") for name in option.option_strings if "_" in name]
+        option.option_strings = [*dashed, *option.option_strings]
+        parser._option_string_actions.update(dict.fromkeys(dashed, option))
     return parser
