@@ -107,7 +107,9 @@ class TestTasks:
 
     def test_unknown_ones(self, local):
         """And the paper's are all known: only the misspelt one is complained of."""
-        with pytest.raises(ValueError, match="got unknown lambda_local; local ones are lambada_local, mine, piqa_local"):
+        with pytest.raises(
+            ValueError, match="got unknown lambda_local; local ones are lambada_local, mine, piqa_local"
+        ):
             run_tasks(harness(build()), [*tables()["suite"], "lambda_local"], local)
 
     @pytest.mark.skipif(not REAL.is_dir(), reason="the data is not here")

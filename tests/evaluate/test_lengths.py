@@ -112,6 +112,14 @@ class TestRetrieval:
         wrong = [[*best[0][:3], best[0][3] ^ 1], best[1][:2]]
         assert answer(model, list(map(iter, prompts)), wrong) == [[True, True, True, False], [True, True]]
 
+    def test_what_is_counted(self, monkeypatch):
+        """All of the key must be right to be found; a share of it is a share, and the blank before it does not count."""
+        said = iter([[[True] * 6, [True] * 3 + [False] * 3], [[True] * 6, [False] * 6]])
+        monkeypatch.setattr(retrieval, "answer", lambda *_: next(said))
+        first, last = retrieval.retrieval(build(), BYTES, PASSKEY, [700], depths=(0.0, 1.0), trials=2)
+        assert (first.right, first.tokens_right) == (2, 1.0)
+        assert (last.right, last.tokens_right) == (0, pytest.approx(0.2))
+
     def test_lengths(self):
         assert lengths_up_to(1_000_000) == [1000, 4000, 16_000, 64_000, 256_000, 1_000_000]
         assert lengths_up_to(500) == [500]
