@@ -113,7 +113,7 @@ class TestRetrieval:
         assert answer(model, list(map(iter, prompts)), wrong) == [[True, True, True, False], [True, True]]
 
     def test_what_is_counted(self, monkeypatch):
-        """All of the key must be right to be found; a share of it is a share, and the blank before it does not count."""
+        """Found is all of the key; of the share that is right, the blank before the key is no part."""
         said = iter([[[True] * 6, [True] * 3 + [False] * 3], [[True] * 6, [False] * 6]])
         monkeypatch.setattr(retrieval, "answer", lambda *_: next(said))
         first, last = retrieval.retrieval(build(), BYTES, PASSKEY, [700], depths=(0.0, 1.0), trials=2)
