@@ -20,7 +20,7 @@ LAYERS = [
     {"blend"},
     {"layer"},
     {"model"},
-    {"task", "data", "train", "evaluate", "agent", "report", "study", "cli"},
+    {"task", "data", "train", "evaluate", "language", "agent", "report", "study", "cli"},
 ]
 """From the bottom to the top: a module imports from its own layer and those below."""
 

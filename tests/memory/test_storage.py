@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hqlt import fingerprint, load_state, save_state
+from hqlt.memory.storage import load_unread
 from tests.layers import EVERY_STATE, build_layer, tokens
 
 CHOICE = "delayed-chunk-vector-delta-options"
@@ -103,3 +104,11 @@ class TestBrokenFiles:
     def test_a_missing_file_is_a_missing_file(self, layer, tmp_path):
         with pytest.raises(FileNotFoundError):
             load_state(tmp_path / "nowhere", layer)
+
+
+def test_tokens_beside_a_state(layer, path, tmp_path):
+    _, state = layer(tokens(2, 9))
+    save_state(tmp_path / "state", state, layer, unread=torch.tensor([3, 5]))
+    assert load_unread(tmp_path / "state").tolist() == [3, 5]
+    assert all(map(torch.equal, load_state(tmp_path / "state", layer), state))
+    assert load_unread(path) is None

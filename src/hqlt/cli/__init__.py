@@ -17,7 +17,7 @@ from jsonargparse import ActionYesNo, ArgumentParser, set_parsing_settings
 
 from hqlt._version import version
 
-COMMANDS = ("bench", "data", "demo", "reproduce", "tokenizer", "train")
+COMMANDS = ("bench", "convert", "data", "demo", "eval", "export", "generate", "reproduce", "tokenizer", "train")
 
 Command: TypeAlias = "Callable[..., None] | dict[str, Command]"
 

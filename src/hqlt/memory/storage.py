@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from hqlt.memory.state import MemoryState
 
@@ -31,10 +31,17 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def save_state(path: str | Path, state: MemoryState | Sequence[MemoryState], module: nn.Module) -> None:
+def save_state(
+    path: str | Path,
+    state: MemoryState | Sequence[MemoryState],
+    module: nn.Module,
+    *,
+    unread: Tensor | None = None,
+) -> None:
     """Write a layer's state, or a model's (one state a layer), to one safetensors file.
 
-    The file appears whole or not at all: it is written beside its place and then moved there.
+    unread: tokens that come next and are yet to be read, kept beside the state for `load_unread`. The file appears
+    whole or not at all: it is written beside its place and then moved there.
     """
     single = isinstance(state, MemoryState)
     states = [state] if isinstance(state, MemoryState) else list(state)
@@ -43,6 +50,8 @@ def save_state(path: str | Path, state: MemoryState | Sequence[MemoryState], mod
         for i, layer in enumerate(states)
         for name, part in layer._asdict().items()
     }
+    if unread is not None:
+        tensors["unread"] = unread.detach().cpu().contiguous()
     metadata = {
         "format": FORMAT,
         "kind": "layer" if single else "model",
@@ -82,3 +91,9 @@ def load_state(
         for i in range(int(metadata["layers"]))
     )
     return states[0] if metadata["kind"] == "layer" else states
+
+
+def load_unread(path: str | Path) -> Tensor | None:
+    """The tokens that `save_state` was given beside the state; None if there were none."""
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor("unread") if "unread" in file.keys() else None  # noqa: SIM118

@@ -36,7 +36,7 @@ def flops_per_token(config: HQLTConfig, length: int) -> float:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Of one processor: a GPU's from its data sheet (None where it is not known), a CPU's from products measured now."""
+    """Operations of training on a token of a sequence of `length`: forward, and twice as many backward.
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         return next((peak for part, peak in PEAKS.items() if part in name), None)

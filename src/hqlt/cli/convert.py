@@ -1,0 +1,58 @@
+"""`hqlt convert`: a checkpoint of the paper's code becomes a model of ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+
+def convert(
+    checkpoint: Path,
+    folder: Path,
+    settings: Path | None = None,
+    map: Path | None = None,
+    tokenizer: str | None = None,
+) -> None:
+    """Convert a checkpoint of the paper's code (or of flash-linear-attention: delta_net, transformer).
+
+    Names are mapped and shapes checked; every tensor is used once, or named with the reason why it is not. Where the
+    converted model computes otherwise than that code, the report says so.
+
+    Args:
+        checkpoint: a folder (config.json; safetensors or PyTorch files) or a file of weights.
+        folder: where to write; new or empty.
+        settings: the checkpoint's config.json, if it is not beside the weights.
+        map: a YAML file of regular expressions and what replaces them in the checkpoint's names.
+        tokenizer: the tokenizer's folder or name, if its files are not beside the weights.
+    """
+    import yaml
+
+    from hqlt.data import load_tokenizer
+    from hqlt.language.checkpoint import read_checkpoint
+    from hqlt.language.convert import convert as convert_checkpoint
+    from hqlt.language.export import refuse_filled, save
+    from hqlt.language.folder import TOKENIZER_FILES
+
+    console = Console(highlight=False)
+    try:
+        refuse_filled(folder)
+        renames = yaml.safe_load(map.read_text(encoding="utf-8")) if map else None
+        read = read_checkpoint(checkpoint, settings, renames)
+        converted = convert_checkpoint(read)
+        beside = any((read.folder / name).is_file() for name in TOKENIZER_FILES)
+        source = tokenizer or (str(read.folder) if beside else None)
+        save(converted.model, load_tokenizer(source) if source else None, source, folder)
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from None
+    parameters = sum(p.numel() for p in converted.model.parameters())
+    console.print(
+        f"{len(read.tensors)} tensors became {len(converted.names)}: {parameters:,} parameters, {converted.model.dtype}"
+    )
+    for name, why in converted.left_out.items():
+        console.print(f"left out: {name}: {why}", markup=False)
+    for note in converted.notes:
+        console.print(f"note: {note}", markup=False)
+    if source is None:
+        console.print("note: no tokenizer was found; put its files into the folder, or convert with --tokenizer")
+    console.print(f"written to {folder}", markup=False)

@@ -1,0 +1,184 @@
+"""Our models for lm-evaluation-harness, and its tasks run on them.
+
+Source: EleutherAI's lm-evaluation-harness, 0.4.13.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from itertools import groupby
+from pathlib import Path
+from typing import Any, TypeVar
+
+import datasets
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.tasks import TaskManager
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from hqlt.data import Tokenizer
+from hqlt.evaluate.likelihood import PIECE, likelihoods
+from hqlt.model import HQLTForCausalLM
+
+Job = TypeVar("Job")
+
+
+class HarnessModel(TemplateLM):  # type: ignore[misc]
+    """What the harness asks of a model. The numbers do not depend on the batch size.
+
+    A text is never cut: contexts of any length are read in pieces, and a rolling log-likelihood predicts each token
+    from all before it, where the harness would begin windows anew.
+    """
+
+    def __init__(self, model: HQLTForCausalLM, tokenizer: Tokenizer, batch_size: int = 8) -> None:
+        super().__init__()
+        self.model = model
+        self.text = tokenizer
+        self.batch_size = batch_size
+
+    @property
+    def eot_token_id(self) -> int:
+        """What stands before a text without context: the token that ends texts, or else a newline."""
+        return self.text.encode("\n")[0] if self.text.eos_id is None else self.text.eos_id
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.text.name
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        return self.text.encode(string)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        lengths = [len(context) + len(continuation) for _, context, continuation in requests]
+        for some in self.batches(range(len(requests)), lengths, disable_tqdm):
+            rows = [requests[i][1:] for i in some]
+            for i, (log_p, greedy) in zip(some, likelihoods(self.model, rows), strict=True):
+                results[i] = (log_p, greedy)
+                if requests[i][0] is not None:
+                    self.cache_hook.add_partial("loglikelihood", requests[i][0], results[i])
+        return results
+
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
+        texts = [request.args[0] for request in requests]
+        asked = [(None, [self.eot_token_id], self.tok_encode(text)) for text in texts]
+        results = [log_p for log_p, _ in self._loglikelihood_tokens(asked, disable_tqdm)]
+        for text, result in zip(texts, results, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), result)
+        return results
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        results = [""] * len(requests)
+        by_options = sorted(range(len(requests)), key=lambda i: repr(requests[i].args[1]))
+        for _, group in groupby(by_options, key=lambda i: repr(requests[i].args[1])):
+            members = list(group)
+            options = requests[members[0]].args[1]
+            contexts = {i: self.tok_encode(requests[i].args[0]) or [self.eot_token_id] for i in members}
+            for some in self.batches(members, [len(contexts[i]) for i in members], disable_tqdm):
+                for i, text in zip(some, self.go_on([contexts[i] for i in some], options), strict=True):
+                    results[i] = text
+                    self.cache_hook.add_partial("generate_until", requests[i].args, text)
+        return results
+
+    def go_on(self, contexts: list[list[int]], options: dict[str, Any]) -> list[str]:
+        """What the model writes after each context, up to the first of the strings at which it is to stop."""
+        asked = normalize_gen_kwargs(options)
+        until = [stop for stop in asked["until"] if stop]
+        longest = max(map(len, contexts))
+        tokens = torch.tensor([[0] * (longest - len(row)) + row for row in contexts], device=self.device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in contexts], device=self.device)
+        choice = {"do_sample": False}
+        if asked.get("do_sample"):
+            choice = {name: asked[name] for name in ("do_sample", "temperature", "top_p", "top_k") if name in asked}
+        untyped: Any = self.model
+        made = untyped.generate(
+            tokens,
+            attention_mask=mask,
+            max_new_tokens=asked["max_gen_toks"],
+            prefill_chunk_size=PIECE,
+            pad_token_id=0 if self.text.eos_id is None else self.text.eos_id,
+            eos_token_id=self.text.eos_id,
+            stopping_criteria=StoppingCriteriaList([Said(until, self.text, longest)]),
+            **choice,
+        )
+        texts = [self.decoded(row[longest:].tolist()) for row in made]
+        return [min((text.split(stop)[0] for stop in until), key=len, default=text) for text in texts]
+
+    def decoded(self, ids: list[int]) -> str:
+        end = ids.index(self.text.eos_id) if self.text.eos_id in ids else len(ids)
+        return self.text.decode(ids[:end])
+
+    def batches(self, jobs: Iterable[Job], lengths: Sequence[int], silent: bool) -> Iterable[list[Job]]:
+        """Jobs of similar length together, the longest first: what does not fit into memory fails at once."""
+        order = [job for _, job in sorted(zip(lengths, jobs, strict=True), key=lambda pair: -pair[0])]
+        parts = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        notes = Console(stderr=True)
+        return track(parts, "batches", console=notes, transient=True, disable=silent or not notes.is_terminal)
+
+
+class Said(StoppingCriteria):
+    """A row is done when its new text holds one of the strings."""
+
+    def __init__(self, until: list[str], text: Tokenizer, prompt: int) -> None:
+        self.until, self.text, self.prompt = until, text, prompt
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        texts = [self.text.decode(row[self.prompt :].tolist()) for row in input_ids]
+        return torch.tensor([any(stop in text for stop in self.until) for text in texts], device=input_ids.device)
+
+
+def run_tasks(
+    model: HarnessModel, tasks: Sequence[str], local: Path | None = None, limit: int | None = None
+) -> dict[str, Any]:
+    """The harness's results, by task and metric.
+
+    local: a folder of data and, if wanted, of the harness's task files; our own (`lambada_local`, …) come with it. In
+    both, {local} stands for the folder.
+
+    Raises ValueError for unknown tasks.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    with tempfile.TemporaryDirectory() as filled:
+        if local is not None:
+            fill(Path(filled), local)
+        only_local = local is not None and all(name in known_local(Path(filled)) for name in tasks)
+        manager = TaskManager(include_path=filled, include_defaults=not only_local)
+        unknown = [name for name in tasks if name not in manager.all_tasks]
+        if unknown:
+            own = f"; local ones are {', '.join(known_local(Path(filled)))}" if local else "; local ones need --local"
+            raise ValueError(f"tasks: expected the harness's names, got unknown {', '.join(unknown)}{own}")
+        results = simple_evaluate(
+            model=model, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=100, log_samples=False
+        )
+    assert results is not None, "there is one process"
+    return {name: results["results"][name] for name in tasks}
+
+
+def fill(folder: Path, local: Path) -> None:
+    """Task files of ours and of the local folder, with the folder's name in place of {local}."""
+    ours = resources.files("hqlt.evaluate").joinpath("tasks")
+    sources = [*(file for file in ours.iterdir() if file.is_file()), *sorted(local.glob("*.yaml"))]
+    for file in sources:
+        text = file.read_text(encoding="utf-8").replace("{local}", str(local.resolve()))
+        (folder / file.name).write_text(text, encoding="utf-8")
+
+
+def known_local(folder: Path) -> list[str]:
+    lines = [line for file in sorted(folder.glob("*.yaml")) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [line.removeprefix("task:").strip() for line in lines if line.startswith("task:")]

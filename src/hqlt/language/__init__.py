@@ -1,0 +1,1 @@
+"""Language models in use: folders, generation, states of long texts, export, conversion."""

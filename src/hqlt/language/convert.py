@@ -1,0 +1,128 @@
+"""Checkpoints of the paper's code as models of ours: names mapped, shapes checked, every tensor accounted for."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hqlt.language.checkpoint import Checkpoint
+from hqlt.language.paper_config import read_settings
+from hqlt.model import HQLTConfig, HQLTForCausalLM
+
+OUTSIDE_LAYERS = {
+    "model.embed_tokens.weight": "model.embeddings.weight",
+    "model.norm.weight": "model.norm.weight",
+    "lm_head.weight": "lm_head.weight",
+}
+IN_A_LAYER = {
+    "memory_norm": "attn_norm",
+    "mlp_norm": "mlp_norm",
+    **{f"memory.{name}": f"attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "g_proj", "o_proj", "o_norm")},
+    "memory.beta_proj": "attn.b_proj",
+    **{f"mlp.{name}": f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")},
+}
+MIXERS = {"vector": "attn.memory_gate_proj", "scalar": "attn.memory_mixer"}
+CONVOLUTIONS = ("attn.q_conv1d", "attn.k_conv1d", "attn.v_conv1d")
+
+
+class Converted(NamedTuple):
+    model: HQLTForCausalLM
+    names: dict[str, list[str]]
+    """By our name: the tensors that it was made of."""
+    left_out: dict[str, str]
+    """Tensors that are not needed, and why."""
+    notes: list[str]
+    """Where the model computes otherwise than the code that it comes from."""
+
+
+def convert(checkpoint: Checkpoint) -> Converted:
+    """Raises ValueError for a setting without counterpart, and for a missing, an unknown or a misshapen tensor."""
+    config, notes = read_settings(checkpoint.settings)
+    with torch.device("meta"):
+        model = HQLTForCausalLM(config)
+    theirs = checkpoint.tensors
+    names = {ours: sources(ours, config, theirs) for ours in model.state_dict()}
+    left_out = {name: why for name in theirs if (why := not_needed(name, theirs[name], config))}
+    account_for(names, theirs, left_out)
+    weights = {
+        ours: assemble(ours, [theirs[name] for name in parts], fused=fused_mlp(ours, theirs))
+        for ours, parts in names.items()
+    }
+    for ours, expected in model.state_dict().items():
+        if weights[ours].shape != expected.shape:
+            raise ValueError(
+                f"{ours}: expected shape {list(expected.shape)} by the config, got {list(weights[ours].shape)} from "
+                f"{', '.join(names[ours])}"
+            )
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    return Converted(model.eval(), names, left_out, notes)
+
+
+def sources(ours: str, config: HQLTConfig, theirs: Mapping[str, Tensor]) -> list[str]:
+    """The tensors there that one of ours is made of."""
+    if ours == "lm_head.weight" and config.tie_word_embeddings and ours not in theirs:
+        return [OUTSIDE_LAYERS["model.embed_tokens.weight"]]
+    if ours in OUTSIDE_LAYERS:
+        return [OUTSIDE_LAYERS[ours]]
+    layer, part = re.fullmatch(r"(model\.layers\.\d+)\.(.+)\.weight", ours).groups()  # type: ignore[union-attr]
+    if part == "memory.conv":
+        return [f"{layer}.{name}.weight" for name in CONVOLUTIONS]
+    if part == "mlp.up_proj" and fused_mlp(ours, theirs):
+        part = "mlp.gate_proj"
+    return [f"{layer}.{MIXERS[config.mixer] if part == 'memory.mixer.gate_proj' else IN_A_LAYER[part]}.weight"]
+
+
+def fused_mlp(ours: str, theirs: Mapping[str, Tensor]) -> bool:
+    """Whether this is a gate or up projection whose layer has both in one tensor there, as older versions have."""
+    layer, mlp, part = ours.partition(".mlp.")
+    return part in ("gate_proj.weight", "up_proj.weight") and f"{layer}{mlp}up_proj.weight" not in theirs
+
+
+def assemble(ours: str, parts: list[Tensor], fused: bool) -> Tensor:
+    """One of our tensors from theirs: convolutions stand one under the other, a fused MLP has the gate's rows first."""
+    if ours.endswith("memory.conv.weight"):
+        return torch.cat([part.squeeze(1) for part in parts])
+    (weight,) = parts
+    if fused:
+        return weight.chunk(2)[0 if ours.endswith("gate_proj.weight") else 1].clone()
+    return weight
+
+
+def not_needed(name: str, tensor: Tensor, config: HQLTConfig) -> str | None:
+    """Why a tensor of theirs has no counterpart, if there is a good reason."""
+    if name.endswith("attn.rotary.inv_freq") and config.rope_theta is not None:
+        k = config.hidden_size // config.num_heads
+        expected = config.rope_theta ** (-torch.arange(0, k, 2, dtype=torch.float64) / k)
+        if tensor.shape == expected.shape and torch.allclose(tensor.double(), expected, rtol=1e-2):
+            return "computed from rope_theta"
+    if name.endswith("attn.b_proj.weight") and config.fast_weights == "linear":
+        return "that code never reads it: linear attention writes without strengths"
+    if name.endswith("attn.memory_mixer.weight") and config.mixer == "vector":
+        return "that code never reads it: the vector gate comes first"
+    return None
+
+
+def account_for(names: Mapping[str, list[str]], theirs: Mapping[str, Tensor], left_out: Mapping[str, str]) -> None:
+    """Refuse missing and unknown tensors, with the nearest of each other's names."""
+    used = {name for parts in names.values() for name in parts}
+    missing = sorted(used - set(theirs))
+    unknown = sorted(set(theirs) - used - set(left_out))
+    if not missing and not unknown:
+        return
+    lines = []
+    for word, some, others in (("missing", missing, unknown), ("unknown", unknown, missing)):
+        for name in some[:8]:
+            near = difflib.get_close_matches(name, others, n=1)
+            lines.append(f"  {word}: {name}{f' (is it {near[0]}?)' if near else ''}")
+        lines += [f"  … and {len(some) - 8} more {word}"] * (len(some) > 8)
+    raise ValueError(
+        "expected a checkpoint whose every tensor has its place by the config, got\n"
+        + "\n".join(lines)
+        + "\nGive names that differ to --map, a YAML file of regular expressions and what replaces them."
+    )

@@ -1,0 +1,97 @@
+"""A folder in Hugging Face's form, complete by itself: weights, config, code, tokenizer, card."""
+
+from __future__ import annotations
+
+import shutil
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from hqlt.data import Tokenizer as OurTokenizer
+from hqlt.language.folder import find_model, load_model, tokenizer_of
+from hqlt.model import HQLTForCausalLM
+
+CODE = "modeling_hqlt"
+CLASSES = {"AutoConfig": "HQLTConfig", "AutoModel": "HQLTModel", "AutoModelForCausalLM": "HQLTForCausalLM"}
+MEMORIES = {
+    "hybrid": "a precise, short KV-memory and a compressed, endless FW-memory side by side",
+    "kv": "a KV-memory (softmax attention)",
+    "fw": "an FW-memory (fast weights)",
+}
+"""What a layer of each kind holds, as the card says it."""
+
+
+def export(where: str | Path, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write the model in `where` to a new folder, in another dtype if wanted.
+
+    It loads with transformers' Auto classes after `import hqlt`, and with `trust_remote_code=True` without. A byte
+    model gets a tokenizer of 256 tokens that AutoTokenizer loads.
+
+    Raises FileExistsError where the folder holds something, and what `load_model` and `tokenizer_of` raise.
+    """
+    refuse_filled(folder)
+    model = load_model(where)
+    tokenizer = tokenizer_of(where, model.config.vocab_size)
+    if dtype is not None:
+        nn.Module.to(model, dtype)
+    save(model, tokenizer, str(find_model(where)), folder)
+
+
+def save(model: HQLTForCausalLM, tokenizer: OurTokenizer | None, source: str | None, folder: Path) -> None:
+    """All that a folder holds. source: where the tokenizer's files are; its own are made for bytes, none for None."""
+    config: Any = model.config
+    config.auto_map = {auto: f"{CODE}.{name}" for auto, name in CLASSES.items()}
+    if config.eos_token_id is None and tokenizer is not None and tokenizer.eos_id is not None:
+        config.eos_token_id = tokenizer.eos_id
+        generation: Any = model.generation_config
+        generation.eos_token_id = generation.pad_token_id = tokenizer.eos_id
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        beside: Any = byte_tokenizer() if tokenizer.name == "bytes" else AutoTokenizer.from_pretrained(source)
+        beside.save_pretrained(folder)
+    package = resources.files("hqlt.language")
+    shutil.copyfile(str(package / f"{CODE}.py"), folder / f"{CODE}.py")
+    card = (package / "model_card.md").read_text(encoding="utf-8")
+    (folder / "README.md").write_text(card.format(**facts_of(model, tokenizer, folder)), encoding="utf-8")
+
+
+def refuse_filled(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder}: expected a new or empty folder, because nothing is overwritten; name another")
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Token i is byte i: a byte-level BPE that merges nothing."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}  # these stand for themselves
+    others = iter(range(0x100, 0x200))
+    vocabulary = {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
+    tokenizer: Any = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
+
+
+def facts_of(model: HQLTForCausalLM, tokenizer: OurTokenizer | None, folder: Path) -> dict[str, str]:
+    """What the model card says."""
+    config: Any = model.config
+    kinds = {kind: config.kinds.count(kind) for kind in dict.fromkeys(config.kinds)}
+    facts = {
+        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+        "layers": ", ".join(f"{n} {kind}" for kind, n in kinds.items()),
+        "hidden size, heads": f"{config.hidden_size}, {config.num_heads}",
+        "blend, mixer, window": f"{config.blend}, {config.mixer}, {config.window}",
+        "fast weights": f"{config.fast_weights}, β ≤ {config.beta_max}",
+        "vocabulary": f"{config.vocab_size:,} ({'bytes' if tokenizer and tokenizer.name == 'bytes' else 'tokens'})",
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    return {
+        "name": folder.name,
+        "where": folder.name,
+        "memories": " or ".join(MEMORIES[kind] for kind in kinds),
+        "facts": "\n".join(f"| {name} | {value} |" for name, value in facts.items()),
+    }

@@ -1,0 +1,135 @@
+"""Going on with a text: read once, in pieces, and continued as often as wanted, now or from a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
+
+from hqlt.data import Tokenizer
+from hqlt.memory import MemoryState, load_state, save_state
+from hqlt.memory.storage import load_unread
+from hqlt.model import HQLTCache, HQLTForCausalLM
+
+PIECE = 1024
+"""Tokens that are read at once: what reading holds beside the memories does not grow with the text."""
+
+
+class Past(NamedTuple):
+    """What a model has read of one text: its memories after all tokens but the last, and that token."""
+
+    states: tuple[MemoryState, ...]
+    """One a layer, of one row; none where the text is a single token."""
+    unread: int
+    """The last token: reading it gives the logits of what follows, so it is read when that is asked for."""
+
+
+def read(
+    model: HQLTForCausalLM, tokens: Sequence[int], past: Past | None = None, told: Callable[[int], None] | None = None
+) -> Past:
+    """Read a text, or go on reading where `past` ends.
+
+    told: called with the number of tokens read, after each piece. Raises ValueError where there is nothing to read.
+    """
+    tokens = [*([past.unread] if past else []), *tokens]
+    if not tokens:
+        raise ValueError("expected a text of at least one token, got an empty one and no state to go on from")
+    cache = HQLTCache.from_states(past.states) if past else HQLTCache()
+    *before, last = tokens
+    with torch.no_grad():
+        for piece in torch.tensor(before, dtype=torch.long, device=model.device).split(PIECE):
+            if len(piece):
+                model.model(piece[None], past_key_values=cache)
+            if told is not None:
+                told(len(piece))
+    return Past(cache.states, last)
+
+
+def go_on(
+    model: HQLTForCausalLM,
+    past: Past,
+    *,
+    tokens: int,
+    rows: int = 1,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int | None = None,
+    greedy: bool = False,
+    seed: int | None = None,
+    eos: int | None = None,
+    streamer: BaseStreamer | None = None,
+) -> tuple[Tensor, Past]:
+    """At most `tokens` more tokens in each of `rows` continuations: [rows, t], and what the model has then read.
+
+    seed: the same continuations for the same seed; None: as torch's generator stands. eos: the token that ends a text
+    (a row that ends early is filled with it). The past after it is the first row's.
+    """
+    cache = HQLTCache()
+    columns = [past.unread]
+    if past.states:
+        # Who reads on need not be shown what was read: one column stands for all of it.
+        cache = HQLTCache.from_states([state.repeat(rows) for state in past.states], seen_tokens=1)
+        columns = [past.unread, past.unread]
+    given = torch.tensor([columns] * rows, device=model.device)
+    choice: dict[str, Any] = {"do_sample": False}
+    if not greedy:
+        choice = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k or 0}
+    if eos is not None:
+        choice["eos_token_id"] = eos
+    if seed is not None:
+        torch.manual_seed(seed)
+    untyped: Any = model
+    made = untyped.generate(
+        given,
+        attention_mask=torch.ones_like(given),
+        past_key_values=cache,
+        max_new_tokens=tokens,
+        pad_token_id=eos or 0,
+        streamer=streamer,
+        return_dict_in_generate=True,
+        **choice,
+    )
+    new = made.sequences[:, len(columns) :]
+    return new, Past(tuple(state.select([0]) for state in cache.states), int(new[0, -1]))
+
+
+def save_past(path: str | Path, past: Past, model: HQLTForCausalLM) -> None:
+    """To a file of `hqlt.save_state`, the token that is yet to be read in it."""
+    save_state(path, past.states, model, unread=torch.tensor([past.unread]))
+
+
+def load_past(path: str | Path, model: HQLTForCausalLM) -> Past:
+    """Read what `save_past` wrote. Raises ValueError for a broken file, and for the state of another model."""
+    states = load_state(path, model, device=model.device)
+    unread = load_unread(path)
+    if isinstance(states, MemoryState) or unread is None or len(unread) != 1:
+        raise ValueError(f"{path}: expected the state of one text, with its last token, as `hqlt generate` saves it")
+    return Past(states, int(unread))
+
+
+class TextStreamer(BaseStreamer):
+    """What `generate` makes, as text: told(row, text) whenever a row has more of it."""
+
+    def __init__(self, tokenizer: Tokenizer, rows: int, eos: int | None, told: Callable[[int, str], object]) -> None:
+        self.streams = [tokenizer.stream() for _ in range(rows)]
+        self.ended = [False] * rows
+        self.eos = eos
+        self.told = told
+        self.prompt_seen = False
+
+    def put(self, value: Tensor) -> None:
+        if not self.prompt_seen:  # generate begins with what it was given
+            self.prompt_seen = True
+            return
+        for row, token in enumerate(value.tolist()):
+            self.ended[row] |= token == self.eos
+            if not self.ended[row]:
+                self.told(row, self.streams[row].add(token))
+
+    def end(self) -> None:
+        for row, stream in enumerate(self.streams):
+            self.told(row, stream.end())

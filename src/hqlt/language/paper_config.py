@@ -1,0 +1,218 @@
+"""The settings of the paper's code, as ours; and what a converted model computes otherwise.
+
+That code is github.com/kazuki-irie/hybrid-memory, a fork of flash-linear-attention. Its model types are `hybrid_qlt`,
+`delta_net` and `transformer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from hqlt.layer import one_of
+from hqlt.model import HQLTConfig
+
+COMMON: dict[str, Any] = {
+    "hidden_size": 2048,
+    "num_hidden_layers": 24,
+    "hidden_ratio": 4,
+    "intermediate_size": None,
+    "hidden_act": "swish",
+    "norm_eps": 1e-6,
+    "vocab_size": 32_000,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+LINEAR: dict[str, Any] = {
+    **COMMON,
+    "attn_mode": "chunk",
+    "expand_k": 1,
+    "expand_v": 1,
+    "use_beta": True,
+    "use_short_conv": True,
+    "conv_size": 4,
+    "qk_norm": "l2",
+    "qk_activation": "silu",
+    "attn": None,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "hybrid_qlt": {
+        **LINEAR,
+        "num_heads": 6,
+        "use_gate": True,
+        "allow_neg_eigval": True,
+        "chunk_size": 64,
+        "use_local_pos_encoding": False,
+        "use_memory_gate": False,
+        "use_memory_gate_separate": False,
+        "use_memory_scaler": False,
+        "use_memory_dynamic_scaler": False,
+    },
+    "delta_net": {**LINEAR, "num_heads": 16, "use_gate": False},
+    "transformer": {
+        **COMMON,
+        "num_heads": 32,
+        "num_kv_heads": None,
+        "qkv_bias": False,
+        "qk_norm": False,
+        "window_size": None,
+        "rope_theta": 10_000.0,
+    },
+}
+"""By model type: the settings that matter, and their defaults there."""
+
+MUST_BE: dict[str, dict[str, Any]] = {
+    "hybrid_qlt": {
+        "expand_k": 1,
+        "expand_v": 1,
+        "use_beta": True,
+        "qk_norm": "l2",
+        "qk_activation": "identity",
+        "hidden_act": "swish",
+        "use_memory_gate_separate": False,
+        "use_memory_scaler": False,
+    },
+    "delta_net": {
+        "expand_k": 1,
+        "expand_v": 1,
+        "use_beta": True,
+        "qk_norm": "l2",
+        "qk_activation": "silu",
+        "hidden_act": "swish",
+    },
+    "transformer": {"qkv_bias": False, "qk_norm": False, "hidden_act": "swish"},
+}
+"""What our layer computes; a model with another value of these has no counterpart here."""
+
+MODES = {
+    "sync_chunk": ("synchronous", "delta"),
+    "sync_chunk_linear": ("synchronous", "linear"),
+    "delayed": ("delayed-streaming", "delta"),
+    "chunk": ("delayed-chunk", "delta"),
+}
+
+
+class Settings(NamedTuple):
+    config: HQLTConfig
+    notes: list[str]
+    """Where the converted model computes otherwise than that code does."""
+
+
+def read_settings(given: Mapping[str, Any]) -> Settings:
+    """Our config for their config.json. Raises ValueError for what our layer does not compute."""
+    kind = given.get("model_type")
+    one_of("model_type", str(kind), DEFAULTS)
+    assert isinstance(kind, str)
+    theirs = {name: given.get(name, default) for name, default in DEFAULTS[kind].items()}
+    for name, value in MUST_BE[kind].items():
+        if theirs[name] != value:
+            raise ValueError(f"{name}: expected {value!r}, which our layer computes, got {theirs[name]!r}")
+    fields = {
+        name: theirs[name]
+        for name in COMMON
+        if name not in ("hidden_ratio", "hidden_act", "intermediate_size") and name in theirs
+    }
+    fields["num_heads"] = theirs["num_heads"]
+    fields["intermediate_size"] = theirs["intermediate_size"] or 256 * -(
+        -int(theirs["hidden_size"] * (theirs["hidden_ratio"] or 4) * 2 / 3) // 256
+    )
+    match kind:
+        case "hybrid_qlt":
+            return Settings(HQLTConfig(**fields, **_hybrid(theirs)), notes_on(theirs))
+        case "delta_net":
+            return Settings(HQLTConfig(**fields, **_delta_net(theirs)), [])
+        case _:
+            return Settings(HQLTConfig(**fields, **_transformer(theirs)), [])
+
+
+def _hybrid(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    one_of("attn_mode", theirs["attn_mode"], MODES)
+    blend, rule = MODES[theirs["attn_mode"]]
+    mixer = "vector" if theirs["use_memory_gate"] else "scalar" if theirs["use_memory_dynamic_scaler"] else "sum"
+    fields = {
+        "blend": blend,
+        "fast_weights": rule,
+        "mixer": mixer,
+        "window": theirs["chunk_size"],
+        "beta_max": 2.0 if theirs["allow_neg_eigval"] else 1.0,
+        "rope_theta": 10_000.0 if theirs["use_local_pos_encoding"] else None,
+        "conv_size": theirs["conv_size"] if theirs["use_short_conv"] else 0,
+        "output_gate": theirs["use_gate"],
+    }
+    return fields | _attention_layers(theirs, "hybrid", fields)
+
+
+def _delta_net(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    fields = {
+        "beta_max": 1.0,  # its block passes no allow_neg_eigval on
+        "conv_size": theirs["conv_size"] if theirs["use_short_conv"] else 0,
+        "output_gate": theirs["use_gate"],
+    }
+    kinds = {"layer_kinds": ["fw"] * theirs["num_hidden_layers"]}
+    return kinds | fields | _attention_layers(theirs, "fw", fields)
+
+
+def _transformer(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    if theirs["num_kv_heads"] not in (None, theirs["num_heads"]):
+        raise ValueError(f"num_kv_heads: expected as many as num_heads, got {theirs['num_kv_heads']}")
+    return {
+        "layer_kinds": ["kv"] * theirs["num_hidden_layers"],
+        "kv_window": theirs["window_size"],
+        "rope_theta": theirs["rope_theta"],
+    }
+
+
+def _attention_layers(theirs: Mapping[str, Any], others: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Layers of plain attention between those of another kind."""
+    attention = theirs["attn"]
+    if not attention:
+        return {}
+    heads, theta = theirs["num_heads"], attention.get("rope_theta", 10_000.0)
+    same = {"num_heads": heads, "num_kv_heads": heads, "qkv_bias": False}
+    if any(attention.get(name, value) != value for name, value in same.items()):
+        raise ValueError(f"attn: expected {same} as in the other layers, got {attention}")
+    if fields["conv_size"] or fields["output_gate"] or (others == "hybrid" and fields["rope_theta"] != theta):
+        raise ValueError(
+            f"attn: expected layers with the positions of the others, and no convolution or gate in these: all layers "
+            f"of a model share them here; got {attention} beside {dict(fields)}"
+        )
+    kinds = ["kv" if i in attention["layers"] else others for i in range(theirs["num_hidden_layers"])]
+    return {"layer_kinds": kinds, "kv_window": attention.get("window_size"), "rope_theta": theta}
+
+
+def notes_on(theirs: Mapping[str, Any]) -> list[str]:
+    """What the paper's code does otherwise than the paper's equations, and so than the converted model."""
+    mode, positions = theirs["attn_mode"], theirs["use_local_pos_encoding"]
+    notes = [
+        "Evaluated with a padding mask and more than one row, that code's rows attend into each other; ours do not."
+    ]
+    if mode == "sync_chunk_linear":
+        notes += [
+            "LOGITS DIFFER: that code sums linear attention's normaliser over heads, ours over time, as it should be; "
+            "the weights were trained with the former.",
+            "That code carries no fast weights from call to call in this mode; ours does.",
+        ]
+    if mode.startswith("sync") and positions:
+        notes.append(
+            "Decoding: layers above the first get rotary positions off by one there (one token counter for all); here "
+            "decoding equals one pass."
+        )
+    if mode == "delayed":
+        notes.append("Packed documents: the shift by the window crosses their borders there; here it does not.")
+        notes.append(
+            "Decoding: q and k positions drift apart by one from the second step there; here decoding equals one pass."
+            if positions
+            else "Decoding without positions: only the new keys meet the whole window's values there; here decoding "
+            "equals one pass."
+        )
+    if mode == "chunk":
+        if theirs["chunk_size"] != 64:
+            notes.append(
+                f"LOGITS DIFFER: that code writes fast weights in chunks of 64 whatever the window; here the chunk is "
+                f"the window, {theirs['chunk_size']}."
+            )
+        notes.append("That code carries no state from call to call in this mode; ours does.")
+    return notes

@@ -1,0 +1,57 @@
+"""Plots of what was evaluated beside tasks: bits by position, and what is found by length and depth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from hqlt.evaluate.lengths import Bin
+from hqlt.evaluate.retrieval import Found
+
+
+def figure_of_lengths(bins: Sequence[Bin], every: int, unit: str) -> Figure:
+    """Bits by position, everything remembered and the memories emptied every so often."""
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    middles = [(part.begin + part.end) / 2 for part in bins]
+    axes.plot(middles, [part.carried for part in bins], marker="o", markersize=3, color="#c0392b", label="all before")
+    emptied = [part.emptied for part in bins]
+    axes.plot(middles, emptied, linestyle="--", color="#7a7a7a", label=f"emptied every {every:,} tokens")
+    axes.set_xscale("log")
+    axes.set_xlabel("position in the text, tokens")
+    axes.set_ylabel(f"bits per {unit}")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return figure
+
+
+def figure_of_retrieval(found: Mapping[str, Sequence[Found]]) -> Figure:
+    """A heat map for each kind of haystack: how often the key is found, by length and depth."""
+    figure, panels = pyplot.subplots(
+        1, len(found), figsize=(1.2 + 4.6 * len(found), 3.6), squeeze=False, layout="constrained"
+    )
+    for axes, (name, results) in zip(panels.flat, found.items(), strict=True):
+        heat_map(axes, name, results)
+    return figure
+
+
+def heat_map(axes: Axes, name: str, results: Sequence[Found]) -> None:
+    lengths = sorted({result.length for result in results})
+    depths = sorted({result.depth for result in results})
+    by_place = {(result.depth, result.length): result for result in results}
+    shares = [
+        [by_place[depth, length].right / by_place[depth, length].trials for length in lengths] for depth in depths
+    ]
+    axes.imshow(shares, cmap="Greens", vmin=0, vmax=1, aspect="auto")
+    for y, row in enumerate(shares):
+        for x, share in enumerate(row):
+            shade = "white" if share > 0.6 else "black"
+            axes.text(x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=shade)
+    axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=30, ha="right")
+    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+    axes.set_xlabel("length, tokens")
+    axes.set_ylabel("depth of the key")
+    axes.set_title(f"{name}: found, %")

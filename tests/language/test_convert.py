@@ -1,0 +1,173 @@
+"""A checkpoint of the paper's code, converted, computes what that code computes of a whole text."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from hqlt.cli import main
+from hqlt.language.checkpoint import Checkpoint, read_checkpoint
+from hqlt.language.convert import convert
+from hqlt.language.folder import load_model
+from hqlt.model import preset
+from tests.language.their_model import DELTA_NET, HYBRID, TRANSFORMER, logits_of, random_checkpoint
+
+TOKENS = torch.randint(37, (11,), generator=torch.Generator().manual_seed(1))
+BETWEEN = {"layers": [1], "num_heads": 2, "window_size": 3, "rope_theta": 10_000.0}
+SETTINGS = {
+    "synchronous": HYBRID,
+    "delayed-streaming": {**HYBRID, "attn_mode": "delayed"},
+    "delayed-chunk": {**HYBRID, "attn_mode": "chunk"},
+    "scalar": {**HYBRID, "use_memory_gate": False, "use_memory_dynamic_scaler": True},
+    "sum": {**HYBRID, "use_memory_gate": False, "use_local_pos_encoding": False},
+    "convolution": {**HYBRID, "use_short_conv": True, "conv_size": 3, "use_gate": True},
+    "deltanet": DELTA_NET,
+    "deltanet-convolution": {**DELTA_NET, "use_short_conv": True, "conv_size": 4, "use_gate": True},
+    "deltanet-between-attention": {**DELTA_NET, "attn": BETWEEN},
+    "hybrid-between-attention": {**HYBRID, "attn": BETWEEN},
+    "transformer": TRANSFORMER,
+    "transformer-window": {**TRANSFORMER, "window_size": 5},
+}
+
+
+def checkpoint(settings, tensors=None) -> Checkpoint:
+    return Checkpoint(settings, random_checkpoint(settings) if tensors is None else tensors, folder=None)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_logits_are_theirs(name):
+    settings = SETTINGS[name]
+    theirs = checkpoint(settings)
+    converted = convert(theirs)
+    logits = converted.model(TOKENS[None]).logits[0]
+    torch.testing.assert_close(logits, logits_of(theirs.tensors, settings, TOKENS), rtol=0, atol=1e-10)
+    used = [part for parts in converted.names.values() for part in parts]
+    assert sorted(used) == sorted(theirs.tensors)
+    assert not converted.left_out
+
+
+def test_a_fused_mlp_and_what_is_computed_anew():
+    tensors = random_checkpoint(HYBRID)
+    logits = convert(checkpoint(HYBRID)).model(TOKENS[None]).logits
+    for n in range(2):
+        mlp = f"model.layers.{n}.mlp"
+        tensors[f"{mlp}.gate_proj.weight"] = torch.cat(
+            [tensors[f"{mlp}.gate_proj.weight"], tensors.pop(f"{mlp}.up_proj.weight")]
+        )
+        tensors[f"model.layers.{n}.attn.rotary.inv_freq"] = 10_000.0 ** (-torch.arange(0, 8, 2) / 8)
+    converted = convert(checkpoint(HYBRID, tensors))
+    assert torch.equal(converted.model(TOKENS[None]).logits, logits)
+    assert set(converted.left_out.values()) == {"computed from rope_theta"}
+    tensors["model.layers.0.attn.rotary.inv_freq"] *= 2
+    with pytest.raises(ValueError, match=r"unknown: model\.layers\.0\.attn\.rotary\.inv_freq"):
+        convert(checkpoint(HYBRID, tensors))
+
+
+def test_linear_attention_is_converted_with_a_warning():
+    converted = convert(checkpoint({**HYBRID, "attn_mode": "sync_chunk_linear"}))
+    assert converted.model.config.fast_weights == "linear"
+    assert len(converted.left_out) == 2 and all(name.endswith("b_proj.weight") for name in converted.left_out)
+    assert any("LOGITS DIFFER" in note and "over heads" in note for note in converted.notes)
+    assert converted.model(TOKENS[None]).logits.isfinite().all()
+
+
+def test_notes_say_what_is_computed_otherwise():
+    notes = {name: "\n".join(convert(checkpoint(SETTINGS[name])).notes) for name in SETTINGS}
+    assert "off by one" in notes["synchronous"] and "off by one" not in notes["sum"]
+    assert "drift apart" in notes["delayed-streaming"]
+    assert "in chunks of 64 whatever the window" in notes["delayed-chunk"]
+    assert notes["deltanet"] == ""
+
+
+def test_the_paper_s_sizes():
+    """What its 340M config says is our preset."""
+    settings = {
+        **HYBRID,
+        "hidden_size": 1024,
+        "num_heads": 8,
+        "num_hidden_layers": 24,
+        "intermediate_size": None,
+        "hidden_ratio": 4,
+        "vocab_size": 32_000,
+        "chunk_size": 64,
+    }
+    from hqlt.language.paper_config import read_settings
+
+    config, ours = read_settings(settings).config, preset("hqlt-340m")
+    ignored = {"bos_token_id", "eos_token_id"}
+    different = {name for name, value in config.to_dict().items() if value != ours.to_dict()[name]}
+    assert different == ignored
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gla"}, "model_type: expected one of 'hybrid_qlt', 'delta_net', 'transformer', got 'gla'"),
+        ({"expand_v": 2}, "expand_v: expected 1, which our layer computes, got 2"),
+        ({"use_memory_scaler": True}, "use_memory_scaler: expected False"),
+        ({"attn_mode": "fused_recurrent"}, "attn_mode: expected one of 'sync_chunk'"),
+        ({"attn": {**BETWEEN, "num_heads": 4}}, "attn: expected .* as in the other layers"),
+        ({"attn": {**BETWEEN, "rope_theta": 500.0}}, "attn: expected layers with the positions of the others"),
+        ({"intermediate_size": 32}, r"mlp.gate_proj.weight: expected shape \[32, 16\] by the config, got \[24, 16\]"),
+        ({"use_gate": True}, "missing: model.layers.0.attn.g_proj.weight"),
+        ({"use_memory_gate": False}, "unknown: model.layers.0.attn.memory_gate_proj.weight"),
+    ],
+)
+def test_what_has_no_counterpart_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        convert(checkpoint({**HYBRID, **change}, random_checkpoint(HYBRID)))
+
+
+class TestCommand:
+    def test_from_sharded_safetensors(self, tmp_path, capsys):
+        tensors = random_checkpoint(HYBRID)
+        theirs = tmp_path / "theirs"
+        theirs.mkdir()
+        names = sorted(tensors)
+        shards = {"a.safetensors": names[:9], "b.safetensors": names[9:]}
+        for shard, some in shards.items():
+            save_file({name: tensors[name] for name in some}, theirs / shard)
+        index = {"weight_map": {name: shard for shard, some in shards.items() for name in some}}
+        (theirs / "model.safetensors.index.json").write_text(json.dumps(index))
+        (theirs / "config.json").write_text(json.dumps(HYBRID))
+        main(["convert", str(theirs), str(tmp_path / "ours")])
+        said = capsys.readouterr().out
+        assert f"{len(tensors)} tensors became {len(tensors)}" in said
+        assert "off by one" in said and "no tokenizer was found" in said
+        model = load_model(tmp_path / "ours")
+        expected = logits_of(tensors, HYBRID, TOKENS)
+        torch.testing.assert_close(model(TOKENS[None]).logits[0], expected, rtol=0, atol=1e-10)
+
+    def test_from_a_wrapped_file_with_other_names(self, tmp_path):
+        tensors = {f"_orig_mod.backbone.{name}": value for name, value in random_checkpoint(DELTA_NET).items()}
+        torch.save({"model": tensors, "step": 3}, tmp_path / "weights.pt")
+        (tmp_path / "settings.json").write_text(json.dumps(DELTA_NET))
+        (tmp_path / "map.yaml").write_text(yaml.safe_dump({r"^backbone\.": ""}))
+        command = ["convert", str(tmp_path / "weights.pt"), str(tmp_path / "ours")]
+        with pytest.raises(SystemExit, match=r"config.json; name it by --settings"):
+            main(command)
+        command.append(f"--settings={tmp_path / 'settings.json'}")
+        with pytest.raises(SystemExit, match=r"missing: lm_head.weight \(is it backbone.lm_head.weight\?\)"):
+            main(command)
+        main([*command, f"--map={tmp_path / 'map.yaml'}"])
+        assert load_model(tmp_path / "ours").config.kinds == ["fw", "fw"]
+
+    def test_a_pickle_is_not_run(self, tmp_path):
+        class Trap:
+            def __reduce__(self):
+                return pytest.fail, ("a pickle was run",)
+
+        torch.save({"model": Trap()}, tmp_path / "weights.pt")
+        (tmp_path / "config.json").write_text(json.dumps(HYBRID))
+        with pytest.raises(ValueError, match="expected safetensors, or a PyTorch file of tensors alone"):
+            read_checkpoint(tmp_path / "weights.pt")
+
+    def test_a_distributed_checkpoint_is_refused(self, tmp_path):
+        (tmp_path / ".metadata").touch()
+        (tmp_path / "config.json").write_text(json.dumps(HYBRID))
+        with pytest.raises(ValueError, match="distributed checkpoint, whose index is a pickle"):
+            read_checkpoint(tmp_path)
