@@ -36,7 +36,7 @@ def flops_per_token(config: HQLTConfig, length: int) -> float:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Operations of training on a token of a sequence of `length`: forward, and twice as many backward.
+    """Operations a second of one processor: a GPU's from its data sheet (None: not known), a CPU's measured now."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         return next((peak for part, peak in PEAKS.items() if part in name), None)
