@@ -20,6 +20,8 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from hqlt.train.language.ranks import Ranks
 
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
+
 TOLD = "trainer.json"
 UNFINISHED = ".unfinished"
 
@@ -51,14 +53,9 @@ class Checkpoints:
             (unfinished / TOLD).write_text(json.dumps({"step": step, **told}, indent=1))
         self.ranks.wait()
         writer = HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            future = async_save(
-                dict(tensors),
-                storage_writer=writer,
-                process_group=self.ranks.beside,
-                no_dist=self.ranks.mesh is None,
-            )
+        future = async_save(
+            dict(tensors), storage_writer=writer, process_group=self.ranks.beside, no_dist=self.ranks.mesh is None
+        )
         assert isinstance(future, Future)
         self._writing = place, future
 
@@ -111,10 +108,7 @@ def load_into(place: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
     Raises ValueError where the checkpoint is damaged, or holds others.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            reader = HuggingFaceStorageReader(str(place))
-            load(dict(tensors), storage_reader=reader, no_dist=ranks.mesh is None)
+        load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(place)), no_dist=ranks.mesh is None)
     except (Exception, CheckpointException) as error:
         raise ValueError(f"{place}: could not be read ({_first_line(error)}); {_advice(place)}") from error
 
