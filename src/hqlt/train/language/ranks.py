@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -86,7 +87,11 @@ def spread(model: nn.Module, settings: TrainSettings, ranks: Ranks) -> nn.Module
     """The model on its device: activation checkpoints, compiled blocks and sharded weights as the settings say."""
     blocks: nn.ModuleList = model.model.layers  # type: ignore[assignment, union-attr]
     if settings.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        new_name = getattr(
+            model, "activation_checkpointing_enable", None
+        )  # of transformers 5.23; the old one goes with 6
+        enable: Any = new_name or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     if settings.compile:
         for block in blocks:
             block.compile()
