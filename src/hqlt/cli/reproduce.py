@@ -10,6 +10,7 @@ from rich.console import Console
 
 from hqlt.layer import one_of
 from hqlt.study import known_studies, read_study
+from hqlt.study.commands import print_and_run
 from hqlt.study.run import copy_results, leave_report, run_study
 
 ALIASES = {"table-2": "expressivity"}
@@ -28,8 +29,11 @@ def reproduce(
     """Train and score every model of a study with every seed, and print ours beside the paper's.
 
     "expressivity" (or "table-2") is the paper's table of what each model can compute; "suite" has the other tasks,
-    "ablations" windows, mixers and convolutions; or give a YAML file of your own. Cells run in parallel processes. A
-    finished cell is never run again: the same command goes on where an earlier one was stopped.
+    "ablations" windows, mixers and convolutions. "language" is the table of language models,
+    "language-ablations" changes one part at a time, "recall" asks for facts by window size; at the paper's scale
+    language and recall are commands for many GPUs, printed with the hours they need, and run where there are GPUs.
+    Or give a YAML file of your own. Cells run in parallel processes. A finished cell is never run again: the same
+    command goes on where an earlier one was stopped.
 
     Args:
         what: the study's name, or a YAML file.
@@ -41,6 +45,9 @@ def reproduce(
         quick: budgets too small to learn much, to see that everything runs.
         export: a folder for what is worth committing, such as results/expressivity.
     """
+    if scale == "paper" and ALIASES.get(what, what) in ("language", "recall"):
+        print_and_run(ALIASES.get(what, what), Console(highlight=False))
+        return
     try:
         name, file = find(what, scale)
         study = read_study(file).only(only)

@@ -14,7 +14,7 @@ from hqlt.task import IGNORE, Batch, Task
 
 class Score(NamedTuple):
     metric: str
-    """"accuracy": higher is better, chance 0, perfect 1; "bits" per token: lower is better."""
+    """"accuracy", "exact": higher is better, chance 0, perfect 1; "bits" per token: lower is better."""
     value: float
     curve: list[tuple[float, float]]
     """(mean coordinate, score) of bins along the task's coordinate, each with about as many scored tokens."""
@@ -36,8 +36,13 @@ def evaluate(model: nn.Module, task: Task, batch: Batch, *, bins: int = 12, rows
         resets = None if batch.resets is None else batch.resets[rows, :last]
         logits = model(batch.inputs[rows, :last], resets=resets, use_cache=False).logits
         asked = asked[:, :last]
-        outcomes.append(outcome(task, logits[asked], targets[:, :last][asked]))
-        coordinates.append(batch.coordinate[rows, :last][asked])
+        found, where = outcome(task, logits[asked], targets[:, :last][asked]), batch.coordinate[rows, :last][asked]
+        if task.metric == "exact":
+            each = asked.sum(dim=1).tolist()
+            found = torch.stack([tokens.amin() for tokens in found.split(each)])
+            where = torch.stack([tokens[0] for tokens in where.split(each)])
+        outcomes.append(found)
+        coordinates.append(where)
     outcomes_, coordinates_ = torch.cat(outcomes).cpu(), torch.cat(coordinates).double().cpu()
     order = coordinates_.argsort(stable=True)
     curve = [

@@ -35,7 +35,7 @@ TITLES = {
     "recall": "Recall: key–value pairs",
     "text": "Real text: Python's library",
 }
-METRICS = {"accuracy": "accuracy (chance = 0)", "bits": "bits per byte"}
+METRICS = {"accuracy": "accuracy (chance = 0)", "exact": "answers exactly right", "bits": "bits per byte"}
 COLUMNS = 4
 """Experiments side by side."""
 
@@ -96,7 +96,7 @@ def label_panels(top: Axes, bottom: Axes, result: Result) -> None:
         axes.set_ylabel(METRICS[task.metric])
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
-        if task.metric == "accuracy":
+        if task.metric != "bits":
             axes.set_ylim(-0.1, 1.05)
 
 

@@ -10,6 +10,8 @@ import rich.table
 
 from hqlt.train.grid import Result
 
+UNITS = {"accuracy": "accuracy %", "exact": "exact answers %", "bits": "bits/byte"}
+
 
 class TableCell(NamedTuple):
     text: str
@@ -53,7 +55,7 @@ def table_of(results: Sequence[Result], paper: Mapping[str, Mapping[str, float]]
     metric = {result.cell.column: result.fit.test.metric for result in results}
     columns = ["model"]
     for label in experiments:
-        columns.append(f"{label}, {'bits/byte' if metric[label] == 'bits' else 'accuracy %'}")
+        columns.append(f"{label}, {UNITS[metric[label]]}")
         columns += ["paper"] * (label in reported)
     columns.append("seconds")
     rows = []

@@ -8,6 +8,7 @@ from hqlt.task.associative_recall import AssociativeRecall
 from hqlt.task.bracketed_arithmetic import BracketedArithmetic
 from hqlt.task.cycle_navigation import CycleNavigation
 from hqlt.task.even_pairs import EvenPairs
+from hqlt.task.fact_extraction import FactExtraction
 from hqlt.task.modular_arithmetic import ModularArithmetic
 from hqlt.task.parity import Parity
 from hqlt.task.permutations import Permutations
@@ -30,6 +31,7 @@ TASKS: dict[str, Any] = {
         SelectiveCopying,
         StateRecall,
         StandardLibrary,
+        FactExtraction,
     )
 }
 
@@ -41,6 +43,7 @@ __all__ = [
     "BracketedArithmetic",
     "CycleNavigation",
     "EvenPairs",
+    "FactExtraction",
     "ModularArithmetic",
     "Parity",
     "Permutations",

@@ -66,8 +66,9 @@ class Task(Protocol):
     def vocab_size(self) -> int: ...
 
     @property
-    def metric(self) -> Literal["accuracy", "bits"]:
-        """accuracy: share of scored tokens named right, stretched so that chance is 0; bits: mean −log₂ p(target)."""
+    def metric(self) -> Literal["accuracy", "exact", "bits"]:
+        """accuracy: share of scored tokens named right, stretched so that chance is 0; exact: share of sequences in
+        which all of them are; bits: mean −log₂ p(target)."""
 
     @property
     def chance(self) -> float:

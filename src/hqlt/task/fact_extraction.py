@@ -1,0 +1,115 @@
+"""Facts extracted from real text: what did the passage say that this name is?"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import re
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hqlt.task.task import IGNORE, Batch, Split
+from hqlt.task.text import files_of
+
+FACT = re.compile(rb"^[ \t]*([A-Za-z_][A-Za-z0-9_.]*) = ([^\n#]{4,24})\n", re.MULTILINE)
+"""A line that gives a name a value of 4 to 24 bytes."""
+RARE = 3
+"""A value that the split gives more often could be guessed without the passage."""
+
+
+class Facts(NamedTuple):
+    """Places in the bytes of a split, [n] each."""
+
+    file: NDArray[np.int64]
+    """Where the fact's file begins."""
+    name: NDArray[np.int64]
+    value: NDArray[np.int64]
+    end: NDArray[np.int64]
+    """Behind the value, where the line ends."""
+    until: NDArray[np.int64]
+    """Where the file ends, or the name is given a value again: the question may not come later."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactExtraction:
+    r"""A passage of Python source, byte by byte, and a question about one of its lines, which holds the answer.
+
+        passage     …width = 0.5*scale\nheight = rows - 1\nfor row in…
+        question    \nwidth =
+        answer      0.5*scale\n
+
+    The line stands `distance` bytes before the question, uniform in 1 … `length`; its value is rare in the library, and
+    between it and the question the name is given no other. An answer counts if every byte of it is right, as a greedy
+    continuation would have it: SWDE and FDA are scored like this, by whether the answer is contained in it. Files of a
+    split are those of `text`.
+
+    Source: after Arora et al. 2024, "Simple linear attention language models balance the recall-throughput tradeoff",
+    section 3 and appendix; the paper's table of recall.
+    """
+
+    length: int = 512
+    """Bytes of the passage at most."""
+    labels: Literal["text", "answer"] = "text"
+    """What training scores: every byte, as in a language model, or the answer alone. Tests score the answer alone."""
+
+    name = "fact-extraction"
+    vocab_size = 256
+    metric: Literal["exact"] = "exact"
+    chance = 0.0
+    coordinate_name = "bytes between fact and question"
+
+    def __post_init__(self) -> None:
+        if self.length < 64:
+            raise ValueError(f"length: expected at least 64 bytes, got {self.length}")
+        if self.labels not in ("text", "answer"):
+            raise ValueError(f"labels: expected 'text' or 'answer', got {self.labels!r}")
+
+    def sample(self, generator: torch.Generator, rows: int, split: Split) -> Batch:
+        source, facts = files_of(split)[0].numpy(), facts_of(split)
+        sequences: list[tuple[NDArray[np.uint8], int, int]] = []
+        while len(sequences) < rows:
+            i = int(torch.randint(0, len(facts.name), (), generator=generator))
+            distance = int(torch.randint(1, self.length, (), generator=generator))
+            asked_at = int(facts.end[i]) + distance
+            begin = max(int(facts.file[i]), asked_at - self.length)
+            if begin <= facts.name[i] and asked_at <= facts.until[i]:
+                line = source[facts.name[i] : facts.end[i] + 1]
+                question = np.concatenate([source[begin:asked_at], np.frombuffer(b"\n", np.uint8), line])
+                sequences.append((question, int(facts.end[i] + 1 - facts.value[i]), distance))
+        longest = max(len(sequence) for sequence, _, _ in sequences) - 1
+        inputs = torch.zeros(rows, longest, dtype=torch.long)
+        targets = torch.full_like(inputs, IGNORE)
+        for row, (sequence, answer, _) in enumerate(sequences):
+            tokens = torch.from_numpy(sequence.astype(np.int64))
+            inputs[row, : len(tokens) - 1] = tokens[:-1]
+            scored = len(tokens) - 1 if split == "train" and self.labels == "text" else answer
+            targets[row, len(tokens) - 1 - scored : len(tokens) - 1] = tokens[len(tokens) - scored :]
+        distances = torch.tensor([[distance] for _, _, distance in sequences])
+        return Batch(inputs, targets, distances.expand_as(inputs))
+
+
+@functools.cache
+def facts_of(split: Split) -> Facts:
+    """All facts of a split's files whose values are rare."""
+    text, begins = files_of(split)
+    source = text.numpy().tobytes()
+    starts = begins.nonzero()[:, 0].numpy()
+    found = list(FACT.finditer(source))
+    times = collections.Counter(match[2] for match in found)
+    name, value, end = (np.array([place(match) for match in found]) for place in PLACES)
+    file = np.searchsorted(starts, name, side="right") - 1
+    until = np.append(starts, len(source))[file + 1].copy()
+    following: dict[tuple[int, bytes], int] = {}
+    for i in reversed(range(len(found))):
+        key = int(file[i]), found[i][1]
+        until[i] = following.get(key, until[i])
+        following[key] = int(name[i])
+    rare = np.array([times[match[2]] <= RARE for match in found])
+    return Facts(*(part[rare] for part in (starts[file], name, value, end, until)))
+
+
+PLACES = (lambda match: match.start(1), lambda match: match.start(2), lambda match: match.end(2))

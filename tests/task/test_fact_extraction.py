@@ -1,0 +1,45 @@
+import re
+
+import pytest
+import torch
+
+from hqlt.task import IGNORE, FactExtraction, generator_for
+from hqlt.task.fact_extraction import FACT, facts_of
+from hqlt.task.text import files_of
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_the_answer_is_what_the_passage_says_last_of_the_name(split):
+    task = FactExtraction(length=300, labels="answer")
+    batch = task.sample(generator_for(split, 1), 60, split)
+    for inputs, targets, distance in zip(batch.inputs, batch.targets, batch.coordinate[:, 0].tolist(), strict=True):
+        asked = (targets != IGNORE).nonzero()[:, 0]
+        answer = bytes(targets[asked].tolist())
+        passage, question = bytes(inputs[: asked[0] + 1].tolist()).rsplit(b"\n", 1)
+        name = re.fullmatch(rb"([\w.]+) = ", question)[1]
+        told = [match for match in FACT.finditer(passage + b"\n") if match[1] == name]
+        assert told[-1][2] + b"\n" == answer
+        assert len(passage) - told[-1].end(2) == distance < 300
+        assert len(passage) <= 300
+        assert bytes(inputs[asked[1:]].tolist()) == answer[:-1]
+
+
+def test_training_may_score_every_byte():
+    batch = FactExtraction(length=128).sample(generator_for("train", 0), 8, "train")
+    for inputs, targets in zip(batch.inputs, batch.targets, strict=True):
+        scored = int((targets != IGNORE).sum())
+        assert torch.equal(targets[: scored - 1], inputs[1:scored])
+
+
+def test_facts_are_rare_and_many():
+    facts = facts_of("train")
+    assert len(facts.name) > 3000
+    source = files_of("train")[0].numpy().tobytes()
+    value = source[facts.value[0] : facts.end[0]]
+    assert len(re.findall(rb"^[ \t]*[A-Za-z_][\w.]* = " + re.escape(value) + rb"\n", source, re.MULTILINE)) <= 3
+
+
+@pytest.mark.parametrize("wrong", [{"length": 10}, {"labels": "none"}])
+def test_wrong_options_are_refused(wrong):
+    with pytest.raises(ValueError, match="expected"):
+        FactExtraction(**wrong)
