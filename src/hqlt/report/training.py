@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def leave_training_report(folder: Path, told: dict[str, Any], results: dict[str,
         title=title,
         introduction=f"A language model of {told['parameters']:,} parameters, trained from scratch.",
         table=table,
-        plot=save(figure_of_run(history), folder / "curves.png"),
+        plot=save(figure_of_run(history, told["data"]["bytes_per_token"]), folder / "curves.png"),
         spoken=None,
         samples=(),
         protocol=protocol,
@@ -60,13 +61,15 @@ def table_of_run(told: dict[str, Any], results: dict[str, Any], history: Sequenc
     return Table(columns, [[TableCell(text) for text in row]], caption)
 
 
-def figure_of_run(history: Sequence[dict[str, Any]]) -> Figure:
-    """The training loss, and validation where it was measured; below them gradient and learning rate."""
+def figure_of_run(history: Sequence[dict[str, Any]], bytes_per_token: float) -> Figure:
+    """Bits a byte in training, and in validation where measured; below them gradient and learning rate."""
     figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
     steps = [line["step"] for line in history]
-    top.plot(steps, [line["loss"] for line in history], linewidth=0.6, color="#7a7a7a", label="training, nats a token")
+    bits = [line["loss"] / math.log(2) / bytes_per_token for line in history]
+    top.plot(steps, bits, linewidth=0.6, color="#7a7a7a", label="training")
     scored = [(line["step"], line["validation"]) for line in history if line["validation"] is not None]
-    top.plot(*zip(*scored, strict=True), marker="o", color="#c0392b", label="validation, bits a byte")
+    top.plot(*zip(*scored, strict=True), marker="o", color="#c0392b", label="validation")
+    top.set_ylabel("bits a byte")
     bottom.plot(steps, [line["gradient_norm"] for line in history], linewidth=0.6, color="#1f77b4")
     bottom.set_yscale("log")
     bottom.set_ylabel("gradient norm")

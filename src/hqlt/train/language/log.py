@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
 from hqlt.train.language.trainer import Update
 
@@ -79,10 +79,7 @@ class LiveLine:
     def __init__(self, console: Console, steps: int, step: int, flops: float, peak: float | None) -> None:
         self.console, self.steps, self.flops, self.peak = console, steps, flops, peak
         self.bar = Progress(
-            TextColumn("update"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=20),
-            TextColumn("{task.description}"),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.description}"),
             TimeRemainingColumn(),
             TextColumn("left"),
             console=console,

@@ -133,12 +133,13 @@ def told_of(settings: TrainSettings, config: HQLTConfig, trainer: Trainer) -> di
 
     from hqlt._version import version
 
+    files = trainer.splits["train"]
     return {
         "command": "hqlt " + " ".join(sys.argv[1:]),
         "settings": dataclasses.asdict(settings),
         "model": config.to_diff_dict(),
         "parameters": trainer.size,
-        "data": {"folder": str(trainer.splits["train"].folder), "digest": trainer.splits["train"].digest},
+        "data": {"folder": str(files.folder), "digest": files.digest, "bytes_per_token": files.bytes / len(files)},
         "processes": trainer.ranks.count,
         "device": torch.cuda.get_device_name() if trainer.ranks.device.type == "cuda" else "cpu",
         "hqlt": version,

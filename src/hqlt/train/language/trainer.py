@@ -254,7 +254,9 @@ class Trainer:
     def export(self, folder: Path) -> None:
         """The model as a Hugging Face folder, whole, with its tokenizer."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         if self.ranks.mesh is None:
             weights = self.model.state_dict()
         else:
