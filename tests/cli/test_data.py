@@ -63,13 +63,24 @@ def test_mistakes_end_with_one_line(tmp_path, capsys):
     assert "prepare" in capsys.readouterr().err
 
 
+SLOWLY = """
+import time
+from hqlt.cli import main
+from hqlt.data.shard import ShardWriter
+
+finish = ShardWriter.finish
+ShardWriter.finish = lambda self: (time.sleep(0.1), finish(self))[1]  # so that it is under way when it is stopped
+main()
+"""
+
+
 def test_ctrl_c_says_how_to_go_on(tmp_path, request, capsys):
     documents = [text * 60 for text in texts(300)]
     lines = write_lines(tmp_path / "a.jsonl", documents)
     log = tmp_path / "log"
     command = ["data", "prepare", str(lines), f"--folder={tmp_path / 'd'}", "--shard-tokens=20000"]
     with log.open("w") as out:
-        process = subprocess.Popen([sys.executable, "-m", "hqlt", *command], stdout=out, stderr=out)
+        process = subprocess.Popen([sys.executable, "-c", SLOWLY, *command], stdout=out, stderr=out)
         request.addfinalizer(lambda: (process.kill(), process.wait()))
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and not list((tmp_path / "d").glob("train-00003*")):

@@ -147,7 +147,7 @@ def test_a_stopped_start_is_gone_on_with(how, bpe, tmp_path, request):
     prepare(lines, tmp_path / "whole", tokenizer=bpe, validation_share=0.1, shard_tokens=400)
     folder, shards = tmp_path / "d", 0
     for more in (1, 2):
-        process = start(lines, folder, bpe, 0.1)
+        process = start(lines, folder, bpe, 0.5)
         request.addfinalizer(lambda process=process: (process.kill(), process.wait()))
         deadline = time.monotonic() + 60
         while finished_shards(folder) < shards + more:
