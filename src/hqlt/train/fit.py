@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hqlt.evaluate.scores import Score, evaluate
 from hqlt.task import IGNORE, Batch, StateRecall, StateTracking, Task, generator_for
+from hqlt.train.schedule import warmup_then_cosine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +55,7 @@ class Budget:
     def learning_rate_at(self, step: int) -> float:
         """step counts from 0."""
         warm = max(round(self.warmup * self.steps), 1)
-        if step < warm:
-            return self.learning_rate * (step + 1) / warm
-        progress = (step - warm) / max(self.steps - warm, 1)
-        falling = 0.5 * (1 + math.cos(math.pi * progress))
-        return self.learning_rate * (self.final_rate + (1 - self.final_rate) * falling)
+        return self.learning_rate * warmup_then_cosine(step, warmup=warm, steps=self.steps, final=self.final_rate)
 
     def task_at(self, task: Task, step: int) -> Task:
         """The task with the training lengths of this step."""

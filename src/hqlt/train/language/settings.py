@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from hqlt.train.schedule import warmup_then_cosine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +76,8 @@ class TrainSettings:
 
     def learning_rate_at(self, step: int) -> float:
         """step counts from 0."""
-        if step < self.warmup:
-            return self.learning_rate * (step + 1) / self.warmup
-        progress = min((step - self.warmup) / max(self.steps - self.warmup, 1), 1.0)
-        falling = 0.5 * (1 + math.cos(math.pi * progress))
-        return self.learning_rate * (self.final_rate + (1 - self.final_rate) * falling)
+        share = warmup_then_cosine(step, warmup=self.warmup, steps=self.steps, final=self.final_rate)
+        return self.learning_rate * share
 
     def micro_batches(self, ranks: int) -> tuple[int, int]:
         """→ how many micro-batches a process takes in an update, and the rows of each.
