@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from hqlt.train.language.cost import flops_per_token, peak_flops
 from hqlt.train.language.log import LiveLine, Metrics, Trackers
 from hqlt.train.language.ranks import Ranks, join
 from hqlt.train.language.settings import TrainSettings
-from hqlt.train.language.trainer import Trainer
+from hqlt.train.language.trainer import Trainer, Update
 
 DEFAULT_DATA = "python-library"
 
@@ -67,30 +67,39 @@ def run(settings: TrainSettings, folder: Path | None = None, device: str | None 
 
 def follow(trainer: Trainer, folder: Path, step: int, stopped: list[int], console: Console) -> bool:
     """Train, and tell each update; → False where a signal came between."""
-    ranks, settings = trainer.ranks, trainer.settings
-    if not ranks.first:
-        for _ in trainer.updates():
-            if any_of(ranks, stopped):
-                return trainer.step == settings.steps
-        return True
-    peak = peak_flops(ranks.device)
+    with telling(trainer, folder, step, console) as tell:
+        for told in trainer.updates():
+            tell(told)
+            if any_of(trainer.ranks, stopped) and told.step < trainer.settings.steps:
+                return False
+    return True
+
+
+@contextlib.contextmanager
+def telling(trainer: Trainer, folder: Path, step: int, console: Console) -> Iterator[Callable[[Update], None]]:
+    """What the first process does with each update: the live line, metrics.jsonl, trackers. The others keep silent."""
+    if not trainer.ranks.first:
+        yield lambda told: None
+        return
+    settings = trainer.settings
+    peak = peak_flops(trainer.ranks.device)
     flops = flops_per_token(trainer.config, settings.length)
     metrics = Metrics(folder / "metrics.jsonl", step)
     trackers = Trackers(folder, dataclasses.asdict(settings), step)
     begun = time.monotonic()
-    with LiveLine(console, settings.steps, step, flops, peak and peak * ranks.count) as line:
+    with LiveLine(console, settings.steps, step, flops, peak and peak * trainer.ranks.count) as line:
+
+        def tell(told: Update) -> None:
+            speed = line.show(told)
+            metrics.write(told._asdict())
+            trackers.write(told._asdict() | {"tokens_per_second": speed})
+
         try:
-            for told in trainer.updates():
-                speed = line.show(told)
-                metrics.write(told._asdict())
-                trackers.write(told._asdict() | {"tokens_per_second": speed})
-                if any_of(ranks, stopped) and told.step < settings.steps:
-                    return False
+            yield tell
         finally:
             metrics.close()
             trackers.close()
     console.print(f"{time.monotonic() - begun:.0f} s in this start")
-    return True
 
 
 def any_of(ranks: Ranks, stopped: list[int]) -> bool:
