@@ -36,8 +36,8 @@ def make_worlds(name: str, n: int, seed: int, **options: Any) -> VectorEnv[Any, 
         the module first). Those are stepped one by one, in a SyncVectorEnv.
     options: the world's arguments.
 
-    MiniGrid's dictionaries become images: uint8 [3, height, width] of kinds, colours and states, without direction and
-    mission.
+    MiniGrid's dictionaries become their images, uint8 [3, 7, 7] of kinds, colours and states, channels first; direction
+    and mission are left out.
     """
     worlds = _worlds(name, n, options)
     worlds.reset(seed=seed)
@@ -75,11 +75,10 @@ def _image_of_minigrid(name: str, options: dict[str, Any]) -> gymnasium.Env[Any,
     """Of the dictionary that is observed, its image, channels first."""
     environment = gymnasium.make(name, **options)
     space = environment.observation_space["image"]  # type: ignore[index]
-    height, width, channels = space.shape
     return gymnasium.wrappers.TransformObservation(
         environment,
         lambda seen: np.moveaxis(seen["image"], -1, 0),
-        gymnasium.spaces.Box(0, 255, (channels, height, width), np.uint8),
+        gymnasium.spaces.Box(0, 255, (space.shape[-1], *space.shape[:-1]), np.uint8),
     )
 
 

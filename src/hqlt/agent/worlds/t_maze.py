@@ -91,7 +91,7 @@ class TMaze(World):
         frames = COLOURS[cells].repeat(PIXELS, axis=1).repeat(PIXELS, axis=2)
         telling = np.flatnonzero(self._told == self._time)  # the agent hides the oracle's cell: its frame shows the cue
         cue = COLOURS[np.where(self._goal[telling] == 1, UP, DOWN)]
-        frames[telling, 2 * PIXELS : 3 * PIXELS, PIXELS : PIXELS + 3] = cue[:, None, None]
+        frames[telling, 2 * PIXELS : 3 * PIXELS, PIXELS : PIXELS + PIXELS // 2] = cue[:, None, None]
         return frames
 
 
