@@ -147,6 +147,9 @@ def test_refusals():
     for wrong in (-1, 4):
         with pytest.raises(ValueError, match="up, down, left, right"):
             worlds.step(np.array([0, wrong]))
+    for step in range(1, 12):  # of which the refused ones are none
+        assert worlds.step(np.zeros(2, int))[2].all() == (step == 11)
+    worlds.reset()
     for mask in (np.zeros(2, bool), np.ones(3, bool), np.ones(2, int)):
         with pytest.raises(ValueError, match=r"reset_mask: expected bool \[2\]"):
             worlds.reset(options={"reset_mask": mask})

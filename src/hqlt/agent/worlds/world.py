@@ -97,8 +97,9 @@ class World(VectorEnv[Observations, NDArray[Any], NDArray[Any]]):
     def step(self, actions: NDArray[Any]) -> Step:
         if not self._begun:
             raise ResetNeeded("expected reset() before the first step()")
+        actions = self._checked(actions)
         again, self._time = self._ended, self._time + 1
-        rewards = self._move(self._checked(actions))
+        rewards = self._move(actions)
         self._ended = self._time == self.episode_length
         infos = {"success": self._success & self._ended, "_success": self._ended.copy()} if self._ended.any() else {}
         if again.any():
