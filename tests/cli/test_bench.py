@@ -43,6 +43,19 @@ def test_one_part_of_a_benchmark(tmp_path):
         main(["bench", "everything"])
 
 
+def test_steps_of_the_worlds(tmp_path, capsys):
+    pytest.importorskip("gymnasium")
+    file = tmp_path / "figures.json"
+    main(["bench", "worlds", "--quick", "--only=VisualMatch", "--rounds=2", f"--json={file}"])
+    written = json.loads(file.read_text())
+    assert {"cores", "load before"} <= written["setting"].keys()
+    assert {row["case"] for row in written["results"]} == {"VisualMatch"}
+    for row in written["results"]:
+        rate = row["steps a second"]
+        assert 0 < rate["slowest"] <= rate["median"] <= rate["fastest"]
+    assert "one by one" in capsys.readouterr().out
+
+
 def test_without_a_gpu_its_benchmark_says_so(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

@@ -18,7 +18,7 @@ CAPTION = "float32; ×: times faster than the first; %: of the measured ceiling"
 
 
 def bench(
-    what: Literal["ops", "layer", "step", "train", "gpu"],
+    what: Literal["ops", "layer", "step", "train", "gpu", "worlds"],
     threads: int = 2,
     rounds: int = 7,
     only: str | None = None,
@@ -32,17 +32,18 @@ def bench(
 
     Args:
         what: "ops" the memories' reads and writes, "layer" one layer, "step" one token, "train" one training step, all
-            on the CPU; "gpu" a synchronous layer's middle and a training step of hqlt-340m on a GPU.
+            on the CPU; "gpu" a synchronous layer's middle and a training step of hqlt-340m on a GPU; "worlds" steps of
+            the partially observable worlds, in as many threads as NumPy uses for them: one.
         threads: of torch and of the native memories.
         rounds: turns of each contestant.
-        only: one part of the benchmark, such as "delta" of ops, or "synchronous" of step.
+        only: one part of the benchmark, such as "delta" of ops, "synchronous" of step, or "VisualMatch" of worlds.
         json: where the figures go; runs/bench/WHAT.json by default.
         quick: sizes so small that the times say nothing; to see that everything runs.
     """
     module = importlib.import_module(f"hqlt.bench.{what}")
     if only is not None and only not in module.ONLY:
         raise SystemExit(f"only: expected one of {', '.join(module.ONLY)} for {what}, got {only!r}")
-    setting = module.setting() if what == "gpu" else setting_of_cpu(threads)
+    setting = module.setting() if hasattr(module, "setting") else setting_of_cpu(threads)
     before = torch.get_num_threads()
     torch.manual_seed(0)
     torch.set_num_threads(threads)
@@ -51,7 +52,8 @@ def bench(
     finally:
         torch.set_num_threads(before)
     title = f"hqlt bench {what}: " + ", ".join(f"{name} {value}" for name, value in setting.items())
-    Console(width=160).print(table_of(title, results, getattr(module, "CAPTION", CAPTION)))
+    in_table = getattr(module, "table_of", table_of)
+    Console(width=160).print(in_table(title, results, getattr(module, "CAPTION", CAPTION)))
     file = json or Path("runs/bench") / f"{what}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json_format.dumps({"setting": setting, "results": results}, indent=1) + "\n")

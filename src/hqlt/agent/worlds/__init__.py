@@ -1,0 +1,26 @@
+"""Partially observable worlds, thousands of copies at once: T-maze, key to door, visual match, and everyone else's."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+if find_spec("gymnasium") is None:
+    raise ImportError("hqlt.agent.worlds: expected the package gymnasium, found none; pip install 'hqlt[rl]'")
+
+from hqlt.agent.worlds.key_to_door import KeyToDoor
+from hqlt.agent.worlds.make import WORLDS, make_worlds, register_with_gymnasium
+from hqlt.agent.worlds.t_maze import TMaze
+from hqlt.agent.worlds.visual_match import VisualMatch
+from hqlt.agent.worlds.world import ACTIONS, OneCopy, World
+
+__all__ = [
+    "ACTIONS",
+    "WORLDS",
+    "KeyToDoor",
+    "OneCopy",
+    "TMaze",
+    "VisualMatch",
+    "World",
+    "make_worlds",
+    "register_with_gymnasium",
+]

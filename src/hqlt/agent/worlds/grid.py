@@ -1,0 +1,192 @@
+"""Worlds in three phases on boards of 7 × 11 cells: something to learn, apples, something to show for it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+from gymnasium.spaces import Box
+from numpy.typing import NDArray
+
+from hqlt.agent.worlds.streams import Indices
+from hqlt.agent.worlds.world import Observations, Rewards, World
+
+Places: TypeAlias = NDArray[np.int16]
+"""Cells of a board with its margin, row · WIDTH + column."""
+
+SEEN = 5
+MARGIN = SEEN // 2
+HEIGHT, WIDTH = 7 + 2 * MARGIN, 11 + 2 * MARGIN
+PIXELS = 16
+"""A cell's side in a frame."""
+
+COLOURS = {
+    " ": (204, 204, 204),  # outside
+    ".": (204, 204, 204),
+    "#": (25, 25, 25),
+    "+": (229, 149, 110),  # the agent
+    "a": (140, 178, 0),
+    "k": (160, 82, 45),
+    "d": (135, 206, 235),
+    "D": (135, 206, 235),  # a door that opens
+    "r": (255, 0, 0),
+    "g": (0, 255, 0),
+    "b": (0, 0, 255),
+    "R": (255, 0, 0),  # the same colours, in a wall
+    "G": (0, 255, 0),
+    "B": (0, 0, 255),
+}
+PALETTE = np.zeros((3, 128), np.uint8)
+PALETTE[:, [ord(symbol) for symbol in COLOURS]] = np.array(list(COLOURS.values())).T
+PASSABLE = np.isin(np.arange(128), [ord(symbol) for symbol in ".akDrgb"])
+FLOOR, AGENT, APPLE = map(ord, ".+a")
+MOVES = np.array([-WIDTH, WIDTH, -1, 1], np.int16)
+
+ORCHARD = (
+    "###########",
+    "#a.a.a.a.a#",
+    "#.a.a.a.a.#",
+    "#a.a.a.a.a#",
+    "#.a.a.a.a.#",
+    "#a.a...a.a#",
+    "###########",
+)
+
+
+def place(row: int, column: int) -> int:
+    return (row + MARGIN) * WIDTH + column + MARGIN
+
+
+def places(board: Sequence[str], symbol: str) -> Places:
+    """Where a symbol stands on a board."""
+    return np.array([place(i, j) for i, row in enumerate(board) for j, s in enumerate(row) if s == symbol], np.int16)
+
+
+def cells(board: Sequence[str], **becomes: str) -> NDArray[np.uint8]:
+    """[HEIGHT · WIDTH] the board in its margin, letters replaced."""
+    text = np.full((HEIGHT, WIDTH), ord(" "), np.uint8)
+    letters = [[ord(becomes.get(symbol, symbol)) for symbol in row] for row in board]
+    text[MARGIN:-MARGIN, MARGIN:-MARGIN] = letters
+    return text.reshape(-1)
+
+
+CROP = np.array([place(i, j) - place(MARGIN, MARGIN) for i in range(SEEN) for j in range(SEEN)], np.int16)
+TREES, CLEARED, CLEARING = places(ORCHARD, "a"), cells(ORCHARD, a="."), place(5, 5)
+
+
+class ThreePhases(World):
+    """An agent that moves up, down, left and right among walls, and sees the 5 × 5 cells around it.
+
+    Observation: uint8 [3, 5, 5] (red, green, blue), the agent in the middle. What the agent touches is gone. After
+    `explore` steps it finds itself among apples, `apples` of 22 places drawn anew each episode: `apple_reward` each,
+    or for a pair one of the two, drawn each episode. An apple that is eaten at step t is away in the observations
+    t … t + respawn and back in the next (respawn None: it never comes back). After `distractor` steps there, `reward`
+    steps are left in a third place. The step that ends a phase is still rewarded; what is seen then is the next place.
+
+    Source: Hung et al. 2019, "Optimizing agent behavior over long time scales by transporting value", and its code
+    (deepmind-research/tvt/pycolab), whose boards, colours and times these are.
+    """
+
+    def __init__(
+        self,
+        num_envs: int,
+        explore: int,
+        distractor: int,
+        reward: int,
+        apples: int,
+        apple_reward: float | tuple[float, float],
+        respawn: int | None,
+        render_mode: str | None,
+    ) -> None:
+        for name, value, least, most in (
+            ("explore", explore, 1, None),
+            ("distractor", distractor, 0, None),
+            ("reward", reward, 1, None),
+            ("apples", apples, 0, len(TREES)),
+            ("respawn", distractor if respawn is None else respawn, 0, None),
+        ):
+            if value < least or (most is not None and value > most):
+                up_to = "" if most is None else f" and at most {most}"
+                raise ValueError(f"{name}: expected at least {least}{up_to}, got {value}")
+        super().__init__(num_envs, Box(0, 255, (3, SEEN, SEEN), np.uint8), explore + distractor + reward, render_mode)
+        self.explore, self.distractor, self.reward, self.apples, self.respawn = (
+            explore, distractor, reward, apples, respawn,
+        )  # fmt: skip
+        self._worth = np.array(apple_reward if isinstance(apple_reward, tuple) else (apple_reward,) * 2, np.float64)
+        self._apple_reward = np.zeros(num_envs)
+        self._board = np.full((num_envs, HEIGHT * WIDTH), ord(" "), np.uint8)
+        self._at = np.full(num_envs, CLEARING, np.int16)
+        # where an apple was eaten (0: nowhere), by time modulo the time after which it is back
+        self._eaten = np.zeros((num_envs, (distractor if respawn is None else respawn) + 1), np.uint8)
+
+    @abstractmethod
+    def _begin_explore(self, copies: Indices) -> None:
+        """Draw the first phase's board and put the agent there."""
+
+    @abstractmethod
+    def _begin_reward(self, copies: Indices) -> None:
+        """Draw the third phase's board and put the agent there."""
+
+    @abstractmethod
+    def _touch(self, touched: NDArray[np.uint8]) -> Rewards:
+        """What follows from the symbols under the agents, apples aside. → rewards [n]"""
+
+    def _begin(self, copies: Indices) -> None:
+        self._begin_explore(copies)
+
+    def _begin_distractor(self, copies: Indices) -> None:
+        trees = TREES[self._streams.order(copies, len(TREES))[:, : self.apples]]
+        self._board[copies] = CLEARED
+        self._board[copies[:, None], trees] = APPLE
+        self._at[copies] = CLEARING
+        self._apple_reward[copies] = self._worth[self._streams.below(copies, 2)]
+        self._eaten[copies] = 0
+
+    def _move(self, actions: NDArray[np.intp]) -> Rewards:
+        ahead = self._at + MOVES[actions]
+        free = PASSABLE[self._board[self._all, ahead]]
+        self._at = np.where(free, ahead, self._at)
+        touched = self._board[self._all, self._at]
+        rewards = self._eat(touched == APPLE) + self._touch(touched)
+        arrived = np.flatnonzero(self._time == self.explore)
+        if arrived.size:
+            self._begin_distractor(arrived)
+        arrived = np.flatnonzero(self._time == self.explore + self.distractor)
+        if arrived.size:
+            self._begin_reward(arrived)
+            self._eaten[arrived] = 0
+        return rewards
+
+    def _eat(self, eats: NDArray[np.bool_]) -> Rewards:
+        slot = self._time % self._eaten.shape[1]
+        back = self._eaten[self._all, slot]
+        copies = np.flatnonzero(back)
+        self._board[copies, back[copies]] = APPLE
+        self._eaten[self._all, slot] = np.where(eats, self._at, 0)
+        self._clear(eats)
+        return np.where(eats, self._apple_reward, 0.0)
+
+    def _clear(self, copies: NDArray[np.bool_]) -> None:
+        """Nothing is left where these copies' agents stand."""
+        self._board[copies, self._at[copies]] = FLOOR
+
+    def _observations(self) -> Observations:
+        seen = self._board[self._all[:, None], self._at[:, None] + CROP]
+        seen[:, SEEN * SEEN // 2] = AGENT
+        images = np.empty((self.num_envs, 3, SEEN * SEEN), np.uint8)
+        for colour in range(3):
+            images[:, colour] = PALETTE[colour][seen]
+        return images.reshape(self.num_envs, 3, SEEN, SEEN)
+
+    def _frames(self) -> NDArray[np.uint8]:
+        """The board without its margin; what the agent does not see is darker."""
+        board = self._board.copy()
+        board[self._all, self._at] = AGENT
+        frames = PALETTE.T[board]
+        dark = np.ones(board.shape, np.bool_)
+        dark[self._all[:, None], self._at[:, None] + CROP] = False
+        frames[dark] //= 2
+        frames = frames.reshape(-1, HEIGHT, WIDTH, 3)[:, MARGIN:-MARGIN, MARGIN:-MARGIN]
+        return frames.repeat(PIXELS, axis=1).repeat(PIXELS, axis=2)

@@ -1,0 +1,90 @@
+"""One door to every world: ours by name, anyone's by its id in gymnasium."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from functools import partial
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.vector import SyncVectorEnv, VectorEnv
+
+from hqlt.agent.worlds.key_to_door import KeyToDoor
+from hqlt.agent.worlds.t_maze import TMaze
+from hqlt.agent.worlds.visual_match import VisualMatch
+from hqlt.agent.worlds.world import World
+
+WORLDS: dict[str, tuple[type[World], dict[str, Any]]] = {
+    "TMazePassive": (TMaze, {"oracle": 0}),
+    "TMazeActive": (TMaze, {"oracle": 1}),
+    "KeyToDoor": (KeyToDoor, {}),
+    "VisualMatch": (VisualMatch, {}),
+}
+"""Ours, and what sets them apart; in gymnasium, NAME is hqlt/NAME-v0."""
+
+EXTRAS = {"popgym-": "popgym", "MiniGrid-": "minigrid", "BabyAI-": "minigrid"}
+"""How ids begin, and the package (and extra of hqlt) that registers them when it is imported."""
+
+
+def make_worlds(name: str, n: int, seed: int, **options: Any) -> VectorEnv[Any, Any, Any]:
+    """n copies of a world, seeded: the first reset() needs no seed, and copy i's episodes follow from seed + i.
+
+    name: one of WORLDS, with or without hqlt/ and -v0, or any id that gymnasium knows: popgym's and minigrid's, whose
+        packages are imported for it, or one that you registered (MODULE:ID imports
+        the module first). Those are stepped one by one, in a SyncVectorEnv.
+    options: the world's arguments.
+
+    MiniGrid's dictionaries become their images, uint8 [3, 7, 7] of kinds, colours and states, channels first; direction
+    and mission are left out.
+    """
+    worlds = _worlds(name, n, options)
+    worlds.reset(seed=seed)
+    worlds.action_space.seed(seed)
+    return worlds
+
+
+def _worlds(name: str, n: int, options: dict[str, Any]) -> VectorEnv[Any, Any, Any]:
+    own = name.removeprefix("hqlt/").removesuffix("-v0")
+    if own in WORLDS:
+        world, defaults = WORLDS[own]
+        return world(num_envs=n, **{**defaults, **options})
+    package = next((package for start, package in EXTRAS.items() if name.startswith(start)), None)
+    if package is not None:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise ImportError(
+                f"{name}: expected the package {package}, which did not import ({error}); pip install 'hqlt[{package}]'"
+            ) from error
+    module, _, id_there = name.rpartition(":")  # as in gymnasium.make: a module that registers it
+    if module:
+        importlib.import_module(module)
+    if id_there not in gymnasium.registry:
+        near = difflib.get_close_matches(id_there, [*WORLDS, *gymnasium.registry], n=1, cutoff=0.5)
+        raise ValueError(
+            f"expected a world ({', '.join(WORLDS)}) or an id that gymnasium knows, got {name!r}"
+            + (f"; did you mean {near[0]!r}?" if near else "")
+        )
+    image = partial(_image_of_minigrid, name, options)
+    return SyncVectorEnv([image if package == "minigrid" else partial(gymnasium.make, name, **options)] * n)
+
+
+def _image_of_minigrid(name: str, options: dict[str, Any]) -> gymnasium.Env[Any, Any]:
+    """Of the dictionary that is observed, its image, channels first."""
+    environment = gymnasium.make(name, **options)
+    space = environment.observation_space["image"]  # type: ignore[index]
+    return gymnasium.wrappers.TransformObservation(
+        environment,
+        lambda seen: np.moveaxis(seen["image"], -1, 0),
+        gymnasium.spaces.Box(0, 255, (space.shape[-1], *space.shape[:-1]), np.uint8),
+    )
+
+
+def register_with_gymnasium() -> None:
+    """Make gymnasium.make and make_vec know our worlds."""
+    for name, (world, defaults) in WORLDS.items():
+        if f"hqlt/{name}-v0" not in gymnasium.registry:
+            at = f"{world.__module__}:{world.__name__}"
+            gymnasium.register(f"hqlt/{name}-v0", f"{at}Env", vector_entry_point=at, kwargs=defaults)

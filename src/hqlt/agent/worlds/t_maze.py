@@ -1,0 +1,99 @@
+"""T-maze: which way was it? One bit, remembered along a corridor."""
+
+from __future__ import annotations
+
+import numpy as np
+from gymnasium.spaces import Box
+from numpy.typing import NDArray
+
+from hqlt.agent.worlds.streams import Indices
+from hqlt.agent.worlds.world import Observations, OneCopy, Rewards, World
+
+ACROSS, ALONG = np.array([1, -1, 0, 0]), np.array([0, 0, -1, 1])
+"""How y and x change by an action."""
+WALL, FLOOR, AGENT, GOAL, UP, DOWN = range(6)
+COLOURS = np.array(
+    [(25, 25, 25), (204, 204, 204), (229, 149, 110), (80, 170, 80), (40, 90, 220), (240, 200, 40)], np.uint8
+)
+PIXELS = 12
+"""A cell's side in a frame."""
+
+
+class TMaze(World):
+    """A corridor with an oracle at its left end and a junction at its right; the goal is the arm that the oracle names.
+
+                                 ┌ arm, y = 1
+        oracle ─ start ─ … ─ junction        oracle = 1, T-maze active; with oracle = 0 the start is the oracle's place:
+         x = 0    x = o          └ arm, y = −1                                                       T-maze passive
+
+    Observation, float32 [2]: at the oracle (0, cue), cue = ±1 at the first visit and 0 from then on; in the corridor
+    (0, 0); at the junction and in the arms (1, y). So the corridor's cells all look alike.
+
+    With L = corridor steps from start to junction and o = oracle steps from start to oracle, an episode takes
+    T = L + 2·o + 1 steps, just enough for the best: to the oracle, to the junction, into the arm. Rewards: at t = T,
+    goal_reward · [y = goal]; before, penalty · [x < t − o] for each step behind that pace. Success: y = goal at T.
+
+        returns, penalty −1/L:   the best 1;   any arm ½ on average;   waiting at the start −1 (passive)
+
+    num_envs: copies. corridor: L. oracle: o. penalty: −1/L where not given.
+
+    Source: Ni et al. 2023, "When Do Transformers Shine in RL?", section 4 and its code, whose four actions stand in
+    another order; after Bakker 2001, "Reinforcement Learning with Long Short-Term Memory".
+    """
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        corridor: int = 10,
+        oracle: int = 0,
+        goal_reward: float = 1.0,
+        penalty: float | None = None,
+        render_mode: str | None = None,
+    ) -> None:
+        for name, value, least in (("corridor", corridor, 1), ("oracle", oracle, 0)):
+            if value < least:
+                raise ValueError(f"{name}: expected a length of at least {least}, got {value}")
+        self.corridor, self.oracle, self.junction = corridor, oracle, corridor + oracle
+        self.goal_reward, self.penalty = goal_reward, -1 / corridor if penalty is None else penalty
+        super().__init__(num_envs, Box(-1, 1, (2,), np.float32), corridor + 2 * oracle + 1, render_mode)
+        self._x = np.zeros(num_envs, np.int32)
+        self._y = np.zeros(num_envs, np.int8)
+        self._goal = np.ones(num_envs, np.int8)
+        self._told = np.full(num_envs, -1, np.int32)  # the time of the first visit to the oracle
+
+    def _begin(self, copies: Indices) -> None:
+        self._x[copies], self._y[copies] = self.oracle, 0
+        self._goal[copies] = 2 * self._streams.below(copies, 2) - 1
+        self._told[copies] = 0 if self.oracle == 0 else -1
+
+    def _move(self, actions: NDArray[np.intp]) -> Rewards:
+        along = np.where(self._y == 0, ALONG[actions], 0)
+        across = np.where(self._x == self.junction, ACROSS[actions], 0)
+        self._x = np.clip(self._x + along, 0, self.junction).astype(np.int32)
+        self._y = np.clip(self._y + across, -1, 1).astype(np.int8)
+        self._told = np.where((self._told < 0) & (self._x == 0), self._time, self._told)
+        self._success = (self._time == self.episode_length) & (self._y == self._goal)
+        behind = (self._x < self._time - self.oracle) & (self._time < self.episode_length)
+        return self.goal_reward * self._success + self.penalty * behind
+
+    def _observations(self) -> Observations:
+        at_end = self._x == self.junction
+        told_now = self._told == self._time
+        return np.stack([at_end, np.where(at_end, self._y, told_now * self._goal)], axis=1, dtype=np.float32)
+
+    def _frames(self) -> NDArray[np.uint8]:
+        """The arm that is the goal is green; the oracle's cell is blue (up) or yellow (down) while it tells."""
+        cells = np.full((self.num_envs, 5, self.junction + 3), WALL)
+        cells[:, 2, 1:-1] = FLOOR
+        cells[:, [1, 3], -2] = FLOOR
+        cells[self._all, 2 - self._goal, -2] = GOAL
+        cells[self._all, 2 - self._y, self._x + 1] = AGENT
+        frames = COLOURS[cells].repeat(PIXELS, axis=1).repeat(PIXELS, axis=2)
+        telling = np.flatnonzero(self._told == self._time)  # the agent hides the oracle's cell: its frame shows the cue
+        cue = COLOURS[np.where(self._goal[telling] == 1, UP, DOWN)]
+        frames[telling, 2 * PIXELS : 3 * PIXELS, PIXELS : PIXELS + PIXELS // 2] = cue[:, None, None]
+        return frames
+
+
+class TMazeEnv(OneCopy):
+    World = TMaze

@@ -1,0 +1,108 @@
+"""Passive visual match: which colour was it? Two bits and apples in between."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hqlt.agent.worlds.grid import FLOOR, ThreePhases, cells, place, places
+from hqlt.agent.worlds.streams import Indices
+from hqlt.agent.worlds.world import OneCopy, Rewards
+
+BOX = (
+    "           ",
+    "    ***    ",
+    "    *+*    ",
+    "    ***    ",
+    "           ",
+    "           ",
+    "           ",
+)
+DOORS = (
+    "###########",
+    "#.0..1..2.#",
+    "#.........#",
+    "#.........#",
+    "####...####",
+    "   #.+.#   ",
+    "   #####   ",
+)
+COLOURS, CUES = np.frombuffer(b"rgb", np.uint8), np.frombuffer(b"RGB", np.uint8)
+BOXED, ROUND_ABOUT, MIDDLE = cells(BOX, **{"*": "#", "+": "."}), places(BOX, "*"), place(2, 5)
+HALL, ENTRANCE = cells(DOORS, **dict.fromkeys("012+", ".")), place(5, 5)
+SQUARES = np.concatenate([places(DOORS, symbol) for symbol in "012"])
+
+
+class VisualMatch(ThreePhases):
+    """A colour is shown, apples are eaten, and of three coloured squares the one of that colour should be touched.
+
+        explore, 15 steps     distractor, 750       reward, 15
+                              ###########           ###########
+            ###               #a.a.a...a#           #.r..g..b.#
+            #+G               #...a.....#           #.........#
+            ###               #a.......a#           #.........#
+                              #.....a.a.#           ####...####
+        boxed in, one of      #..a.+....#              #.+.#
+        the 8 cells shows     ###########              #####
+        the colour
+
+    The squares are passable. The first that is touched decides: `final_reward` if its colour is the one shown,
+    `wrong_reward` if not; then all three are gone. Success: the right one was touched first. The best return is
+    final_reward and the apples that can be eaten.
+
+    num_envs: copies. explore, distractor, reward: steps of the phases. apples, apple_reward, respawn: see ThreePhases.
+    colours: the squares from left to right, "rgb" or another order of these letters; "shuffled" draws it each episode.
+    (The code behind the paper draws it once for a whole run, from no seed.)
+
+    Source: the paper's figure of reinforcement learning, whose numbers are the defaults; Ni et al. 2023, "When Do
+    Transformers Shine in RL?", section 5; Hung et al. 2019, "Optimizing agent behavior over long time scales by
+    transporting value".
+    """
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        explore: int = 15,
+        distractor: int = 750,
+        reward: int = 15,
+        apples: int = 10,
+        apple_reward: float | tuple[float, float] = 1.0,
+        final_reward: float = 100.0,
+        wrong_reward: float = 0.0,
+        respawn: int | None = 20,
+        colours: str = "rgb",
+        render_mode: str | None = None,
+    ) -> None:
+        if colours != "shuffled" and sorted(colours) != sorted("rgb"):
+            raise ValueError(f"colours: expected 'shuffled' or r, g and b in some order, got {colours!r}")
+        super().__init__(num_envs, explore, distractor, reward, apples, apple_reward, respawn, render_mode)
+        self.colours, self.final_reward, self.wrong_reward = colours, final_reward, wrong_reward
+        self._target = np.zeros(num_envs, np.uint8)
+
+    def _begin_explore(self, copies: Indices) -> None:
+        target = self._streams.below(copies, len(COLOURS))
+        shown_at = ROUND_ABOUT[self._streams.below(copies, len(ROUND_ABOUT))]
+        self._board[copies] = BOXED
+        self._board[copies, shown_at] = CUES[target]
+        self._at[copies] = MIDDLE
+        self._target[copies] = COLOURS[target]
+
+    def _begin_reward(self, copies: Indices) -> None:
+        self._board[copies] = HALL
+        if self.colours == "shuffled":
+            order = COLOURS[self._streams.order(copies, len(COLOURS))]
+        else:
+            order = np.frombuffer(self.colours.encode(), np.uint8)
+        self._board[copies[:, None], SQUARES] = order
+        self._at[copies] = ENTRANCE
+
+    def _touch(self, touched: NDArray[np.uint8]) -> Rewards:
+        decided = np.isin(touched, COLOURS)
+        right = touched == self._target
+        self._success |= right
+        self._board[np.flatnonzero(decided)[:, None], SQUARES] = FLOOR
+        return np.where(right, self.final_reward, self.wrong_reward * decided)
+
+
+class VisualMatchEnv(OneCopy):
+    World = VisualMatch

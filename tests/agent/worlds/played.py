@@ -1,0 +1,75 @@
+"""Playing worlds in tests, and a plain twin of the grid worlds' rules."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hqlt.agent.worlds import ACTIONS, OneCopy, World
+from hqlt.agent.worlds.grid import MARGIN, WIDTH
+
+U, D, L, R = range(4)
+
+
+def actions_of(text: str) -> list[int]:
+    """ "uul" → up, up, left"""
+    return [[name[0] for name in ACTIONS].index(letter) for letter in text]
+
+
+def play(environment: OneCopy, text: str) -> tuple[list[float], list[np.ndarray], dict]:
+    """Rewards, observations and the last info of an episode's beginning."""
+    rewards, seen, info = [], [], {}
+    for action in actions_of(text):
+        assert info == {}
+        observation, reward, ended, _, info = environment.step(action)
+        rewards.append(reward)
+        seen.append(observation)
+        assert ended == ("success" in info)
+    return rewards, seen, info
+
+
+def board_of(world: World, copy: int = 0) -> list[str]:
+    """The board as it is drawn in the docstrings, without the agent."""
+    rows = bytes(world._board[copy]).decode().replace("\0", " ")
+    rows = [rows[i : i + WIDTH] for i in range(0, len(rows), WIDTH)]
+    return [row[MARGIN:-MARGIN] for row in rows[MARGIN:-MARGIN]]
+
+
+def at(world: World, copy: int = 0) -> tuple[int, int]:
+    row, column = divmod(int(world._at[copy]), WIDTH)
+    return row - MARGIN, column - MARGIN
+
+
+class Twin:
+    """One place of a grid world, in plain Python: walls, apples, and the things that count when touched."""
+
+    def __init__(self, board: list[str], position: tuple[int, int], respawn: int | None) -> None:
+        self.board = {(i, j): symbol for i, row in enumerate(board) for j, symbol in enumerate(row)}
+        self.position, self.respawn, self.time = position, respawn, 0
+        self.eaten: dict[tuple[int, int], int] = {}
+
+    def step(self, action: int) -> str:
+        """→ what was touched"""
+        self.time += 1
+        i, j = self.position
+        ahead = [(i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)][action]
+        if self.board.get(ahead, " ") in ".akDrgb":
+            self.position = ahead
+        touched = self.board[self.position]
+        if touched in "akD":
+            self.board[self.position] = "."
+        if touched == "a":
+            self.eaten[self.position] = self.time
+        if touched in "rgb":
+            self.board = {cell: "." if symbol in "rgb" else symbol for cell, symbol in self.board.items()}
+        for cell, time in list(self.eaten.items()):
+            if self.respawn is not None and self.time > time + self.respawn:
+                self.board[cell] = "a"
+                del self.eaten[cell]
+        return touched
+
+    def seen(self) -> list[str]:
+        """5 × 5 around the agent."""
+        i, j = self.position
+        window = [[self.board.get((y, x), " ") for x in range(j - 2, j + 3)] for y in range(i - 2, i + 3)]
+        window[2][2] = "+"
+        return ["".join(row) for row in window]

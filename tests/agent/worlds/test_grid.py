@@ -1,0 +1,231 @@
+"""The grid worlds' rules: whole episodes by hand, and any episode beside a plain twin."""
+
+from __future__ import annotations
+
+import gymnasium
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import hqlt.agent  # noqa: F401  registers the worlds
+from hqlt.agent.worlds import KeyToDoor, VisualMatch
+from hqlt.agent.worlds.grid import COLOURS
+from tests.agent.worlds.played import Twin, at, board_of, play
+
+RED, GREEN, BLUE = ((255, 0, 0), (0, 255, 0), (0, 0, 255))
+TO_SQUARE = {"r": "uullluu", "g": "uuuu", "b": "uurrruu"}
+"""From the entrance of the third room, colours in the order rgb."""
+
+
+def visual_match(target: str, **options):
+    """An episode in which this colour is shown, all 22 apples there."""
+    environment = gymnasium.make(
+        "hqlt/VisualMatch-v0", **{"explore": 2, "distractor": 5, "apples": 22, **options}
+    ).unwrapped
+    environment.reset(seed=0)
+    while chr(environment.world._target[0]) != target:
+        environment.reset()
+    return environment
+
+
+@pytest.mark.parametrize("target", "rgb")
+@pytest.mark.parametrize("chosen", "rgb")
+def test_visual_match_by_hand(target, chosen):
+    """Boxed in; left, left to an apple, up, left to another, back; then to a square; then 8 steps of no use.
+
+    #a.a.a.a.a#     row 3, to which nothing leads here
+    #.a.a.a.a.#     the agent goes (5, 5) → (5, 4) → (5, 3)a → (4, 3) → (4, 2)a → (4, 3)
+    #a.a.+.a.a#
+    """
+    to_square = TO_SQUARE[chosen]
+    rewards, _, info = play(visual_match(target), "ud" + "llulr" + to_square + "d" * (15 - len(to_square)))
+    final = 100 * (chosen == target)
+    assert rewards == [0, 0] + [0, 1, 0, 1, 0] + [0] * (len(to_square) - 1) + [final] + [0] * (15 - len(to_square))
+    assert info == {"success": chosen == target}
+
+
+def test_the_first_square_decides():
+    """Green first, then over to where red was: nothing is there any more."""
+    over_to_red = "uuuu" + "lll" + "uuuuuuuu"
+    rewards, _, info = play(visual_match("r", wrong_reward=-1.0), "ud" + "uuuuu" + over_to_red)
+    assert rewards[7:] == [0, 0, 0, -1] + [0] * 11
+    assert not info["success"]
+    rewards, _, info = play(visual_match("g", wrong_reward=-1.0), "ud" + "uuuuu" + over_to_red)
+    assert rewards[7:] == [0, 0, 0, 100] + [0] * 11
+    assert info["success"]
+
+
+def test_what_is_seen_of_a_visual_match():
+    environment = visual_match("g", distractor=1)
+    world = environment.world
+    image = world._observations()[0]
+    assert image.shape == (3, 5, 5) and image.dtype == np.uint8
+    assert tuple(image[:, 2, 2]) == COLOURS["+"]
+    ring = [tuple(image[:, i, j]) for i in (1, 2, 3) for j in (1, 2, 3) if (i, j) != (2, 2)]
+    assert sorted(ring) == sorted([GREEN] + [COLOURS["#"]] * 7)
+    _, seen, _ = play(environment, "lr" + "u")
+    assert (seen[0] == image).all()
+    # the orchard from (5, 5), of which (7, ·) is outside; then the third room from its entrance
+    legend = {value: symbol for symbol, value in reversed(COLOURS.items())}
+
+    def drawn(image):
+        return ["".join(legend[tuple(image[:, i, j])] for j in range(5)).replace(" ", ".") for i in range(5)]
+
+    assert drawn(seen[1]) == ["a.a.a", ".a.a.", "a.+.a", "#####", "....."]
+    assert drawn(seen[2]) == [".....", "#...#", "#.+.#", "#####", "....."]
+
+
+def test_the_papers_episode_has_780_steps():
+    worlds = VisualMatch(2)
+    worlds.reset(seed=0)
+    ended = [worlds.step(np.zeros(2, int))[2].all() for _ in range(780)]
+    assert ended.index(True) == 779
+    assert KeyToDoor(1).episode_length == 85
+
+
+@pytest.mark.parametrize(
+    ("respawn", "rewards"),
+    [
+        (0, [0, 1, 0, 1, 0, 1, 0, 1]),
+        (1, [0, 1, 0, 0, 1, 0, 0, 1]),
+        (4, [0, 1, 0, 0, 0, 0, 0, 1]),
+        (5, [0, 1, 0, 0, 0, 0, 0, 0]),
+        (None, [0, 1, 0, 0, 0, 0, 0, 0]),
+    ],
+)
+def test_an_apple_comes_back(respawn, rewards):
+    """Eaten at step t, it is seen again after step t + respawn + 1, under the agent, who eats it one step later.
+
+    The agent waits on the apple's place: below it is a wall.
+    """
+    environment = visual_match("r", distractor=len(rewards), respawn=respawn)
+    assert play(environment, "ud" + "ll" + "d" * 6)[0] == [0, 0, *rewards]
+
+
+def key_to_door(key: tuple[int, int], start: tuple[int, int], **options):
+    """An episode in which key and agent begin at these places."""
+    environment = gymnasium.make("hqlt/KeyToDoor-v0", **{"explore": 4, "distractor": 2, **options}).unwrapped
+    environment.reset(seed=0)
+    while at(environment.world) != start or board_of(environment.world)[key[0]][key[1]] != "k":
+        environment.reset()
+    return environment
+
+
+@pytest.mark.parametrize(
+    ("moves", "rewards", "success"),
+    [
+        ("uuud" + "lr" + "uuuduuuuuu", [0] * 7 + [5] + [0] * 8, True),  # nothing lies behind the door, and it pays once
+        ("uudd" + "lr" + "uuuduuuuuu", [0] * 16, False),  # without the key the door is a wall
+        ("luuu" + "lr" + "uuuduuuuuu", [0] * 16, False),  # past a pillar, not over it
+    ],
+)
+def test_key_to_door_by_hand(moves, rewards, success):
+    """
+    ##..k..##    row 2; in row 3, columns 4 to 6 are free
+    """
+    environment = key_to_door((2, 4), (5, 4))
+    got, _, info = play(environment, moves)
+    assert got == rewards
+    assert info == {"success": success}
+
+
+def test_two_prices_of_apples():
+    worlds = KeyToDoor(400, explore=1, distractor=40, apple_reward=(1.0, 10.0))
+    worlds.reset(seed=0)
+    rng = np.random.default_rng(0)
+    got = np.stack([worlds.step(rng.integers(4, size=400))[1] for _ in range(41)])
+    most = got.max(axis=0)
+    assert set(np.unique(got)) == {0, 1, 10}
+    assert all(set(np.unique(column)) <= {0, price} for column, price in zip(got.T, most, strict=True))
+    assert 0.4 < (most[most > 0] == 10).mean() < 0.6
+
+
+@pytest.mark.parametrize("world", [VisualMatch, KeyToDoor])
+@given(
+    seed=st.integers(0, 9999),
+    phases=st.tuples(st.integers(1, 12), st.integers(0, 30), st.integers(1, 20)),
+    apples=st.integers(0, 22),
+    respawn=st.none() | st.integers(0, 6),
+)
+def test_any_episode_is_its_plain_twins(world, seed, phases, apples, respawn):
+    """Walls, apples eaten and grown again, keys, doors and squares: rewards and images, step by step."""
+    n, (explore, distractor, _) = 3, phases
+    worlds = world(n, *phases, apples=apples, apple_reward=2.0, final_reward=7.0, respawn=respawn)
+    worlds.reset(seed=seed)
+    target = [chr(symbol) for symbol in getattr(worlds, "_target", np.zeros(n, int))]
+    twins = [Twin(board_of(worlds, i), at(worlds, i), respawn) for i in range(n)]
+    rng = np.random.default_rng(seed)
+    won = [False] * n
+    for time in range(1, sum(phases) + 1):
+        # now and then towards what pays: up
+        actions = rng.choice(4, size=n, p=[0.4, 0.2, 0.2, 0.2])
+        seen, rewards, ended, _, info = worlds.step(actions)
+        for i, twin in enumerate(twins):
+            touched = twin.step(int(actions[i]))
+            right = touched in ("D", target[i])
+            won[i] |= right
+            assert rewards[i] == 2 * (touched == "a") + 7 * right
+            if time in (explore, explore + distractor) and time < sum(phases):
+                board = board_of(worlds, i)
+                if time == explore and distractor:
+                    assert sum(row.count("a") for row in board) == apples
+                twin = twins[i] = Twin(board, at(worlds, i), respawn)
+            assert at(worlds, i) == twin.position
+            colours = np.array([[COLOURS[symbol] for symbol in row] for row in twin.seen()])
+            assert (seen[i] == np.moveaxis(colours, -1, 0)).all()
+    assert ended.all() and list(info["success"]) == won
+
+
+def coloured(images: np.ndarray) -> np.ndarray:
+    """[n] pixels of pure red, green or blue"""
+    pixels = np.moveaxis(images, 1, -1)
+    return sum((pixels == colour).all(axis=-1) for colour in (RED, GREEN, BLUE)).sum(axis=(1, 2))
+
+
+@given(seed=st.integers(0, 9999), colours=st.sampled_from(["rgb", "bgr", "shuffled"]))
+def test_the_colour_is_seen_in_the_first_phase_alone(seed, colours):
+    worlds = VisualMatch(20, explore=4, distractor=30, colours=colours)
+    seen, _ = worlds.reset(seed=seed)
+    rng = np.random.default_rng(seed)
+    for time in range(35):
+        if time < 4:
+            assert (coloured(seen) == 1).all()
+        else:
+            assert (coloured(seen) == 0).all()  # the third room's entrance, at time 34, is too far from the squares
+        seen = worlds.step(rng.integers(4, size=20))[0]
+
+
+def test_orders_of_the_squares():
+    def order(worlds, i):
+        return board_of(worlds, i)[1].strip("#.").replace(".", "")
+
+    for colours, expected in (("rgb", {"rgb"}), ("brg", {"brg"})):
+        worlds = VisualMatch(60, explore=1, distractor=0, colours=colours)
+        worlds.reset(seed=0)
+        worlds.step(np.zeros(60, int))
+        assert {order(worlds, i) for i in range(60)} == expected
+    worlds = VisualMatch(60, explore=1, distractor=0, colours="shuffled")
+    worlds.reset(seed=0)
+    worlds.step(np.zeros(60, int))
+    assert len({order(worlds, i) for i in range(60)}) == 6
+
+
+def test_what_is_drawn_is_uniform():
+    """Of 3,000 copies, shares within 4.5 standard deviations of what chance gives."""
+    n = 3000
+
+    def uniform(drawn, kinds, share):
+        counts = np.array([(drawn == kind).sum() for kind in kinds])
+        assert counts.sum() == drawn.size
+        assert (abs(counts / n - share) < 4.5 * (share * (1 - share) / n) ** 0.5).all()
+
+    worlds = VisualMatch(n, explore=1, distractor=5)
+    worlds.reset(seed=0)
+    uniform(worlds._target, b"rgb", 1 / 3)
+    where = np.nonzero(np.isin(worlds._board, list(b"RGB")))[1]
+    uniform(where, np.unique(where), 1 / 8)
+    worlds.step(np.zeros(n, int))
+    trees = np.nonzero(worlds._board == ord("a"))[1]
+    assert len(np.unique(trees)) == 22
+    uniform(trees, np.unique(trees), 10 / 22)

@@ -1,0 +1,39 @@
+"""The documentation's pictures are what its commands draw."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hqlt.agent.worlds.strip import film, strip
+
+pytest.importorskip("matplotlib")
+ROOT = Path(__file__).parents[3]
+COMMANDS = re.findall(r"^    python -m (\S*strip) (.*)$", (ROOT / "docs" / "worlds.md").read_text(), flags=re.MULTILINE)
+
+
+@pytest.mark.filterwarnings("ignore:'hqlt.agent.worlds.strip' found in sys.modules")
+@pytest.mark.parametrize(("module", "arguments"), COMMANDS)
+def test_pictures_of_the_documentation(module, arguments, tmp_path, monkeypatch):
+    from matplotlib.image import imread
+
+    world, moves, picture, *options = shlex.split(arguments)
+    monkeypatch.setattr(sys, "argv", ["strip", world, moves, str(tmp_path / "picture.png"), *options])
+    runpy.run_module(module, run_name="__main__")
+    assert np.array_equal(imread(tmp_path / "picture.png"), imread(ROOT / picture))
+
+
+def test_a_strip_of_frames():
+    frames = film("TMazePassive", "rru", seed=0, corridor=2)
+    assert len(frames) == 4
+    height, width, _ = frames[0].shape
+    assert strip(frames, gap=5).shape == (height, 4 * width + 15, 3)
+    assert np.array_equal(strip(frames[:1]), frames[0])
+    with pytest.raises(ValueError, match="moves: expected letters of udlr, got 'rx'"):
+        film("TMazePassive", "rx")

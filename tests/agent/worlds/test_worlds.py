@@ -1,0 +1,189 @@
+"""What holds in every world: gymnasium's rules, seeds, copies that do not know of each other, frames."""
+
+from __future__ import annotations
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.error import ResetNeeded
+from gymnasium.utils.env_checker import check_env
+from gymnasium.vector import AutoresetMode
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hqlt.agent.worlds import KeyToDoor, OneCopy, TMaze, VisualMatch, make_worlds
+
+SHORT = {
+    "TMazePassive": {"corridor": 4},
+    "TMazeActive": {"corridor": 3},
+    "KeyToDoor": {"explore": 5, "distractor": 9, "reward": 4, "respawn": 3, "apple_reward": (1.0, 10.0)},
+    "VisualMatch": {"explore": 2, "distractor": 9, "reward": 7, "respawn": 3, "colours": "shuffled"},
+}
+every_world = pytest.mark.parametrize("name", SHORT)
+
+
+def make(name: str, n: int, how: str = "vector_entry_point", **options) -> gymnasium.vector.VectorEnv:
+    return gymnasium.make_vec(f"hqlt/{name}-v0", n, vectorization_mode=how, **{**SHORT[name], **options})
+
+
+def equal(some, others) -> None:
+    assert type(some) is type(others)
+    if isinstance(some, dict):
+        assert some.keys() == others.keys()
+        some, others = some.values(), others.values()
+    elif not isinstance(some, tuple):
+        assert some.dtype == others.dtype and (some == others).all()
+        return
+    for a, b in zip(some, others, strict=True):
+        equal(a, b)
+
+
+@every_world
+def test_gymnasium_finds_nothing_to_say(name):
+    environment = gymnasium.make(f"hqlt/{name}-v0", render_mode="rgb_array")
+    assert isinstance(environment.unwrapped, OneCopy)
+    check_env(environment.unwrapped)
+    worlds = gymnasium.make_vec(f"hqlt/{name}-v0", num_envs=3)
+    assert worlds.metadata["autoreset_mode"] is AutoresetMode.NEXT_STEP
+    assert (worlds.num_envs, worlds.action_space.shape) == (3, (3,))
+    seen, _ = worlds.reset(seed=0)
+    assert seen in worlds.observation_space and seen[0] in worlds.single_observation_space
+
+
+@every_world
+@given(n=st.integers(1, 5), seed=st.integers(0, 2**70), data=st.data())
+def test_a_batch_is_its_copies_alone(name, n, seed, data):
+    """n at once ≡ n single copies that gymnasium steps one by one, through ends and resets of some of them."""
+    together, alone = make(name, n), make(name, n, "sync")
+    equal(together.reset(seed=seed), alone.reset(seed=seed))
+    rng = np.random.default_rng(seed)
+    for _ in range(60):
+        if rng.random() < 0.1:
+            mask = rng.random(n) < 0.5
+            mask[data.draw(st.integers(0, n - 1))] = True
+            again = None if rng.random() < 0.5 else int(rng.integers(9))
+            equal(*(worlds.reset(seed=again, options={"reset_mask": mask}) for worlds in (together, alone)))
+        actions = rng.integers(4, size=n)
+        equal(together.step(actions), alone.step(actions))
+
+
+@every_world
+def test_what_a_seed_gives_does_not_depend_on_the_number_of_copies(name):
+    few, many, later = make(name, 2), make(name, 50), make(name, 3)
+    rng = np.random.default_rng(0)
+    seen = [few.reset(seed=7)[0], many.reset(seed=7)[0][:2], later.reset(seed=6)[0][1:]]
+    for _ in range(60):
+        assert (seen[0] == seen[1]).all() and (seen[0] == seen[2]).all()
+        actions = rng.integers(4, size=50)
+        seen = [few.step(actions[:2])[0], many.step(actions)[0][:2], later.step(actions[[2, 0, 1]])[0][1:]]
+
+
+@every_world
+def test_seeds(name):
+    def episodes(worlds, seed):
+        rng = np.random.default_rng(0)
+        seen = [worlds.reset(seed=seed)[0], worlds.reset()[0]]
+        return np.stack(seen + [worlds.step(rng.integers(4, size=40))[0] for _ in range(40)])
+
+    worlds = make(name, 40)
+    first = episodes(worlds, 1)
+    assert (episodes(worlds, 1) == first).all()
+    assert (episodes(make(name, 40), 1) == first).all()
+    assert (episodes(worlds, 2) != first).any()
+    unseeded = make(name, 40), make(name, 40)
+    assert (episodes(unseeded[0], None) != episodes(unseeded[1], None)).any()
+
+
+@every_world
+def test_the_step_after_the_last_is_a_reset(name):
+    worlds = make(name, 3)
+    length = worlds.episode_length
+    worlds.reset(seed=0)
+    for step in range(1, 3 * (length + 1)):
+        _, rewards, ended, cut, info = worlds.step(np.full(3, step % 4))
+        assert (ended == (step % (length + 1) == length)).all() and not cut.any()
+        assert ("success" in info) == ended.all()
+        if step % (length + 1) == 0:
+            assert (rewards == 0).all()
+
+
+@every_world
+def test_what_was_returned_is_the_users(name):
+    worlds = make(name, 3)
+    kept = [worlds.reset(seed=0)[0]]
+    copies = [kept[0].copy()]
+    for _ in range(30):
+        seen, rewards, ended, cut, _ = worlds.step(np.array([3, 0, 2]))
+        kept += [seen, rewards, ended, cut]
+        copies += [array.copy() for array in (seen, rewards, ended, cut)]
+    assert all((a == b).all() for a, b in zip(kept, copies, strict=True))
+
+
+@every_world
+def test_frames(name):
+    worlds = make(name, 3, render_mode="rgb_array")
+    worlds.reset(seed=0)
+    frames = worlds.render()
+    assert len(frames) == 3 and {(frame.shape, str(frame.dtype)) for frame in frames} == {(frames[0].shape, "uint8")}
+    assert (frames[0] != frames[1]).any() or (frames[1] != frames[2]).any()  # what is hidden is drawn
+    for _ in range(2):  # after which no agent is boxed in
+        worlds.step(np.array([2, 3, 1]))
+    assert any((a != b).any() for a, b in zip(frames, worlds.render(), strict=True))
+    one = gymnasium.make(f"hqlt/{name}-v0", render_mode="rgb_array", **SHORT[name])
+    one.reset(seed=0)
+    assert (one.render() == frames[0]).all()
+    assert make(name, 3).render() is None
+
+
+def test_refusals():
+    worlds = TMaze(2)
+    with pytest.raises(ResetNeeded, match=r"reset\(\) before the first step"):
+        worlds.step(np.zeros(2, int))
+    worlds.reset(seed=0)
+    with pytest.raises(ValueError, match="expected 2 whole numbers, got int64 \\(3,\\)"):
+        worlds.step(np.zeros(3, int))
+    with pytest.raises(ValueError, match="expected 2 whole numbers, got float64"):
+        worlds.step(np.zeros(2))
+    for wrong in (-1, 4):
+        with pytest.raises(ValueError, match="up, down, left, right"):
+            worlds.step(np.array([0, wrong]))
+    for step in range(1, 12):  # of which the refused ones are none
+        assert worlds.step(np.zeros(2, int))[2].all() == (step == 11)
+    worlds.reset()
+    for mask in (np.zeros(2, bool), np.ones(3, bool), np.ones(2, int)):
+        with pytest.raises(ValueError, match=r"reset_mask: expected bool \[2\]"):
+            worlds.reset(options={"reset_mask": mask})
+    one = gymnasium.make("hqlt/TMazePassive-v0", corridor=1).unwrapped
+    with pytest.raises(ResetNeeded):
+        one.step(0)
+    one.reset(seed=0)
+    one.step(0)
+    one.step(0)
+    with pytest.raises(ResetNeeded):
+        one.step(0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (lambda: TMaze(0), "num_envs: expected at least 1"),
+        (lambda: TMaze(corridor=0), "corridor: expected a length of at least 1"),
+        (lambda: TMaze(oracle=-1), "oracle: expected a length of at least 0"),
+        (lambda: TMaze(render_mode="human"), "render_mode: expected None or 'rgb_array', got 'human'"),
+        (lambda: KeyToDoor(apples=23), "apples: expected at least 0 and at most 22, got 23"),
+        (lambda: KeyToDoor(explore=0), "explore: expected at least 1"),
+        (lambda: KeyToDoor(respawn=-1), "respawn: expected at least 0"),
+        (lambda: VisualMatch(reward=0), "reward: expected at least 1"),
+        (lambda: VisualMatch(distractor=-1), "distractor: expected at least 0"),
+        (lambda: VisualMatch(colours="rgy"), "colours: expected 'shuffled' or r, g and b in some order, got 'rgy'"),
+    ],
+)
+def test_arguments_that_make_no_world(wrong, said):
+    with pytest.raises(ValueError, match=said):
+        wrong()
+
+
+def test_thousands_of_copies_are_small():
+    worlds = make_worlds("VisualMatch", 1, 0)
+    state = sum(array.nbytes for array in vars(worlds).values() if isinstance(array, np.ndarray))
+    assert state < 300
