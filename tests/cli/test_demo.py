@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -45,5 +46,6 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path, request):
         assert process.wait(timeout=60) == 130
     said = log.read_text()
     assert "go on with: hqlt demo --quick" in said
+    assert re.search(r"\((\d+) of 15 runs\)", (tmp_path / "run" / "README.md").read_text()), "what is finished is told"
     assert "Traceback" not in said
     assert metrics.exists()

@@ -26,6 +26,9 @@ GIVEN = {
 }
 
 
+PARITY = ("experiments", "short parity")
+
+
 def read(tmp_path, given):
     file = tmp_path / "study.yaml"
     file.write_text(given if isinstance(given, str) else yaml.safe_dump(given))
@@ -55,7 +58,11 @@ def test_a_file_says_which_cells_there_are(tmp_path):
     assert {cell.budget.steps for cell in dataclasses.replace(study, seeds=(5,)).quick().cells()} == {4}
 
 
-PARITY = ("experiments", "short parity")
+def test_an_experiment_may_name_the_models_that_take_part(tmp_path):
+    study = read(tmp_path, changed([*PARITY, "models"], ["Synchronous"]))
+    assert {cell.model for cell in study.cells()} == {"Synchronous"}
+    with pytest.raises(ValueError, match=r"short parity.models: expected one of .*did you mean 'Synchronous'\?"):
+        read(tmp_path, changed([*PARITY, "models"], ["Synchronus"]))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from hqlt._version import version
 from hqlt.study.study import Study
-from hqlt.train.grid import Cell, Event, Result, as_json, run_grid
+from hqlt.train.grid import Cell, Event, Result, as_json, load_result, run_grid
 
 EXPORTED = ("README.md", "results.json", "curves.png")
 
@@ -27,6 +27,8 @@ def run_study(
     study: Study, folder: Path, *, again: str, workers: int | None, device: str, console: Console
 ) -> tuple[list[Result], dict[str, Any]]:
     """Train every cell that the folder does not hold yet; → all results in order, and the settings they came from.
+
+    Ctrl-C leaves the report of what is finished, and says so.
 
     again: the command that goes on after an interrupt. workers: None takes all cores. Writes config.json and
     metrics.jsonl beside what the grid writes.
@@ -56,6 +58,9 @@ def run_study(
             console.print(
                 f"stopped with {finished} of {len(cells)} cells finished; go on with: {again}", highlight=False
             )
+            results = [result for cell in cells if (result := load_result(folder, cell)) is not None]
+            if results:
+                leave_report(study, results, folder, settings, console)
             raise
     console.print(f"{time.monotonic() - begun:.0f} s in all", highlight=False)
     return results, settings
@@ -84,11 +89,16 @@ def leave_report(
     spoken: dict[str, Any] | None = None,
     samples: Sequence[dict[str, Any]] = (),
 ) -> None:
-    """One table (also as Markdown, README.md), one plot, one page, one JSON file."""
+    """One table (also as Markdown, README.md), one plot, one page, one JSON file.
+
+    Where results are missing, the title says how many are there.
+    """
     from hqlt.report.page import write_page
     from hqlt.report.plots import figure_of, save
     from hqlt.report.table import table_of
 
+    if len(results) < (wanted := len(study.cells())):
+        study = dataclasses.replace(study, title=f"{study.title} ({len(results)} of {wanted} runs)")
     table = table_of(results, {label: experiment.paper for label, experiment in study.experiments.items()})
     budgets = [
         f"{label}: {json.dumps(e.options)} {json.dumps(e.common)} {e.budget}" for label, e in study.experiments.items()

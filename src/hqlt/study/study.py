@@ -33,6 +33,8 @@ class Experiment:
     budget: Budget
     seeds: tuple[int, ...] | None = None
     """Of weights and training data; None: the study's."""
+    models: tuple[str, ...] | None = None
+    """Labels of the study's models that take part, in the order in which they are run; None: all."""
     paper: dict[str, float] = field(default_factory=dict)
     """What the paper reports, by model, in the table's units."""
 
@@ -55,7 +57,7 @@ class Study:
         return [
             Cell(
                 model=model,
-                config=config_of(experiment.common, own),
+                config=config_of(experiment.common, self.models[model]),
                 task=experiment.task,
                 task_options=experiment.options,
                 budget=experiment.budget,
@@ -63,7 +65,7 @@ class Study:
                 experiment=label,
             )
             for label, experiment in self.experiments.items()
-            for model, own in self.models.items()
+            for model in experiment.models or self.models
             for seed in experiment.seeds or self.seeds
         ]
 
@@ -153,6 +155,12 @@ def read_study(path: Path) -> Study:
             raise ValueError(f"{where}.{error}") from None
         _build(TASKS[experiments[label].task], experiments[label].options, f"{where}.options")
     study = _build(Study, given | {"experiments": experiments}, str(path))
+    for label, experiment in study.experiments.items():
+        for model in experiment.models or ():
+            try:
+                one_of("models", model, study.models)
+            except ValueError as error:
+                raise ValueError(f"{path}: experiments.{label}.{error}") from None
     for cell in study.cells():
         _build_model(cell, f"{path}: {cell.model} in {cell.column}")
     return study
