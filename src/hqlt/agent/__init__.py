@@ -1,0 +1,43 @@
+"""Agents with a memory, for partially observable worlds with the gymnasium API.
+
+>>> memory = build_memory("synchronous", hidden_size=64, num_layers=1, window=16)
+>>> agent = SAC(envs.single_observation_space, envs.single_action_space, memory)
+>>> for progress in agent.train_in(envs, steps=100_000):
+...     print(progress)
+>>> evaluate(agent, envs, episodes=20).success
+"""
+
+from hqlt.agent.agent import Agent, Progress
+from hqlt.agent.collect import Evaluation, evaluate, play
+from hqlt.agent.core import Core, Inputs
+from hqlt.agent.encoder import Encoder, build_encoder
+from hqlt.agent.episode import Batch, Episode, Outcome
+from hqlt.agent.memory_model import LSTM, HybridModel, MemoryModel, NoMemory, build_memory
+from hqlt.agent.ppo import PPO, PPOSettings
+from hqlt.agent.replay import Replay
+from hqlt.agent.sac import SAC, SACSettings
+
+__all__ = [
+    "LSTM",
+    "PPO",
+    "SAC",
+    "Agent",
+    "Batch",
+    "Core",
+    "Encoder",
+    "Episode",
+    "Evaluation",
+    "HybridModel",
+    "Inputs",
+    "MemoryModel",
+    "NoMemory",
+    "Outcome",
+    "PPOSettings",
+    "Progress",
+    "Replay",
+    "SACSettings",
+    "build_encoder",
+    "build_memory",
+    "evaluate",
+    "play",
+]
