@@ -20,7 +20,7 @@ SMALL = SACSettings(heads=(16,), batch_episodes=4, random_episodes=4, updates_pe
 def sac(settings=SMALL, memory="synchronous", seed=0):
     torch.manual_seed(seed)
     memory = build_memory(memory, hidden_size=8, num_layers=1, window=3)
-    return SAC(Cue().observation_space, Cue().action_space, memory, settings, seed=seed)
+    return SAC(copies(Cue, 1), memory, settings, seed=seed)
 
 
 def episodes(count=3, dtype=np.float32):
@@ -104,7 +104,6 @@ def test_sac_goes_on_exactly(tmp_path):
     save_file(first.checkpoint(), tmp_path / "agent.safetensors")
     save_arrays(first.replay.state_dict(), tmp_path / "replay.safetensors")
     second = sac(seed=5)
-    second.seed = first.seed
     second.restore(load_file(tmp_path / "agent.safetensors"))
     second.replay.load_state_dict(load_arrays(tmp_path / "replay.safetensors"))
     for _ in second.train_in(envs(), 150):
@@ -118,12 +117,11 @@ def test_ppo_is_put_aside_exactly():
         torch.manual_seed(seed)
         memory = build_memory("deltanet", hidden_size=8, num_layers=1)
         settings = PPOSettings(rollout=8, epochs=2, minibatches=2)
-        return PPO(Cue().observation_space, Cue().action_space, memory, settings, seed=seed)
+        return PPO(copies(Cue, 1), memory, settings, seed=seed)
 
     first, second = ppo(0), ppo(1)
     for _ in first.train_in(copies(Cue, 4), 64):
         pass
-    second.seed = first.seed
     second.restore(first.checkpoint())
     for agent in (first, second):
         for _ in agent.train_in(copies(Cue, 4), 128):
@@ -147,13 +145,13 @@ class Wiped(MemoryModel):
 
 def trained(kind, memory, steps, seed=0):
     torch.manual_seed(seed)
-    world = Cue()
+    envs = copies(Cue, 16)
     settings = {
         SAC: SACSettings(learning_rate=3e-3, batch_episodes=32, heads=(32,), updates_per_step=0.1),
         PPO: PPOSettings(learning_rate=3e-3, rollout=32, minibatches=2),
     }[kind]
-    agent = kind(world.observation_space, world.action_space, memory, settings, seed=seed)
-    for _ in agent.train_in(copies(Cue, 16), steps):
+    agent = kind(envs, memory, settings, seed=seed)
+    for _ in agent.train_in(envs, steps):
         pass
     return agent
 

@@ -14,6 +14,7 @@ from hqlt.agent import PPO, SAC, Batch, Inputs, build_memory, evaluate, play
 from hqlt.agent.collect import Player, UniformPolicy
 from hqlt.agent.memory_model import MODELS
 from hqlt.agent.rollout import Collector
+from hqlt.report.shares import shares_during
 from tests.agent.worlds_of_one_cue import Counter, Cue, copies
 
 MODES = list(AutoresetMode)
@@ -25,7 +26,7 @@ def uniform(actions=3):
 
 def agent_of(memory="synchronous", kind=SAC, window=3):
     memory = build_memory(memory, hidden_size=8, num_layers=2, window=window)
-    return kind(Cue().observation_space, Cue().action_space, memory).double()
+    return kind(copies(Cue, 1), memory).double()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -139,3 +140,11 @@ def test_evaluation_shares_episodes_out_beforehand(mode):
     assert 0.2 < told.success < 0.8 and math.isclose(told.mean_return, 2 * told.success - 1, abs_tol=1e-6)
     again = evaluate(uniform(2), copies(lambda: Cue((1, 9)), 3, mode), 40, seed=0)
     assert told == again
+
+
+def test_which_memory_spoke_in_an_episode():
+    agent = agent_of()
+    batch = Batch.of(play(agent, copies(lambda: Cue((5, 5)), 1), 1))
+    shares = shares_during(agent, lambda: agent.core.sequence(batch.inputs(), agent.init_state(1)))
+    assert shares.gate.shape == shares.fw.shape == (2, 1, 6)
+    assert ((shares.gate > 0) & (shares.gate < 1)).all()

@@ -1,7 +1,7 @@
 """Agents with a memory, for partially observable worlds with the gymnasium API.
 
 >>> memory = build_memory("synchronous", hidden_size=64, num_layers=1, window=16)
->>> agent = SAC(envs.single_observation_space, envs.single_action_space, memory)
+>>> agent = SAC(envs, memory)
 >>> for progress in agent.train_in(envs, steps=100_000):
 ...     print(progress)
 >>> evaluate(agent, envs, episodes=20).success

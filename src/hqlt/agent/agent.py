@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from gymnasium import spaces
 from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 
@@ -31,23 +30,19 @@ class Progress(NamedTuple):
 class Agent(nn.Module):
     """An encoder and a memory, and heads on top of them."""
 
+    seed: Tensor
+    """What the environments that it trains in are seeded from."""
     steps: Tensor
     """Steps of the environment so far, of all copies."""
     optimiser: torch.optim.Optimizer
 
-    def __init__(
-        self,
-        observation_space: spaces.Space[Any],
-        action_space: spaces.Space[Any],
-        memory: MemoryModel,
-        encoder: Encoder | None,
-        seed: int,
-    ) -> None:
+    def __init__(self, envs: VectorEnv, memory: MemoryModel, encoder: Encoder | None, seed: int) -> None:
         super().__init__()
-        self.actions = int(discrete(action_space).n)
-        self.core = Core(encoder or build_encoder(observation_space, action_space, memory.hidden_size), memory)
-        self.seed = seed
+        seen, acted = envs.single_observation_space, envs.single_action_space
+        self.actions = int(discrete(acted).n)
+        self.core = Core(encoder or build_encoder(seen, acted, memory.hidden_size), memory)
         self.generator = torch.Generator().manual_seed(seed)
+        self.register_buffer("seed", torch.tensor(seed))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
     def logits(self, features: Hidden) -> Tensor:

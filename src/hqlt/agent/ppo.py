@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from gymnasium import spaces
 from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 
@@ -66,20 +64,19 @@ class PPO(Agent):
     resets within them are where they were in play. What played is π_before of the first pass over the rollout; in later
     passes the carried memories are those of the older weights, as in all recurrent PPO.
 
-    observation_space, action_space: of one copy. encoder: another one than `build_encoder` makes.
+    envs: of any number of copies, for their spaces alone. encoder: another one than `build_encoder` makes.
     """
 
     def __init__(
         self,
-        observation_space: spaces.Space[Any],
-        action_space: spaces.Space[Any],
+        envs: VectorEnv,
         memory: MemoryModel,
         settings: PPOSettings | None = None,
         *,
         encoder: Encoder | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(observation_space, action_space, memory, encoder, seed)
+        super().__init__(envs, memory, encoder, seed)
         self.settings = settings = settings or PPOSettings()
         self.actor = mlp(memory.hidden_size, settings.heads, self.actions)
         self.critic = mlp(memory.hidden_size, settings.heads, 1)
@@ -143,7 +140,7 @@ class PPO(Agent):
         Memories and unfinished episodes go on from rollout to rollout. An agent that is restored goes on with its
         weights, in new episodes: gymnasium has no way to put an environment aside.
         """
-        collector = Collector(envs, self, self.seed + int(self.steps))
+        collector = Collector(envs, self, int(self.seed + self.steps))
         while self.steps < steps:
             rollout, ended = collector.rollout(self, self.settings.rollout)
             losses = self.learn(rollout)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from gymnasium import spaces
 from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 
@@ -73,7 +71,7 @@ class SAC(Agent):
     trains no critic. V̄ is the soft value by the targets, which are averages of the critics' heads alone: they read the
     same h as the critics (Ni et al. 2023, "When Do Transformers Shine in RL?").
 
-    observation_space, action_space: of one copy. encoder: another one than `build_encoder` makes.
+    envs: of any number of copies, for their spaces alone. encoder: another one than `build_encoder` makes.
     """
 
     rounds: Tensor
@@ -83,15 +81,14 @@ class SAC(Agent):
 
     def __init__(
         self,
-        observation_space: spaces.Space[Any],
-        action_space: spaces.Space[Any],
+        envs: VectorEnv,
         memory: MemoryModel,
         settings: SACSettings | None = None,
         *,
         encoder: Encoder | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(observation_space, action_space, memory, encoder, seed)
+        super().__init__(envs, memory, encoder, seed)
         self.settings = settings = settings or SACSettings()
         self.actor = mlp(memory.hidden_size, settings.heads, self.actions)
         self.critics = TwinCritics(memory.hidden_size, settings.heads, self.actions)
@@ -160,7 +157,7 @@ class SAC(Agent):
         settings = self.settings
         random = UniformPolicy(self.actions, self.generator)
         while self.steps < steps:
-            seed = int(np.random.SeedSequence([self.seed, int(self.rounds)]).generate_state(1)[0] >> 1)
+            seed = int(np.random.SeedSequence([int(self.seed), int(self.rounds)]).generate_state(1)[0] >> 1)
             known = int(self.rounds) * envs.num_envs >= settings.random_episodes
             episodes = play(self if known else random, envs, envs.num_envs, seed=seed)
             for episode in episodes:
