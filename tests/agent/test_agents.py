@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
-from hqlt.agent import PPO, SAC, Batch, Episode, MemoryModel, PPOSettings, SACSettings, build_memory, evaluate
+from hqlt.agent import PPO, SAC, Batch, Episode, MemoryModel, PPOSettings, SACSettings, build_memory, evaluate, play
 from tests.agent.worlds_of_one_cue import Cue, copies
 
 SMALL = SACSettings(heads=(16,), batch_episodes=4, random_episodes=4, updates_per_step=0.5)
@@ -141,6 +142,39 @@ class Wiped(MemoryModel):
 
     def sequence(self, x, state, resets):
         return self.memory.sequence(x, state, torch.ones_like(resets))
+
+
+class Painted(Cue):
+    """The cue as an image: all red or all blue, then black."""
+
+    def __init__(self):
+        super().__init__()
+        self.observation_space = gymnasium.spaces.Box(0, 255, (3, 4, 4), np.uint8)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        image = self.black()
+        image[2 * self.cue] = 255
+        return image, {}
+
+    def step(self, action):
+        _, *told = super().step(action)
+        return self.black(), *told
+
+    def black(self):
+        return np.zeros((3, 4, 4), np.uint8)
+
+
+@pytest.mark.parametrize("kind", [SAC, PPO])
+def test_images_are_kept_as_they_are_and_learned_from(kind):
+    envs = copies(Painted, 4)
+    agent = kind(envs, build_memory("synchronous", hidden_size=8, num_layers=1, window=2), seed=1)
+    (episode, *_) = play(agent, envs, 4)
+    assert episode.observations.dtype == np.uint8 and episode.observations.shape == (5, 3, 4, 4)
+    before = agent.core.encoder.observation.layers[0].weight.clone()
+    told = [progress.losses for progress in agent.train_in(envs, 100) if progress.losses]
+    assert all(math.isfinite(loss) for losses in told for loss in losses.values())
+    assert (agent.core.encoder.observation.layers[0].weight != before).any()
 
 
 def trained(kind, memory, steps, seed=0):

@@ -131,6 +131,30 @@ def test_rollouts_go_on_where_the_last_one_ended(mode):
         assert live.all() and (whole.beyond[cut] != 0).all()
 
 
+@pytest.mark.parametrize("cut", [True, False])
+def test_advantages_do_not_depend_on_how_copies_are_reset(cut):
+    """The same episodes in all three modes: the same advantage at each step of those that ended."""
+    agent = agent_of(kind=PPO)
+
+    class Greedy:
+        init_state, value = agent.init_state, agent.value
+
+        def act(self, inputs, state, *, greedy=False):
+            return agent.act(inputs, state, greedy=True)
+
+    def advantages(mode):
+        rollout, _ = Collector(copies(lambda: Cue((2, 6), cut=cut), 3, mode), Greedy(), seed=2).rollout(Greedy(), 40)
+        found = agent.advantages(rollout, agent.judged(rollout)[1].detach())
+        until = [int(ended.nonzero().max()) + 1 for ended in rollout.ended]
+        return [row[:t][live[:t]] for row, live, t in zip(found, rollout.mask, until, strict=True)]
+
+    for rows in zip(*map(advantages, MODES), strict=True):
+        common = min(map(len, rows))
+        assert common > 20
+        for found in rows[1:]:
+            torch.testing.assert_close(found[:common], rows[0][:common], rtol=0, atol=1e-6)  # rewards are in float32
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_evaluation_shares_episodes_out_beforehand(mode):
     told = evaluate(uniform(2), copies(lambda: Cue((1, 9)), 3, mode), 40, seed=0)

@@ -96,21 +96,20 @@ class PPO(Agent):
         features, _ = self.core.sequence(rollout.inputs, rollout.state)
         return self.actor(features), self.critic(features)[..., 0]
 
+    def advantages(self, rollout: Rollout, values: Tensor) -> Tensor:
+        """[b, t], from V at every step."""
+        following, settings = rollout.next_values(values), self.settings
+        return generalised_advantages(
+            rollout.rewards, values, following, rollout.terminated, rollout.ended, settings.discount, settings.trace
+        )
+
     def learn(self, rollout: Rollout) -> dict[str, float]:
         """`epochs` passes over a rollout."""
         settings, rollout = self.settings, rollout.to(self.device)
         with torch.no_grad():
             logits, values = self.judged(rollout)
             log_pi = of_action(logits.log_softmax(dim=-1), rollout.actions)
-            advantages = generalised_advantages(
-                rollout.rewards,
-                values,
-                rollout.next_values(values),
-                rollout.terminated,
-                rollout.ended,
-                settings.discount,
-                settings.trace,
-            )
+            advantages = self.advantages(rollout, values)
             returns = advantages + values
         told = []
         for _ in range(settings.epochs):
