@@ -15,6 +15,7 @@ from hqlt.agent.collect import Player, Policy
 from hqlt.agent.core import Inputs
 from hqlt.agent.episode import Outcome
 from hqlt.agent.memory_model import State, map_state
+from hqlt.agent.stream import Step
 
 
 class Judge(Policy, Protocol):
@@ -90,14 +91,15 @@ class Collector:
                 beyond = torch.where(cut | (t == steps - 1), policy.value(after, player.state).cpu(), beyond)
             arrays = step.reward, step.terminated, step.ended, step.live
             columns.append((actions.cpu(), *map(torch.from_numpy, arrays), beyond))
-            ended += self.count(step.reward, step.live, step.ended, step.success)
+            ended += self.count(step)
         inputs = Inputs(*(torch.stack(parts, dim=1) for parts in zip(*read, strict=True)))
         return Rollout(inputs, before, *(torch.stack(parts, dim=1) for parts in zip(*columns, strict=True))), ended
 
-    def count(self, reward: np.ndarray, live: np.ndarray, ended: np.ndarray, success: np.ndarray) -> list[Outcome]:
+    def count(self, step: Step) -> list[Outcome]:
         """What the episodes that end here came to."""
-        self.total += reward
-        self.length += live
-        told = [Outcome(float(self.total[i]), int(self.length[i]), float(success[i])) for i in np.flatnonzero(ended)]
-        self.total[ended], self.length[ended] = 0, 0
+        self.total += step.reward
+        self.length += step.live
+        rows = np.flatnonzero(step.ended)
+        told = [Outcome(float(self.total[i]), int(self.length[i]), float(step.success[i])) for i in rows]
+        self.total[rows], self.length[rows] = 0, 0
         return told
