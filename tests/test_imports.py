@@ -19,6 +19,7 @@ LAYERS = [
     {"convolution", "memory"},
     {"blend"},
     {"layer"},
+    {"block"},
     {"model"},
     {"task", "data", "train", "evaluate", "language", "agent", "report", "study", "cli"},
 ]
@@ -49,7 +50,7 @@ def imported_parts(file: Path) -> set[str]:
 
 
 FILES = {str(file.relative_to(SOURCE)): file for file in sorted(SOURCE.rglob("*.py")) if file.parent != SOURCE}
-FILES |= {name: SOURCE / name for name in ("shapes.py", "convolution.py", "layer.py")}
+FILES |= {name: SOURCE / name for name in ("shapes.py", "convolution.py", "layer.py", "block.py")}
 
 
 @pytest.mark.parametrize("name", FILES)

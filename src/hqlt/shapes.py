@@ -5,6 +5,7 @@
     h  heads                 s  pairs held by a KV-memory between two calls, at most its window
     n  chunks                c  tokens in a chunk
     d  hidden size           l  length of a key timeline: the held pairs, then the new ones (s + t)
+    a  actions of an agent
 
 A tensor's shape is written as its letters, `[b, t, h, k]`, in docstrings, in the aliases below and in errors.
 """

@@ -1,13 +1,52 @@
-"""Agents with a memory, and partially observable worlds to try them in.
+"""Agents with a memory, for partially observable worlds with the gymnasium API.
 
-Where gymnasium is installed, importing this registers the worlds with it: `gymnasium.make("hqlt/VisualMatch-v0")`.
+>>> memory = build_memory("synchronous", hidden_size=64, num_layers=1, window=16)
+>>> agent = SAC(envs, memory)
+>>> for progress in agent.train_in(envs, steps=100_000):
+...     print(progress)
+>>> evaluate(agent, envs, episodes=20).success
 """
-
-from __future__ import annotations
 
 from importlib.util import find_spec
 
-if find_spec("gymnasium") is not None:
-    from hqlt.agent.worlds import register_with_gymnasium
+if find_spec("gymnasium") is None:
+    raise ImportError("hqlt.agent: expected the package gymnasium, found none; pip install 'hqlt[rl]'")
 
-    register_with_gymnasium()
+from hqlt.agent.agent import Agent, Progress
+from hqlt.agent.collect import Evaluation, evaluate, play
+from hqlt.agent.core import Core, Inputs
+from hqlt.agent.encoder import Encoder, build_encoder
+from hqlt.agent.episode import Batch, Episode, Outcome
+from hqlt.agent.memory_model import LSTM, HybridModel, MemoryModel, NoMemory, build_memory
+from hqlt.agent.ppo import PPO, PPOSettings
+from hqlt.agent.replay import Replay
+from hqlt.agent.sac import SAC, SACSettings
+from hqlt.agent.worlds import make_worlds, register_with_gymnasium
+
+__all__ = [
+    "LSTM",
+    "PPO",
+    "SAC",
+    "Agent",
+    "Batch",
+    "Core",
+    "Encoder",
+    "Episode",
+    "Evaluation",
+    "HybridModel",
+    "Inputs",
+    "MemoryModel",
+    "NoMemory",
+    "Outcome",
+    "PPOSettings",
+    "Progress",
+    "Replay",
+    "SACSettings",
+    "build_encoder",
+    "build_memory",
+    "evaluate",
+    "make_worlds",
+    "play",
+]
+
+register_with_gymnasium()  # gymnasium.make("hqlt/VisualMatch-v0")

@@ -17,10 +17,11 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from hqlt.block import SwiGLU
 from hqlt.convolution import ShortConvolution
 from hqlt.layer import HybridMemory
 from hqlt.memory import MemoryState
-from hqlt.model.block import HQLTBlock, SwiGLU
+from hqlt.model.block import HQLTBlock
 from hqlt.model.cache import HQLTCache
 from hqlt.model.config import HQLTConfig
 from hqlt.model.segments import read_segments

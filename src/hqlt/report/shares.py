@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,11 +18,19 @@ class Shares(NamedTuple):
     """[layers, b, t] ‖weighted FW read‖ / (‖weighted FW read‖ + ‖weighted KV read‖), mean over heads."""
 
 
-@torch.no_grad()
 def memory_shares(model: nn.Module, inputs: Tensor, resets: Tensor | None = None) -> Shares:
-    """Run a model on tokens [b, t] and tell what each hybrid layer's memories contribute.
+    """Run a language model on tokens [b, t] and tell what each hybrid layer's memories contribute.
 
     A memory left idle shows here as a share near 0. Raises ValueError for a model without hybrid layers.
+    """
+    return shares_during(model, lambda: model(inputs, resets=resets, use_cache=False))
+
+
+@torch.no_grad()
+def shares_during(model: nn.Module, run: Callable[[], object]) -> Shares:
+    """The same for any model with hybrid layers, of what one call of it reads: an agent's of an episode, say.
+
+    Raises ValueError for a model without hybrid layers.
     """
     gates, shares = [], []
 
@@ -37,7 +46,7 @@ def memory_shares(model: nn.Module, inputs: Tensor, resets: Tensor | None = None
 
     hooks = [module.register_forward_hook(listen) for module in model.modules() if isinstance(module, Mixer)]
     try:
-        model(inputs, resets=resets, use_cache=False)
+        run()
     finally:
         for hook in hooks:
             hook.remove()

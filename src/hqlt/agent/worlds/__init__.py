@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
-if find_spec("gymnasium") is None:
-    raise ImportError("hqlt.agent.worlds: expected the package gymnasium, found none; pip install 'hqlt[rl]'")
-
 from hqlt.agent.worlds.key_to_door import KeyToDoor
 from hqlt.agent.worlds.make import WORLDS, make_worlds, register_with_gymnasium
 from hqlt.agent.worlds.t_maze import TMaze

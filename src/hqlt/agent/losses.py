@@ -1,0 +1,130 @@
+"""What agents are trained by, as pure functions on small arrays.
+
+A batch holds rows of different lengths: `mask`, Bool[b, t], is True at the steps that were played, and means are taken
+over those alone. What stands elsewhere does not matter, NaN included. π is given by its logits.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PerStep: TypeAlias = Annotated[Tensor, "b t"]
+PerAction: TypeAlias = Annotated[Tensor, "b t a"]
+
+
+def masked_mean(x: PerStep, mask: PerStep) -> Tensor:
+    """Σ mask · x / Σ mask; 0 where nothing was played."""
+    return torch.where(mask, x, 0).sum() / mask.sum().clamp(min=1)
+
+
+def entropy(logits: PerAction) -> PerStep:
+    """H_t = −Σ_a π(a | t) log π(a | t)."""
+    log_pi = F.log_softmax(logits, dim=-1)
+    return -(log_pi.exp() * log_pi).sum(dim=-1)
+
+
+def of_action(x: PerAction, actions: PerStep) -> PerStep:
+    """x_t(a_t): the entry of the action taken."""
+    return x.gather(-1, actions[..., None])[..., 0]
+
+
+def soft_value(q: PerAction, logits: PerAction, temperature: Tensor | float) -> PerStep:
+    """V_t = Σ_a π(a | t) (Q_t(a) − α log π(a | t)).
+
+    Source: Christodoulou 2019, "Soft Actor-Critic for Discrete Action Settings", eq. 10.
+    """
+    log_pi = F.log_softmax(logits, dim=-1)
+    return (log_pi.exp() * (q - temperature * log_pi)).sum(dim=-1)
+
+
+def soft_target(
+    rewards: PerStep,
+    terminated: PerStep,
+    next_q: PerAction,
+    next_logits: PerAction,
+    temperature: Tensor | float,
+    discount: float,
+) -> PerStep:
+    """y_t = r_t + γ (1 − terminated_t) V_{t+1}, no gradient.
+
+    next_q, next_logits: of the step after each. An episode that was cut short (truncated) is not terminated, so its
+    last step still looks ahead. Source: Christodoulou 2019, eqs. 3 and 10.
+    """
+    with torch.no_grad():
+        ahead = soft_value(next_q, next_logits, temperature)
+        return rewards + discount * torch.where(terminated, 0, ahead)
+
+
+def q_loss(q: PerAction, actions: PerStep, target: PerStep, mask: PerStep) -> Tensor:
+    """½ mean_t (Q_t(a_t) − y_t)².
+
+    Source: Christodoulou 2019, eq. 4.
+    """
+    return masked_mean(0.5 * (of_action(q, actions) - target) ** 2, mask)
+
+
+def actor_loss(logits: PerAction, q: PerAction, temperature: Tensor | float, mask: PerStep) -> Tensor:
+    """mean_t Σ_a π(a | t) (α log π(a | t) − Q_t(a)), with a gradient to π alone.
+
+    Source: Christodoulou 2019, eq. 12.
+    """
+    return -masked_mean(soft_value(q.detach(), logits, temperature), mask)
+
+
+def temperature_loss(log_temperature: Tensor, logits: PerAction, target_entropy: float, mask: PerStep) -> Tensor:
+    """α · (mean_t H_t − H̄), with a gradient to log α alone: α falls while the policy is more random than wanted.
+
+    Source: Haarnoja et al. 2018, "Soft Actor-Critic Algorithms and Applications", eq. 18.
+    """
+    return log_temperature.exp() * (masked_mean(entropy(logits.detach()), mask) - target_entropy)
+
+
+def generalised_advantages(
+    rewards: PerStep,
+    values: PerStep,
+    next_values: PerStep,
+    terminated: PerStep,
+    ended: PerStep,
+    discount: float,
+    trace: float,
+) -> PerStep:
+    """A_t = δ_t + γλ (1 − ended_t) A_{t+1}        δ_t = r_t + γ (1 − terminated_t) V'_t − V_t
+
+    values: V of what each action was chosen from; next_values: V' of what it led to. An episode ends by terminating or
+    by being cut short, and in the second case alone looks beyond its end. trace: λ. No gradient.
+
+    Source: Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalized Advantage Estimation", eq. 16.
+    """
+    with torch.no_grad():
+        delta = rewards + discount * torch.where(terminated, 0, next_values) - values
+        advantages, ahead = torch.empty_like(delta), torch.zeros_like(delta[:, 0])
+        for t in reversed(range(delta.shape[1])):
+            ahead = delta[:, t] + discount * trace * torch.where(ended[:, t], 0, ahead)
+            advantages[:, t] = ahead
+        return advantages
+
+
+def standardised(x: PerStep, mask: PerStep) -> PerStep:
+    """(x − mean) / (standard deviation + 1e-8), both over the steps played."""
+    mean = masked_mean(x, mask)
+    return (x - mean) / (masked_mean((x - mean) ** 2, mask).sqrt() + 1e-8)
+
+
+def clipped_policy_loss(
+    log_pi: PerStep, log_pi_before: PerStep, advantages: PerStep, clip: float, mask: PerStep
+) -> Tensor:
+    """−mean_t min(ρ_t A_t, clip(ρ_t, 1 − ε, 1 + ε) A_t)        ρ_t = π(a_t | t) / π_before(a_t | t)
+
+    Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", eq. 7.
+    """
+    ratio = (log_pi - log_pi_before).exp()
+    return -masked_mean(torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages), mask)
+
+
+def value_loss(values: PerStep, returns: PerStep, mask: PerStep) -> Tensor:
+    """½ mean_t (V_t − R_t)²."""
+    return masked_mean(0.5 * (values - returns) ** 2, mask)

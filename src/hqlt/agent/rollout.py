@@ -1,0 +1,105 @@
+"""Stretches of play of equal length, whatever episodes they cut: what on-policy learning reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from gymnasium.vector import VectorEnv
+from torch import Tensor
+
+from hqlt.agent.collect import Player, Policy
+from hqlt.agent.core import Inputs
+from hqlt.agent.episode import Outcome
+from hqlt.agent.memory_model import State, map_state
+from hqlt.agent.stream import Step
+
+
+class Judge(Policy, Protocol):
+    """A policy that also says what a state is worth."""
+
+    def value(self, inputs: Inputs, state: State) -> Tensor:
+        """Inputs of one step of b rows → V [b]; the memory is left as it was."""
+
+
+class Rollout(NamedTuple):
+    """t steps of each of b copies. A row is one copy, going on where its last rollout ended."""
+
+    inputs: Inputs
+    """[b, t] what each action was chosen from."""
+    state: State
+    """The memory before the first step."""
+    actions: Tensor
+    """[b, t] int64."""
+    rewards: Tensor
+    """[b, t]."""
+    terminated: Tensor
+    """Bool [b, t]."""
+    ended: Tensor
+    """Bool [b, t], by terminating or by being cut short."""
+    mask: Tensor
+    """Bool [b, t], False where a copy only began its next episode."""
+    beyond: Tensor
+    """[b, t] V of what came after an episode cut short, and after the last step; 0 elsewhere."""
+
+    def select(self, rows: Tensor) -> Rollout:
+        """Whole sequences, with the memories that they began with."""
+        return self.map(lambda x: x[rows])
+
+    def to(self, device: torch.device) -> Rollout:
+        return self.map(lambda x: x.to(device))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Rollout:
+        """The same change to every tensor."""
+        return Rollout(*map_state(self, change))
+
+    def next_values(self, values: Tensor) -> Tensor:
+        """V of what each action led to, from V of what each was chosen from."""
+        cut = self.ended & ~self.terminated
+        cut[:, -1] = True
+        return torch.where(cut, self.beyond, F.pad(values[:, 1:], (0, 1)))
+
+
+class Collector:
+    """Plays without end: memories and unfinished episodes are carried from rollout to rollout."""
+
+    def __init__(self, envs: VectorEnv, policy: Judge, seed: int | None = None) -> None:
+        self.player = Player(envs, policy, seed)
+        self.total = np.zeros(envs.num_envs)
+        self.length = np.zeros(envs.num_envs, dtype=np.int64)
+
+    def rollout(self, policy: Judge, steps: int) -> tuple[Rollout, list[Outcome]]:
+        player, before = self.player, self.player.state
+        read: list[Inputs] = []
+        columns: list[tuple[Tensor, ...]] = []
+        ended: list[Outcome] = []
+        for t in range(steps):
+            read.append(player.inputs)
+            actions, step = player.step(policy)
+            beyond = torch.zeros(len(actions))
+            cut = torch.from_numpy(step.truncated & ~step.terminated)
+            if cut.any() or t == steps - 1:
+                after = Inputs(
+                    torch.from_numpy(step.successor),
+                    actions.cpu(),
+                    torch.from_numpy(step.reward),
+                    torch.zeros(len(actions), dtype=torch.bool),
+                )
+                beyond = torch.where(cut | (t == steps - 1), policy.value(after, player.state).cpu(), beyond)
+            arrays = step.reward, step.terminated, step.ended, step.live
+            columns.append((actions.cpu(), *map(torch.from_numpy, arrays), beyond))
+            ended += self.count(step)
+        inputs = Inputs(*(torch.stack(parts, dim=1) for parts in zip(*read, strict=True)))
+        return Rollout(inputs, before, *(torch.stack(parts, dim=1) for parts in zip(*columns, strict=True))), ended
+
+    def count(self, step: Step) -> list[Outcome]:
+        """What the episodes that end here came to."""
+        self.total += step.reward
+        self.length += step.live
+        rows = np.flatnonzero(step.ended)
+        told = [Outcome(float(self.total[i]), int(self.length[i]), float(step.success[i])) for i in rows]
+        self.total[rows], self.length[rows] = 0, 0
+        return told

@@ -1,0 +1,209 @@
+"""Both agents: what trains what, exact resume, and that what is carried is what solves a task of memory."""
+
+from __future__ import annotations
+
+import math
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
+from safetensors.torch import load_file, save_file
+
+from hqlt.agent import PPO, SAC, Batch, Episode, MemoryModel, PPOSettings, SACSettings, build_memory, evaluate, play
+from tests.agent.worlds_of_one_cue import Cue, copies
+
+SMALL = SACSettings(heads=(16,), batch_episodes=4, random_episodes=4, updates_per_step=0.5)
+
+
+def sac(settings=SMALL, memory="synchronous", seed=0):
+    torch.manual_seed(seed)
+    memory = build_memory(memory, hidden_size=8, num_layers=1, window=3)
+    return SAC(copies(Cue, 1), memory, settings, seed=seed)
+
+
+def episodes(count=3, dtype=np.float32):
+    draw = np.random.default_rng(0)
+    return [
+        Episode(
+            draw.normal(size=(n + 1, 2)).astype(dtype),
+            draw.integers(2, size=n),
+            draw.normal(size=n).astype(dtype),
+            n > 2,
+            1,
+        )
+        for n in range(2, 2 + count)
+    ]
+
+
+def gradients(agent, loss):
+    agent.zero_grad(set_to_none=True)
+    loss.backward()
+    return {name: p.grad for name, p in agent.named_parameters() if p.grad is not None and p.grad.any()}
+
+
+def parts_of(names):
+    return {name.split(".")[0] for name in names}
+
+
+def test_what_trains_what():
+    agent = sac(SACSettings(entropy_share=0.5))
+    losses = agent.losses(Batch.of(episodes()))
+    assert parts_of(gradients(agent, losses["critic"])) == {"core", "critics"}
+    losses = agent.losses(Batch.of(episodes()))
+    assert parts_of(gradients(agent, losses["actor"])) == {"core", "actor"}
+    losses = agent.losses(Batch.of(episodes()))
+    assert parts_of(gradients(agent, losses["temperature"])) == {"log_temperature"}
+
+
+def test_losses_do_not_depend_on_the_padding():
+    """Each episode alone, weighted by its steps, is the batch."""
+    agent = sac().double()
+    played = episodes(dtype=np.float64)
+    together = agent.losses(Batch.of(played))
+    alone = [(len(episode.actions), agent.losses(Batch.of([episode]))) for episode in played]
+    for name in ("critic", "actor", "entropy", "target"):
+        mean = sum(n * losses[name] for n, losses in alone) / sum(n for n, _ in alone)
+        torch.testing.assert_close(together[name], mean, rtol=0, atol=1e-6)  # rewards are kept in float32
+
+
+def test_only_the_heads_have_targets_and_they_follow_slowly():
+    agent = sac()
+    assert not any(p.requires_grad for p in agent.targets.parameters())
+    before = [p.clone() for p in agent.targets.parameters()]
+    agent.learn(Batch.of(episodes()))
+    for old, average, weight in zip(before, agent.targets.parameters(), agent.critics.parameters(), strict=True):
+        torch.testing.assert_close(average, 0.995 * old + 0.005 * weight)
+    assert sum(p.numel() for p in agent.targets.parameters()) == sum(p.numel() for p in agent.critics.parameters())
+
+
+@pytest.mark.parametrize("share", [None, 0.1])
+def test_the_temperature_is_fixed_or_learned(share):
+    agent = sac(SACSettings(entropy_share=share))
+    told = [agent.learn(Batch.of(episodes())) for _ in range(3)]
+    assert math.isclose(told[0]["alpha"], 0.1, rel_tol=1e-6)
+    assert (told[-1]["alpha"] < 0.09999) == (share is not None)  # more random than wanted: α falls
+    assert (told[0]["temperature"] != 0) == (share is not None)
+
+
+def weights(agent):
+    return torch.cat([x.flatten().double() for x in agent.state_dict().values()])
+
+
+def test_sac_goes_on_exactly(tmp_path):
+    def envs():
+        return copies(lambda: Cue((2, 5)), 4)
+
+    straight = sac()
+    for _ in straight.train_in(envs(), 150):
+        pass
+    first = sac()
+    for progress in first.train_in(envs(), 60):
+        assert progress.steps == first.steps
+    save_file(first.checkpoint(), tmp_path / "agent.safetensors")
+    save_arrays(first.replay.state_dict(), tmp_path / "replay.safetensors")
+    second = sac(seed=5)
+    second.restore(load_file(tmp_path / "agent.safetensors"))
+    second.replay.load_state_dict(load_arrays(tmp_path / "replay.safetensors"))
+    for _ in second.train_in(envs(), 150):
+        pass
+    assert second.updates == straight.updates > 50
+    assert torch.equal(weights(second), weights(straight))
+
+
+def test_ppo_is_put_aside_exactly():
+    def ppo(seed):
+        torch.manual_seed(seed)
+        memory = build_memory("deltanet", hidden_size=8, num_layers=1)
+        settings = PPOSettings(rollout=8, epochs=2, minibatches=2)
+        return PPO(copies(Cue, 1), memory, settings, seed=seed)
+
+    first, second = ppo(0), ppo(1)
+    for _ in first.train_in(copies(Cue, 4), 64):
+        pass
+    second.restore(first.checkpoint())
+    for agent in (first, second):
+        for _ in agent.train_in(copies(Cue, 4), 128):
+            pass
+    assert torch.equal(weights(first), weights(second))
+
+
+class Wiped(MemoryModel):
+    """A memory that is empty again before each step."""
+
+    def __init__(self, memory):
+        super().__init__()
+        self.memory, self.hidden_size = memory, memory.hidden_size
+
+    def init_state(self, rows):
+        return self.memory.init_state(rows)
+
+    def sequence(self, x, state, resets):
+        return self.memory.sequence(x, state, torch.ones_like(resets))
+
+
+class Painted(Cue):
+    """The cue as an image: all red or all blue, then black."""
+
+    def __init__(self):
+        super().__init__()
+        self.observation_space = gymnasium.spaces.Box(0, 255, (3, 4, 4), np.uint8)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        image = self.black()
+        image[2 * self.cue] = 255
+        return image, {}
+
+    def step(self, action):
+        _, *told = super().step(action)
+        return self.black(), *told
+
+    def black(self):
+        return np.zeros((3, 4, 4), np.uint8)
+
+
+@pytest.mark.parametrize("kind", [SAC, PPO])
+def test_images_are_kept_as_they_are_and_learned_from(kind):
+    envs = copies(Painted, 4)
+    agent = kind(envs, build_memory("synchronous", hidden_size=8, num_layers=1, window=2), seed=1)
+    (episode, *_) = play(agent, envs, 4)
+    assert episode.observations.dtype == np.uint8 and episode.observations.shape == (5, 3, 4, 4)
+    before = agent.core.encoder.observation.layers[0].weight.clone()
+    told = [progress.losses for progress in agent.train_in(envs, 100) if progress.losses]
+    assert all(math.isfinite(loss) for losses in told for loss in losses.values())
+    assert (agent.core.encoder.observation.layers[0].weight != before).any()
+
+
+def trained(kind, memory, steps, seed=0):
+    torch.manual_seed(seed)
+    envs = copies(Cue, 16)
+    settings = {
+        SAC: SACSettings(learning_rate=3e-3, batch_episodes=32, heads=(32,), updates_per_step=0.1),
+        PPO: PPOSettings(learning_rate=3e-3, rollout=32, minibatches=2),
+    }[kind]
+    agent = kind(envs, memory, settings, seed=seed)
+    for _ in agent.train_in(envs, steps):
+        pass
+    return agent
+
+
+def success(agent):
+    return evaluate(agent, copies(Cue, 16), 200, seed=1000).success
+
+
+@pytest.mark.parametrize("name", ["synchronous", "lstm"])
+@pytest.mark.parametrize("kind", [SAC, PPO])
+def test_a_memory_solves_what_none_can(kind, name):
+    """Once trained it names the cue always; with its state wiped at each step, half of the time, trained or not."""
+    agent = trained(kind, build_memory(name, hidden_size=16, num_layers=1, window=2), 12_000)
+    assert success(agent) == 1
+    agent.core.memory = Wiped(agent.core.memory)
+    assert success(agent) < 0.65
+
+
+@pytest.mark.parametrize("kind", [SAC, PPO])
+def test_without_a_memory_it_is_a_guess(kind):
+    assert success(trained(kind, Wiped(build_memory("synchronous", hidden_size=16, num_layers=1)), 4_000)) < 0.65

@@ -1,0 +1,174 @@
+"""Playing: what is kept of episodes, and that memory is carried and wiped exactly where it must be."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode
+
+from hqlt.agent import PPO, SAC, Batch, Inputs, build_memory, evaluate, play
+from hqlt.agent.collect import Player, UniformPolicy
+from hqlt.agent.memory_model import MODELS
+from hqlt.agent.rollout import Collector
+from hqlt.report.shares import shares_during
+from tests.agent.worlds_of_one_cue import Counter, Cue, copies
+
+MODES = list(AutoresetMode)
+
+
+def uniform(actions=3):
+    return UniformPolicy(actions, torch.Generator().manual_seed(0))
+
+
+def agent_of(memory="synchronous", kind=SAC, window=3):
+    memory = build_memory(memory, hidden_size=8, num_layers=2, window=window)
+    return kind(copies(Cue, 1), memory).double()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_episodes_are_whole(mode):
+    lengths = iter((3, 2))
+    episodes = play(uniform(), copies(lambda: Counter(next(lengths)), 2, mode), 5)
+    assert [episode.length for episode in episodes] == [2, 3, 2, 3, 3]  # three of the first copy, two of the second
+    for episode in episodes:
+        first = episode.observations[0]
+        assert first % 100 == 0
+        assert episode.observations.tolist() == [first + t for t in range(episode.length + 1)]
+        assert episode.rewards.tolist() == episode.actions.tolist()
+        assert episode.outcome.total == episode.actions.sum()
+        assert not episode.terminated and math.isnan(episode.success)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_read_of_the_step_before(mode):
+    policy = uniform()
+    player = Player(copies(Counter, 1, mode), policy)
+    before = None
+    for _ in range(12):
+        inputs = player.inputs
+        if inputs.observation % 100 == 0:
+            assert inputs.resets.all() and inputs.previous_action == -1 and inputs.previous_reward == 0
+        else:
+            assert not inputs.resets.any() and inputs.previous_action == before == inputs.previous_reward
+        before, _ = player.step(policy)
+
+
+@pytest.mark.parametrize("memory", MODELS)
+@pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP])
+def test_actions_from_stepping_are_those_of_the_sequence_pass(memory, mode):
+    """Copies of unequal lengths, resets inside the batch: each episode gives the logits that it gives alone."""
+    agent = agent_of(memory)
+    read, chosen = [], []
+
+    class Recorded:
+        init_state = agent.init_state
+
+        def act(self, inputs, state, *, greedy=False):
+            read.append(inputs)
+            features, after = agent.core.step(inputs, state)
+            chosen.append(agent.logits(features))
+            return agent.draw(chosen[-1].detach()), after
+
+    player, policy = Player(copies(lambda: Cue((2, 6)), 3, mode), Recorded(), seed=0), Recorded()
+    for _ in range(20):
+        player.step(policy)
+    inputs = Inputs(*(torch.stack(parts, dim=1) for parts in zip(*read, strict=True)))
+    assert inputs.resets.sum() > 3
+    got = torch.stack(chosen, dim=1)
+    in_one_pass = agent.logits(agent.core.sequence(inputs, agent.init_state(3))[0])
+    torch.testing.assert_close(got, in_one_pass, rtol=0, atol=1e-10)
+    for row in range(3):
+        borders = [*inputs.resets[row].nonzero().flatten().tolist(), 20]
+        for begin, end in itertools.pairwise(borders):
+            apart = Inputs(*(part[row : row + 1, begin:end] for part in inputs))
+            alone = agent.logits(agent.core.sequence(apart, agent.init_state(1))[0])
+            torch.testing.assert_close(got[row, begin:end], alone[0], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", [SAC, PPO])
+@pytest.mark.parametrize("mode", MODES)
+def test_episodes_that_were_played_are_learned_from_as_they_were_played(kind, mode):
+    """The greedy actions of stored episodes, in a padded batch, are the actions that were taken."""
+    agent = agent_of(kind=kind)
+    episodes = play(agent, copies(lambda: Cue((1, 7), cut=True), 4, mode), 9, seed=3, greedy=True)
+    batch = Batch.of(episodes)
+    inputs = batch.inputs()
+    actions = agent.logits(agent.core.sequence(inputs, agent.init_state(9))[0]).argmax(-1)[:, :-1]
+    assert (actions == batch.actions)[batch.mask].all()
+    assert batch.mask.sum() == sum(episode.length for episode in episodes)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rollouts_go_on_where_the_last_one_ended(mode):
+    """Two rollouts, and one of their length, of the same steps: the same memory, values and counts."""
+    agent = agent_of(kind=PPO)
+    begun = agent.generator.get_state()
+
+    def collect(lengths):
+        agent.generator.set_state(begun)
+        collector = Collector(copies(lambda: Cue((2, 6), cut=True), 3, mode), agent, seed=1)
+        return zip(*(collector.rollout(agent, length) for length in lengths), strict=True)
+
+    (first, second), told = collect([7, 9])
+    (whole,), (together,) = collect([16])
+    assert [*told[0], *told[1]] == together and len(together) > 5
+    assert torch.equal(torch.cat([first.actions, second.actions], dim=1), whole.actions)
+    logits, values = agent.judged(whole)
+    later = agent.judged(second)
+    torch.testing.assert_close(later[0], logits[:, 7:], rtol=0, atol=1e-10)
+    # V of what followed each action: the next step's, or that of an episode's last observation where it was cut
+    followed, live = whole.next_values(values), whole.mask
+    torch.testing.assert_close(first.next_values(values[:, :7])[live[:, :7]], followed[:, :7][live[:, :7]])
+    cut = whole.ended & ~whole.terminated
+    if mode == AutoresetMode.NEXT_STEP:  # its last observation is read at the next step as well
+        torch.testing.assert_close(whole.beyond[:, :-1][cut[:, :-1]].double(), values[:, 1:][cut[:, :-1]])
+        assert (~live).sum() == cut[:, :-1].sum()
+    else:
+        assert live.all() and (whole.beyond[cut] != 0).all()
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_advantages_do_not_depend_on_how_copies_are_reset(cut):
+    """The same episodes in all three modes: the same advantage at each step of those that ended."""
+    agent = agent_of(kind=PPO)
+
+    class Greedy:
+        init_state, value = agent.init_state, agent.value
+
+        def act(self, inputs, state, *, greedy=False):
+            return agent.act(inputs, state, greedy=True)
+
+    def advantages(mode):
+        rollout, _ = Collector(copies(lambda: Cue((2, 6), cut=cut), 3, mode), Greedy(), seed=2).rollout(Greedy(), 40)
+        found = agent.advantages(rollout, agent.judged(rollout)[1].detach())
+        until = [int(ended.nonzero().max()) + 1 for ended in rollout.ended]
+        return [row[:t][live[:t]] for row, live, t in zip(found, rollout.mask, until, strict=True)]
+
+    for rows in zip(*map(advantages, MODES), strict=True):
+        common = min(map(len, rows))
+        assert common > 20
+        for found in rows[1:]:
+            torch.testing.assert_close(found[:common], rows[0][:common], rtol=0, atol=1e-6)  # rewards are in float32
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_evaluation_shares_episodes_out_beforehand(mode):
+    told = evaluate(uniform(2), copies(lambda: Cue((1, 9)), 3, mode), 40, seed=0)
+    assert len(told.outcomes) == 40
+    lengths = [outcome.length for outcome in told.outcomes]
+    assert 4 < np.mean(lengths) < 6 and told.mean_length == np.mean(lengths)
+    assert 0.2 < told.success < 0.8 and math.isclose(told.mean_return, 2 * told.success - 1, abs_tol=1e-6)
+    again = evaluate(uniform(2), copies(lambda: Cue((1, 9)), 3, mode), 40, seed=0)
+    assert told == again
+
+
+def test_which_memory_spoke_in_an_episode():
+    agent = agent_of()
+    batch = Batch.of(play(agent, copies(lambda: Cue((5, 5)), 1), 1))
+    shares = shares_during(agent, lambda: agent.core.sequence(batch.inputs(), agent.init_state(1)))
+    assert shares.gate.shape == shares.fw.shape == (2, 1, 6)
+    assert ((shares.gate > 0) & (shares.gate < 1)).all()

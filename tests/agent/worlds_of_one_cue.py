@@ -1,0 +1,55 @@
+"""A world in which only a memory helps: a cue is shown at the first step and asked for at the last."""
+
+from __future__ import annotations
+
+import gymnasium
+import numpy as np
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+
+class Cue(gymnasium.Env):
+    """Observations [cue as ±1, is this the last step]; the last action earns 1 if it names the cue, and −1 otherwise.
+
+    cut: the episode is truncated at its end, not terminated. Lengths are drawn from `lengths`, its ends included.
+    """
+
+    def __init__(self, lengths=(4, 4), cut=False):
+        self.lengths, self.cut = lengths, cut
+        self.observation_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+        self.action_space = gymnasium.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.cue, self.left = self.np_random.integers(2), self.np_random.integers(self.lengths[0], self.lengths[1] + 1)
+        return np.array([2 * self.cue - 1, 0], np.float32), {}
+
+    def step(self, action):
+        self.left -= 1
+        right = action == self.cue
+        reward, info = (0.0, {}) if self.left else (1.0 if right else -1.0, {"success": bool(right)})
+        ended = self.left == 0
+        return np.array([0, self.left == 1], np.float32), reward, ended and not self.cut, ended and self.cut, info
+
+
+class Counter(gymnasium.Env):
+    """Observation: 100 · episode + step, so that a stream can be read by eye. Episodes of 3 steps, cut short."""
+
+    observation_space = gymnasium.spaces.Box(0, np.inf, (), np.float64)
+    action_space = gymnasium.spaces.Discrete(3, start=5)
+
+    def __init__(self, length=3):
+        self.length, self.episode = length, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode, self.time = self.episode + 1, 0
+        return np.float64(100 * self.episode), {}
+
+    def step(self, action):
+        assert action in self.action_space
+        self.time += 1
+        return np.float64(100 * self.episode + self.time), float(action - 5), False, self.time == self.length, {}
+
+
+def copies(make, count, mode=AutoresetMode.NEXT_STEP):
+    return SyncVectorEnv([make] * count, autoreset_mode=mode)
