@@ -14,12 +14,13 @@ from hqlt.report.page import write_page
 from hqlt.report.plots import figure_of, save
 from hqlt.report.table import table_of
 from hqlt.train.fit import Budget, Fit, Progress
-from hqlt.train.grid import Cell, Result
+from hqlt.train.grid import Result
+from hqlt.train.task_cell import TaskCell
 
 
 def result(model, task, value, seed=0):
     metric = "bits" if task == "text" else "accuracy"
-    cell = Cell(model=model, config={}, task=task, task_options={}, budget=Budget(steps=2, batch_size=1), seed=seed)
+    cell = TaskCell(model=model, config={}, task=task, task_options={}, budget=Budget(steps=2, batch_size=1), seed=seed)
     score = Score(metric, value, [(1.0, value), (2.0, value)])
     history = [Progress(1, 1.0, 1.0, 0.5, 10, value), Progress(2, 1.0, 1.0, 1.0, 20, value)]
     return Result(cell, 1000, 1.0, Fit(2, score, score), history)

@@ -7,9 +7,10 @@ import pytest
 
 from hqlt.model import HQLTForCausalLM
 from hqlt.train import Budget
-from hqlt.train.grid import Cell, Event, Result, run_grid
+from hqlt.train.grid import Event, Result, run_grid
+from hqlt.train.task_cell import TaskCell
 
-CELL = Cell(
+CELL = TaskCell(
     model="Synchronous",
     config={"hidden_size": 16, "num_heads": 2, "num_hidden_layers": 1, "window": 4, "intermediate_size": 16},
     task="parity",

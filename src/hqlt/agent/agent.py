@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from gymnasium.vector import VectorEnv
@@ -35,6 +35,8 @@ class Agent(nn.Module):
     steps: Tensor
     """Steps of the environment so far, of all copies."""
     optimiser: torch.optim.Optimizer
+    goes_on_between_rounds: ClassVar[bool]
+    """Whether a checkpoint may be taken at any Progress, and not only at the end of `train_in`, to go on exactly."""
 
     def __init__(self, envs: VectorEnv, memory: MemoryModel, encoder: Encoder | None, seed: int) -> None:
         super().__init__()
@@ -70,6 +72,15 @@ class Agent(nn.Module):
     def draw(self, logits: Tensor) -> Tensor:
         """a ~ π, by the agent's own generator: [b, a] → [b]."""
         return torch.multinomial(logits.softmax(dim=-1).cpu(), 1, generator=self.generator)[:, 0].to(logits.device)
+
+    def descend(self, loss: Tensor, clip: float) -> float:
+        """One step of the optimiser, left out where the gradient is not finite → its norm, before it was clipped."""
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters(), clip)
+        if norm.isfinite():
+            self.optimiser.step()
+        return norm.item()
 
     def checkpoint(self) -> dict[str, Tensor]:
         """Weights, the optimiser's averages and the generator, as tensors: for safetensors.torch.save_file."""

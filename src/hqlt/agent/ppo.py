@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from gymnasium.vector import VectorEnv
-from torch import Tensor, nn
+from torch import Tensor
 
 from hqlt.agent.agent import Agent, Progress, means
 from hqlt.agent.collect import Evaluation
@@ -67,6 +67,8 @@ class PPO(Agent):
     envs: of any number of copies, for their spaces alone. encoder: another one than `build_encoder` makes.
     """
 
+    goes_on_between_rounds = False
+
     def __init__(
         self,
         envs: VectorEnv,
@@ -116,11 +118,8 @@ class PPO(Agent):
             order = torch.randperm(len(log_pi), generator=self.generator).to(self.device)
             for rows in order.chunk(settings.minibatches):
                 losses = self.losses(rollout.select(rows), log_pi[rows], advantages[rows], returns[rows])
-                self.optimiser.zero_grad(set_to_none=True)
-                losses["loss"].backward()
-                nn.utils.clip_grad_norm_(self.parameters(), settings.clip)
-                self.optimiser.step()
-                told.append({name: loss.item() for name, loss in losses.items()})
+                norm = self.descend(losses["loss"], settings.clip)
+                told.append({name: loss.item() for name, loss in losses.items()} | {"gradient": norm})
         return means(told)
 
     def losses(self, rollout: Rollout, log_pi_before: Tensor, advantages: Tensor, returns: Tensor) -> dict[str, Tensor]:
@@ -136,8 +135,9 @@ class PPO(Agent):
     def train_in(self, envs: VectorEnv, steps: int) -> Iterator[Progress]:
         """Rollouts of all copies, each learned from at once.
 
-        Memories and unfinished episodes go on from rollout to rollout. An agent that is restored goes on with its
-        weights, in new episodes: gymnasium has no way to put an environment aside.
+        Memories and unfinished episodes go on from rollout to rollout. Each call begins new episodes, by a seed that
+        follows from the agent's own and its steps, because gymnasium has no way to put an environment aside. So one
+        that is restored between two calls goes on as if nothing had happened.
         """
         collector = Collector(envs, self, int(self.seed + self.steps))
         while self.steps < steps:

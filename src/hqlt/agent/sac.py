@@ -74,6 +74,7 @@ class SAC(Agent):
     envs: of any number of copies, for their spaces alone. encoder: another one than `build_encoder` makes.
     """
 
+    goes_on_between_rounds = True
     rounds: Tensor
     """How often `train_in` has collected."""
     updates: Tensor
@@ -107,13 +108,10 @@ class SAC(Agent):
     def learn(self, batch: Batch) -> dict[str, float]:
         """One update from a batch of whole episodes."""
         losses = self.losses(batch.to(self.device))
-        self.optimiser.zero_grad(set_to_none=True)
-        torch.stack([losses["critic"], losses["actor"], losses["temperature"]]).sum().backward()
-        nn.utils.clip_grad_norm_(self.parameters(), self.settings.clip)
-        self.optimiser.step()
+        norm = self.descend(losses["critic"] + losses["actor"] + losses["temperature"], self.settings.clip)
         self.track()
         self.updates += 1
-        return {name: loss.item() for name, loss in losses.items()}
+        return {name: loss.item() for name, loss in losses.items()} | {"gradient": norm}
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """critic, actor and temperature, which an update descends, and what else is worth knowing."""

@@ -17,7 +17,10 @@ from jsonargparse import ActionYesNo, ArgumentParser, set_parsing_settings
 
 from hqlt._version import version
 
-COMMANDS = ("bench", "convert", "data", "demo", "eval", "export", "generate", "reproduce", "tokenizer", "train")
+COMMANDS = ("bench", "convert", "data", "demo", "eval", "export", "generate", "reproduce", "rl", "tokenizer", "train")
+
+EXTRAS = {"gymnasium": "rl"}
+"""Packages that a command cannot even list its options without, and the extra of hqlt that brings them."""
 
 Command: TypeAlias = "Callable[..., None] | dict[str, Command]"
 
@@ -49,18 +52,35 @@ def main(arguments: list[str] | None = None) -> None:
     parser = Parser(
         prog="hqlt", description="Hybrid memory layers: one layer, two memories.", version=version, allow_abbrev=False
     )
-    commands = {name: getattr(importlib.import_module(f"hqlt.cli.{name}"), name) for name in COMMANDS}
+    asked = (sys.argv[1:] if arguments is None else arguments)[:1]
+    loaded = {name: load(name, asked == [name]) for name in COMMANDS}
+    commands = {name: command for name, command in loaded.items() if command is not None}
     add_commands(parser, commands)
-    command: Command = commands
+    chosen: Command = commands
     options = parser.instantiate(parser.parse_args(arguments)).as_dict()
-    while isinstance(command, dict):
+    while isinstance(chosen, dict):
         name = options["subcommand"]
-        command, options = command[name], options[name]
+        chosen, options = chosen[name], options[name]
     options.pop("config")
     try:
-        command(**options)
+        chosen(**options)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def load(name: str, asked: bool) -> Command | None:
+    """A command; None where a package is missing that it alone needs. Asked for, it then says which."""
+    try:
+        command: Command = getattr(importlib.import_module(f"hqlt.cli.{name}"), name)
+        return command
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        if asked:
+            raise SystemExit(
+                f"{name}: expected the package {error.name}; pip install 'hqlt[{EXTRAS[error.name]}]'"
+            ) from None
+        return None
 
 
 def add_commands(parser: ArgumentParser, commands: dict[str, Command]) -> None:

@@ -14,7 +14,7 @@ from hqlt.task import IGNORE, Batch, Task
 
 class Score(NamedTuple):
     metric: str
-    """"accuracy", "exact": higher is better, chance 0, perfect 1; "bits" per token: lower is better."""
+    """"accuracy", "exact" (chance 0, perfect 1), an agent's "success": higher is better; "bits" per token: lower."""
     value: float
     curve: list[tuple[float, float]]
     """(mean coordinate, score) of bins along the task's coordinate, each with about as many scored tokens."""

@@ -50,7 +50,8 @@ class GridDisplay:
         self.done += 1
         self.fresh += ran_now
         score = told.fit.test
-        shown = f"{score.value:.3f} bits/byte" if score.metric == "bits" else f"{100 * score.value:.1f} % accuracy"
+        unit = "success" if score.metric == "success" else "accuracy"
+        shown = f"{score.value:.3f} bits/byte" if score.metric == "bits" else f"{100 * score.value:.1f} % {unit}"
         self.console.print(
             f"{told.cell.column:>12}  {told.cell.model:<26} {told.cell.seed:>3} {shown:>18}  {told.seconds:5.0f} s"
             f"{'' if ran_now else '  (from an earlier start)'}",

@@ -15,7 +15,6 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hqlt.task import TASKS
 from hqlt.train.grid import Result
 
 Curve: TypeAlias = Sequence[tuple[float, float]]
@@ -35,7 +34,12 @@ TITLES = {
     "recall": "Recall: key–value pairs",
     "text": "Real text: Python's library",
 }
-METRICS = {"accuracy": "accuracy (chance = 0)", "exact": "answers exactly right", "bits": "bits per byte"}
+METRICS = {
+    "accuracy": "accuracy (chance = 0)",
+    "exact": "answers exactly right",
+    "bits": "bits per byte",
+    "success": "success",
+}
 COLUMNS = 4
 """Experiments side by side."""
 
@@ -60,11 +64,12 @@ def figure_of(results: Sequence[Result]) -> Figure:
         for model in models:
             own = [result for result in of_experiment if result.cell.model == model]
             style = {"color": (COLOURS | colours)[model], "label": model}
-            draw(top, [result.fit.test.curve for result in own], marker="o", markersize=3, **style)
+            if of_experiment[0].cell.coordinate_name is not None:
+                draw(top, [result.fit.test.curve for result in own], marker="o", markersize=3, **style)
             draw(bottom, [learning_curve(result) for result in own], **style)
         label_panels(top, bottom, of_experiment[0])
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    once = dict(zip(labels, handles, strict=True))
+    drawn = [axes.get_legend_handles_labels() for axes in panels.flat]
+    once = {label: handle for handles, labels in drawn for handle, label in zip(handles, labels, strict=True)}
     figure.legend(
         once.values(), once.keys(), loc="outside lower center", ncols=min(len(once), 2 * columns), frameon=False
     )
@@ -87,16 +92,18 @@ def learning_curve(result: Result) -> Curve:
 
 
 def label_panels(top: Axes, bottom: Axes, result: Result) -> None:
-    task = TASKS[result.cell.task](**result.cell.task_options)
-    top.set_title(TITLES.get(result.cell.column, result.cell.column))
-    top.set_xlabel(f"{task.coordinate_name} (test)")
-    bottom.set_xlabel("updates (validation)")
-    for axes in (top, bottom):
+    metric, coordinate = result.fit.test.metric, result.cell.coordinate_name
+    counted = "steps of the world (greedy episodes)" if metric == "success" else "updates (validation)"
+    shown = [bottom] if coordinate is None else [top, bottom]
+    shown[0].set_title(TITLES.get(result.cell.column, result.cell.column))
+    top.set_xlabel(f"{coordinate} (test)")
+    bottom.set_xlabel(counted)
+    for axes in shown:
         axes.set_axis_on()
-        axes.set_ylabel(METRICS[task.metric])
+        axes.set_ylabel(METRICS[metric])
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
-        if task.metric != "bits":
+        if metric != "bits":
             axes.set_ylim(-0.1, 1.05)
 
 

@@ -10,7 +10,7 @@ import rich.table
 
 from hqlt.train.grid import Result
 
-UNITS = {"accuracy": "accuracy %", "exact": "exact answers %", "bits": "bits/byte"}
+UNITS = {"accuracy": "accuracy %", "exact": "exact answers %", "bits": "bits/byte", "success": "success %"}
 
 
 class TableCell(NamedTuple):

@@ -16,8 +16,12 @@ from hqlt.layer import one_of
 from hqlt.task import TASKS
 from hqlt.train.fit import Budget
 from hqlt.train.grid import Cell
+from hqlt.train.task_cell import TaskCell
 
 T = TypeVar("T")
+
+WORLDS = ("TMazePassive", "TMazeActive", "KeyToDoor", "VisualMatch")
+"""For agents: hqlt.agent.worlds.WORLDS, which needs gymnasium."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +29,13 @@ class Experiment:
     """A task, and what all models get alike for it."""
 
     task: str
-    """Name of the task."""
+    """Name of the task; or a world's, in which agents are trained."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Fields of the task."""
+    """Arguments of the task or the world."""
     common: dict[str, Any] = field(default_factory=dict)
-    """Fields of HQLTConfig that the models share."""
-    budget: Budget
+    """What the models share: fields of HQLTConfig, for agents arguments of `build_memory`."""
+    budget: Any
+    """A Budget; for agents an AgentBudget."""
     seeds: tuple[int, ...] | None = None
     """Of weights and training data; None: the study's."""
     models: tuple[str, ...] | None = None
@@ -47,7 +52,7 @@ class Study:
     introduction: str
     """What the study asks, in a few sentences."""
     models: dict[str, dict[str, Any]]
-    """Fields of HQLTConfig that make a model what it is, by its label."""
+    """What makes a model what it is, by its label: fields of HQLTConfig, for agents arguments of `build_memory`."""
     experiments: dict[str, Experiment]
     """By the label of their column."""
     seeds: tuple[int, ...] = (0,)
@@ -55,9 +60,10 @@ class Study:
 
     def cells(self) -> list[Cell]:
         return [
-            Cell(
+            cell_of(
+                experiment,
+                self.models[model],
                 model=model,
-                config=config_of(experiment.common, self.models[model]),
                 task=experiment.task,
                 task_options=experiment.options,
                 budget=experiment.budget,
@@ -87,7 +93,20 @@ class Study:
         )
 
 
-def quick(budget: Budget) -> Budget:
+def cell_of(given: Experiment, own: dict[str, Any], /, **of_both: Any) -> Cell:
+    """A cell of the kind that the budget is for."""
+    if isinstance(given.budget, Budget):
+        return TaskCell(config=config_of(given.common, own), **of_both)
+    from hqlt.train.agent.cell import AgentCell
+
+    return AgentCell(config={**given.common, **own}, **of_both)
+
+
+def quick(budget: Any) -> Any:
+    if not isinstance(budget, Budget):
+        return dataclasses.replace(
+            budget, steps=min(budget.steps, 2000), copies=8, evaluations=2, episodes=4, test_episodes=8
+        )
     return dataclasses.replace(
         budget,
         steps=min(budget.steps, 15),
@@ -147,13 +166,15 @@ def read_study(path: Path) -> Study:
     for label, experiment in _mapping(given["experiments"], f"{path}: experiments").items():
         where = f"{path}: experiments.{label}"
         experiment = _keys(Experiment, experiment, where)
-        budget = _build(Budget, experiment["budget"], f"{where}.budget")
-        experiments[label] = _build(Experiment, experiment | {"budget": budget}, where)
         try:
-            one_of("task", experiments[label].task, TASKS)
+            world = experiment["task"] in WORLDS
+            one_of("task", experiment["task"], [*TASKS, *WORLDS])
         except ValueError as error:
             raise ValueError(f"{where}.{error}") from None
-        _build(TASKS[experiments[label].task], experiments[label].options, f"{where}.options")
+        budget = _build(agent_budget() if world else Budget, experiment["budget"], f"{where}.budget")
+        experiments[label] = _build(Experiment, experiment | {"budget": budget}, where)
+        if not world:
+            _build(TASKS[experiments[label].task], experiments[label].options, f"{where}.options")
     study = _build(Study, given | {"experiments": experiments}, str(path))
     for label, experiment in study.experiments.items():
         for model in experiment.models or ():
@@ -162,7 +183,7 @@ def read_study(path: Path) -> Study:
             except ValueError as error:
                 raise ValueError(f"{path}: experiments.{label}.{error}") from None
     for cell in study.cells():
-        _build_model(cell, f"{path}: {cell.model} in {cell.column}")
+        _try(cell, f"{path}: {cell.model} in {cell.column}")
     return study
 
 
@@ -204,12 +225,41 @@ def _mapping(given: Any, where: str) -> dict[str, Any]:
     return given
 
 
-def _build_model(cell: Cell, where: str) -> None:
-    """On a device that costs nothing."""
+def agent_budget() -> Any:
+    """AgentBudget, which needs gymnasium.
+
+    Raises ValueError where that is missing.
+    """
+    try:
+        from hqlt.train.agent.cell import AgentBudget
+    except ModuleNotFoundError as error:
+        if error.name != "gymnasium":
+            raise
+        raise ValueError("expected the package gymnasium for agents; pip install 'hqlt[rl]'") from None
+    return AgentBudget
+
+
+def _try(cell: Cell, where: str) -> None:
+    """Build its model, on a device that costs nothing; for agents the world too."""
     from hqlt.model import HQLTConfig
 
-    with torch.device("meta"):
-        try:
-            HQLTConfig(**cell.config, vocab_size=TASKS[cell.task](**cell.task_options).vocab_size)
-        except Exception as error:
-            raise ValueError(f"{where}: {error}") from None
+    try:
+        with torch.device("meta"):
+            if isinstance(cell, TaskCell):
+                HQLTConfig(**cell.config, vocab_size=cell.build_task().vocab_size)
+                return
+        _try_agent(cell)
+    except Exception as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _try_agent(cell: Any) -> None:
+    """Raises what building its world, at each value of the argument that it is tested along, or its memory raises."""
+    from hqlt.agent import build_memory
+    from hqlt.agent.worlds import make_worlds
+
+    settings = cell.settings
+    for name, values in {"": [None], **cell.budget.along}.items():
+        for value in values:
+            make_worlds(settings.world, 1, 0, **settings.options | ({name: value} if name else {}))
+    build_memory(settings.memory, **settings.model)

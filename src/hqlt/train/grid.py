@@ -1,4 +1,4 @@
-"""A grid of cells, each one model on one task with one seed, run in parallel processes.
+"""A grid of cells, each one model on one task (or in one world) with one seed, run in parallel processes.
 
 A finished cell leaves `cells/NAME.json` and its best weights in `models/NAME`; a grid started again in the same folder
 takes those as they are and runs the rest. A worker that dies costs its own cell one more try, and no other cell.
@@ -14,6 +14,7 @@ import re
 import signal
 import threading
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
@@ -23,25 +24,25 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hqlt.task import TASKS
-from hqlt.train.fit import Budget, Fit, Progress, fit
+from hqlt.train.fit import Fit, Progress
 
 TRIES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One training run."""
+class Cell(ABC):
+    """One training run, as JSON can say it: TaskCell's and AgentCell's common part."""
 
     model: str
     """The model's label in tables and plots."""
     config: dict[str, Any]
-    """Fields of its HQLTConfig, but for the vocabulary, which the task gives."""
+    """What makes the model."""
     task: str
-    """Name of the task."""
+    """Name of the task, or of the world."""
     task_options: dict[str, Any]
-    """Fields of the task."""
-    budget: Budget
+    """Its arguments."""
+    budget: Any
+    """A dataclass with `steps`, in which progress is counted."""
     seed: int = 0
     """Of the weights and of the training data."""
     experiment: str = ""
@@ -56,6 +57,15 @@ class Cell:
         """In letters that every file system takes."""
         label = f"{self.column}-{self.model}-seed{self.seed}".lower().replace("β", "beta")
         return re.sub(r"[^a-z0-9.]+", "-", label)
+
+    @property
+    @abstractmethod
+    def coordinate_name(self) -> str | None:
+        """What the test score's curve is drawn against; None: there is no curve."""
+
+    @abstractmethod
+    def run(self, folder: Path, device: str) -> Iterator[Event | Result]:
+        """Train: yields Events, then the Result, with the weights under `models/NAME` of the folder."""
 
 
 class Result(NamedTuple):
@@ -113,7 +123,7 @@ def run_grid(
             on_event(finished)
 
     context: Any = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
-    context.set_forkserver_preload(["hqlt.train.grid", "hqlt.model.language_model"])
+    context.set_forkserver_preload(["hqlt.train.task_cell", "hqlt.model.language_model"])
     running: dict[Connection, tuple[BaseProcess, Cell, int]] = {}
     failed: list[str] = []
     reasons: dict[str, str] = {}
@@ -162,8 +172,8 @@ def _work(cell: Cell, folder: Path, device: str, pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     torch.set_num_threads(1)
     try:
-        for progress in run_cell(cell, folder, device):
-            pipe.send(progress)
+        for told in cell.run(folder, device):
+            pipe.send(told)
     except BrokenPipeError:
         pass  # the parent is gone
     except Exception:
@@ -191,29 +201,6 @@ def _end(processes: list[BaseProcess]) -> None:
         process.join(timeout=5)
         if process.is_alive():
             process.kill()
-
-
-def run_cell(cell: Cell, folder: Path, device: str = "cpu") -> Iterator[Event | Result]:
-    """Train one cell: yields Events, then its Result."""
-    from transformers.utils import logging
-
-    from hqlt.model import HQLTConfig, HQLTForCausalLM
-
-    logging.disable_progress_bar()  # of writing a few kilobytes
-    task = TASKS[cell.task](**cell.task_options)
-    torch.manual_seed(cell.seed)
-    model = HQLTForCausalLM(HQLTConfig(**cell.config, vocab_size=task.vocab_size))
-    torch.nn.Module.to(model, device)
-    history: list[Progress] = []
-    for told in fit(model, task, cell.budget, cell.seed):
-        if isinstance(told, Progress):
-            event = Event(cell, told)
-            if event.kept:
-                history.append(told)
-            yield event
-        else:
-            model.save_pretrained(folder / "models" / cell.name)
-            yield Result(cell, model.num_parameters(), history[-1].seconds, told, history)
 
 
 def save_result(folder: Path, result: Result) -> None:

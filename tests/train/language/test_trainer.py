@@ -13,8 +13,8 @@ import torch
 from hqlt.model import HQLTConfig
 from hqlt.train.language import Trainer, TrainSettings
 from hqlt.train.language.cost import flops_per_token
-from hqlt.train.language.log import Metrics
 from hqlt.train.language.ranks import Ranks
+from hqlt.train.metrics import Metrics
 
 CONFIG = {"hidden_size": 16, "num_heads": 2, "num_hidden_layers": 2, "intermediate_size": 32, "window": 4}
 ALONE = Ranks(0, 1, torch.device("cpu"))

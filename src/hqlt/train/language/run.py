@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,10 +16,11 @@ from rich.console import Console
 from hqlt.data import prepare
 from hqlt.model import HQLTConfig, preset
 from hqlt.train.language.cost import flops_per_token, peak_flops
-from hqlt.train.language.log import LiveLine, Metrics, Trackers
 from hqlt.train.language.ranks import Ranks, join
 from hqlt.train.language.settings import TrainSettings
 from hqlt.train.language.trainer import Trainer, Update
+from hqlt.train.live import LiveLine, Speed, memory_in_use, stopping
+from hqlt.train.metrics import Metrics, Trackers
 
 DEFAULT_DATA = "python-library"
 
@@ -87,10 +86,13 @@ def telling(trainer: Trainer, folder: Path, step: int, console: Console) -> Iter
     metrics = Metrics(folder / "metrics.jsonl", step)
     trackers = Trackers(folder, dataclasses.asdict(settings), step)
     begun = time.monotonic()
-    with LiveLine(console, settings.steps, step, flops, peak and peak * trainer.ranks.count) as line:
+    speed_of = Speed()
+    with LiveLine(console, settings.steps, step) as line:
 
         def tell(told: Update) -> None:
-            speed = line.show(told)
+            speed = speed_of.at(told.tokens)
+            share = speed * flops / (peak * trainer.ranks.count) if peak else None
+            line.show(told.step, words_of(told, speed, share), news_of(told))
             metrics.write(told._asdict())
             trackers.write(told._asdict() | {"tokens_per_second": speed})
 
@@ -102,26 +104,24 @@ def telling(trainer: Trainer, folder: Path, step: int, console: Console) -> Iter
     console.print(f"{time.monotonic() - begun:.0f} s in this start")
 
 
+def words_of(told: Update, speed: float, share: float | None) -> list[str]:
+    """Loss, speed, share of the processors' peak, gradient, memory."""
+    words = [f"loss {told.loss:.3f}", f"{speed:,.0f} tokens/s"]
+    if share is not None:
+        words.append(f"{100 * share:.0f}% of peak")
+    words += [f"gradient {told.gradient_norm:.2f}", f"{memory_in_use() / 2**20:,.0f} MiB"]
+    if told.skipped:
+        words.append(f"{told.skipped} updates left out")
+    return words
+
+
+def news_of(told: Update) -> str | None:
+    return None if told.validation is None else f"validation {told.validation:.4f} bits/byte"
+
+
 def any_of(ranks: Ranks, stopped: list[int]) -> bool:
     """Whether a signal reached any process."""
     return ranks.sum([float(bool(stopped))])[0] > 0
-
-
-@contextlib.contextmanager
-def stopping() -> Iterator[list[int]]:
-    """SIGTERM and Ctrl-C note their number in the list, and nothing else."""
-    noted: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield noted
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in before:
-        signal.signal(number, lambda number, frame: noted.append(number))
-    try:
-        yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def data_of(settings: TrainSettings, ranks: Ranks, console: Console) -> Path:

@@ -1,0 +1,69 @@
+"""`hqlt rl`: agents with a memory, trained and watched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hqlt.cli import Command
+from hqlt.train.agent.settings import AgentSettings
+
+
+def train(folder: Path | None = None, device: str = "cpu", **settings: Any) -> None:
+    """Train an agent with a memory. The same command goes on where an earlier one stopped, exactly.
+
+    Without options: a T-maze, whose corridor is longer than the memory's window. Any argument of the world can be given
+    by `--options.NAME`, of the memory by `--model.NAME`, of the algorithm by `--ppo.NAME` or `--sac.NAME`.
+
+    Args:
+        folder: where everything goes; runs/WORLD-MEMORY by default.
+        device: cpu or cuda. Small models are fastest on one core.
+    """
+    from hqlt.train.agent.run import run
+
+    try:
+        run(AgentSettings(**settings), folder, device)
+    except (ValueError, OSError, ImportError) as error:
+        raise SystemExit(str(error)) from None
+
+
+def play(
+    folder: Path, episodes: int = 20, options: dict[str, Any] | None = None, film: Path | None = None, seed: int = 0
+) -> None:
+    """Let a trained agent play greedy episodes, and film one.
+
+    Args:
+        folder: of a finished `hqlt rl train`.
+        episodes: how many.
+        options: the world's arguments that differ from training, such as '{"corridor": 100}'.
+        film: a folder for episode.png and episode.gif.
+        seed: of the episodes.
+    """
+    import dataclasses
+
+    from rich.console import Console
+
+    from hqlt.train.agent.run import load_agent
+
+    console = Console(highlight=False, soft_wrap=True)
+    try:
+        trainer = load_agent(folder)
+        trainer.settings = dataclasses.replace(
+            trainer.settings, options={**trainer.settings.options, **(options or {})}
+        )
+        played = trainer.score(episodes, seed)
+        success = "" if played.success != played.success else f", success {100 * played.success:.0f}%"
+        console.print(
+            f"{len(played.outcomes)} episodes: return {played.mean_return:.2f}{success}, {played.mean_length:.0f} steps"
+        )
+        if film is not None:
+            from hqlt.report import episode
+
+            film.mkdir(parents=True, exist_ok=True)
+            episode.leave_film(episode.film(trainer, seed), film)
+            console.print(f"film: {film}")
+    except (ValueError, OSError, ImportError, TypeError) as error:
+        raise SystemExit(str(error)) from None
+
+
+rl: Command = {"train": train, "play": play}

@@ -1,0 +1,111 @@
+"""What is left of an agent's training: curves, an episode to look at, a table, a page, JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from hqlt.agent.collect import Evaluation
+from hqlt.report.episode import film, leave_film
+from hqlt.report.page import write_page
+from hqlt.report.plots import save
+from hqlt.report.table import Table, TableCell
+from hqlt.train.agent.settings import TEST_SEED
+from hqlt.train.agent.trainer import AgentTrainer, known
+
+FILM = (
+    "A greedy episode that was not scored. Above, moments of it; below, what each step earned, and how much of what "
+    "the mixers put out came from the FW-memory: thin lines single layers, the thick one their mean."
+)
+
+
+def leave_agent_report(
+    trainer: AgentTrainer, tested: Evaluation, folder: Path, told: dict[str, Any], console: Console
+) -> None:
+    """Write results.json, README.md, curves.png, episode.png, episode.gif and report.html, and print the table.
+
+    told: how the run was made; the curves come from the folder's metrics.jsonl.
+    """
+    settings = trainer.settings
+    history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    results = {
+        "test_return": tested.mean_return,
+        "test_success": known(tested.success),
+        "test_episodes": len(tested.outcomes),
+        "best_step": trainer.best_step,
+        "steps": trainer.steps,
+    }
+    (folder / "results.json").write_text(json.dumps({**results, "run": told}, indent=1))
+    table = table_of_agent(trainer, tested)
+    title = f"{settings.memory} memory in {settings.world}"
+    how = json.dumps(told, indent=1, ensure_ascii=False)
+    protocol = (
+        f"Every {settings.evaluate_every:,} steps the same {settings.episodes} greedy episodes were played. The "
+        f"weights that did best there are kept, and were tested once, in {len(tested.outcomes)} other episodes."
+    )
+    curves = save(figure_of_agent(history), folder / "curves.png")
+    pictured = leave_film(film(trainer, TEST_SEED - 1), folder)
+    (folder / "README.md").write_text(
+        f"# {title}\n\n{table.as_markdown()}\n![Curves](curves.png)\n\n![An episode](episode.png)\n\n{FILM}\n\n"
+        f"{protocol}\n\n```\n{how}\n```\n"
+    )
+    write_page(
+        folder / "report.html",
+        title=title,
+        introduction=f"An agent of {told['parameters']:,} parameters, trained by {settings.algorithm.upper()}.",
+        table=table,
+        plot=curves,
+        pictures=[{"title": "An episode", "caption": FILM, "data": pictured}],
+        protocol=protocol,
+        settings=how,
+    )
+    console.print(table.for_terminal())
+    console.print(f"page: {folder / 'report.html'}    film: {folder / 'episode.gif'}")
+
+
+def table_of_agent(trainer: AgentTrainer, tested: Evaluation) -> Table:
+    settings, success = trainer.settings, known(tested.success)
+    columns = ["memory", "world", "steps", "best at", "test return", "test success", "episode, steps"]
+    row = [
+        settings.memory,
+        settings.world,
+        f"{trainer.steps:,}",
+        f"{trainer.best_step:,}",
+        f"{tested.mean_return:.2f}",
+        "–" if success is None else f"{100 * success:.0f}%",
+        f"{tested.mean_length:.0f}",
+    ]
+    caption = f"{len(tested.outcomes)} greedy episodes, seed {settings.seed}."
+    return Table(columns, [[TableCell(text) for text in row]], caption)
+
+
+def figure_of_agent(history: Sequence[dict[str, Any]]) -> Figure:
+    """Return, success and entropy against steps: of the episodes of training, and of the evaluations."""
+    told = [
+        name for name in ("return", "success", "entropy") if any(value_of(line, name) is not None for line in history)
+    ]
+    figure, panels = pyplot.subplots(
+        len(told), 1, figsize=(8, 2.6 * len(told)), sharex=True, layout="constrained", squeeze=False
+    )
+    for axes, name in zip(panels[:, 0], told, strict=True):
+        played = [(line["step"], value) for line in history if (value := value_of(line, name)) is not None]
+        axes.plot(*zip(*played, strict=True), linewidth=0.6, color="#7a7a7a", label="training")
+        greedy = [(line["step"], value) for line in history if (value := line.get(f"evaluated_{name}")) is not None]
+        if greedy:
+            axes.plot(*zip(*greedy, strict=True), marker="o", markersize=3, color="#c0392b", label="greedy")
+        axes.set_ylabel("entropy of the policy, nats" if name == "entropy" else name)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0, 0].legend(frameon=False)
+    panels[-1, 0].set_xlabel("steps of the environment, all copies")
+    return figure
+
+
+def value_of(line: dict[str, Any], name: str) -> float | None:
+    return line.get("mean_return" if name == "return" else name)

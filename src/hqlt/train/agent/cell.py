@@ -1,0 +1,105 @@
+"""A cell of a grid that trains an agent in a world."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors.torch import save_file
+
+from hqlt.agent.ppo import PPOSettings
+from hqlt.agent.sac import SACSettings
+from hqlt.evaluate import Score
+from hqlt.train.agent.settings import AgentSettings
+from hqlt.train.agent.trainer import AgentTrainer
+from hqlt.train.fit import Fit, Progress
+from hqlt.train.grid import Cell, Event, Result
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentBudget:
+    """What every agent of a comparison gets alike."""
+
+    steps: int
+    """Of the environment, of all copies together."""
+    algorithm: Literal["ppo", "sac"] = "ppo"
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Fields of PPOSettings or SACSettings."""
+    copies: int = 64
+    """Of the environment, played side by side."""
+    evaluations: int = 20
+    """How often the agent is scored, evenly over the steps."""
+    episodes: int = 20
+    """Greedy episodes of a score, always the same."""
+    test_episodes: int = 100
+    """Others, played once by the agent that was best in the evaluations."""
+    along: dict[str, list[Any]] = field(default_factory=dict)
+    """One argument of the world, and values of it at which the chosen agent is tested too: {distractor: [10, 100]}."""
+
+    def __post_init__(self) -> None:
+        if len(self.along) > 1:
+            raise ValueError(f"along: expected at most one argument of the world, got {', '.join(self.along)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentCell(Cell):
+    """config: arguments of `hqlt.agent.build_memory`, with its name as `memory`. Scores are shares of success."""
+
+    budget: AgentBudget
+
+    @property
+    def coordinate_name(self) -> str | None:
+        return next(iter(self.budget.along), None)
+
+    @property
+    def settings(self) -> AgentSettings:
+        """Raises ValueError or TypeError for what cannot be built."""
+        budget = self.budget
+        own = {"ppo": PPOSettings, "sac": SACSettings}[budget.algorithm](**budget.settings)
+        return AgentSettings(
+            world=self.task,
+            options=self.task_options,
+            memory=self.config["memory"],
+            model={name: value for name, value in self.config.items() if name != "memory"},
+            algorithm=budget.algorithm,
+            copies=budget.copies,
+            steps=budget.steps,
+            seed=self.seed,
+            evaluate_every=max(budget.steps // budget.evaluations, 1),
+            episodes=budget.episodes,
+            **{budget.algorithm: own},
+        )
+
+    def run(self, folder: Path, device: str = "cpu") -> Iterator[Event | Result]:
+        trainer = AgentTrainer(self.settings, device)
+        history: list[Progress] = []
+        begun = time.perf_counter()
+        for told in trainer.updates():
+            loss = told.losses.get("loss", told.losses.get("critic", 0.0))
+            event = Event(
+                self,
+                Progress(
+                    step=told.step,
+                    loss=loss,
+                    gradient_norm=told.losses.get("gradient", 0.0),
+                    seconds=time.perf_counter() - begun,
+                    tokens=told.step,
+                    validation=told.evaluated_success,
+                ),
+            )
+            if event.kept:
+                history.append(event.progress)
+            yield event
+        tested = trainer.test(self.budget.test_episodes).success
+        curve = [
+            (float(value), trainer.test(self.budget.test_episodes, **{name: value}).success)
+            for name, values in self.budget.along.items()
+            for value in values
+        ]
+        (folder / "models" / self.name).mkdir(parents=True, exist_ok=True)
+        save_file(trainer.agent.state_dict(), folder / "models" / self.name / "agent.safetensors")
+        fit = Fit(trainer.best_step, Score("success", trainer.best_score[0], []), Score("success", tested, curve))
+        yield Result(self, trainer.size, history[-1].seconds, fit, history)

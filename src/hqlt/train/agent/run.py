@@ -1,0 +1,133 @@
+"""A run from its folder to its report: go on or begin, train, keep, tell."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from hqlt._version import version
+from hqlt.train.agent.checkpoints import AgentCheckpoints
+from hqlt.train.agent.settings import AgentSettings
+from hqlt.train.agent.trainer import AgentTrainer, Update
+from hqlt.train.live import LiveLine, Speed, stopping
+from hqlt.train.metrics import Metrics, Trackers
+
+WEIGHTS = "agent.safetensors"
+
+
+def run(settings: AgentSettings, folder: Path | None = None, device: str = "cpu") -> None:
+    """Train as the settings say into the folder, going on from its newest checkpoint if there is one.
+
+    Ctrl-C and SIGTERM end with status 130 or 143 after what is under way, and a checkpoint. Leaves config.json,
+    metrics.jsonl, checkpoints/, and at the end agent.safetensors (the best weights), results.json, curves.png, the
+    film of an episode, README.md and report.html.
+    """
+    folder = folder or Path("runs") / f"{settings.world.replace('/', '-')}-{settings.memory}"
+    console = Console(highlight=False, soft_wrap=True)
+    trainer = AgentTrainer(settings, device)
+    checkpoints = AgentCheckpoints(folder / "checkpoints", settings.keep)
+    step = checkpoints.resume(trainer) or 0
+    folder.mkdir(parents=True, exist_ok=True)
+    told = told_of(trainer, device)
+    (folder / "config.json").write_text(json.dumps(told, indent=1))
+    console.print(
+        f"{settings.algorithm.upper()} in {settings.copies} × {settings.world}, {settings.memory} memory, "
+        f"{trainer.size:,} parameters → {folder}" + (f", going on after step {step:,}" if step else "")
+    )
+    with stopping() as stopped:
+        finished = follow(trainer, checkpoints, folder, stopped, console)
+    if not finished:
+        newest = checkpoints.newest()
+        console.print(f"stopped; the same command goes on from {newest.name if newest else 'the beginning'}")
+        sys.exit(128 + stopped[0])
+    tested = trainer.test()
+    save_file(trainer.agent.state_dict(), folder / WEIGHTS)
+    from hqlt.report.agent import leave_agent_report
+
+    leave_agent_report(trainer, tested, folder, told, console)
+
+
+def follow(
+    trainer: AgentTrainer, checkpoints: AgentCheckpoints, folder: Path, stopped: list[int], console: Console
+) -> bool:
+    """Train, tell each update, keep the trainer at each evaluation; → False where a signal came between."""
+    settings, begun, speed = trainer.settings, time.monotonic(), Speed()
+    metrics = Metrics(folder / "metrics.jsonl", trainer.steps)
+    trackers = Trackers(folder, dataclasses.asdict(settings), trainer.steps)
+    try:
+        with LiveLine(console, settings.steps, trainer.steps) as line:
+            for told in trainer.updates():
+                metrics.write(told.as_line())
+                trackers.write(told.as_line())
+                line.show(told.step, words_of(told, speed.at(told.step)), news_of(told))
+                evaluated = told.evaluated_return is not None
+                if evaluated or (stopped and trainer.agent.goes_on_between_rounds):
+                    checkpoints.save(trainer)
+                if stopped and not trainer.finished:
+                    return False
+    finally:
+        metrics.close()
+        trackers.close()
+    console.print(f"{time.monotonic() - begun:.0f} s in this start")
+    return True
+
+
+def words_of(told: Update, speed: float) -> list[str]:
+    """Return, success, what the losses are, steps a second."""
+    words = [] if told.mean_return is None else [f"return {told.mean_return:.2f}"]
+    if told.success is not None:
+        words.append(f"success {100 * told.success:.0f}%")
+    words += [
+        f"{name} {told.losses[name]:.3f}" for name in ("loss", "critic", "actor", "entropy") if name in told.losses
+    ]
+    return [*words, f"{speed:,.0f} steps/s"]
+
+
+def news_of(told: Update) -> str | None:
+    if told.evaluated_return is None:
+        return None
+    success = told.evaluated_success
+    return f"greedy: return {told.evaluated_return:.2f}" + (
+        "" if success is None else f", success {100 * success:.0f}%"
+    )
+
+
+def told_of(trainer: AgentTrainer, device: str) -> dict[str, Any]:
+    """What made this run, as JSON."""
+    return {
+        "command": "hqlt " + " ".join(sys.argv[1:]),
+        "settings": dataclasses.asdict(trainer.settings),
+        "parameters": trainer.size,
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
+        "hqlt": version,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def load_agent(folder: Path, device: str = "cpu") -> AgentTrainer:
+    """A finished run's agent with its best weights, and the environments that it lives in.
+
+    Raises ValueError where the folder holds none.
+    """
+    from hqlt.agent import PPOSettings, SACSettings
+
+    try:
+        kept = json.loads((folder / "config.json").read_text())["settings"]
+        kept["ppo"] = PPOSettings(**kept["ppo"] | {"heads": tuple(kept["ppo"]["heads"])})
+        kept["sac"] = SACSettings(**kept["sac"] | {"heads": tuple(kept["sac"]["heads"])})
+        trainer = AgentTrainer(AgentSettings(**kept), device)
+        trainer.best = load_file(folder / WEIGHTS)
+    except (OSError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: expected the folder of a finished `hqlt rl train`: {error}") from error
+    trainer.agent.load_state_dict(trainer.best)
+    return trainer

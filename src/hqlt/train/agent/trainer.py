@@ -1,0 +1,150 @@
+"""The loop: collect, learn, evaluate. One run is one trainer, and its checkpoint is all that it depends on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hqlt.agent import PPO, SAC, build_memory, evaluate
+from hqlt.agent.agent import Agent, Progress
+from hqlt.agent.collect import Evaluation
+from hqlt.agent.worlds import make_worlds
+from hqlt.train.agent.settings import TEST_SEED, VALIDATION_SEED, AgentSettings
+
+BEST = "best."
+
+
+class Update(NamedTuple):
+    """What is told after some steps of play, and the learning from them."""
+
+    step: int
+    """Steps of the environment so far, of all copies."""
+    episodes: int
+    """That ended since the last time."""
+    mean_return: float | None
+    """Of these; None: there were none."""
+    mean_length: float | None
+    success: float | None
+    """None also where the environment does not tell."""
+    losses: dict[str, float]
+    """Means over the updates since the last time, "gradient" being the norm; empty: there were none."""
+    evaluated_return: float | None = None
+    """Of greedy episodes, where they were played."""
+    evaluated_success: float | None = None
+
+    def as_line(self) -> dict[str, Any]:
+        """Flat, for metrics.jsonl and trackers."""
+        told = self._asdict()
+        return {**{name: value for name, value in told.items() if name != "losses"}, **told["losses"]}
+
+
+class AgentTrainer:
+    """An agent, the environments it lives in, and the best that it has been.
+
+    Between two evaluations PPO's episodes go on; at each, all copies begin anew. So a run that goes on from the
+    checkpoint made there is, bit for bit, the one that was never stopped, in any environment whose chance
+    `reset(seed=…)` decides. SAC goes on exactly from any Update.
+
+    Raises ValueError for an environment that agents here cannot live in.
+    """
+
+    def __init__(self, settings: AgentSettings, device: torch.device | str = "cpu") -> None:
+        self.settings = settings
+        torch.manual_seed(settings.seed)
+        self.envs = make_worlds(settings.world, settings.copies, settings.seed, **settings.options)
+        memory = build_memory(settings.memory, **settings.model)
+        if settings.algorithm == "ppo":
+            self.agent: Agent = PPO(self.envs, memory, settings.ppo, seed=settings.seed)
+        else:
+            self.agent = SAC(self.envs, memory, settings.sac, seed=settings.seed)
+        self.agent.to(device)
+        self.size = sum(parameter.numel() for parameter in self.agent.parameters())
+        self.best: dict[str, Tensor] = {}
+        """Weights of the best evaluation so far."""
+        self.best_step = 0
+        self.best_score: tuple[float, float] = (-math.inf, -math.inf)
+
+    @property
+    def steps(self) -> int:
+        return int(self.agent.steps)
+
+    @property
+    def finished(self) -> bool:
+        return self.steps >= self.settings.steps
+
+    def updates(self) -> Iterator[Update]:
+        """Train until the settings' steps are done; an evaluation ends each stretch of `evaluate_every` steps."""
+        settings = self.settings
+        while not self.finished:
+            until = (self.steps // settings.evaluate_every + 1) * settings.evaluate_every
+            until = min(until, settings.steps)
+            for progress in self.agent.train_in(self.envs, until):
+                told = update_of(progress)
+                if progress.steps >= until:
+                    scored = self.score(settings.episodes, VALIDATION_SEED)
+                    self.keep_the_best(scored)
+                    told = told._replace(evaluated_return=scored.mean_return, evaluated_success=known(scored.success))
+                yield told
+
+    def score(self, episodes: int, seed: int, **options: Any) -> Evaluation:
+        """Greedy episodes in the same world, or in one with other options."""
+        settings = self.settings
+        envs = make_worlds(settings.world, min(episodes, 64), seed, **{**settings.options, **options})
+        return evaluate(self.agent, envs, episodes, seed=seed)
+
+    def keep_the_best(self, scored: Evaluation) -> None:
+        """By success, then by return; the later of equals, which has learned for longer."""
+        score = (known(scored.success) or 0.0, scored.mean_return)
+        if score >= self.best_score:
+            self.best_step, self.best_score = self.steps, score
+            self.best = {name: weight.clone() for name, weight in self.agent.state_dict().items()}
+
+    def test(self, episodes: int | None = None, **options: Any) -> Evaluation:
+        """Episodes that were never scored before, by the best weights, which are loaded for it."""
+        self.agent.load_state_dict(self.best)
+        return self.score(episodes or self.settings.episodes, TEST_SEED, **options)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """For a checkpoint, with `arrays` and `told`."""
+        return self.agent.checkpoint() | {BEST + name: weight for name, weight in self.best.items()}
+
+    def arrays(self) -> dict[str, NDArray[Any]] | None:
+        """The replay's; None: there is none."""
+        return self.agent.replay.state_dict() if isinstance(self.agent, SAC) else None
+
+    def told(self) -> dict[str, Any]:
+        return {"step": self.steps, "best_step": self.best_step, "best_score": self.best_score if self.best else None}
+
+    def restore(
+        self, tensors: Mapping[str, Tensor], arrays: Mapping[str, NDArray[Any]] | None, told: Mapping[str, Any]
+    ) -> None:
+        self.agent.restore({name: tensor for name, tensor in tensors.items() if not name.startswith(BEST)})
+        if isinstance(self.agent, SAC):
+            assert arrays is not None
+            self.agent.replay.load_state_dict(arrays)
+        if told["best_score"] is not None:
+            success, mean_return = told["best_score"]
+            self.best_step, self.best_score = told["best_step"], (success, mean_return)
+            self.best = {name.removeprefix(BEST): t for name, t in tensors.items() if name.startswith(BEST)}
+
+
+def update_of(progress: Progress) -> Update:
+    played = progress.played
+    return Update(
+        progress.steps,
+        len(played.outcomes),
+        known(played.mean_return),
+        known(played.mean_length),
+        known(played.success),
+        progress.losses,
+    )
+
+
+def known(number: float) -> float | None:
+    """None in place of NaN, which JSON does not have."""
+    return None if math.isnan(number) else number

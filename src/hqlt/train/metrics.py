@@ -1,0 +1,60 @@
+"""The numbers of a run as it goes: one JSON line a step, TensorBoard and trackio where installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any, TextIO
+
+
+class Metrics:
+    """`metrics.jsonl`: what was written after the step that a run goes on from is taken back first.
+
+    So the file reads as if nothing had ever been interrupted.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        self.history: list[dict[str, Any]] = [json.loads(line) for line in kept]
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.write_text("".join(kept))
+        unfinished.replace(path)
+        self.file: TextIO = path.open("a", buffering=1)
+
+    def write(self, line: dict[str, Any]) -> None:
+        self.history.append(line)
+        self.file.write(json.dumps(line) + "\n")
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class Trackers:
+    """TensorBoard and trackio, those of them that are installed."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any], step: int) -> None:
+        self.writer: Any = None
+        self.trackio: Any = None
+        if importlib.util.find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        if importlib.util.find_spec("trackio"):
+            self.trackio = importlib.import_module("trackio")
+            self.trackio.init(project="hqlt", name=folder.name, config=settings, resume="allow")
+
+    def write(self, line: dict[str, Any]) -> None:
+        numbers = {name: value for name, value in line.items() if name != "step" and value is not None}
+        if self.writer is not None:
+            for name, value in numbers.items():
+                self.writer.add_scalar(name, value, line["step"])
+        if self.trackio is not None:
+            self.trackio.log(numbers, step=line["step"])
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+        if self.trackio is not None:
+            self.trackio.finish()

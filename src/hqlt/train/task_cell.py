@@ -1,0 +1,49 @@
+"""A cell of a grid that trains a language model on a task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hqlt.task import TASKS
+from hqlt.train.fit import Budget, Progress, fit
+from hqlt.train.grid import Cell, Event, Result
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskCell(Cell):
+    """config: fields of HQLTConfig, but for the vocabulary, which the task gives."""
+
+    budget: Budget
+
+    @property
+    def coordinate_name(self) -> str | None:
+        return str(self.build_task().coordinate_name)
+
+    def build_task(self) -> Any:
+        return TASKS[self.task](**self.task_options)
+
+    def run(self, folder: Path, device: str = "cpu") -> Iterator[Event | Result]:
+        from transformers.utils import logging
+
+        from hqlt.model import HQLTConfig, HQLTForCausalLM
+
+        logging.disable_progress_bar()  # of writing a few kilobytes
+        task = self.build_task()
+        torch.manual_seed(self.seed)
+        model = HQLTForCausalLM(HQLTConfig(**self.config, vocab_size=task.vocab_size))
+        torch.nn.Module.to(model, device)
+        history: list[Progress] = []
+        for told in fit(model, task, self.budget, self.seed):
+            if isinstance(told, Progress):
+                event = Event(self, told)
+                if event.kept:
+                    history.append(told)
+                yield event
+            else:
+                model.save_pretrained(folder / "models" / self.name)
+                yield Result(self, model.num_parameters(), history[-1].seconds, told, history)
