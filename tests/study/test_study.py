@@ -1,13 +1,17 @@
 import dataclasses
+import json
 
 import pytest
 import torch
 import yaml
 
+from hqlt.agent import worlds
 from hqlt.model import HQLTConfig, HQLTForCausalLM
 from hqlt.study import known_studies, read_study
+from hqlt.study.study import WORLDS
 from hqlt.task import TASKS
 from hqlt.train import Fit, fit
+from hqlt.train.grid import as_json, load_result, save_result
 
 GIVEN = {
     "title": "t",
@@ -104,6 +108,8 @@ def test_every_study_of_ours_reads_and_its_models_are_of_equal_size(name):
     assert len({cell.name for cell in study.cells()}) == len(study.cells())
     for label, experiment in study.experiments.items():
         assert set(experiment.paper) <= set(study.models)
+        if experiment.task in WORLDS:  # agents' memories differ in what they need
+            continue
         vocabulary = TASKS[experiment.task](**experiment.options).vocab_size
         with torch.device("meta"):
             sizes = [
@@ -131,3 +137,58 @@ def test_the_papers_setting_takes_a_step():
                 cell.budget, steps=1, batch_size=2, validations=1, validation_rows=2, test_rows=2
             )
             assert isinstance([*fit(model, task, budget, seed=0)][-1], Fit)
+
+
+AGENTS = {
+    "title": "Who remembers?",
+    "introduction": "A corridor.",
+    "models": {"LSTM": {"memory": "lstm"}, "Synchronous": {"memory": "synchronous"}},
+    "experiments": {
+        "maze": {
+            "task": "TMazePassive",
+            "options": {"corridor": 3},
+            "common": {"hidden_size": 8, "num_layers": 1, "window": 2},
+            "budget": {
+                "steps": 100,
+                "copies": 4,
+                "settings": {"rollout": 8},
+                "evaluations": 2,
+                "episodes": 4,
+                "test_episodes": 6,
+                "along": {"corridor": [2, 3]},
+            },
+        }
+    },
+}
+
+
+def test_a_study_of_agents(tmp_path):
+    assert set(WORLDS) == set(worlds.WORLDS)
+    study = read(tmp_path, AGENTS)
+    for cell in study.cells():
+        *events, result = cell.run(tmp_path, "cpu")
+        assert [event.progress.validation is not None for event in events].count(True) == 2
+        assert events[-1].progress.step >= 100
+        assert result.fit.test.metric == "success"
+        assert [corridor for corridor, _ in result.fit.test.curve] == [2.0, 3.0]
+        assert result.fit.test.curve[1][1] == result.fit.test.value  # the same episodes
+        (tmp_path / "cells").mkdir(exist_ok=True)
+        save_result(tmp_path, result)
+        assert json.dumps(as_json(load_result(tmp_path, cell))) == json.dumps(as_json(result))
+    quick = study.quick().cells()[0].budget
+    assert (quick.steps, quick.evaluations) == (100, 2)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["experiments", "maze", "options", "corridr"], 3, r"LSTM in maze: .*corridr"),
+        (["experiments", "maze", "budget", "settings"], {"rolout": 8}, r"LSTM in maze: .*rolout"),
+        (["experiments", "maze", "budget", "along"], {"coridor": [1]}, r"LSTM in maze: .*coridor"),
+        (["experiments", "maze", "budget", "along"], {"corridor": [1], "oracle": [1]}, r"along: expected at most one"),
+        (["models", "LSTM"], {"memory": "lstmm"}, r"LSTM in maze: .*did you mean 'lstm'"),
+    ],
+)
+def test_a_mistake_in_a_study_of_agents(tmp_path, path, value, message):
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, changed(path, value, AGENTS))

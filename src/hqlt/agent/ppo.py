@@ -37,6 +37,9 @@ class PPOSettings:
     """γ."""
     trace: float = 0.95
     """λ of the advantages."""
+    standardise: bool = True
+    """Whether a minibatch's advantages get mean 0 and standard deviation 1. Those of a policy that has settled are
+    noise, which this makes as loud as what it learned from: where rewards are of the order of 1, better not."""
     clip_ratio: float = 0.2
     """ε: how far the policy may go from the one that played before its gain is cut off."""
     entropy_weight: float = 0.01
@@ -127,7 +130,8 @@ class PPO(Agent):
         settings, mask = self.settings, rollout.mask
         logits, values = self.judged(rollout)
         log_pi = of_action(logits.log_softmax(dim=-1), rollout.actions)
-        policy = clipped_policy_loss(log_pi, log_pi_before, standardised(advantages, mask), settings.clip_ratio, mask)
+        gains = standardised(advantages, mask) if settings.standardise else advantages
+        policy = clipped_policy_loss(log_pi, log_pi_before, gains, settings.clip_ratio, mask)
         value, spread = value_loss(values, returns, mask), masked_mean(entropy(logits), mask)
         loss = policy + settings.value_weight * value - settings.entropy_weight * spread
         return {"loss": loss, "policy": policy, "value": value, "entropy": spread}

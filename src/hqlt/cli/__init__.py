@@ -53,7 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
         prog="hqlt", description="Hybrid memory layers: one layer, two memories.", version=version, allow_abbrev=False
     )
     asked = (sys.argv[1:] if arguments is None else arguments)[:1]
-    loaded = {name: load(name, asked == [name]) for name in COMMANDS}
+    names = [name for name in COMMANDS if asked == [name]] or COMMANDS  # to list the options of all takes seconds
+    loaded = {name: load(name, asked == [name]) for name in names}
     commands = {name: command for name, command in loaded.items() if command is not None}
     add_commands(parser, commands)
     chosen: Command = commands
