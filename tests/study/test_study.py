@@ -11,6 +11,8 @@ from hqlt.study import known_studies, read_study
 from hqlt.study.study import WORLDS
 from hqlt.task import TASKS
 from hqlt.train import Fit, fit
+from hqlt.train.agent.run import load_agent
+from hqlt.train.agent.settings import TEST_SEED
 from hqlt.train.grid import as_json, load_result, save_result
 
 GIVEN = {
@@ -172,6 +174,8 @@ def test_a_study_of_agents(tmp_path):
         assert result.fit.test.metric == "success"
         assert [corridor for corridor, _ in result.fit.test.curve] == [2.0, 3.0]
         assert result.fit.test.curve[1][1] == result.fit.test.value  # the same episodes
+        again = load_agent(tmp_path / "models" / cell.name)
+        assert again.score(6, TEST_SEED).success == result.fit.test.value
         (tmp_path / "cells").mkdir(exist_ok=True)
         save_result(tmp_path, result)
         assert json.dumps(as_json(load_result(tmp_path, cell))) == json.dumps(as_json(result))

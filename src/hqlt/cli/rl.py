@@ -33,7 +33,7 @@ def play(
     """Let a trained agent play greedy episodes, and film one.
 
     Args:
-        folder: of a finished `hqlt rl train`.
+        folder: of a finished `hqlt rl train`, or models/NAME of a study of agents.
         episodes: how many.
         options: the world's arguments that differ from training, such as '{"corridor": 100}'.
         film: a folder for episode.png and episode.gif.

@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors.torch import save_file
-
 from hqlt.agent.ppo import PPOSettings
 from hqlt.agent.sac import SACSettings
 from hqlt.evaluate import Score
+from hqlt.train.agent.run import keep_agent
 from hqlt.train.agent.settings import AgentSettings
 from hqlt.train.agent.trainer import AgentTrainer
 from hqlt.train.fit import Fit, Progress
@@ -99,7 +98,6 @@ class AgentCell(Cell):
             for name, values in self.budget.along.items()
             for value in values
         ]
-        (folder / "models" / self.name).mkdir(parents=True, exist_ok=True)
-        save_file(trainer.agent.state_dict(), folder / "models" / self.name / "agent.safetensors")
+        keep_agent(trainer, folder / "models" / self.name)
         fit = Fit(trainer.best_step, Score("success", trainer.best_score[0], []), Score("success", tested, curve))
         yield Result(self, trainer.size, history[-1].seconds, fit, history)

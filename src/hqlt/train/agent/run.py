@@ -50,7 +50,7 @@ def run(settings: AgentSettings, folder: Path | None = None, device: str = "cpu"
         console.print(f"stopped; the same command goes on from {newest.name if newest else 'the beginning'}")
         sys.exit(128 + stopped[0])
     tested = trainer.test()
-    save_file(trainer.agent.state_dict(), folder / WEIGHTS)
+    keep_agent(trainer, folder)
     from hqlt.report.agent import leave_agent_report
 
     leave_agent_report(trainer, tested, folder, told, console)
@@ -114,10 +114,19 @@ def told_of(trainer: AgentTrainer, device: str) -> dict[str, Any]:
     }
 
 
+def keep_agent(trainer: AgentTrainer, folder: Path) -> None:
+    """Write what `load_agent` takes: the weights as they are, beside a config.json of the settings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(trainer.agent.state_dict(), folder / WEIGHTS)
+    config = folder / "config.json"
+    if not config.exists():
+        config.write_text(json.dumps({"settings": dataclasses.asdict(trainer.settings)}, indent=1))
+
+
 def load_agent(folder: Path, device: str = "cpu") -> AgentTrainer:
     """A finished run's agent with its best weights, and the environments that it lives in.
 
-    Raises ValueError where the folder holds none.
+    folder: of `hqlt rl train`, or models/NAME of a study. Raises ValueError where it holds no agent.
     """
     from hqlt.agent import PPOSettings, SACSettings
 
