@@ -196,3 +196,13 @@ def test_a_study_of_agents(tmp_path):
 def test_a_mistake_in_a_study_of_agents(tmp_path, path, value, message):
     with pytest.raises(ValueError, match=message):
         read(tmp_path, changed(path, value, AGENTS))
+
+
+def test_the_papers_agent_plays_and_learns(tmp_path):
+    """In whole episodes of 780 steps, with its own width; from batches of two episodes."""
+    study = read_study(known_studies()["visual-match-paper"]).quick()
+    (cell,) = (cell for cell in study.cells() if (cell.model, cell.seed) == ("Synchronous", 0))
+    assert (cell.config["hidden_size"], cell.config["window"], cell.config["num_layers"]) == (100, 64, 3)
+    *events, result = cell.run(tmp_path, "cpu")
+    assert any(event.progress.loss for event in events)
+    assert result.fit.test.metric == "success"

@@ -104,8 +104,15 @@ def cell_of(given: Experiment, own: dict[str, Any], /, **of_both: Any) -> Cell:
 
 def quick(budget: Any) -> Any:
     if not isinstance(budget, Budget):
+        few = {"sac": {"batch_episodes": 2, "random_episodes": 2, "updates_per_step": 0.001}}.get(budget.algorithm, {})
         return dataclasses.replace(
-            budget, steps=min(budget.steps, 2000), copies=8, evaluations=2, episodes=4, test_episodes=8
+            budget,
+            steps=min(budget.steps, 2000),
+            settings={**budget.settings, **few},
+            copies=min(budget.copies, 8),
+            evaluations=2,
+            episodes=4,
+            test_episodes=8,
         )
     return dataclasses.replace(
         budget,
