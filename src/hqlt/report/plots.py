@@ -26,6 +26,7 @@ COLOURS = {
     "Delayed-Streaming": "#2a9d8f",
     "Delayed-Chunk": "#7b5ea7",
     "Synchronous": "#c0392b",
+    "LSTM": "#00441b",
 }
 OTHERS = ("#1f77b4", "#8c564b", "#e377c2", "#17becf", "#9acd32", "#000080", "#ff7f0e", "#2e8b57")
 """Colours of models that have none of their own, in the order in which they come."""

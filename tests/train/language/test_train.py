@@ -130,3 +130,9 @@ def test_bfloat16_on_one_process_and_on_two(text, tmp_path):
     ours, theirs = (torch.tensor(losses(tmp_path / name)) for name in ("one", "two"))
     torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=0)
     assert load_file(tmp_path / "one" / "model" / "model.safetensors")["lm_head.weight"].dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_compiled_blocks_learn_the_same(text, whole, tmp_path):
+    train(text, tmp_path / "run", "--compile=true")
+    assert losses(tmp_path / "run") == pytest.approx(losses(whole), rel=1e-5)
