@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
@@ -54,6 +55,13 @@ class Agent(nn.Module):
     def train_in(self, envs: VectorEnv, steps: int) -> Iterator[Progress]:
         """Collect and learn until `steps` steps of the environment are done, in all, and tell of it now and then."""
         raise NotImplementedError
+
+    def seed_of(self, count: Tensor) -> int:
+        """A seed for environments that follows from the agent's own and a count, and from nothing else.
+
+        Below 2³¹, and for each seed and count another one; agents of neighbouring seeds do not meet in the same worlds.
+        """
+        return int(np.random.SeedSequence([int(self.seed), int(count)]).generate_state(1)[0] >> 1)
 
     @property
     def device(self) -> torch.device:

@@ -143,7 +143,7 @@ class PPO(Agent):
         follows from the agent's own and its steps, because gymnasium has no way to put an environment aside. So one
         that is restored between two calls goes on as if nothing had happened.
         """
-        collector = Collector(envs, self, int(self.seed + self.steps))
+        collector = Collector(envs, self, self.seed_of(self.steps))
         while self.steps < steps:
             rollout, ended = collector.rollout(self, self.settings.rollout)
             losses = self.learn(rollout)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
@@ -155,9 +154,8 @@ class SAC(Agent):
         settings = self.settings
         random = UniformPolicy(self.actions, self.generator)
         while self.steps < steps:
-            seed = int(np.random.SeedSequence([int(self.seed), int(self.rounds)]).generate_state(1)[0] >> 1)
             known = int(self.rounds) * envs.num_envs >= settings.random_episodes
-            episodes = play(self if known else random, envs, envs.num_envs, seed=seed)
+            episodes = play(self if known else random, envs, envs.num_envs, seed=self.seed_of(self.rounds))
             for episode in episodes:
                 self.replay.add(episode)
             self.rounds += 1

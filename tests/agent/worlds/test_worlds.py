@@ -187,3 +187,17 @@ def test_thousands_of_copies_are_small():
     worlds = make_worlds("VisualMatch", 1, 0)
     state = sum(array.nbytes for array in vars(worlds).values() if isinstance(array, np.ndarray))
     assert state < 300
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_begun_anew_in_the_middle_of_an_episode_nothing_is_left_of_it(name):
+    worlds, fresh, draw = make_worlds(name, 32, seed=0), make_worlds(name, 32, seed=1), np.random.default_rng(0)
+    worlds.reset(seed=3)
+    for _ in range(40):
+        worlds.step(draw.integers(4, size=32))
+    assert (worlds.reset(seed=7)[0] == fresh.reset(seed=7)[0]).all()
+    for _ in range(60):
+        actions = draw.integers(4, size=32)
+        (seen, rewards, *_), (seen_there, rewards_there, *_) = worlds.step(actions), fresh.step(actions)
+        assert (seen == seen_there).all()
+        assert (rewards == rewards_there).all()

@@ -134,6 +134,7 @@ class ThreePhases(World):
         """What follows from the symbols under the agents, apples aside. → rewards [n]"""
 
     def _begin(self, copies: Indices) -> None:
+        self._eaten[copies] = 0
         self._begin_explore(copies)
 
     def _begin_distractor(self, copies: Indices) -> None:
@@ -142,7 +143,6 @@ class ThreePhases(World):
         self._board[copies[:, None], trees] = APPLE
         self._at[copies] = CLEARING
         self._apple_reward[copies] = self._worth[self._streams.below(copies, 2)]
-        self._eaten[copies] = 0
 
     def _move(self, actions: NDArray[np.intp]) -> Rewards:
         ahead = self._at + MOVES[actions]
