@@ -178,9 +178,22 @@ def test_a_study_of_agents(tmp_path):
         assert again.score(6, TEST_SEED).success == result.fit.test.value
         (tmp_path / "cells").mkdir(exist_ok=True)
         save_result(tmp_path, result)
+        assert not (tmp_path / "checkpoints" / cell.name).exists()
         assert json.dumps(as_json(load_result(tmp_path, cell))) == json.dumps(as_json(result))
     quick = study.quick().cells()[0].budget
     assert (quick.steps, quick.evaluations) == (100, 2)
+
+
+def test_a_cell_of_an_agent_that_was_killed_goes_on_exactly(tmp_path):
+    cell = read(tmp_path, AGENTS).cells()[1]
+    *_, whole = cell.run(tmp_path / "whole", "cpu")
+    for told in cell.run(tmp_path / "killed", "cpu"):
+        if told.progress.validation is not None:
+            break
+    *events, again = cell.run(tmp_path / "killed", "cpu")
+    assert events[0].progress.step > told.progress.step
+    assert again.fit == whole.fit
+    assert [p._replace(seconds=0) for p in again.history] == [p._replace(seconds=0) for p in whole.history]
 
 
 @pytest.mark.parametrize(

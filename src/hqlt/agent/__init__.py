@@ -10,7 +10,9 @@
 from importlib.util import find_spec
 
 if find_spec("gymnasium") is None:
-    raise ImportError("hqlt.agent: expected the package gymnasium, found none; pip install 'hqlt[rl]'")
+    raise ModuleNotFoundError(
+        "hqlt.agent: expected the package gymnasium, found none; pip install 'hqlt[rl]'", name="gymnasium"
+    )
 
 from hqlt.agent.agent import Agent, Progress
 from hqlt.agent.collect import Evaluation, evaluate, play

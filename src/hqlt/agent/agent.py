@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import ClassVar, NamedTuple
 
@@ -35,6 +36,8 @@ class Agent(nn.Module):
     """What the environments that it trains in are seeded from."""
     steps: Tensor
     """Steps of the environment so far, of all copies."""
+    left_out: Tensor
+    """Updates whose gradient was not finite, which were not made."""
     optimiser: torch.optim.Optimizer
     goes_on_between_rounds: ClassVar[bool]
     """Whether a checkpoint may be taken at any Progress, and not only at the end of `train_in`, to go on exactly."""
@@ -47,6 +50,7 @@ class Agent(nn.Module):
         self.generator = torch.Generator().manual_seed(seed)
         self.register_buffer("seed", torch.tensor(seed))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.register_buffer("left_out", torch.zeros((), dtype=torch.long))
 
     def logits(self, features: Hidden) -> Tensor:
         """[..., d] → [..., a]."""
@@ -81,13 +85,15 @@ class Agent(nn.Module):
         """a ~ π, by the agent's own generator: [b, a] → [b]."""
         return torch.multinomial(logits.softmax(dim=-1).cpu(), 1, generator=self.generator)[:, 0].to(logits.device)
 
-    def descend(self, loss: Tensor, clip: float) -> float:
+    def descend(self, loss: Tensor, clip: float | None) -> float:
         """One step of the optimiser, left out where the gradient is not finite → its norm, before it was clipped."""
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters(), clip)
+        norm = nn.utils.clip_grad_norm_(self.parameters(), math.inf if clip is None else clip)
         if norm.isfinite():
             self.optimiser.step()
+        else:
+            self.left_out += 1
         return norm.item()
 
     def checkpoint(self) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from hqlt.agent.losses import (
 )
 from hqlt.agent.memory_model import MemoryModel, State
 from hqlt.agent.rollout import Collector, Rollout
+from hqlt.agent.settings import above, at_least
 from hqlt.shapes import Hidden
 
 
@@ -54,8 +55,12 @@ class PPOSettings:
     """Parts of a rollout, of whole sequences: at most as many as there are copies."""
     heads: tuple[int, ...] = (64,)
     """Hidden widths of the actor and of the critic."""
-    clip: float = 0.5
-    """Greatest norm of a gradient; a longer one is shortened to it."""
+    clip: float | None = 0.5
+    """Greatest norm of a gradient; a longer one is shortened to it. None: there is none."""
+
+    def __post_init__(self) -> None:
+        at_least(1, rollout=self.rollout, epochs=self.epochs, minibatches=self.minibatches)
+        above(0, learning_rate=self.learning_rate, clip_ratio=self.clip_ratio)
 
 
 class PPO(Agent):

@@ -18,6 +18,7 @@ from hqlt.agent.episode import Batch
 from hqlt.agent.losses import actor_loss, entropy, masked_mean, q_loss, soft_target, temperature_loss
 from hqlt.agent.memory_model import MemoryModel
 from hqlt.agent.replay import Replay
+from hqlt.agent.settings import above, at_least
 from hqlt.shapes import Hidden
 
 
@@ -37,8 +38,8 @@ class SACSettings:
     """Learn α so that the policy's entropy is this share of log(actions), the greatest there is; None: α is fixed."""
     heads: tuple[int, ...] = (256, 256)
     """Hidden widths of the actor and of each critic."""
-    clip: float = math.inf
-    """Greatest norm of a gradient; a longer one is shortened to it."""
+    clip: float | None = None
+    """Greatest norm of a gradient; a longer one is shortened to it. None: there is none."""
     batch_episodes: int = 64
     """Episodes in an update."""
     updates_per_step: float = 0.25
@@ -47,6 +48,10 @@ class SACSettings:
     """Episodes played at random before the agent plays."""
     capacity: int = 1_000_000
     """Steps that the replay holds."""
+
+    def __post_init__(self) -> None:
+        at_least(1, batch_episodes=self.batch_episodes, random_episodes=self.random_episodes, capacity=self.capacity)
+        above(0, learning_rate=self.learning_rate, temperature=self.temperature)
 
 
 class TwinCritics(nn.Module):

@@ -39,10 +39,11 @@ def leave_agent_report(
         "test_success": known(tested.success),
         "test_episodes": len(tested.outcomes),
         "best_step": trainer.best_step,
-        "steps": trainer.steps,
+        "steps": history[-1]["step"],
+        "updates_left_out": history[-1]["left_out"],
     }
     (folder / "results.json").write_text(json.dumps({**results, "run": told}, indent=1))
-    table = table_of_agent(trainer, tested)
+    table = table_of_agent(trainer, tested, history[-1]["step"])
     title = f"{settings.memory} memory in {settings.world}"
     how = json.dumps(told, indent=1, ensure_ascii=False)
     protocol = (
@@ -69,13 +70,13 @@ def leave_agent_report(
     console.print(f"page: {folder / 'report.html'}    film: {folder / 'episode.gif'}")
 
 
-def table_of_agent(trainer: AgentTrainer, tested: Evaluation) -> Table:
+def table_of_agent(trainer: AgentTrainer, tested: Evaluation, steps: int) -> Table:
     settings, success = trainer.settings, known(tested.success)
     columns = ["memory", "world", "steps", "best at", "test return", "test success", "episode, steps"]
     row = [
         settings.memory,
         settings.world,
-        f"{trainer.steps:,}",
+        f"{steps:,}",
         f"{trainer.best_step:,}",
         f"{tested.mean_return:.2f}",
         "–" if success is None else f"{100 * success:.0f}%",

@@ -91,7 +91,7 @@ def shares_of(trainer: AgentTrainer, episode: Episode) -> Shares | None:
     core = trainer.agent.core
     with torch.no_grad(), contextlib.suppress(ValueError):
         shares = shares_during(core, lambda: core.sequence(inputs, core.init_state(1)))
-        return Shares(shares.gate[..., :-1], shares.fw[..., :-1])
+        return Shares(shares.gate[..., :-1].cpu(), shares.fw[..., :-1].cpu())
     return None
 
 

@@ -65,7 +65,7 @@ class GridDisplay:
 
     def _render(self) -> RenderableType:
         table = Table(box=None, padding=(0, 2, 0, 0))
-        for column in ("task", "model", "seed", "update", "loss", "gradient", "validation", "tokens/s", "left"):
+        for column in ("task", "model", "seed", "step", "loss", "gradient", "validation", "speed", "left"):
             table.add_column(column, justify="left" if column in ("task", "model") else "right")
         for cell, told in self.running.values():
             speed = told.tokens / max(told.seconds, 1e-9)
@@ -77,7 +77,7 @@ class GridDisplay:
                 f"{told.loss:.3f}",
                 f"{told.gradient_norm:.2f}",
                 "" if told.validation is None else f"{told.validation:.3f}",
-                f"{speed:,.0f}",
+                f"{speed:,.0f} {cell.unit}/s",
                 clock(told.seconds / told.step * (cell.budget.steps - told.step)),
             )
         left = self.seconds_left()
@@ -92,4 +92,5 @@ class GridDisplay:
 
 
 def clock(seconds: float) -> str:
+    seconds = max(seconds, 0)
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

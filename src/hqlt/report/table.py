@@ -11,6 +11,12 @@ import rich.table
 from hqlt.train.grid import Result
 
 UNITS = {"accuracy": "accuracy %", "exact": "exact answers %", "bits": "bits/byte", "success": "success %"}
+MEANING = {
+    "accuracy": "Accuracy: chance 0, perfect 100.",
+    "exact": "Exact answers: the share that is right in every byte.",
+    "bits": "Bits per byte: lower is better.",
+    "success": "Success: the share of episodes, chance not taken off.",
+}
 
 
 class TableCell(NamedTuple):
@@ -72,9 +78,10 @@ def table_of(results: Sequence[Result], paper: Mapping[str, Mapping[str, float]]
         row.append(TableCell(f"{sum(result.seconds for result in own):.0f}"))
         rows.append(row)
     one_seed = len(results) == len({(result.cell.column, result.cell.model) for result in results})
+    seeds = "One seed" if one_seed else "Median over seeds, all of them from worst to best in brackets"
+    meanings = " ".join(dict.fromkeys(MEANING[name] for name in metric.values()))
     caption = (
-        "Test scores of the checkpoint chosen on validation. Accuracy: chance 0, perfect 100. Bits per byte: lower is "
-        f"better. {'One seed' if one_seed else 'Median over seeds, all of them from worst to best in brackets'}. "
+        f"Test scores of the checkpoint chosen on validation. {meanings} {seeds}. "
         f"Parameters: {'; '.join(f'{label} {_sizes(results, label)}' for label in experiments)}. "
         f"Seconds: of training, all tasks{'' if one_seed else ' and seeds'}."
     )

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -32,6 +32,9 @@ TRIES = 2
 @dataclass(frozen=True, kw_only=True)
 class Cell(ABC):
     """One training run, as JSON can say it: TaskCell's and AgentCell's common part."""
+
+    unit: ClassVar[str]
+    """What `Progress.tokens` counts."""
 
     model: str
     """The model's label in tables and plots."""

@@ -17,14 +17,12 @@ class Metrics:
     def __init__(self, path: Path, step: int) -> None:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        self.history: list[dict[str, Any]] = [json.loads(line) for line in kept]
         unfinished = path.with_suffix(".unfinished")
         unfinished.write_text("".join(kept))
         unfinished.replace(path)
         self.file: TextIO = path.open("a", buffering=1)
 
     def write(self, line: dict[str, Any]) -> None:
-        self.history.append(line)
         self.file.write(json.dumps(line) + "\n")
 
     def close(self) -> None:

@@ -18,6 +18,8 @@ from hqlt.train.grid import Cell, Event, Result
 class TaskCell(Cell):
     """config: fields of HQLTConfig, but for the vocabulary, which the task gives."""
 
+    unit = "tokens"
+
     budget: Budget
 
     @property

@@ -11,7 +11,7 @@ from gymnasium.vector import AutoresetMode
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hqlt.agent.worlds import KeyToDoor, OneCopy, TMaze, VisualMatch, make_worlds
+from hqlt.agent.worlds import WORLDS, KeyToDoor, OneCopy, TMaze, VisualMatch, make_worlds
 
 SHORT = {
     "TMazePassive": {"corridor": 4},

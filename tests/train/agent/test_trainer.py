@@ -1,15 +1,20 @@
 """One run of an agent: exact from its checkpoints, scored on episodes of its own, the best weights kept."""
 
 import dataclasses
+import json
 import math
 
 import pytest
 import torch
+from rich.console import Console
 
+from hqlt.agent import PPOSettings, SACSettings
 from hqlt.agent.collect import Evaluation
 from hqlt.agent.episode import Outcome
-from hqlt.train.agent import AgentSettings, AgentTrainer
+from hqlt.report.agent import leave_agent_report
+from hqlt.train.agent import AgentSettings, AgentTrainer, Update
 from hqlt.train.agent.checkpoints import AgentCheckpoints
+from hqlt.train.agent.settings import TEST_SEED, VALIDATION_SEED
 
 
 def lines(updates):
@@ -35,7 +40,8 @@ def test_a_run_goes_on_from_every_checkpoint_as_if_it_had_never_stopped(settings
         alone = AgentCheckpoints(tmp_path / "alone" / place.name, keep=1)
         alone.folder.mkdir(parents=True)
         (alone.folder / place.name).symlink_to(place)
-        step = alone.resume(again)
+        assert alone.resume(again)
+        step = again.steps
         assert step == int(place.name.removeprefix("step-"))
         assert lines(again.updates()) == [line for line in told if line["step"] > step]
         assert_same_agent(again, whole)
@@ -76,6 +82,65 @@ def test_where_the_world_tells_no_success_the_return_decides(settings):
     assert trainer.best is not first
 
 
+def test_a_test_by_the_first_weights_counts_all_steps(settings, tmp_path):
+    trainer = AgentTrainer(settings)
+    trainer.keep_the_best(Evaluation((Outcome(1e9, 1, 1.0),)))
+    last = list(trainer.updates())[-1]
+    tested = trainer.test()
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(last.as_line()))
+    leave_agent_report(trainer, tested, tmp_path, {"parameters": trainer.size}, Console())
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert (results["best_step"], results["steps"]) == (0, last.step)
+
+
+def test_where_no_episode_can_end_before_an_evaluation_it_says_so():
+    ppo = PPOSettings(rollout=8)
+    settings = AgentSettings(world="KeyToDoor", model={"hidden_size": 8}, copies=4, ppo=ppo, evaluate_every=200)
+    with pytest.raises(ValueError, match="evaluate_every: expected more than 4 copies × the longest episode"):
+        list(AgentTrainer(settings).updates())
+
+
+def test_a_run_goes_on_exactly_where_episodes_are_cut(tmp_path):
+    """In a world with more to begin anew than a place: apples that were eaten come back."""
+    options, model = {"explore": 3, "distractor": 30, "reward": 4}, {"hidden_size": 8, "num_layers": 1, "window": 2}
+    settings = AgentSettings(
+        world="VisualMatch", options=options, model=model, copies=4, steps=900, evaluate_every=300, episodes=2,
+        ppo=PPOSettings(rollout=11, heads=(8,), minibatches=1, epochs=1),
+    )  # fmt: skip
+    whole, checkpoints, told = AgentTrainer(settings), AgentCheckpoints(tmp_path, keep=1), []
+    for update in whole.updates():
+        told.append(update.as_line())
+        if update.evaluated_return is not None and not checkpoints.newest():
+            checkpoints.save(whole)
+    again = AgentTrainer(settings)
+    assert checkpoints.resume(again)
+    step = again.steps
+    assert 0 < step < 900
+    assert lines(again.updates()) == [line for line in told if line["step"] > step]
+
+
+def test_what_is_no_number_is_no_json_and_what_was_left_out_is_counted(settings):
+    trainer = AgentTrainer(settings)
+    trainer.agent.descend(trainer.agent.actor[0].weight.sum() * math.nan, 1.0)
+    assert trainer.agent.left_out == 1
+    json.dumps(dataclasses.asdict(AgentSettings()), allow_nan=False)
+    line = Update(1, 0, None, None, None, {"loss": math.nan, "gradient": math.inf}, 1).as_line()
+    assert json.loads(json.dumps(line, allow_nan=False)) == {**line, "loss": None, "gradient": None}
+
+
+def test_neighbouring_seeds_meet_other_worlds(settings):
+    seeds = [AgentTrainer(dataclasses.replace(settings, seed=seed)).agent.seed_of(torch.tensor(0)) for seed in (0, 1)]
+    assert abs(seeds[0] - seeds[1]) > settings.copies
+    assert max(seeds) < 2**31 <= VALIDATION_SEED < TEST_SEED
+
+
+def test_pruning_leaves_what_is_whole(settings, tmp_path):
+    checkpoints = AgentCheckpoints(tmp_path, keep=1)
+    (tmp_path / "step-000000900.unfinished").mkdir()
+    checkpoints.save(AgentTrainer(settings))
+    assert checkpoints.newest().name == "step-000000000"
+
+
 def test_an_evaluation_changes_nothing(settings):
     trainer, undisturbed = AgentTrainer(settings), AgentTrainer(settings)
     trainer.score(5, seed=3)
@@ -95,8 +160,30 @@ def test_a_test_may_be_in_a_world_of_other_options(settings):
         ({"steps": 0}, "steps: expected at least 1, got 0"),
         ({"memory": "lstmm"}, "did you mean 'lstm'"),
         ({"world": "TMazePasive"}, "did you mean 'TMazePassive'"),
+        ({"options": {"coridor": 3}}, "TMazePassive: .*coridor"),
+        ({"model": {"hiden_size": 3}}, "model: .*hiden_size"),
+        ({"algorithm": "a2c"}, "algorithm: expected one of"),
+        ({"world": "CartPole-v1", "options": {"render_mode": "human"}}, "CartPole-v1: .*pygame"),
     ],
 )
 def test_bad_settings(change, message):
     with pytest.raises(ValueError, match=message):
-        AgentTrainer(AgentSettings(**change))
+        AgentTrainer(AgentSettings(**change)).envs.reset()
+
+
+@pytest.mark.parametrize("wrong", [{"rollout": 0}, {"minibatches": 0}, {"learning_rate": 0}])
+def test_bad_settings_of_ppo(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
+        PPOSettings(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"batch_episodes": 0}, {"temperature": 0.0}])
+def test_bad_settings_of_sac(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
+        SACSettings(**wrong)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there(settings, device):
+    with pytest.raises(ValueError, match=f"device: expected cpu, or a GPU that torch finds, got '{device}'"):
+        AgentTrainer(settings, device)

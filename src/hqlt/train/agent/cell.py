@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,10 +11,12 @@ from typing import Any, Literal
 
 from hqlt.agent.ppo import PPOSettings
 from hqlt.agent.sac import SACSettings
+from hqlt.agent.settings import at_least
 from hqlt.evaluate import Score
+from hqlt.train.agent.checkpoints import AgentCheckpoints
 from hqlt.train.agent.run import keep_agent
 from hqlt.train.agent.settings import AgentSettings
-from hqlt.train.agent.trainer import AgentTrainer
+from hqlt.train.agent.trainer import AgentTrainer, Update, known
 from hqlt.train.fit import Fit, Progress
 from hqlt.train.grid import Cell, Event, Result
 
@@ -35,10 +38,12 @@ class AgentBudget:
     """Greedy episodes of a score, always the same."""
     test_episodes: int = 100
     """Others, played once by the agent that was best in the evaluations."""
-    along: dict[str, list[Any]] = field(default_factory=dict)
+    along: dict[str, list[int]] = field(default_factory=dict)
     """One argument of the world, and values of it at which the chosen agent is tested too: {distractor: [10, 100]}."""
 
     def __post_init__(self) -> None:
+        at_least(1, steps=self.steps, copies=self.copies, evaluations=self.evaluations)
+        at_least(1, episodes=self.episodes, test_episodes=self.test_episodes)
         if len(self.along) > 1:
             raise ValueError(f"along: expected at most one argument of the world, got {', '.join(self.along)}")
 
@@ -46,6 +51,8 @@ class AgentBudget:
 @dataclass(frozen=True, kw_only=True)
 class AgentCell(Cell):
     """config: arguments of `hqlt.agent.build_memory`, with its name as `memory`. Scores are shares of success."""
+
+    unit = "steps"
 
     budget: AgentBudget
 
@@ -73,31 +80,37 @@ class AgentCell(Cell):
         )
 
     def run(self, folder: Path, device: str = "cpu") -> Iterator[Event | Result]:
+        """Checkpoints are kept while it runs: a cell that was killed goes on from its last evaluation, exactly."""
         trainer = AgentTrainer(self.settings, device)
-        history: list[Progress] = []
-        begun = time.perf_counter()
+        checkpoints = AgentCheckpoints(folder / "checkpoints" / self.name, keep=1)
+        resumed = checkpoints.resume(trainer) or {"history": []}
+        history = [Progress(**told) for told in resumed["history"]]
+        begun = time.perf_counter() - (history[-1].seconds if history else 0.0)
         for told in trainer.updates():
-            loss = told.losses.get("loss", told.losses.get("critic", 0.0))
-            event = Event(
-                self,
-                Progress(
-                    step=told.step,
-                    loss=loss,
-                    gradient_norm=told.losses.get("gradient", 0.0),
-                    seconds=time.perf_counter() - begun,
-                    tokens=told.step,
-                    validation=told.evaluated_success,
-                ),
-            )
+            event = Event(self, progress_of(told, time.perf_counter() - begun))
             if event.kept:
                 history.append(event.progress)
+            if told.evaluated_return is not None:
+                checkpoints.save(trainer, history=[progress._asdict() for progress in history])
             yield event
         tested = trainer.test(self.budget.test_episodes).success
+        keep_agent(trainer, folder / "models" / self.name)
         curve = [
             (float(value), trainer.test(self.budget.test_episodes, **{name: value}).success)
             for name, values in self.budget.along.items()
             for value in values
         ]
-        keep_agent(trainer, folder / "models" / self.name)
+        shutil.rmtree(checkpoints.folder, ignore_errors=True)
         fit = Fit(trainer.best_step, Score("success", trainer.best_score[0], []), Score("success", tested, curve))
         yield Result(self, trainer.size, history[-1].seconds, fit, history)
+
+
+def progress_of(told: Update, seconds: float) -> Progress:
+    return Progress(
+        step=told.step,
+        loss=known(told.losses.get("loss", told.losses.get("critic", 0.0))) or 0.0,
+        gradient_norm=known(told.losses.get("gradient", 0.0)) or 0.0,
+        seconds=seconds,
+        tokens=told.step,
+        validation=told.evaluated_success,
+    )

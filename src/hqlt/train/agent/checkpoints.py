@@ -32,13 +32,19 @@ class AgentCheckpoints:
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
 
+    def whole(self) -> list[Path]:
+        """From the oldest to the newest."""
+        return sorted(path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
+
     def newest(self) -> Path | None:
         """None: there is none."""
-        found = sorted(path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
-        return found[-1] if found else None
+        return next(reversed(self.whole()), None)
 
-    def save(self, trainer: AgentTrainer) -> Path:
-        """Raises OSError where it could not be written: the checkpoints from before are untouched."""
+    def save(self, trainer: AgentTrainer, **told: Any) -> None:
+        """told: anything else, as JSON has it.
+
+        Raises OSError where it could not be written: the checkpoints from before are untouched.
+        """
         place = self.folder / f"step-{trainer.steps:09d}"
         unfinished = place.with_name(place.name + ".unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -47,19 +53,18 @@ class AgentCheckpoints:
             save_file(trainer.tensors(), unfinished / "agent.safetensors")
             if (arrays := trainer.arrays()) is not None:
                 save_arrays(arrays, unfinished / "replay.safetensors")
-            told = {**trainer.told(), "settings": fixed(trainer.settings)}
+            told = {**told, **trainer.told(), "settings": fixed(trainer.settings)}
             (unfinished / "trainer.json").write_text(json.dumps(told, indent=1))
         except (OSError, SafetensorError) as error:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise OSError(f"{place}: could not be written ({error}); checkpoints from before are whole") from error
         shutil.rmtree(place, ignore_errors=True)  # the same step, saved again
         os.replace(unfinished, place)
-        for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
+        for old in self.whole()[: -self.keep]:
             shutil.rmtree(old)
-        return place
 
-    def resume(self, trainer: AgentTrainer) -> int | None:
-        """Fill the trainer from the newest checkpoint → its steps; None: there is none.
+    def resume(self, trainer: AgentTrainer) -> dict[str, Any] | None:
+        """Fill the trainer from the newest checkpoint → what `save` was told; None: there is none.
 
         Raises ValueError where it is damaged, or belongs to another run.
         """
@@ -74,7 +79,7 @@ class AgentCheckpoints:
             arrays = load_arrays(replay) if replay.exists() else None
         except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(f"{place}: expected a whole checkpoint: {error}; {advice}") from error
-        ours, theirs = fixed(trainer.settings), told["settings"]
+        ours, theirs = fixed(trainer.settings), told.get("settings", {})
         for name in ours:
             if ours[name] != theirs.get(name):
                 raise ValueError(
@@ -83,9 +88,9 @@ class AgentCheckpoints:
                 )
         try:
             trainer.restore(tensors, arrays, told)
-        except (RuntimeError, KeyError, AssertionError) as error:
+        except (RuntimeError, KeyError, ValueError) as error:
             raise ValueError(f"{place}: expected a checkpoint of this agent: {error}; {advice}") from error
-        return trainer.steps
+        return dict(told)
 
 
 def fixed(settings: AgentSettings) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from hqlt._version import version
@@ -31,17 +32,18 @@ def run(settings: AgentSettings, folder: Path | None = None, device: str = "cpu"
     metrics.jsonl, checkpoints/, and at the end agent.safetensors (the best weights), results.json, curves.png, the
     film of an episode, README.md and report.html.
     """
+    leave_agent_report = needs_report()
     folder = folder or Path("runs") / f"{settings.world.replace('/', '-')}-{settings.memory}"
     console = Console(highlight=False, soft_wrap=True)
     trainer = AgentTrainer(settings, device)
     checkpoints = AgentCheckpoints(folder / "checkpoints", settings.keep)
-    step = checkpoints.resume(trainer) or 0
+    resumed = checkpoints.resume(trainer)
     folder.mkdir(parents=True, exist_ok=True)
     told = told_of(trainer, device)
     (folder / "config.json").write_text(json.dumps(told, indent=1))
     console.print(
         f"{settings.algorithm.upper()} in {settings.copies} × {settings.world}, {settings.memory} memory, "
-        f"{trainer.size:,} parameters → {folder}" + (f", going on after step {step:,}" if step else "")
+        f"{trainer.size:,} parameters → {folder}" + (f", going on after step {trainer.steps:,}" if resumed else "")
     )
     with stopping() as stopped:
         finished = follow(trainer, checkpoints, folder, stopped, console)
@@ -50,9 +52,7 @@ def run(settings: AgentSettings, folder: Path | None = None, device: str = "cpu"
         console.print(f"stopped; the same command goes on from {newest.name if newest else 'the beginning'}")
         sys.exit(128 + stopped[0])
     tested = trainer.test()
-    keep_agent(trainer, folder)
-    from hqlt.report.agent import leave_agent_report
-
+    keep_agent(trainer, folder, told)
     leave_agent_report(trainer, tested, folder, told, console)
 
 
@@ -89,6 +89,8 @@ def words_of(told: Update, speed: float) -> list[str]:
     words += [
         f"{name} {told.losses[name]:.3f}" for name in ("loss", "critic", "actor", "entropy") if name in told.losses
     ]
+    if told.left_out:
+        words.append(f"{told.left_out} updates left out")
     return [*words, f"{speed:,.0f} steps/s"]
 
 
@@ -114,13 +116,24 @@ def told_of(trainer: AgentTrainer, device: str) -> dict[str, Any]:
     }
 
 
-def keep_agent(trainer: AgentTrainer, folder: Path) -> None:
-    """Write what `load_agent` takes: the weights as they are, beside a config.json of the settings."""
+def needs_report() -> Any:
+    """`leave_agent_report`, looked for before hours are spent that it would be the end of."""
+    try:
+        from hqlt.report.agent import leave_agent_report
+    except ModuleNotFoundError as error:
+        raise ValueError(f"expected the package {error.name} for the report; pip install 'hqlt[report]'") from None
+    return leave_agent_report
+
+
+def keep_agent(trainer: AgentTrainer, folder: Path, told: dict[str, Any] | None = None) -> None:
+    """Write what `load_agent` takes: config.json with the settings, and the weights as they are, last and at once."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(trainer.agent.state_dict(), folder / WEIGHTS)
-    config = folder / "config.json"
-    if not config.exists():
-        config.write_text(json.dumps({"settings": dataclasses.asdict(trainer.settings)}, indent=1))
+    (folder / "config.json").write_text(
+        json.dumps(told or {"settings": dataclasses.asdict(trainer.settings)}, indent=1)
+    )
+    unfinished = folder / (WEIGHTS + ".unfinished")
+    save_file(trainer.agent.state_dict(), unfinished)
+    unfinished.replace(folder / WEIGHTS)
 
 
 def load_agent(folder: Path, device: str = "cpu") -> AgentTrainer:
@@ -136,7 +149,7 @@ def load_agent(folder: Path, device: str = "cpu") -> AgentTrainer:
         kept["sac"] = SACSettings(**kept["sac"] | {"heads": tuple(kept["sac"]["heads"])})
         trainer = AgentTrainer(AgentSettings(**kept), device)
         trainer.best = load_file(folder / WEIGHTS)
-    except (OSError, KeyError, TypeError) as error:
+        trainer.agent.load_state_dict(trainer.best)
+    except (OSError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder}: expected the folder of a finished `hqlt rl train`: {error}") from error
-    trainer.agent.load_state_dict(trainer.best)
     return trainer

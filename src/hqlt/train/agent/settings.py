@@ -8,6 +8,7 @@ from typing import Any, Literal
 from hqlt.agent.memory_model import MODELS
 from hqlt.agent.ppo import PPOSettings
 from hqlt.agent.sac import SACSettings
+from hqlt.agent.settings import at_least
 from hqlt.layer import one_of
 
 VALIDATION_SEED, TEST_SEED = 2**32, 2**33
@@ -39,14 +40,15 @@ class AgentSettings:
     seed: int = 0
     """Of weights, environments and actions."""
     evaluate_every: int = 20_000
-    """Steps from one evaluation, and checkpoint, to the next; there is one at the end in any case."""
+    """Steps from one evaluation, and checkpoint, to the next; there is one at the end in any case. PPO's episodes end
+    there: take much more than copies × the longest episode."""
     episodes: int = 20
     """Greedy episodes of an evaluation, always the same; as many others are played once, at the end."""
     keep: int = 2
     """How many checkpoints stay, the newest."""
 
     def __post_init__(self) -> None:
-        for name in ("copies", "steps", "evaluate_every", "episodes", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        at_least(1, copies=self.copies, steps=self.steps, evaluate_every=self.evaluate_every)
+        at_least(1, episodes=self.episodes, keep=self.keep)
         one_of("memory", self.memory, MODELS)
+        one_of("algorithm", self.algorithm, ("ppo", "sac"))

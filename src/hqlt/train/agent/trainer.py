@@ -6,7 +6,9 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import gymnasium
 import torch
+from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -33,6 +35,8 @@ class Update(NamedTuple):
     """None also where the environment does not tell."""
     losses: dict[str, float]
     """Means over the updates since the last time, "gradient" being the norm; empty: there were none."""
+    left_out: int
+    """Updates left out so far, because a gradient was not finite."""
     evaluated_return: float | None = None
     """Of greedy episodes, where they were played."""
     evaluated_success: float | None = None
@@ -40,7 +44,8 @@ class Update(NamedTuple):
     def as_line(self) -> dict[str, Any]:
         """Flat, for metrics.jsonl and trackers."""
         told = self._asdict()
-        return {**{name: value for name, value in told.items() if name != "losses"}, **told["losses"]}
+        losses = {name: known(loss) for name, loss in told.pop("losses").items()}
+        return told | losses
 
 
 class AgentTrainer:
@@ -55,14 +60,21 @@ class AgentTrainer:
 
     def __init__(self, settings: AgentSettings, device: torch.device | str = "cpu") -> None:
         self.settings = settings
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device: expected cpu, or a GPU that torch finds, got {device!r}: {error}") from None
         torch.manual_seed(settings.seed)
-        self.envs = make_worlds(settings.world, settings.copies, settings.seed, **settings.options)
-        memory = build_memory(settings.memory, **settings.model)
+        self.envs = self.worlds(settings.copies, settings.seed)
+        try:
+            memory = build_memory(settings.memory, **settings.model)
+        except TypeError as error:
+            raise ValueError(f"model: {error}") from None
         if settings.algorithm == "ppo":
             self.agent: Agent = PPO(self.envs, memory, settings.ppo, seed=settings.seed)
         else:
             self.agent = SAC(self.envs, memory, settings.sac, seed=settings.seed)
-        self.agent.to(device)
+        torch.nn.Module.to(self.agent, device)
         self.size = sum(parameter.numel() for parameter in self.agent.parameters())
         self.best: dict[str, Tensor] = {}
         """Weights of the best evaluation so far."""
@@ -82,10 +94,16 @@ class AgentTrainer:
         settings = self.settings
         while not self.finished:
             until = (self.steps // settings.evaluate_every + 1) * settings.evaluate_every
-            until = min(until, settings.steps)
+            until, ended = min(until, settings.steps), 0
             for progress in self.agent.train_in(self.envs, until):
-                told = update_of(progress)
+                told = update_of(progress, int(self.agent.left_out))
+                ended += told.episodes
                 if progress.steps >= until:
+                    if not ended:
+                        raise ValueError(
+                            f"evaluate_every: expected more than {settings.copies} copies × the longest episode, so "
+                            f"that episodes end, got {settings.evaluate_every}: by step {progress.steps} none had"
+                        )
                     scored = self.score(settings.episodes, VALIDATION_SEED)
                     self.keep_the_best(scored)
                     told = told._replace(evaluated_return=scored.mean_return, evaluated_success=known(scored.success))
@@ -93,9 +111,17 @@ class AgentTrainer:
 
     def score(self, episodes: int, seed: int, **options: Any) -> Evaluation:
         """Greedy episodes in the same world, or in one with other options."""
-        settings = self.settings
-        envs = make_worlds(settings.world, min(episodes, 64), seed, **{**settings.options, **options})
-        return evaluate(self.agent, envs, episodes, seed=seed)
+        return evaluate(self.agent, self.worlds(min(episodes, 64), seed, **options), episodes, seed=seed)
+
+    def worlds(self, copies: int, seed: int, **options: Any) -> VectorEnv:
+        """The settings' world, with other options where given.
+
+        Raises ValueError for options that it does not take, and where something that it needs is not installed.
+        """
+        try:
+            return make_worlds(self.settings.world, copies, seed, **{**self.settings.options, **options})
+        except (TypeError, gymnasium.error.Error) as error:
+            raise ValueError(f"{self.settings.world}: {error}") from None
 
     def keep_the_best(self, scored: Evaluation) -> None:
         """By success, then by return; the later of equals, which has learned for longer."""
@@ -106,6 +132,8 @@ class AgentTrainer:
 
     def test(self, episodes: int | None = None, **options: Any) -> Evaluation:
         """Episodes that were never scored before, by the best weights, which are loaded for it."""
+        if not self.best:  # stopped before the first evaluation, and not to go on
+            self.keep_the_best(self.score(self.settings.episodes, VALIDATION_SEED))
         self.agent.load_state_dict(self.best)
         return self.score(episodes or self.settings.episodes, TEST_SEED, **options)
 
@@ -125,7 +153,8 @@ class AgentTrainer:
     ) -> None:
         self.agent.restore({name: tensor for name, tensor in tensors.items() if not name.startswith(BEST)})
         if isinstance(self.agent, SAC):
-            assert arrays is not None
+            if arrays is None:
+                raise ValueError("expected the replay, found none")
             self.agent.replay.load_state_dict(arrays)
         if told["best_score"] is not None:
             success, mean_return = told["best_score"]
@@ -133,7 +162,7 @@ class AgentTrainer:
             self.best = {name.removeprefix(BEST): t for name, t in tensors.items() if name.startswith(BEST)}
 
 
-def update_of(progress: Progress) -> Update:
+def update_of(progress: Progress, left_out: int) -> Update:
     played = progress.played
     return Update(
         progress.steps,
@@ -142,9 +171,10 @@ def update_of(progress: Progress) -> Update:
         known(played.mean_length),
         known(played.success),
         progress.losses,
+        left_out,
     )
 
 
 def known(number: float) -> float | None:
-    """None in place of NaN, which JSON does not have."""
-    return None if math.isnan(number) else number
+    """None in place of NaN and infinities, which JSON does not have."""
+    return number if math.isfinite(number) else None
