@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -161,3 +162,12 @@ def test_without_gymnasium_the_other_commands_work(command, said):
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert said in process.stdout + process.stderr
     assert "Traceback" not in process.stderr
+
+
+def test_the_setting_in_configs_is_read(tmp_path):
+    config = Path(__file__).parents[3] / "configs" / "visual-match.yaml"
+    main(["rl", "train", f"--config={config}", "--steps=5000", f"--folder={tmp_path}"])
+    settings = json.loads((tmp_path / "config.json").read_text())["settings"]
+    assert (settings["world"], settings["options"]["distractor"], settings["ppo"]["rollout"]) == ("VisualMatch", 60, 81)
+    assert settings["ppo"]["standardise"] is False
+    assert settings["ppo"]["trace"] == 0.95
