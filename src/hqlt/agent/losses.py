@@ -108,10 +108,15 @@ def generalised_advantages(
         return advantages
 
 
+def centred(x: PerStep, mask: PerStep) -> PerStep:
+    """x − mean, over the steps played."""
+    return x - masked_mean(x, mask)
+
+
 def standardised(x: PerStep, mask: PerStep) -> PerStep:
     """(x − mean) / (standard deviation + 1e-8), both over the steps played."""
-    mean = masked_mean(x, mask)
-    return (x - mean) / (masked_mean((x - mean) ** 2, mask).sqrt() + 1e-8)
+    x = centred(x, mask)
+    return x / (masked_mean(x**2, mask).sqrt() + 1e-8)
 
 
 def clipped_policy_loss(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from gymnasium.vector import VectorEnv
@@ -14,6 +15,7 @@ from hqlt.agent.collect import Evaluation
 from hqlt.agent.core import Inputs, mlp
 from hqlt.agent.encoder import Encoder
 from hqlt.agent.losses import (
+    centred,
     clipped_policy_loss,
     entropy,
     generalised_advantages,
@@ -25,6 +27,7 @@ from hqlt.agent.losses import (
 from hqlt.agent.memory_model import MemoryModel, State
 from hqlt.agent.rollout import Collector, Rollout
 from hqlt.agent.settings import above, at_least
+from hqlt.layer import one_of
 from hqlt.shapes import Hidden
 
 
@@ -38,9 +41,10 @@ class PPOSettings:
     """γ."""
     trace: float = 0.95
     """λ of the advantages."""
-    standardise: bool = True
-    """Whether a minibatch's advantages get mean 0 and standard deviation 1. Those of a policy that has settled are
-    noise, which this makes as loud as what it learned from: where rewards are of the order of 1, better not."""
+    advantages: Literal["raw", "centred", "standardised"] = "standardised"
+    """What a minibatch's advantages become: as they are, less their mean, or with standard deviation 1 as well. Those of
+    a policy that has settled are noise, which the last makes as loud as what it learned from: where rewards are of the
+    order of 1, better not."""
     clip_ratio: float = 0.2
     """ε: how far the policy may go from the one that played before its gain is cut off."""
     entropy_weight: float = 0.01
@@ -59,6 +63,7 @@ class PPOSettings:
     """Greatest norm of a gradient; a longer one is shortened to it. None: there is none."""
 
     def __post_init__(self) -> None:
+        one_of("advantages", self.advantages, ("raw", "centred", "standardised"))
         at_least(1, rollout=self.rollout, epochs=self.epochs, minibatches=self.minibatches)
         above(0, learning_rate=self.learning_rate, clip_ratio=self.clip_ratio)
 
@@ -135,8 +140,9 @@ class PPO(Agent):
         settings, mask = self.settings, rollout.mask
         logits, values = self.judged(rollout)
         log_pi = of_action(logits.log_softmax(dim=-1), rollout.actions)
-        gains = standardised(advantages, mask) if settings.standardise else advantages
-        policy = clipped_policy_loss(log_pi, log_pi_before, gains, settings.clip_ratio, mask)
+        if settings.advantages != "raw":
+            advantages = (centred if settings.advantages == "centred" else standardised)(advantages, mask)
+        policy = clipped_policy_loss(log_pi, log_pi_before, advantages, settings.clip_ratio, mask)
         value, spread = value_loss(values, returns, mask), masked_mean(entropy(logits), mask)
         loss = policy + settings.value_weight * value - settings.entropy_weight * spread
         return {"loss": loss, "policy": policy, "value": value, "entropy": spread}

@@ -169,5 +169,5 @@ def test_the_setting_in_configs_is_read(tmp_path):
     main(["rl", "train", f"--config={config}", "--steps=5000", f"--folder={tmp_path}"])
     settings = json.loads((tmp_path / "config.json").read_text())["settings"]
     assert (settings["world"], settings["options"]["distractor"], settings["ppo"]["rollout"]) == ("VisualMatch", 60, 81)
-    assert settings["ppo"]["standardise"] is False
+    assert settings["ppo"]["advantages"] == "raw"
     assert settings["ppo"]["trace"] == 0.95

@@ -171,7 +171,7 @@ def test_bad_settings(change, message):
         AgentTrainer(AgentSettings(**change)).envs.reset()
 
 
-@pytest.mark.parametrize("wrong", [{"rollout": 0}, {"minibatches": 0}, {"learning_rate": 0}])
+@pytest.mark.parametrize("wrong", [{"rollout": 0}, {"advantages": "scaled"}, {"minibatches": 0}, {"learning_rate": 0}])
 def test_bad_settings_of_ppo(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
         PPOSettings(**wrong)

@@ -29,7 +29,7 @@ class AgentSettings:
     """Arguments of hqlt.agent.build_memory: --model.window=16."""
     algorithm: Literal["ppo", "sac"] = "ppo"
     """ppo for many copies, sac for few and for all that can be learned from an episode."""
-    ppo: PPOSettings = field(default_factory=lambda: PPOSettings(learning_rate=5e-4, rollout=64, standardise=False))
+    ppo: PPOSettings = field(default_factory=lambda: PPOSettings(learning_rate=5e-4, rollout=64, advantages="centred"))
     """If algorithm is ppo: --ppo.rollout=128."""
     sac: SACSettings = field(default_factory=lambda: SACSettings(batch_episodes=16))
     """If algorithm is sac: --sac.temperature=0.05."""
