@@ -92,6 +92,7 @@ def test_standardised_and_value_loss():
     mask = torch.tensor([[YES, YES, NO]])
     got = losses.standardised(tensor([1.0, 3.0, math.nan]), mask)
     torch.testing.assert_close(got[:, :2], tensor([-1.0, 1.0]))
+    torch.testing.assert_close(losses.centred(tensor([1.0, 3.0, math.nan]), mask)[:, :2], tensor([-1.0, 1.0]))
     close(losses.value_loss(tensor([1.0, 3.0, 5.0]), tensor([2.0, 3.0, 0.0]), mask), 0.25)
 
 

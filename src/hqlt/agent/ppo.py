@@ -42,9 +42,9 @@ class PPOSettings:
     trace: float = 0.95
     """λ of the advantages."""
     advantages: Literal["raw", "centred", "standardised"] = "standardised"
-    """What a minibatch's advantages become: as they are, less their mean, or with standard deviation 1 as well. Those of
-    a policy that has settled are noise, which the last makes as loud as what it learned from: where rewards are of the
-    order of 1, better not."""
+    """What a minibatch's advantages become: as they are, less their mean, or with standard deviation 1 as well. Those
+    of a policy that has settled are noise, which the last makes as loud as what it learned from: where rewards are of
+    the order of 1, better not."""
     clip_ratio: float = 0.2
     """ε: how far the policy may go from the one that played before its gain is cut off."""
     entropy_weight: float = 0.01
