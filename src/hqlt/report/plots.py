@@ -28,7 +28,10 @@ COLOURS = {
     "Synchronous": "#c0392b",
     "LSTM": "#00441b",
 }
-OTHERS = ("#1f77b4", "#8c564b", "#e377c2", "#17becf", "#9acd32", "#000080", "#ff7f0e", "#2e8b57")
+OTHERS = (
+    "#1f77b4", "#8c564b", "#e377c2", "#17becf", "#9acd32", "#000080", "#ff7f0e", "#2e8b57", "#ff0000", "#b8860b",
+    "#9400d3", "#000000", "#87ceeb", "#fa8072", "#006400", "#cd5c5c",
+)  # fmt: skip
 """Colours of models that have none of their own, in the order in which they come."""
 TITLES = {
     "parity": "State tracking: parity",
@@ -41,6 +44,8 @@ METRICS = {
     "bits": "bits per byte",
     "success": "success",
 }
+WIDTH = 4.6
+"""Of a panel, in inches."""
 COLUMNS = 4
 """Experiments side by side."""
 
@@ -54,8 +59,10 @@ def figure_of(results: Sequence[Result]) -> Figure:
     models = list(dict.fromkeys(result.cell.model for result in results))
     colours = dict(zip([model for model in models if model not in COLOURS], itertools.cycle(OTHERS), strict=False))
     columns, rows = min(len(experiments), COLUMNS), math.ceil(len(experiments) / COLUMNS)
+    beside = max(int(WIDTH * columns / (0.08 * max(map(len, models)) + 0.6)), 1)  # inches of text, of line and gap
+    height = 6.2 * rows + 0.22 * math.ceil(len(models) / beside)
     figure, panels = pyplot.subplots(
-        2 * rows, columns, figsize=(4.6 * columns, 6.6 * rows), squeeze=False, layout="constrained"
+        2 * rows, columns, figsize=(WIDTH * columns, height), squeeze=False, layout="constrained"
     )
     for axes in panels.flat:
         axes.set_axis_off()
@@ -71,9 +78,7 @@ def figure_of(results: Sequence[Result]) -> Figure:
         label_panels(top, bottom, of_experiment[0])
     drawn = [axes.get_legend_handles_labels() for axes in panels.flat]
     once = {label: handle for handles, labels in drawn for handle, label in zip(handles, labels, strict=True)}
-    figure.legend(
-        once.values(), once.keys(), loc="outside lower center", ncols=min(len(once), 2 * columns), frameon=False
-    )
+    figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=beside, frameon=False)
     return figure
 
 

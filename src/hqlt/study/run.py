@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import platform
+import shlex
 import shutil
 import sys
 import time
@@ -68,7 +69,7 @@ def run_study(
 
 def settings_of(cells: Sequence[Cell], workers: int, device: str) -> dict[str, Any]:
     return {
-        "command": "hqlt " + " ".join(sys.argv[1:]),
+        "command": shlex.join(["hqlt", *sys.argv[1:]]),
         "workers": workers,
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
         "hqlt": version,

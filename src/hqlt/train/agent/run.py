@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -106,7 +107,7 @@ def news_of(told: Update) -> str | None:
 def told_of(trainer: AgentTrainer, device: str) -> dict[str, Any]:
     """What made this run, as JSON."""
     return {
-        "command": "hqlt " + " ".join(sys.argv[1:]),
+        "command": shlex.join(["hqlt", *sys.argv[1:]]),
         "settings": dataclasses.asdict(trainer.settings),
         "parameters": trainer.size,
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",

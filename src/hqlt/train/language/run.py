@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -144,7 +145,7 @@ def told_of(settings: TrainSettings, config: HQLTConfig, trainer: Trainer) -> di
 
     files = trainer.splits["train"]
     return {
-        "command": "hqlt " + " ".join(sys.argv[1:]),
+        "command": shlex.join(["hqlt", *sys.argv[1:]]),
         "settings": dataclasses.asdict(settings),
         "model": config.to_diff_dict(),
         "parameters": trainer.size,
