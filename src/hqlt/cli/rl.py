@@ -62,7 +62,7 @@ def play(
             film.mkdir(parents=True, exist_ok=True)
             episode.leave_film(episode.film(trainer, seed), film)
             console.print(f"film: {film}")
-    except (ValueError, OSError, ImportError, TypeError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise SystemExit(str(error)) from None
 
 

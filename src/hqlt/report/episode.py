@@ -18,10 +18,8 @@ from PIL import Image
 
 from hqlt.agent.collect import Player
 from hqlt.agent.episode import Batch, Episode
-from hqlt.agent.worlds import make_worlds
 from hqlt.report.plots import save
 from hqlt.report.shares import Shares, shares_during
-from hqlt.train.agent.settings import AgentSettings
 from hqlt.train.agent.trainer import AgentTrainer
 
 Frame = NDArray[np.uint8]
@@ -50,8 +48,8 @@ class Film(NamedTuple):
 
 def film(trainer: AgentTrainer, seed: int) -> Film:
     """Play one greedy episode."""
-    settings, agent = trainer.settings, trainer.agent
-    envs, visible = world_to_film(settings, seed)
+    agent = trainer.agent
+    envs, visible = world_to_film(trainer, seed)
     player = Player(envs, agent, seed)
     seen, actions, rewards, frames = [], [], [], []
     ended, success, terminated = False, float("nan"), False
@@ -71,13 +69,13 @@ def film(trainer: AgentTrainer, seed: int) -> Film:
     return Film(frames, episode.rewards, shares_of(trainer, episode), success)
 
 
-def world_to_film(settings: AgentSettings, seed: int) -> tuple[VectorEnv, bool]:
+def world_to_film(trainer: AgentTrainer, seed: int) -> tuple[VectorEnv, bool]:
     """One copy, and whether it can be seen: environments have many ways to say that they cannot."""
     with contextlib.suppress(Exception):
-        envs = make_worlds(settings.world, 1, seed, render_mode="rgb_array", **settings.options)
+        envs = trainer.worlds(1, seed, render_mode="rgb_array")
         frame_of(envs)
         return envs, True
-    return make_worlds(settings.world, 1, seed, **settings.options), False
+    return trainer.worlds(1, seed), False
 
 
 def frame_of(envs: VectorEnv) -> Frame:

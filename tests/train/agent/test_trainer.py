@@ -100,6 +100,15 @@ def test_where_no_episode_can_end_before_an_evaluation_it_says_so():
         list(AgentTrainer(settings).updates())
 
 
+def test_a_last_stretch_too_short_for_an_episode_is_no_mistake():
+    ppo = PPOSettings(rollout=8)
+    settings = AgentSettings(
+        world="KeyToDoor", options={"distractor": 5}, model={"hidden_size": 8}, copies=2, ppo=ppo, steps=110,
+        evaluate_every=100, episodes=1,
+    )  # fmt: skip
+    assert list(AgentTrainer(settings).updates())[-1].evaluated_return is not None
+
+
 def test_a_run_goes_on_exactly_where_episodes_are_cut(tmp_path):
     """In a world with more to begin anew than a place: apples that were eaten come back."""
     options, model = {"explore": 3, "distractor": 30, "reward": 4}, {"hidden_size": 8, "num_layers": 1, "window": 2}

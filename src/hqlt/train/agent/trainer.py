@@ -91,15 +91,15 @@ class AgentTrainer:
 
     def updates(self) -> Iterator[Update]:
         """Train until the settings' steps are done; an evaluation ends each stretch of `evaluate_every` steps."""
-        settings = self.settings
+        settings, ended = self.settings, 0
         while not self.finished:
             until = (self.steps // settings.evaluate_every + 1) * settings.evaluate_every
-            until, ended = min(until, settings.steps), 0
+            until = min(until, settings.steps)
             for progress in self.agent.train_in(self.envs, until):
                 told = update_of(progress, int(self.agent.left_out))
                 ended += told.episodes
                 if progress.steps >= until:
-                    if not ended:
+                    if not ended and until < settings.steps:  # the last stretch may be short
                         raise ValueError(
                             f"evaluate_every: expected more than {settings.copies} copies × the longest episode, so "
                             f"that episodes end, got {settings.evaluate_every}: by step {progress.steps} none had"
