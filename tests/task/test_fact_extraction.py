@@ -19,6 +19,8 @@ def test_the_answer_is_what_the_passage_says_last_of_the_name(split):
         name = re.fullmatch(rb"([\w.]+) = ", question)[1]
         told = [match for match in FACT.finditer(passage + b"\n") if match[1] == name]
         assert told[-1][2] + b"\n" == answer
+        again = rb"^[ \t]*" + re.escape(name) + rb"[ \t]*(:[^\n=]*)?([-+*/|&^%@]|//|<<|>>|\*\*)?=[^=]"
+        assert not re.search(again, passage[told[-1].end(2) :], re.MULTILINE)
         assert len(passage) - told[-1].end(2) == distance < 300
         assert len(passage) <= 300
         assert bytes(inputs[asked[1:]].tolist()) == answer[:-1]

@@ -17,6 +17,8 @@ from hqlt.task.text import files_of
 
 FACT = re.compile(rb"^[ \t]*([A-Za-z_][A-Za-z0-9_.]*) = ([^\n#]{4,24})\n", re.MULTILINE)
 """A line that gives a name a value of 4 to 24 bytes."""
+GIVEN = re.compile(rb"^[ \t]*([A-Za-z_][A-Za-z0-9_.]*)[ \t]*(?::[^\n=]*)?[-+*/|&^%@<>]{0,2}=(?!=)", re.MULTILINE)
+"""A line that gives a name any value, or changes the one it has."""
 RARE = 3
 """A value that the split gives more often could be guessed without the passage."""
 
@@ -31,7 +33,7 @@ class Facts(NamedTuple):
     end: NDArray[np.int64]
     """Behind the value, where the line ends."""
     until: NDArray[np.int64]
-    """Where the file ends, or the name is given a value again: the question may not come later."""
+    """Where the file ends, or a line gives the name another value: the question may not come later."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +45,9 @@ class FactExtraction:
         answer      0.5*scale\n
 
     The line stands `distance` bytes before the question, uniform in 1 … `length`; its value is rare in the library, and
-    between it and the question the name is given no other. An answer counts if every byte of it is right, as a greedy
-    continuation would have it: SWDE and FDA are scored like this, by whether the answer is contained in it. Files of a
-    split are those of `text`.
+    between it and the question no line gives the name another. An answer counts if every byte of it is right, as a
+    greedy continuation would have it: SWDE and FDA are scored like this, by whether the answer is contained in it.
+    Files of a split are those of `text`.
 
     Source: after Arora et al. 2024, "Simple linear attention language models balance the recall-throughput tradeoff",
     section 3 and appendix; the paper's table of recall.
@@ -98,18 +100,21 @@ def facts_of(split: Split) -> Facts:
     text, begins = files_of(split)
     source = text.numpy().tobytes()
     starts = begins.nonzero()[:, 0].numpy()
+    ends = np.append(starts[1:], len(source))
     found = list(FACT.finditer(source))
     times = collections.Counter(match[2] for match in found)
-    name, value, end = (np.array([place(match) for match in found]) for place in PLACES)
+    facts = [match for match in found if times[match[2]] <= RARE]
+    name, value, end = (np.array([place(match) for match in facts]) for place in PLACES)
     file = np.searchsorted(starts, name, side="right") - 1
-    until = np.append(starts, len(source))[file + 1].copy()
+    given = list(GIVEN.finditer(source))
+    files = np.searchsorted(starts, [match.start(1) for match in given], side="right") - 1
+    given_again: dict[int, int] = {}
     following: dict[tuple[int, bytes], int] = {}
-    for i in reversed(range(len(found))):
-        key = int(file[i]), found[i][1]
-        until[i] = following.get(key, until[i])
-        following[key] = int(name[i])
-    rare = np.array([times[match[2]] <= RARE for match in found])
-    return Facts(*(part[rare] for part in (starts[file], name, value, end, until)))
+    for match, of in zip(reversed(given), reversed(files.tolist()), strict=True):
+        given_again[match.start(1)] = following.get((of, match[1]), int(ends[of]))
+        following[of, match[1]] = match.start(1)
+    until = np.array([given_again[place] for place in name.tolist()])
+    return Facts(starts[file], name, value, end, until)
 
 
 PLACES = (lambda match: match.start(1), lambda match: match.start(2), lambda match: match.end(2))
