@@ -33,12 +33,17 @@ def test_training_may_score_every_byte():
         assert torch.equal(targets[: scored - 1], inputs[1:scored])
 
 
-def test_facts_are_rare_and_many():
-    facts = facts_of("train")
-    assert len(facts.name) > 3000
-    source = files_of("train")[0].numpy().tobytes()
-    value = source[facts.value[0] : facts.end[0]]
-    assert len(re.findall(rb"^[ \t]*[A-Za-z_][\w.]* = " + re.escape(value) + rb"\n", source, re.MULTILINE)) <= 3
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_facts_are_many_and_told_nowhere_else(split):
+    facts = facts_of(split)
+    assert len(facts.name) > {"train": 3000, "validation": 200, "test": 200}[split]
+    library = b"\n".join(files_of(each)[0].numpy().tobytes() for each in ("train", "validation", "test"))
+    source = files_of(split)[0].numpy().tobytes()
+    for i in range(0, len(facts.name), len(facts.name) // 20):
+        name, value = source[facts.name[i] : facts.value[i] - 3], source[facts.value[i] : facts.end[i]]
+        assert name.split(b".")[-1] != value
+        told = re.findall(rb"^[ \t]*[A-Za-z_][\w.]* = " + re.escape(value) + rb"\n", library, re.MULTILINE)
+        assert len(told) == 1
 
 
 @pytest.mark.parametrize("wrong", [{"length": 10}, {"labels": "none"}])

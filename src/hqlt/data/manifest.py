@@ -10,13 +10,12 @@ from typing import Any
 
 from hqlt.data.shard import Shard, write_whole
 from hqlt.data.tokenizer import Tokenizer
-from hqlt.task.task import Split
+from hqlt.task.task import SPLITS
 
 FORMAT = "hqlt-tokens-1"
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
 """In the manifest's place while the folder is not whole: the shards so far, and where the source is to go on."""
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hqlt.data.holdout import Holdout
-from hqlt.data.manifest import MANIFEST, PROGRESS, SPLITS, Manifest, read_manifest
+from hqlt.data.manifest import MANIFEST, PROGRESS, Manifest, read_manifest
 from hqlt.data.parts import Part, parts_of
 from hqlt.data.shard import UNFINISHED, ShardWriter, sync_folder, told_if_not_written
 from hqlt.data.source import Source
 from hqlt.data.tokenizer import Tokenizer, load_tokenizer
+from hqlt.task.task import SPLITS
 
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 1024, 1 << 22
 """A batch of texts for the tokenizer ends at whichever comes first."""

@@ -12,15 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hqlt.task.task import IGNORE, Batch, Split
+from hqlt.task.task import IGNORE, SPLITS, Batch, Split
 from hqlt.task.text import files_of
 
 FACT = re.compile(rb"^[ \t]*([A-Za-z_][A-Za-z0-9_.]*) = ([^\n#]{4,24})\n", re.MULTILINE)
 """A line that gives a name a value of 4 to 24 bytes."""
 GIVEN = re.compile(rb"^[ \t]*([A-Za-z_][A-Za-z0-9_.]*)[ \t]*(?::[^\n=]*)?[-+*/|&^%@<>]{0,2}=(?!=)", re.MULTILINE)
 """A line that gives a name any value, or changes the one it has."""
-RARE = 3
-"""A value that the split gives more often could be guessed without the passage."""
 
 
 class Facts(NamedTuple):
@@ -44,10 +42,11 @@ class FactExtraction:
         question    \nwidth =
         answer      0.5*scale\n
 
-    The line stands `distance` bytes before the question, uniform in 1 … `length`; its value is rare in the library, and
-    between it and the question no line gives the name another. An answer counts if every byte of it is right, as a
-    greedy continuation would have it: SWDE and FDA are scored like this, by whether the answer is contained in it.
-    Files of a split are those of `text`.
+    The line stands `distance` bytes before the question, 1 … `length` − 1, drawn uniformly and drawn again where the
+    file is too short or a line between gives the name another value. No other line of the library gives any name the
+    same value, and it is not the name's own (`self.month = month`), so that nothing but the passage tells it. An answer
+    counts if every byte of it is right, as a greedy continuation would have it: SWDE and FDA are scored like this, by
+    whether the answer is contained in it. Files of a split are those of `text`.
 
     Source: after Arora et al. 2024, "Simple linear attention language models balance the recall-throughput tradeoff",
     section 3 and appendix; the paper's table of recall.
@@ -96,14 +95,13 @@ class FactExtraction:
 
 @functools.cache
 def facts_of(split: Split) -> Facts:
-    """All facts of a split's files whose values are rare."""
+    """All facts of a split's files that cannot be known but from the passage."""
     text, begins = files_of(split)
     source = text.numpy().tobytes()
     starts = begins.nonzero()[:, 0].numpy()
     ends = np.append(starts[1:], len(source))
-    found = list(FACT.finditer(source))
-    times = collections.Counter(match[2] for match in found)
-    facts = [match for match in found if times[match[2]] <= RARE]
+    times = values_of_library()
+    facts = [m for m in FACT.finditer(source) if times[m[2]] == 1 and m[2] != m[1].rpartition(b".")[2]]
     name, value, end = (np.array([place(match) for match in facts]) for place in PLACES)
     file = np.searchsorted(starts, name, side="right") - 1
     given = list(GIVEN.finditer(source))
@@ -115,6 +113,13 @@ def facts_of(split: Split) -> Facts:
         following[of, match[1]] = match.start(1)
     until = np.array([given_again[place] for place in name.tolist()])
     return Facts(starts[file], name, value, end, until)
+
+
+@functools.cache
+def values_of_library() -> collections.Counter[bytes]:
+    """How often each value is given, in all splits."""
+    sources = (files_of(split)[0].numpy().tobytes() for split in SPLITS)
+    return collections.Counter(match[2] for source in sources for match in FACT.finditer(source))
 
 
 PLACES = (lambda match: match.start(1), lambda match: match.start(2), lambda match: match.end(2))

@@ -11,6 +11,7 @@ from torch import Tensor
 from hqlt.shapes import Resets
 
 Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 IGNORE = -100
 """The target of a token that is not scored."""

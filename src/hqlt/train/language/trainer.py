@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from hqlt.data import Stream, TokenFiles, Windows
-from hqlt.data.manifest import SPLITS
 from hqlt.memory import MemoryState
 from hqlt.model import HQLTCache, HQLTConfig, HQLTForCausalLM
-from hqlt.task.task import IGNORE, Batch, Split
+from hqlt.task.task import IGNORE, SPLITS, Batch, Split
 from hqlt.train.fit import parameter_groups
 from hqlt.train.language.checkpoints import Checkpoints, load_into, read_told
 from hqlt.train.language.ranks import Ranks, spread, without_communication
