@@ -54,6 +54,8 @@ def test_mistakes_end_with_one_line(tmp_path, capsys):
         (["data", "check", str(tmp_path)], "expected a folder written by `hqlt data prepare`"),
         (["tokenizer", "train", lines, "--vocabulary=12"], "vocabulary: expected at least 257"),
         (["data", "prepare", lines, f"--folder={lines}"], "could not be written: File exists"),
+        (["data", "prepare", lines, "--separator="], "separator: expected none, as .* leave out --separator"),
+        (["tokenizer", "train", lines, "--out=/proc/nothing/here"], "/proc/nothing: No such file"),
     ):
         with pytest.raises(SystemExit, match=message):
             main(wrong)

@@ -210,7 +210,7 @@ def test_two_at_once_are_refused(tmp_path, request, bpe):
     while not (tmp_path / "d" / "progress.json").exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    with pytest.raises(ValueError, match="another process is preparing data there"):
+    with pytest.raises(ValueError, match="another process is at work there"):
         prepare(lines, tmp_path / "d")
 
 

@@ -118,6 +118,41 @@ def test_half_a_character_in_json_is_replaced(tmp_path):
     assert list(JsonLines([tmp_path / "a.jsonl"], tmp_path)) == ["a\N{REPLACEMENT CHARACTER}", "🙂"]
 
 
+def test_null_is_an_empty_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": null}\n{"text": "a"}\n')
+    assert list(JsonLines([tmp_path / "a.jsonl"], tmp_path)) == ["", "a"]
+
+
+@pytest.mark.parametrize(
+    ("source", "options"),
+    [
+        ("python-library", {"text_field": "text"}),
+        ("a.txt", {"text_field": "body"}),
+        ("a.txt", {"pattern": "*.txt"}),
+        ("a.jsonl", {"separator": ""}),
+        ("", {"split": "validation"}),
+        ("owner/name", {"separator": ""}),
+    ],
+)
+def test_an_option_that_the_source_has_no_use_for_is_refused(source, options, tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    write_lines(tmp_path / "a.jsonl", ["a"])
+    local = source in ("", "a.txt", "a.jsonl")
+    if not source:
+        (tmp_path / "a.jsonl").unlink()
+    (name,) = options
+    with pytest.raises(ValueError, match=f"{name}: expected none, as .* has no use for it"):
+        parts_of(tmp_path / source if local else source, **options)
+
+
+def test_an_option_for_the_held_out_files_alone_is_used(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    lines = tmp_path / "b.jsonl"
+    lines.write_text('{"body": "b"}\n')
+    _, held_out = parts_of(tmp_path / "a.txt", text_field="body", validation=lines, test_share=0)
+    assert list(held_out.source) == ["b"]
+
+
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
@@ -133,6 +168,7 @@ def test_half_a_character_in_json_is_replaced(tmp_path):
         ),
         ("a.jsonl.gz", b"no gzip at all", r"a\.jsonl\.gz: expected a whole gzip file, got"),
         ("a.txt", b"caf\xe9", r"a\.txt: expected text in UTF-8, got .* convert it first"),
+        ("a.json", b'{"text": "a"}', r"a\.json: expected text or one of \.txt.*turn it into JSON lines"),
         ("a.parquet", b"PAR1 or not", r"a\.parquet: expected a whole Parquet file, got"),
     ],
 )

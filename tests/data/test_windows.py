@@ -129,6 +129,18 @@ def test_mistakes_are_told(files):
         Stream(files, len(files), 1)
 
 
+def test_a_damaged_file_of_the_right_size_is_named(tmp_path, bpe):
+    (tmp_path / "a.txt").write_text("a text of some tokens")
+    prepare(tmp_path / "a.txt", tmp_path / "d", tokenizer=bpe, validation_share=0, test_share=0)
+    file = tmp_path / "d" / "train-00000.tokens"
+    file.write_bytes(b"\xff" * 8 + file.read_bytes()[8:])
+    files = TokenFiles(tmp_path / "d")
+    with pytest.raises(
+        ValueError, match=r"train-00000\.tokens: expected tokens below .*, found 65535.*hqlt data check"
+    ):
+        files.read(0, len(files))
+
+
 def test_reading_across_shards_is_reading_the_whole(files):
     whole, begins = files.read(0, len(files))
     assert len(files.ends) > 2

@@ -14,10 +14,10 @@ TASK = Parity(train_lengths=(3, 6), test_lengths=(6, 12))
 BUDGET = Budget(steps=6, batch_size=8, validations=3, validation_rows=16, test_rows=16)
 
 
-def tiny(seed: int = 0) -> HQLTForCausalLM:
+def tiny(seed: int = 0, **more) -> HQLTForCausalLM:
     torch.manual_seed(seed)
     options = {"hidden_size": 16, "num_heads": 2, "num_hidden_layers": 1, "window": 4, "intermediate_size": 16}
-    return HQLTForCausalLM(HQLTConfig(**options, vocab_size=TASK.vocab_size))
+    return HQLTForCausalLM(HQLTConfig(**options, **more, vocab_size=TASK.vocab_size))
 
 
 def test_the_same_seed_trains_the_same_model_bit_for_bit():
@@ -130,3 +130,5 @@ def test_only_matrices_decay():
     assert {names[id(p)] for p in free["params"]} >= {"model.embed_tokens.weight", "model.norm.weight"}
     assert all(p.dim() == 2 for p in decayed["params"])
     assert len(decayed["params"]) + len(free["params"]) == len(names)
+    tied = tiny(tie_word_embeddings=True)
+    assert all(p is not tied.lm_head.weight for p in parameter_groups(tied, 0.1)[0]["params"])

@@ -82,6 +82,11 @@ def test_a_cell_that_cannot_run_is_named_with_its_reason(tmp_path):
     assert (tmp_path / "cells" / f"{others(seed=1).name}.json").exists()
 
 
+def test_fewer_than_one_worker_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="workers: expected at least 1, got -1"):
+        run_grid([CELL], tmp_path, -1, lambda told: None)
+
+
 def test_another_experiment_in_the_folder_is_refused(tmp_path):
     run_grid([CELL], tmp_path, 1, lambda told: None)
     changed = others(budget=dataclasses.replace(CELL.budget, steps=5))

@@ -8,19 +8,18 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import itertools
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeAlias
 
 from jsonargparse import ActionYesNo, ArgumentParser, set_parsing_settings
 
 from hqlt._version import version
+from hqlt.errors import EXTRAS, reason
 
 COMMANDS = ("bench", "convert", "data", "demo", "eval", "export", "generate", "reproduce", "rl", "tokenizer", "train")
-
-EXTRAS = {"gymnasium": "rl"}
-"""Packages that a command cannot even list its options without, and the extra of hqlt that brings them."""
 
 Command: TypeAlias = "Callable[..., None] | dict[str, Command]"
 
@@ -29,30 +28,46 @@ class Parser(ArgumentParser):
     """A parser that knows what was meant."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        for wrong in re.findall(r"(?<!\S)--([\w-]+)", message if "nrecognized arguments" in message else ""):
-            known = [name for parser in (self, *_subparsers(self)) for name in parser._option_string_actions]
-            near = difflib.get_close_matches(f"--{wrong}", known, n=1)
-            message += f"; did you mean {near[0]}?" if near else ""
+        parsers = (self, *_subparsers(self))
+        options = [name for parser in parsers for name in parser._option_string_actions]
+        wrong = re.findall(r"(?<!\S)--([\w-]+)", message if "nrecognized arguments" in message else "")
+        wrong += re.findall(r"does not accept option '([\w.]+)'", message)  # in a file
+        near = [difflib.get_close_matches(f"--{name}", options, n=1) for name in wrong]
+        for choice in re.findall(r"invalid choice: '([\w-]+)'", message):
+            near.append(difflib.get_close_matches(choice, [name for parser in parsers for name in commands_of(parser)]))
+        for names in near:
+            message += f"; did you mean {names[0]}?" if names else ""
         super().error(message, ex)
 
 
 def _subparsers(parser: ArgumentParser) -> list[ArgumentParser]:
     """Of the command that was given, at every depth."""
     found: list[ArgumentParser] = []
-    for action in parser._actions:
-        for name, below in (getattr(action, "_name_parser_map", None) or {}).items():
-            if name in sys.argv:
-                found += [below, *_subparsers(below)]
+    for name, below in commands_of(parser).items():
+        if name in sys.argv:
+            found += [below, *_subparsers(below)]
     return found
 
 
+def commands_of(parser: ArgumentParser) -> dict[str, ArgumentParser]:
+    return {
+        name: below
+        for action in parser._actions
+        for name, below in (getattr(action, "_name_parser_map", None) or {}).items()
+    }
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Parse the command line and run the command. Ctrl-C ends with status 130."""
+    """Parse the command line and run the command. Ctrl-C ends with status 130.
+
+    What the command line says goes before what its --config says, in whatever order they stand.
+    """
+    arguments = config_first(sys.argv[1:] if arguments is None else arguments)
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = Parser(
         prog="hqlt", description="Hybrid memory layers: one layer, two memories.", version=version, allow_abbrev=False
     )
-    asked = (sys.argv[1:] if arguments is None else arguments)[:1]
+    asked = arguments[:1]
     names = [name for name in COMMANDS if asked == [name]] or COMMANDS  # to list the options of all takes seconds
     loaded = {name: load(name, asked == [name]) for name in names}
     commands = {name: command for name, command in loaded.items() if command is not None}
@@ -67,6 +82,24 @@ def main(arguments: list[str] | None = None) -> None:
         chosen(**options)
     except KeyboardInterrupt:
         sys.exit(130)
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        raise SystemExit(reason(error)) from None
+
+
+def config_first(arguments: Sequence[str]) -> list[str]:
+    """The same arguments, files of options before the other options."""
+    begin = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
+    files: list[str] = []
+    others: list[str] = []
+    rest = iter(arguments[begin:])
+    for argument in rest:
+        if argument == "--config":
+            files += [argument, *itertools.islice(rest, 1)]
+        else:
+            (files if argument.startswith("--config=") else others).append(argument)
+    return [*arguments[:begin], *files, *others]
 
 
 def load(name: str, asked: bool) -> Command | None:
@@ -78,9 +111,7 @@ def load(name: str, asked: bool) -> Command | None:
         if error.name not in EXTRAS:
             raise
         if asked:
-            raise SystemExit(
-                f"{name}: expected the package {error.name}; pip install 'hqlt[{EXTRAS[error.name]}]'"
-            ) from None
+            raise SystemExit(f"{name}: {reason(error)}") from None
         return None
 
 

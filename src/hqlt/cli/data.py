@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from hqlt.data import Manifest, check, prepare
+from hqlt.errors import reason
 from hqlt.report.preparing import PreparingDisplay
 
 
@@ -17,9 +18,9 @@ def _prepare(
     source: str,
     folder: Path | None = None,
     tokenizer: str = "bytes",
-    text_field: str = "text",
+    text_field: str | None = None,
     subset: str | None = None,
-    split: str = "train",
+    split: str | None = None,
     separator: str | None = None,
     pattern: str | None = None,
     validation: Path | None = None,
@@ -39,9 +40,9 @@ def _prepare(
             dataset on the Hugging Face hub, such as HuggingFaceFW/fineweb-edu, which is streamed.
         folder: where the tokens go; runs/data/SOURCE-TOKENIZER by default.
         tokenizer: bytes, a tokenizer.json, a folder that holds one, or a name on the hub.
-        text_field: the field or column with the text, in JSON lines, Parquet and datasets.
+        text_field: the field or column with the text, in JSON lines, Parquet and datasets; text by default.
         subset: of a dataset on the hub, such as sample-100BT.
-        split: of a dataset on the hub.
+        split: of a dataset on the hub; train by default.
         separator: a line that stands between two documents of a text file, "" for blank lines; by default a file is one
             document.
         pattern: which files of a folder, such as "*.py"; text, JSON lines or Parquet files by default.
@@ -85,7 +86,7 @@ def _check(folder: Path) -> None:
                 if fault is not None:
                     wrong += 1
                     console.print(fault)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(reason(error)) from None
     console.print(f"{folder}: {files - wrong} of {files} parts are as the manifest says")
     if wrong:
@@ -112,8 +113,3 @@ def slug(*names: str | None) -> str:
     """A folder's name from other names."""
     parts = [re.sub(r"[^a-z0-9.]+", "-", Path(name).name.lower()).strip("-.") for name in names if name]
     return "-".join(filter(None, parts))
-
-
-def reason(error: BaseException) -> str:
-    """What an error says, without its number."""
-    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hqlt.cli import Command
+from hqlt.errors import reason
 from hqlt.train.agent.settings import AgentSettings
 
 
@@ -24,7 +25,7 @@ def train(folder: Path | None = None, device: str = "cpu", **settings: Any) -> N
     try:
         run(AgentSettings(**settings), folder, device)
     except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(str(error)) from None
+        raise SystemExit(reason(error)) from None
 
 
 def play(
@@ -63,7 +64,7 @@ def play(
             episode.leave_film(episode.film(trainer, seed), film)
             console.print(f"film: {film}")
     except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(str(error)) from None
+        raise SystemExit(reason(error)) from None
 
 
 rl: Command = {"train": train, "play": play}

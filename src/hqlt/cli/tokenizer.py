@@ -7,17 +7,18 @@ from pathlib import Path
 
 from rich.console import Console
 
-from hqlt.cli.data import reason, slug
+from hqlt.cli.data import slug
 from hqlt.data import parts_of, train_tokenizer, training_texts
+from hqlt.errors import reason
 
 
 def _train(
     source: str,
     vocabulary: int = 8192,
     out: Path | None = None,
-    text_field: str = "text",
+    text_field: str | None = None,
     subset: str | None = None,
-    split: str = "train",
+    split: str | None = None,
     separator: str | None = None,
     pattern: str | None = None,
     validation: Path | None = None,
@@ -35,9 +36,9 @@ def _train(
         source: python-library, a file, a folder, or the name of a dataset on the Hugging Face hub.
         vocabulary: tokens in all: each byte, <|endoftext|>, and what is learned.
         out: the tokenizer's folder; runs/tokenizers/SOURCE-VOCABULARY by default.
-        text_field: the field or column with the text, in JSON lines, Parquet and datasets.
+        text_field: the field or column with the text, in JSON lines, Parquet and datasets; text by default.
         subset: of a dataset on the hub.
-        split: of a dataset on the hub.
+        split: of a dataset on the hub; train by default.
         separator: a line that stands between two documents of a text file, "" for blank lines.
         pattern: which files of a folder.
         validation: a file or folder for validation.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from hqlt.errors import reason
 from hqlt.train.language.settings import TrainSettings
 
 
@@ -24,4 +25,4 @@ def train(folder: Path | None = None, device: str | None = None, **settings: Any
     try:
         run(TrainSettings(**settings), folder, device)
     except (ValueError, OSError) as error:
-        raise SystemExit(str(error)) from None
+        raise SystemExit(reason(error)) from None

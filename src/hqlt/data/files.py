@@ -70,7 +70,10 @@ class TokenFiles:
         return tokenizer_of(self.folder, self.manifest)
 
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """The tokens start … stop − 1, [t] int64, and where a document begins among them, [t] bool."""
+        """The tokens start … stop − 1, [t] int64, and where a document begins among them, [t] bool.
+
+        Raises ValueError where they cannot be this tokenizer's: the file was damaged.
+        """
         if not 0 <= start < stop <= len(self):
             raise IndexError(f"start, stop: expected 0 ≤ start < stop ≤ {len(self)}, got {start} and {stop}")
         tokens = np.empty(stop - start, dtype=np.int64)
@@ -81,7 +84,14 @@ class TokenFiles:
                 break
             low, high = max(start - offset, 0), min(stop - offset, len(self._tokens[i]))
             to = low + offset - start
-            tokens[to : to + high - low] = self._tokens[i][low:high]
+            found = self._tokens[i][low:high]
+            if found.max() >= self.vocab_size:
+                name = self.manifest.splits[self.split][i].name
+                raise ValueError(
+                    f"{self.folder / name}.tokens: expected tokens below {self.vocab_size}, found {found.max()}; see "
+                    f"`hqlt data check {self.folder}`; {ADVICE}"
+                )
+            tokens[to : to + high - low] = found
             first, last = np.searchsorted(self._starts[i], np.array([low, high], np.uint64))
             begins[self._starts[i][first:last].astype(np.int64) + offset - start] = True
         return torch.from_numpy(tokens), torch.from_numpy(begins)

@@ -7,6 +7,7 @@ from typing import Any
 
 from hqlt.data.local import text_of
 from hqlt.data.source import Source
+from hqlt.errors import first_line
 
 
 class Hub(Source):
@@ -14,6 +15,8 @@ class Hub(Source):
 
     Goes on by the dataset's own state: only the file that was being read is read again.
     """
+
+    options = frozenset({"text_field", "subset", "split"})
 
     def __init__(self, name: str, subset: str | None = None, split: str = "train", text_field: str = "text") -> None:
         super().__init__()
@@ -65,7 +68,7 @@ class Hub(Source):
         except Exception as error:  # of many libraries below: network, hub, file formats
             raise ValueError(
                 f"{self.name}: expected a file, a folder, python-library, or a dataset on the Hugging Face hub, which "
-                f"could not be loaded ({type(error).__name__}: {str(error).strip().splitlines()[0]}); check the name, "
+                f"could not be loaded ({type(error).__name__}: {first_line(error)}); check the name, "
                 f"--subset, --split and the network"
             ) from error
         about = (dataset.info.splits or {}).get(self.split)

@@ -16,6 +16,8 @@ from hqlt.data.source import Files, without_lone_surrogates
 class TextFiles(Files):
     """A file is a document; with a separator, what stands between two lines that equal it is one ("": blank lines)."""
 
+    options = frozenset({"separator"})
+
     def __init__(self, files: Sequence[Path], root: Path, separator: str | None = None) -> None:
         super().__init__(files, root)
         self.separator = separator
@@ -44,6 +46,8 @@ class TextFiles(Files):
 class JsonLines(Files):
     """A line is a JSON object, and one of its fields a document."""
 
+    options = frozenset({"text_field"})
+
     def __init__(self, files: Sequence[Path], root: Path, text_field: str = "text") -> None:
         super().__init__(files, root)
         self.text_field = text_field
@@ -68,6 +72,8 @@ class JsonLines(Files):
 
 class Parquet(Files):
     """A row is a document, in one of its columns."""
+
+    options = frozenset({"text_field"})
 
     def __init__(self, files: Sequence[Path], root: Path, text_field: str = "text") -> None:
         super().__init__(files, root)
@@ -107,6 +113,10 @@ KINDS: dict[str, type[TextFiles | JsonLines | Parquet]] = {
 }
 
 
+NOT_TEXT = (".json", ".csv", ".tsv", ".gz", ".bz2", ".xz", ".zst", ".zip", ".tar")
+"""Endings of files that hold documents in a way that is not known here."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LocalFormat:
     text_field: str = "text"
@@ -119,9 +129,14 @@ class LocalFormat:
     def source_in(self, path: Path, without: Sequence[Path] = ()) -> Files:
         """The source in a file or folder, but for some files that have another use.
 
-        Raises ValueError for a folder with no such files, or with files of several kinds.
+        Raises ValueError for a folder with no such files, or with files of several kinds, and for a table or archive.
         """
         if path.is_file():
+            if _ending(path) not in KINDS and path.suffix in NOT_TEXT:
+                raise ValueError(
+                    f"{path}: expected text or one of {', '.join(KINDS)}, got {path.suffix}; turn it into JSON lines, "
+                    f'one {{"text": "…"}} a document, or take it as text as it is by its folder and --pattern'
+                )
             files, root = [path], path.parent
         else:
             used = {other.resolve() for other in without}
@@ -140,10 +155,10 @@ class LocalFormat:
 
 
 def text_of(row: Any, field: str, place: str) -> str:
-    """The text of a row."""
+    """The text of a row; null is an empty one."""
     if not isinstance(row, dict) or field not in row:
         raise ValueError(_no_such_field(place, field, row if isinstance(row, dict) else [type(row).__name__]))
-    text = row[field]
+    text = "" if row[field] is None else row[field]
     if not isinstance(text, str):
         raise ValueError(f"{place}: expected a text in {field!r}, got {type(text).__name__}")
     return without_lone_surrogates(text)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hqlt.data.shard import Shard, write_whole
+from hqlt.data.shard import Shard
 from hqlt.data.tokenizer import Tokenizer
+from hqlt.disk import write_whole
 from hqlt.task.task import SPLITS
 
 FORMAT = "hqlt-tokens-1"

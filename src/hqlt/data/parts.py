@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,9 @@ class Part:
 def parts_of(
     source: str | Path | Source,
     *,
-    text_field: str = "text",
+    text_field: str | None = None,
     subset: str | None = None,
-    split: str = "train",
+    split: str | None = None,
     separator: str | None = None,
     pattern: str | None = None,
     validation: Path | None = None,
@@ -59,24 +59,38 @@ def parts_of(
     """The parts in the order in which they are read.
 
     source: "python-library", a file, a folder, the name of a dataset on the hub, or a Source. Its files' kinds say how
-    they are read: text, JSON lines, Parquet. The arguments are those of `prepare`.
+    they are read: text, JSON lines, Parquet. The arguments are those of `prepare`. Raises ValueError for those of them
+    that the source has no use for: other documents than were meant would be read.
     """
+    told = {"text_field": text_field, "subset": subset, "split": split, "separator": separator, "pattern": pattern}
+    given = {name for name, value in told.items() if value is not None}
     if source == PYTHON_LIBRARY:
+        _refuse_unused(given, PYTHON_LIBRARY)
         if (validation, test, validation_share, test_share) != (None, None, None, None):
             raise ValueError(f"{PYTHON_LIBRARY}: expected no validation or test of your own, as it has fixed ones")
         return [_library("train"), _library("validation"), _library("test")]
     shares = [_share_of("validation", validation_share, validation), _share_of("test", test_share, test)]
-    given = [_there(name, file) for name, file in zip(HELD_OUT, (validation, test), strict=True) if file is not None]
-    how = LocalFormat(text_field=text_field, separator=separator, pattern=pattern)
+    own = [_there(name, file) for name, file in zip(HELD_OUT, (validation, test), strict=True) if file is not None]
+    how = LocalFormat(text_field=text_field or "text", separator=separator, pattern=pattern)
+    name, folders = str(source), any(file.is_dir() for _, file in own)
     if not isinstance(source, Source):
         path = Path(source).expanduser()
+        folders |= path.is_dir()
         if path.exists():
-            source = how.source_in(path, without=[file for _, file in given])
+            source = how.source_in(path, without=[file for _, file in own])
         elif path.is_absolute() or str(source).startswith((".", "~")) or path.name.endswith(tuple(KINDS)):
             raise ValueError(f"{source}: expected a file or a folder, found none")
         else:
-            source = Hub(str(source), subset, split, text_field)
-    return [Part(source, (shares[0], shares[1])), *(Part(how.source_in(file), name) for name, file in given)]
+            source = Hub(str(source), subset, split or "train", text_field or "text")
+    parts = [Part(source, (shares[0], shares[1])), *(Part(how.source_in(file), held) for held, file in own)]
+    used = frozenset({"pattern"} if folders else ()).union(*(part.source.options for part in parts))
+    _refuse_unused(given - used, name)
+    return parts
+
+
+def _refuse_unused(given: Collection[str], source: str) -> None:
+    for name in sorted(given):
+        raise ValueError(f"{name}: expected none, as {source} has no use for it; leave out --{name.replace('_', '-')}")
 
 
 def training_texts(parts: Sequence[Part]) -> Iterator[str]:

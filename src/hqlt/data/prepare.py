@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,9 +12,10 @@ import numpy as np
 from hqlt.data.holdout import Holdout
 from hqlt.data.manifest import MANIFEST, PROGRESS, Manifest, read_manifest
 from hqlt.data.parts import Part, parts_of
-from hqlt.data.shard import UNFINISHED, ShardWriter, sync_folder, told_if_not_written
+from hqlt.data.shard import ShardWriter
 from hqlt.data.source import Source
 from hqlt.data.tokenizer import Tokenizer, load_tokenizer
+from hqlt.disk import UNFINISHED, alone_in, sync_folder
 from hqlt.task.task import SPLITS
 
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 1024, 1 << 22
@@ -219,27 +218,6 @@ def batches(source: Source, most_characters: int) -> Iterator[list[str]]:
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-@contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Make the folder, and refuse it while another process prepares data in it (where the system can tell)."""
-    with told_if_not_written(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    if os.name != "posix":
-        yield
-        return
-    import fcntl
-
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{folder}: another process is preparing data there; wait for it or end it") from None
-    else:
-        yield
-    finally:
-        os.close(handle)
 
 
 def refuse_empty(folder: Path, manifest: Manifest, parts: Sequence[Part]) -> None:

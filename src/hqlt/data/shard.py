@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-UNFINISHED = ".unfinished"
+from hqlt.disk import beside, told_if_not_written, write_synced
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +39,7 @@ class ShardWriter:
         self.starts: list[int] = []
         self.digest = hashlib.sha256()
         with told_if_not_written(self.paths[0]):
-            self.file = _beside(self.paths[0]).open("wb", buffering=1 << 20)
+            self.file = beside(self.paths[0]).open("wb", buffering=1 << 20)
 
     def add(self, ids: NDArray[Any], text_bytes: int) -> None:
         """One document."""
@@ -59,9 +58,9 @@ class ShardWriter:
             os.fsync(self.file.fileno())
             self.file.close()
         with told_if_not_written(self.paths[1]):
-            write_synced(_beside(self.paths[1]), starts)
+            write_synced(beside(self.paths[1]), starts)
             for path in self.paths:
-                _beside(path).replace(path)
+                beside(path).replace(path)
         return Shard(
             name=self.name,
             tokens=self.tokens,
@@ -75,53 +74,9 @@ class ShardWriter:
         with contextlib.suppress(OSError):  # what is still buffered may not fit either
             self.file.close()
         for path in self.paths:
-            _beside(path).unlink(missing_ok=True)
+            beside(path).unlink(missing_ok=True)
 
 
 def stored(dtype: str) -> np.dtype[Any]:
     """How numbers lie in the file: little-endian on every machine."""
     return np.dtype(dtype).newbyteorder("<")
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Replace a file in one step: it holds what it held, or all of the data."""
-    with told_if_not_written(path):
-        try:
-            write_synced(_beside(path), data)
-            _beside(path).replace(path)
-        finally:
-            _beside(path).unlink(missing_ok=True)
-        sync_folder(path.parent)
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make moves within the folder last through a loss of power, where the system can."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-@contextlib.contextmanager
-def told_if_not_written(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"{path} could not be written: {error.strerror}. What was finished before is kept: once this is mended, "
-            f"the same command goes on from there",
-        ) from error
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(path.name + UNFINISHED)

@@ -6,11 +6,14 @@ import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 
 class Source:
     """Documents in a fixed order. Once iterated, `state_dict` says how far; a new source goes on from it."""
+
+    options: ClassVar[frozenset[str]] = frozenset()
+    """Those of `parts_of` that say how it is read."""
 
     def __init__(self) -> None:
         self.seen = 0

@@ -14,6 +14,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from hqlt.disk import write_whole
+from hqlt.errors import first_line
+
 END_OF_TEXT = "<|endoftext|>"
 USUAL_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
 """What ends a document by name, where a lone tokenizer.json does not say."""
@@ -79,7 +82,7 @@ def _auto_tokenizer(name: str) -> Tokenizer:
     except (OSError, ValueError) as error:
         raise ValueError(
             f"tokenizer: expected bytes, a tokenizer.json, a folder that holds one, or a name on the hub, got "
-            f"{name!r}, which could not be loaded: {str(error).strip().splitlines()[0]}"
+            f"{name!r}, which could not be loaded: {first_line(error)}"
         ) from error
     fast = getattr(tokenizer, "backend_tokenizer", None)
     return Slow(name, tokenizer) if fast is None else Fast(name, fast, tokenizer.eos_token_id)
@@ -153,10 +156,10 @@ class Fast:
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save(str(folder / "tokenizer.json"))
+        write_whole(folder / "tokenizer.json", self.tokenizer.to_str(pretty=True).encode())
         end = None if self.eos_id is None else self.tokenizer.id_to_token(self.eos_id)
         told = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, "eos_token": end}
-        (folder / "tokenizer_config.json").write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+        write_whole(folder / "tokenizer_config.json", (json.dumps(told, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 class Slow:

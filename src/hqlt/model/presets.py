@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+
 from hqlt.layer import one_of
 from hqlt.model.config import HQLTConfig
 
@@ -41,9 +43,12 @@ def preset(name: str, **changes: Any) -> HQLTConfig:
 
     >>> preset("hqlt-340m", window=128)
 
-    Raises ValueError for an unknown name, with the nearest one.
+    Raises ValueError for an unknown name, with the nearest one, and for what HQLTConfig refuses.
 
     Source: the paper, section 4.1 and appendix.
     """
     one_of("preset", name, PRESETS)
-    return HQLTConfig(**{**PRESETS[name], **changes})
+    try:
+        return HQLTConfig(**{**PRESETS[name], **changes})
+    except StrictDataclassError as error:  # of the wrong type
+        raise ValueError(" ".join(str(error).split())) from error

@@ -17,7 +17,8 @@ from hqlt.report.page import write_page
 from hqlt.report.plots import save
 from hqlt.report.table import Table, TableCell
 from hqlt.train.agent.settings import TEST_SEED
-from hqlt.train.agent.trainer import AgentTrainer, known
+from hqlt.train.agent.trainer import AgentTrainer
+from hqlt.train.metrics import known
 
 FILM = (
     "A greedy episode that was not scored. Above, moments of it; below, what each step earned, and how much of what "

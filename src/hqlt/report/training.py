@@ -48,12 +48,12 @@ def leave_training_report(folder: Path, told: dict[str, Any], results: dict[str,
 
 def table_of_run(told: dict[str, Any], results: dict[str, Any], history: Sequence[dict[str, Any]]) -> Table:
     settings = told["settings"]
+    scores = [results[f"{split}_bits_per_byte"] for split in ("validation", "test")]
     row = [
         settings["preset"],
         f"{told['parameters']:,}",
         f"{history[-1]['tokens']:,}",
-        f"{results['validation_bits_per_byte']:.4f}",
-        f"{results['test_bits_per_byte']:.4f}",
+        *("–" if bits is None else f"{bits:.4f}" for bits in scores),
         f"{results['updates_left_out']}",
     ]
     columns = ["model", "parameters", "tokens", "validation, bits/byte", "test, bits/byte", "updates left out"]
@@ -65,12 +65,13 @@ def figure_of_run(history: Sequence[dict[str, Any]], bytes_per_token: float) -> 
     """Bits a byte in training, and in validation where measured; below them gradient and learning rate."""
     figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
     steps = [line["step"] for line in history]
-    bits = [line["loss"] / math.log(2) / bytes_per_token for line in history]
+    bits = [(line["loss"] or math.nan) / math.log(2) / bytes_per_token for line in history]
     top.plot(steps, bits, linewidth=0.6, color="#7a7a7a", label="training")
     scored = [(line["step"], line["validation"]) for line in history if line["validation"] is not None]
-    top.plot(*zip(*scored, strict=True), marker="o", color="#c0392b", label="validation")
+    if scored:
+        top.plot(*zip(*scored, strict=True), marker="o", color="#c0392b", label="validation")
     top.set_ylabel("bits a byte")
-    bottom.plot(steps, [line["gradient_norm"] for line in history], linewidth=0.6, color="#1f77b4")
+    bottom.plot(steps, [line["gradient_norm"] or math.nan for line in history], linewidth=0.6, color="#1f77b4")
     bottom.set_yscale("log")
     bottom.set_ylabel("gradient norm")
     bottom.set_xlabel("updates")

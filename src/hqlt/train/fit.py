@@ -158,6 +158,7 @@ def loss_of(model: nn.Module, batch: Batch, precision: str = "float32") -> Tenso
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Matrices decay; norms, convolutions and embeddings do not."""
     linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    linear -= {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}  # a tied head
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
         {"params": [p for p in parameters if id(p) in linear], "weight_decay": weight_decay},

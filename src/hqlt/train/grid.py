@@ -24,6 +24,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from hqlt.disk import write_whole
 from hqlt.train.fit import Fit, Progress
 
 TRIES = 2
@@ -112,8 +113,11 @@ def run_grid(
 
     on_event: called in this process for each progress and each result, those from an earlier start included.
     device: where models are trained, such as "cuda"; all workers share it.
-    Raises RuntimeError, after all others are done, for cells whose worker died or raised in every try.
+    Raises RuntimeError, after all others are done, for cells whose worker died or raised in every try; ValueError for
+    fewer than one worker.
     """
+    if workers < 1:
+        raise ValueError(f"workers: expected at least 1, got {workers}")
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     results: dict[str, Result] = {}
     waiting: list[tuple[Cell, int]] = []
@@ -209,9 +213,7 @@ def _end(processes: list[BaseProcess]) -> None:
 def save_result(folder: Path, result: Result) -> None:
     """Whole or not at all: written beside its place, then moved there."""
     place = folder / "cells" / f"{result.cell.name}.json"
-    unfinished = place.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(as_json(result), indent=1))
-    unfinished.replace(place)
+    write_whole(place, json.dumps(as_json(result), indent=1).encode())
 
 
 def load_result(folder: Path, cell: Cell) -> Result | None:

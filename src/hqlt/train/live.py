@@ -72,10 +72,10 @@ class Speed:
         return (count - before) / (now - then) if now > then else 0.0
 
 
-def memory_in_use() -> int:
-    """The greatest use so far, in bytes: of the GPU where there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+def memory_in_use(device: torch.device) -> int:
+    """The greatest use so far, in bytes: of the GPU, on a CPU of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -4,29 +4,44 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 from typing import Any, TextIO
+
+from hqlt.disk import write_whole
 
 
 class Metrics:
     """`metrics.jsonl`: what was written after the step that a run goes on from is taken back first.
 
-    So the file reads as if nothing had ever been interrupted.
+    So the file reads as if nothing had ever been interrupted. Raises ValueError where a line of it cannot be read.
     """
 
     def __init__(self, path: Path, step: int) -> None:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text("".join(kept))
-        unfinished.replace(path)
+        whole = [line for line in lines if line.endswith("\n")]
+        kept = [line for i, line in enumerate(whole, start=1) if _step_of(line, f"{path}, line {i}") <= step]
+        write_whole(path, "".join(kept).encode())
         self.file: TextIO = path.open("a", buffering=1)
 
     def write(self, line: dict[str, Any]) -> None:
-        self.file.write(json.dumps(line) + "\n")
+        plain = {name: known(value) if isinstance(value, float) else value for name, value in line.items()}
+        self.file.write(json.dumps(plain, allow_nan=False) + "\n")
 
     def close(self) -> None:
         self.file.close()
+
+
+def known(number: float) -> float | None:
+    """None in place of NaN and infinities, which JSON does not have."""
+    return number if math.isfinite(number) else None
+
+
+def _step_of(line: str, place: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{place}: expected JSON with a step, got {error}; remove the line, or the file") from error
 
 
 class Trackers:
@@ -41,7 +56,7 @@ class Trackers:
             self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         if importlib.util.find_spec("trackio"):
             self.trackio = importlib.import_module("trackio")
-            self.trackio.init(project="hqlt", name=folder.name, config=settings, resume="allow")
+            self.trackio.init(project="hqlt", name=folder.as_posix(), config=settings, resume="allow")
 
     def write(self, line: dict[str, Any]) -> None:
         numbers = {name: value for name, value in line.items() if name != "step" and value is not None}

@@ -15,6 +15,7 @@ from hqlt.report.agent import leave_agent_report
 from hqlt.train.agent import AgentSettings, AgentTrainer, Update
 from hqlt.train.agent.checkpoints import AgentCheckpoints
 from hqlt.train.agent.settings import TEST_SEED, VALIDATION_SEED
+from hqlt.train.metrics import Metrics
 
 
 def lines(updates):
@@ -128,13 +129,16 @@ def test_a_run_goes_on_exactly_where_episodes_are_cut(tmp_path):
     assert lines(again.updates()) == [line for line in told if line["step"] > step]
 
 
-def test_what_is_no_number_is_no_json_and_what_was_left_out_is_counted(settings):
+def test_what_is_no_number_is_no_json_and_what_was_left_out_is_counted(settings, tmp_path):
     trainer = AgentTrainer(settings)
     trainer.agent.descend(trainer.agent.actor[0].weight.sum() * math.nan, 1.0)
     assert trainer.agent.left_out == 1
     json.dumps(dataclasses.asdict(AgentSettings()), allow_nan=False)
     line = Update(1, 0, None, None, None, {"loss": math.nan, "gradient": math.inf}, 1).as_line()
-    assert json.loads(json.dumps(line, allow_nan=False)) == {**line, "loss": None, "gradient": None}
+    metrics = Metrics(tmp_path / "metrics.jsonl", 0)
+    metrics.write(line)
+    metrics.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {**line, "loss": None, "gradient": None}
 
 
 def test_neighbouring_seeds_meet_other_worlds(settings):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import shutil
 import signal
@@ -10,10 +11,13 @@ import signal
 import pytest
 import torch
 
+from hqlt.data import prepare
+from hqlt.disk import alone_in
 from hqlt.model import HQLTConfig
 from hqlt.train.language import Trainer, TrainSettings
-from hqlt.train.language.cost import flops_per_token
-from hqlt.train.language.ranks import Ranks
+from hqlt.train.language.cost import flops_per_token, peak_flops
+from hqlt.train.language.ranks import Ranks, join
+from hqlt.train.language.run import run as language_run
 from hqlt.train.metrics import Metrics
 
 CONFIG = {"hidden_size": 16, "num_heads": 2, "num_hidden_layers": 2, "intermediate_size": 32, "window": 4}
@@ -52,9 +56,63 @@ def test_a_gradient_that_is_not_finite_is_left_out(text, tmp_path):
     assert again.update() == training.update()
 
 
+def test_a_memory_that_met_a_number_too_great_is_not_carried(text, tmp_path):
+    training = trainer(text, tmp_path, carry_state=True)
+    training.update()
+    hook = training.model.model.layers[0].register_forward_hook(lambda *call: (call[2][0] * math.nan, *call[2][1:]))
+    assert training.update().skipped == 1
+    hook.remove()
+    assert all(
+        part.isfinite().all() for state in training.caches[0].states for part in state if part.is_floating_point()
+    )
+    assert training.update().skipped == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [({"layer_kinds": ["hybrid", "kv"]}, "kv_window"), ({"window": None}, "window")],
+)
+def test_a_memory_without_an_end_is_not_carried(text, tmp_path, changes, field):
+    with pytest.raises(ValueError, match=rf"carry_state: .* set model\.{field}"):
+        trainer(text, tmp_path, changes, carry_state=True)
+
+
+def test_data_without_held_out_text_are_trained_on_and_not_scored(tmp_path):
+    (tmp_path / "a.txt").write_text("0123456789" * 200)
+    prepare(tmp_path / "a.txt", tmp_path / "tokens", validation_share=0, test_share=0)
+    *_, last = trainer(tmp_path / "tokens", tmp_path, steps=2).updates()
+    assert last.validation is None
+
+
+def test_held_out_text_too_short_for_a_window_is_refused_before_training(tmp_path):
+    for name, text in {"a": "0123456789" * 200, "b": "0123456789", "c": "9876543210" * 9}.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    prepare(tmp_path / "a.txt", tmp_path / "tokens", validation=tmp_path / "b.txt", test=tmp_path / "c.txt")
+    with pytest.raises(ValueError, match="length: expected from 1 to 9, as the validation split"):
+        trainer(tmp_path / "tokens", tmp_path)
+
+
+def test_the_score_does_not_depend_on_how_many_processes_there_are(text, tmp_path):
+    sums = []
+
+    class Apart(Ranks):
+        def sum(self, numbers):
+            sums.append(torch.tensor(numbers))
+            return list(numbers)
+
+    settings = TrainSettings(length=24, batch_size=4, validation_rows=3)
+    for ranks in (Apart(0, 1, ALONE.device), Apart(0, 2, ALONE.device), Apart(1, 2, ALONE.device)):
+        Trainer(settings, HQLTConfig(vocab_size=256, **CONFIG), text, tmp_path, ranks).bits_per_byte("validation")
+    torch.testing.assert_close(sums[0], sums[1] + sums[2])
+
+
 @pytest.mark.parametrize(
     ("changes", "settings", "named"),
-    [({"window": 5}, {}, "model"), ({}, {"length": 12}, "length"), ({}, {"seed": 1}, "seed")],
+    [
+        ({"window": 5}, {}, r"model\.window: 4, not 5\."),
+        ({}, {"length": 12}, "length: 24, not 12"),
+        ({}, {"seed": 1}, "seed"),
+    ],
 )
 def test_a_checkpoint_of_another_run_is_refused(text, run, changes, settings, named):
     with pytest.raises(ValueError, match=f"another {named}.*Give another folder"):
@@ -86,7 +144,19 @@ def test_a_write_that_was_killed_hides_nothing(text, run):
     unfinished = run / "checkpoints" / "step-00000008.unfinished"
     unfinished.mkdir()
     (unfinished / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"half")
-    assert trainer(text, run).resume() == 6
+    training = trainer(text, run, steps=8, keep=1)
+    assert training.resume() == 6
+    training.update()
+    training.save()
+    training.checkpoints.wait()
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000007"]
+
+
+def test_two_starts_in_one_folder_are_refused(text, tmp_path):
+    settings = TrainSettings(data=str(text), length=24, steps=1, model=CONFIG)
+    with alone_in(tmp_path), pytest.raises(ValueError, match="another process is at work there"):
+        language_run(settings, tmp_path)
+    assert not (tmp_path / "config.json").exists()
 
 
 def test_a_full_disk_is_told_and_the_last_checkpoint_stands(text, run):
@@ -137,10 +207,13 @@ def test_carried_memory_is_one_long_sequence(text, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batch_size": 3}, "multiples of the 2 processes"),
+        ({"batch_size": 3}, "multiple of the 2 processes"),
         ({"micro_batch_size": 3}, "divisor of the 8 rows"),
         ({"steps": 0}, "steps: expected at least 1"),
         ({"learning_rate": 0.0}, "learning_rate: expected a number above 0"),
+        ({"final_rate": -1.0}, "final_rate: expected 0 or more"),
+        ({"micro_batch_size": 0}, "micro_batch_size: expected at least 1, or none"),
+        ({"shard_over": -1}, "shard_over: expected at least 1, or none"),
     ],
 )
 def test_settings_that_cannot_be(settings, message):
@@ -166,6 +239,33 @@ def test_metrics_after_the_checkpoint_are_taken_back(tmp_path):
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"step": 1, "loss": 1.0}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 2.0},
     ]  # fmt: skip
+
+
+def test_numbers_that_are_none_are_null_and_a_damaged_line_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    metrics = Metrics(path, step=0)
+    metrics.write({"step": 1, "loss": math.nan, "gradient_norm": math.inf})
+    metrics.close()
+    assert json.loads(path.read_text()) == {"step": 1, "loss": None, "gradient_norm": None}
+    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: expected JSON with a step, got .* remove the line"):
+        Metrics(path, step=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA L40", 181e12), ("NVIDIA L4", 121e12), ("NVIDIA H100 80GB HBM3", 989e12), ("Other", None)],
+)
+def test_the_peak_of_a_gpu_is_found_by_its_name(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == peak
+
+
+@pytest.mark.parametrize("device", ["cuda", "gpu", "cuda:0"])
+def test_a_device_that_is_not_here_is_refused(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device: expected cpu, as there is no GPU"), join(TrainSettings(), device):
+        pass
 
 
 def test_cost_of_a_token_by_hand():

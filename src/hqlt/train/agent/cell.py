@@ -16,9 +16,10 @@ from hqlt.evaluate import Score
 from hqlt.train.agent.checkpoints import AgentCheckpoints
 from hqlt.train.agent.run import keep_agent
 from hqlt.train.agent.settings import AgentSettings
-from hqlt.train.agent.trainer import AgentTrainer, Update, known
+from hqlt.train.agent.trainer import AgentTrainer, Update
 from hqlt.train.fit import Fit, Progress
 from hqlt.train.grid import Cell, Event, Result
+from hqlt.train.metrics import known
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,10 @@ from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
+from hqlt.disk import beside
 from hqlt.train.agent.settings import AgentSettings
 from hqlt.train.agent.trainer import AgentTrainer
+from hqlt.train.steps import advice, begin_step, finish_step, whole_steps
 
 FREE = ("steps", "keep")
 """Settings that may change when a run goes on."""
@@ -32,13 +32,9 @@ class AgentCheckpoints:
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
 
-    def whole(self) -> list[Path]:
-        """From the oldest to the newest."""
-        return sorted(path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
-
     def newest(self) -> Path | None:
-        """None: there is none."""
-        return next(reversed(self.whole()), None)
+        """The newest whole checkpoint; None: there is none."""
+        return next(reversed(whole_steps(self.folder)), None)
 
     def save(self, trainer: AgentTrainer, **told: Any) -> None:
         """told: anything else, as JSON has it.
@@ -46,22 +42,18 @@ class AgentCheckpoints:
         Raises OSError where it could not be written: the checkpoints from before are untouched.
         """
         place = self.folder / f"step-{trainer.steps:09d}"
-        unfinished = place.with_name(place.name + ".unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished = beside(place)
         try:
-            unfinished.mkdir(parents=True)
+            begin_step(unfinished)
             save_file(trainer.tensors(), unfinished / "agent.safetensors")
             if (arrays := trainer.arrays()) is not None:
                 save_arrays(arrays, unfinished / "replay.safetensors")
             told = {**told, **trainer.told(), "settings": fixed(trainer.settings)}
             (unfinished / "trainer.json").write_text(json.dumps(told, indent=1))
+            finish_step(unfinished, place, self.keep)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise OSError(f"{place}: could not be written ({error}); checkpoints from before are whole") from error
-        shutil.rmtree(place, ignore_errors=True)  # the same step, saved again
-        os.replace(unfinished, place)
-        for old in self.whole()[: -self.keep]:
-            shutil.rmtree(old)
 
     def resume(self, trainer: AgentTrainer) -> dict[str, Any] | None:
         """Fill the trainer from the newest checkpoint → what `save` was told; None: there is none.
@@ -71,14 +63,13 @@ class AgentCheckpoints:
         place = self.newest()
         if place is None:
             return None
-        advice = f"remove {place.name} to go on from the checkpoint before it, or give another folder"
         try:
             told = json.loads((place / "trainer.json").read_text())
             tensors = load_file(place / "agent.safetensors")
             replay = place / "replay.safetensors"
             arrays = load_arrays(replay) if replay.exists() else None
         except (OSError, ValueError, SafetensorError) as error:
-            raise ValueError(f"{place}: expected a whole checkpoint: {error}; {advice}") from error
+            raise ValueError(f"{place}: expected a whole checkpoint: {error}; {advice(place)}") from error
         ours, theirs = fixed(trainer.settings), told.get("settings", {})
         for name in ours:
             if ours[name] != theirs.get(name):
@@ -89,7 +80,7 @@ class AgentCheckpoints:
         try:
             trainer.restore(tensors, arrays, told)
         except (RuntimeError, KeyError, ValueError) as error:
-            raise ValueError(f"{place}: expected a checkpoint of this agent: {error}; {advice}") from error
+            raise ValueError(f"{place}: expected a checkpoint of this agent: {error}; {advice(place)}") from error
         return dict(told)
 
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from hqlt._version import version
+from hqlt.disk import alone_in
 from hqlt.train.agent.checkpoints import AgentCheckpoints
 from hqlt.train.agent.settings import AgentSettings
 from hqlt.train.agent.trainer import AgentTrainer, Update
@@ -33,28 +34,29 @@ def run(settings: AgentSettings, folder: Path | None = None, device: str = "cpu"
     metrics.jsonl, checkpoints/, and at the end agent.safetensors (the best weights), results.json, curves.png, the
     film of an episode, README.md and report.html.
     """
-    leave_agent_report = needs_report()
+    from hqlt.report.agent import leave_agent_report  # now: a package that it misses would be the end of all
+
     folder = folder or Path("runs") / f"{settings.world.replace('/', '-')}-{settings.memory}"
     console = Console(highlight=False, soft_wrap=True)
-    trainer = AgentTrainer(settings, device)
-    checkpoints = AgentCheckpoints(folder / "checkpoints", settings.keep)
-    resumed = checkpoints.resume(trainer)
-    folder.mkdir(parents=True, exist_ok=True)
-    told = told_of(trainer, device)
-    (folder / "config.json").write_text(json.dumps(told, indent=1))
-    console.print(
-        f"{settings.algorithm.upper()} in {settings.copies} × {settings.world}, {settings.memory} memory, "
-        f"{trainer.size:,} parameters → {folder}" + (f", going on after step {trainer.steps:,}" if resumed else "")
-    )
-    with stopping() as stopped:
-        finished = follow(trainer, checkpoints, folder, stopped, console)
-    if not finished:
-        newest = checkpoints.newest()
-        console.print(f"stopped; the same command goes on from {newest.name if newest else 'the beginning'}")
-        sys.exit(128 + stopped[0])
-    tested = trainer.test()
-    keep_agent(trainer, folder, told)
-    leave_agent_report(trainer, tested, folder, told, console)
+    with alone_in(folder):
+        trainer = AgentTrainer(settings, device)
+        checkpoints = AgentCheckpoints(folder / "checkpoints", settings.keep)
+        resumed = checkpoints.resume(trainer)
+        told = told_of(trainer, device)
+        (folder / "config.json").write_text(json.dumps(told, indent=1))
+        console.print(
+            f"{settings.algorithm.upper()} in {settings.copies} × {settings.world}, {settings.memory} memory, "
+            f"{trainer.size:,} parameters → {folder}" + (f", going on after step {trainer.steps:,}" if resumed else "")
+        )
+        with stopping() as stopped:
+            finished = follow(trainer, checkpoints, folder, stopped, console)
+        if not finished:
+            newest = checkpoints.newest()
+            console.print(f"stopped; the same command goes on from {newest.name if newest else 'the beginning'}")
+            sys.exit(128 + stopped[0])
+        tested = trainer.test()
+        keep_agent(trainer, folder, told)
+        leave_agent_report(trainer, tested, folder, told, console)
 
 
 def follow(
@@ -115,15 +117,6 @@ def told_of(trainer: AgentTrainer, device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def needs_report() -> Any:
-    """`leave_agent_report`, looked for before hours are spent that it would be the end of."""
-    try:
-        from hqlt.report.agent import leave_agent_report
-    except ModuleNotFoundError as error:
-        raise ValueError(f"expected the package {error.name} for the report; pip install 'hqlt[report]'") from None
-    return leave_agent_report
 
 
 def keep_agent(trainer: AgentTrainer, folder: Path, told: dict[str, Any] | None = None) -> None:

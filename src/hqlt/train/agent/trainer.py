@@ -17,6 +17,7 @@ from hqlt.agent.agent import Agent, Progress
 from hqlt.agent.collect import Evaluation
 from hqlt.agent.worlds import make_worlds
 from hqlt.train.agent.settings import TEST_SEED, VALIDATION_SEED, AgentSettings
+from hqlt.train.metrics import known
 
 BEST = "best."
 
@@ -44,8 +45,7 @@ class Update(NamedTuple):
     def as_line(self) -> dict[str, Any]:
         """Flat, for metrics.jsonl and trackers."""
         told = self._asdict()
-        losses = {name: known(loss) for name, loss in told.pop("losses").items()}
-        return told | losses
+        return told | told.pop("losses")
 
 
 class AgentTrainer:
@@ -173,8 +173,3 @@ def update_of(progress: Progress, left_out: int) -> Update:
         progress.losses,
         left_out,
     )
-
-
-def known(number: float) -> float | None:
-    """None in place of NaN and infinities, which JSON does not have."""
-    return number if math.isfinite(number) else None

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -18,12 +16,14 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
+from hqlt.disk import beside
+from hqlt.errors import first_line
 from hqlt.train.language.ranks import Ranks
+from hqlt.train.steps import advice, begin_step, finish_step, whole_steps
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
 
 TOLD = "trainer.json"
-UNFINISHED = ".unfinished"
 
 
 class Checkpoints:
@@ -39,17 +39,15 @@ class Checkpoints:
 
     def newest(self) -> Path | None:
         """The newest whole checkpoint; None: there is none."""
-        found = sorted(path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
-        return found[-1] if found else None
+        return next(reversed(whole_steps(self.folder)), None)
 
     def save(self, step: int, tensors: Mapping[str, Tensor], told: Mapping[str, Any]) -> None:
         """Copy the tensors, and begin to write them. What is told must be JSON."""
         self.wait()
         place = self.folder / f"step-{step:08d}"
-        unfinished = place.with_name(place.name + UNFINISHED)
+        unfinished = beside(place)
         if self.ranks.first:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
+            begin_step(unfinished)
             (unfinished / TOLD).write_text(json.dumps({"step": step, **told}, indent=1))
         self.ranks.wait()
         writer = HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
@@ -67,21 +65,17 @@ class Checkpoints:
         if self._writing is None:
             return
         (place, future), self._writing = self._writing, None
-        unfinished = place.with_name(place.name + UNFINISHED)
+        unfinished = beside(place)
         try:
             future.result()
+            if self.ranks.first:
+                finish_step(unfinished, place, self.keep)
         except (Exception, CheckpointException) as error:
             if self.ranks.first:
                 shutil.rmtree(unfinished, ignore_errors=True)
             newest = self.newest()
             stands = f"{newest} is whole" if newest else "there is none from before"
-            raise OSError(f"{place}: could not be written ({_first_line(error)}); {stands}") from error
-        if self.ranks.first:
-            if place.exists():  # the same step, saved again
-                shutil.rmtree(place)
-            os.replace(unfinished, place)
-            for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
-                shutil.rmtree(old)
+            raise OSError(f"{place}: could not be written ({_innermost(error)}); {stands}") from error
         self.ranks.wait()
 
     def poll(self) -> None:
@@ -98,7 +92,7 @@ def read_told(place: Path) -> dict[str, Any]:
     try:
         told: dict[str, Any] = json.loads((place / TOLD).read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{place}: expected a checkpoint with a {TOLD}: {error}; {_advice(place)}") from error
+        raise ValueError(f"{place}: expected a checkpoint with a {TOLD}: {error}; {advice(place)}") from error
     return told
 
 
@@ -110,15 +104,11 @@ def load_into(place: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
     try:
         load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(place)), no_dist=ranks.mesh is None)
     except (Exception, CheckpointException) as error:
-        raise ValueError(f"{place}: could not be read ({_first_line(error)}); {_advice(place)}") from error
+        raise ValueError(f"{place}: could not be read ({_innermost(error)}); {advice(place)}") from error
 
 
-def _advice(place: Path) -> str:
-    return f"remove {place.name} to go on from the checkpoint before it, or give another folder"
-
-
-def _first_line(error: BaseException) -> str:
-    """Of the innermost reason: DCP wraps what went wrong on each rank."""
+def _innermost(error: BaseException) -> str:
+    """DCP wraps what went wrong on each rank."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return first_line(error)

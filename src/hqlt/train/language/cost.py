@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import torch
 
 from hqlt.model import HQLTConfig, HQLTForCausalLM
 
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}
-"""Operations of dense bfloat16 products a second, by a part of the device's name (data sheets)."""
+PEAKS = {
+    "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,
+    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "4090": 165e12,
+}  # fmt: skip
+"""Operations of dense bfloat16 products a second, by words of the device's name, the first that fit (data sheets)."""
 
 
 def flops_per_token(config: HQLTConfig, length: int) -> float:
@@ -39,7 +43,7 @@ def peak_flops(device: torch.device) -> float | None:
     """Operations a second of one processor: a GPU's from its data sheet (None: not known), a CPU's measured now."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        return next((peak for part, peak in PEAKS.items() if part in name), None)
+        return next((peak for words, peak in PEAKS.items() if re.search(rf"\b{words}\b", name)), None)
     a, b = torch.rand(1024, 1024), torch.rand(1024, 1024)
     best = float("inf")
     for _ in range(4):

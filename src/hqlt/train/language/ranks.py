@@ -50,7 +50,13 @@ class Ranks:
 
 @contextlib.contextmanager
 def join(settings: TrainSettings, device: str | None = None) -> Iterator[Ranks]:
-    """The processes that torchrun started, or this one alone. device: cuda where there is one, else cpu."""
+    """The processes that torchrun started, or this one alone. device: cuda where there is one, else cpu.
+
+    Raises ValueError for a device that is not here, and for settings that do not come out even.
+    """
+    if device not in (None, "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        here = "cpu or cuda" if torch.cuda.is_available() else "cpu, as there is no GPU that torch can use"
+        raise ValueError(f"device: expected {here}, got {device!r}")
     rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     settings.micro_batches(count)

@@ -15,7 +15,9 @@ from typing import Any
 from rich.console import Console
 
 from hqlt.data import prepare
+from hqlt.disk import alone_in
 from hqlt.model import HQLTConfig, preset
+from hqlt.task.task import SPLITS
 from hqlt.train.language.cost import flops_per_token, peak_flops
 from hqlt.train.language.ranks import Ranks, join
 from hqlt.train.language.settings import TrainSettings
@@ -32,36 +34,38 @@ def run(settings: TrainSettings, folder: Path | None = None, device: str | None 
     SIGTERM and Ctrl-C save after the update under way and end with status 143 or 130. Leaves config.json,
     metrics.jsonl, checkpoints/, and at the end model/, results.json, curves.png, README.md and report.html.
     """
+    from hqlt.report.training import leave_training_report  # now: a package that it misses would be the end of all
+
     config = preset(settings.preset, **settings.model)
     folder = folder or Path("runs") / f"{settings.preset}-{Path(settings.data).name}"
-    with join(settings, device) as ranks, stopping() as stopped:
+    with join(settings, device) as ranks, alone_in(folder) if ranks.first else contextlib.nullcontext():
         console = Console(highlight=False, soft_wrap=True, quiet=not ranks.first)
         trainer = Trainer(settings, config, data_of(settings, ranks, console), folder, ranks)
         step = trainer.resume() or 0
         if ranks.first:
-            folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.json").write_text(json.dumps(told_of(settings, config, trainer), indent=1))
         console.print(
             f"{settings.preset}: {trainer.size:,} parameters, {len(trainer.splits['train']):,} tokens, "
             f"{ranks.count} process{'es' * (ranks.count > 1)} on {ranks.device.type} → {folder}"
             + (f", going on after update {step}" if step else "")
         )
-        finished = follow(trainer, folder, step, stopped, console)
-        if not finished:
-            trainer.save()
-            trainer.checkpoints.wait()
-            console.print(f"stopped and saved after update {trainer.step}; the same command goes on")
-            sys.exit(128 + stopped[0])
+        for split in [split for split in SPLITS if split not in trainer.splits]:
+            console.print(f"the data hold no {split} text: nothing is scored on it")
+        with stopping() as stopped:
+            finished = follow(trainer, folder, step, stopped, console)
+            if not finished:
+                trainer.save()
+                trainer.checkpoints.wait()
+                console.print(f"stopped and saved after update {trainer.step}; the same command goes on")
+                sys.exit(128 + stopped[0])
+        trainer.export(folder / "model")
         results = {
             "validation_bits_per_byte": trainer.bits_per_byte("validation"),
             "test_bits_per_byte": trainer.bits_per_byte("test"),
             "updates": trainer.step,
             "updates_left_out": trainer.skipped,
         }
-        trainer.export(folder / "model")
         if ranks.first:
-            from hqlt.report.training import leave_training_report
-
             leave_training_report(folder, told_of(settings, config, trainer), results, console)
 
 
@@ -93,7 +97,7 @@ def telling(trainer: Trainer, folder: Path, step: int, console: Console) -> Iter
         def tell(told: Update) -> None:
             speed = speed_of.at(told.tokens)
             share = speed * flops / (peak * trainer.ranks.count) if peak else None
-            line.show(told.step, words_of(told, speed, share), news_of(told))
+            line.show(told.step, words_of(told, speed, share, memory_in_use(trainer.ranks.device)), news_of(told))
             metrics.write(told._asdict())
             trackers.write(told._asdict() | {"tokens_per_second": speed})
 
@@ -105,12 +109,12 @@ def telling(trainer: Trainer, folder: Path, step: int, console: Console) -> Iter
     console.print(f"{time.monotonic() - begun:.0f} s in this start")
 
 
-def words_of(told: Update, speed: float, share: float | None) -> list[str]:
+def words_of(told: Update, speed: float, share: float | None, memory: int) -> list[str]:
     """Loss, speed, share of the processors' peak, gradient, memory."""
     words = [f"loss {told.loss:.3f}", f"{speed:,.0f} tokens/s"]
     if share is not None:
         words.append(f"{100 * share:.0f}% of peak")
-    words += [f"gradient {told.gradient_norm:.2f}", f"{memory_in_use() / 2**20:,.0f} MiB"]
+    words += [f"gradient {told.gradient_norm:.2f}", f"{memory / 2**20:,.0f} MiB"]
     if told.skipped:
         words.append(f"{told.skipped} updates left out")
     return words

@@ -71,8 +71,13 @@ class TrainSettings:
         for name in ("learning_rate", "eps", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
-        if self.warmup < 0:
-            raise ValueError(f"warmup: expected 0 or more updates, got {self.warmup}")
+        for name in ("warmup", "final_rate", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        for name in ("micro_batch_size", "shard_over"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, or none, got {value}")
 
     def learning_rate_at(self, step: int) -> float:
         """step counts from 0."""
@@ -84,11 +89,8 @@ class TrainSettings:
 
         Raises ValueError where the batch does not come out even.
         """
-        if self.batch_size % ranks or self.validation_rows % ranks:
-            raise ValueError(
-                f"batch_size, validation_rows: expected multiples of the {ranks} processes, "
-                f"got {self.batch_size} and {self.validation_rows}"
-            )
+        if self.batch_size % ranks:
+            raise ValueError(f"batch_size: expected a multiple of the {ranks} processes, got {self.batch_size}")
         own = self.batch_size // ranks
         rows = self.micro_batch_size or own
         if own % rows:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from hqlt.data import Stream, TokenFiles, Windows
+from hqlt.data.windows import rows_of_rank
 from hqlt.memory import MemoryState
 from hqlt.model import HQLTCache, HQLTConfig, HQLTForCausalLM
 from hqlt.task.task import IGNORE, SPLITS, Batch, Split
@@ -57,14 +59,17 @@ class Trainer:
 
     def __init__(self, settings: TrainSettings, config: HQLTConfig, data: Path, folder: Path, ranks: Ranks) -> None:
         self.settings, self.config, self.ranks = settings, config, ranks
-        self.splits = {split: TokenFiles(data, split) for split in SPLITS}
-        train = self.splits["train"]
+        train = TokenFiles(data, "train")
+        there = [split for split in SPLITS if train.manifest.splits.get(split)]
+        self.splits = {split: TokenFiles(data, split) for split in there}
+        self.held_out = {split: Windows(self.splits[split], settings.length) for split in there if split != "train"}
         if train.vocab_size > config.vocab_size:
             raise ValueError(
                 f"data: expected tokens of a vocabulary of at most {config.vocab_size}, which the model has, got "
                 f"{train.vocab_size}; set model.vocab_size={train.vocab_size}"
             )
         if settings.carry_state:
+            refuse_unbounded(config)
             self.source: Windows | Stream = Stream(train, settings.length, settings.batch_size)
         else:
             self.source = Windows(train, settings.length, settings.seed)
@@ -98,13 +103,18 @@ class Trainer:
                 told = told._replace(validation=self.bits_per_byte("validation"))
             if self.step % settings.save_every == 0 or last:
                 self.save()
-            self.checkpoints.poll()
             yield told
+            self.checkpoints.poll()
         self.checkpoints.wait()
 
     def update(self) -> Update:
-        """One batch: its loss is the mean over all scored tokens of all processes."""
+        """One batch: its loss is the mean over all scored tokens of all processes.
+
+        Where a gradient is not finite, the weights stay as they are, and so do carried memories: they go on without
+        what this batch said.
+        """
         settings, ranks = self.settings, self.ranks
+        memories = [cache.fork() for cache in self.caches]
         batches = self._batches(self.step)
         scored = ranks.sum([float(sum((batch.targets != IGNORE).sum() for batch in batches))])[0]
         rate = settings.learning_rate_at(self.step)
@@ -125,6 +135,7 @@ class Trainer:
             self.optimiser.step()
         else:
             self.skipped += 1
+            self.caches = memories
         self.step += 1
         tokens = self.step * settings.batch_size * settings.length
         return Update(self.step, loss, norm.item(), rate, tokens, self.skipped)
@@ -149,14 +160,23 @@ class Trainer:
         return summed_loss(out.logits, batch.targets)
 
     @torch.no_grad()
-    def bits_per_byte(self, name: Split) -> float:
-        """Over the split's first `validation_rows` windows, in an order that is the same for all runs."""
-        files, ranks = self.splits[name], self.ranks
-        rows = min(self.settings.validation_rows, len(windows := Windows(files, self.settings.length)))
-        rows -= rows % ranks.count
+    def bits_per_byte(self, name: Split) -> float | None:
+        """Over the split's first `validation_rows` windows, in an order that is the same for all runs.
+
+        None: the data hold no such split. The same for any number of processes: windows are taken until each has as
+        many, and those beyond the last are not scored.
+        """
+        if name not in self.held_out:
+            return None
+        files, windows, ranks = self.splits[name], self.held_out[name], self.ranks
+        rows = min(self.settings.validation_rows, len(windows))
+        even = -(-rows // ranks.count) * ranks.count
+        mine = windows.batch(0, even, ranks.rank, ranks.count)
+        beyond = torch.tensor([row >= rows for row in rows_of_rank(even, ranks.rank, ranks.count)])
+        mine.targets[beyond] = IGNORE
         self.model.eval()
         total, scored = 0.0, 0.0
-        for part in split(windows.batch(0, rows, ranks.rank, ranks.count), self.micro_rows):
+        for part in split(mine, self.micro_rows):
             batch = part.to(ranks.device)
             logits = self.model(batch.inputs, resets=batch.resets, use_cache=False).logits
             total += summed_loss(logits, batch.targets).item()
@@ -183,12 +203,12 @@ class Trainer:
         if place is None:
             return None
         told = read_told(place)
-        for name, value in self._identity().items():
-            if told.get("run", {}).get(name) != value:
-                raise ValueError(
-                    f"{place}: is of a run with another {name}: {told.get('run', {}).get(name)!r}, not {value!r}. "
-                    f"Give another folder for a new run, or the settings of the old one to go on with it."
-                )
+        there, asked = flat(told.get("run", {})), flat(self._identity())
+        for name in [name for name in there | asked if there.get(name) != asked.get(name)]:
+            raise ValueError(
+                f"{place}: is of a run with another {name}: {there.get(name)!r}, not {asked.get(name)!r}. "
+                f"Give another folder for a new run, or the settings of the old one to go on with it."
+            )
         load_into(place, self._weights(), self.ranks)
         if self.settings.carry_state:
             self._begin_caches()  # with the weights loaded: FSDP keeps some of them gathered after a call
@@ -251,7 +271,7 @@ class Trainer:
             )
 
     def export(self, folder: Path) -> None:
-        """The model as a Hugging Face folder, whole, with its tokenizer."""
+        """The model as a Hugging Face folder, whole, with its tokenizer. Raises OSError where it cannot be written."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
         from transformers.utils import logging
 
@@ -264,8 +284,14 @@ class Trainer:
         if self.ranks.first:
             whole = HQLTForCausalLM(self.config)
             whole.load_state_dict({name.replace("_orig_mod.", ""): weight for name, weight in weights.items()})
-            whole.save_pretrained(folder)
-            self.splits["train"].tokenizer.save(folder)
+            tokenizer, generation = self.splits["train"].tokenizer, cast(Any, whole.generation_config)
+            if tokenizer.eos_id is not None:
+                whole.config.eos_token_id = generation.eos_token_id = generation.pad_token_id = tokenizer.eos_id
+            try:
+                whole.save_pretrained(folder)
+            except SafetensorError as error:
+                raise OSError(f"{folder}: could not be written ({error}); the checkpoints are whole") from error
+            tokenizer.save(folder)
         self.ranks.wait()
 
 
@@ -282,6 +308,26 @@ def split(batch: Batch, rows: int) -> list[Batch]:
 def local(tensor: Tensor) -> Tensor:
     """This process's rows of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def refuse_unbounded(config: HQLTConfig) -> None:
+    """A memory that is carried without end must not grow without end."""
+    for kind in set(config.kinds) - {"fw"}:
+        if config.layer_options(kind)["window"] is None:
+            field = {"kv": "kv_window", "hybrid": "window"}[kind]
+            raise ValueError(
+                f"carry_state: expected a model whose KV-memory has an end, got {field} none; set model.{field}, for "
+                f"one to the length of a sequence"
+            )
+
+
+def flat(told: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a mapping and of those in it: {"model": {"window": 4}} has model.window."""
+    fields: dict[str, Any] = {}
+    for name, value in told.items():
+        inner = flat(value) if isinstance(value, Mapping) else None
+        fields |= {name: value} if inner is None else {f"{name}.{field}": inner[field] for field in inner}
+    return fields
 
 
 def model_fields(config: HQLTConfig) -> dict[str, Any]:

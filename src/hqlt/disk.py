@@ -1,0 +1,83 @@
+"""Writing that a kill, a full disk or a second process cannot spoil."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+UNFINISHED = ".unfinished"
+"""What is being written has this behind its name, and is moved to its place when all of it is on disk."""
+
+
+def beside(path: Path) -> Path:
+    """Where a file or folder is written before it has its name."""
+    return path.with_name(path.name + UNFINISHED)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Replace a file in one step: it holds what it held, or all of the data."""
+    with told_if_not_written(path):
+        try:
+            write_synced(beside(path), data)
+            beside(path).replace(path)
+        finally:
+            beside(path).unlink(missing_ok=True)
+        sync_folder(path.parent)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make moves within the folder last through a loss of power, where the system can."""
+    if os.name == "posix":
+        sync(folder)
+
+
+def sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def told_if_not_written(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{path} could not be written: {error.strerror}. What was finished before is kept: once this is mended, "
+            f"the same command goes on from there",
+        ) from error
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Make the folder, and refuse it while another process works in it (where the system can tell)."""
+    with told_if_not_written(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"{folder}: another process is at work there; wait for it, end it, or give another folder"
+        ) from None
+    else:
+        yield
+    finally:
+        os.close(handle)
