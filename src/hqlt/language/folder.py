@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,21 +15,44 @@ if TYPE_CHECKING:
     from hqlt.model import HQLTForCausalLM
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+SHOWN = 8
+"""Models of a study that an error names."""
 
 
 def find_model(where: str | Path) -> Path:
-    """The folder of a model: the given one, or `model/` in the given run's.
+    """The folder of a model: `model/` of the given run, or the given folder itself.
 
-    Raises FileNotFoundError, saying what was looked for, where neither holds a config.json.
+    Raises FileNotFoundError, saying what was looked for and what is there, where neither holds a model.
     """
     where = Path(where)
-    for folder in (where, where / "model"):
-        if (folder / "config.json").is_file():
+    for folder in (where / "model", where):  # a run's own config.json holds its settings
+        if holds_model(folder):
             return folder
     raise FileNotFoundError(
         f"{where}: expected a model's folder (config.json, model.safetensors) or a run that holds one in model/, "
-        f"found {'no config.json' if where.is_dir() else 'no such folder'}"
+        f"found {found_in(where)}"
     )
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether its config.json is a model's, which names a model_type."""
+    try:
+        return "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def found_in(folder: Path) -> str:
+    """What stands in a model's place."""
+    if not folder.is_dir():
+        return "no such folder"
+    models = [str(path) for path in sorted(folder.glob("models/*")) if holds_model(path)]
+    if models:
+        more = f" and {len(models) - SHOWN} more" if len(models) > SHOWN else ""
+        return f"a study; name one of its models: {', '.join(models[:SHOWN])}{more}"
+    if (folder / "config.json").is_file():
+        return "a config.json without model_type, as a run's is; a run has its model/ once training has ended"
+    return "no config.json"
 
 
 def load_model(where: str | Path, device: torch.device | str = "cpu") -> HQLTForCausalLM:
