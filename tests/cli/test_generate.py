@@ -36,6 +36,8 @@ def test_rows_and_their_ends(folder, capsys):
     rows = out.split("--- ")[1:]
     assert len(rows) == 3
     assert {row.partition("\n")[2].strip() for row in rows} == {rows[0].partition("\n")[2].strip()}
+    greedy = said(capsys, folder, "--prompt=abc", "--tokens=9", "--greedy")
+    assert said(capsys, folder, "--prompt=abc", "--tokens=9", "--temperature=0") == greedy
 
 
 @pytest.mark.parametrize(
@@ -45,7 +47,13 @@ def test_rows_and_their_ends(folder, capsys):
         (["FOLDER"], "expected a text of at least one token"),
         (["FOLDER", "--prompt=a", "--load-state=nowhere"], "nowhere"),
         (["FOLDER", "--prompt=a", "--batch=2", "--save-state=s"], "save-state: expected one continuation"),
+        (["FOLDER", "--prompt=a", "--save-state=nowhere/s"], "save-state: expected a file in a folder .* got nowhere/s"),
+        (["FOLDER", "--prompt=a", "--save-state=FOLDER"], "save-state: expected a file in a folder"),
         (["FOLDER", "--prompt=a", "--batch=0"], "batch ≥ 1"),
+        (["FOLDER", "--prompt=a", "--temperature=-1"], "temperature ≥ 0"),
+        (["FOLDER", "--prompt=a", "--top-p=2"], "0 < top-p ≤ 1"),
+        (["FOLDER", "--prompt=a", "--top-k=0"], "top-k ≥ 1"),
+        (["FOLDER", "--prompt=a", "--device=nothing"], "device: expected one .* got 'nothing'"),
     ],
 )
 def test_what_cannot_be_done_is_said(folder, arguments, message):

@@ -36,12 +36,12 @@ def generate(
     greedy: bool = False,
     save_state: Path | None = None,
     load_state: Path | None = None,
-    device: str = "cpu",
+    device: str | None = None,
 ) -> None:
     """Go on with a text, and show what comes as it comes. Into a pipe or a file goes the new text alone.
 
-    A long document is read once, piece by piece, in constant memory: `--prompt-file BOOK --tokens 0 --save-state F`
-    keeps what the memories hold of it in a small file, and `--load-state F --prompt QUESTION` goes on from there at
+    A long document is read once, piece by piece: `--prompt-file BOOK --tokens 0 --save-state F` keeps what the memories
+    hold of it in a file, which does not grow with the document but for full attention, and `--load-state F --prompt QUESTION` goes on from there at
     once, as often as wanted and on any machine that has the same model.
 
     Args:
@@ -49,7 +49,7 @@ def generate(
         prompt: the text to go on with.
         prompt_file: a file with the text, before the prompt where both are given.
         tokens: how many to make at most; 0 only reads.
-        temperature: below 1 the likely gets likelier.
+        temperature: below 1 the likely gets likelier; 0 is greedy.
         top_p: choose among the likeliest tokens that have this probability together.
         top_k: choose among this many of the likeliest tokens.
         seed: the same seed makes the same text; another one at each start by default.
@@ -57,18 +57,26 @@ def generate(
         greedy: always the likeliest token.
         save_state: keep what was read (the prompt, then the new text) in this file.
         load_state: go on from what was kept in this file.
-        device: where the model runs, such as "cuda".
+        device: where the model runs, such as cpu; cuda where there is one by default.
     """
+    from hqlt.device import usable_device
     from hqlt.language import generation
     from hqlt.language.folder import load_model, tokenizer_of
 
     if batch < 1 or tokens < 0:
         raise SystemExit(f"expected batch ≥ 1 and tokens ≥ 0, got batch {batch} and tokens {tokens}")
+    if temperature < 0 or not 0 < top_p <= 1 or (top_k is not None and top_k < 1):
+        raise SystemExit(
+            f"expected temperature ≥ 0, 0 < top-p ≤ 1 and top-k ≥ 1, got temperature {temperature}, top-p {top_p} "
+            f"and top-k {top_k}"
+        )
     if save_state is not None and batch > 1 and tokens > 0:
         raise SystemExit("save-state: expected one continuation, or --tokens=0, because a file keeps one text")
+    if save_state is not None and (save_state.is_dir() or not save_state.parent.is_dir()):
+        raise SystemExit(f"save-state: expected a file in a folder that is there, got {save_state}")
     notes = Console(stderr=True)
     try:
-        language_model = load_model(model, device)
+        language_model = load_model(model, usable_device(device))
         tokenizer = tokenizer_of(model, language_model.config.vocab_size)
         text = (prompt_file.read_text(encoding="utf-8") if prompt_file else "") + prompt
         past = generation.load_past(load_state, language_model) if load_state else None
@@ -87,7 +95,7 @@ def generate(
                 temperature=temperature,
                 top_p=top_p,
                 top_k=top_k,
-                greedy=greedy,
+                greedy=greedy or temperature == 0,
                 seed=seed,
                 eos=tokenizer.eos_id,
                 streamer=generation.TextStreamer(tokenizer, batch, tokenizer.eos_id, told),

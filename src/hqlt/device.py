@@ -1,0 +1,18 @@
+"""Where a command's tensors live."""
+
+from __future__ import annotations
+
+import torch
+
+
+def usable_device(name: str | None = None) -> torch.device:
+    """The device of this name; by default cuda where there is one, else cpu.
+
+    Raises ValueError where torch cannot use it here.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).partition("\n")[0].partition(". ")[0]
+        raise ValueError(f"device: expected one that torch can use here, such as cpu, got {name!r}: {why}") from None
