@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from hqlt.data.tokenizer import Fast
 from hqlt.model import HQLTConfig, HQLTForCausalLM
 
 SMALL: dict[str, Any] = {
@@ -32,6 +33,19 @@ KINDS: dict[str, dict[str, Any]] = {
 def build(**fields: Any) -> HQLTForCausalLM:
     torch.manual_seed(0)
     return HQLTForCausalLM(HQLTConfig(**{**SMALL, **fields})).double().eval()
+
+
+def prepending() -> Fast:
+    """A tokenizer of single characters that begins each text with a blank, ▁, and decodes without it, as Llama's does."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    characters = ["<s>", "</s>", "▁", "\n", *map(chr, range(0x21, 0x7F))]
+    tokenizer: Any = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(characters)}, merges=[]))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(content=" ", left=1, right=0)]
+    )
+    return Fast("prepending", tokenizer, eos_id=1)
 
 
 @pytest.fixture(params=KINDS)

@@ -9,7 +9,7 @@ from hqlt.data import load_tokenizer
 from hqlt.language import generation
 from hqlt.language.generation import Past, TextStreamer, go_on, load_past, read, save_past
 from hqlt.model import HQLTCache
-from tests.language.conftest import build
+from tests.language.conftest import build, prepending
 
 TEXT = list(b"a long document, and then some more of it")
 
@@ -80,12 +80,24 @@ def test_a_text_ends_where_the_model_ends_it():
 def test_text_comes_out_as_soon_as_it_is_complete():
     told: list[tuple[int, str]] = []
     streamer = TextStreamer(load_tokenizer("bytes"), 2, None, lambda row, text: told.append((row, text)))
-    for column in ([9, 9], [0xCE, 0x61], [0xB2, 0xCE]):  # the prompt, then β in row 0; a, then half of a letter
+    for column in ([[9], [9]], [0xCE, 0x61], [0xB2, 0xCE]):  # the prompt, then β in row 0; a, then half of a letter
         streamer.put(torch.tensor(column))
     streamer.end()
     rows = ["".join(text for row, text in told if row == i) for i in range(2)]
     assert rows == ["β", "a\N{REPLACEMENT CHARACTER}"]
     assert told[:3] == [(0, ""), (1, "a"), (0, "β")]
+
+
+def test_a_blank_after_the_prompt_is_told():
+    told: list[str] = []
+    tokenizer = prepending()
+    streamer = TextStreamer(tokenizer, 1, None, lambda row, text: told.append(text))
+    prompt = tokenizer.encode("to be")
+    streamer.put(torch.tensor([prompt]))
+    for token in tokenizer.encode("to be or not")[len(prompt) :]:
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    assert "".join(told) == " or not"
 
 
 def test_nothing_to_read_and_foreign_files(tmp_path):

@@ -50,7 +50,8 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
-    def stream(self) -> TextStream: ...
+    def stream(self, after: Sequence[int] = ()) -> TextStream:
+        """after: the last token or tokens of the text that goes on, which may say whether a blank comes first."""
 
     def save(self, folder: Path) -> None:
         """Write what `load_tokenizer` (and AutoTokenizer) reads again; bytes need nothing."""
@@ -105,7 +106,7 @@ class Bytes:
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(ids).decode(errors="replace")
 
-    def stream(self) -> TextStream:
+    def stream(self, after: Sequence[int] = ()) -> TextStream:
         return ByteStream()
 
     def save(self, folder: Path) -> None:
@@ -151,8 +152,8 @@ class Fast:
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
-    def stream(self) -> TextStream:
-        return TokenStream(self.decode)
+    def stream(self, after: Sequence[int] = ()) -> TextStream:
+        return TokenStream(self.decode, after)
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -191,8 +192,8 @@ class Slow:
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
-    def stream(self) -> TextStream:
-        return TokenStream(self.decode)
+    def stream(self, after: Sequence[int] = ()) -> TextStream:
+        return TokenStream(self.decode, after)
 
     def save(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
@@ -212,9 +213,9 @@ class ByteStream:
 class TokenStream:
     """What a token adds to the text depends on the one before it (a space, half a character), so both are decoded."""
 
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+    def __init__(self, decode: Callable[[Sequence[int]], str], after: Sequence[int]) -> None:
         self.decode = decode
-        self.told: list[int] = []
+        self.told = list(after)
         self.waiting: list[int] = []
 
     def add(self, id: int) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from hqlt.data import Tokenizer
+from hqlt.data.tokenizer import TextStream
 from hqlt.memory import MemoryState, load_state, save_state
 from hqlt.memory.storage import load_unread
 from hqlt.model import HQLTCache, HQLTForCausalLM
@@ -115,15 +116,15 @@ class TextStreamer(BaseStreamer):
     """What `generate` makes, as text: told(row, text) whenever a row has more of it."""
 
     def __init__(self, tokenizer: Tokenizer, rows: int, eos: int | None, told: Callable[[int, str], object]) -> None:
-        self.streams = [tokenizer.stream() for _ in range(rows)]
+        self.tokenizer = tokenizer
+        self.streams: list[TextStream] = []
         self.ended = [False] * rows
         self.eos = eos
         self.told = told
-        self.prompt_seen = False
 
     def put(self, value: Tensor) -> None:
-        if not self.prompt_seen:  # generate begins with what it was given
-            self.prompt_seen = True
+        if not self.streams:  # generate begins with what it was given
+            self.streams = [self.tokenizer.stream(after=row[-1:]) for row in value.tolist()]
             return
         for row, token in enumerate(value.tolist()):
             self.ended[row] |= token == self.eos
