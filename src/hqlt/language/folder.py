@@ -68,7 +68,7 @@ def load_model(where: str | Path, device: torch.device | str = "cpu") -> HQLTFor
 
 
 def tokenizer_of(where: str | Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer beside a model; bytes where there is none and the model knows 256 tokens.
+    """The tokenizer beside a model; bytes where its tokens are bytes, and where there is none and the model knows 256.
 
     Raises ValueError where neither can be, or where the tokenizer has tokens that the model does not know.
     """
@@ -87,4 +87,10 @@ def tokenizer_of(where: str | Path, vocab_size: int) -> Tokenizer:
             f"{folder}: expected a tokenizer of at most {vocab_size} tokens, as many as the model knows, "
             f"got one of {tokenizer.vocab_size}; is it another model's?"
         )
-    return tokenizer
+    return load_tokenizer("bytes") if tells_bytes(tokenizer) else tokenizer
+
+
+def tells_bytes(tokenizer: Tokenizer) -> bool:
+    """Whether token i is byte i, as in the files that `export` writes beside a byte model."""
+    text = "".join(map(chr, range(0x250))) + "漢🙂"
+    return tokenizer.vocab_size == 256 and tokenizer.eos_id is None and tokenizer.encode(text) == list(text.encode())
