@@ -36,7 +36,7 @@ def build(**fields: Any) -> HQLTForCausalLM:
 
 
 def prepending() -> Fast:
-    """A tokenizer of single characters that begins each text with a blank, ▁, and decodes without it, as Llama's does."""
+    """A tokenizer of characters that begins each text with a blank, ▁, and decodes without it, as Llama's does."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     characters = ["<s>", "</s>", "▁", "\n", *map(chr, range(0x21, 0x7F))]

@@ -156,6 +156,23 @@ class TestCommand:
         main([*command, f"--map={tmp_path / 'map.yaml'}"])
         assert load_model(tmp_path / "ours").config.kinds == ["fw", "fw"]
 
+    @pytest.mark.parametrize(
+        ("map", "message"),
+        [
+            ("- a", r"map.yaml: expected a line such as '\^old_: new_' for each expression, got \['a'\]"),
+            ("a: 1", "map.yaml: expected a line such as"),
+            ("a: [", "map.yaml: expected YAML"),
+            ("(a: b", r"map: expected an expression and what replaces it, got '\(a': 'b': .*unterminated"),
+            (r"model: \2", r"map: expected an expression .* got 'model': .*invalid group reference"),
+        ],
+    )
+    def test_a_map_that_is_none(self, tmp_path, map, message):
+        save_file(random_checkpoint(HYBRID), tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text(json.dumps(HYBRID))
+        (tmp_path / "map.yaml").write_text(map)
+        with pytest.raises(SystemExit, match=message):
+            main(["convert", str(tmp_path), str(tmp_path / "ours"), f"--map={tmp_path / 'map.yaml'}"])
+
     def test_a_pickle_is_not_run(self, tmp_path):
         class Trap:
             def __reduce__(self):

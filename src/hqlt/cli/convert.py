@@ -26,8 +26,6 @@ def convert(
         map: a YAML file of regular expressions and what replaces them in the checkpoint's names.
         tokenizer: the tokenizer's folder or name, if its files are not beside the weights.
     """
-    import yaml
-
     from hqlt.data import load_tokenizer
     from hqlt.language.checkpoint import read_checkpoint
     from hqlt.language.convert import convert as convert_checkpoint
@@ -37,8 +35,7 @@ def convert(
     console = Console(highlight=False)
     try:
         refuse_filled(folder)
-        renames = yaml.safe_load(map.read_text(encoding="utf-8")) if map else None
-        read = read_checkpoint(checkpoint, settings, renames)
+        read = read_checkpoint(checkpoint, settings, read_renames(map) if map else None)
         converted = convert_checkpoint(read)
         beside = any((read.folder / name).is_file() for name in TOKENIZER_FILES)
         source = tokenizer or (str(read.folder) if beside else None)
@@ -56,3 +53,16 @@ def convert(
     if source is None:
         console.print("note: no tokenizer was found; put its files into the folder, or convert with --tokenizer")
     console.print(f"written to {folder}", markup=False)
+
+
+def read_renames(file: Path) -> dict[str, str]:
+    """What `--map` names. Raises ValueError where it is not a mapping of text to text."""
+    import yaml
+
+    try:
+        given = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file}: expected YAML: {error}") from None
+    if not isinstance(given, dict) or not all(isinstance(text, str) for pair in given.items() for text in pair):
+        raise ValueError(f"{file}: expected a line such as '^old_: new_' for each expression, got {given!r}")
+    return given

@@ -41,8 +41,9 @@ def generate(
     """Go on with a text, and show what comes as it comes. Into a pipe or a file goes the new text alone.
 
     A long document is read once, piece by piece: `--prompt-file BOOK --tokens 0 --save-state F` keeps what the memories
-    hold of it in a file, which does not grow with the document but for full attention, and `--load-state F --prompt QUESTION` goes on from there at
-    once, as often as wanted and on any machine that has the same model.
+    hold of it in a file (small whatever the document's length, but for full attention), and
+    `--load-state F --prompt QUESTION` goes on from there at once, as often as wanted and on any machine that has the
+    same model.
 
     Args:
         model: a model's folder, or the run that trained it.

@@ -37,7 +37,8 @@ def read_checkpoint(where: Path, settings: Path | None = None, renames: Mapping[
     settings: the config.json, if it is not beside the weights. renames: regular expressions and what replaces them in
     the tensors' names, in this order. Pickles are read by PyTorch's restricted reader, `weights_only=True`.
 
-    Raises FileNotFoundError where something is missing, and ValueError for what cannot be read.
+    Raises FileNotFoundError where something is missing, and ValueError for what cannot be read and for renames that
+    are no expressions.
     """
     folder = where if where.is_dir() else where.parent
     config = settings or folder / "config.json"
@@ -50,7 +51,12 @@ def read_checkpoint(where: Path, settings: Path | None = None, renames: Mapping[
     for name, tensor in tensors.items():
         new = name.removeprefix("_orig_mod.").removeprefix("module.")
         for pattern, replacement in (renames or {}).items():
-            new = re.sub(pattern, replacement, new)
+            try:
+                new = re.sub(pattern, replacement, new)
+            except (re.error, IndexError) as error:
+                raise ValueError(
+                    f"map: expected an expression and what replaces it, got {pattern!r}: {replacement!r}: {error}"
+                ) from None
         if new in renamed:
             raise ValueError(f"{name}: expected names that stay different when renamed, got {new!r} twice")
         renamed[new] = tensor
