@@ -8,7 +8,7 @@ import yaml
 from hqlt.agent import worlds
 from hqlt.model import HQLTConfig, HQLTForCausalLM
 from hqlt.study import known_studies, read_study
-from hqlt.study.study import WORLDS
+from hqlt.study.study import WORLDS, config_of
 from hqlt.task import TASKS
 from hqlt.train import Fit, fit
 from hqlt.train.agent.run import load_agent
@@ -33,6 +33,7 @@ GIVEN = {
 
 
 PARITY = ("experiments", "short parity")
+FULL = config_of({"hidden_size": 32, "num_heads": 4, "num_hidden_layers": 2}, {})
 
 
 def read(tmp_path, given):
@@ -85,6 +86,10 @@ def test_an_experiment_may_name_the_models_that_take_part(tmp_path):
         ([*PARITY, "options", "train_length"], 1, r"parity.options: key: .*did you mean 'train_lengths'\?"),
         ([*PARITY, "options", "train_lengths"], [9, 3], r"parity.options: .*expected the least and the greatest"),
         ([*PARITY, "common", "hiden_size"], 8, r"DeltaNet in short parity: .*did you mean 'hidden_size'\?"),
+        ([*PARITY, "common", "hidden_size"], None, r"DeltaNet in short parity: hidden_size: expected .* got 'nothing'"),
+        ([*PARITY, "common", "num_heads"], "two", r"study.yaml: DeltaNet in short parity: num_heads: .* got 'two'"),
+        (["models", "Synchronous"], {"mixer": "vectr"}, r"Synchronous in .*mixer: .*did you mean 'vector'\?"),
+        (["models", "Synchronous"], {"layer_kinds": 3}, r"Synchronous in short parity: .*layer_kinds"),
         (["models", "Synchronous"], {"blend": "synchron"}, r"Synchronous in .*did you mean 'synchronous'\?"),
         (["experiments"], [], r"experiments: expected keys with values, got \[\]"),
     ],
@@ -92,6 +97,24 @@ def test_an_experiment_may_name_the_models_that_take_part(tmp_path):
 def test_a_mistake_is_told_with_its_place_and_the_nearest_right_key(tmp_path, path, value, message):
     with pytest.raises(ValueError, match=message):
         read(tmp_path, changed(path, value))
+
+
+@pytest.mark.parametrize(
+    ("own", "width"),
+    [
+        ({}, 96),
+        ({"mixer": "scalar"}, 104),
+        ({"mixer": "sum"}, 107),
+        ({"layer_kinds": "fw"}, 107),
+        ({"layer_kinds": ["fw", "hybrid"]}, 101),
+        ({"layer_kinds": ["fw", "hybrid"], "mixer": "sum"}, 107),
+    ],
+)
+def test_mlps_make_up_for_each_layer_without_a_mixer(own, width):
+    config = config_of({"hidden_size": 32, "num_heads": 4, "num_hidden_layers": 2}, own)
+    assert config["intermediate_size"] == width
+    sizes = [HQLTForCausalLM(HQLTConfig(**one, vocab_size=3)).num_parameters() for one in (config, FULL)]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.02)
 
 
 def test_what_is_no_yaml_or_not_there_is_refused(tmp_path):

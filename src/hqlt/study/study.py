@@ -59,6 +59,7 @@ class Study:
     """Of weights and training data, for experiments that name none."""
 
     def cells(self) -> list[Cell]:
+        """Raises ValueError, saying whose, where the fields of a model do not fit together."""
         return [
             cell_of(
                 experiment,
@@ -96,7 +97,10 @@ class Study:
 def cell_of(given: Experiment, own: dict[str, Any], /, **of_both: Any) -> Cell:
     """A cell of the kind that the budget is for."""
     if isinstance(given.budget, Budget):
-        return TaskCell(config=config_of(given.common, own), **of_both)
+        try:
+            return TaskCell(config=config_of(given.common, own), **of_both)
+        except ValueError as error:
+            raise ValueError(f"{of_both['model']} in {of_both['experiment']}: {error}") from None
     from hqlt.train.agent.cell import AgentCell
 
     return AgentCell(config={**given.common, **own}, **of_both)
@@ -128,16 +132,23 @@ def config_of(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """A model's fields of HQLTConfig: the shared ones, and its own over them.
 
     `layer_kinds` may be one kind for all layers. Where `intermediate_size` is not given, the MLPs are three times as
-    wide as the model, and wider where the layers have no vector mixer: all models are equal in size. Where
+    wide as the model, and wider for each layer without a vector mixer: all models are equal in size. Where
     `initializer_range` is not given, it is 1/(2√hidden_size).
+
+    Raises ValueError where the sizes are missing or no numbers, and for an unknown mixer.
     """
     config = {**common, **own}
+    for name in ("hidden_size", "num_heads", "num_hidden_layers"):
+        if not isinstance(config.get(name), int) or config[name] < 1:
+            raise ValueError(f"{name}: expected a number of at least 1, got {config.get(name, 'nothing')!r}")
     hidden, layers = config["hidden_size"], config["num_hidden_layers"]
-    alone = isinstance(kind := config.get("layer_kinds"), str)
-    if alone:
-        config["layer_kinds"] = [kind] * layers
-    gates = {"vector": hidden, "scalar": 2 * config["num_heads"], "sum": 0}[config.get("mixer", "vector")]
-    missing = hidden if alone else hidden - gates  # rows of the mixer's matrix; the MLP has three matrices
+    if isinstance(kinds := config.get("layer_kinds"), str):
+        config["layer_kinds"] = kinds = [kinds] * layers
+    gates = {"vector": hidden, "scalar": 2 * config["num_heads"], "sum": 0}
+    one_of("mixer", config.get("mixer", "vector"), gates)
+    hybrids = kinds.count("hybrid") if isinstance(kinds, list) else layers
+    # rows of the mixers' matrices; an MLP has three matrices
+    missing = hidden - gates[config.get("mixer", "vector")] * hybrids / layers
     return {"initializer_range": hidden**-0.5 / 2, "intermediate_size": 3 * hidden + round(missing / 3)} | config
 
 
@@ -189,7 +200,11 @@ def read_study(path: Path) -> Study:
                 one_of("models", model, study.models)
             except ValueError as error:
                 raise ValueError(f"{path}: experiments.{label}.{error}") from None
-    for cell in study.cells():
+    try:
+        cells = study.cells()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    for cell in cells:
         _try(cell, f"{path}: {cell.model} in {cell.column}")
     return study
 
