@@ -51,6 +51,10 @@ def test_a_study_runs_once_and_leaves_what_is_worth_committing(tmp_path, capsys)
     assert capsys.readouterr().out.count("earlier start") == 4
     assert {path.name: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()} == made
 
+    file.write_text(yaml.safe_dump(STUDY).replace("steps: 6", "steps: 7"))
+    with pytest.raises(SystemExit, match="holds the result of a cell with other settings; give another folder"):
+        main(command)
+
 
 def test_names_and_aliases():
     assert find("expressivity", "laptop")[0] == find("table-2", "laptop")[0] == "expressivity-laptop"
@@ -61,3 +65,5 @@ def test_names_and_aliases():
         main(["reproduce", "ablations", "--scale=paper"])
     with pytest.raises(SystemExit, match="only: expected one of 'parity', 'arithmetic', got 'text'"):
         main(["reproduce", "expressivity", "--only=text"])
+    with pytest.raises(SystemExit, match="device: expected one that torch can use here"):
+        main(["reproduce", "expressivity", "--device=nothing"])

@@ -1,13 +1,32 @@
 import shlex
+import sys
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
+from hqlt.cli import main
 from hqlt.model import preset
+from hqlt.study import commands
 from hqlt.study.commands import print_and_run, runs_of
 
 
-@pytest.mark.parametrize(("what", "count"), [("language", 10), ("recall", 10)])
+@pytest.fixture
+def ran(monkeypatch, tmp_path):
+    """Two GPUs, and what is run on them, all of it well unless its status is set."""
+    ran = SimpleNamespace(commands=[], status=0)
+
+    def run(command, check):
+        ran.commands.append(command)
+        return SimpleNamespace(returncode=ran.status)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("subprocess.run", run)
+    return ran
+
+
+@pytest.mark.parametrize(("what", "count"), [("language", 10), ("recall", 10), ("language-ablations", 6)])
 def test_every_run_of_a_table_is_a_command_of_ours(what, count):
     runs = runs_of(what, gpus=8)
     assert len({run.name for run in runs}) == count
@@ -17,14 +36,83 @@ def test_every_run_of_a_table_is_a_command_of_ours(what, count):
         given = dict(option.removeprefix("--").split("=") for option in train[5:])
         changes = {key.removeprefix("model."): value for key, value in given.items() if key.startswith("model.")}
         assert set(changes) <= set(preset(given["preset"]).to_dict())
-        assert score == ["hqlt", "eval", given["folder"], "--suite=paper"]
+        folder = given["folder"]
+        assert score == ["hqlt", "eval", folder, "--suite=paper", "--device=cuda", f"--folder={folder}/eval"]
         assert 10 < run.hours < 200
+
+
+def test_blocks_that_are_computed_twice_take_longer(tmp_path, monkeypatch):
+    recipe = (commands.CHECKOUT / "configs" / "hqlt-340m.yaml").read_text()
+    (tmp_path / "configs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    hours = []
+    for choice in ("true", "false"):
+        changed = recipe.replace("activation_checkpointing: true", f"activation_checkpointing: {choice}")
+        (tmp_path / "configs" / "hqlt-340m.yaml").write_text(changed)
+        hours.append(commands.run_of("hqlt-340m", {}, 8).hours)
+    assert hours[0] == pytest.approx(hours[1] * 4 / 3)
 
 
 def test_without_a_gpu_the_commands_are_printed(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     console = Console(record=True, width=200)
-    print_and_run("language", console)
+    print_and_run("language", None, console)
     printed = console.export_text()
-    assert "nothing was run" in printed
-    assert shlex.join(runs_of("language", 8)[0].commands[0]) in printed.replace("\n", " ").replace("  ", " ")
+    assert "By estimate" in printed and "nothing was run" in printed
+    said = printed.replace("\n", " ").replace("  ", " ")
+    assert said.index("hqlt data prepare HuggingFaceFW/fineweb-edu") < said.index(
+        shlex.join(runs_of("language", 8)[0].commands[0])
+    )
+
+
+def test_what_is_there_is_not_made_again(ran, tmp_path):
+    """Data first, then training and evaluation of the run that was asked for."""
+    only = ["reproduce", "recall", "--scale=paper", "--only=hqlt-340m-window-128"]
+    main(only)
+    python = [sys.executable, "-m"]
+    assert [command[: 4 + (command[2] != "hqlt")] for command in ran.commands] == [
+        [*python, "hqlt", "data"],
+        [*python, "torch.distributed.run", "--nproc-per-node=2", "--module"],
+        [*python, "hqlt", "eval"],
+    ]
+    (tmp_path / "data" / "fineweb-edu").mkdir(parents=True)
+    (tmp_path / "data" / "fineweb-edu" / "manifest.json").touch()
+    (tmp_path / "runs" / "hqlt-340m-window-128" / "eval").mkdir(parents=True)
+    (tmp_path / "runs" / "hqlt-340m-window-128" / "eval" / "results.json").touch()
+    ran.commands.clear()
+    main(only)
+    assert ran.commands == []
+    main([*only[:3], "--only=hqlt-340m"])
+    assert [command[2] for command in ran.commands] == ["torch.distributed.run", "hqlt"]
+
+
+def test_a_command_that_fails_ends_it_and_is_named(ran):
+    ran.status = 3
+    with pytest.raises(SystemExit, match=r"^hqlt data prepare .*got status 3"):
+        main(["reproduce", "language", "--scale=paper"])
+    assert len(ran.commands) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--quick", "--workers=2"], "--workers, --quick: expected at most --only with language at the paper's scale"),
+        (["--folder=a", "--export=b"], "--folder, --export: expected"),
+        (["--device=cuda"], "--device: expected"),
+        (["--only=hqlt-340"], "did you mean 'hqlt-340m'"),
+    ],
+)
+def test_options_that_do_not_apply_are_refused(ran, options, message):
+    with pytest.raises(SystemExit, match=message):
+        main(["reproduce", "language", "--scale=paper", *options])
+    assert ran.commands == []
+
+
+def test_without_the_recipe_it_is_named(ran, monkeypatch, tmp_path):
+    monkeypatch.setattr(commands, "CHECKOUT", tmp_path)
+    with pytest.raises(SystemExit, match=r"configs.hqlt-340m.yaml: expected the paper's recipe in "):
+        main(["reproduce", "language", "--scale=paper"])
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "hqlt-340m.yaml").write_text("steps: 0")
+    with pytest.raises(SystemExit, match=r"hqlt-340m.yaml: expected settings of hqlt train: steps: "):
+        main(["reproduce", "language", "--scale=paper"])

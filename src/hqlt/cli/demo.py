@@ -41,7 +41,10 @@ def demo(
     folder = folder or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
     console = Console()
     again = f"hqlt demo {'--quick ' if quick else ''}--seed={seed} --folder={folder}"
-    results, settings = run_study(study, folder, again=again, workers=workers, device="cpu", console=console)
+    try:
+        results, settings = run_study(study, folder, again=again, workers=workers, device="cpu", console=console)
+    except (ValueError, OSError) as error:  # such as a folder with the results of other settings
+        raise SystemExit(str(error)) from None
     text = read_and_write(the_hybrid_on_text(results), folder)
     leave_report(study, results, folder, settings, console, **text)
     sample = text["samples"][0]

@@ -8,9 +8,10 @@ from typing import Literal
 
 from rich.console import Console
 
+from hqlt.device import usable_device
 from hqlt.layer import one_of
 from hqlt.study import known_studies, read_study
-from hqlt.study.commands import print_and_run
+from hqlt.study.commands import TABLES, print_and_run
 from hqlt.study.run import copy_results, leave_report, run_study
 
 ALIASES = {"table-2": "expressivity"}
@@ -22,7 +23,7 @@ def reproduce(
     only: str | None = None,
     folder: Path | None = None,
     workers: int | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     quick: bool = False,
     export: Path | None = None,
 ) -> None:
@@ -30,25 +31,36 @@ def reproduce(
 
     "expressivity" (or "table-2") is the paper's table of what each model can compute; "suite" has the other tasks,
     "ablations" windows, mixers and convolutions. "language" is the table of language models,
-    "language-ablations" changes one part at a time, "recall" asks for facts by window size; at the paper's scale
-    language and recall are commands for many GPUs, printed with the hours they need, and run where there are GPUs.
+    "language-ablations" changes one part at a time, "recall" asks for facts by window size; at the paper's scale these
+    three are commands for many GPUs, printed with an estimate of the hours, and run where there are GPUs.
     Or give a YAML file of your own. Cells run in parallel processes. A finished cell is never run again: the same
     command goes on where an earlier one was stopped.
 
     Args:
         what: the study's name, or a YAML file.
         scale: "laptop" shows who solves what on two cores; "paper" is the paper's own setting, for a GPU.
-        only: one experiment of the study, such as "parity".
+        only: one experiment of the study, such as "parity"; of commands for many GPUs, one run's name.
         folder: where everything goes; runs/STUDY-SCALE by default.
         workers: processes side by side, one thread each; all cores by default.
-        device: where models are trained, such as "cuda"; all workers share it.
+        device: where models are trained, such as "cuda"; all workers share it. cpu by default.
         quick: budgets too small to learn much, to see that everything runs.
         export: a folder for what is worth committing, such as results/expressivity.
     """
-    if scale == "paper" and ALIASES.get(what, what) in ("language", "recall"):
-        print_and_run(ALIASES.get(what, what), Console(highlight=False))
+    if scale == "paper" and what in TABLES:
+        given = {"folder": folder, "workers": workers, "device": device, "quick": quick or None, "export": export}
+        if refused := [f"--{name}" for name, value in given.items() if value is not None]:
+            raise SystemExit(
+                f"{', '.join(refused)}: expected at most --only with {what} at the paper's scale, which is commands "
+                f"for all GPUs with folders of their own under runs/"
+            )
+        try:
+            print_and_run(what, only, Console(highlight=False))
+        except (ValueError, OSError) as error:
+            raise SystemExit(str(error)) from None
         return
+    device = device or "cpu"
     try:
+        usable_device(device)
         name, file = find(what, scale)
         study = read_study(file).only(only)
     except ValueError as error:
@@ -59,9 +71,13 @@ def reproduce(
     options = {"scale": scale, "only": only, "folder": folder, "workers": workers, "device": device, "export": export}
     again = ["hqlt", "reproduce", what, *(f"--{key}={value}" for key, value in options.items() if value is not None)]
     console = Console()
-    results, settings = run_study(
-        study, folder, again=shlex.join(again + ["--quick"] * quick), workers=workers, device=device, console=console
-    )
+    again += ["--quick"] * quick
+    try:
+        results, settings = run_study(
+            study, folder, again=shlex.join(again), workers=workers, device=device, console=console
+        )
+    except (ValueError, OSError) as error:  # such as a folder with the results of other settings
+        raise SystemExit(str(error)) from None
     leave_report(study, results, folder, settings, console)
     if export is not None:
         copy_results(folder, export)

@@ -1,75 +1,143 @@
-"""The language and recall tables at the paper's scale: which commands, how many GPU hours, and running them."""
+"""The language tables at the paper's scale: which commands, how many GPU hours by estimate, and running them."""
 
 from __future__ import annotations
 
 import shlex
 import subprocess
+import sys
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
+from hqlt.layer import one_of
+
+if TYPE_CHECKING:
+    from hqlt.train.language.settings import TrainSettings
+
 MODELS = ("transformer-{}", "deltanet-{}", "hqlt-{}-delayed-streaming", "hqlt-{}-delayed-chunk", "hqlt-{}")
-RECALL: Mapping[str, Mapping[str, Any]] = {
-    "sum": {"mixer": "sum"},
-    "scalar": {"mixer": "scalar"},
-    **{f"window-{window}": {"window": window} for window in (128, 256, 512, 1024)},
+TABLES: Mapping[str, list[tuple[str, Mapping[str, Any]]]] = {
+    "language": [(model.format(size), {}) for size in ("340m", "1.3b") for model in MODELS],
+    "language-ablations": [
+        ("hqlt-340m", {}),
+        ("hqlt-340m", {"fast_weights": "linear"}),
+        ("hqlt-340m", {"mixer": "sum"}),
+        *(("hqlt-340m", {"window": window}) for window in (128, 256, 512)),
+    ],
+    "recall": [
+        ("transformer-340m", {}),
+        ("transformer-340m", {"kv_window": 1024}),
+        ("deltanet-340m", {}),
+        ("hqlt-340m", {}),
+        *(("hqlt-340m", {"mixer": mixer}) for mixer in ("sum", "scalar")),
+        *(("hqlt-340m", {"window": window}) for window in (128, 256, 512, 1024)),
+    ],
 }
-"""What the recall table changes of hqlt-340m, by name."""
-CONFIGS = {"340m": "configs/hqlt-340m.yaml", "1.3b": "configs/hqlt-1.3b.yaml"}
-TOKENS, LENGTHS = 28_672 * 524_288, {"340m": 2048, "1.3b": 2240}
+"""The models of each table: presets, and the fields that differ. One that stands in two tables is trained once."""
+DATA = (
+    "hqlt", "data", "prepare", "HuggingFaceFW/fineweb-edu", "--subset=sample-100BT",
+    "--tokenizer=fla-hub/transformer-1.3B-100B", "--limit-tokens=16000000000",
+)  # fmt: skip
+PROGRAMS = {"hqlt": ("-m", "hqlt"), "torchrun": ("-m", "torch.distributed.run")}
+"""How this very Python runs them."""
+CHECKOUT = Path(__file__).parents[3]
 GPU, PEAK, USED = "H100", 989e12, 0.4
 """A GPU's peak in bfloat16, and the share of it that such runs use."""
 
 
 class Run(NamedTuple):
     name: str
+    folder: Path
+    data: Path
     commands: list[list[str]]
     hours: float
-    """Of one GPU."""
+    """Of one GPU, by estimate."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is evaluated, which comes last."""
+        return (self.folder / "eval" / "results.json").is_file()
 
 
 def runs_of(what: str, gpus: int) -> list[Run]:
-    """The runs of the table of language models ("language") or of recall ("recall")."""
-    wanted: list[tuple[str, str, dict[str, Any]]]
-    if what == "language":
-        wanted = [(model.format(size), size, {}) for size in CONFIGS for model in MODELS]
-    else:
-        wanted = [("transformer-340m", "340m", {}), ("transformer-340m", "340m", {"kv_window": 1024})]
-        wanted += [("deltanet-340m", "340m", {}), ("hqlt-340m", "340m", {})]
-        wanted += [("hqlt-340m", "340m", dict(changes)) for changes in RECALL.values()]
-    return [run_of(preset, size, changes, gpus) for preset, size, changes in wanted]
+    """The runs of a table. Raises FileNotFoundError and ValueError where their recipe is missing or none."""
+    return [run_of(preset, changes, gpus) for preset, changes in TABLES[what]]
 
 
-def run_of(preset: str, size: str, changes: Mapping[str, Any], gpus: int) -> Run:
+def run_of(preset: str, changes: Mapping[str, Any], gpus: int) -> Run:
     from hqlt.model import preset as preset_of
     from hqlt.train.language.cost import flops_per_token
 
     name = "-".join([preset, *(f"{key}-{value}" for key, value in changes.items())])
-    folder = f"runs/{name}"
-    train = ["torchrun", f"--nproc-per-node={gpus}", "--module", "hqlt", "train", f"--config={CONFIGS[size]}"]
+    folder = Path("runs") / name
+    file, recipe = recipe_of("1.3b" if "1.3b" in preset else "340m")
+    train = ["torchrun", f"--nproc-per-node={gpus}", "--module", "hqlt", "train", f"--config={file}"]
     train += [f"--preset={preset}", f"--folder={folder}", *(f"--model.{key}={value}" for key, value in changes.items())]
-    cost = flops_per_token(preset_of(preset, **changes), LENGTHS[size]) * TOKENS
-    return Run(name, [train, ["hqlt", "eval", folder, "--suite=paper"]], cost / (PEAK * USED) / 3600)
+    score = ["hqlt", "eval", str(folder), "--suite=paper", "--device=cuda", f"--folder={folder / 'eval'}"]
+    cost = flops_per_token(preset_of(preset, **changes), recipe.length)
+    cost *= recipe.steps * recipe.batch_size * recipe.length
+    if recipe.activation_checkpointing:
+        cost *= 4 / 3  # forward, forward again, and backward, which is as much as two
+    return Run(name, folder, Path(recipe.data), [train, score], cost / (PEAK * USED) / 3600)
 
 
-def print_and_run(what: str, console: Console) -> None:
+def recipe_of(size: str) -> tuple[Path, TrainSettings]:
+    """configs/hqlt-SIZE.yaml of this folder, or else of the checkout that hqlt runs from."""
+    import yaml
+
+    from hqlt.train.language.settings import TrainSettings
+
+    name = Path("configs") / f"hqlt-{size}.yaml"
+    file = next((file for file in (name, CHECKOUT / name) if file.is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"{name}: expected the paper's recipe in {Path.cwd()}; it comes with hqlt's source")
+    try:
+        return file, TrainSettings(**yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (TypeError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{file}: expected settings of hqlt train: {error}") from None
+
+
+def print_and_run(what: str, only: str | None, console: Console) -> None:
     """Print every command with its hours; where there is a GPU, run them one after the other, on all GPUs there are.
 
-    A run that is finished, or half finished, goes on from where it is.
+    A run that is half finished goes on from where it is; one that is evaluated is left as it is. only: one run's name.
+
+    Raises ValueError for another name, ChildProcessError where a command fails, and what `runs_of` raises.
     """
     import torch
 
+    from hqlt.data.manifest import MANIFEST
+
     found = torch.cuda.device_count()
     runs = runs_of(what, found or 8)
-    console.print(f"{sum(run.hours for run in runs):,.0f} hours of one {GPU} in all, at {USED:.0%} of its peak:")
+    if only is not None:
+        one_of("only", only, [run.name for run in runs])
+        runs = [run for run in runs if run.name == only]
+    hours = sum(run.hours for run in runs)
+    console.print(f"By estimate {hours:,.0f} hours of one {GPU} in all, at {USED:.0%} of its peak.")
+    console.print("\n# data, once")
+    data = {run.data: [*DATA, f"--folder={run.data}"] for run in runs}
+    for command in data.values():
+        console.print(shlex.join(command), soft_wrap=True)
     for run in runs:
-        console.print(f"\n# {run.name}: {run.hours:,.0f} hours of one {GPU}")
+        there = ", finished by an earlier start" if run.finished else ""
+        console.print(f"\n# {run.name}: {run.hours:,.0f} hours of one {GPU}{there}")
         for command in run.commands:
             console.print(shlex.join(command), soft_wrap=True)
     if not found:
         console.print("\nNo GPU here: nothing was run.")
         return
-    for run in runs:
-        for command in run.commands:
-            subprocess.run(command, check=True)
+    commands = [command for folder, command in data.items() if not (folder / MANIFEST).is_file()]
+    commands += [command for run in runs if not run.finished for command in run.commands]
+    for command in commands:
+        carry_out(command)
+
+
+def carry_out(command: list[str]) -> None:
+    status = subprocess.run([sys.executable, *PROGRAMS[command[0]], *command[1:]], check=False).returncode
+    if status:
+        raise ChildProcessError(
+            f"{shlex.join(command)}: expected it to end well, got status {status}, for the reason above; the same "
+            f"hqlt reproduce goes on from there"
+        )
