@@ -15,7 +15,7 @@ from hqlt.data import load_tokenizer
 from hqlt.evaluate import lengths, retrieval
 from hqlt.evaluate.lengths import bin_edges, bits_by_position
 from hqlt.evaluate.retrieval import PASSKEY, answer, lengths_up_to, needle, text_of
-from tests.language.conftest import build
+from tests.language.conftest import build, prepending
 from tests.language.conftest import model as model
 
 LIBRARY = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
@@ -119,6 +119,16 @@ class TestRetrieval:
         first, last = retrieval.retrieval(build(), BYTES, PASSKEY, [700], depths=(0.0, 1.0), trials=2)
         assert (first.right, first.tokens_right) == (2, 1.0)
         assert (last.right, last.tokens_right) == (0, pytest.approx(0.2))
+
+    def test_an_answer_is_how_the_question_goes_on(self, monkeypatch):
+        """By itself " 12345" would begin with a blank more, which no greedy answer has."""
+        asked = []
+        monkeypatch.setattr(retrieval, "answer", lambda _, texts, answers, told: asked.extend(answers) or [[True] * 6])
+        tokenizer = prepending()
+        retrieval.retrieval(build(), tokenizer, PASSKEY, [700], depths=(0.0,), trials=1)
+        ((blank, *digits),) = asked
+        assert (tokenizer.tokenizer.id_to_token(blank), len(digits)) == ("▁", 5)
+        assert tokenizer.decode(digits).isdigit()
 
     def test_lengths(self):
         assert lengths_up_to(1_000_000) == [1000, 4000, 16_000, 64_000, 256_000, 1_000_000]

@@ -35,7 +35,8 @@ def bits_by_position(
     """Read a text once from its beginning, in pieces; bins grow with the position.
 
     Two rows read side by side: one remembers everything, the other's memories are emptied every `every` tokens, so
-    that where the text is hard can be told from where memory is of use. What is held does not grow with the text.
+    that where the text is hard can be told from where memory is of use. What is held beside the text does not grow
+    with it, but for full attention.
 
     told: called with the number of tokens read, after each piece. Raises ValueError for a text of fewer than two.
     """

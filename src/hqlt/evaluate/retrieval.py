@@ -70,7 +70,7 @@ def retrieval(
     Texts are made as they are read, one row a depth, so that what is held depends on neither length nor trials. Each
     key has five digits. told: called with the number of columns read, after each piece.
     """
-    filler = tokenizer.encode(haystack.filler)
+    filler, question = tokenizer.encode(haystack.filler), tokenizer.encode(haystack.question)
     results = []
     chance = random.Random(seed)
     for length in lengths:
@@ -81,7 +81,8 @@ def retrieval(
                 text_of(tokenizer, haystack, filler, key, length, depth)
                 for key, depth in zip(keys, depths, strict=True)
             ]
-            answers = [tokenizer.encode(f" {key}") for key in keys]
+            # as it goes on from the question: by itself it might begin with another blank
+            answers = [tokenizer.encode(f"{haystack.question} {key}")[len(question) :] for key in keys]
             hits = answer(model, texts, answers, told)
             for i, (ids, hit) in enumerate(zip(answers, hits, strict=True)):
                 of_key = [named for token, named in zip(ids, hit, strict=True) if tokenizer.decode([token]).strip()]
