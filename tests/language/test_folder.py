@@ -7,8 +7,8 @@ import json
 import pytest
 
 from hqlt.cli import main
-from hqlt.language.folder import find_model
-from tests.language.conftest import build
+from hqlt.language.folder import begins_with, find_model, tokenizer_of
+from tests.language.conftest import build, prepending
 from tests.train.language.conftest import text as text
 from tests.train.language.conftest import train
 
@@ -39,3 +39,14 @@ def test_a_folder_that_holds_none_says_what_it_holds(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"found a study; name one of its models: .*models/a, .*models/b$"):
         find_model(tmp_path)
     assert find_model(tmp_path / "models" / "a").name == "a"
+
+
+def test_the_token_that_begins_a_text(tmp_path):
+    build().save_pretrained(tmp_path)
+    assert begins_with(tmp_path, tokenizer_of(tmp_path, 256)) is None
+    prepending().save(tmp_path)
+    assert begins_with(tmp_path, tokenizer_of(tmp_path, 256)) is None
+    told = tmp_path / "tokenizer_config.json"
+    for named in ("<s>", {"content": "<s>"}):
+        told.write_text(json.dumps(json.loads(told.read_text()) | {"bos_token": named}))
+        assert begins_with(tmp_path, tokenizer_of(tmp_path, 256)) == 0

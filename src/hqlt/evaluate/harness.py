@@ -6,10 +6,11 @@ Source: EleutherAI's lm-evaluation-harness, 0.4.13.
 from __future__ import annotations
 
 import logging
+import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
 from importlib import resources
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -31,24 +33,43 @@ from hqlt.model import HQLTForCausalLM
 
 Job = TypeVar("Job")
 
+OURS = Path(str(resources.files("hqlt.evaluate"))) / "tasks"
+
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]
     """What the harness asks of a model. The numbers do not depend on the batch size.
 
-    A text is never cut: contexts of any length are read in pieces, and a rolling log-likelihood predicts each token
-    from all before it, where the harness would begin windows anew.
+    max_length: tokens that are read at most to predict another, as the harness's own models have it: contexts lose
+        their beginning, a rolling log-likelihood begins window after window. None: a text is never cut, but read in
+        pieces, and each token is predicted from all before it.
+    bos_id: the token that begins a text; None: the model's config may name it.
     """
 
-    def __init__(self, model: HQLTForCausalLM, tokenizer: Tokenizer, batch_size: int = 8) -> None:
+    def __init__(
+        self,
+        model: HQLTForCausalLM,
+        tokenizer: Tokenizer,
+        batch_size: int = 8,
+        max_length: int | None = None,
+        bos_id: int | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.text = tokenizer
         self.batch_size = batch_size
+        self.max_length = max_length
+        config: Any = model.config
+        self.bos_id: int | None = config.bos_token_id if bos_id is None else bos_id
 
     @property
     def eot_token_id(self) -> int:
-        """What stands before a text without context: the token that ends texts, or else a newline."""
+        """The token that ends texts, or else a newline."""
         return self.text.encode("\n")[0] if self.text.eos_id is None else self.text.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without context: the token that begins texts, or else the one that ends them."""
+        return self.eot_token_id if self.bos_id is None else self.bos_id
 
     @property
     def device(self) -> torch.device:
@@ -65,9 +86,10 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        lengths = [len(context) + len(continuation) for _, context, continuation in requests]
+        pairs = [(self.cut(context, len(continuation)), continuation) for _, context, continuation in requests]
+        lengths = [len(context) + len(continuation) for context, continuation in pairs]
         for some in self.batches(range(len(requests)), lengths, disable_tqdm):
-            rows = [requests[i][1:] for i in some]
+            rows = [pairs[i] for i in some]
             for i, (log_p, greedy) in zip(some, likelihoods(self.model, rows), strict=True):
                 results[i] = (log_p, greedy)
                 if requests[i][0] is not None:
@@ -76,8 +98,10 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         texts = [request.args[0] for request in requests]
-        asked = [(None, [self.eot_token_id], self.tok_encode(text)) for text in texts]
-        results = [log_p for log_p, _ in self._loglikelihood_tokens(asked, disable_tqdm)]
+        windows = [self.windows(self.tok_encode(text)) for text in texts]
+        asked = [(None, *window) for some in windows for window in some]
+        log_p = iter([log_p for log_p, _ in self._loglikelihood_tokens(asked, disable_tqdm)])
+        results = [sum(islice(log_p, len(some)), 0.0) for some in windows]
         for text, result in zip(texts, results, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), result)
         return results
@@ -88,12 +112,33 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         for _, group in groupby(by_options, key=lambda i: repr(requests[i].args[1])):
             members = list(group)
             options = requests[members[0]].args[1]
-            contexts = {i: self.tok_encode(requests[i].args[0]) or [self.eot_token_id] for i in members}
+            new = normalize_gen_kwargs(options)["max_gen_toks"]
+            texts = {i: self.tok_encode(requests[i].args[0]) or [self.prefix_token_id] for i in members}
+            contexts = {i: self.cut(tokens, new + 1) for i, tokens in texts.items()}
             for some in self.batches(members, [len(contexts[i]) for i in members], disable_tqdm):
                 for i, text in zip(some, self.go_on([contexts[i] for i in some], options), strict=True):
                     results[i] = text
                     self.cache_hook.add_partial("generate_until", requests[i].args, text)
         return results
+
+    def cut(self, context: list[int], new: int) -> list[int]:
+        """The end of a context that there is room for, where so many tokens follow of which the last is not read.
+
+        Raises ValueError where there is none.
+        """
+        if self.max_length is None:
+            return context
+        if new > self.max_length:
+            raise ValueError(
+                f"max_length: expected at least {new}, which what follows a context needs, got {self.max_length}"
+            )
+        return context[-(self.max_length + 1 - new) :]
+
+    def windows(self, tokens: list[int]) -> list[tuple[list[int], list[int]]]:
+        """A text as contexts and what follows them, each token in one of the latter: the harness's rolling windows."""
+        size = self.max_length or max(len(tokens), 1)
+        rolling = get_rolling_token_windows(tokens, self.prefix_token_id, max_seq_len=size, context_len=1)
+        return [make_disjoint_window(window) for window in rolling]
 
     def go_on(self, contexts: list[list[int]], options: dict[str, Any]) -> list[str]:
         """What the model writes after each context, up to the first of the strings at which it is to stop."""
@@ -145,40 +190,40 @@ class Said(StoppingCriteria):
 def run_tasks(
     model: HarnessModel, tasks: Sequence[str], local: Path | None = None, limit: int | None = None
 ) -> dict[str, Any]:
-    """The harness's results, by task and metric.
+    """The harness's results, by task and metric; of tags and groups those of all their tasks.
 
-    local: a folder of data and, if wanted, of the harness's task files; our own (`lambada_local`, …) come with it. In
-    both, {local} stands for the folder.
+    local: a folder of data and, if wanted, of the harness's task files with the Python files that they name, which
+        are run; our own (`lambada_local`, …) come with it. In task files {local} stands for the folder.
 
     Raises ValueError for unknown tasks.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as filled:
-        if local is not None:
-            fill(Path(filled), local)
-        only_local = local is not None and all(name in known_local(Path(filled)) for name in tasks)
-        manager = TaskManager(include_path=filled, include_defaults=not only_local)
+        places = (
+            []
+            if local is None
+            else [fill(Path(filled) / "ours", OURS, local), fill(Path(filled) / "local", local, local)]
+        )
+        here = TaskManager(include_path=places, include_defaults=False)
+        manager = here if set(tasks) <= set(here.all_tasks) else TaskManager(include_path=places)
         unknown = [name for name in tasks if name not in manager.all_tasks]
         if unknown:
-            own = f"; local ones are {', '.join(known_local(Path(filled)))}" if local else "; local ones need --local"
+            own = f"; local ones are {', '.join(here.all_tasks)}" if local else "; local ones need --local"
             raise ValueError(f"tasks: expected the harness's names, got unknown {', '.join(unknown)}{own}")
         results = simple_evaluate(
             model=model, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=100, log_samples=False
         )
     assert results is not None, "there is one process"
-    return {name: results["results"][name] for name in tasks}
+    return dict(results["results"])
 
 
-def fill(folder: Path, local: Path) -> None:
-    """Task files of ours and of the local folder, with the folder's name in place of {local}."""
-    ours = resources.files("hqlt.evaluate").joinpath("tasks")
-    sources = [*(file for file in ours.iterdir() if file.is_file()), *sorted(local.glob("*.yaml"))]
-    for file in sources:
+def fill(folder: Path, source: Path, local: Path) -> Path:
+    """The task files of a source, with the local folder's name in place of {local}, and its Python files."""
+    folder.mkdir()
+    for file in sorted(source.glob("*.yaml")):
         text = file.read_text(encoding="utf-8").replace("{local}", str(local.resolve()))
         (folder / file.name).write_text(text, encoding="utf-8")
-
-
-def known_local(folder: Path) -> list[str]:
-    lines = [line for file in sorted(folder.glob("*.yaml")) for line in file.read_text(encoding="utf-8").splitlines()]
-    return [line.removeprefix("task:").strip() for line in lines if line.startswith("task:")]
+    for file in sorted(source.glob("*.py")):
+        shutil.copyfile(file, folder / file.name)
+    return folder

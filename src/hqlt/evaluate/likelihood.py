@@ -1,4 +1,4 @@
-"""log p(continuation | context) for a batch of any lengths, in constant memory, the same for every batch size."""
+"""log p(continuation | context) for a batch of any lengths, read in pieces, the same for every batch size."""
 
 from __future__ import annotations
 
