@@ -1,4 +1,5 @@
 import json
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -40,19 +41,65 @@ def test_tasks_stand_beside_the_paper(folder, tmp_path, capsys):
     main(["eval", str(folder), "--tasks=lambada_local", f"--local={local}", "--limit=2", f"--folder={place}"])
     written = json.loads((place / "results.json").read_text())
     assert written["results"]["tasks"]["lambada_local"]["sample_len"] == 2
-    assert len(written["settings"]["fingerprint"]) == 64
-    said = capsys.readouterr().out
-    assert "29.4" in said and "its Synchronous, 340M" in said
+    settings = written["settings"]
+    assert len(settings["fingerprint"]) == 64
+    options = {"tasks": "lambada_local", "local": str(local), "limit": 2, "batch_size": 8, "max_length": None}
+    options |= {"lengths": None, "longest": 1_000_000, "every": 2048, "device": "cpu"}
+    assert options.items() <= settings.items()
+    said = " ".join(capsys.readouterr().out.split())
+    assert "The paper has no such model." in said
+    assert "Texts are read whole" in (place / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("options", "length"), [([], 2048), (["--max-length=7"], 7)])
+def test_the_suite_is_cut_as_the_papers(folder, tmp_path, monkeypatch, options, length):
+    harness = pytest.importorskip("hqlt.evaluate.harness")
+    monkeypatch.setattr(harness, "run_tasks", lambda model, *_: {"piqa": {"acc,none": model.max_length / 1e4}})
+    main(["eval", str(folder), "--suite=paper", f"--folder={tmp_path}", *options])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["results"]["tasks"]["piqa"]["acc,none"] == length / 1e4
+    assert results["settings"]["max_length"] == length
+    assert f"at most {length:,} tokens are read to predict the next" in (tmp_path / "report.html").read_text()
+
+
+def test_what_is_finished_is_left_when_something_later_fails(folder, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hqlt.cli.eval.on_passkey", interrupted)
+    place = tmp_path / "results"
+    with pytest.raises(SystemExit):
+        main(
+            ["eval", str(folder), f"--lengths={LIBRARY / 'ast.py'}", "--longest=900", "--passkey", f"--folder={place}"]
+        )
+    assert list(json.loads((place / "results.json").read_text())["results"]) == ["lengths"]
+    assert "Far beyond training" in (place / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "expected something to evaluate"),
-        (["--lengths=nowhere"], "nowhere"),
-        (["--passkey", "--longest=50"], "length: expected at least"),
+        (["--passkey", "--lengths=nowhere"], "nowhere"),
+        (["--passkey", f"--lengths={sys.executable}"], "expected a text in UTF-8"),
+        ([f"--lengths={LIBRARY / 'ast.py'}", "--longest=1"], "ast.py: expected at least two tokens"),
+        ([f"--lengths={LIBRARY / 'ast.py'}", "--passkey", "--longest=50"], "length: expected at least"),
+        (["--passkey", "--tasks=mine", "--local=nowhere"], "local: expected a folder, got nowhere"),
+        (["--passkey", "--trials=0"], "trials: expected at least 1, got 0"),
+        (["--passkey", "--every=0"], "every: expected at least 1, got 0"),
+        (["--passkey", "--batch-size=0"], "batch-size: expected at least 1, got 0"),
+        (["--passkey", "--max-length=0"], "max-length: expected at least 1, got 0"),
+        (["--passkey", "--device=nothing"], "device: expected one that torch can use here"),
     ],
 )
-def test_what_cannot_be_done_is_said(folder, tmp_path, arguments, message):
+def test_what_cannot_be_done_is_said_before_anything_is_done(folder, tmp_path, arguments, message):
     with pytest.raises(SystemExit, match=message):
         main(["eval", str(folder), *arguments, f"--folder={tmp_path / 'results'}"])
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(("package", "extra"), [("lm_eval", "eval"), ("matplotlib", "report")])
+def test_a_missing_package_is_named_with_its_extra(folder, monkeypatch, package, extra):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit, match=rf"expected the package {package}; pip install 'hqlt\[{extra}\]'"):
+        main(["eval", str(folder), "--suite=paper"])

@@ -15,9 +15,9 @@ from lm_eval.api.instance import Instance
 
 from hqlt.data import load_tokenizer
 from hqlt.evaluate.harness import HarnessModel, run_tasks
-from hqlt.evaluate.paper import counterpart, tables
-from hqlt.model import HQLTConfig, preset
-from tests.language.conftest import build
+from hqlt.evaluate.paper import compare, counterpart, tables
+from hqlt.model import preset
+from tests.language.conftest import build, prepending
 from tests.language.conftest import model as model
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -26,8 +26,8 @@ REAL = Path(__file__).parents[3] / "shared" / "data"
 TEXT = Path(json.__file__).read_text()
 
 
-def harness(model, batch_size=8) -> HarnessModel:
-    return HarnessModel(model, load_tokenizer("bytes"), batch_size)
+def harness(model, batch_size=8, max_length=None) -> HarnessModel:
+    return HarnessModel(model, load_tokenizer("bytes"), batch_size, max_length)
 
 
 def instances(kind: str, arguments: list[tuple]) -> list[Instance]:
@@ -84,6 +84,48 @@ class TestRequests:
             whole = bytes(made[0, given.shape[1] :].tolist()).decode(errors="replace")
             assert text == min((whole.split(stop)[0] for stop in options["until"]), key=len)
 
+    def test_cut_a_context_loses_its_beginning(self, model):
+        ask = instances("loglikelihood", [(TEXT[:40], TEXT[40:45])])
+        cut = instances("loglikelihood", [(TEXT[28:40], TEXT[40:45])])  # the last token is not read
+        assert harness(model, max_length=16).loglikelihood(ask, True) == harness(model).loglikelihood(cut, True)
+        options = {"until": [], "max_gen_toks": 6}
+        ask, cut = (instances("generate_until", [(text, options)]) for text in (TEXT[:40], TEXT[30:40]))
+        assert harness(model, max_length=16).generate_until(ask, True) == harness(model).generate_until(cut, True)
+
+    def test_cut_a_document_is_read_in_windows(self, model):
+        whole = torch.tensor(list(b"\n" + TEXT[:41].encode()))
+        expected = 0.0
+        for begin, new in ((0, 16), (16, 16), (25, 9)):  # the last window is as long as the others, and tells 9 anew
+            log_p = model(whole[None, begin : begin + 16]).logits[0].log_softmax(-1)
+            log_p = log_p.gather(1, whole[begin + 1 : begin + 17, None])
+            expected += log_p[-new:].sum().item()
+        asked = instances("r", [(TEXT[:41],), ("short",), ("",)])
+        cut, short, empty = harness(model, max_length=16).loglikelihood_rolling(asked, True)
+        assert cut == pytest.approx(expected, abs=1e-9)
+        assert [short] == pytest.approx(harness(model).loglikelihood_rolling(asked[1:2], True), abs=1e-10)
+        assert empty == 0
+
+    def test_too_short_a_cut_is_told(self):
+        model = harness(build(), max_length=4)
+        with pytest.raises(ValueError, match=r"max_length: expected at least 5, which what follows .* needs, got 4"):
+            model.loglikelihood(instances("loglikelihood", [("a", "12345")]), True)
+        with pytest.raises(ValueError, match="max_length: expected at least 7"):
+            model.generate_until(instances("generate_until", [("a", {"until": [], "max_gen_toks": 6})]), True)
+
+    def test_what_stands_before_a_text(self):
+        """The token that begins texts if there is one, else the one that ends them, else a newline."""
+        tokenizer = prepending()
+        model = build(vocab_size=tokenizer.vocab_size)
+        assert harness(build()).prefix_token_id == 10
+        assert HarnessModel(model, tokenizer).prefix_token_id == tokenizer.eos_id == 1
+        assert HarnessModel(model, tokenizer, bos_id=0).prefix_token_id == 0
+        model.config.bos_token_id = 2
+        begun = HarnessModel(model, tokenizer)
+        assert begun.prefix_token_id == 2
+        tokens = torch.tensor([[2, *tokenizer.encode("text")]])
+        log_p = model(tokens).logits[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None]).sum().item()
+        assert begun.loglikelihood_rolling(instances("r", [("text",)]), True) == [pytest.approx(log_p, abs=1e-9)]
+
     def test_options_are_kept_apart(self):
         asked = [("a", {"until": [], "max_gen_toks": n}) for n in (2, 5, 2)]
         made = harness(build()).generate_until(instances("generate_until", asked), True)
@@ -112,6 +154,22 @@ class TestTasks:
         ):
             run_tasks(harness(build()), [*tables()["suite"], "lambda_local"], local)
 
+    def test_tags_and_groups_are_all_of_their_tasks(self, local):
+        mine = (local / "mine.yaml").read_text()
+        (local / "mine.yaml").write_text(f"{mine}tag: ours\n")
+        (local / "both.yaml").write_text("group: both\ntask: [mine, lambada_local]\n")
+        tagged, grouped = (run_tasks(harness(build()), [name], local, limit=1) for name in ("ours", "both"))
+        assert set(tagged) == {"mine"}
+        assert set(grouped) == {"both", "mine", "lambada_local"}
+        assert [line.task for line in compare(grouped, build().config)] == ["mine", *["lambada_local"] * 2]
+
+    def test_python_files_beside_local_tasks(self, local):
+        mine = (local / "mine.yaml").read_text().replace("'{{text}}'", "!function local_data.shout")
+        (local / "mine.yaml").write_text(mine)
+        (local / "local_data.py").write_text("def shout(doc):\n    return doc['text'].upper()\n")  # a name of ours
+        results = run_tasks(harness(build()), ["mine", "wikitext2_local"], local, limit=1)
+        assert set(results) == {"mine", "wikitext2_local"}
+
     @pytest.mark.skipif(not REAL.is_dir(), reason="the data is not here")
     def test_real_data(self):
         names = ["lambada_local", "piqa_local", "wikitext2_local"]
@@ -123,20 +181,55 @@ class TestTasks:
 class TestPaper:
     def test_the_tables_are_whole(self):
         told = tables()
-        for models in told["models"].values():
-            assert set(models) == {"Transformer++", "DeltaNet", "Delayed-Streaming", "Delayed-Chunk", "Synchronous"}
-            for name, row in models.items():
-                assert len(row) == (8 if "Delayed" in name else 11)
-        assert {task for task, _ in told["columns"].values()} == set(told["suite"])
-        averages = {"Transformer++": 47.6, "DeltaNet": 46.8, "Synchronous": 47.8, "Delayed-Chunk": 47.5}
-        for name, average in averages.items():
-            assert sum(told["models"]["340M"][name][2:8]) / 6 == pytest.approx(average, abs=0.06)
+        for theirs in told["models"].values():
+            for table, columns in told["columns"].items():
+                row = theirs.get(table, [])
+                assert len(row) in (0, len(columns) + 1)
+                shares = row[2 if table == "language" else 0 : -1]
+                if shares and None not in shares:
+                    assert sum(shares) / len(shares) == pytest.approx(row[-1], abs=0.06)
+        assert {task for columns in told["columns"].values() for task, _ in columns.values()} == set(told["suite"])
 
-    def test_the_model_most_like_ours(self):
-        assert counterpart(preset("hqlt-340m")).name == "Synchronous, 340M"
-        assert counterpart(preset("deltanet-1.3b")).name == "DeltaNet, 1.3B"
-        assert counterpart(preset("transformer-340m")).name == "Transformer++, 340M"
-        assert counterpart(HQLTConfig(blend="delayed-chunk", hidden_size=1600)).name == "Delayed-Chunk, 1.3B"
-        values = counterpart(preset("hqlt-340m")).values
-        assert values["lambada_local", "perplexity"] == values["lambada_openai", "perplexity"] == 29.4
-        assert values["hellaswag", "acc_norm"] == 42.7
+    @pytest.mark.parametrize(
+        ("name", "changes", "row"),
+        [
+            ("hqlt-340m", {}, "Synchronous, 340M"),
+            ("hqlt-340m", {"vocab_size": 50_000}, "Synchronous, 340M"),
+            ("hqlt-1.3b-delayed-chunk", {}, "Delayed-Chunk, 1.3B"),
+            ("deltanet-1.3b", {"mixer": "sum", "rope_theta": None}, "DeltaNet, 1.3B"),  # it has neither
+            ("deltanet-340m", {"beta_max": 2.0}, None),
+            ("transformer-340m", {}, "Transformer++, 340M"),
+            ("transformer-340m", {"kv_window": 1024}, "Transformer++, 340M, window 1024"),
+            ("transformer-340m", {"kv_window": 512}, None),
+            ("hqlt-340m", {"mixer": "sum"}, "Synchronous, 340M, sum mixer"),
+            ("hqlt-340m", {"window": 1024}, "Synchronous, 340M, window 1024"),
+            ("hqlt-340m", {"window": 1024, "mixer": "sum"}, None),
+            ("hqlt-1.3b", {"window": 128}, None),
+            ("hqlt-340m", {"layer_kinds": ["fw", "kv"] * 12}, None),
+            ("hqlt-340m", {"hidden_size": 1600, "num_heads": 10}, None),
+            ("tiny", {}, None),
+        ],
+    )
+    def test_a_row_belongs_to_a_model(self, name, changes, row):
+        found = counterpart(preset(name, **changes))
+        assert (found and found.name) == row
+
+    def test_beside_ours(self):
+        """Shares in percent, other metrics as they come; averages where all that they are of is there."""
+        results = {
+            "lambada_local": {"alias": "l", "perplexity,none": 30.5, "acc,none": 0.5, "acc_stderr,none": 0.01},
+            "squadv2": {"f1,none": 47.0, "exact_match,none": 0.25},
+            **{task: {"contains,none": share} for task, share in (("swde", 0.1), ("squad_completion", 0.2))},
+        }
+        lines = [tuple(line) for line in compare(results, preset("hqlt-340m"))]
+        assert lines == [
+            ("lambada_local", "perplexity", 30.5, None, 29.4),
+            ("lambada_local", "acc", 50.0, 1.0, 33.3),
+            ("squadv2", "f1", 47.0, None, None),
+            ("squadv2", "exact_match", 25.0, None, None),
+            ("swde", "contains", 10.0, None, 20.0),
+            ("squad_completion", "contains", 20.0, None, 28.4),
+        ]
+        results |= {"fda": {"contains,none": 0.3}}
+        assert compare(results, preset("hqlt-340m"))[-1] == ("recall", "average", pytest.approx(20), None, 19.8)
+        assert {line.paper for line in compare(results, preset("tiny"))} == {None}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
     from hqlt.data import Tokenizer
+    from hqlt.evaluate.retrieval import Haystack
     from hqlt.model import HQLTForCausalLM
     from hqlt.report.table import Table
 
@@ -30,54 +33,103 @@ def eval(
     local: Path | None = None,
     limit: int | None = None,
     batch_size: int = 8,
+    max_length: int | None = None,
     lengths: Path | None = None,
     passkey: bool = False,
     longest: int = 1_000_000,
     every: int = 2048,
     trials: int = 2,
-    device: str = "cpu",
+    device: str | None = None,
     folder: Path | None = None,
 ) -> None:
     """Evaluate a language model: tasks of lm-evaluation-harness, texts of any length, keys hidden in them.
 
-    Prints tables, and leaves results.json, plots and one page in a folder. Texts are never cut: memories are carried
-    from piece to piece, in constant memory. Numbers do not depend on the batch size.
+    Prints tables, and leaves results.json, plots and one page in a folder, after each part. Texts are read whole, piece
+    by piece, with the memories carried on; those of tasks are cut where `max_length` says so. Numbers do not depend on
+    the batch size.
 
     Args:
         model: a model's folder, or the run that trained it.
-        suite: "paper": its ten tasks, beside its row for the model most like this one.
+        suite: "paper": its ten tasks, beside its row for this model, if it has one.
         tasks: names of the harness's tasks, with commas between them.
         local: a folder of data for local tasks (lambada_local, wikitext2_local, piqa_local) and of task files of your
-            own, in which {local} stands for the folder.
+            own, in which {local} stands for the folder. Python files that they name are run.
         limit: documents of each task, to see that everything runs.
         batch_size: texts side by side.
+        max_length: tokens that tasks read at most to predict the next: contexts lose their beginning, long documents
+            are read in windows. 2,048 for the suite, otherwise nothing is cut by default.
         lengths: a text file; how well it is predicted at each distance from its beginning.
         passkey: find a five-digit key in repeated sentences and in real text, by length and depth.
         longest: tokens that `--lengths` and `--passkey` go up to.
         every: `--lengths` compares with memories emptied every so many tokens.
         trials: keys for each length and depth.
-        device: where the model runs, such as "cuda".
+        device: where the model runs, such as cpu; cuda where there is one by default.
         folder: where results go; a new one under runs/ by default.
     """
-    from hqlt.language.folder import find_model, load_model, tokenizer_of
+    options = dict(locals())
+    from hqlt.device import usable_device
+    from hqlt.evaluate.paper import tables
+    from hqlt.language.folder import begins_with, find_model, load_model, tokenizer_of
 
-    if not (suite or tasks or lengths or passkey):
-        raise SystemExit("expected something to evaluate: --suite paper, --tasks NAMES, --lengths FILE or --passkey")
     try:
-        language_model = load_model(model, device)
+        check(options)
+        if suite and max_length is None:
+            max_length = tables()["max_length"]
+        language_model = load_model(model, usable_device(device))
         tokenizer = tokenizer_of(model, language_model.config.vocab_size)
+        text = tokens_of(lengths, tokenizer, longest) if lengths else []
+        haystacks = haystacks_for(tokenizer, longest) if passkey else []
         place = folder or Path("runs") / f"eval-{model.resolve().name}-{datetime.now():%Y%m%d-%H%M%S}"
         place.mkdir(parents=True, exist_ok=True)
-        job = Job(language_model, tokenizer, place)
+        options |= {"model": find_model(model), "max_length": max_length, "device": language_model.device}
+        job = Job(language_model, tokenizer, place, options)
         if suite or tasks:
-            on_tasks(job, names_of(suite, tasks), local, limit, batch_size)
+            on_tasks(job, names_of(suite, tasks), begins_with(model, tokenizer))
         if lengths:
-            on_lengths(job, lengths, longest, every)
+            on_lengths(job, lengths.name, text, every)
         if passkey:
-            on_passkey(job, longest, trials)
+            on_passkey(job, haystacks, longest, trials)
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
-    job.leave({"model": str(find_model(model)), "limit": limit, "batch_size": batch_size, "trials": trials})
+
+
+def check(options: dict[str, Any]) -> None:
+    """Raises ValueError or OSError for what would only fail after other work is done."""
+    on_tasks = options["suite"] or options["tasks"]
+    if not (on_tasks or options["lengths"] or options["passkey"]):
+        raise ValueError("expected something to evaluate: --suite paper, --tasks NAMES, --lengths FILE or --passkey")
+    for name in ("limit", "batch_size", "max_length", "longest", "every", "trials"):
+        if options[name] is not None and options[name] < 1:
+            raise ValueError(f"{name.replace('_', '-')}: expected at least 1, got {options[name]}")
+    if options["local"] and not options["local"].is_dir():
+        raise NotADirectoryError(f"local: expected a folder, got {options['local']}")
+    needed = {"jinja2": "report", "matplotlib": "report"} | ({"lm_eval": "eval"} if on_tasks else {})
+    for package, extra in needed.items():
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"eval: expected the package {package}; pip install 'hqlt[{extra}]'")
+
+
+def tokens_of(file: Path, tokenizer: Tokenizer, longest: int) -> list[int]:
+    """The first tokens of a text. Raises ValueError and OSError for what is no text of two tokens or more."""
+    try:
+        tokens = tokenizer.encode(file.read_text(encoding="utf-8"))[:longest]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: expected a text in UTF-8: {error}") from None
+    if len(tokens) < 2:
+        raise ValueError(f"{file}: expected at least two tokens, to predict one from the other, got {len(tokens)}")
+    return tokens
+
+
+def haystacks_for(tokenizer: Tokenizer, longest: int) -> list[Haystack]:
+    """What keys are hidden in. Raises ValueError where the shortest text has no room for a key."""
+    from hqlt.evaluate.retrieval import PASSKEY, lengths_up_to, needle, text_of
+    from hqlt.task.text import files_of
+
+    library = bytes(files_of("test")[0][:NEEDLE_FILLER].tolist()).decode(errors="replace")
+    haystacks = [PASSKEY, needle(library)]
+    for haystack in haystacks:
+        text_of(tokenizer, haystack, [], "00000", lengths_up_to(longest)[0], depth=0)
+    return haystacks
 
 
 @dataclass
@@ -87,27 +139,17 @@ class Job:
     model: HQLTForCausalLM
     tokenizer: Tokenizer
     folder: Path
+    options: dict[str, Any]
     results: dict[str, Any] = field(default_factory=dict)
     sections: list[dict[str, Any]] = field(default_factory=list)
     console: Console = field(default_factory=Console)
 
-    @property
-    def unit(self) -> str:
-        return "byte" if self.tokenizer.name == "bytes" else "token"
-
-    def add(self, title: str, name: str, results: Any, table: Table, plot: str | None = None) -> None:
-        self.results[name] = results
-        self.sections.append({"title": title, "table": table, "plot": plot})
-        self.console.print(f"[bold]{title}[/bold]")
-        self.console.print(table.for_terminal())
-
-    def leave(self, options: dict[str, Any]) -> None:
-        """Everything as JSON, and one page."""
+    @functools.cached_property
+    def facts(self) -> dict[str, Any]:
+        """What else the numbers depend on."""
         from hqlt import __version__, fingerprint
-        from hqlt.report.page import write_page
 
-        settings = {
-            **options,
+        return {
             "fingerprint": fingerprint(self.model),
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "dtype": str(self.model.dtype),
@@ -115,15 +157,35 @@ class Job:
             "hqlt": __version__,
             "torch": torch.__version__,
         }
+
+    @property
+    def unit(self) -> str:
+        return "byte" if self.tokenizer.name == "bytes" else "token"
+
+    def add(self, title: str, name: str, results: Any, table: Table, plot: str | None = None) -> None:
+        """Show it, and leave all there is so far: what comes next may fail, or be interrupted."""
+        self.results[name] = results
+        self.sections.append({"title": title, "table": table, "plot": plot})
+        self.console.print(f"[bold]{title}[/bold]")
+        self.console.print(table.for_terminal())
+        self.leave()
+
+    def leave(self) -> None:
+        """Everything as JSON, and one page."""
+        from hqlt.report.page import write_page
+
+        settings = self.options | self.facts
         written = {"settings": settings, "config": self.model.config.to_diff_dict(), "results": self.results}
         (self.folder / "results.json").write_text(json.dumps(written, indent=1, default=str) + "\n", encoding="utf-8")
+        cut = self.options["max_length"]
         write_page(
             self.folder / "report.html",
-            title=f"Evaluation of {options['model']}",
-            introduction="Texts are never cut: what was read is carried on in the memories, in constant memory.",
+            title=f"Evaluation of {self.options['model']}",
+            introduction="Texts are read whole, piece by piece: what was read is carried on in the memories."
+            + (f" Those of tasks are cut: at most {cut:,} tokens are read to predict the next." if cut else ""),
             sections=self.sections,
             protocol="hqlt eval, with these settings:",
-            settings=json.dumps(settings, indent=1),
+            settings=json.dumps(settings, indent=1, default=str),
         )
         self.console.print(f"page: {self.folder / 'report.html'}", highlight=False)
 
@@ -149,52 +211,55 @@ def names_of(suite: str | None, tasks: str | None) -> list[str]:
     return list(dict.fromkeys([*(tables()["suite"] if suite else []), *named]))
 
 
-def on_tasks(job: Job, names: list[str], local: Path | None, limit: int | None, batch_size: int) -> None:
+def on_tasks(job: Job, names: list[str], bos_id: int | None) -> None:
     from hqlt.evaluate.harness import HarnessModel, run_tasks
-    from hqlt.evaluate.paper import compare, counterpart
+    from hqlt.evaluate.paper import PERCENT, compare, counterpart
     from hqlt.report.table import Table, TableCell
 
-    results = run_tasks(HarnessModel(job.model, job.tokenizer, batch_size), names, local, limit)
+    given, limit = job.options, job.options["limit"]
+    model = HarnessModel(job.model, job.tokenizer, given["batch_size"], given["max_length"], bos_id)
+    results = run_tasks(model, names, given["local"], limit)
     config: Any = job.model.config
-    paper = counterpart(config).name
+    paper = counterpart(config)
     rows = [
         [line.task, line.metric, f"{line.ours:.4g}", "" if line.error is None else f"± {line.error:.2g}",
          "–" if line.paper is None else f"{line.paper:g}"]
         for line in compare(results, config)
     ]  # fmt: skip
-    caption = f"Accuracies in percent. Paper: its {paper}." + (f" The first {limit} documents only." if limit else "")
+    caption = f"{', '.join(PERCENT)} and their averages in percent. " + (
+        f"Paper: its {paper.name}." if paper else "The paper has no such model."
+    )
+    if limit:
+        caption += f" The first {limit} documents only."
     table = Table(["task", "metric", "ours", "error", "paper"], [list(map(TableCell, row)) for row in rows], caption)
     job.add("Tasks", "tasks", results, table)
 
 
-def on_lengths(job: Job, file: Path, longest: int, every: int) -> None:
+def on_lengths(job: Job, name: str, tokens: list[int], every: int) -> None:
     from hqlt.evaluate.lengths import bits_by_position
     from hqlt.report.evaluation import figure_of_lengths
     from hqlt.report.plots import save
     from hqlt.report.table import Table, TableCell
 
-    tokens = job.tokenizer.encode(file.read_text(encoding="utf-8"))[:longest]
     with job.progress("reading", len(tokens)) as told:
         bins = bits_by_position(job.model, tokens, every, told)
     rows = [[f"{part.begin:,} – {part.end:,}", f"{part.carried:.4f}", f"{part.emptied:.4f}"] for part in bins]
-    caption = f"{file.name}, {len(tokens):,} tokens, read once, in bits per {job.unit}."
+    caption = f"{name}, {len(tokens):,} tokens, read once, in bits per {job.unit}."
     columns = ["position", "all before", f"emptied every {every:,}"]
     table = Table(columns, [list(map(TableCell, row)) for row in rows], caption)
     plot = save(figure_of_lengths(bins, every, job.unit), job.folder / "lengths.png")
     job.add("Far beyond training", "lengths", [part._asdict() for part in bins], table, plot)
 
 
-def on_passkey(job: Job, longest: int, trials: int) -> None:
-    from hqlt.evaluate.retrieval import PASSKEY, lengths_up_to, needle, retrieval
+def on_passkey(job: Job, haystacks: list[Haystack], longest: int, trials: int) -> None:
+    from hqlt.evaluate.retrieval import lengths_up_to, retrieval
     from hqlt.report.evaluation import figure_of_retrieval
     from hqlt.report.plots import save
     from hqlt.report.table import Table, TableCell
-    from hqlt.task.text import files_of
 
-    text = bytes(files_of("test")[0][:NEEDLE_FILLER].tolist()).decode(errors="replace")
     lengths = lengths_up_to(longest)
     found = {}
-    for haystack in (PASSKEY, needle(text)):
+    for haystack in haystacks:
         with job.progress(haystack.name, trials * sum(lengths)) as told:
             found[haystack.name] = retrieval(job.model, job.tokenizer, haystack, lengths, trials=trials, told=told)
     rows = [

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from importlib import resources
 from typing import Any, NamedTuple
 
 import yaml
 
-from hqlt.model import HQLTConfig
+from hqlt.model import HQLTConfig, preset
 
-BLENDS = {
-    "synchronous": "Synchronous",
-    "delayed-streaming": "Delayed-Streaming",
-    "delayed-chunk": "Delayed-Chunk",
-}
-ALONE = {"kv": "Transformer++", "fw": "DeltaNet"}
-SIZES = {"340M": 1024, "1.3B": 2048}
-"""Hidden sizes of the paper's models."""
+PERCENT = ("acc", "acc_norm", "exact_match", "contains")
+"""Shares, which are told in percent; other metrics are as the harness gives them."""
+AVERAGE = "average"
+UNUSED = {"hybrid": (), "kv": ("mixer", "fast_weights", "beta_max"), "fw": ("window", "mixer", "rope_theta")}
+"""Options that a layer of each kind has no use for."""
 
 
 class Counterpart(NamedTuple):
     name: str
-    """The paper's model that is most like ours, such as "Synchronous, 340M"."""
+    """The paper's model that is ours, such as "Synchronous, 340M"."""
     values: dict[tuple[str, str], float]
-    """By task and metric."""
+    """By task and metric; of each table ("language", "recall") its "average"."""
 
 
 def tables() -> Mapping[str, Any]:
@@ -33,17 +31,33 @@ def tables() -> Mapping[str, Any]:
     return yaml.safe_load(text)
 
 
-def counterpart(config: HQLTConfig) -> Counterpart:
-    """The paper's model with the same memories, of the size whose hidden width is nearest."""
+def counterpart(config: HQLTConfig) -> Counterpart | None:
+    """The paper's model of the same layers and size; None where it has none. The vocabulary may differ."""
     told = tables()
-    kinds = set(config.kinds)
-    model = ALONE[kinds.pop()] if len(kinds) == 1 and "hybrid" not in kinds else BLENDS[config.blend]
-    size = min(SIZES, key=lambda name: abs(SIZES[name] - config.hidden_size))
-    row = told["models"][size][model]
-    values = {tuple(column): value for column, value in zip(told["columns"].values(), row, strict=False)}
+    for name, model in told["models"].items():
+        if parts_of(preset(model["preset"], **model.get("changes", {}))) == parts_of(config):
+            return Counterpart(name, values_of(model, told))
+    return None
+
+
+def parts_of(config: HQLTConfig) -> tuple[Any, ...]:
+    """What makes a model what it is."""
+    layers = [
+        {name: value for name, value in config.layer_options(kind).items() if name not in UNUSED[kind]}
+        for kind in config.kinds
+    ]
+    return config.intermediate_size, layers
+
+
+def values_of(model: Mapping[str, Any], told: Mapping[str, Any]) -> dict[tuple[str, str], float]:
+    values: dict[tuple[str, str], float] = {}
+    for table, columns in told["columns"].items():
+        names = [*map(tuple, columns.values()), (table, AVERAGE)]
+        row = model.get(table, [None] * len(names))
+        values |= {name: value for name, value in zip(names, row, strict=True) if value is not None}
     for local, task in told["same_data"].items():
         values |= {(local, metric): value for (of, metric), value in values.items() if of == task}
-    return Counterpart(f"{model}, {size}", values)
+    return values
 
 
 class Line(NamedTuple):
@@ -58,8 +72,9 @@ class Line(NamedTuple):
 
 
 def compare(results: Mapping[str, Mapping[str, Any]], config: HQLTConfig) -> list[Line]:
-    """results: the harness's, by task and "metric,filter". Accuracies become percent, as in the paper."""
-    paper = counterpart(config).values
+    """results: the harness's, by task and "metric,filter". Shares become percent; tables that are whole, an average."""
+    found = counterpart(config)
+    paper = found.values if found else {}
     lines = []
     for task, metrics in results.items():
         for key, value in metrics.items():
@@ -67,7 +82,13 @@ def compare(results: Mapping[str, Mapping[str, Any]], config: HQLTConfig) -> lis
             if not isinstance(value, (int, float)) or "," not in key or name.endswith("_stderr"):
                 continue
             error = metrics.get(key.replace(",", "_stderr,", 1))
-            scale = 1 if "perplexity" in name or "bits" in name else 100
+            scale = 100 if name in PERCENT else 1
             known = scale * error if isinstance(error, (int, float)) else None
             lines.append(Line(task, name, scale * value, known, paper.get((task, name))))
+    ours = {(line.task, line.metric): line.ours for line in lines}
+    for table, columns in tables()["columns"].items():
+        averaged = [(task, metric) for task, metric in columns.values() if metric in PERCENT]
+        if ours.keys() >= set(averaged):
+            mean = statistics.fmean(ours[name] for name in averaged)
+            lines.append(Line(table, AVERAGE, mean, None, paper.get((table, AVERAGE))))
     return lines
