@@ -38,7 +38,8 @@ def test_tasks_stand_beside_the_paper(folder, tmp_path, capsys):
     lines = [line for line in (LIBRARY / "ast.py").read_text().splitlines() if len(line.split()) > 2][:3]
     (local / "lambada_test.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
     place = tmp_path / "results"
-    main(["eval", str(folder), "--tasks=lambada_local", f"--local={local}", "--limit=2", f"--folder={place}"])
+    where = [f"--local={local}", f"--folder={place}", "--device=cpu"]
+    main(["eval", str(folder), "--tasks=lambada_local", "--limit=2", *where])
     written = json.loads((place / "results.json").read_text())
     assert written["results"]["tasks"]["lambada_local"]["sample_len"] == 2
     settings = written["settings"]

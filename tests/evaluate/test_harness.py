@@ -169,6 +169,9 @@ class TestTasks:
         (local / "local_data.py").write_text("def shout(doc):\n    return doc['text'].upper()\n")  # a name of ours
         results = run_tasks(harness(build()), ["mine", "wikitext2_local"], local, limit=1)
         assert set(results) == {"mine", "wikitext2_local"}
+        (local / "mine.yaml").write_text(mine.replace("local_data", "elsewhere"))
+        with pytest.raises(ValueError, match="tasks: Cannot import module 'elsewhere' for function 'shout'"):
+            run_tasks(harness(build()), ["mine"], local)
 
     @pytest.mark.skipif(not REAL.is_dir(), reason="the data is not here")
     def test_real_data(self):

@@ -195,7 +195,7 @@ def run_tasks(
     local: a folder of data and, if wanted, of the harness's task files with the Python files that they name, which
         are run; our own (`lambada_local`, …) come with it. In task files {local} stands for the folder.
 
-    Raises ValueError for unknown tasks.
+    Raises ValueError for unknown tasks, and for those that lack a package or a Python file.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
@@ -211,9 +211,17 @@ def run_tasks(
         if unknown:
             own = f"; local ones are {', '.join(here.all_tasks)}" if local else "; local ones need --local"
             raise ValueError(f"tasks: expected the harness's names, got unknown {', '.join(unknown)}{own}")
-        results = simple_evaluate(
-            model=model, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=100, log_samples=False
-        )
+        try:
+            results = simple_evaluate(
+                model=model,
+                tasks=list(tasks),
+                task_manager=manager,
+                limit=limit,
+                bootstrap_iters=100,
+                log_samples=False,
+            )
+        except ImportError as error:  # of a package that a task needs, or of a Python file that it names
+            raise ValueError(f"tasks: {error}") from error
     assert results is not None, "there is one process"
     return dict(results["results"])
 
