@@ -89,6 +89,8 @@ def test_an_experiment_may_name_the_models_that_take_part(tmp_path):
         ([*PARITY, "common", "hidden_size"], None, r"DeltaNet in short parity: hidden_size: expected .* got 'nothing'"),
         ([*PARITY, "common", "num_heads"], "two", r"study.yaml: DeltaNet in short parity: num_heads: .* got 'two'"),
         (["models", "Synchronous"], {"mixer": "vectr"}, r"Synchronous in .*mixer: .*did you mean 'vector'\?"),
+        ([*PARITY, "common"], [], r"short parity.common: expected keys with values, got \[\]"),
+        (["seeds"], [], "expected at least one model, experiment and seed"),
         (["models", "Synchronous"], {"layer_kinds": 3}, r"Synchronous in short parity: .*layer_kinds"),
         (["models", "Synchronous"], {"blend": "synchron"}, r"Synchronous in .*did you mean 'synchronous'\?"),
         (["experiments"], [], r"experiments: expected keys with values, got \[\]"),

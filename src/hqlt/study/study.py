@@ -178,12 +178,13 @@ def read_study(path: Path) -> Study:
     """
     try:
         given = _keys(Study, yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: expected a study in YAML: {error}") from None
     experiments = {}
     for label, experiment in _mapping(given["experiments"], f"{path}: experiments").items():
         where = f"{path}: experiments.{label}"
         experiment = _keys(Experiment, experiment, where)
+        _mapping(experiment.get("common", {}), f"{where}.common")
         try:
             world = experiment["task"] in WORLDS
             one_of("task", experiment["task"], [*TASKS, *WORLDS])
@@ -204,6 +205,8 @@ def read_study(path: Path) -> Study:
         cells = study.cells()
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    if not cells:
+        raise ValueError(f"{path}: expected at least one model, experiment and seed, got none of one of them")
     for cell in cells:
         _try(cell, f"{path}: {cell.model} in {cell.column}")
     return study
