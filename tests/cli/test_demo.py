@@ -21,6 +21,14 @@ def test_wrong_options_are_refused(capsys):
     assert "expected" in capsys.readouterr().err.lower()
 
 
+def test_a_folder_with_the_results_of_other_settings_is_refused(tmp_path):
+    cell = read_study(known_studies()["demo"]).cells()[0]
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "cells" / f"{cell.name}.json").write_text('{"cell": {}}')
+    with pytest.raises(SystemExit, match="holds the result of a cell with other settings; give another folder"):
+        main(["demo", f"--folder={tmp_path}"])
+
+
 def test_the_quick_demo_leaves_a_run_that_can_be_read(tmp_path):
     subprocess.run([*COMMAND, "demo", "--quick", f"--folder={tmp_path}"], check=True, timeout=600)
     results = json.loads((tmp_path / "results.json").read_text())
