@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from hqlt.errors import first_line
+
 
 def usable_device(name: str | None = None) -> torch.device:
     """The device of this name; by default cuda where there is one, else cpu.
@@ -14,5 +16,5 @@ def usable_device(name: str | None = None) -> torch.device:
     try:
         return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        why = str(error).partition("\n")[0].partition(". ")[0]
+        why = first_line(error).partition(". ")[0]
         raise ValueError(f"device: expected one that torch can use here, such as cpu, got {name!r}: {why}") from None

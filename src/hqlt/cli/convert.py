@@ -6,6 +6,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from hqlt.errors import reason
+
 
 def convert(
     checkpoint: Path,
@@ -41,7 +43,7 @@ def convert(
         source = tokenizer or (str(read.folder) if beside else None)
         save(converted.model, load_tokenizer(source) if source else None, source, folder)
     except (ValueError, OSError) as error:
-        raise SystemExit(str(error)) from None
+        raise SystemExit(reason(error)) from None
     parameters = sum(p.numel() for p in converted.model.parameters())
     console.print(
         f"{len(read.tensors)} tensors became {len(converted.names)}: {parameters:,} parameters, {converted.model.dtype}"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from hqlt.errors import reason
 from hqlt.study import known_studies, read_study
 from hqlt.study.run import leave_report, run_study
 from hqlt.task import StandardLibrary, generator_for
@@ -44,7 +45,7 @@ def demo(
     try:
         results, settings = run_study(study, folder, again=again, workers=workers, device="cpu", console=console)
     except (ValueError, OSError) as error:  # such as a folder with the results of other settings
-        raise SystemExit(str(error)) from None
+        raise SystemExit(reason(error)) from None
     text = read_and_write(the_hybrid_on_text(results), folder)
     leave_report(study, results, folder, settings, console, **text)
     sample = text["samples"][0]

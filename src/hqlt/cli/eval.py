@@ -16,6 +16,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from hqlt.errors import reason
+
 if TYPE_CHECKING:
     from hqlt.data import Tokenizer
     from hqlt.evaluate.retrieval import Haystack
@@ -90,11 +92,11 @@ def eval(
         if passkey:
             on_passkey(job, haystacks, longest, trials)
     except (ValueError, OSError) as error:
-        raise SystemExit(str(error)) from None
+        raise SystemExit(reason(error)) from None
 
 
 def check(options: dict[str, Any]) -> None:
-    """Raises ValueError or OSError for what would only fail after other work is done."""
+    """Raises ValueError, OSError or ModuleNotFoundError for what would only fail after other work is done."""
     on_tasks = options["suite"] or options["tasks"]
     if not (on_tasks or options["lengths"] or options["passkey"]):
         raise ValueError("expected something to evaluate: --suite paper, --tasks NAMES, --lengths FILE or --passkey")
@@ -103,10 +105,9 @@ def check(options: dict[str, Any]) -> None:
             raise ValueError(f"{name.replace('_', '-')}: expected at least 1, got {options[name]}")
     if options["local"] and not options["local"].is_dir():
         raise NotADirectoryError(f"local: expected a folder, got {options['local']}")
-    needed = {"jinja2": "report", "matplotlib": "report"} | ({"lm_eval": "eval"} if on_tasks else {})
-    for package, extra in needed.items():
+    for package in ["jinja2", "matplotlib", *["lm_eval"] * bool(on_tasks)]:
         if importlib.util.find_spec(package) is None:
-            raise ValueError(f"eval: expected the package {package}; pip install 'hqlt[{extra}]'")
+            raise ModuleNotFoundError(name=package)
 
 
 def tokens_of(file: Path, tokenizer: Tokenizer, longest: int) -> list[int]:

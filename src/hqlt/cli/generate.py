@@ -15,6 +15,8 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from hqlt.errors import reason
+
 if TYPE_CHECKING:
     from hqlt.language.generation import Past
     from hqlt.model import HQLTForCausalLM
@@ -83,7 +85,7 @@ def generate(
         past = generation.load_past(load_state, language_model) if load_state else None
         past = read_with_progress(language_model, tokenizer.encode(text), past, notes)
     except (ValueError, OSError) as error:
-        raise SystemExit(str(error)) from None
+        raise SystemExit(reason(error)) from None
     if tokens > 0:
         console = Console(soft_wrap=True)
         began = time.monotonic()

@@ -9,6 +9,7 @@ from typing import Literal
 from rich.console import Console
 
 from hqlt.device import usable_device
+from hqlt.errors import reason
 from hqlt.layer import one_of
 from hqlt.study import known_studies, read_study
 from hqlt.study.commands import TABLES, print_and_run
@@ -56,7 +57,7 @@ def reproduce(
         try:
             print_and_run(what, only, Console(highlight=False))
         except (ValueError, OSError) as error:
-            raise SystemExit(str(error)) from None
+            raise SystemExit(reason(error)) from None
         return
     device = device or "cpu"
     try:
@@ -64,7 +65,7 @@ def reproduce(
         name, file = find(what, scale)
         study = read_study(file).only(only)
     except ValueError as error:
-        raise SystemExit(str(error)) from None
+        raise SystemExit(reason(error)) from None
     if quick:
         study, name = study.quick(), f"{name}-quick"
     folder = folder or Path("runs") / name
@@ -77,7 +78,7 @@ def reproduce(
             study, folder, again=shlex.join(again), workers=workers, device=device, console=console
         )
     except (ValueError, OSError) as error:  # such as a folder with the results of other settings
-        raise SystemExit(str(error)) from None
+        raise SystemExit(reason(error)) from None
     leave_report(study, results, folder, settings, console)
     if export is not None:
         copy_results(folder, export)
