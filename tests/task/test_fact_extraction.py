@@ -26,6 +26,15 @@ def test_the_answer_is_what_the_passage_says_last_of_the_name(split):
         assert bytes(inputs[asked[1:]].tolist()) == answer[:-1]
 
 
+def test_distances_are_uniform_in_tests_and_their_logarithms_in_training():
+    task, generator = FactExtraction(length=256), generator_for("test", 0)
+    tested, trained = ([task.distance(generator, split) for _ in range(2000)] for split in ("test", "train"))
+    assert (min(trained), max(tested)) == (1, 255)
+    assert max(trained) < 256
+    for distances, half in ((tested, 128), (trained, 16)):
+        assert sum(distance < half for distance in distances) == pytest.approx(1000, abs=100)
+
+
 def test_training_may_score_every_byte():
     batch = FactExtraction(length=128).sample(generator_for("train", 0), 8, "train")
     for inputs, targets in zip(batch.inputs, batch.targets, strict=True):

@@ -42,11 +42,12 @@ class FactExtraction:
         question    \nwidth =
         answer      0.5*scale\n
 
-    The line stands `distance` bytes before the question, 1 … `length` − 1, drawn uniformly and drawn again where the
-    file is too short or a line between gives the name another value. No other line of the library gives any name the
-    same value, and it is not the name's own (`self.month = month`), so that nothing but the passage tells it. An answer
-    counts if every byte of it is right, as a greedy continuation would have it: SWDE and FDA are scored like this, by
-    whether the answer is contained in it. Files of a split are those of `text`.
+    The line stands `distance` bytes before the question, 1 … `length` − 1: uniform in tests; in training its logarithm
+    is, so that a short memory has something to learn from as well. It is drawn again where the file is too short or a
+    line between gives the name another value. No other line of the library gives any name the same value, and it is not
+    the name's own (`self.month = month`), so that nothing but the passage tells it. An answer counts if every byte of it
+    is right, as a greedy continuation would have it: SWDE and FDA are scored like this, by whether the answer is
+    contained in it. Files of a split are those of `text`.
 
     Source: after Arora et al. 2024, "Simple linear attention language models balance the recall-throughput tradeoff",
     section 3 and appendix; the paper's table of recall.
@@ -74,7 +75,7 @@ class FactExtraction:
         sequences: list[tuple[NDArray[np.uint8], int, int]] = []
         while len(sequences) < rows:
             i = int(torch.randint(0, len(facts.name), (), generator=generator))
-            distance = int(torch.randint(1, self.length, (), generator=generator))
+            distance = self.distance(generator, split)
             asked_at = int(facts.end[i]) + distance
             begin = max(int(facts.file[i]), asked_at - self.length)
             if begin <= facts.name[i] and asked_at <= facts.until[i]:
@@ -91,6 +92,13 @@ class FactExtraction:
             targets[row, len(tokens) - 1 - scored : len(tokens) - 1] = tokens[len(tokens) - scored :]
         distances = torch.tensor([[distance] for _, _, distance in sequences])
         return Batch(inputs, targets, distances.expand_as(inputs))
+
+
+    def distance(self, generator: torch.Generator, split: Split) -> int:
+        """Bytes between a fact and its question."""
+        if split == "train":
+            return int((self.length - 1) ** float(torch.rand((), generator=generator, dtype=torch.float64)))
+        return int(torch.randint(1, self.length, (), generator=generator))
 
 
 @functools.cache
