@@ -44,9 +44,9 @@ class FactExtraction:
 
     The line stands `distance` bytes before the question, 1 … `length` − 1: uniform in tests; in training its logarithm
     is, so that a short memory has something to learn from as well. It is drawn again where the file is too short or a
-    line between gives the name another value. No other line of the library gives any name the same value, and it is not
-    the name's own (`self.month = month`), so that nothing but the passage tells it. An answer counts if every byte of it
-    is right, as a greedy continuation would have it: SWDE and FDA are scored like this, by whether the answer is
+    line between gives the name another value. No other line of the library gives any name the same value, and it is
+    not the name's own (`self.month = month`), so that nothing but the passage tells it. An answer counts if every byte
+    of it is right, as a greedy continuation would have it: SWDE and FDA are scored like this, by whether the answer is
     contained in it. Files of a split are those of `text`.
 
     Source: after Arora et al. 2024, "Simple linear attention language models balance the recall-throughput tradeoff",
