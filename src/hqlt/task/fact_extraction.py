@@ -93,7 +93,6 @@ class FactExtraction:
         distances = torch.tensor([[distance] for _, _, distance in sequences])
         return Batch(inputs, targets, distances.expand_as(inputs))
 
-
     def distance(self, generator: torch.Generator, split: Split) -> int:
         """Bytes between a fact and its question."""
         if split == "train":
