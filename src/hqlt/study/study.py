@@ -12,6 +12,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from hqlt.errors import reason
 from hqlt.layer import one_of
 from hqlt.task import TASKS
 from hqlt.train.fit import Budget
@@ -260,7 +261,7 @@ def agent_budget() -> Any:
     except ModuleNotFoundError as error:
         if error.name != "gymnasium":
             raise
-        raise ValueError("expected the package gymnasium for agents; pip install 'hqlt[rl]'") from None
+        raise ValueError(reason(error)) from None
     return AgentBudget
 
 

@@ -198,5 +198,5 @@ def test_bad_settings_of_sac(wrong):
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99"])
 def test_a_device_that_is_not_there(settings, device):
-    with pytest.raises(ValueError, match=f"device: expected cpu, or a GPU that torch finds, got '{device}'"):
+    with pytest.raises(ValueError, match=f"device: expected one that torch can use here, such as cpu, got '{device}'"):
         AgentTrainer(settings, device)

@@ -16,6 +16,7 @@ from hqlt.agent import PPO, SAC, build_memory, evaluate
 from hqlt.agent.agent import Agent, Progress
 from hqlt.agent.collect import Evaluation
 from hqlt.agent.worlds import make_worlds
+from hqlt.device import usable_device
 from hqlt.train.agent.settings import TEST_SEED, VALIDATION_SEED, AgentSettings
 from hqlt.train.metrics import known
 
@@ -58,12 +59,9 @@ class AgentTrainer:
     Raises ValueError for an environment that agents here cannot live in.
     """
 
-    def __init__(self, settings: AgentSettings, device: torch.device | str = "cpu") -> None:
+    def __init__(self, settings: AgentSettings, device: str = "cpu") -> None:
         self.settings = settings
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device: expected cpu, or a GPU that torch finds, got {device!r}: {error}") from None
+        place = usable_device(device)
         torch.manual_seed(settings.seed)
         self.envs = self.worlds(settings.copies, settings.seed)
         try:
@@ -74,7 +72,7 @@ class AgentTrainer:
             self.agent: Agent = PPO(self.envs, memory, settings.ppo, seed=settings.seed)
         else:
             self.agent = SAC(self.envs, memory, settings.sac, seed=settings.seed)
-        torch.nn.Module.to(self.agent, device)
+        torch.nn.Module.to(self.agent, place)
         self.size = sum(parameter.numel() for parameter in self.agent.parameters())
         self.best: dict[str, Tensor] = {}
         """Weights of the best evaluation so far."""

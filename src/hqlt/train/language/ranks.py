@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from hqlt.device import usable_device
 from hqlt.train.language.settings import TrainSettings
 
 
@@ -54,11 +55,8 @@ def join(settings: TrainSettings, device: str | None = None) -> Iterator[Ranks]:
 
     Raises ValueError for a device that is not here, and for settings that do not come out even.
     """
-    if device not in (None, "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        here = "cpu or cuda" if torch.cuda.is_available() else "cpu, as there is no GPU that torch can use"
-        raise ValueError(f"device: expected {here}, got {device!r}")
     rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = usable_device(device).type
     settings.micro_batches(count)
     shard_over = settings.shard_over or count
     if count % shard_over:
