@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 from hqlt.train.grid import Result
 
@@ -114,9 +115,11 @@ def label_panels(top: Axes, bottom: Axes, result: Result) -> None:
 
 
 def save(figure: Figure, path: Path) -> str:
-    """Write a PNG, and return it as a data URL for a page that needs no other file."""
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110)
+    """Write a PNG of 256 colours, and return it as a data URL for a page that needs no other file."""
+    drawn, picture = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=110)
     pyplot.close(figure)
+    with Image.open(drawn) as image:  # a third of the bytes, and the same to the eye
+        image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(picture, format="png", optimize=True)
     path.write_bytes(picture.getvalue())
     return "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode()
