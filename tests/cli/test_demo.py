@@ -9,6 +9,7 @@ import time
 import pytest
 
 from hqlt.cli import main
+from hqlt.run_folder import run_folder
 from hqlt.study import known_studies, read_study
 
 COMMAND = [sys.executable, "-m", "hqlt"]
@@ -23,7 +24,8 @@ def test_wrong_options_are_refused(capsys):
 
 def test_a_folder_with_the_results_of_other_settings_is_refused(tmp_path):
     cell = read_study(known_studies()["demo"]).cells()[0]
-    (tmp_path / "cells").mkdir()
+    with run_folder(tmp_path, "study"):
+        (tmp_path / "cells").mkdir()
     (tmp_path / "cells" / f"{cell.name}.json").write_text('{"cell": {}}')
     with pytest.raises(SystemExit, match="holds the result of a cell with other settings; give another folder"):
         main(["demo", f"--folder={tmp_path}"])

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 
 from hqlt._version import version
+from hqlt.run_folder import run_folder
 from hqlt.study.study import Study
 from hqlt.train.grid import Cell, Event, Result, as_json, load_result, run_grid
 
@@ -37,13 +38,16 @@ def run_study(
     from hqlt.report.live import GridDisplay
 
     cells = study.cells()
-    folder.mkdir(parents=True, exist_ok=True)
     workers = workers or os.cpu_count() or 1
     settings = settings_of(cells, workers, device)
-    (folder / "config.json").write_text(json.dumps(settings, indent=1))
     console.print(f"{len(cells)} cells on {workers} processes → {folder}", highlight=False)
     begun, finished = time.monotonic(), 0
-    with (folder / "metrics.jsonl").open("a") as log, GridDisplay(len(cells), console) as display:
+    with (
+        run_folder(folder, "study"),
+        (folder / "metrics.jsonl").open("a") as log,
+        GridDisplay(len(cells), console) as display,
+    ):
+        (folder / "config.json").write_text(json.dumps(settings, indent=1))
 
         def on_event(told: Event | Result) -> None:
             nonlocal finished

@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import re
 import signal
-import threading
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +24,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from hqlt.disk import write_whole
+from hqlt.signals import stopping
 from hqlt.train.fit import Fit, Progress
 
 TRIES = 2
@@ -134,7 +134,7 @@ def run_grid(
     running: dict[Connection, tuple[BaseProcess, Cell, int]] = {}
     failed: list[str] = []
     reasons: dict[str, str] = {}
-    with _interrupts() as interrupts, contextlib.ExitStack() as at_the_end:
+    with stopping() as interrupts, contextlib.ExitStack() as at_the_end:
         at_the_end.callback(lambda: _end([process for process, _, _ in running.values()]))
         while waiting or running:
             if interrupts:
@@ -185,20 +185,6 @@ def _work(cell: Cell, folder: Path, device: str, pipe: Connection) -> None:
         pass  # the parent is gone
     except Exception:
         pipe.send(Failure(traceback.format_exc()))
-
-
-@contextlib.contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """Ctrl-C only notes itself in the list, and is answered between two steps, with no process half started."""
-    noted: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield noted
-        return
-    before = signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
-    try:
-        yield noted
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _end(processes: list[BaseProcess]) -> None:

@@ -1,14 +1,11 @@
-"""What a person sees and does while one run goes: a line that moves, and Ctrl-C."""
+"""What a person sees while one run goes: a line that moves."""
 
 from __future__ import annotations
 
-import contextlib
 import resource
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 
 import torch
@@ -78,20 +75,3 @@ def memory_in_use(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-@contextlib.contextmanager
-def stopping() -> Iterator[list[int]]:
-    """SIGTERM and Ctrl-C note their number in the list, and nothing else."""
-    noted: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield noted
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in before:
-        signal.signal(number, lambda number, frame: noted.append(number))
-    try:
-        yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

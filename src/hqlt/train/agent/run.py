@@ -17,11 +17,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from hqlt._version import version
-from hqlt.disk import alone_in
+from hqlt.run_folder import run_folder
+from hqlt.signals import stopping
 from hqlt.train.agent.checkpoints import AgentCheckpoints
 from hqlt.train.agent.settings import AgentSettings
 from hqlt.train.agent.trainer import AgentTrainer, Update
-from hqlt.train.live import LiveLine, Speed, stopping
+from hqlt.train.live import LiveLine, Speed
 from hqlt.train.metrics import Metrics, Trackers
 
 WEIGHTS = "agent.safetensors"
@@ -38,7 +39,7 @@ def run(settings: AgentSettings, folder: Path | None = None, device: str = "cpu"
 
     folder = folder or Path("runs") / f"{settings.world.replace('/', '-')}-{settings.memory}"
     console = Console(highlight=False, soft_wrap=True)
-    with alone_in(folder):
+    with run_folder(folder, "agent"):
         trainer = AgentTrainer(settings, device)
         checkpoints = AgentCheckpoints(folder / "checkpoints", settings.keep)
         resumed = checkpoints.resume(trainer)

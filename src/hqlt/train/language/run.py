@@ -15,14 +15,15 @@ from typing import Any
 from rich.console import Console
 
 from hqlt.data import prepare
-from hqlt.disk import alone_in
 from hqlt.model import HQLTConfig, preset
+from hqlt.run_folder import run_folder
+from hqlt.signals import stopping
 from hqlt.task.task import SPLITS
 from hqlt.train.language.cost import flops_per_token, peak_flops
 from hqlt.train.language.ranks import Ranks, join
 from hqlt.train.language.settings import TrainSettings
 from hqlt.train.language.trainer import Trainer, Update
-from hqlt.train.live import LiveLine, Speed, memory_in_use, stopping
+from hqlt.train.live import LiveLine, Speed, memory_in_use
 from hqlt.train.metrics import Metrics, Trackers
 
 DEFAULT_DATA = "python-library"
@@ -38,7 +39,7 @@ def run(settings: TrainSettings, folder: Path | None = None, device: str | None 
 
     config = preset(settings.preset, **settings.model)
     folder = folder or Path("runs") / f"{settings.preset}-{Path(settings.data).name}"
-    with join(settings, device) as ranks, alone_in(folder) if ranks.first else contextlib.nullcontext():
+    with join(settings, device) as ranks, run_folder(folder, "language") if ranks.first else contextlib.nullcontext():
         console = Console(highlight=False, soft_wrap=True, quiet=not ranks.first)
         trainer = Trainer(settings, config, data_of(settings, ranks, console), folder, ranks)
         step = trainer.resume() or 0
