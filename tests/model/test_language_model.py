@@ -163,14 +163,64 @@ class TestPadding:
         loss = model(padded, attention_mask=mask, labels=labels).loss
         same(loss, model(tokens, labels=labels).loss)
 
-    def test_padding_after_remembered_tokens_is_refused(self, one_model, tokens):
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_padding_after_remembered_tokens_is_not_read(self, model, tokens, compiled, monkeypatch):
+        """Rows with as many new tokens as they have, between 0 and all, as each of them alone."""
+        first = torch.ones(3, 11, dtype=torch.bool)
+        first[2, :4] = False
+        cache = model(tokens, attention_mask=first, use_cache=True).past_key_values
+        new = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0], [0, 1, 0, 1]]).bool()
+        if compiled:  # no one knows which rows these are: whole ones only
+            new[2] = True
+            monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        out = model(tokens[:, :4], attention_mask=torch.cat([first, new], 1), past_key_values=cache)
+        last = model(tokens[:, 4:7], past_key_values=cache, output_hidden_states=True)
+        for i in range(3):
+            alone = model(tokens[i : i + 1, first[i]], use_cache=True).past_key_values
+            if new[i].any():
+                mine = model(tokens[i : i + 1, :4][:, new[i]], past_key_values=alone).logits[0]
+                same(out.logits[i, new[i]], mine)
+            same(last.logits[i : i + 1], model(tokens[i : i + 1, 4:7], past_key_values=alone).logits)
+
+    def test_padding_beside_tokens_is_refused_while_tracing(self, one_model, tokens, monkeypatch):
         cache = one_model(tokens, use_cache=True).past_key_values
         mask = torch.ones(3, 13)
         mask[1, 11] = 0
-        with pytest.raises(
-            ValueError, match="expected no padding after tokens that the cache remembers, got some in row 1"
-        ):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        with pytest.raises(RuntimeError, match="expected, in compiled code, rows that remember tokens"):
             one_model(tokens[:, :2], attention_mask=mask, past_key_values=cache)
+
+    def test_hidden_states_and_gradients_of_uneven_rows(self, model, tokens):
+        cache = model(tokens, use_cache=True).past_key_values
+        new = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 1], [0, 0, 0, 0]]).bool()
+        mask = torch.cat([torch.ones(3, 11).bool(), new], 1)
+        forks = [cache.fork(), cache.fork()]
+        out = model(tokens[:, :4], attention_mask=mask, past_key_values=forks[0], output_hidden_states=True)
+        gradient = torch.autograd.grad(out.logits[1, 3].sum(), model.lm_head.weight)[0]
+        forks[1].batch_select_indices(torch.tensor([1]))
+        alone = model(tokens[1:2, 3:4], past_key_values=forks[1], output_hidden_states=True)
+        for mine, theirs in zip(out.hidden_states, alone.hidden_states, strict=True):
+            same(mine[1, 3], theirs[0, 0])
+            assert not mine[2].any()
+        same(gradient, torch.autograd.grad(alone.logits.sum(), model.lm_head.weight)[0])
+
+    def test_a_mask_that_says_another_past_is_refused(self, one_model, tokens):
+        """Whatever it says, about rows read without a mask as about those read with one."""
+        first = torch.ones(3, 11, dtype=torch.long)
+        plain = one_model(tokens, use_cache=True).past_key_values
+        first[1, :4] = 0
+        padded = one_model(tokens, attention_mask=first, use_cache=True).past_key_values
+        assert plain.attention_mask is None
+        assert torch.equal(padded.attention_mask, first.bool())
+        more = torch.cat([first, torch.ones(3, 2, dtype=torch.long)], dim=1)
+        with pytest.raises(ValueError, match=r"begin it with .* Column 0 of row 1 was read as a token"):
+            one_model(tokens[:, :2], attention_mask=more, past_key_values=plain)
+        with pytest.raises(ValueError, match="Column 0 of row 1 was read as padding"):
+            one_model(tokens[:, :2], attention_mask=torch.ones_like(more), past_key_values=padded)
+        same(
+            one_model(tokens[:, :2], attention_mask=more, past_key_values=padded.fork()).logits,
+            one_model(tokens[:, :2], past_key_values=padded).logits,
+        )
 
     def test_a_mask_of_another_shape_is_refused(self, one_model, tokens):
         cache = one_model(tokens, use_cache=True).past_key_values

@@ -47,7 +47,7 @@ class HQLTConfig(PreTrainedConfig):
     """
 
     model_type = "hqlt"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
     attribute_map = {"num_attention_heads": "num_heads"}  # noqa: RUF012
 
     hidden_size: int = 1024
