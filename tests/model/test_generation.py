@@ -160,12 +160,14 @@ def test_a_cache_with_nothing_left_to_read_is_refused(one_model, tokens):
         (tokens[:, :3], torch.ones(3, 15)),
     ):
         for prefill in (None, 2):
-            with pytest.raises(ValueError, match="expected a prompt with tokens that the cache has not read, after the"):
+            with pytest.raises(
+                ValueError, match="expected a prompt with tokens that the cache has not read, after the"
+            ):
                 generate(
                     one_model, prompt, attention_mask=mask, past_key_values=cache, prefill_chunk_size=prefill, **GREEDY
                 )
+    embeddings = one_model.get_input_embeddings()(tokens)
     with pytest.raises(ValueError, match="has not read"):
-        embeddings = one_model.get_input_embeddings()(tokens)
         one_model.generate(inputs_embeds=embeddings, past_key_values=cache, pad_token_id=0, **GREEDY)
     assert cache.get_seq_length() == 11
 
@@ -191,7 +193,7 @@ def test_a_cache_has_two_names(one_model, tokens):
         )
     with pytest.raises(ValueError, match="past_key_values, cache: expected one of them"):
         one_model(tokens[:, 8:], past_key_values=cache, cache=cache.fork())
-    with pytest.raises(TypeError, match="expected a cache as past_key_values .* got it as 'mems'"):
+    with pytest.raises(TypeError, match=r"expected a cache as past_key_values .* got it as 'mems'"):
         one_model(tokens[:, 8:], mems=cache)
 
 

@@ -14,9 +14,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from hqlt.memory import MemoryState
 
-
 CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
-"""What the installed transformers calls a cache, among arguments and in outputs: past_key_values, from 5.24 on cache."""
+"""What the installed transformers calls a cache, in arguments and outputs: past_key_values, and cache from 5.24 on."""
 
 OTHER_PAST = (
     "attention_mask: expected it to say of the columns that the cache has read what they were read as, got something "

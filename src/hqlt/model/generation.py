@@ -1,4 +1,4 @@
-"""`generate` for models whose memories cannot take anything back: what is read is read once, and padding is not read."""
+"""`generate` for memories that cannot take anything back: what is read is read once, and padding is not read."""
 
 from __future__ import annotations
 
@@ -32,16 +32,22 @@ class HQLTGenerationMixin(GenerationMixin):
         if given is not None:
             kwargs[CACHE] = given
             if given.states:
-                prompt = next(x for x in (inputs, kwargs.get("inputs_embeds"), kwargs.get("input_ids")) if x is not None)
+                prompt = next(
+                    x for x in (inputs, kwargs.get("inputs_embeds"), kwargs.get("input_ids")) if x is not None
+                )
                 check_unread(given, prompt.shape[1], kwargs.get("attention_mask"))
-        return super().generate(inputs, *args, **kwargs)
+        theirs: Any = super()
+        return theirs.generate(inputs, *args, **kwargs)
 
-    def _sample(self, input_ids: Tensor, *args: Any, stopping_criteria: StoppingCriteriaList, **kwargs: Any) -> Any:
+    def _sample(  # type: ignore[override]  # so that an argument more or less breaks nothing
+        self, input_ids: Tensor, *args: Any, stopping_criteria: StoppingCriteriaList, **kwargs: Any
+    ) -> Any:
         ended = EndedRows(stopping_criteria)
-        return super()._sample(input_ids, *args, stopping_criteria=ended, ended=ended, **kwargs)
+        theirs: Any = super()
+        return theirs._sample(input_ids, *args, stopping_criteria=ended, ended=ended, **kwargs)
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` looks at its signature
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self,
         input_ids: Tensor,
         *args: Any,
@@ -52,14 +58,15 @@ class HQLTGenerationMixin(GenerationMixin):
         # As there; and the padding that follows rows that have ended is masked.
         if ended is not None:
             attention_mask = ended.mask(input_ids, attention_mask, kwargs.get(CACHE))
-        return super().prepare_inputs_for_generation(input_ids, *args, attention_mask=attention_mask, **kwargs)
+        theirs: Any = super()
+        return theirs.prepare_inputs_for_generation(input_ids, *args, attention_mask=attention_mask, **kwargs)
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
         """The mask over tokens as it is: the memories need no [b, 1, t, l] of transformers."""
         return attention_mask
 
-    def _prepare_cache_for_generation(  # type: ignore[override]  # so that an argument more or less breaks nothing
+    def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         """`generate` starts from a cache of ours. Refuses other kinds, and right padding, which it would continue."""

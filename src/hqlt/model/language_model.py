@@ -138,9 +138,8 @@ class HQLTModel(HQLTPreTrainedModel):
         hidden = [segments.restore(x) for x in hidden]
         if memory is not None:
             memory.advance(after, x.shape[1], segments.tokens)
-        output = BaseModelOutputWithPast(
-            last_hidden_state=hidden[-1], hidden_states=tuple(hidden) if wanted else None, **{CACHE: memory}
-        )
+        named: Any = {CACHE: memory, "hidden_states": tuple(hidden) if wanted else None}
+        output = BaseModelOutputWithPast(last_hidden_state=hidden[-1], **named)
         return output if _as_dict(return_dict, self.config) else output.to_tuple()
 
     def _segments(
