@@ -95,3 +95,8 @@ def check_resets(resets: Tensor | None, b: int, t: int) -> None:
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """The type in which fast weights accumulate: float32, or float64 for float64 inputs."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def is_symbolic(size: object) -> bool:
+    """Whether a size is any number: of a program that is exported with a dynamic axis."""
+    return isinstance(size, torch.SymInt)

@@ -7,7 +7,7 @@ import torch
 from hqlt.ops.backend import NATIVE, Choice, Rule, choose
 from hqlt.ops.segments import positions
 from hqlt.ops.window_attention import blocked, dense, native, reference
-from hqlt.shapes import Keys, Queries, Resets, Values, check_resets, match
+from hqlt.shapes import Keys, Queries, Resets, Values, check_resets, is_symbolic, match
 
 IMPLEMENTATIONS = {
     "reference": reference.window_attention,
@@ -66,6 +66,9 @@ def window_attention(
 
 def explain(q: Queries, *, window: int | None = None, backend: str | None = None) -> Choice:
     t = q.shape[1]
+    if is_symbolic(t):
+        any_length = Rule("dense", lambda q: True, "exported for any length: one fused call")
+        return choose("window_attention", IMPLEMENTATIONS, (NATIVE, any_length), q, backend)
     mostly_masked = window is not None and 2 * window <= t
     rules = (
         Rule("dense", lambda q: t < 8, "a few tokens: one fused call"),

@@ -13,7 +13,7 @@ from hqlt.shapes import Keys, Queries, Resets, Values
 def window_attention(q: Queries, k: Keys, v: Values, *, window: int, scale: float, resets: Resets | None) -> Values:
     t, l = q.shape[1], k.shape[1]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    causal_is_enough = resets is None and window >= l and t == l
+    causal_is_enough = bool(resets is None and window >= l and t == l)
     mask = None if causal_is_enough else visible(t, l, window, resets, q.device)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal_is_enough, scale=scale)
     return out.transpose(1, 2)
