@@ -62,9 +62,24 @@ def told_if_not_written(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Make the folder, and refuse it while another process works in it (where the system can tell)."""
+    """Make the folder, and refuse it while another process works in it (where the system can tell).
+
+    A folder made here that is still empty at the end is removed, for instance because a command failed.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     with told_if_not_written(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with _locked(folder):
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # not empty
+            for path in made:
+                path.rmdir()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
     if os.name != "posix":
         yield
         return

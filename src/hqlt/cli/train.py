@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hqlt.errors import reason
 from hqlt.train.language.settings import TrainSettings
 
 
@@ -22,7 +21,4 @@ def train(folder: Path | None = None, device: str | None = None, **settings: Any
     """
     from hqlt.train.language.run import run
 
-    try:
-        run(TrainSettings(**settings), folder, device)
-    except (ValueError, OSError) as error:
-        raise SystemExit(reason(error)) from None
+    run(TrainSettings(**settings), folder, device)
