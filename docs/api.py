@@ -8,6 +8,7 @@ from pathlib import Path
 import pdoc
 
 import hqlt
+import hqlt.model
 
 SKIPPED = ("hqlt.ops.synchronous.kernels", "hqlt.native._memories")
 """Triton kernels, which cannot be imported without triton, and the library of C++ functions."""
@@ -21,8 +22,9 @@ def specifications() -> list[str]:
 
 
 def write(folder: Path) -> None:
-    for name in hqlt.__all__:  # some are imported only when they are asked for
-        setattr(hqlt, name, getattr(hqlt, name))
+    for package in (hqlt, hqlt.model):
+        for name in package.__all__:  # some are imported only when they are asked for
+            setattr(package, name, getattr(package, name))
     warnings.filterwarnings("ignore", "Error parsing type annotation")  # of a dataclass's or NamedTuple's __init__
     pdoc.pdoc(*specifications(), output_directory=folder)
 
