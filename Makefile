@@ -34,7 +34,7 @@ lint: $(VENV)/ready
 	$(BIN)/mypy
 
 docs: $(VENV)/ready          ## the API's pages from its docstrings, in build/api
-	$(BIN)/pdoc hqlt -o build/api
+	$(BIN)/python docs/api.py build/api
 
 $(VENV)/ready: pyproject.toml constraints.txt $(wildcard setup.py)
 	$(PYTHON) -m venv $(VENV)

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -12,6 +14,9 @@ from hypothesis import HealthCheck, settings
 pytest.register_assert_rewrite("tests.laws")
 
 torch.set_num_threads(1)
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a background job of a shell; commands under test inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 INHERITED_LAWS_WITH_FIXTURES = [HealthCheck.differing_executors, HealthCheck.function_scoped_fixture]
 settings.register_profile(

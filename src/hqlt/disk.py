@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,6 +59,22 @@ def told_if_not_written(path: Path) -> Iterator[None]:
             f"{path} could not be written: {error.strerror}. What was finished before is kept: once this is mended, "
             f"the same command goes on from there",
         ) from error
+
+
+def check_writable(path: Path, *, folder: bool = False) -> None:
+    """Raises OSError where a file (or folder) of this name could not be written; makes nothing.
+
+    For what is written at the end of hours of work, before they begin.
+    """
+    if path.exists() and path.is_dir() != folder:
+        raise OSError(
+            None, f"expected a {'folder' if folder else 'file'}, found a {'file' if folder else 'folder'}", str(path)
+        )
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if there != path and not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"{there} is a file, not a folder", str(path))
+    if not os.access(there, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
 
 
 @contextlib.contextmanager

@@ -37,10 +37,31 @@ def test_one_part_of_a_benchmark(tmp_path):
     main(["bench", "ops", "--only=linear", "--quick", "--rounds=1", f"--json={tmp_path / 'figures.json'}"])
     results = json.loads((tmp_path / "figures.json").read_text())["results"]
     assert {row["case"] for row in results} == {"linear attention"}
-    with pytest.raises(SystemExit, match="expected one of delta, linear, window"):
+    with pytest.raises(SystemExit, match="only: expected one of 'delta', 'linear', 'window', got 'nothing'"):
         main(["bench", "ops", "--only=nothing", "--quick"])
     with pytest.raises(SystemExit):
         main(["bench", "everything"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("--threads=0", r"^threads: expected 1 to \d+, got 0$"),
+        ("--threads=1000000", r"^threads: expected 1 to \d+, got 1000000$"),
+        ("--rounds=0", "^rounds: expected at least 1, got 0$"),
+        ("--only=linaer", r"^only: expected one of .*, got 'linaer'; did you mean 'linear'\?$"),
+        ("--json=file/figures.json", "^file/figures.json: .*file is a file, not a folder$"),
+        ("--json=folder", "^folder: expected a file, found a folder$"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_measured(wrong, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hqlt.bench.ops.run", lambda *_: pytest.fail("it was measured"))
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(SystemExit, match=message):
+        main(["bench", "ops", "--quick", wrong])
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder"}
 
 
 def test_steps_of_the_worlds(tmp_path, capsys):

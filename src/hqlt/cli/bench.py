@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import importlib
 import json as json_format
+import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from hqlt import native
+from hqlt.disk import check_writable, write_whole
+from hqlt.errors import reason
+from hqlt.layer import one_of
+from hqlt.report.terminal import FittingTable
 
 CAPTION = "float32; ×: times faster than the first; %: of the measured ceiling"
 
@@ -41,8 +47,12 @@ def bench(
         quick: sizes so small that the times say nothing; to see that everything runs.
     """
     module = importlib.import_module(f"hqlt.bench.{what}")
-    if only is not None and only not in module.ONLY:
-        raise SystemExit(f"only: expected one of {', '.join(module.ONLY)} for {what}, got {only!r}")
+    file = json or Path("runs/bench") / f"{what}.json"
+    try:
+        check_options(module.ONLY, threads, rounds, only)
+        check_writable(file)
+    except (ValueError, OSError) as error:
+        raise SystemExit(reason(error)) from None
     setting = module.setting() if hasattr(module, "setting") else setting_of_cpu(threads)
     before = torch.get_num_threads()
     torch.manual_seed(0)
@@ -53,10 +63,26 @@ def bench(
         torch.set_num_threads(before)
     title = f"hqlt bench {what}: " + ", ".join(f"{name} {value}" for name, value in setting.items())
     in_table = getattr(module, "table_of", table_of)
-    Console(width=160).print(in_table(title, results, getattr(module, "CAPTION", CAPTION)))
-    file = json or Path("runs/bench") / f"{what}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json_format.dumps({"setting": setting, "results": results}, indent=1) + "\n")
+    console = Console()
+    if not console.is_terminal:  # rich cannot know how wide a log may be
+        console.width = 160
+    console.print(in_table(title, results, getattr(module, "CAPTION", CAPTION)))
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, (json_format.dumps({"setting": setting, "results": results}, indent=1) + "\n").encode())
+    except OSError as error:  # such as a disk that became full
+        raise SystemExit(reason(error)) from None
+
+
+def check_options(parts: Sequence[str], threads: int, rounds: int, only: str | None) -> None:
+    """Raises ValueError for what no benchmark can run with."""
+    cores = max(os.cpu_count() or 1, 2)
+    if not 1 <= threads <= cores:
+        raise ValueError(f"threads: expected 1 to {cores}, got {threads}")
+    if rounds < 1:
+        raise ValueError(f"rounds: expected at least 1, got {rounds}")
+    if only is not None:
+        one_of("only", only, parts)
 
 
 def setting_of_cpu(threads: int) -> dict[str, Any]:
@@ -70,15 +96,13 @@ def setting_of_cpu(threads: int) -> dict[str, Any]:
     }
 
 
-def table_of(title: str, results: list[dict[str, Any]], caption: str) -> Table:
-    table = Table(title=title, caption=caption)
-    for column in ("case", "shape", "implementation"):
-        table.add_column(column)
+def table_of(title: str, results: list[dict[str, Any]], caption: str) -> FittingTable:
+    columns = ["case", "shape", "implementation"]
     measured = [name for name, value in results[0].items() if isinstance(value, dict)]
     against = "of projections" in results[0][measured[0]]
     for name in measured:
-        for column in (f"{name} ms", "×", "%", "MB", *(["of projections"] if against else [])):
-            table.add_column(column, justify="right")
+        columns += [f"{name} ms", "×", "%", "MB", *(["of projections"] if against else [])]
+    rows = []
     for row in results:
         cells = []
         for name in measured:
@@ -87,5 +111,6 @@ def table_of(title: str, results: list[dict[str, Any]], caption: str) -> Table:
             cells += [f"{of['peak MB']:.0f}"]
             if against:
                 cells += [f"{of['of projections']:.3f}" if "of projections" in of else ""]
-        table.add_row(row["case"], ", ".join(map(str, row["shape"])), row["implementation"], *cells)
-    return table
+        names = [row["case"], ", ".join(map(str, row["shape"])), row["implementation"]]
+        rows.append([Text(text) for text in (*names, *cells)])
+    return FittingTable(columns, rows, caption, title, names=3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from hqlt.errors import reason
 from hqlt.study import known_studies, read_study
-from hqlt.study.run import leave_report, run_study
+from hqlt.study.run import run_study
 from hqlt.task import StandardLibrary, generator_for
 from hqlt.train.grid import Result
 
@@ -31,25 +33,36 @@ def demo(
     JSONL, JSON and one HTML page.
 
     Args:
-        quick: budgets of about a minute in all, too small to learn much; to see that everything runs.
-        folder: the run folder; a new one under runs/ by default. Give an unfinished one to go on with it.
+        quick: budgets of about a minute in all, too small to learn; to see that everything runs.
+        folder: the run folder; a new one under runs/ by default. Give an unfinished one to resume it.
         seed: of weights and training data. Validation and test sets are the same for all.
         workers: processes side by side, one thread each; all cores by default.
     """
-    study = dataclasses.replace(read_study(known_studies()["demo"]), seeds=(seed,))
-    if quick:
-        study = study.quick()
     folder = folder or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
     console = Console()
-    again = f"hqlt demo {'--quick ' if quick else ''}--seed={seed} --folder={folder}"
+    again = ["hqlt", "demo", *["--quick"] * quick, f"--seed={seed}", f"--folder={folder}"]
+    text: dict[str, Any] = {}
+
+    def additions(results: Sequence[Result]) -> dict[str, Any]:
+        text.update(read_and_write(the_hybrid_on_text(results), folder))
+        return text
+
     try:
-        results, settings = run_study(study, folder, again=again, workers=workers, device="cpu", console=console)
-    except (ValueError, OSError) as error:  # such as a folder with the results of other settings
+        study = dataclasses.replace(read_study(known_studies()["demo"]), seeds=(seed,))
+        run_study(
+            study.quick() if quick else study,
+            folder,
+            again=shlex.join(again),
+            workers=workers,
+            device="cpu",
+            console=console,
+            quick=quick,
+            additions=additions,
+        )
+    except (ValueError, OSError) as error:
         raise SystemExit(reason(error)) from None
-    text = read_and_write(the_hybrid_on_text(results), folder)
-    leave_report(study, results, folder, settings, console, **text)
     sample = text["samples"][0]
-    console.print(f"[bold]{sample['model']} goes on from[/bold] {sample['prompt']!r}:")
+    console.print(Text.assemble((f"{sample['model']} continues", "bold"), f" {sample['prompt']!r}:"))
     console.print(sample["text"], markup=False, highlight=False)
 
 
@@ -58,7 +71,7 @@ def the_hybrid_on_text(results: Sequence[Result]) -> Result:
 
 
 def read_and_write(result: Result, folder: Path) -> dict[str, Any]:
-    """What a trained text model writes, and which of its memories speaks while it reads held-out text."""
+    """What a trained text model writes, and what each of its memories contributes as it reads held-out text."""
     from transformers.utils import logging
 
     from hqlt.model import HQLTForCausalLM
@@ -79,7 +92,7 @@ def read_and_write(result: Result, folder: Path) -> dict[str, Any]:
     )
     text = bytes(written[0, tokens.shape[1] :].tolist()).decode("utf-8", "replace")
     return {
-        "spoken": {
+        "shares": {
             "model": result.cell.model,
             "least": least,
             "greatest": greatest,

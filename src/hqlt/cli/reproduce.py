@@ -13,7 +13,7 @@ from hqlt.errors import reason
 from hqlt.layer import one_of
 from hqlt.study import known_studies, read_study
 from hqlt.study.commands import TABLES, print_and_run
-from hqlt.study.run import copy_results, leave_report, run_study
+from hqlt.study.run import run_study
 
 ALIASES = {"table-2": "expressivity"}
 
@@ -35,7 +35,7 @@ def reproduce(
     "language-ablations" changes one part at a time, "recall" asks for facts by window size; at the paper's scale these
     three are commands for many GPUs, printed with an estimate of the hours, and run where there are GPUs.
     Or give a YAML file of your own. Cells run in parallel processes. A finished cell is never run again: the same
-    command goes on where an earlier one was stopped.
+    command resumes where an earlier one was stopped.
 
     Args:
         what: the study's name, or a YAML file.
@@ -44,7 +44,7 @@ def reproduce(
         folder: where everything goes; runs/STUDY-SCALE by default.
         workers: processes side by side, one thread each; all cores by default.
         device: where models are trained, such as "cuda"; all workers share it. cpu by default.
-        quick: budgets too small to learn much, to see that everything runs.
+        quick: budgets too small to learn, to see that everything runs.
         export: a folder for what is worth committing, such as results/expressivity.
     """
     if scale == "paper" and what in TABLES:
@@ -71,17 +71,20 @@ def reproduce(
     folder = folder or Path("runs") / name
     options = {"scale": scale, "only": only, "folder": folder, "workers": workers, "device": device, "export": export}
     again = ["hqlt", "reproduce", what, *(f"--{key}={value}" for key, value in options.items() if value is not None)]
-    console = Console()
     again += ["--quick"] * quick
     try:
-        results, settings = run_study(
-            study, folder, again=shlex.join(again), workers=workers, device=device, console=console
+        run_study(
+            study,
+            folder,
+            again=shlex.join(again),
+            workers=workers,
+            device=device,
+            console=Console(),
+            quick=quick,
+            export=export,
         )
-    except (ValueError, OSError) as error:  # such as a folder with the results of other settings
+    except (ValueError, OSError) as error:
         raise SystemExit(reason(error)) from None
-    leave_report(study, results, folder, settings, console)
-    if export is not None:
-        copy_results(folder, export)
 
 
 def find(what: str, scale: str) -> tuple[str, Path]:

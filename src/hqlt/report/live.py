@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
-from hqlt.train.grid import Event, Result
+from hqlt.train.grid import Cell, Event, Result
+
+COLUMNS = ("task", "model", "seed", "step", "loss", "gradient", "validation", "skipped", "speed", "left")
+NAMES = ("task", "model")
+GAP = 2
+DISPENSABLE = ("gradient", "seed", "skipped", "speed", "validation", "left", "loss", "task")
+"""Columns that a narrow terminal does without, the first to go first."""
 
 
 class GridDisplay:
-    """A live table on a terminal; elsewhere (a log, CI) a line a finished cell.
+    """A live table on a terminal; elsewhere (a log, CI) a line for each finished cell.
 
-    >>> with GridDisplay(total=15, budget_steps=...) as display:
+    >>> with GridDisplay(cells) as display:
     ...     run_grid(cells, folder, workers, display.on_event)
     """
 
-    def __init__(self, cells: int, console: Console | None = None) -> None:
+    def __init__(self, cells: Sequence[Cell], console: Console | None = None) -> None:
         self.console = console or Console()
-        self.cells = cells
+        self.cells = len(cells)
+        self.wide = [max((len(name) for name in names), default=0) for names in zip(*map(names_of, cells), strict=True)]
         self.done = 0
-        self.running: dict[str, Event] = {}
+        self.running: Mapping[str, Event] = {}
+        """Replaced at each event and never changed: the thread that draws reads it at any time."""
         self.begun = time.monotonic()
-        self.fresh = 0.0
-        """Share of a cell's work done in this start, summed over cells."""
+        self.fresh = 0
+        """Cells that finished in this start."""
         self.live = Live(get_renderable=self._render, console=self.console, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> GridDisplay:
@@ -41,54 +52,90 @@ class GridDisplay:
         if self.console.is_terminal:
             self.live.stop()
 
-    def on_event(self, told: Event | Result) -> None:
-        name = told.cell.name
-        if isinstance(told, Event):
-            self.running[name] = told
+    def on_event(self, event: Event | Result) -> None:
+        name = event.cell.name
+        if isinstance(event, Event):
+            before = self.running.get(name)
+            if before is not None and event.progress.validation is None:  # the latest score stays in sight
+                event = event._replace(progress=event.progress._replace(validation=before.progress.validation))
+            self.running = {**self.running, name: event}
             return
-        ran_now = self.running.pop(name, None) is not None
+        ran_now = name in self.running
+        self.running = {other: running for other, running in self.running.items() if other != name}
         self.done += 1
         self.fresh += ran_now
-        score = told.fit.test
-        unit = "success" if score.metric == "success" else "accuracy"
-        shown = f"{score.value:.3f} bits/byte" if score.metric == "bits" else f"{100 * score.value:.1f} % {unit}"
-        self.console.print(
-            f"{told.cell.column:>12}  {told.cell.model:<26} {told.cell.seed:>3} {shown:>18}  {told.seconds:5.0f} s"
-            f"{'' if ran_now else '  (from an earlier start)'}",
-            highlight=False,
-        )
+        self.console.print(self.line_of(event, ran_now), soft_wrap=not self.console.is_terminal)
 
-    def seconds_left(self) -> float | None:
-        now = self.fresh + sum(event.progress.step / event.cell.budget.steps for event in self.running.values())
-        left = self.cells - self.done - sum(e.progress.step / e.cell.budget.steps for e in self.running.values())
-        return (time.monotonic() - self.begun) / now * left if now > 0 else None
+    def line_of(self, result: Result, ran_now: bool) -> Text:
+        """The names in columns where there is room for them."""
+        score = score_text(result.fit.test.metric, result.fit.test.value)
+        rest = [score, f"{result.seconds:.0f} s", *([] if ran_now else ["from an earlier start"])]
+        names = names_of(result.cell)
+        padded = [name.ljust(width) for name, width in zip(names, self.wide, strict=True)]
+        whole = "  ".join([*padded, score.rjust(18), *rest[1:]])
+        narrow = self.console.is_terminal and len(whole) > self.console.width
+        return Text("  ".join([*names, *rest]) if narrow else whole)
+
+    def seconds_left(self, running: Mapping[str, Event]) -> float | None:
+        under_way = sum(event.progress.step / event.cell.budget.steps for event in running.values())
+        worked = self.fresh + under_way
+        left = self.cells - self.done - under_way
+        return (time.monotonic() - self.begun) / worked * left if worked > 0 else None
 
     def _render(self) -> RenderableType:
-        table = Table(box=None, padding=(0, 2, 0, 0))
-        for column in ("task", "model", "seed", "step", "loss", "gradient", "validation", "speed", "left"):
-            table.add_column(column, justify="left" if column in ("task", "model") else "right")
-        for cell, told in self.running.values():
-            speed = told.tokens / max(told.seconds, 1e-9)
-            table.add_row(
-                cell.column,
-                cell.model,
-                str(cell.seed),
-                f"{told.step}/{cell.budget.steps}",
-                f"{told.loss:.3f}",
-                f"{told.gradient_norm:.2f}",
-                "" if told.validation is None else f"{told.validation:.3f}",
-                f"{speed:,.0f} {cell.unit}/s",
-                clock(told.seconds / told.step * (cell.budget.steps - told.step)),
-            )
-        left = self.seconds_left()
+        """In a thread of its own."""
+        running = self.running
+        left = self.seconds_left(running)
         bar = Progress(
             TextColumn("cells"),
-            BarColumn(),
+            BarColumn(bar_width=max(min(self.console.width - 36, 40), 4)),
             MofNCompleteColumn(),
             TextColumn("" if left is None else f"about {clock(left)} left"),
         )
         bar.add_task("", total=self.cells, completed=self.done)
-        return Group(table, bar)
+        return Group(self._table([figures_of(event) for event in running.values()]), bar)
+
+    def _table(self, rows: Sequence[Mapping[str, str]]) -> Table:
+        """As many columns as fit into the terminal."""
+        widths = {name: max(map(cell_len, (name, *(row[name] for row in rows)))) + GAP for name in COLUMNS}
+        if not any(row["skipped"] for row in rows):
+            del widths["skipped"]
+        for name in DISPENSABLE:
+            if sum(widths.values()) > self.console.width:
+                widths.pop(name, None)
+        table = Table(box=None, padding=(0, GAP, 0, 0))
+        for name in widths:
+            table.add_column(name, justify="left" if name in NAMES else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*(Text(row[name]) for name in widths))
+        return table
+
+
+def names_of(cell: Cell) -> tuple[str, str, str]:
+    return cell.column, cell.model, str(cell.seed)
+
+
+def figures_of(event: Event) -> dict[str, str]:
+    """By column."""
+    cell, progress = event.cell, event.progress
+    speed = progress.tokens / max(progress.seconds, 1e-9)
+    return {
+        **dict(zip(("task", "model", "seed"), names_of(cell), strict=True)),
+        "step": f"{progress.step}/{cell.budget.steps}",
+        "loss": f"{progress.loss:.3f} {cell.loss_unit}".rstrip(),
+        "gradient": f"{progress.gradient_norm:.2f}",
+        "validation": "" if progress.validation is None else score_text(cell.metric, progress.validation),
+        "skipped": f"{progress.skipped}" if progress.skipped else "",
+        "speed": f"{speed:,.0f} {cell.unit}/s",
+        "left": clock(progress.seconds / progress.step * (cell.budget.steps - progress.step)),
+    }
+
+
+def score_text(metric: str, value: float) -> str:
+    """With its unit."""
+    if metric == "bits":
+        return f"{value:.3f} bits/byte"
+    return f"{100 * value:.1f} % {'exact' if metric == 'exact' else 'success' if metric == 'success' else 'accuracy'}"
 
 
 def clock(seconds: float) -> str:

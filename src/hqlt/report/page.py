@@ -10,7 +10,11 @@ import jinja2
 
 
 def write_page(path: Path, **content: Any) -> None:
-    """Fill the template `page.html.j2`; whatever stands in content is escaped."""
+    """Fill the template `page.html.j2`; whatever stands in content is escaped.
+
+    content: title, introduction, protocol and settings (text); beside them, where there are any, `table` with `plot`,
+    `pictures`, `sections`, `shares`, and `samples` or one `sample` (prompt and text; model, temperature and seed).
+    """
     source = resources.files("hqlt.report").joinpath("page.html.j2").read_text()
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=False)
     path.write_text(environment.from_string(source).render(**content), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -10,65 +11,113 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from rich.console import Console
 
 from hqlt._version import version
+from hqlt.disk import check_writable, write_whole
 from hqlt.run_folder import run_folder
+from hqlt.study.metrics import StudyMetrics
 from hqlt.study.study import Study
-from hqlt.train.grid import Cell, Event, Result, as_json, load_result, run_grid
+from hqlt.train.grid import Cell, CellsFailed, Event, Result, Stopped, as_json, finished_results, run_grid
 
 EXPORTED = ("README.md", "results.json", "curves.png")
+PROTOCOL = (
+    "Checkpoints were chosen by the validation score and tested once. Validation and test sets are the same "
+    "for all models and come from other seeds (text: other files) than the training data and each other. "
+    "All that was run is in the table."
+)
+
+
+Additions: TypeAlias = Callable[[Sequence[Result]], Mapping[str, Any]]
+"""From all results, what the page shows beside them: more content for `write_page`."""
 
 
 def run_study(
-    study: Study, folder: Path, *, again: str, workers: int | None, device: str, console: Console
-) -> tuple[list[Result], dict[str, Any]]:
-    """Train every cell that the folder does not hold yet; → all results in order, and the settings they came from.
+    study: Study,
+    folder: Path,
+    *,
+    again: str,
+    workers: int | None,
+    device: str,
+    console: Console,
+    quick: bool = False,
+    export: Path | None = None,
+    additions: Additions | None = None,
+) -> None:
+    """Train every cell that the folder does not hold yet, and leave the report of all in it.
 
-    Ctrl-C leaves the report of what is finished, and says so.
+    again: the command that resumes after an interrupt. workers: None takes all cores. quick: the budgets are too small
+    to learn, and the report says so. export: where what is worth committing is copied. Writes config.json and
+    metrics.jsonl beside what the grid and the report write.
 
-    again: the command that goes on after an interrupt. workers: None takes all cores. Writes config.json and
-    metrics.jsonl beside what the grid writes.
+    The first Ctrl-C or SIGTERM leaves the report of what is finished, and ends with SystemExit 130 or 143. Raises
+    ModuleNotFoundError, ValueError or OSError before anything is trained or written, for a package that is missing,
+    for wrong arguments, and for a folder that is not this study's or cannot be written.
     """
+    from hqlt.report import page, plots  # noqa: F401  needed at the end: a package that they miss is told now
     from hqlt.report.live import GridDisplay
 
     cells = study.cells()
-    workers = workers or os.cpu_count() or 1
-    settings = settings_of(cells, workers, device)
-    console.print(f"{len(cells)} cells on {workers} processes → {folder}", highlight=False)
-    begun, finished = time.monotonic(), 0
-    with (
-        run_folder(folder, "study"),
-        (folder / "metrics.jsonl").open("a") as log,
-        GridDisplay(len(cells), console) as display,
-    ):
-        (folder / "config.json").write_text(json.dumps(settings, indent=1))
+    workers = os.cpu_count() or 1 if workers is None else workers
+    if workers < 1:
+        raise ValueError(f"workers: expected at least 1, got {workers}")
+    if export is not None:
+        check_writable(export, folder=True)
+    settings = {"study": study.title, **settings_of(cells, workers, device)}
+    with run_folder(folder, "study"), contextlib.ExitStack() as at_the_end:
+        check_same_study(study, folder)
+        finished_results(folder, cells)
+        metrics = at_the_end.enter_context(contextlib.closing(StudyMetrics(folder / "metrics.jsonl")))
+        write_whole(folder / "config.json", json.dumps(settings, indent=1).encode())
+        console.print(f"{len(cells)} cells on {workers} processes → {folder}", highlight=False, soft_wrap=True)
+        begun = time.monotonic()
 
-        def on_event(told: Event | Result) -> None:
-            nonlocal finished
-            display.on_event(told)
-            if isinstance(told, Result):
-                finished += 1
-            elif told.kept:
-                log.write(json.dumps({"cell": told.cell.name, **told.progress._asdict()}) + "\n")
+        def report(results: Sequence[Result], **content: Any) -> None:
+            leave_report(study, results, folder, settings, console, quick=quick, content=content)
 
         try:
-            results = run_grid(cells, folder, workers, on_event, device)
-        except KeyboardInterrupt:
+            with GridDisplay(cells, console) as display:
+
+                def on_event(event: Event | Result) -> None:
+                    display.on_event(event)
+                    if isinstance(event, Event) and event.kept:
+                        metrics.write(event)
+
+                results = run_grid(cells, folder, workers, on_event, device)
+        except (Stopped, CellsFailed) as error:
+            finished = list(finished_results(folder, cells).values())
+            if finished:
+                report(finished)
+            if isinstance(error, CellsFailed):
+                raise SystemExit(f"{error}\ntry these again with: {again}") from None
             console.print(
-                f"stopped with {finished} of {len(cells)} cells finished; go on with: {again}", highlight=False
+                f"stopped with {len(finished)} of {len(cells)} cells finished; resume with: {again}",
+                highlight=False,
+                soft_wrap=True,
             )
-            results = [result for cell in cells if (result := load_result(folder, cell)) is not None]
-            if results:
-                leave_report(study, results, folder, settings, console)
-            raise
-    console.print(f"{time.monotonic() - begun:.0f} s in all", highlight=False)
-    return results, settings
+            raise SystemExit(128 + error.number) from None
+        console.print(f"{time.monotonic() - begun:.0f} s in all", highlight=False)
+        report(results, **(additions(results) if additions else {}))
+        if export is not None:
+            copy_results(folder, export)
+
+
+def check_same_study(study: Study, folder: Path) -> None:
+    """Raises ValueError where the folder holds a study of another title: its report would be overwritten."""
+    config = folder / "config.json"
+    if not config.exists():
+        return
+    try:
+        title = json.loads(config.read_text()).get("study", study.title)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{config}: expected the settings of a study as JSON, got {error}; remove the file") from None
+    if title != study.title:
+        raise ValueError(f"{folder}: expected a run of {study.title!r}, found one of {title!r}; give another folder")
 
 
 def settings_of(cells: Sequence[Cell], workers: int, device: str) -> dict[str, Any]:
@@ -88,53 +137,50 @@ def leave_report(
     study: Study,
     results: Sequence[Result],
     folder: Path,
-    settings: dict[str, Any],
+    settings: Mapping[str, Any],
     console: Console,
     *,
-    spoken: dict[str, Any] | None = None,
-    samples: Sequence[dict[str, Any]] = (),
+    quick: bool = False,
+    content: Mapping[str, Any] | None = None,
 ) -> None:
     """One table (also as Markdown, README.md), one plot, one page, one JSON file.
 
-    Where results are missing, the title says how many are there.
+    Where results are missing, the title says how many are there. content: more of it for the page.
     """
     from hqlt.report.page import write_page
     from hqlt.report.plots import figure_of, save
     from hqlt.report.table import table_of
 
+    title = study.title
     if len(results) < (wanted := len(study.cells())):
-        study = dataclasses.replace(study, title=f"{study.title} ({len(results)} of {wanted} runs)")
-    table = table_of(results, {label: experiment.paper for label, experiment in study.experiments.items()})
+        title += f" ({len(results)} of {wanted} runs)"
+    paper = {label: experiment.paper for label, experiment in study.experiments.items()}
+    table = table_of(results, paper, quick=quick)
     budgets = [
         f"{label}: {json.dumps(e.options)} {json.dumps(e.common)} {e.budget}" for label, e in study.experiments.items()
     ]
     how = "\n".join(
         [json.dumps({k: v for k, v in settings.items() if k != "cells"}, indent=1, ensure_ascii=False), *budgets]
     )
-    protocol = (
-        "Checkpoints were chosen by the validation score and tested once. Validation and test sets are the same "
-        "for all models and come from other seeds (text: other files) than the training data and each other. "
-        "All that was run is in the table."
-    )
     (folder / "results.json").write_text(lines_of(as_json(with_few_points(result)) for result in results))
     (folder / "README.md").write_text(
-        f"# {study.title}\n\n{study.introduction.strip()}\n\n{table.as_markdown()}\n![Curves](curves.png)\n\n"
-        f"{protocol}\n\n```\n{how}\n```\n"
+        f"# {title}\n\n{study.introduction.strip()}\n\n{table.as_markdown()}\n![Curves](curves.png)\n\n"
+        f"{PROTOCOL}\n\n```\n{how}\n```\n",
+        encoding="utf-8",
     )
-    plot = save(figure_of(results), folder / "curves.png")
     write_page(
         folder / "report.html",
-        title=study.title,
+        title=title,
         introduction=study.introduction,
         table=table,
-        plot=plot,
-        spoken=spoken,
-        samples=samples,
-        protocol=protocol,
+        plot=save(figure_of(results), folder / "curves.png"),
+        protocol=PROTOCOL,
         settings=how + "\n" + "\n".join(f"{r.cell.name}: best update {r.fit.best_step}" for r in results),
+        **(content or {}),
     )
     console.print(table.for_terminal())
-    console.print(f"page: {folder / 'report.html'}    plot: {folder / 'curves.png'}", highlight=False)
+    console.print(f"page: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    console.print(f"plot: {folder / 'curves.png'}", highlight=False, soft_wrap=True)
 
 
 def with_few_points(result: Result) -> Result:

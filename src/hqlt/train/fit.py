@@ -76,7 +76,7 @@ class Budget:
 
 
 class Progress(NamedTuple):
-    """What can be told after an update."""
+    """What is known after an update."""
 
     step: int
     """Updates done."""
@@ -89,6 +89,8 @@ class Progress(NamedTuple):
     """Seen so far."""
     validation: float | None
     """The validation score, at the steps where it was taken."""
+    skipped: int = 0
+    """Updates so far whose gradient was not finite: they changed nothing."""
 
 
 class Fit(NamedTuple):
@@ -100,9 +102,9 @@ class Fit(NamedTuple):
 def fit(model: nn.Module, task: Task, budget: Budget, seed: int) -> Iterator[Progress | Fit]:
     """Train, and yield Progress after each update; last, with the best checkpoint's weights loaded, the Fit.
 
-    model: a causal language model of transformers' form, on the device that is to train it. A step with a gradient
-    that is not finite is left out. The training data depends on the seed alone, validation and test sets on nothing:
-    they are the same for all.
+    model: a causal language model of transformers' form, on the device that is to train it. An update whose gradient
+    is not finite is skipped and counted. The training data depends on the seed alone, validation and test sets on
+    nothing: they are the same for all.
     """
     device = next(model.parameters()).device
     optimiser = torch.optim.AdamW(parameter_groups(model, budget.weight_decay), lr=budget.learning_rate)
@@ -111,7 +113,7 @@ def fit(model: nn.Module, task: Task, budget: Budget, seed: int) -> Iterator[Pro
     validate_at = {round(budget.steps * (i + 1) / budget.validations) for i in range(budget.validations)}
     scored = copy.deepcopy(model) if budget.average else model
     best_step, best, best_weights = 0, None, dict[str, Tensor]()
-    tokens, begun = 0, time.perf_counter()
+    tokens, skipped, begun = 0, 0, time.perf_counter()
     for step in range(budget.steps):
         batch = budget.task_at(task, step).sample(source, budget.batch_size, "train")
         batch = (batch.packed() if budget.pack else batch).to(device)
@@ -124,6 +126,8 @@ def fit(model: nn.Module, task: Task, budget: Budget, seed: int) -> Iterator[Pro
         norm = nn.utils.clip_grad_norm_(model.parameters(), budget.clip)
         if norm.isfinite():
             optimiser.step()
+        else:
+            skipped += 1
         if budget.average:
             average_into(scored, model, budget.average_decay_at(step))
         tokens += batch.inputs.numel()
@@ -134,7 +138,7 @@ def fit(model: nn.Module, task: Task, budget: Budget, seed: int) -> Iterator[Pro
                 best_step, best = step + 1, score
                 best_weights = {name: weight.detach().clone() for name, weight in scored.state_dict().items()}
         seconds = time.perf_counter() - begun
-        yield Progress(step + 1, loss.item(), norm.item(), seconds, tokens, score.value if score else None)
+        yield Progress(step + 1, loss.item(), norm.item(), seconds, tokens, score.value if score else None, skipped)
     assert best is not None
     model.load_state_dict(best_weights)
     test_set = task.sample(generator_for("test", 0), budget.test_rows, "test")

@@ -6,15 +6,15 @@ takes those as they are and runs the rest. A worker that dies costs its own cell
 
 from __future__ import annotations
 
-import contextlib
 import json
 import multiprocessing
 import os
 import re
 import signal
+import threading
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -36,6 +36,7 @@ class Cell(ABC):
 
     unit: ClassVar[str]
     """What `Progress.tokens` counts."""
+    loss_unit: ClassVar[str] = ""
 
     model: str
     """The model's label in tables and plots."""
@@ -64,6 +65,11 @@ class Cell(ABC):
 
     @property
     @abstractmethod
+    def metric(self) -> str:
+        """Of its scores, as in `hqlt.evaluate.Score`."""
+
+    @property
+    @abstractmethod
     def coordinate_name(self) -> str | None:
         """What the test score's curve is drawn against; None: there is no curve."""
 
@@ -84,7 +90,7 @@ class Result(NamedTuple):
 
 
 class Event(NamedTuple):
-    """Something that a cell tells while it runs."""
+    """The progress of a cell while it runs."""
 
     cell: Cell
     progress: Progress
@@ -99,7 +105,29 @@ class Event(NamedTuple):
 class Failure(NamedTuple):
     """Why a cell's worker gave up."""
 
-    reason: str
+    traceback: str
+
+    @property
+    def reason(self) -> str:
+        return self.traceback.strip().splitlines()[-1]
+
+
+class Ended(NamedTuple):
+    """A worker's process is gone."""
+
+    exitcode: int | None
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the grid to stop, and its workers have ended."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+class CellsFailed(RuntimeError):
+    """Some cells have no result, whatever was tried."""
 
 
 def run_grid(
@@ -113,70 +141,100 @@ def run_grid(
 
     on_event: called in this process for each progress and each result, those from an earlier start included.
     device: where models are trained, such as "cuda"; all workers share it.
-    Raises RuntimeError, after all others are done, for cells whose worker died or raised in every try; ValueError for
-    fewer than one worker.
+    Raises ValueError, before anything is written, for fewer than one worker and for results of other cells in the
+    folder; Stopped after a first Ctrl-C or SIGTERM; CellsFailed, after all others are done, for cells whose worker
+    died or raised in every try.
     """
     if workers < 1:
         raise ValueError(f"workers: expected at least 1, got {workers}")
+    results = finished_results(folder, cells)
     (folder / "cells").mkdir(parents=True, exist_ok=True)
-    results: dict[str, Result] = {}
-    waiting: list[tuple[Cell, int]] = []
-    for cell in cells:
-        finished = load_result(folder, cell)
-        if finished is None:
-            waiting.append((cell, 1))
-        else:
-            results[cell.name] = finished
-            on_event(finished)
-
-    context: Any = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
-    context.set_forkserver_preload(["hqlt.train.task_cell", "hqlt.model.language_model"])
-    running: dict[Connection, tuple[BaseProcess, Cell, int]] = {}
-    failed: list[str] = []
+    for finished in results.values():
+        on_event(finished)
+    waiting = [(cell, 1) for cell in cells if cell.name not in results]
+    tries: dict[str, int] = {}
     reasons: dict[str, str] = {}
-    with stopping() as interrupts, contextlib.ExitStack() as at_the_end:
-        at_the_end.callback(lambda: _end([process for process, _, _ in running.values()]))
-        while waiting or running:
-            if interrupts:
-                raise KeyboardInterrupt
-            while waiting and len(running) < workers:
-                cell, attempt = waiting.pop(0)
-                ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=_work, args=(cell, folder, device, theirs), daemon=True)
-                process.start()
-                theirs.close()
-                running[ours] = process, cell, attempt
-            for pipe in wait(list(running), timeout=0.5):
-                assert isinstance(pipe, Connection)
-                process, cell, attempt = running[pipe]
-                try:
-                    message = pipe.recv()
-                except EOFError:  # the worker ended: its result came before, or it died
-                    process.join()
-                    del running[pipe]
-                    if cell.name in results:
-                        continue
-                    if attempt < TRIES:
-                        waiting.append((cell, attempt + 1))
-                    else:
-                        reason = reasons.get(cell.name, f"its process died with exit code {process.exitcode}")
-                        failed.append(f"{cell.name}: {reason}")
-                    continue
-                if isinstance(message, Failure):
-                    reasons[cell.name] = message.reason
-                    continue
-                if isinstance(message, Result):
-                    save_result(folder, message)
-                    results[cell.name] = message
-                on_event(message)
+    with stopping() as signals, Workers(folder, device) as at_work:
+        while waiting or at_work.running:
+            if signals:
+                raise Stopped(signals[0])
+            while waiting and len(at_work.running) < workers:
+                cell, tries[cell.name] = waiting.pop(0)
+                at_work.start(cell)
+            for cell, message in at_work.messages():
+                match message:
+                    case Failure():
+                        reasons[cell.name] = f"{message.reason} (all of it: {save_failure(folder, cell, message)})"
+                    case Ended():  # its result came before, or it failed or died
+                        if cell.name not in results and tries[cell.name] < TRIES:
+                            waiting.append((cell, tries[cell.name] + 1))
+                        elif cell.name not in results:
+                            reasons.setdefault(cell.name, f"its process died with exit code {message.exitcode}")
+                    case Result():
+                        save_result(folder, message)
+                        results[cell.name] = message
+                        on_event(message)
+                    case Event():
+                        on_event(message)
+    failed = [f"{cell.name}: {reasons[cell.name]}" for cell in cells if cell.name not in results]
     if failed:
-        raise RuntimeError(f"{len(failed)} of {len(cells)} cells failed {TRIES} times:\n" + "\n".join(failed))
+        raise CellsFailed(f"{len(failed)} of {len(cells)} cells failed {TRIES} times:\n" + "\n".join(failed))
     return [results[cell.name] for cell in cells]
+
+
+class Workers:
+    """Processes that run a cell each. None outlives the context, nor this process, however it ends."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        self.folder, self.device = folder, device
+        self.context: Any = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+        self.running: dict[Connection, tuple[BaseProcess, Cell]] = {}
+
+    def __enter__(self) -> Workers:
+        if os.name == "posix":
+            from multiprocessing import forkserver
+
+            self.context.set_forkserver_preload(["hqlt.train.task_cell", "hqlt.model.language_model"])
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is ours to answer
+            try:
+                forkserver.ensure_running()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        processes = [process for process, _ in self.running.values()]
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join(timeout=5)
+            if process.is_alive():
+                process.kill()
+
+    def start(self, cell: Cell) -> None:
+        ours, theirs = self.context.Pipe(duplex=False)
+        process = self.context.Process(target=_work, args=(cell, self.folder, self.device, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        self.running[ours] = process, cell
+
+    def messages(self) -> Iterator[tuple[Cell, Event | Result | Failure | Ended]]:
+        """One of each worker that has something to say, within half a second."""
+        for pipe in wait(list(self.running), timeout=0.5):
+            assert isinstance(pipe, Connection)
+            process, cell = self.running[pipe]
+            try:
+                yield cell, pipe.recv()
+            except (EOFError, OSError):  # OSError: it was killed within a message
+                process.join()
+                del self.running[pipe]
+                yield cell, Ended(process.exitcode)
 
 
 def _work(cell: Cell, folder: Path, device: str, pipe: Connection) -> None:
     """One cell, in a process of its own with one thread."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     try:
         for told in cell.run(folder, device):
@@ -187,13 +245,23 @@ def _work(cell: Cell, folder: Path, device: str, pipe: Connection) -> None:
         pipe.send(Failure(traceback.format_exc()))
 
 
-def _end(processes: list[BaseProcess]) -> None:
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        process.join(timeout=5)
-        if process.is_alive():
-            process.kill()
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def finished_results(folder: Path, cells: Sequence[Cell]) -> dict[str, Result]:
+    """By the cell's name. Raises ValueError where the folder holds results of other cells under these names."""
+    loaded = {cell.name: load_result(folder, cell) for cell in cells}
+    return {name: result for name, result in loaded.items() if result is not None}
+
+
+def save_failure(folder: Path, cell: Cell, failure: Failure) -> Path:
+    place = folder / "cells" / f"{cell.name}.log"
+    place.write_text(failure.traceback)
+    return place
 
 
 def save_result(folder: Path, result: Result) -> None:
@@ -205,16 +273,26 @@ def save_result(folder: Path, result: Result) -> None:
 def load_result(folder: Path, cell: Cell) -> Result | None:
     """The result of this very cell, None where there is none yet.
 
-    Raises ValueError where the folder holds another experiment under the same name.
+    Raises ValueError where the folder holds another experiment under the same name, or a file that is no result.
     """
     place = folder / "cells" / f"{cell.name}.json"
     if not place.exists():
         return None
-    kept = json.loads(place.read_text())
-    if kept["cell"] != json.loads(json.dumps(asdict(cell))):
+    try:
+        kept = json.loads(place.read_text())
+        same = kept["cell"] == json.loads(json.dumps(asdict(cell)))
+        result = result_of(cell, kept) if same else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{place}: expected the result of a cell as JSON, got {error!r}; remove the file") from None
+    if result is None:
         raise ValueError(
             f"{place}: holds the result of a cell with other settings; give another folder, or remove this one"
         )
+    return result
+
+
+def result_of(cell: Cell, kept: Mapping[str, Any]) -> Result:
+    """From what as_json gave."""
     from hqlt.evaluate import Score
 
     validation, test = (Score(**kept[split]) for split in ("validation", "test"))

@@ -19,8 +19,13 @@ class TaskCell(Cell):
     """config: fields of HQLTConfig, but for the vocabulary, which the task gives."""
 
     unit = "tokens"
+    loss_unit = "nats"
 
     budget: Budget
+
+    @property
+    def metric(self) -> str:
+        return str(self.build_task().metric)
 
     @property
     def coordinate_name(self) -> str | None:

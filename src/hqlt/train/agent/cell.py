@@ -54,6 +54,7 @@ class AgentCell(Cell):
     """config: arguments of `hqlt.agent.build_memory`, with its name as `memory`. Scores are shares of success."""
 
     unit = "steps"
+    metric = "success"
 
     budget: AgentBudget
 
@@ -114,4 +115,5 @@ def progress_of(told: Update, seconds: float) -> Progress:
         seconds=seconds,
         tokens=told.step,
         validation=told.evaluated_success,
+        skipped=told.left_out,
     )

@@ -1,0 +1,34 @@
+import os
+
+import pytest
+
+from hqlt.disk import check_writable
+from hqlt.errors import reason
+
+
+def test_what_can_be_written_is_not_made(tmp_path):
+    (tmp_path / "file").touch()
+    check_writable(tmp_path / "file")
+    check_writable(tmp_path / "new" / "file")
+    check_writable(tmp_path / "new" / "folder", folder=True)
+    check_writable(tmp_path, folder=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "message"),
+    [
+        ("file", True, "expected a folder, found a file"),
+        (".", False, "expected a file, found a folder"),
+        ("file/new", False, "file is a file, not a folder"),
+        ("closed/new/file", False, "closed: Permission denied"),
+    ],
+)
+def test_what_cannot_be_written_is_told(tmp_path, name, folder, message, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "closed").mkdir()
+    allowed = os.access  # of root, everything
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "closed" and allowed(path, mode))
+    with pytest.raises(OSError, match="") as refused:
+        check_writable(tmp_path / name, folder=folder)
+    assert message in reason(refused.value)
