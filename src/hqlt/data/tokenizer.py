@@ -95,7 +95,7 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
 def model_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer beside a model, as AutoTokenizer loads it.
 
-    Which special tokens stand around a text is said by its class and tokenizer_config.json, not by tokenizer.json alone.
+    Which special tokens stand around a text, its class and tokenizer_config.json say, not tokenizer.json alone.
     """
     if (folder / "tokenizer_config.json").is_file():
         return _auto_tokenizer(str(folder))
