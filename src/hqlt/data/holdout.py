@@ -23,7 +23,7 @@ class Holdout(NamedTuple):
     second: int
 
     def split_of(self, text: str) -> Split:
-        u = _hash(text)
+        u = hash_of(text)
         return "validation" if u < self.first else "test" if u < self.second else "train"
 
     @classmethod
@@ -38,7 +38,7 @@ class Holdout(NamedTuple):
             )
         if not validation and not test:
             return cls(0, 0)
-        seen = [_hash(text) for text in itertools.islice(filter(None, documents), FEW)]
+        seen = [hash_of(text) for text in itertools.islice(filter(None, documents), FEW)]
         if len(seen) == FEW:
             return cls(round(validation * 2**64), round((validation + test) * 2**64))
         hashes = sorted(set(seen))
@@ -52,5 +52,5 @@ class Holdout(NamedTuple):
         return cls(hashes[counts[0]], hashes[sum(counts)])
 
 
-def _hash(text: str) -> int:
+def hash_of(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
