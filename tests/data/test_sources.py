@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from hqlt.data import load_tokenizer
 from hqlt.data.holdout import FEW, Holdout
 from hqlt.data.hub import Hub
 from hqlt.data.local import JsonLines, LocalFormat, TextFiles
@@ -339,6 +340,24 @@ def test_what_the_hub_does_not_have_is_told(hub, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"no/such: expected a file, .* could not be loaded .* check the name"):
         list(Hub("no/such"))
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
+    """Not for a minute by each library; what is set for that is set back."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    asked = []
+    monkeypatch.setattr("hqlt.data.network.answers", lambda: asked.append(1))
+    with pytest.raises(ValueError, match=r"could not be loaded \(https://huggingface\.co does not answer; "):
+        list(Hub("no/such"))
+    with pytest.raises(
+        ValueError, match=r"'no/such', which could not be loaded: https://huggingface\.co does not answer"
+    ):
+        load_tokenizer("no/such")
+    assert len(asked) == 2
+    assert (constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE) == (False, False)
 
 
 def test_a_network_that_fails_half_way_is_told(hub, monkeypatch):

@@ -32,10 +32,7 @@ class Holdout(NamedTuple):
 
         Raises ValueError where there are too few documents for that.
         """
-        if validation < 0 or test < 0 or validation + test >= 1:
-            raise ValueError(
-                f"validation_share, test_share: expected shares that leave some for training, got {validation}, {test}"
-            )
+        check_shares(validation, test)
         if not validation and not test:
             return cls(0, 0)
         seen = [hash_of(text) for text in itertools.islice(filter(None, documents), FEW)]
@@ -50,6 +47,13 @@ class Holdout(NamedTuple):
                 f'--separator=""), give files by --validation and --test, or set --validation-share=0 --test-share=0'
             )
         return cls(hashes[counts[0]], hashes[sum(counts)])
+
+
+def check_shares(validation: float, test: float) -> None:
+    if not (validation >= 0 and test >= 0 and validation + test < 1):
+        raise ValueError(
+            f"validation_share, test_share: expected shares that leave some for training, got {validation}, {test}"
+        )
 
 
 def hash_of(text: str) -> int:

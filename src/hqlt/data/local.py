@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -86,11 +87,9 @@ class Parquet(Files):
         return {**super().identity(), "text_field": self.text_field}
 
     def texts_of(self, file: Path) -> Iterator[tuple[str, int]]:
-        try:
-            import pyarrow.parquet as parquet
-            from pyarrow import ArrowException
-        except ImportError as error:
-            raise ValueError(f"{file}: Parquet is read by pyarrow; install it with: pip install 'hqlt[lm]'") from error
+        import pyarrow.parquet as parquet
+        from pyarrow import ArrowException
+
         size = file.stat().st_size
         try:
             with parquet.ParquetFile(file) as opened:
@@ -153,16 +152,25 @@ class LocalFormat:
         kinds = {kind_of(file, NAMED_KINDS) or text_or_refused(file) for file in files}
         names = [file.relative_to(root).as_posix() for file in skipped if not hidden(file.relative_to(root))]
         if len(kinds) != 1:
-            what = " and ".join(sorted(kind.__name__ for kind in kinds)) or f"none{told_of_skipped(len(names), names)}"
+            others = f" (skipped, as their kind is not known: {listed(names, len(names))})" if names else ""
+            what = " and ".join(sorted(kind.__name__ for kind in kinds)) or f"none{others}"
             raise ValueError(
                 f"{path}: expected files of one kind among {', '.join(KINDS)}, found {what}; choose by --pattern, "
                 f'such as --pattern="*.txt"'
             )
         (kind,) = kinds
+        if kind is Parquet or any(ending_of(file)[1] == ".zst" for file in files):
+            require("pyarrow")
         how = {"separator": self.separator} if kind is TextFiles else {"text_field": self.text_field}
         source: Files = kind(files, root, **how)
         source.skipped = names
         return source
+
+
+def require(package: str) -> None:
+    """Raises ModuleNotFoundError for one that is missing, before anything is read that will be of no use without it."""
+    if importlib.util.find_spec(package) is None:
+        raise ModuleNotFoundError(f"expected the package {package}", name=package)
 
 
 def kind_of(file: Path, kinds: Mapping[str, type[Files]]) -> Any:
@@ -189,13 +197,10 @@ def ending_of(file: Path) -> tuple[str, str]:
     return (before, last) if last in COMPRESSIONS else (last, "")
 
 
-def told_of_skipped(count: int, names: Sequence[str]) -> str:
-    """Of files, some of whose names are given."""
-    if not count:
-        return ""
-    shown = ", ".join(names[:SHOWN])
-    more = f" and {count - len(names[:SHOWN]):,} more" if count > len(names[:SHOWN]) else ""
-    return f" (skipped, as their kind is not known: {shown}{more})"
+def listed(names: Sequence[str], count: int) -> str:
+    """The first of some names, and how many there are beside them."""
+    shown = names[:SHOWN]
+    return ", ".join(shown) + (f" and {count - len(shown):,} more" if count > len(shown) else "")
 
 
 def text_of(row: Any, field: str, place: str) -> str:

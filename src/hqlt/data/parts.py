@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hqlt.data.holdout import Holdout, hash_of
+from hqlt.data.holdout import Holdout, check_shares, hash_of
 from hqlt.data.hub import Hub
-from hqlt.data.local import NAMED_KINDS, LocalFormat, TextFiles, kind_of
+from hqlt.data.local import NAMED_KINDS, LocalFormat, TextFiles, kind_of, require
 from hqlt.data.source import Source
 from hqlt.task.task import Split
 from hqlt.task.text import library_files
@@ -80,6 +80,7 @@ def parts_of(
             raise ValueError(f"{PYTHON_LIBRARY}: expected no validation or test of your own, as it has fixed ones")
         return [_library("train"), _library("validation"), _library("test")]
     shares = [_share_of("validation", validation_share, validation), _share_of("test", test_share, test)]
+    check_shares(*shares)
     own = [_there(name, file) for name, file in zip(HELD_OUT, (validation, test), strict=True) if file is not None]
     how = LocalFormat(text_field=text_field or "text", separator=separator, pattern=pattern)
     name, folders = str(source), any(file.is_dir() for _, file in own)
@@ -91,6 +92,7 @@ def parts_of(
         elif path.is_absolute() or str(source).startswith((".", "~")) or kind_of(path, NAMED_KINDS):
             raise ValueError(f"{source}: expected a file or a folder, found none")
         else:
+            require("datasets")
             source = Hub(str(source), subset, split or "train", text_field or "text")
     parts = [Part(source, (shares[0], shares[1])), *(Part(how.source_in(file), held) for held, file in own)]
     used = frozenset({"pattern"} if folders else ()).union(*(part.source.options for part in parts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -72,11 +73,14 @@ def prepare(
         manifest, place = begun_in(folder, wanted, tok)
         if place is None:
             return manifest
-        writing = Writing(folder, manifest, tok, parts, on_progress)
         try:
-            writing.write_from(place)
-        finally:
-            writing.abandon()
+            with contextlib.closing(Writing(folder, manifest, tok, parts, on_progress)) as writing:
+                writing.write_from(place)
+        except BaseException:
+            if not any(manifest.splits.values()):  # there is nothing to go on from
+                (folder / PROGRESS).unlink()
+                shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+            raise
         refuse_empty(folder, manifest, parts)
         manifest.save(folder)
         (folder / PROGRESS).unlink()
@@ -192,7 +196,7 @@ class Writing:
         sync_folder(self.folder)
         self.manifest.save(self.folder, PROGRESS, place=place._asdict())
 
-    def abandon(self) -> None:
+    def close(self) -> None:
         """Take away the shards that are not finished."""
         for writer in self.round.values():
             writer.abandon()

@@ -27,12 +27,12 @@ OTHER_MARKS = {
 def opened(file: Path) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
     """What is in a file, uncompressed by its ending, and a function: how many bytes of the file were read so far.
 
-    Raises ValueError for a compressed file that is damaged, and where the package that reads it is missing.
+    Raises ValueError for a compressed file that is damaged.
     """
     with file.open("rb") as raw:
         ending = file.suffix.lower()
         try:
-            yield _uncompressed(raw, ending, file), raw.tell
+            yield _uncompressed(raw, ending), raw.tell
         except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
             if ending not in COMPRESSIONS or (isinstance(error, OSError) and error.errno is not None):
                 raise
@@ -41,7 +41,7 @@ def opened(file: Path) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
             ) from error
 
 
-def _uncompressed(raw: Any, ending: str, file: Path) -> Any:
+def _uncompressed(raw: Any, ending: str) -> Any:
     match ending:
         case ".gz":
             return gzip.GzipFile(fileobj=raw)
@@ -50,10 +50,8 @@ def _uncompressed(raw: Any, ending: str, file: Path) -> Any:
         case ".xz":
             return lzma.LZMAFile(raw)
         case ".zst":
-            try:
-                from pyarrow import CompressedInputStream
-            except ImportError as error:
-                raise ValueError(f"{file}: is read by pyarrow; install it with: pip install 'hqlt[lm]'") from error
+            from pyarrow import CompressedInputStream
+
             return io.BufferedReader(CompressedInputStream(raw, "zstd"))
         case _:
             return raw

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from hqlt.data.network import hub_asked_once
 from hqlt.disk import write_whole
 from hqlt.errors import first_line
 
@@ -105,13 +106,14 @@ def model_tokenizer(folder: Path) -> Tokenizer:
 def _auto_tokenizer(name: str) -> Tokenizer:
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # of many libraries below: network, hub, file formats, packages that it needs
-        raise ValueError(
-            f"tokenizer: expected bytes, a tokenizer.json, a folder that holds one, or a name on the hub, got "
-            f"{name!r}, which could not be loaded: {first_line(error)}"
-        ) from error
+    with hub_asked_once(name) as silent:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except Exception as error:  # of many libraries below: network, hub, file formats, packages that it needs
+            raise ValueError(
+                f"tokenizer: expected bytes, a tokenizer.json, a folder that holds one, or a name on the hub, got "
+                f"{name!r}, which could not be loaded: {silent}{first_line(error)}"
+            ) from error
     fast = getattr(tokenizer, "backend_tokenizer", None)
     if fast is None:
         return Slow(name, tokenizer)
