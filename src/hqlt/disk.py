@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,6 +66,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     """Make the folder, and refuse it while another process works in it (where the system can tell)."""
     with told_if_not_written(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # it may be there and read-only
     if os.name != "posix":
         yield
         return
