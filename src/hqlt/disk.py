@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,6 +88,8 @@ def alone_in(folder: Path) -> Iterator[None]:
     with told_if_not_written(folder):
         folder.mkdir(parents=True, exist_ok=True)
     try:
+        with told_if_not_written(folder):
+            tempfile.TemporaryFile(dir=folder).close()  # it may be there and read-only
         with _locked(folder):
             yield
     finally:

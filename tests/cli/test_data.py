@@ -39,6 +39,43 @@ def test_from_text_to_tokens_of_a_tokenizer_of_ones_own(tmp_path, capsys):
     assert "6 of 7 parts are as the manifest says" in said
 
 
+def test_what_is_skipped_is_reported(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    write_lines(tmp_path / "in" / "a.jsonl", texts(50))
+    held = write_lines(tmp_path / "held.jsonl", texts(60)[40:])
+    for i in range(9):
+        (tmp_path / "in" / f"{i}.csv").touch()
+    command = ["data", "prepare", str(tmp_path / "in"), f"--validation={held}", f"--folder={tmp_path / 'd'}"]
+    for _ in range(2):  # by a finished folder, too
+        main(command)
+        said = capsys.readouterr().out
+        assert "skipped 10 documents that are also in the files for validation and test\n" in said
+        assert "skipped 9 files, as their kind is not known: 0.csv, 1.csv, 2.csv, 3.csv, 4.csv, 5.csv, " in said
+        assert "7.csv and 1 more; --pattern chooses files\n" in said
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--limit-tokens=0"], "limit_tokens: expected at least 1"),
+        (["--shard-tokens=-1"], "expected at least 1"),
+        (["--validation-share=2"], "expected shares that leave some for training, got 2.0"),
+        (["--test-share=.nan"], "expected shares that leave some for training, got 0.005, nan"),
+        (["--validation=FOLDER"], "FOLDER: expected files of one kind among .* found none"),
+        (["--tokenizer=FOLDER"], "expected a folder with a tokenizer.json"),
+        (["--text-field=body"], "a.jsonl, line 1: expected a field 'body', got 'text', 'n'"),
+        (["--validation-share=0.5", "--test-share=0.49"], "expected at least 4 different documents"),
+    ],
+)
+def test_a_failed_command_leaves_nothing(wrong, message, tmp_path):
+    lines, empty = write_lines(tmp_path / "a.jsonl", texts(3)), tmp_path / "empty"
+    empty.mkdir()
+    options = [option.replace("FOLDER", str(empty)) for option in wrong]
+    with pytest.raises(SystemExit, match=message.replace("FOLDER", str(empty))):
+        main(["data", "prepare", str(lines), f"--folder={tmp_path / 'd'}", *options])
+    assert not (tmp_path / "d").exists() or not list((tmp_path / "d").iterdir())
+
+
 def test_a_text_too_small_for_the_vocabulary_is_told(tmp_path, capsys):
     lines = str(write_lines(tmp_path / "a.jsonl", ["a a a", "b b", "c"]))
     main(["tokenizer", "train", lines, f"--out={tmp_path / 'bpe'}", "--validation-share=0", "--test-share=0"])
@@ -53,9 +90,14 @@ def test_mistakes_end_with_one_line(tmp_path, capsys):
         (["data", "prepare", "nothing.txt"], "expected a file or a folder, found none"),
         (["data", "check", str(tmp_path)], "expected a folder written by `hqlt data prepare`"),
         (["tokenizer", "train", lines, "--vocabulary=12"], "vocabulary: expected at least 257"),
+        (["tokenizer", "train", lines, "--limit-bytes=0"], "limit_bytes: expected at least 1, got 0"),
+        (["tokenizer", "train", lines, f"--out={tmp_path}"], "expected an empty folder or a new one"),
         (["data", "prepare", lines, f"--folder={lines}"], "could not be written: File exists"),
         (["data", "prepare", lines, "--separator="], "separator: expected none, as .* leave out --separator"),
-        (["tokenizer", "train", lines, "--out=/proc/nothing/here"], "/proc/nothing: No such file"),
+        (
+            ["tokenizer", "train", lines, "--out=/proc/nothing/here"],
+            "/proc/nothing/here could not be written: No such file",
+        ),
     ):
         with pytest.raises(SystemExit, match=message):
             main(wrong)

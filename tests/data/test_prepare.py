@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from hqlt.data import TokenFiles, check, prepare
+from hqlt.data import TokenFiles, check, parts_of, prepare, training_texts
 from hqlt.data.hub import Hub
-from hqlt.data.manifest import dtype_for
+from hqlt.data.manifest import dtype_for, read_manifest
 from tests.data.conftest import texts, write_lines
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -95,7 +95,7 @@ def test_a_finished_folder_is_left_as_it_is_and_other_data_refused(tmp_path, bpe
 def test_a_limit_is_reached_and_not_passed_by_more_than_a_document(tmp_path):
     documents = texts(60)
     lines = write_lines(tmp_path / "a.jsonl", documents)
-    held = write_lines(tmp_path / "v.jsonl", documents[:9])
+    held = write_lines(tmp_path / "v.jsonl", texts(69)[60:])
     for limit in (1, 700, 10**9):
         manifest = prepare(lines, tmp_path / str(limit), validation=held, test_share=0, limit_tokens=limit)
         trained = documents_of(TokenFiles(tmp_path / str(limit)))
@@ -104,6 +104,54 @@ def test_a_limit_is_reached_and_not_passed_by_more_than_a_document(tmp_path):
         assert sum(sizes[:-1]) < limit
         assert sum(sizes) >= limit or len(trained) == 60
         assert manifest.documents("validation") == 9
+
+
+def test_documents_of_held_out_files_are_not_trained_on(tmp_path, bpe):
+    """Neither by the data nor by the tokenizer; they stay where they are held out."""
+    documents = texts(40)
+    lines = write_lines(tmp_path / "a.jsonl", documents)
+    held = tmp_path / "held.txt"
+    held.write_text("\n".join(documents[3:9]))  # a blank line after each, and no line's end after the last
+    own = {"validation": held, "separator": ""}
+    manifest = prepare(lines, tmp_path / "d", **own, test_share=0.1, shard_tokens=200)
+    assert manifest.skipped == {"files": 0, "names": [], "documents": 6}
+    read = {split: documents_of(TokenFiles(tmp_path / "d", split)) for split in ("train", "validation", "test")}
+    assert [len(read[split]) for split in read] == [31, 6, 3]
+    assert sorted([*read["train"], *read["test"]]) == sorted([*documents[:3], *documents[9:]])
+    assert sorted(training_texts(parts_of(lines, **own, test_share=0.1))) == sorted(read["train"])
+    assert read_manifest(tmp_path / "d")[0] == manifest
+    with pytest.raises(
+        ValueError, match=r"none for train: 40 of the source were skipped, as they also stand in the fil"
+    ):
+        prepare(lines, tmp_path / "e", validation=lines, test_share=0)
+
+
+def test_a_manifest_of_before_skips_nothing(tmp_path):
+    prepare(write_lines(tmp_path / "a.jsonl", texts(9)), tmp_path / "d")
+    told = json.loads((tmp_path / "d" / "manifest.json").read_text())
+    del told["skipped"]
+    (tmp_path / "d" / "manifest.json").write_text(json.dumps(told))
+    assert TokenFiles(tmp_path / "d").manifest.skipped["documents"] == 0
+
+
+def test_a_document_begins_as_its_tokenizer_begins_a_text(tmp_path, bpe):
+    from tokenizers import Tokenizer, processors
+
+    tokenizer = Tokenizer.from_file(str(bpe / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 300)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    lines = write_lines(tmp_path / "a.jsonl", texts(30))
+    prepare(lines, tmp_path / "d", tokenizer=tmp_path / "tokenizer.json")
+    prepare(lines, tmp_path / "e", tokenizer=bpe)
+    begun, plain = TokenFiles(tmp_path / "d"), TokenFiles(tmp_path / "e")
+    assert len(begun) == len(plain) + begun.documents
+    tokens, begins = begun.read(0, len(begun))
+    assert begins.equal(tokens == 300)
+    assert documents_of(begun) == documents_of(plain)
+    assert begun.manifest.settings["prefix_ids"] == [300]
+    assert begun.tokenizer.prefix_ids == [300]
+    assert "prefix_ids" not in plain.manifest.settings
 
 
 def test_no_split_is_left_empty(tmp_path):

@@ -1,8 +1,12 @@
+import bz2
 import gzip
 import json
+import lzma
+import os
 
 import pytest
 
+from hqlt.data import load_tokenizer
 from hqlt.data.holdout import FEW, Holdout
 from hqlt.data.hub import Hub
 from hqlt.data.local import JsonLines, LocalFormat, TextFiles
@@ -28,11 +32,35 @@ def write_text(file, documents):
     return file
 
 
+def write_compressed(file, documents):
+    """By its ending, in two parts one after the other, as `cat` joins them."""
+    plain = WRITERS[file.with_suffix("").name.lower()](file.with_suffix(""), documents)
+    data, half = plain.read_bytes(), plain.stat().st_size // 2
+    plain.unlink()
+    file.write_bytes(b"".join(COMPRESS[file.suffix.lower()](part) for part in (data[:half], data[half:])))
+    return file
+
+
+def zstandard(data):
+    codec = pytest.importorskip("pyarrow").Codec("zstd")
+    return codec.compress(data, asbytes=True)
+
+
+COMPRESS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstandard}
 WRITERS = {
     "a.txt": write_text,
     "a.jsonl": write_lines,
+    "a.ndjson": write_lines,
     "a.jsonl.gz": write_gzip,
     "a.parquet": write_parquet,
+    "A.TXT": write_text,
+    "A.JSONL": write_lines,
+    "A.PARQUET": write_parquet,
+    "a.txt.gz": write_compressed,
+    "a.jsonl.bz2": write_compressed,
+    "a.ndjson.xz": write_compressed,
+    "a.jsonl.zst": write_compressed,
+    "a.JSONL.ZST": write_compressed,
 }
 
 
@@ -60,6 +88,68 @@ def test_a_file_is_a_document_or_lines_that_stand_between(tmp_path):
     assert list(LocalFormat(separator="").source_in(tmp_path)) == ["one\n", "two\nlines\n", "three", "b\r\n"]
     assert list(LocalFormat(separator="lines").source_in(tmp_path)) == ["one\n\n\ntwo\n", "  \nthree", "b\r\n\n"]
     assert list(LocalFormat(pattern="c.*").source_in(tmp_path)) == ["c"]
+
+
+def test_json_is_read_line_by_line_where_it_is_named(tmp_path):
+    file = tmp_path / "c4.00000-of-01024.json.gz"
+    file.write_bytes(gzip.compress(write_lines(tmp_path / "a.jsonl", texts(9)).read_bytes()))
+    (tmp_path / "a.jsonl").unlink()
+    assert list(LocalFormat().source_in(file)) == texts(9)
+    assert list(LocalFormat(pattern="*.json.gz").source_in(tmp_path)) == texts(9)
+    with pytest.raises(ValueError, match=r"found none \(skipped, .* known: c4\.00000-of-01024\.json\.gz\); choose by"):
+        LocalFormat().source_in(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl"])
+def test_a_byte_order_mark_is_no_part_of_the_text(name, tmp_path):
+    data = b'{"text": "one\\n"}\r\n{"text": "two\\n"}' if name == "a.jsonl" else b"---\r\none\n---\r\n\r\n---\ntwo\n"
+    mark = b"\xef\xbb\xbf"
+    (tmp_path / name).write_bytes(gzip.compress(mark + data) if name.endswith("gz") else mark + data)
+    documents = list(LocalFormat(separator="---").source_in(tmp_path / name))
+    assert [text for text in documents if text.strip()] == ["one\n", "two\n"]
+    if name == "a.txt":
+        assert list(LocalFormat().source_in(tmp_path / name)) == [data.decode()]
+
+
+class TestFolders:
+    def test_links_are_followed_and_nothing_is_read_twice(self, tmp_path):
+        folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
+        (folder / "deep").mkdir(parents=True)
+        elsewhere.mkdir()
+        (elsewhere / "there.txt").write_text("there")
+        (folder / "deep" / "here.txt").write_text("here")
+        (folder / "deep" / "up").symlink_to(folder)
+        (folder / "twice").symlink_to(folder / "deep")
+        (folder / "linked").symlink_to(elsewhere)
+        (elsewhere / "back").symlink_to(folder)
+        (folder / "again.txt").symlink_to(elsewhere / "there.txt")
+        (folder / "nowhere.txt").symlink_to(tmp_path / "nothing")
+        source = LocalFormat().source_in(folder)
+        assert sorted(source) == ["here", "there"]
+        assert source.skipped == ["nowhere.txt"]
+        assert sorted(LocalFormat(pattern="deep/*.txt").source_in(folder)) == ["here"]
+        assert list(LocalFormat().source_in(folder / "linked"))[:1] == ["there"]
+
+    def test_what_is_not_read_is_named(self, tmp_path):
+        for name in ("a.jsonl", "B.JSONL"):
+            write_lines(tmp_path / name, [name])
+        (tmp_path / ".git").mkdir()
+        for name in ("b.csv", "c.json", "d.parquet.gz", ".hidden", ".git/config"):
+            (tmp_path / name).touch()
+        source = LocalFormat().source_in(tmp_path)
+        assert sorted(source) == ["B.JSONL", "a.jsonl"]
+        assert source.skipped == ["b.csv", "c.json", "d.parquet.gz"]
+        assert LocalFormat(pattern="*.jsonl").source_in(tmp_path).skipped == []
+
+    @pytest.mark.parametrize("pattern", ["", "/a/*.txt"])
+    def test_a_pattern_that_is_none(self, pattern, tmp_path):
+        with pytest.raises(ValueError, match=r'pattern: expected one such as "\*\.txt", got '):
+            LocalFormat(pattern=pattern).source_in(tmp_path)
+
+    def test_what_is_neither_file_nor_folder(self, tmp_path):
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(ValueError, match="pipe: expected a file or a folder, got neither"):
+            LocalFormat().source_in(tmp_path / "pipe")
 
 
 def test_the_library_is_split_as_the_task_splits_it():
@@ -164,11 +254,22 @@ def test_an_option_for_the_held_out_files_alone_is_used(tmp_path):
         (
             "a.jsonl.gz",
             gzip.compress(b'{"text": "a"}\n' * 9)[:-9],
-            r"gz: expected a whole gzip file, got .* after line",
+            r"gz: expected a whole gzip file, got .* after \d+ b",
         ),
+        ("a.txt.bz2", bz2.compress(b"a" * 999)[:-9], r"a\.txt\.bz2: expected a whole bzip2 file, got"),
+        ("a.txt.xz", lzma.compress(b"a" * 999)[:-9], r"a\.txt\.xz: expected a whole xz file, got"),
+        ("a.jsonl.zst", b"no Zstandard at all", r"a\.jsonl\.zst: expected a whole Zstandard file, got"),
         ("a.jsonl.gz", b"no gzip at all", r"a\.jsonl\.gz: expected a whole gzip file, got"),
         ("a.txt", b"caf\xe9", r"a\.txt: expected text in UTF-8, got .* convert it first"),
-        ("a.json", b'{"text": "a"}', r"a\.json: expected text or one of \.txt.*turn it into JSON lines"),
+        ("a.txt", b"\xff\xfea\0", r"a\.txt: expected text in UTF-8, got UTF-16, whose .* iconv -f UTF-16 -t UTF-8"),
+        ("a.jsonl", b"\xfe\xff\0{", r"a\.jsonl: expected text in UTF-8, got UTF-16"),
+        (
+            "a.json",
+            b'[\n{"text": "a"}]',
+            r"a\.json, line 1: expected a JSON object, got .* \(`jq -c '\.\[\]'` makes lines of an array",
+        ),
+        ("a.csv.gz", b"", r"a\.csv\.gz: expected text or one of \.txt.*got \.csv\.gz; turn it into JSON lines"),
+        ("a.parquet.gz", b"", r"a\.parquet\.gz: expected text or one of \.txt.*got \.parquet\.gz"),
         ("a.parquet", b"PAR1 or not", r"a\.parquet: expected a whole Parquet file, got"),
     ],
 )
@@ -239,6 +340,24 @@ def test_what_the_hub_does_not_have_is_told(hub, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"no/such: expected a file, .* could not be loaded .* check the name"):
         list(Hub("no/such"))
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
+    """Not for a minute by each library; what is set for that is set back."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    asked = []
+    monkeypatch.setattr("hqlt.data.network.answers", lambda: asked.append(1))
+    with pytest.raises(ValueError, match=r"could not be loaded \(https://huggingface\.co does not answer; "):
+        list(Hub("no/such"))
+    with pytest.raises(
+        ValueError, match=r"'no/such', which could not be loaded: https://huggingface\.co does not answer"
+    ):
+        load_tokenizer("no/such")
+    assert len(asked) == 2
+    assert (constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE) == (False, False)
 
 
 def test_a_network_that_fails_half_way_is_told(hub, monkeypatch):

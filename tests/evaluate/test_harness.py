@@ -118,13 +118,28 @@ class TestRequests:
         model = build(vocab_size=tokenizer.vocab_size)
         assert harness(build()).prefix_token_id == 10
         assert HarnessModel(model, tokenizer).prefix_token_id == tokenizer.eos_id == 1
-        assert HarnessModel(model, tokenizer, bos_id=0).prefix_token_id == 0
-        model.config.bos_token_id = 2
+        tokenizer.bos_id = 2
         begun = HarnessModel(model, tokenizer)
         assert begun.prefix_token_id == 2
         tokens = torch.tensor([[2, *tokenizer.encode("text")]])
         log_p = model(tokens).logits[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None]).sum().item()
         assert begun.loglikelihood_rolling(instances("r", [("text",)]), True) == [pytest.approx(log_p, abs=1e-9)]
+
+    @pytest.mark.parametrize("context", ["", " ", " \n\t "])
+    def test_blanks_before_a_text_are_part_of_it(self, context):
+        """Nothing but blanks is no context: the token that stands before texts is."""
+        model = build()
+        tokens = torch.tensor([list(b"\n" + context.encode() + b"text")])
+        log_p = model(tokens).logits[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None]).sum().item()
+        ((value, greedy),) = harness(model).loglikelihood(instances("loglikelihood", [(context, "text")]), True)
+        assert (value, greedy) == (pytest.approx(log_p, abs=1e-9), False)
+
+    def test_what_cannot_be_scored_is_named(self):
+        for pair in (("context", ""), ("", "")):
+            with pytest.raises(ValueError, match=r"continuation: expected at least one token, got none for \('"):
+                harness(build()).loglikelihood(instances("loglikelihood", [pair]), True)
+        with pytest.raises(ValueError, match="max_gen_toks: expected at least 1, got 0"):
+            harness(build()).generate_until(instances("generate_until", [("a", {"max_gen_toks": 0})]), True)
 
     def test_options_are_kept_apart(self):
         asked = [("a", {"until": [], "max_gen_toks": n}) for n in (2, 5, 2)]

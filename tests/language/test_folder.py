@@ -7,7 +7,7 @@ import json
 import pytest
 
 from hqlt.cli import main
-from hqlt.language.folder import begins_with, find_model, tokenizer_of
+from hqlt.language.folder import find_model, tokenizer_of
 from tests.language.conftest import build, prepending
 from tests.train.language.conftest import text as text
 from tests.train.language.conftest import train
@@ -43,10 +43,10 @@ def test_a_folder_that_holds_none_says_what_it_holds(tmp_path):
 
 def test_the_token_that_begins_a_text(tmp_path):
     build().save_pretrained(tmp_path)
-    assert begins_with(tmp_path, tokenizer_of(tmp_path, 256)) is None
+    assert tokenizer_of(tmp_path, 256).bos_id is None
     prepending().save(tmp_path)
-    assert begins_with(tmp_path, tokenizer_of(tmp_path, 256)) is None
+    assert tokenizer_of(tmp_path, 256).bos_id is None
     told = tmp_path / "tokenizer_config.json"
     for named in ("<s>", {"content": "<s>"}):
         told.write_text(json.dumps(json.loads(told.read_text()) | {"bos_token": named}))
-        assert begins_with(tmp_path, tokenizer_of(tmp_path, 256)) == 0
+        assert tokenizer_of(tmp_path, 256).bos_id == 0

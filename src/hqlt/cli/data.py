@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from hqlt.data import Manifest, check, prepare
+from hqlt.data.local import listed
 from hqlt.errors import reason
 from hqlt.report.preparing import PreparingDisplay
 
@@ -36,8 +37,9 @@ def _prepare(
     out for validation and test by a hash of their text.
 
     Args:
-        source: python-library, a file (.txt, .jsonl, .jsonl.gz, .parquet), a folder of such files, or the name of a
-            dataset on the Hugging Face hub, such as HuggingFaceFW/fineweb-edu, which is streamed.
+        source: python-library, a file (.txt, .md, .jsonl, .ndjson, perhaps with .gz, .bz2, .xz or .zst behind it;
+            .parquet), a folder of such files, or the name of a dataset on the Hugging Face hub, such as
+            HuggingFaceFW/fineweb-edu, which is streamed.
         folder: where the tokens go; runs/data/SOURCE-TOKENIZER by default.
         tokenizer: bytes, a tokenizer.json, a folder that holds one, or a name on the hub.
         text_field: the field or column with the text, in JSON lines, Parquet and datasets; text by default.
@@ -46,8 +48,9 @@ def _prepare(
         separator: a line that stands between two documents of a text file, "" for blank lines; by default a file is one
             document.
         pattern: which files of a folder, such as "*.py"; text, JSON lines or Parquet files by default.
-        validation: a file or folder for validation; by default documents are held out.
-        test: a file or folder for the test split; by default documents are held out.
+        validation: a file or folder for validation, whose documents are skipped in the source; by default documents are
+            held out.
+        test: a file or folder for the test split, in the same way.
         validation_share: of the documents; 0.005 by default, and at least one.
         test_share: of the documents; 0.005 by default, and at least one.
         limit_tokens: stop after the document with which there are as many tokens for training, and no split is empty.
@@ -106,6 +109,14 @@ def summary(folder: Path, manifest: Manifest) -> str:
                 f"{split:>12} {tokens:>15,} tokens {manifest.documents(split):>12,} documents {size:>16,} bytes of text"
                 f"  {size / tokens:.2f} bytes a token  {len(shards)} shard{'s' * (len(shards) > 1)}"
             )
+    skipped = manifest.skipped
+    if skipped["documents"]:
+        lines.append(f"skipped {skipped['documents']:,} documents that are also in the files for validation and test")
+    if skipped["files"]:
+        names = listed(skipped["names"], skipped["files"])
+        lines.append(
+            f"skipped {skipped['files']:,} files, as their kind is not known: {names}; --pattern chooses files"
+        )
     return "\n".join(lines)
 
 

@@ -71,7 +71,7 @@ def eval(
     options = dict(locals())
     from hqlt.device import usable_device
     from hqlt.evaluate.paper import tables
-    from hqlt.language.folder import begins_with, find_model, load_model, tokenizer_of
+    from hqlt.language.folder import find_model, load_model, tokenizer_of
 
     try:
         check(options)
@@ -86,7 +86,7 @@ def eval(
         options |= {"model": find_model(model), "max_length": max_length, "device": language_model.device}
         job = Job(language_model, tokenizer, place, options)
         if suite or tasks:
-            on_tasks(job, names_of(suite, tasks), begins_with(model, tokenizer))
+            on_tasks(job, names_of(suite, tasks))
         if lengths:
             on_lengths(job, lengths.name, text, every)
         if passkey:
@@ -212,13 +212,13 @@ def names_of(suite: str | None, tasks: str | None) -> list[str]:
     return list(dict.fromkeys([*(tables()["suite"] if suite else []), *named]))
 
 
-def on_tasks(job: Job, names: list[str], bos_id: int | None) -> None:
+def on_tasks(job: Job, names: list[str]) -> None:
     from hqlt.evaluate.harness import HarnessModel, run_tasks
     from hqlt.evaluate.paper import PERCENT, compare, counterpart
     from hqlt.report.table import Table, TableCell
 
     given, limit = job.options, job.options["limit"]
-    model = HarnessModel(job.model, job.tokenizer, given["batch_size"], given["max_length"], bos_id)
+    model = HarnessModel(job.model, job.tokenizer, given["batch_size"], given["max_length"])
     results = run_tasks(model, names, given["local"], limit)
     config: Any = job.model.config
     paper = counterpart(config)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from hqlt.data.tokenizer import END_OF_TEXT, Fast, load_tokenizer
+from hqlt.disk import UNFINISHED, alone_in
 
 LEAST = 257
 """Every byte, and the end of a text."""
@@ -18,18 +19,29 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, folder: str | Path, l
 
     vocabulary: ids in all; fewer where the texts have not so many pairs that occur twice.
     limit_bytes: stop reading after the document with which so much was read.
-    Raises ValueError for a vocabulary below 257, and for a folder that is not empty.
+    Raises ValueError for a vocabulary below 257, and for a folder that is not empty, OSError for one that cannot be
+    written; all before anything is read.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
     folder = Path(folder)
     if vocabulary < LEAST:
         raise ValueError(
             f"vocabulary: expected at least {LEAST} (each byte and the end of a text), got {vocabulary}; "
             f"bytes alone need no training: --tokenizer=bytes"
         )
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder}: expected an empty folder or a new one, found files in it")
+    if limit_bytes is not None and limit_bytes < 1:
+        raise ValueError(f"limit_bytes: expected at least 1, got {limit_bytes}")
+    with alone_in(folder):
+        if any(not path.name.endswith(UNFINISHED) for path in folder.iterdir()):
+            raise ValueError(f"{folder}: expected an empty folder or a new one, found files in it")
+        _trained(up_to(texts, limit_bytes), vocabulary, str(folder)).save(folder)
+    trained = load_tokenizer(folder)
+    assert isinstance(trained, Fast)
+    return trained
+
+
+def _trained(texts: Iterable[str], vocabulary: int, name: str) -> Fast:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -40,11 +52,8 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, folder: str | Path, l
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(up_to(texts, limit_bytes), trainer)
-    Fast(str(folder), tokenizer, tokenizer.token_to_id(END_OF_TEXT)).save(folder)
-    trained = load_tokenizer(folder)
-    assert isinstance(trained, Fast)
-    return trained
+    tokenizer.train_from_iterator(texts, trainer)
+    return Fast(name, tokenizer, tokenizer.token_to_id(END_OF_TEXT))
 
 
 def up_to(texts: Iterable[str], limit_bytes: int | None) -> Iterator[str]:

@@ -23,7 +23,7 @@ class Holdout(NamedTuple):
     second: int
 
     def split_of(self, text: str) -> Split:
-        u = _hash(text)
+        u = hash_of(text)
         return "validation" if u < self.first else "test" if u < self.second else "train"
 
     @classmethod
@@ -32,13 +32,10 @@ class Holdout(NamedTuple):
 
         Raises ValueError where there are too few documents for that.
         """
-        if validation < 0 or test < 0 or validation + test >= 1:
-            raise ValueError(
-                f"validation_share, test_share: expected shares that leave some for training, got {validation}, {test}"
-            )
+        check_shares(validation, test)
         if not validation and not test:
             return cls(0, 0)
-        seen = [_hash(text) for text in itertools.islice(filter(None, documents), FEW)]
+        seen = [hash_of(text) for text in itertools.islice(filter(None, documents), FEW)]
         if len(seen) == FEW:
             return cls(round(validation * 2**64), round((validation + test) * 2**64))
         hashes = sorted(set(seen))
@@ -52,5 +49,12 @@ class Holdout(NamedTuple):
         return cls(hashes[counts[0]], hashes[sum(counts)])
 
 
-def _hash(text: str) -> int:
+def check_shares(validation: float, test: float) -> None:
+    if not (validation >= 0 and test >= 0 and validation + test < 1):
+        raise ValueError(
+            f"validation_share, test_share: expected shares that leave some for training, got {validation}, {test}"
+        )
+
+
+def hash_of(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")

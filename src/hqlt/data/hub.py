@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from hqlt.data.local import text_of
+from hqlt.data.network import hub_asked_once
 from hqlt.data.source import Source
 from hqlt.errors import first_line
 
@@ -59,18 +60,17 @@ class Hub(Source):
         self.seen, self.state = state["seen"], state["dataset"]
 
     def _load(self) -> Any:
-        try:
-            from datasets import load_dataset
-        except ImportError as error:
-            raise ValueError(f"{self.name}: is read by datasets; install it with: pip install 'hqlt[lm]'") from error
-        try:
-            dataset = load_dataset(self.name, name=self.subset, split=self.split, streaming=True)
-        except Exception as error:  # of many libraries below: network, hub, file formats
-            raise ValueError(
-                f"{self.name}: expected a file, a folder, python-library, or a dataset on the Hugging Face hub, which "
-                f"could not be loaded ({type(error).__name__}: {first_line(error)}); check the name, "
-                f"--subset, --split and the network"
-            ) from error
+        from datasets import load_dataset
+
+        with hub_asked_once(self.name) as silent:
+            try:
+                dataset = load_dataset(self.name, name=self.subset, split=self.split, streaming=True)
+            except Exception as error:  # of many libraries below: network, hub, file formats
+                why = f"{silent}{type(error).__name__}: {first_line(error)}"
+                raise ValueError(
+                    f"{self.name}: expected a file, a folder, python-library, or a dataset on the Hugging Face hub, "
+                    f"which could not be loaded ({why}); check the name, --subset, --split and the network"
+                ) from error
         about = (dataset.info.splits or {}).get(self.split)
         if about is not None and about.num_examples:
             self.size, self.rows = about.num_bytes, about.num_examples

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import gzip
+import importlib.util
 import json
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hqlt.data.source import Files, without_lone_surrogates
+from hqlt.data.text import COMPRESSIONS, decoded, opened, without_mark
+from hqlt.data.walk import files_below, hidden
 
 
 class TextFiles(Files):
@@ -26,21 +27,21 @@ class TextFiles(Files):
         return {**super().identity(), "separator": self.separator}
 
     def texts_of(self, file: Path) -> Iterator[tuple[str, int]]:
-        if self.separator is None:
-            data = file.read_bytes()
-            yield _decoded(data, file), len(data)
-            return
-        border, lines, position = self.separator.strip(), list[bytes](), 0
-        with file.open("rb") as opened:
-            for line in opened:
-                position += len(line)
-                if line.strip() != border.encode():
-                    lines.append(line)
+        border = None if self.separator is None else self.separator.strip().encode()
+        with opened(file) as (content, position):
+            if border is None:
+                yield decoded(without_mark(content.read(), file), file), position()
+                return
+            lines = list[bytes]()
+            for number, line in enumerate(content):
+                whole = line if number else without_mark(line, file)
+                if whole.strip() != border:
+                    lines.append(whole)
                 elif lines:
-                    yield _decoded(b"".join(lines), file), position
+                    yield decoded(b"".join(lines), file), position()
                     lines = []
-        if lines:
-            yield _decoded(b"".join(lines), file), position
+            if lines:
+                yield decoded(b"".join(lines), file), position()
 
 
 class JsonLines(Files):
@@ -56,18 +57,21 @@ class JsonLines(Files):
         return {**super().identity(), "text_field": self.text_field}
 
     def texts_of(self, file: Path) -> Iterator[tuple[str, int]]:
-        number = 0
-        with file.open("rb") as opened:
-            lines: Iterable[bytes] = gzip.GzipFile(fileobj=opened) if file.suffix == ".gz" else opened
-            try:
-                for number, line in enumerate(lines, start=1):
-                    if line.strip():
-                        text = text_of(json.loads(line), self.text_field, f"{file}, line {number}")
-                        yield text, opened.tell()
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(f"{file}, line {number}: expected a JSON object, got {error}") from error
-            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                raise ValueError(f"{file}: expected a whole gzip file, got {error} after line {number}") from error
+        with opened(file) as (content, position):
+            for number, line in enumerate(content, start=1):
+                row = line if number > 1 else without_mark(line, file)
+                if row.strip():
+                    yield text_of(_row_of(row, file, number), self.text_field, f"{file}, line {number}"), position()
+
+
+def _row_of(line: bytes, file: Path, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{file}, line {number}: expected a JSON object, got {error}; each line is to be one (`jq -c '.[]'` makes "
+            f"lines of an array)"
+        ) from error
 
 
 class Parquet(Files):
@@ -83,11 +87,9 @@ class Parquet(Files):
         return {**super().identity(), "text_field": self.text_field}
 
     def texts_of(self, file: Path) -> Iterator[tuple[str, int]]:
-        try:
-            import pyarrow.parquet as parquet
-            from pyarrow import ArrowException
-        except ImportError as error:
-            raise ValueError(f"{file}: Parquet is read by pyarrow; install it with: pip install 'hqlt[lm]'") from error
+        import pyarrow.parquet as parquet
+        from pyarrow import ArrowException
+
         size = file.stat().st_size
         try:
             with parquet.ParquetFile(file) as opened:
@@ -108,13 +110,18 @@ KINDS: dict[str, type[TextFiles | JsonLines | Parquet]] = {
     ".txt": TextFiles,
     ".md": TextFiles,
     ".jsonl": JsonLines,
-    ".jsonl.gz": JsonLines,
+    ".ndjson": JsonLines,
     ".parquet": Parquet,
 }
-
-
-NOT_TEXT = (".json", ".csv", ".tsv", ".gz", ".bz2", ".xz", ".zst", ".zip", ".tar")
+"""By a file's ending in lower case; of text and JSON lines also behind it one of COMPRESSIONS."""
+NAMED_KINDS = {**KINDS, ".json": JsonLines}
+"""Those of files that are named, by themselves or by a pattern: in a folder a .json mostly describes the data."""
+NOT_TEXT = (".arrow", ".csv", ".tsv", ".zip", ".tar", ".tgz", ".7z")
 """Endings of files that hold documents in a way that is not known here."""
+
+
+SHOWN = 8
+"""Files that an error or a summary names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,27 +138,69 @@ class LocalFormat:
 
         Raises ValueError for a folder with no such files, or with files of several kinds, and for a table or archive.
         """
+        skipped: list[Path] = []
         if path.is_file():
-            if _ending(path) not in KINDS and path.suffix in NOT_TEXT:
-                raise ValueError(
-                    f"{path}: expected text or one of {', '.join(KINDS)}, got {path.suffix}; turn it into JSON lines, "
-                    f'one {{"text": "…"}} a document, or take it as text as it is by its folder and --pattern'
-                )
             files, root = [path], path.parent
-        else:
+        elif path.is_dir():
             used = {other.resolve() for other in without}
-            found = [file for file in path.rglob(self.pattern or "*") if file.is_file()]
-            kept = (file for file in found if not used & {file.resolve(), *file.resolve().parents})
-            files, root = sorted(file for file in kept if self.pattern or _ending(file) in KINDS), path
-        kinds = {KINDS.get(_ending(file), TextFiles) for file in files}
+            found, skipped = files_below(path, self.pattern)
+            found = [file for file in found if not used & {file.resolve(), *file.resolve().parents}]
+            files, root = [file for file in found if self.pattern or kind_of(file, KINDS)], path
+            skipped = sorted([*skipped, *(file for file in found if file not in set(files))])
+        else:
+            raise ValueError(f"{path}: expected a file or a folder, got neither")
+        kinds = {kind_of(file, NAMED_KINDS) or text_or_refused(file) for file in files}
+        names = [file.relative_to(root).as_posix() for file in skipped if not hidden(file.relative_to(root))]
         if len(kinds) != 1:
-            what = " and ".join(sorted(kind.__name__ for kind in kinds)) or "none"
+            others = f" (skipped, as their kind is not known: {listed(names, len(names))})" if names else ""
+            what = " and ".join(sorted(kind.__name__ for kind in kinds)) or f"none{others}"
             raise ValueError(
                 f"{path}: expected files of one kind among {', '.join(KINDS)}, found {what}; choose by --pattern, "
                 f'such as --pattern="*.txt"'
             )
         (kind,) = kinds
-        return TextFiles(files, root, self.separator) if kind is TextFiles else kind(files, root, self.text_field)
+        if kind is Parquet or any(ending_of(file)[1] == ".zst" for file in files):
+            require("pyarrow")
+        how = {"separator": self.separator} if kind is TextFiles else {"text_field": self.text_field}
+        source: Files = kind(files, root, **how)
+        source.skipped = names
+        return source
+
+
+def require(package: str) -> None:
+    """Raises ModuleNotFoundError for one that is missing, before anything is read that will be of no use without it."""
+    if importlib.util.find_spec(package) is None:
+        raise ModuleNotFoundError(f"expected the package {package}", name=package)
+
+
+def kind_of(file: Path, kinds: Mapping[str, type[Files]]) -> Any:
+    """How a file is read, by its ending; None: as its ending does not say."""
+    ending, compression = ending_of(file)
+    kind = kinds.get(ending)
+    return None if kind is Parquet and compression else kind
+
+
+def text_or_refused(file: Path) -> type[TextFiles]:
+    """What has no ending that is known is text; a table or an archive is refused."""
+    ending, compression = ending_of(file)
+    if ending in NOT_TEXT or (ending == ".parquet" and compression):
+        raise ValueError(
+            f"{file}: expected text or one of {', '.join(NAMED_KINDS)} (but for Parquet also {', '.join(COMPRESSIONS)} "
+            f'behind it), got {ending}{compression}; turn it into JSON lines, one {{"text": "…"}} a document'
+        )
+    return TextFiles
+
+
+def ending_of(file: Path) -> tuple[str, str]:
+    """In lower case, without the one of a compression; and that."""
+    *_, before, last = ["", "", *(suffix.lower() for suffix in file.suffixes)]
+    return (before, last) if last in COMPRESSIONS else (last, "")
+
+
+def listed(names: Sequence[str], count: int) -> str:
+    """The first of some names, and how many there are beside them."""
+    shown = names[:SHOWN]
+    return ", ".join(shown) + (f" and {count - len(shown):,} more" if count > len(shown) else "")
 
 
 def text_of(row: Any, field: str, place: str) -> str:
@@ -167,14 +216,3 @@ def text_of(row: Any, field: str, place: str) -> str:
 def _no_such_field(place: str, field: str, fields: Any) -> str:
     there = ", ".join(map(repr, fields)) or "none"
     return f"{place}: expected a field {field!r}, got {there}; name the one with the text by --text-field"
-
-
-def _ending(file: Path) -> str:
-    return "".join(file.suffixes[-2:]) if file.suffix == ".gz" else file.suffix
-
-
-def _decoded(data: bytes, file: Path) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: expected text in UTF-8, got {error}; convert it first, by iconv for one") from error

@@ -15,6 +15,7 @@ from hqlt.task.task import SPLITS
 
 FORMAT = "hqlt-tokens-1"
 MANIFEST = "manifest.json"
+NAMES = 100
 PROGRESS = "progress.json"
 """In the manifest's place while the folder is not whole: the shards so far, and where the source is to go on."""
 
@@ -30,20 +31,36 @@ class Manifest:
     dtype: str
     """Of a token: the smallest of uint8, uint16 and uint32 that holds the vocabulary."""
     splits: dict[str, list[Shard]] = dataclasses.field(default_factory=lambda: {split: [] for split in SPLITS})
+    skipped: dict[str, Any] = dataclasses.field(default_factory=lambda: {"files": 0, "names": [], "documents": 0})
+    """files of the source's folder that were not read, as their kind is not known, with the first NAMES of their names;
+    documents of the source that also stand in the files given for validation and test."""
 
     @classmethod
     def begin(
-        cls, source: str, parts: list[dict[str, Any]], limit_tokens: int | None, shard_tokens: int, tokenizer: Tokenizer
+        cls,
+        source: str,
+        parts: list[dict[str, Any]],
+        limit_tokens: int | None,
+        shard_tokens: int,
+        tokenizer: Tokenizer,
+        skipped_files: list[str],
     ) -> Manifest:
-        settings = {"parts": parts, "limit_tokens": limit_tokens, "shard_tokens": shard_tokens}
+        settings: dict[str, Any] = {"parts": parts, "limit_tokens": limit_tokens, "shard_tokens": shard_tokens}
+        if tokenizer.prefix_ids:
+            settings["prefix_ids"] = tokenizer.prefix_ids
         told = {
             "name": tokenizer.name,
             "vocab_size": tokenizer.vocab_size,
             "eos_id": tokenizer.eos_id,
             "digest": tokenizer.digest,
         }
-        as_read_again = json.loads(json.dumps(settings))
-        return cls(source=source, settings=as_read_again, tokenizer=told, dtype=dtype_for(tokenizer.vocab_size))
+        return cls(
+            source=source,
+            settings=json.loads(json.dumps(settings)),  # as they are read again
+            tokenizer=told,
+            dtype=dtype_for(tokenizer.vocab_size),
+            skipped={"files": len(skipped_files), "names": skipped_files[:NAMES], "documents": 0},
+        )
 
     def tokens(self, split: str) -> int:
         return sum(shard.tokens for shard in self.splits[split])
@@ -65,17 +82,17 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> tuple[Manifest, dict[st
     if not path.is_file():
         raise ValueError(f"{path}: {_what_is_there(folder)}")
     try:
-        told = json.loads(path.read_text())
+        told = json.loads(path.read_bytes())
         if told["format"] != FORMAT:
             raise ValueError(f"{path}: expected format {FORMAT!r}, got {told['format']!r}; prepare the data anew")
-        fields = {field.name: told.pop(field.name) for field in dataclasses.fields(Manifest)}
+        fields = {field.name: told.pop(field.name) for field in dataclasses.fields(Manifest) if field.name in told}
         fields["splits"] = {split: [Shard(**shard) for shard in shards] for split, shards in fields["splits"].items()}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        return Manifest(**fields), told
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: expected a manifest written by `hqlt data prepare`, got {type(error).__name__}: {error}; "
             f"prepare the data anew, into another folder"
         ) from error
-    return Manifest(**fields), told
 
 
 def _what_is_there(folder: Path) -> str:

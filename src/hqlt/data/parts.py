@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hqlt.data.holdout import Holdout
+from hqlt.data.holdout import Holdout, check_shares, hash_of
 from hqlt.data.hub import Hub
-from hqlt.data.local import KINDS, LocalFormat, TextFiles
+from hqlt.data.local import NAMED_KINDS, LocalFormat, TextFiles, kind_of, require
 from hqlt.data.source import Source
 from hqlt.task.task import Split
 from hqlt.task.text import library_files
@@ -35,9 +35,19 @@ class Part:
             return ("train", *(name for name, share in zip(HELD_OUT, self.split, strict=True) if share))
         return (self.split,)
 
-    def holdout(self) -> Holdout | None:
-        """How documents are shared out; a look at the source's first ones, which are read again later."""
-        return None if isinstance(self.split, str) else Holdout.of(copy.copy(self.source), *self.split)
+    def holdout(self, elsewhere: Collection[int]) -> Holdout | None:
+        """How documents are shared out; a look at the source's first ones, which are read again later.
+
+        elsewhere: documents that have another use, as `held_out_documents` gives them.
+        """
+        if isinstance(self.split, str):
+            return None
+        return Holdout.of(self.without(elsewhere, copy.copy(self.source)), *self.split)
+
+    def without(self, elsewhere: Collection[int], texts: Iterable[str]) -> Iterator[str]:
+        """The source's documents but for those that are held out by files of one's own."""
+        unknown = not elsewhere or isinstance(self.split, str)
+        return (text for text in texts if unknown or hash_of(text.strip()) not in elsewhere)
 
     def identity(self) -> dict[str, Any]:
         return {**self.source.identity(), "for": self.split}
@@ -70,6 +80,7 @@ def parts_of(
             raise ValueError(f"{PYTHON_LIBRARY}: expected no validation or test of your own, as it has fixed ones")
         return [_library("train"), _library("validation"), _library("test")]
     shares = [_share_of("validation", validation_share, validation), _share_of("test", test_share, test)]
+    check_shares(*shares)
     own = [_there(name, file) for name, file in zip(HELD_OUT, (validation, test), strict=True) if file is not None]
     how = LocalFormat(text_field=text_field or "text", separator=separator, pattern=pattern)
     name, folders = str(source), any(file.is_dir() for _, file in own)
@@ -78,9 +89,10 @@ def parts_of(
         folders |= path.is_dir()
         if path.exists():
             source = how.source_in(path, without=[file for _, file in own])
-        elif path.is_absolute() or str(source).startswith((".", "~")) or path.name.endswith(tuple(KINDS)):
+        elif path.is_absolute() or str(source).startswith((".", "~")) or kind_of(path, NAMED_KINDS):
             raise ValueError(f"{source}: expected a file or a folder, found none")
         else:
+            require("datasets")
             source = Hub(str(source), subset, split or "train", text_field or "text")
     parts = [Part(source, (shares[0], shares[1])), *(Part(how.source_in(file), held) for held, file in own)]
     used = frozenset({"pattern"} if folders else ()).union(*(part.source.options for part in parts))
@@ -93,11 +105,23 @@ def _refuse_unused(given: Collection[str], source: str) -> None:
         raise ValueError(f"{name}: expected none, as {source} has no use for it; leave out --{name.replace('_', '-')}")
 
 
+def held_out_documents(parts: Sequence[Part]) -> frozenset[int]:
+    """Hashes of the documents in files of one's own for validation and test, which nothing is to be trained on.
+
+    White space around a document does not make it another one.
+    """
+    if all(isinstance(part.split, str) for part in parts):  # the splits of one source, which has its own rule
+        return frozenset()
+    own = (part for part in parts if isinstance(part.split, str))
+    return frozenset(hash_of(text.strip()) for part in own for text in copy.copy(part.source))
+
+
 def training_texts(parts: Sequence[Part]) -> Iterator[str]:
     """The documents of the training split."""
+    elsewhere = held_out_documents(parts)
     for part in parts:
-        holdout = part.holdout()
-        for text in copy.copy(part.source):
+        holdout = part.holdout(elsewhere)
+        for text in part.without(elsewhere, copy.copy(part.source)):
             if (holdout.split_of(text) if holdout else part.split) == "train":
                 yield text
 

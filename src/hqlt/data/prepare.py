@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from hqlt.data.holdout import Holdout
 from hqlt.data.manifest import MANIFEST, PROGRESS, Manifest, read_manifest
-from hqlt.data.parts import Part, parts_of
+from hqlt.data.parts import Part, held_out_documents, parts_of
 from hqlt.data.shard import ShardWriter
 from hqlt.data.source import Source
 from hqlt.data.tokenizer import Tokenizer, load_tokenizer
@@ -48,14 +49,15 @@ def prepare(
     A finished folder of the same settings is left as it is. An unfinished one (after Ctrl-C, a kill or a full disk) is
     gone on with from its last finished shards, and ends up the same as if nothing had happened.
 
-    source: "python-library", a text file, a .jsonl, .jsonl.gz or .parquet file, a folder of such files, the name of a
+    source: "python-library", a file of text, JSON lines or Parquet, a folder of such files, the name of a
         dataset on the Hugging Face hub, or a Source.
-    tokenizer: what `load_tokenizer` takes; a copy goes into the folder. A document ends with its eos token, if it has
-        one.
+    tokenizer: what `load_tokenizer` takes; a copy goes into the folder. A document begins with the special tokens that
+        it puts before every text, and ends with its eos token, if it has such.
     limit_tokens: stop after the document with which the training split has as many tokens, and no split is empty.
     shard_tokens: a round of shards, one for each split, is finished after the batch with which it has as many.
     how: what `parts_of` takes: text_field; subset and split of a dataset; separator between the documents of a text
-        file; pattern of the files in a folder; validation and test files, or validation_share and test_share.
+        file; pattern of the files in a folder; validation and test files, or validation_share and test_share. Documents
+        that also stand in such files are skipped in the source; `Manifest.skipped` counts them.
     Raises ValueError for a wrong source, and for a folder with other data, in which nothing is touched; OSError where
     the folder cannot be written.
     """
@@ -64,16 +66,21 @@ def prepare(
         raise ValueError(f"shard_tokens, limit_tokens: expected at least 1, got {shard_tokens}, {limit_tokens}")
     parts = parts_of(source, **how)
     tok = load_tokenizer(tokenizer)
-    wanted = Manifest.begin(str(source), [part.identity() for part in parts], limit_tokens, shard_tokens, tok)
+    skipped = [name for part in parts for name in part.source.skipped]
+    identities = [part.identity() for part in parts]
+    wanted = Manifest.begin(str(source), identities, limit_tokens, shard_tokens, tok, skipped)
     with alone_in(folder):
         manifest, place = begun_in(folder, wanted, tok)
         if place is None:
             return manifest
-        writing = Writing(folder, manifest, tok, parts, on_progress)
         try:
-            writing.write_from(place)
-        finally:
-            writing.abandon()
+            with contextlib.closing(Writing(folder, manifest, tok, parts, on_progress)) as writing:
+                writing.write_from(place)
+        except BaseException:
+            if not any(manifest.splits.values()):  # there is nothing to go on from
+                (folder / PROGRESS).unlink()
+                shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+            raise
         refuse_empty(folder, manifest, parts)
         manifest.save(folder)
         (folder / PROGRESS).unlink()
@@ -131,8 +138,10 @@ class Writing:
     ) -> None:
         self.folder, self.manifest, self.tokenizer, self.parts = folder, manifest, tokenizer, parts
         self.on_progress = on_progress
+        self.around = tokenizer.prefix_ids, [] if tokenizer.eos_id is None else [tokenizer.eos_id]
         self.limit: float = manifest.settings["limit_tokens"] or float("inf")
         self.round: dict[str, ShardWriter] = {}
+        self.elsewhere = held_out_documents(parts)
         self.tokens = {split: manifest.tokens(split) for split in SPLITS}
 
     def write_from(self, place: Place) -> None:
@@ -140,7 +149,7 @@ class Writing:
         while place.part < len(self.parts):
             part = self.parts[place.part]
             if place.source is None:
-                place = place._replace(holdout=part.holdout())
+                place = place._replace(holdout=part.holdout(self.elsewhere))
             else:
                 part.source.load_state_dict(place.source)
             self.tell()
@@ -155,14 +164,16 @@ class Writing:
             self.keep(place)
         self.tell()
 
-    def write_batch(self, part: Part, holdout: Holdout | None, texts: Sequence[str]) -> None:
+    def write_batch(self, part: Part, holdout: Holdout | None, documents: Sequence[str]) -> None:
+        texts = list(part.without(self.elsewhere, documents))
+        self.manifest.skipped["documents"] += len(documents) - len(texts)
         for text, ids in zip(texts, self.tokenizer.encode_batch(texts), strict=True):
             split = holdout.split_of(text) if holdout else part.split
             assert not isinstance(split, tuple)
             if self.enough_for(part) or (split == "train" and self.limit_reached):
                 continue
-            if self.tokenizer.eos_id is not None:
-                ids = np.append(ids, self.tokenizer.eos_id)
+            if self.around != ([], []):
+                ids = np.concatenate([self.around[0], ids, self.around[1]])
             if split not in self.round:
                 name = f"{split}-{len(self.manifest.splits[split]):05d}"
                 self.round[split] = ShardWriter(self.folder, name, self.manifest.dtype)
@@ -185,7 +196,7 @@ class Writing:
         sync_folder(self.folder)
         self.manifest.save(self.folder, PROGRESS, place=place._asdict())
 
-    def abandon(self) -> None:
+    def close(self) -> None:
         """Take away the shards that are not finished."""
         for writer in self.round.values():
             writer.abandon()
@@ -223,6 +234,12 @@ def batches(source: Source, most_characters: int) -> Iterator[list[str]]:
 def refuse_empty(folder: Path, manifest: Manifest, parts: Sequence[Part]) -> None:
     """Every split that was asked for has documents."""
     missing = [split for part in parts for split in part.splits if not manifest.documents(split)]
+    if missing and manifest.skipped["documents"]:
+        raise ValueError(
+            f"{folder}: expected documents in every split, found none for {' and '.join(missing)}: "
+            f"{manifest.skipped['documents']:,} of the source were skipped, as they also stand in the files given by "
+            f"--validation and --test; give other files, and remove this folder or give another"
+        )
     if missing:
         raise ValueError(
             f"{folder}: expected documents in every split, found none for {' and '.join(missing)}; raise "
@@ -234,9 +251,10 @@ def _difference(found: Manifest, wanted: Manifest) -> str:
     """The first settings that are not equal."""
     if found.tokenizer["digest"] != wanted.tokenizer["digest"]:
         return f"tokenizer: there {found.tokenizer['name']}, asked for {wanted.tokenizer['name']}"
-    for name in ("limit_tokens", "shard_tokens"):
-        if found.settings[name] != wanted.settings[name]:
-            return f"{name}: there {found.settings[name]}, asked for {wanted.settings[name]}"
+    for name in ("limit_tokens", "shard_tokens", "prefix_ids"):
+        there, asked = found.settings.get(name), wanted.settings.get(name)
+        if there != asked:
+            return f"{name}: there {there}, asked for {asked}"
     there, asked = found.settings["parts"], wanted.settings["parts"]
     for one, other in zip(there, asked, strict=False):
         for key in sorted({*one, *other}):

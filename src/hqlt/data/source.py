@@ -22,6 +22,8 @@ class Source:
         """Bytes in all; None: nobody knows."""
         self.passed = 0
         """Bytes that were read."""
+        self.skipped: list[str] = []
+        """Files of a folder that are not read, as their kind is not known."""
 
     def identity(self) -> dict[str, Any]:
         """What the documents depend on, in JSON; the place of a file is not part of it, its name and size are."""

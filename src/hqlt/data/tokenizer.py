@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from hqlt.data.network import hub_asked_once
 from hqlt.disk import write_whole
 from hqlt.errors import first_line
 
@@ -36,6 +37,8 @@ class Tokenizer(Protocol):
     """What `load_tokenizer` was asked for."""
     vocab_size: int
     """All ids are below."""
+    bos_id: int | None
+    """The token that begins a text; None: there is none. Whether it stands before every text, `prefix_ids` says."""
     eos_id: int | None
     """The token that ends a document; None: there is none."""
 
@@ -43,12 +46,27 @@ class Tokenizer(Protocol):
     def digest(self) -> str:
         """Names what the tokenizer does: two with the same digest give the same tokens."""
 
-    def encode(self, text: str) -> list[int]: ...
+    @property
+    def prefix_ids(self) -> list[int]:
+        """The special tokens that it puts before every text, such as `bos_id`; often none."""
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of the text alone; special tokens that are spelled out in it are read as text."""
+
+    def encode_prompt(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """As transformers tokenizes what a model is given: special tokens that are spelled out in it are special.
+
+        add_special_tokens: with those that the tokenizer puts around every text.
+        """
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         """Many texts at once, in parallel where the tokenizer can."""
 
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text, without special tokens."""
+
+    def spelling(self, id: int) -> str:
+        """A token as text; a special one, too."""
 
     def stream(self, after: Sequence[int] = ()) -> TextStream:
         """after: the last token or tokens of the text that goes on, which may say whether a blank comes first."""
@@ -75,18 +93,31 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     return _auto_tokenizer(str(name))
 
 
+def model_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer beside a model, as AutoTokenizer loads it.
+
+    Which special tokens stand around a text, its class and tokenizer_config.json say, not tokenizer.json alone.
+    """
+    if (folder / "tokenizer_config.json").is_file():
+        return _auto_tokenizer(str(folder))
+    return load_tokenizer(folder)
+
+
 def _auto_tokenizer(name: str) -> Tokenizer:
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"tokenizer: expected bytes, a tokenizer.json, a folder that holds one, or a name on the hub, got "
-            f"{name!r}, which could not be loaded: {first_line(error)}"
-        ) from error
+    with hub_asked_once(name) as silent:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except Exception as error:  # of many libraries below: network, hub, file formats, packages that it needs
+            raise ValueError(
+                f"tokenizer: expected bytes, a tokenizer.json, a folder that holds one, or a name on the hub, got "
+                f"{name!r}, which could not be loaded: {silent}{first_line(error)}"
+            ) from error
     fast = getattr(tokenizer, "backend_tokenizer", None)
-    return Slow(name, tokenizer) if fast is None else Fast(name, fast, tokenizer.eos_token_id)
+    if fast is None:
+        return Slow(name, tokenizer)
+    return Fast(name, fast, tokenizer.eos_token_id, tokenizer.bos_token_id)
 
 
 class Bytes:
@@ -94,17 +125,28 @@ class Bytes:
 
     name = "bytes"
     vocab_size = 256
+    bos_id: int | None = None
     eos_id: int | None = None
     digest = "bytes"
 
+    @property
+    def prefix_ids(self) -> list[int]:
+        return []
+
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
+
+    def encode_prompt(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return self.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(ids).decode(errors="replace")
+
+    def spelling(self, id: int) -> str:
+        return self.decode([id])
 
     def stream(self, after: Sequence[int] = ()) -> TextStream:
         return ByteStream()
@@ -113,11 +155,22 @@ class Bytes:
         pass
 
 
-class Fast:
+class WithSpecialTokens:
+    def encode_prompt(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        raise NotImplementedError
+
+    @functools.cached_property
+    def prefix_ids(self) -> list[int]:
+        alone, whole = self.encode_prompt("a", add_special_tokens=False), self.encode_prompt("a")
+        places = range(len(whole) - len(alone) + 1)
+        return whole[: next((i for i in places if whole[i : i + len(alone)] == alone), 0)]
+
+
+class Fast(WithSpecialTokens):
     """A tokenizer of `tokenizers`: it encodes batches in parallel."""
 
-    def __init__(self, name: str, tokenizer: Any, eos_id: int | None) -> None:
-        self.name, self.eos_id = name, eos_id
+    def __init__(self, name: str, tokenizer: Any, eos_id: int | None, bos_id: int | None = None) -> None:
+        self.name, self.eos_id, self.bos_id = name, eos_id, bos_id
         self.tokenizer = tokenizer
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -132,9 +185,10 @@ class Fast:
             tokenizer = Backend.from_file(str(file))
         except Exception as error:  # `tokenizers` raises nothing narrower
             raise ValueError(f"{file}: expected a tokenizer.json of `tokenizers`, got {error}") from error
-        ends = [end for end in (_told_end(file.parent), *USUAL_ENDS) if end is not None]
-        ids = (tokenizer.token_to_id(end) for end in ends)
-        return cls(name, tokenizer, next((id for id in ids if id is not None), None))
+        begin, end = (_named_token(file.parent, name) for name in ("bos_token", "eos_token"))
+        ids = (tokenizer.token_to_id(token) for token in (end, *USUAL_ENDS) if token is not None)
+        eos_id = next((id for id in ids if id is not None), None)
+        return cls(name, tokenizer, eos_id, None if begin is None else tokenizer.token_to_id(begin))
 
     @functools.cached_property
     def digest(self) -> str:
@@ -142,6 +196,14 @@ class Fast:
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_prompt(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        self.tokenizer.encode_special_tokens = False
+        try:
+            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        finally:
+            self.tokenizer.encode_special_tokens = True
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
@@ -152,24 +214,31 @@ class Fast:
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
+    def spelling(self, id: int) -> str:
+        text: str = self.tokenizer.decode([id], skip_special_tokens=False)
+        return text
+
     def stream(self, after: Sequence[int] = ()) -> TextStream:
         return TokenStream(self.decode, after)
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "tokenizer.json", self.tokenizer.to_str(pretty=True).encode())
-        end = None if self.eos_id is None else self.tokenizer.id_to_token(self.eos_id)
-        told = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, "eos_token": end}
+        told = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        told |= {"eos_token": None if self.eos_id is None else self.tokenizer.id_to_token(self.eos_id)}
+        if self.bos_id is not None:
+            told |= {"bos_token": self.tokenizer.id_to_token(self.bos_id)}
         write_whole(folder / "tokenizer_config.json", (json.dumps(told, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-class Slow:
+class Slow(WithSpecialTokens):
     """A tokenizer of transformers that `tokenizers` does not know."""
 
     def __init__(self, name: str, tokenizer: Any) -> None:
         self.name = name
         self.tokenizer = tokenizer
         self.vocab_size: int = len(tokenizer)
+        self.bos_id: int | None = tokenizer.bos_token_id
         self.eos_id: int | None = tokenizer.eos_token_id
 
     @functools.cached_property
@@ -185,11 +254,19 @@ class Slow:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         return ids
 
+    def encode_prompt(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return ids
+
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         return [np.array(self.encode(text), dtype=np.uint32) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def spelling(self, id: int) -> str:
+        text: str = self.tokenizer.decode([id], skip_special_tokens=False)
         return text
 
     def stream(self, after: Sequence[int] = ()) -> TextStream:
@@ -230,11 +307,16 @@ class TokenStream:
         return self.decode(self.told + self.waiting)[len(self.decode(self.told)) :]
 
 
-def _told_end(folder: Path) -> str | None:
-    """The token that ends a document by what stands beside a tokenizer.json."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if (folder / name).is_file():
-            end = json.loads((folder / name).read_text()).get("eos_token")
-            if end is not None:
-                return str(end["content"] if isinstance(end, dict) else end)
+def _named_token(folder: Path, name: str) -> str | None:
+    """The token that the files beside a tokenizer.json name as its "bos_token" or "eos_token"."""
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        if not (folder / file).is_file():
+            continue
+        try:
+            token = json.loads((folder / file).read_bytes())[name]
+            return str(token["content"] if isinstance(token, dict) else token)
+        except KeyError:
+            continue
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{folder / file}: expected a tokenizer's settings as JSON, got {error}") from error
     return None

@@ -5,6 +5,7 @@ Source: EleutherAI's lm-evaluation-harness, 0.4.13.
 
 from __future__ import annotations
 
+import functools
 import logging
 import shutil
 import tempfile
@@ -39,10 +40,11 @@ OURS = Path(str(resources.files("hqlt.evaluate"))) / "tasks"
 class HarnessModel(TemplateLM):  # type: ignore[misc]
     """What the harness asks of a model. The numbers do not depend on the batch size.
 
+    Texts are tokenized as the harness's own `hf` model tokenizes them, and with the same max_length the scores are its.
+
     max_length: tokens that are read at most to predict another, as the harness's own models have it: contexts lose
         their beginning, a rolling log-likelihood begins window after window. None: a text is never cut, but read in
         pieces, and each token is predicted from all before it.
-    bos_id: the token that begins a text; None: the model's config may name it.
     """
 
     def __init__(
@@ -51,25 +53,29 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         tokenizer: Tokenizer,
         batch_size: int = 8,
         max_length: int | None = None,
-        bos_id: int | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.text = tokenizer
         self.batch_size = batch_size
         self.max_length = max_length
-        config: Any = model.config
-        self.bos_id: int | None = config.bos_token_id if bos_id is None else bos_id
 
-    @property
+    @functools.cached_property
     def eot_token_id(self) -> int:
-        """The token that ends texts, or else a newline."""
-        return self.text.encode("\n")[0] if self.text.eos_id is None else self.text.eos_id
+        """The token that ends texts, or else a newline. Raises ValueError where the tokenizer has neither."""
+        if self.text.eos_id is not None:
+            return self.text.eos_id
+        newline = self.text.encode("\n")
+        if not newline:
+            raise ValueError(
+                f"{self.text.name}: expected a tokenizer with an eos_token, to stand before texts, got none"
+            )
+        return newline[0]
 
-    @property
+    @functools.cached_property
     def prefix_token_id(self) -> int:
         """What stands before a text without context: the token that begins texts, or else the one that ends them."""
-        return self.eot_token_id if self.bos_id is None else self.bos_id
+        return self.eot_token_id if self.text.bos_id is None else self.text.bos_id
 
     @property
     def device(self) -> torch.device:
@@ -80,12 +86,32 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return self.text.name
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        return self.text.encode(string)
+        """add_special_tokens: None: those that the tokenizer puts around a text, unless it begins with its own."""
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(self.text.spelling(self.prefix_token_id))
+        return self.text.encode_prompt(string, add_special_tokens)
+
+    def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Raises ValueError for a continuation without tokens, which every model would find certain."""
+        pairs = [request.args for request in requests]
+        return self._loglikelihood_tokens([(pair, *self.encode_pair(*pair)) for pair in pairs], disable_tqdm)
+
+    def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """As the harness splits them. Blanks alone, which it moves to the continuation, leave an empty context."""
+        empty: tuple[list[int], list[int]] = [], self.tok_encode(continuation, add_special_tokens=False)
+        before, after = self._encode_pair(context, continuation) if context else empty
+        if before:
+            return before, after
+        own = after[:1] == [self.prefix_token_id]
+        return (after[:1], after[1:]) if own else ([self.prefix_token_id], after)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        for asked, _, continuation in requests:
+            if not continuation:
+                raise ValueError(f"continuation: expected at least one token, got none for {asked!r}")
         pairs = [(self.cut(context, len(continuation)), continuation) for _, context, continuation in requests]
         lengths = [len(context) + len(continuation) for context, continuation in pairs]
         for some in self.batches(range(len(requests)), lengths, disable_tqdm):
@@ -113,6 +139,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             members = list(group)
             options = requests[members[0]].args[1]
             new = normalize_gen_kwargs(options)["max_gen_toks"]
+            if new < 1:
+                raise ValueError(f"max_gen_toks: expected at least 1, got {new}")
             texts = {i: self.tok_encode(requests[i].args[0]) or [self.prefix_token_id] for i in members}
             contexts = {i: self.cut(tokens, new + 1) for i, tokens in texts.items()}
             for some in self.batches(members, [len(contexts[i]) for i in members], disable_tqdm):
@@ -142,19 +170,20 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     def go_on(self, contexts: list[list[int]], options: dict[str, Any]) -> list[str]:
         """What the model writes after each context, up to the first of the strings at which it is to stop."""
-        asked = normalize_gen_kwargs(options)
-        until = [stop for stop in asked["until"] if stop]
+        choice: dict[str, Any] = dict(normalize_gen_kwargs(options))
+        until, new = [stop for stop in choice.pop("until") if stop], choice.pop("max_gen_toks")
+        if self.text.eos_id is not None:
+            until.append(self.text.spelling(self.text.eos_id))
+        if not choice["do_sample"]:
+            choice.pop("temperature", None)
         longest = max(map(len, contexts))
         tokens = torch.tensor([[0] * (longest - len(row)) + row for row in contexts], device=self.device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in contexts], device=self.device)
-        choice = {"do_sample": False}
-        if asked.get("do_sample"):
-            choice = {name: asked[name] for name in ("do_sample", "temperature", "top_p", "top_k") if name in asked}
         untyped: Any = self.model
         made = untyped.generate(
             tokens,
             attention_mask=mask,
-            max_new_tokens=asked["max_gen_toks"],
+            max_new_tokens=new,
             prefill_chunk_size=PIECE,
             pad_token_id=0 if self.text.eos_id is None else self.text.eos_id,
             eos_token_id=self.text.eos_id,

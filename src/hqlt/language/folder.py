@@ -10,13 +10,12 @@ import torch
 from torch import nn
 
 from hqlt.data import Tokenizer, load_tokenizer
-from hqlt.data.tokenizer import Fast, Slow
+from hqlt.data.tokenizer import model_tokenizer
 
 if TYPE_CHECKING:
     from hqlt.model import HQLTForCausalLM
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-NAMING_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 SHOWN = 8
 """Models of a study that an error names."""
 
@@ -76,7 +75,7 @@ def tokenizer_of(where: str | Path, vocab_size: int) -> Tokenizer:
     """
     folder = find_model(where)
     if any((folder / name).is_file() for name in TOKENIZER_FILES):
-        tokenizer = load_tokenizer(str(folder))
+        tokenizer = model_tokenizer(folder)
     elif vocab_size == 256:
         tokenizer = load_tokenizer("bytes")
     else:
@@ -90,17 +89,6 @@ def tokenizer_of(where: str | Path, vocab_size: int) -> Tokenizer:
             f"got one of {tokenizer.vocab_size}; is it another model's?"
         )
     return load_tokenizer("bytes") if tells_bytes(tokenizer) else tokenizer
-
-
-def begins_with(where: str | Path, tokenizer: Tokenizer) -> int | None:
-    """The token that begins a text, by the tokenizer's files beside a model; None where they name none."""
-    if isinstance(tokenizer, Slow):
-        return tokenizer.tokenizer.bos_token_id
-    for file in (find_model(where) / name for name in NAMING_FILES):
-        told = json.loads(file.read_text(encoding="utf-8")).get("bos_token") if file.is_file() else None
-        if told is not None and isinstance(tokenizer, Fast):
-            return tokenizer.tokenizer.token_to_id(told["content"] if isinstance(told, dict) else told)
-    return None
 
 
 def tells_bytes(tokenizer: Tokenizer) -> bool:
