@@ -73,7 +73,10 @@ def main(arguments: list[str] | None = None) -> None:
     commands = {name: command for name, command in loaded.items() if command is not None}
     add_commands(parser, commands)
     chosen: Command = commands
-    options = parser.instantiate(parser.parse_args(arguments)).as_dict()
+    try:
+        options = parser.instantiate(parser.parse_args(arguments)).as_dict()
+    except ValueError as error:  # settings in a group of their own, such as --ppo.rollout
+        raise SystemExit(f"--{error}") from None
     while isinstance(chosen, dict):
         name = options["subcommand"]
         chosen, options = chosen[name], options[name]
