@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from hqlt.agent.memory_model import MODELS, build_memory, map_state
+from hqlt.agent.memory_model import MODELS, build_memory
+from hqlt.agent.tree import tree_map
 
 B, T, D = 3, 13, 8
 VARIANTS = {name: {"window": 4} for name in MODELS} | {
@@ -69,7 +70,7 @@ def test_a_reset_is_a_separate_sequence(model, x, resets):
         for begin, end in itertools.pairwise(borders):
             if begin == end:
                 continue
-            alone = map_state(before, lambda part, row=row: part[row : row + 1])
+            alone = tree_map(lambda part, row=row: part[row : row + 1], before)
             state = model.init_state(1) if resets[row, begin] else alone
             none = torch.zeros(1, end - begin, dtype=torch.bool)
             same(together[row, begin:end], model.sequence(x[row : row + 1, begin:end], state, none)[0][0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -15,6 +15,8 @@ from hqlt.agent.collect import Evaluation
 from hqlt.agent.core import Core, Inputs
 from hqlt.agent.encoder import Encoder, build_encoder, discrete
 from hqlt.agent.memory_model import MemoryModel, State
+from hqlt.agent.observation import readable
+from hqlt.agent.stream import vector_envs
 from hqlt.shapes import Hidden
 
 
@@ -44,7 +46,8 @@ class Agent(nn.Module):
 
     def __init__(self, envs: VectorEnv, memory: MemoryModel, encoder: Encoder | None, seed: int) -> None:
         super().__init__()
-        seen, acted = envs.single_observation_space, envs.single_action_space
+        seen, acted = vector_envs(envs).single_observation_space, envs.single_action_space
+        readable(seen)
         self.actions = int(discrete(acted).n)
         self.core = Core(encoder or build_encoder(seen, acted, memory.hidden_size), memory)
         self.generator = torch.Generator().manual_seed(seed)
@@ -56,8 +59,11 @@ class Agent(nn.Module):
         """[..., d] → [..., a]."""
         raise NotImplementedError
 
-    def train_in(self, envs: VectorEnv, steps: int) -> Iterator[Progress]:
-        """Collect and learn until `steps` steps of the environment are done, in all, and tell of it now and then."""
+    def train_in(self, envs: VectorEnv, steps: int, *, stopped: Sequence[int] = ()) -> Iterator[Progress]:
+        """Collect and learn until `steps` steps of the environment are done, in all, and report now and then.
+
+        stopped: looked at before each step, as by `play`.
+        """
         raise NotImplementedError
 
     def seed_of(self, count: Tensor) -> int:
@@ -79,6 +85,11 @@ class Agent(nn.Module):
         """Inputs of one step of b rows → actions [b]: the most probable ones, or drawn; and the memory after it."""
         features, state = self.core.step(inputs.to(self.device), state)
         logits = self.logits(features)
+        if not logits.isfinite().all():
+            raise ValueError(
+                f"agent: expected finite logits, got NaN or infinities at step {int(self.steps)}: training has "
+                f"diverged; take a smaller learning_rate"
+            )
         return (logits.argmax(dim=-1) if greedy else self.draw(logits)), state
 
     def draw(self, logits: Tensor) -> Tensor:

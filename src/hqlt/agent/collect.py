@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -14,6 +14,7 @@ from hqlt.agent.core import Inputs
 from hqlt.agent.episode import Episode, Outcome
 from hqlt.agent.memory_model import State
 from hqlt.agent.stream import Step, Stream
+from hqlt.agent.tree import Tree, tree_map
 
 
 class Policy(Protocol):
@@ -38,11 +39,22 @@ class UniformPolicy:
         return torch.randint(self.actions, inputs.resets.shape, generator=self.generator), state
 
 
-class Player:
-    """A policy in all copies: what it reads next, and what it remembers."""
+class Stopped(Exception):
+    """Play was asked to stop, between two steps."""
 
-    def __init__(self, envs: VectorEnv, policy: Policy, seed: int | None = None) -> None:
+
+class Player:
+    """A policy in all copies: what it reads next, and what it remembers.
+
+    stopped: looked at before each step; once there is anything in it, `step` raises Stopped. `hqlt.signals.stopping`
+    gives such a list.
+    """
+
+    def __init__(
+        self, envs: VectorEnv, policy: Policy, seed: int | None = None, *, stopped: Sequence[int] = ()
+    ) -> None:
         self.stream = Stream(envs)
+        self.stopped = stopped
         n = self.stream.copies
         begins = np.ones(n, dtype=bool)
         self.inputs = read(self.stream.reset(seed), np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.float32), begins)
@@ -50,6 +62,8 @@ class Player:
 
     def step(self, policy: Policy, *, greedy: bool = False) -> tuple[Tensor, Step]:
         """One action in every copy → actions [n], what they led to."""
+        if self.stopped:
+            raise Stopped
         actions, self.state = policy.act(self.inputs, self.state, greedy=greedy)
         taken = actions.cpu().numpy()
         step = self.stream.step(taken)
@@ -57,38 +71,51 @@ class Player:
         return actions, step
 
 
-def read(observation: np.ndarray, action: np.ndarray, reward: np.ndarray, first: np.ndarray) -> Inputs:
+def read(observation: Tree, action: np.ndarray, reward: np.ndarray, first: np.ndarray) -> Inputs:
     """Inputs of one step; what an episode's first step is told of the one before is nothing."""
     parts = observation, np.where(first, -1, action), np.where(first, 0, reward).astype(np.float32), first
-    return Inputs(*map(torch.from_numpy, parts))
+    return Inputs(*tree_map(torch.from_numpy, parts))
 
 
 def play(
-    policy: Policy, envs: VectorEnv, episodes: int, *, seed: int | None = None, greedy: bool = False
+    policy: Policy,
+    envs: VectorEnv,
+    episodes: int,
+    *,
+    seed: int | None = None,
+    greedy: bool = False,
+    stopped: Sequence[int] = (),
 ) -> list[Episode]:
     """All copies begin anew and play `episodes` whole episodes together, in the order in which they end.
 
-    Each copy plays its share, fixed beforehand: to take the first ones that end would favour short ones. An environment
-    whose episodes have no end needs gymnasium.wrappers.TimeLimit.
+    Each copy plays its share, fixed beforehand: to take the first ones that end would favour short ones.
+
+    stopped: looked at before each step; raises Stopped once there is anything in it. Raises ValueError where an episode
+    does not end, or an environment gives what cannot be learned from: see Stream.
     """
-    player = Player(envs, policy, seed)
+    return _play(Player(envs, policy, seed, stopped=stopped), policy, episodes, greedy, observations=True)
+
+
+def _play(player: Player, policy: Policy, episodes: int, greedy: bool, observations: bool) -> list[Episode]:
+    """observations: keep them; otherwise those of an episode are ()."""
     n = player.stream.copies
     left = np.array([episodes // n + (row < episodes % n) for row in range(n)])
     begun = np.zeros(n, dtype=np.int64)
-    read_so_far: list[np.ndarray] = []
+    read_so_far: list[Tree] = []
     done: list[tuple[np.ndarray, np.ndarray]] = []
     played: list[Episode] = []
     while left.any():
-        read_so_far.append(player.inputs.observation.numpy())
+        read_so_far.append(tree_map(torch.Tensor.numpy, player.inputs.observation) if observations else ())
         begun[player.inputs.resets.numpy()] = len(done)
         actions, step = player.step(policy, greedy=greedy)
         done.append((actions.cpu().numpy(), step.reward))
-        for row in np.flatnonzero(step.ended & (left > 0)):
+        last = step.successor if observations else ()
+        for row in np.flatnonzero(step.ended & (left > 0)).tolist():
             left[row] -= 1
             since = slice(int(begun[row]), len(done))
             played.append(
                 Episode(
-                    np.stack([seen[row] for seen in read_so_far[since]] + [step.successor[row]]),
+                    tree_map(lambda *seen, row=row: np.stack([x[row] for x in seen]), *read_so_far[since], last),
                     np.stack([action[row] for action, _ in done[since]]),
                     np.stack([reward[row] for _, reward in done[since]]),
                     bool(step.terminated[row]),
@@ -124,6 +151,10 @@ def mean(numbers: Iterable[float]) -> float:
     return sum(listed) / len(listed) if listed else float("nan")
 
 
-def evaluate(policy: Policy, envs: VectorEnv, episodes: int = 20, *, seed: int | None = None) -> Evaluation:
-    """Greedy episodes, the memory carried as in collection."""
-    return Evaluation(tuple(episode.outcome for episode in play(policy, envs, episodes, seed=seed, greedy=True)))
+def evaluate(
+    policy: Policy, envs: VectorEnv, episodes: int = 20, *, seed: int | None = None, stopped: Sequence[int] = ()
+) -> Evaluation:
+    """Greedy episodes, the memory carried as in collection. Raises what `play` raises."""
+    player = Player(envs, policy, seed, stopped=stopped)
+    played = _play(player, policy, episodes, greedy=True, observations=False)
+    return Evaluation(tuple(episode.outcome for episode in played))

@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 from hqlt.agent.encoder import Encoder
 from hqlt.agent.memory_model import MemoryModel, State
+from hqlt.agent.tree import Tree, tree_map
 from hqlt.shapes import Hidden
 
 
 class Inputs(NamedTuple):
     """What is read at a step. One step of all rows, or [b, t] of them."""
 
-    observation: Tensor
-    """[b, t, ...]."""
+    observation: Tree
+    """[b, t, ...], or a dictionary or tuple of such."""
     previous_action: Tensor
     """[b, t] int64; −1 where an episode begins."""
     previous_reward: Tensor
@@ -26,7 +27,7 @@ class Inputs(NamedTuple):
     """Bool [b, t]: an episode begins here."""
 
     def to(self, device: torch.device) -> Inputs:
-        return Inputs(*(x.to(device) for x in self))
+        return tree_map(lambda x: x.to(device), self)
 
 
 class Core(nn.Module):

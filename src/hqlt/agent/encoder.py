@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from gymnasium import spaces
+from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from hqlt.agent.observation import Space, entries, readable
+from hqlt.agent.tree import Tree
+
+OWN = "PPO(…, encoder=Encoder(observation=YOUR_MODULE, observation_width=…, actions=…, hidden_size=…))"
 
 
 class ImageEncoder(nn.Module):
@@ -20,13 +26,14 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, shape: tuple[int, int, int], width: int, channels: Sequence[int] = (8, 16)) -> None:
         super().__init__()
+        self.shape, self.width = shape, width
         self.channels_last = shape[-1] <= 4 < shape[0]
         first, height, across = (shape[-1], *shape[:2]) if self.channels_last else shape
         inner = (height - len(channels)) * (across - len(channels))
         if inner <= 0 or min(height, across) <= len(channels):
             raise ValueError(
-                f"observation_space: expected images of more than {len(channels)}×{len(channels)} pixels, got shape "
-                f"{list(shape)}; give an encoder of your own to Encoder(observation=…)"
+                f"expected images of more than {len(channels)}×{len(channels)} pixels, got shape {list(shape)}; "
+                f"give an encoder of your own: {OWN}"
             )
         layers: list[nn.Module] = []
         for before, after in zip((first, *channels), channels, strict=False):
@@ -35,6 +42,7 @@ class ImageEncoder(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """[..., channels, height, width] → [..., width]."""
+        check_shape(image, self.shape)
         if self.channels_last:
             image = image.movedim(-1, -3)
         weight = next(self.parameters())
@@ -47,11 +55,12 @@ class VectorEncoder(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], width: int) -> None:
         super().__init__()
-        self.axes = len(shape)
+        self.shape, self.width = shape, width
         self.linear = nn.Linear(int(np.prod(shape)), width)
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.flatten(x.dim() - self.axes) if self.axes else x[..., None]
+        check_shape(x, self.shape)
+        flat = x.flatten(x.dim() - len(self.shape)) if self.shape else x[..., None]
         return torch.relu(self.linear(flat.to(self.linear.weight.dtype)))
 
 
@@ -60,27 +69,81 @@ class SymbolEncoder(nn.Module):
 
     def __init__(self, symbols: int, start: int, width: int) -> None:
         super().__init__()
-        self.start = start
+        self.start, self.width = start, width
         self.embedding = nn.Embedding(symbols, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.embedding(x.long() - self.start)
 
 
-def observation_encoder(space: spaces.Space[Any], width: int) -> nn.Module:
-    """uint8 images by convolutions, other boxes by a linear map, Discrete by embeddings."""
+class SymbolsEncoder(nn.Module):
+    """Σ_i of one learned vector for each symbol that the i-th of several numbers may be."""
+
+    offsets: Tensor
+    """[k] what makes symbols of different numbers, and of different starts, different rows of one table."""
+
+    def __init__(self, symbols: NDArray[np.integer], start: NDArray[np.integer], width: int) -> None:
+        super().__init__()
+        self.shape, self.width = symbols.shape, width
+        self.embedding = nn.Embedding(int(symbols.sum()), width)
+        offsets = symbols.cumsum() - symbols.ravel() - start.ravel()
+        self.register_buffer("offsets", torch.from_numpy(offsets.astype(np.int64)), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_shape(x, self.shape)
+        return self.embedding(x.flatten(x.dim() - len(self.shape)).long() + self.offsets).sum(dim=-2)
+
+
+class EntriesEncoder(nn.Module):
+    """The entries of a dictionary or tuple, each by an encoder of its own, side by side."""
+
+    def __init__(self, encoders: Mapping[Any, nn.Module]) -> None:
+        super().__init__()
+        self.keys = list(encoders)
+        self.encoders = nn.ModuleList(encoders.values())
+        self.width = sum(width_of(encoder) for encoder in self.encoders)
+
+    def forward(self, x: Tree) -> Tensor:
+        return torch.cat([encoder(x[key]) for key, encoder in zip(self.keys, self.encoders, strict=True)], dim=-1)
+
+
+def width_of(encoder: nn.Module) -> int:
+    """Of what an encoder of observations puts out."""
+    return int(encoder.width)  # type: ignore[arg-type]
+
+
+def check_shape(x: Tensor, shape: tuple[int, ...]) -> None:
+    if x.shape[x.dim() - len(shape) :] != shape:
+        raise ValueError(
+            f"observation: expected shape [..., {', '.join(map(str, shape))}], as in the environments that the encoder "
+            f"was built for, got {list(x.shape)}"
+        )
+
+
+def observation_encoder(space: Space, width: int, name: str = "observation_space") -> nn.Module:
+    """uint8 images by convolutions, other boxes and MultiBinary by a linear map, Discrete and MultiDiscrete by
+    embeddings; the entries of Dict and Tuple side by side, each of this width.
+
+    Raises ValueError that names the entry for which there is no encoder.
+    """
+    readable(space, name)
+    parts = entries(space)
+    if parts is not None:
+        return EntriesEncoder(
+            {key: observation_encoder(part, width, f"{name}[{key!r}]") for key, part in parts.items()}
+        )
     match space:
         case spaces.Box(dtype=np.uint8, shape=(first, second, third)):
-            return ImageEncoder((first, second, third), width)
-        case spaces.Box(shape=shape):
-            return VectorEncoder(shape, width)
+            try:
+                return ImageEncoder((first, second, third), width)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
         case spaces.Discrete(n=n, start=start):
             return SymbolEncoder(int(n), int(start), width)
+        case spaces.MultiDiscrete(nvec=symbols, start=start):
+            return SymbolsEncoder(symbols, start, width)
         case _:
-            raise ValueError(
-                f"observation_space: expected Box or Discrete, got {space}; make it a Box with "
-                f"gymnasium.wrappers.FlattenObservation, or give an encoder of your own to Encoder(observation=…)"
-            )
+            return VectorEncoder(tuple(space.shape or ()), width)
 
 
 class Encoder(nn.Module):
@@ -88,7 +151,8 @@ class Encoder(nn.Module):
 
     At the first step of an episode there is no previous action (−1), which has a vector of its own.
 
-    observation: a module from observations [..., *shape] to [..., observation_width].
+    observation: a module from observations [..., *shape] to [..., observation_width]; where an observation is a
+    dictionary or a tuple, it is called with a dictionary or a tuple of tensors.
 
     Source: Ni et al. 2023, "When Do Transformers Shine in RL?", appendix.
     """
@@ -102,22 +166,21 @@ class Encoder(nn.Module):
         self.reward = VectorEncoder((), width)
         self.out = nn.Linear(observation_width + 2 * width, hidden_size)
 
-    def forward(self, observation: Tensor, previous_action: Tensor, previous_reward: Tensor) -> Tensor:
+    def forward(self, observation: Tree, previous_action: Tensor, previous_reward: Tensor) -> Tensor:
         parts = self.observation(observation), self.action(previous_action), self.reward(previous_reward)
         return self.out(torch.cat(parts, dim=-1))
 
 
-def build_encoder(observation_space: spaces.Space[Any], action_space: spaces.Space[Any], hidden_size: int) -> Encoder:
+def build_encoder(observation_space: Space, action_space: Space, hidden_size: int) -> Encoder:
     """The encoder for these spaces, of one copy of the environment.
 
-    Raises ValueError for actions that are not Discrete.
+    Raises ValueError for observations for which there is no encoder, and for actions that are not Discrete.
     """
-    return Encoder(
-        observation_encoder(observation_space, hidden_size), hidden_size, int(discrete(action_space).n), hidden_size
-    )
+    encoder = observation_encoder(observation_space, hidden_size)
+    return Encoder(encoder, width_of(encoder), int(discrete(action_space).n), hidden_size)
 
 
-def discrete(space: spaces.Space[Any]) -> spaces.Discrete:
+def discrete(space: Space) -> spaces.Discrete:
     """The space of actions, refused if it is not Discrete."""
     if not isinstance(space, spaces.Discrete):
         raise ValueError(

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hqlt.agent.core import Inputs
+from hqlt.agent.tree import Tree, tree_map
 
 
 class Outcome(NamedTuple):
@@ -28,8 +29,8 @@ class Outcome(NamedTuple):
 class Episode(NamedTuple):
     """t steps, and the t + 1 observations around them."""
 
-    observations: NDArray[Any]
-    """[t + 1, ...], in the dtype that the environment gives."""
+    observations: Tree
+    """[t + 1, ...], in the dtype of the environment's space; a dictionary or tuple of arrays where that is one."""
     actions: NDArray[np.int64]
     """[t]."""
     rewards: NDArray[np.float32]
@@ -51,8 +52,8 @@ class Episode(NamedTuple):
 class Batch(NamedTuple):
     """Episodes as rows, filled up on the right."""
 
-    observations: Tensor
-    """[b, t + 1, ...]."""
+    observations: Tree
+    """[b, t + 1, ...], or a dictionary or tuple of such."""
     actions: Tensor
     """[b, t] int64."""
     rewards: Tensor
@@ -65,25 +66,33 @@ class Batch(NamedTuple):
     @staticmethod
     def of(episodes: Sequence[Episode]) -> Batch:
         b, t = len(episodes), max(episode.length for episode in episodes)
-        first = episodes[0].observations
-        observations = np.zeros((b, t + 1, *first.shape[1:]), dtype=first.dtype)
+        observations = tree_map(
+            lambda *rows: np.stack([padded(row, t + 1) for row in rows]),
+            *(episode.observations for episode in episodes),
+        )
         actions = np.zeros((b, t), dtype=np.int64)
         rewards = np.zeros((b, t), dtype=np.float32)
         terminated, mask = np.zeros((2, b, t), dtype=bool)
         for row, episode in enumerate(episodes):
             n = episode.length
-            observations[row, : n + 1] = episode.observations
             actions[row, :n] = episode.actions
             rewards[row, :n] = episode.rewards
             terminated[row, n - 1] = episode.terminated
             mask[row, :n] = True
-        return Batch(*map(torch.from_numpy, (observations, actions, rewards, terminated, mask)))
+        return Batch(*tree_map(torch.from_numpy, (observations, actions, rewards, terminated, mask)))
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(x.to(device) for x in self))
+        return tree_map(lambda x: x.to(device), self)
 
     def inputs(self) -> Inputs:
         """What was read at each of the t + 1 observations."""
-        resets = torch.zeros(self.observations.shape[:2], dtype=torch.bool, device=self.mask.device)
+        resets = F.pad(torch.zeros_like(self.mask), (1, 0))
         resets[:, 0] = True
         return Inputs(self.observations, F.pad(self.actions, (1, 0), value=-1), F.pad(self.rewards, (1, 0)), resets)
+
+
+def padded(x: NDArray[Any], length: int) -> NDArray[Any]:
+    """Zeros behind it, until its first axis has this length."""
+    filled = np.zeros((length, *x.shape[1:]), dtype=x.dtype)
+    filled[: len(x)] = x
+    return filled

@@ -9,13 +9,15 @@ Laws, tested for every model here: stepping says what the sequence pass says, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Sequence
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from hqlt.agent.settings import COUNT, in_range
 from hqlt.block import Block, SwiGLU
 from hqlt.layer import HybridMemory, one_of
 from hqlt.memory import MemoryState
@@ -136,6 +138,12 @@ BLENDS = {
     "delayed-chunk": "delayed-chunk",
 }
 MODELS = (*BLENDS, "lstm", "none")
+LAYER = [
+    name
+    for name in inspect.signature(HybridMemory).parameters
+    if name not in ("hidden_size", "num_heads", "window", "blend")
+]
+"""Arguments of a layer that `build_memory` passes on."""
 
 
 def build_memory(
@@ -147,6 +155,12 @@ def build_memory(
     window, heads or layers does without. layer: other arguments of `hqlt.HybridMemory`, for the first five.
     """
     one_of("memory", name, MODELS)
+    own = ("hidden_size", "num_heads", "num_layers", "window")
+    for option in layer:
+        one_of("argument", option, (*own, *LAYER))
+    for option, value in zip(own, (hidden_size, num_heads, num_layers, window), strict=True):
+        if value is not None or option != "window":
+            in_range(option, value, COUNT)
     if name in BLENDS:
         blocks = [
             Block(
@@ -160,9 +174,3 @@ def build_memory(
     if layer:
         raise ValueError(f"{', '.join(layer)}: expected for {', '.join(BLENDS)} alone, got with {name!r}")
     return LSTM(hidden_size, num_layers) if name == "lstm" else NoMemory(hidden_size)
-
-
-def map_state(state: State, change: Callable[[Tensor], Tensor]) -> State:
-    """The same change to every tensor of a state."""
-    parts = [change(part) if isinstance(part, Tensor) else map_state(part, change) for part in state]
-    return state._make(parts) if hasattr(state, "_make") else tuple(parts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,7 +26,7 @@ from hqlt.agent.losses import (
 )
 from hqlt.agent.memory_model import MemoryModel, State
 from hqlt.agent.rollout import Collector, Rollout
-from hqlt.agent.settings import above, at_least
+from hqlt.agent.settings import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, all_in_range
 from hqlt.layer import one_of
 from hqlt.shapes import Hidden
 
@@ -63,9 +63,10 @@ class PPOSettings:
     """Greatest norm of a gradient; a longer one is shortened to it. None: there is none."""
 
     def __post_init__(self) -> None:
-        one_of("advantages", self.advantages, ("raw", "centred", "standardised"))
-        at_least(1, rollout=self.rollout, epochs=self.epochs, minibatches=self.minibatches)
-        above(0, learning_rate=self.learning_rate, clip_ratio=self.clip_ratio)
+        one_of("ppo.advantages", self.advantages, ("raw", "centred", "standardised"))
+        all_in_range(self, "ppo.", rollout=COUNT, epochs=COUNT, minibatches=COUNT, heads=COUNT)
+        all_in_range(self, "ppo.", learning_rate=POSITIVE, clip_ratio=POSITIVE, clip=POSITIVE)
+        all_in_range(self, "ppo.", discount=SHARE, trace=SHARE, entropy_weight=NOT_NEGATIVE, value_weight=NOT_NEGATIVE)
 
 
 class PPO(Agent):
@@ -147,14 +148,14 @@ class PPO(Agent):
         loss = policy + settings.value_weight * value - settings.entropy_weight * spread
         return {"loss": loss, "policy": policy, "value": value, "entropy": spread}
 
-    def train_in(self, envs: VectorEnv, steps: int) -> Iterator[Progress]:
+    def train_in(self, envs: VectorEnv, steps: int, *, stopped: Sequence[int] = ()) -> Iterator[Progress]:
         """Rollouts of all copies, each learned from at once.
 
         Memories and unfinished episodes go on from rollout to rollout. Each call begins new episodes, by a seed that
         follows from the agent's own and its steps, because gymnasium has no way to put an environment aside. So one
         that is restored between two calls goes on as if nothing had happened.
         """
-        collector = Collector(envs, self, self.seed_of(self.steps))
+        collector = Collector(envs, self, self.seed_of(self.steps), stopped=stopped)
         while self.steps < steps:
             rollout, ended = collector.rollout(self, self.settings.rollout)
             losses = self.learn(rollout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import deque
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hqlt.agent.episode import Batch, Episode
+from hqlt.agent.tree import Tree, tree_leaves, tree_map
 
 
 class Replay:
@@ -54,19 +56,42 @@ class Replay:
             "success": np.array([episode.success for episode in self.episodes], dtype=np.float32),
         }
         if self.episodes:
-            for name in ("observations", "actions", "rewards"):
+            for name in ("actions", "rewards"):
                 arrays[name] = np.concatenate([getattr(episode, name) for episode in self.episodes])
+            of_each = [episode.observations for episode in self.episodes]
+            observations = tree_map(lambda *parts: np.concatenate(parts), *of_each)
+            arrays |= {leaf_name(i): leaf for i, leaf in enumerate(tree_leaves(observations))}
+            numbers = itertools.count()
+            structure = json.dumps(tree_map(lambda _: next(numbers), observations))
+            arrays["structure"] = np.frombuffer(structure.encode(), dtype=np.uint8)
         return arrays
 
     def load_state_dict(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         self.generator.bit_generator.state = json.loads(bytes(arrays["generator"]))
         self.episodes.clear()
         self.steps = 0
+        structure = json.loads(bytes(arrays["structure"])) if "structure" in arrays else 0
+        everything = tree_of(structure, arrays) if len(arrays["lengths"]) else ()
         ends = arrays["lengths"].cumsum()
         for i, (end, n) in enumerate(zip(ends.tolist(), arrays["lengths"].tolist(), strict=True)):
             # i episodes stand before this one, each with one observation more than steps
-            observations = arrays["observations"][end - n + i : end + i + 1].copy()
+            its_own = slice(end - n + i, end + i + 1)
+            observations = tree_map(lambda leaf, own=its_own: leaf[own].copy(), everything)
             actions, rewards = (arrays[name][end - n : end].copy() for name in ("actions", "rewards"))
             self.add(
                 Episode(observations, actions, rewards, bool(arrays["terminated"][i]), float(arrays["success"][i]))
             )
+
+
+def leaf_name(i: int) -> str:
+    """Of the i-th array of a nested observation; a plain one has number 0."""
+    return f"observations.{i}" if i else "observations"
+
+
+def tree_of(structure: Any, arrays: Mapping[str, NDArray[Any]]) -> Tree:
+    """The tree whose leaves are the arrays that a structure of numbers, read from JSON, stands for."""
+    if isinstance(structure, dict):
+        return {key: tree_of(part, arrays) for key, part in structure.items()}
+    if isinstance(structure, list):
+        return tuple(tree_of(part, arrays) for part in structure)
+    return arrays[leaf_name(structure)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -14,8 +14,9 @@ from torch import Tensor
 from hqlt.agent.collect import Player, Policy
 from hqlt.agent.core import Inputs
 from hqlt.agent.episode import Outcome
-from hqlt.agent.memory_model import State, map_state
+from hqlt.agent.memory_model import State
 from hqlt.agent.stream import Step
+from hqlt.agent.tree import tree_map
 
 
 class Judge(Policy, Protocol):
@@ -54,7 +55,7 @@ class Rollout(NamedTuple):
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Rollout:
         """The same change to every tensor."""
-        return Rollout(*map_state(self, change))
+        return tree_map(change, self)
 
     def next_values(self, values: Tensor) -> Tensor:
         """V of what each action led to, from V of what each was chosen from."""
@@ -66,8 +67,8 @@ class Rollout(NamedTuple):
 class Collector:
     """Plays without end: memories and unfinished episodes are carried from rollout to rollout."""
 
-    def __init__(self, envs: VectorEnv, policy: Judge, seed: int | None = None) -> None:
-        self.player = Player(envs, policy, seed)
+    def __init__(self, envs: VectorEnv, policy: Judge, seed: int | None = None, *, stopped: Sequence[int] = ()) -> None:
+        self.player = Player(envs, policy, seed, stopped=stopped)
         self.total = np.zeros(envs.num_envs)
         self.length = np.zeros(envs.num_envs, dtype=np.int64)
 
@@ -83,7 +84,7 @@ class Collector:
             cut = torch.from_numpy(step.truncated & ~step.terminated)
             if cut.any() or t == steps - 1:
                 after = Inputs(
-                    torch.from_numpy(step.successor),
+                    tree_map(torch.from_numpy, step.successor),
                     actions.cpu(),
                     torch.from_numpy(step.reward),
                     torch.zeros(len(actions), dtype=torch.bool),
@@ -92,7 +93,7 @@ class Collector:
             arrays = step.reward, step.terminated, step.ended, step.live
             columns.append((actions.cpu(), *map(torch.from_numpy, arrays), beyond))
             ended += self.count(step)
-        inputs = Inputs(*(torch.stack(parts, dim=1) for parts in zip(*read, strict=True)))
+        inputs = tree_map(lambda *parts: torch.stack(parts, dim=1), *read)
         return Rollout(inputs, before, *(torch.stack(parts, dim=1) for parts in zip(*columns, strict=True))), ended
 
     def count(self, step: Step) -> list[Outcome]:

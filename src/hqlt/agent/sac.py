@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,14 +11,14 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 
 from hqlt.agent.agent import Agent, Progress, means
-from hqlt.agent.collect import Evaluation, UniformPolicy, play
+from hqlt.agent.collect import Evaluation, Stopped, UniformPolicy, play
 from hqlt.agent.core import mlp
 from hqlt.agent.encoder import Encoder
 from hqlt.agent.episode import Batch
 from hqlt.agent.losses import actor_loss, entropy, masked_mean, q_loss, soft_target, temperature_loss
 from hqlt.agent.memory_model import MemoryModel
 from hqlt.agent.replay import Replay
-from hqlt.agent.settings import above, at_least
+from hqlt.agent.settings import COUNT, INDEX, PART, POSITIVE, SHARE, all_in_range
 from hqlt.shapes import Hidden
 
 
@@ -50,8 +50,11 @@ class SACSettings:
     """Steps that the replay holds."""
 
     def __post_init__(self) -> None:
-        at_least(1, batch_episodes=self.batch_episodes, random_episodes=self.random_episodes, capacity=self.capacity)
-        above(0, learning_rate=self.learning_rate, temperature=self.temperature)
+        all_in_range(self, "sac.", batch_episodes=COUNT, random_episodes=INDEX, capacity=COUNT, heads=COUNT)
+        all_in_range(
+            self, "sac.", learning_rate=POSITIVE, temperature=POSITIVE, updates_per_step=POSITIVE, clip=POSITIVE
+        )
+        all_in_range(self, "sac.", discount=SHARE, target_rate=PART, entropy_share=SHARE)
 
 
 class TwinCritics(nn.Module):
@@ -150,17 +153,24 @@ class SAC(Agent):
         for average, weight in zip(self.targets.parameters(), self.critics.parameters(), strict=True):
             average.lerp_(weight, self.settings.target_rate)
 
-    def train_in(self, envs: VectorEnv, steps: int) -> Iterator[Progress]:
+    def train_in(self, envs: VectorEnv, steps: int, *, stopped: Sequence[int] = ()) -> Iterator[Progress]:
         """Rounds: each copy plays one episode from its beginning, then come the updates due for their steps.
 
         What a round plays depends on its number, the seed and the agent alone, so one that is restored between two
-        rounds, with its replay, goes on as if nothing had happened.
+        rounds, with its replay, goes on as if nothing had happened. Where Stopped is raised, the agent is what it was
+        before the round.
         """
         settings = self.settings
         random = UniformPolicy(self.actions, self.generator)
         while self.steps < steps:
             known = int(self.rounds) * envs.num_envs >= settings.random_episodes
-            episodes = play(self if known else random, envs, envs.num_envs, seed=self.seed_of(self.rounds))
+            before = self.generator.get_state()
+            seed = self.seed_of(self.rounds)
+            try:
+                episodes = play(self if known else random, envs, envs.num_envs, seed=seed, stopped=stopped)
+            except Stopped:
+                self.generator.set_state(before)
+                raise
             for episode in episodes:
                 self.replay.add(episode)
             self.rounds += 1

@@ -1,17 +1,61 @@
-"""What settings of algorithms may be."""
+"""What settings of agents and worlds may be: a range for every number."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from typing import Any, NamedTuple
 
-def at_least(least: int, **settings: int) -> None:
-    """Raises ValueError that names the first that is less."""
-    for name, value in settings.items():
-        if value < least:
-            raise ValueError(f"{name}: expected at least {least}, got {value}")
+import numpy as np
 
 
-def above(bound: float, **settings: float) -> None:
-    """Raises ValueError that names the first that is not above."""
-    for name, value in settings.items():
-        if not value > bound:
-            raise ValueError(f"{name}: expected a number above {bound}, got {value}")
+class Range(NamedTuple):
+    """Numbers from `least` to `most`, both included; NaN and infinities never are."""
+
+    least: float
+    most: float = math.inf
+    above: bool = False
+    """`least` itself is excluded."""
+    whole: bool = False
+    """Integers only."""
+
+    def __contains__(self, value: Any) -> bool:
+        number = isinstance(value, (int, np.integer) if self.whole else (int, float, np.number))
+        if not number or isinstance(value, bool) or not math.isfinite(value):
+            return False
+        return self.least < value <= self.most if self.above else self.least <= value <= self.most
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.whole else "a number"
+        if self.above:
+            return f"{kind} above {self.least}" + ("" if self.most == math.inf else f" and at most {self.most}")
+        return (
+            f"{kind} of at least {self.least}" if self.most == math.inf else f"{kind} from {self.least} to {self.most}"
+        )
+
+
+COUNT, INDEX = Range(1, whole=True), Range(0, whole=True)
+POSITIVE, NOT_NEGATIVE = Range(0, above=True), Range(0)
+SHARE, PART = Range(0, 1), Range(0, 1, above=True)
+SEED = Range(0, 2**63 - 1, whole=True)
+
+
+def in_range(name: str, value: Any, allowed: Range) -> None:
+    """Raises ValueError that says what the name may be."""
+    if value not in allowed:
+        raise ValueError(f"{name}: expected {allowed}, got {value!r}")
+
+
+def all_in_range(settings: Any, prefix: str = "", **ranges: Range) -> None:
+    """Check the fields of a dataclass: numbers, each number of a tuple, and None where the field's type has it.
+
+    prefix: what stands before the names where they are typed, such as "ppo.". Raises ValueError for the first field
+    that is out of its range.
+    """
+    types = {field.name: str(field.type) for field in dataclasses.fields(settings)}
+    for name, allowed in ranges.items():
+        value = getattr(settings, name)
+        if value is None and "None" in types[name]:
+            continue
+        for number in value if isinstance(value, (tuple, list)) else (value,):
+            in_range(prefix + name, number, allowed)

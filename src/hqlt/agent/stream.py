@@ -1,22 +1,32 @@
-"""Copies of an environment as streams of steps, whatever they do when an episode ends."""
+"""Environments side by side as streams of steps, whatever they do when an episode ends, and checked at every step."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import traceback
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
+import gymnasium
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import NDArray
 
 from hqlt.agent.encoder import discrete
+from hqlt.agent.observation import BadObservation, observed
+from hqlt.agent.tree import Tree, tree_map
+
+LONGEST = 100_000
+"""Steps within which an episode must end, unless the environment says that it may take more."""
+
+Result = TypeVar("Result")
 
 
 class Step(NamedTuple):
-    """What one action in each of n copies led to."""
+    """What one action in each of n environments led to. Observations are arrays, or a dictionary or tuple of them."""
 
-    successor: NDArray[Any]
+    successor: Tree
     """[n, ...] what is seen after the action: the last observation of an episode that ended."""
-    observation: NDArray[Any]
+    observation: Tree
     """[n, ...] what the next action is chosen from."""
     first: NDArray[np.bool_]
     """[n] that observation begins an episode."""
@@ -25,7 +35,7 @@ class Step(NamedTuple):
     truncated: NDArray[np.bool_]
     """[n] the episode was cut short: what would have come still counts."""
     live: NDArray[np.bool_]
-    """[n] the action was played; False where a copy only began its next episode."""
+    """[n] the action was played; False where an environment only began its next episode."""
     success: NDArray[np.float32]
     """[n] what an ended episode's info says of its success, 0 or 1; NaN where it says nothing or has not ended."""
 
@@ -37,62 +47,190 @@ class Step(NamedTuple):
 class Stream:
     """A `gymnasium.vector.VectorEnv` in which the three autoreset modes look alike.
 
-    NEXT_STEP    an ended copy shows its last observation, and its next action only begins the next episode (live False)
-    SAME_STEP    an ended copy shows the next episode's first observation at once; its last is in infos["final_obs"]
-    DISABLED     ended copies are reset here, at once
+    NEXT_STEP    an ended env shows its last observation, and its next action only begins the next episode (live False)
+    SAME_STEP    an ended env shows the next episode's first observation at once; its last is in infos["final_obs"]
+    DISABLED     ended envs are reset here, at once
+
+    Raises ValueError, which names the environment, which of the n it was and the step of its episode, for an exception
+    in the environment; an observation that is not of its space; NaN or infinities in observations and rewards; an
+    action that is none of the environment's; and an episode that does not end within LONGEST steps, or within the
+    environment's own `max_episode_steps` where that is more.
     """
 
     def __init__(self, envs: VectorEnv) -> None:
-        mode = envs.metadata.get("autoreset_mode")
-        if mode is None:
-            raise ValueError(
-                f"envs: expected a VectorEnv with metadata['autoreset_mode'], by which ends of episodes are read, "
-                f"got none in {envs}; set it to the gymnasium.vector.AutoresetMode that the environment has"
-            )
-        self.envs = envs
-        self.mode = AutoresetMode(mode)
+        self.envs = vector_envs(envs)
+        self.name = name_of(envs)
+        self.mode = autoreset_mode(envs)
         self.copies: int = envs.num_envs
-        self._first_action = int(discrete(envs.single_action_space).start)
+        self.longest = longest_episode(envs)
+        self._actions = discrete(envs.single_action_space)
         self._beginning = np.zeros(self.copies, dtype=bool)
+        self._length = np.zeros(self.copies, dtype=np.int64)
 
-    def reset(self, seed: int | None = None) -> NDArray[Any]:
-        """Begin an episode in every copy → [n, ...]."""
+    def reset(self, seed: int | None = None) -> Tree:
+        """Begin an episode in every environment → [n, ...]."""
         self._beginning = np.zeros(self.copies, dtype=bool)
-        return np.array(self.envs.reset(seed=seed)[0])
+        self._length = np.zeros(self.copies, dtype=np.int64)
+        return self._observed(self._ask(self.envs.reset, seed=seed)[0], "observation")
 
     def step(self, actions: NDArray[np.int64]) -> Step:
         """actions: [n], from 0."""
-        seen, reward, terminated, truncated, infos = self.envs.step(actions + self._first_action)
-        observation = np.array(seen)  # a copy: environments may reuse their arrays
+        self._check(actions)
         live = ~self._beginning
-        terminated, truncated = terminated & live, truncated & live
+        self._length += live
+        seen, reward, terminated, truncated, infos = self._ask(self.envs.step, actions + int(self._actions.start))
+        observation = self._observed(seen, "observation")
+        terminated = self._column(terminated, np.bool_, "terminated") & live
+        truncated = self._column(truncated, np.bool_, "truncated") & live
+        rewards = np.where(live, self._column(reward, np.float32, "reward"), np.float32(0))
+        if not np.isfinite(rewards).all():
+            bad = int(np.flatnonzero(~np.isfinite(rewards))[0])
+            self._refuse(f"reward: expected a finite number, got {np.asarray(reward)[bad]}", bad)
         ended = terminated | truncated
+        self._check_lengths(ended)
         successor, first, told = observation, ended, infos
         match self.mode:
             case AutoresetMode.NEXT_STEP:
                 first, self._beginning = self._beginning, ended
             case AutoresetMode.SAME_STEP if ended.any():
-                successor = observation.copy()
-                successor[ended] = np.stack(list(infos["final_obs"][ended]))
+                successor = self._with_last(observation, infos, ended)
                 told = infos.get("final_info", {})
             case AutoresetMode.DISABLED if ended.any():
-                observation = np.array(self.envs.reset(options={"reset_mask": ended})[0])
+                observation = self._begun_again(observation, ended)
+        self._length[ended] = 0
         return Step(
-            successor,
-            observation,
-            first,
-            np.where(live, reward, 0).astype(np.float32),
-            terminated,
-            truncated,
-            live,
-            success_of(told, ended),
-        )
+            successor, observation, first, rewards, terminated, truncated, live, self._success(told, ended)
+        )  # fmt: skip
+
+    def _with_last(self, observation: Tree, infos: dict[str, Any], ended: NDArray[np.bool_]) -> Tree:
+        """The observations, with the last ones of the episodes that ended in their place."""
+        if "final_obs" not in infos:
+            self._refuse(
+                "infos: expected 'final_obs' where an episode ended, as AutoresetMode.SAME_STEP has it, found none"
+            )
+        successor = tree_map(np.copy, observation)
+        space = self.envs.single_observation_space
+        for row in np.flatnonzero(ended).tolist():
+            last = tree_map(lambda part: np.asarray(part)[None], infos["final_obs"][row])
+            try:
+                last = observed(space, last, 1, "final_obs")
+            except BadObservation as error:
+                self._refuse(str(error), row)
+            tree_map(lambda into, part, row=row: into.__setitem__(row, part[0]), successor, last)
+        return successor
+
+    def _begun_again(self, observation: Tree, ended: NDArray[np.bool_]) -> Tree:
+        """What all see after the ended ones alone were reset."""
+        mask = ended.copy()
+        again = self._observed(self._ask(self.envs.reset, options={"reset_mask": mask})[0], "observation")
+
+        def kept(before: NDArray[Any], after: NDArray[Any]) -> None:
+            if (before[~ended] != after[~ended]).any():
+                self._refuse(
+                    "reset(options={'reset_mask': …}): expected the environments outside the mask to stay as they are, "
+                    "found another observation; use AutoresetMode.NEXT_STEP or SAME_STEP"
+                )
+
+        tree_map(kept, observation, again)
+        return again
+
+    def _success(self, infos: dict[str, Any], ended: NDArray[np.bool_]) -> NDArray[np.float32]:
+        """infos["success"] of the episodes that ended and have it, NaN for the others."""
+        success = np.full(len(ended), np.nan, dtype=np.float32)
+        if "success" in infos:
+            told = ended & infos.get("_success", True)
+            try:
+                success[told] = np.asarray(infos["success"])[told].astype(np.float32)
+            except (TypeError, ValueError):
+                self._refuse(f"info['success']: expected booleans or numbers, got {infos['success']}")
+        return success
+
+    def _ask(self, call: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
+        """What the environments return; what they raise, in a sentence."""
+        try:
+            return call(*arguments, **options)
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise ValueError(
+                f"{self.name}: {call.__name__}() raised {type(error).__name__}: {error} "
+                f"({place.filename}, line {place.lineno})"
+            ) from error
+
+    def _observed(self, seen: Any, name: str) -> Tree:
+        try:
+            return observed(self.envs.single_observation_space, seen, self.copies, name)
+        except BadObservation as error:
+            self._refuse(str(error), error.env)
+
+    def _column(self, values: Any, dtype: type[np.generic], name: str) -> NDArray[Any]:
+        """One value an environment."""
+        try:
+            with np.errstate(over="ignore"):
+                column = np.asarray(values).astype(dtype)
+        except (TypeError, ValueError):
+            self._refuse(f"{name}: expected numbers, got {values!r}")
+        if column.shape != (self.copies,):
+            self._refuse(f"{name}: expected shape [{self.copies}], got {list(column.shape)}")
+        return column
+
+    def _check(self, actions: NDArray[np.int64]) -> None:
+        n = int(self._actions.n)
+        if actions.shape != (self.copies,) or actions.dtype.kind not in "iu":
+            self._refuse(f"actions: expected {self.copies} whole numbers, got {actions.dtype} {list(actions.shape)}")
+        if actions.min() < 0 or actions.max() >= n:
+            bad = int(np.flatnonzero((actions < 0) | (actions >= n))[0])
+            self._refuse(f"action: expected 0 … {n - 1}, got {actions[bad]}", bad)
+
+    def _check_lengths(self, ended: NDArray[np.bool_]) -> None:
+        if self._length.max() >= self.longest and (late := (self._length >= self.longest) & ~ended).any():
+            self._refuse(
+                f"expected an episode to end within {self.longest:,} steps, and this one did not. Set its longest "
+                f"length: gymnasium.make(…, max_episode_steps=1000), on the command line "
+                f"--options.max_episode_steps=1000, or gymnasium.wrappers.TimeLimit",
+                int(np.flatnonzero(late)[0]),
+            )
+
+    def _refuse(self, message: str, env: int | None = None) -> NoReturn:
+        place = "" if env is None else f", env {env}, step {self._length[env]} of its episode"
+        raise ValueError(f"{self.name}{place}: {message}")
 
 
-def success_of(infos: dict[str, Any], ended: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """infos["success"] of the copies that ended and told it, NaN for the others."""
-    success = np.full(len(ended), np.nan, dtype=np.float32)
-    if "success" in infos:
-        told = ended & infos.get("_success", True)
-        success[told] = np.asarray(infos["success"])[told].astype(np.float32)
-    return success
+def vector_envs(envs: Any) -> VectorEnv:
+    """The same, refused with advice where it is no VectorEnv, but a single environment or anything else."""
+    if isinstance(envs, VectorEnv):
+        return envs
+    spec = getattr(envs, "spec", None)
+    raise ValueError(
+        f"envs: expected a gymnasium.vector.VectorEnv, got {envs!r}; make several at once with "
+        f"gymnasium.make_vec({spec.id if spec else 'ID'!r}, num_envs=8), or of a class of your own with "
+        f"gymnasium.vector.SyncVectorEnv([MyEnv] * 8)"
+    )
+
+
+def autoreset_mode(envs: VectorEnv) -> AutoresetMode:
+    """Raises ValueError where the environments do not say their mode."""
+    mode = envs.metadata.get("autoreset_mode")
+    try:
+        return AutoresetMode(mode)
+    except ValueError:
+        raise ValueError(
+            f"envs: expected a VectorEnv with metadata['autoreset_mode'], by which ends of episodes are read, got "
+            f"{mode!r} in {envs}; set it to the gymnasium.vector.AutoresetMode that the environment has"
+        ) from None
+
+
+def name_of(envs: VectorEnv) -> str:
+    """The id of the environments in gymnasium, or the name of their class."""
+    first = _first(envs)
+    return first.spec.id if first.spec else type(first.unwrapped).__name__
+
+
+def longest_episode(envs: VectorEnv) -> int:
+    """LONGEST, or what the environments say by their spec or `episode_length` where it is more."""
+    spec = _first(envs).spec
+    return max(LONGEST, (spec and spec.max_episode_steps) or 0, getattr(envs.unwrapped, "episode_length", 0))
+
+
+def _first(envs: VectorEnv) -> VectorEnv | gymnasium.Env[Any, Any]:
+    """Of several environments stepped one by one the first, otherwise all."""
+    return envs if envs.spec else getattr(envs.unwrapped, "envs", [envs])[0]

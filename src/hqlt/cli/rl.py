@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,17 @@ def play(
 
     from rich.console import Console
 
+    from hqlt.agent.settings import COUNT, SEED, in_range
     from hqlt.train.agent.run import load_agent
 
     console = Console(highlight=False, soft_wrap=True)
     try:
+        in_range("--episodes", episodes, COUNT)
+        in_range("--seed", seed, SEED)
+        if film is not None:
+            from hqlt.report import episode  # and the folder is looked at: nothing is played in vain
+
+            writable(film)
         trainer = load_agent(folder)
         trainer.settings = dataclasses.replace(
             trainer.settings, options={**trainer.settings.options, **(options or {})}
@@ -58,13 +66,21 @@ def play(
             f"{len(played.outcomes)} episodes: return {played.mean_return:.2f}{success}, {played.mean_length:.0f} steps"
         )
         if film is not None:
-            from hqlt.report import episode
-
+            filmed = episode.film(trainer, seed)
             film.mkdir(parents=True, exist_ok=True)
-            episode.leave_film(episode.film(trainer, seed), film)
+            episode.leave_film(filmed, film)
             console.print(f"film: {film}")
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(reason(error)) from None
+
+
+def writable(folder: Path) -> None:
+    """Raises ValueError for a folder that is none, or cannot be made or written to. Makes none."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"{folder}: expected a folder, or a place for one, but {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder}: expected a folder that can be written to, but {there} cannot")
 
 
 rl: Command = {"train": train, "play": play}

@@ -21,8 +21,8 @@ from hqlt.train.agent.trainer import AgentTrainer
 from hqlt.train.metrics import known
 
 FILM = (
-    "A greedy episode that was not scored. Above, moments of it; below, what each step earned, and how much of what "
-    "the mixers put out came from the FW-memory: thin lines single layers, the thick one their mean."
+    "A greedy episode that was not scored: moments of it, and below them the reward of each step and the FW-memory's "
+    "share of what the mixers put out, the thick line being the mean of the layers."
 )
 
 
@@ -43,6 +43,7 @@ def leave_agent_report(
         "steps": history[-1]["step"],
         "updates_left_out": history[-1]["left_out"],
     }
+    filmed = film(trainer, TEST_SEED - 1)
     (folder / "results.json").write_text(json.dumps({**results, "run": told}, indent=1))
     table = table_of_agent(trainer, tested, history[-1]["step"])
     title = f"{settings.memory} memory in {settings.world}"
@@ -52,10 +53,12 @@ def leave_agent_report(
         f"weights that did best there are kept, and were tested once, in {len(tested.outcomes)} other episodes."
     )
     curves = save(figure_of_agent(history), folder / "curves.png")
-    pictured = leave_film(film(trainer, TEST_SEED - 1), folder)
+    pictured = leave_film(filmed, folder)
+    titles = ("An episode", FILM), ("The same episode as a film", "Step by step; also as episode.gif.")
     (folder / "README.md").write_text(
         f"# {title}\n\n{table.as_markdown()}\n![Curves](curves.png)\n\n![An episode](episode.png)\n\n{FILM}\n\n"
-        f"{protocol}\n\n```\n{how}\n```\n"
+        + ("![The same episode as a film](episode.gif)\n\n" if filmed.frames else "")
+        + f"{protocol}\n\n```\n{how}\n```\n"
     )
     write_page(
         folder / "report.html",
@@ -63,12 +66,15 @@ def leave_agent_report(
         introduction=f"An agent of {told['parameters']:,} parameters, trained by {settings.algorithm.upper()}.",
         table=table,
         plot=curves,
-        pictures=[{"title": "An episode", "caption": FILM, "data": pictured}],
+        pictures=[
+            {"title": title, "caption": caption, "data": data}
+            for (title, caption), data in zip(titles, pictured, strict=False)
+        ],
         protocol=protocol,
         settings=how,
     )
     console.print(table.for_terminal())
-    console.print(f"page: {folder / 'report.html'}    film: {folder / 'episode.gif'}")
+    console.print(f"page: {folder / 'report.html'}" + (f"    film: {folder / 'episode.gif'}" if filmed.frames else ""))
 
 
 def table_of_agent(trainer: AgentTrainer, tested: Evaluation, steps: int) -> Table:

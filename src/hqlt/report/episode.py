@@ -1,14 +1,16 @@
-"""An episode to look at: frames, what was earned, and which memory spoke."""
+"""An episode to look at: frames, rewards, and what each memory contributed."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from gymnasium.vector import VectorEnv
+from gymnasium.vector import VectorEnv, VectorWrapper
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -16,7 +18,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from hqlt.agent.collect import Player
+from hqlt.agent.collect import play
 from hqlt.agent.episode import Batch, Episode
 from hqlt.report.plots import save
 from hqlt.report.shares import Shares, shares_during
@@ -30,14 +32,18 @@ MOMENTS = 9
 FILMED = 240
 """Frames of a film, at most."""
 FRAME_MS = 120
+PIXELS = 640
+"""Least width of a film."""
+WIDTH, HEIGHT, CAPTION = 11.0, 4.2, 0.3
+"""Of a strip, in inches: its width, its greatest height, and what the line above a frame takes."""
 FW, KV, EARNED = "#c0392b", "#7a7a7a", "#2a9d8f"
 
 
 class Film(NamedTuple):
     """t steps."""
 
-    frames: list[Frame]
-    """t + 1 of them, the first before any action; none where the environment cannot be seen."""
+    frames: dict[int, Frame]
+    """By the number of steps before it: 0, t, and some or all between; none where the environment cannot be seen."""
     rewards: NDArray[np.float32]
     """[t]."""
     shares: Shares | None
@@ -46,36 +52,45 @@ class Film(NamedTuple):
     """0 or 1, NaN where the environment says nothing."""
 
 
+class Camera(VectorWrapper):
+    """Keeps the frame after every step, or every second, fourth, … of an episode too long for all, and the last one."""
+
+    def __init__(self, envs: VectorEnv) -> None:
+        super().__init__(envs)
+        self.frames: dict[int, Frame] = {}
+        self.steps, self.every = 0, 1
+
+    def reset(self, **options: Any) -> Any:
+        seen = super().reset(**options)
+        self.frames, self.steps, self.every = {0: frame_of(self.env)}, 0, 1
+        return seen
+
+    def step(self, actions: Any) -> Any:
+        result = super().step(actions)
+        self.steps += 1
+        if self.steps % self.every == 0 or result[2][0] or result[3][0]:
+            self.frames[self.steps] = frame_of(self.env)
+        if len(self.frames) > 2 * FILMED:
+            self.every *= 2
+            self.frames = {step: frame for step, frame in self.frames.items() if step % self.every == 0}
+        return result
+
+
 def film(trainer: AgentTrainer, seed: int) -> Film:
-    """Play one greedy episode."""
-    agent = trainer.agent
-    envs, visible = world_to_film(trainer, seed)
-    player = Player(envs, agent, seed)
-    seen, actions, rewards, frames = [], [], [], []
-    ended, success, terminated = False, float("nan"), False
-    while not ended:
-        if visible:
-            frames.append(frame_of(envs))
-        seen.append(player.inputs.observation.numpy()[0])
-        action, step = player.step(agent, greedy=True)
-        actions.append(int(action[0]))
-        rewards.append(float(step.reward[0]))
-        ended, success, terminated = bool(step.ended[0]), float(step.success[0]), bool(step.terminated[0])
-    if visible:
-        frames.append(frame_of(envs))
-    episode = Episode(
-        np.stack([*seen, step.successor[0]]), np.array(actions), np.array(rewards, np.float32), terminated, success
-    )
-    return Film(frames, episode.rewards, shares_of(trainer, episode), success)
+    """Play one greedy episode. Raises what `play` raises."""
+    with contextlib.closing(world_to_film(trainer, seed)) as envs:
+        (episode,) = play(trainer.agent, envs, 1, seed=seed, greedy=True, stopped=trainer.stopped)
+        frames = envs.frames if isinstance(envs, Camera) else {}
+    return Film(frames, episode.rewards, shares_of(trainer, episode), episode.success)
 
 
-def world_to_film(trainer: AgentTrainer, seed: int) -> tuple[VectorEnv, bool]:
-    """One copy, and whether it can be seen: environments have many ways to say that they cannot."""
+def world_to_film(trainer: AgentTrainer, seed: int) -> VectorEnv:
+    """One environment, with a Camera if it can be seen: there are many ways to say that it cannot."""
     with contextlib.suppress(Exception):
-        envs = trainer.worlds(1, seed, render_mode="rgb_array")
+        envs = Camera(trainer.worlds(1, seed, render_mode="rgb_array"))
         frame_of(envs)
-        return envs, True
-    return trainer.worlds(1, seed), False
+        return envs
+    return trainer.worlds(1, seed)
 
 
 def frame_of(envs: VectorEnv) -> Frame:
@@ -93,48 +108,68 @@ def shares_of(trainer: AgentTrainer, episode: Episode) -> Shares | None:
     return None
 
 
-def leave_film(film: Film, folder: Path) -> str:
-    """Write episode.png, and episode.gif where there are frames → the PNG as a data URL."""
+def leave_film(film: Film, folder: Path) -> list[str]:
+    """Write episode.png, and episode.gif where there are frames → both as data URLs."""
+    pictures = [save(figure_of_film(film), folder / "episode.png")]
     if film.frames:
         write_gif(film, folder / "episode.gif")
-    return save(figure_of_film(film), folder / "episode.png")
+        pictures.append("data:image/gif;base64," + base64.b64encode((folder / "episode.gif").read_bytes()).decode())
+    return pictures
 
 
 def figure_of_film(film: Film) -> Figure:
-    """A strip of moments, each joined to its place in time; below them rewards and the FW-memory's share."""
-    steps = len(film.rewards)
-    figure = pyplot.figure(figsize=(12, 4.6 if film.frames else 3), layout="constrained")
-    grid = figure.add_gridspec(2 if film.frames else 1, 1, height_ratios=[1, 1.5] if film.frames else [1])
-    below = figure.add_subplot(grid[-1])
-    draw_time(below, film)
-    if film.frames:
-        at = sorted({round(i * steps / (MOMENTS - 1)) for i in range(MOMENTS)})
-        strip = grid[0].subgridspec(1, len(at), wspace=0.05)
-        for i, step in enumerate(at):
-            axes = figure.add_subplot(strip[i])
-            axes.imshow(film.frames[step], interpolation="nearest")
-            axes.set_title(f"after {step}" if step else "before the first step", fontsize=9)
+    """Moments of the episode, in rows; below them rewards and the FW-memory's share, with a line at each moment."""
+    shown = moments(film)
+    columns, height = strip_of(film.frames[shown[0]].shape[:2], len(shown)) if shown else (1, 0.0)
+    figure = pyplot.figure(figsize=(WIDTH, 2.8 + height), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=[height, 2.8]) if shown else [figure]
+    below = parts[-1].subplots()
+    draw_time(below, film, parts[-1])
+    if shown:
+        panels = parts[0].subplots(math.ceil(len(shown) / columns), columns, squeeze=False).ravel()
+        for axes in panels:
             axes.set_axis_off()
+        for axes, step in zip(panels, shown, strict=False):
+            axes.imshow(film.frames[step], interpolation="nearest")
+            axes.set_title(f"step {step}" if step else "start", fontsize=9)
             below.axvline(step + 0.5, color="#bbbbbb", linewidth=0.6, zorder=0)
     return figure
 
 
-def draw_time(axes: Axes, film: Film) -> None:
-    """Rewards as bars; shares and gates as lines, of the step at which an action was chosen."""
+def moments(film: Film) -> list[int]:
+    """Steps whose frames are shown, evenly over the episode; none without frames."""
+    steps = len(film.rewards)
+    wanted = [round(i * steps / (MOMENTS - 1)) for i in range(MOMENTS)]
+    there = np.array(sorted(film.frames))
+    return sorted({int(there[abs(there - at).argmin()]) for at in wanted}) if film.frames else []
+
+
+def strip_of(shape: tuple[int, ...], count: int) -> tuple[int, float]:
+    """Columns in which `count` frames of a shape are largest, and the height of all of them in inches."""
+    height, width = shape
+
+    def height_in(columns: int) -> float:
+        return math.ceil(count / columns) * (WIDTH / columns * height / width + CAPTION)
+
+    columns = next((columns for columns in range(1, count) if height_in(columns) <= HEIGHT), count)
+    return columns, height_in(columns)
+
+
+def draw_time(axes: Axes, film: Film, figure: Any) -> None:
+    """Rewards as bars; shares and gates as lines, of the step at which an action was chosen; the legend above."""
     steps = np.arange(1, len(film.rewards) + 1)
     axes.set_xlim(0.5, len(steps) + 0.5)
     axes.set_xlabel("step")
     axes.spines[["top"]].set_visible(False)
     if film.shares is not None:
-        for layer in film.shares.fw[:, 0]:
+        layers = film.shares.fw[:, 0]
+        for layer in layers if len(layers) > 1 else ():
             axes.plot(steps, layer, color=FW, linewidth=0.7, alpha=0.5)
-        axes.plot(steps, film.shares.fw[:, 0].mean(0), color=FW, linewidth=2, label="FW-memory's share")
-        axes.plot(
-            steps, film.shares.gate[:, 0].mean(0), color=KV, linewidth=1, linestyle="--", label="mixer's gate to FW"
-        )
+        axes.plot(steps, layers.mean(0), color=FW, linewidth=2, label="FW-memory's share")
+        axes.plot(steps, film.shares.gate[:, 0].mean(0), color=KV, linestyle="--", label="mixer's weight of FW")
         axes.set_ylim(0, 1)
         axes.set_ylabel("FW-memory", color=FW)
-        axes.legend(frameon=False, loc="upper left", ncols=2)
+        figure.legend(frameon=False, loc="outside upper center", ncols=2)
     earned = axes.twinx() if film.shares is not None else axes
     earned.bar(steps, film.rewards, color=EARNED, alpha=0.5, width=0.8)
     earned.set_ylabel("reward", color=EARNED)
@@ -143,17 +178,16 @@ def draw_time(axes: Axes, film: Film) -> None:
 
 def write_gif(film: Film, path: Path) -> None:
     """The frames, and below them the time line with a cursor."""
-    steps = len(film.rewards)
-    every = -(-len(film.frames) // FILMED)
-    shown = [*range(0, steps, every), steps]
-    width = film.frames[0].shape[1]
-    zoom = max(1, round(420 / width))
-    figure = Figure(figsize=(width * zoom / 80, 2.2), dpi=80, layout="constrained")
+    steps = sorted(film.frames)
+    shown = sorted({*steps[:: math.ceil(len(steps) / FILMED)], steps[-1]})
+    zoom = math.ceil(PIXELS / film.frames[0].shape[1])
+    width = film.frames[0].shape[1] * zoom
+    figure = Figure(figsize=(width / 80, 2.6), dpi=80, layout="constrained")
     axes = figure.add_subplot()
-    draw_time(axes, film)
+    draw_time(axes, film, figure)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    time = np.asarray(canvas.buffer_rgba())[..., :3]
+    time = np.asarray(canvas.buffer_rgba())[:, :width, :3]
     pictures = []
     for step in shown:
         line = time.copy()
@@ -161,13 +195,8 @@ def write_gif(film: Film, path: Path) -> None:
         cursor = int(np.clip(x, 1, line.shape[1] - 2))
         line[:, cursor - 1 : cursor + 1] = (40, 40, 40)
         frame = film.frames[step].repeat(zoom, axis=0).repeat(zoom, axis=1)
-        wide = max(frame.shape[1], line.shape[1])
-        pictures.append(Image.fromarray(np.concatenate([widened(frame, wide), widened(line, wide)])))
+        missing = frame.shape[1] - line.shape[1]
+        line = np.pad(line, ((0, 0), (0, missing), (0, 0)), constant_values=255)
+        pictures.append(Image.fromarray(np.concatenate([frame, line])))
     last = [FRAME_MS] * (len(pictures) - 1) + [10 * FRAME_MS]
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=last, loop=0)
-
-
-def widened(frame: Frame, width: int) -> Frame:
-    """White to the right."""
-    missing = width - frame.shape[1]
-    return np.pad(frame, ((0, 0), (0, missing), (0, 0)), constant_values=255)

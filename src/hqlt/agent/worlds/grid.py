@@ -10,6 +10,7 @@ import numpy as np
 from gymnasium.spaces import Box
 from numpy.typing import NDArray
 
+from hqlt.agent.settings import COUNT, INDEX, Range, in_range
 from hqlt.agent.worlds.streams import Indices
 from hqlt.agent.worlds.world import Observations, Rewards, World
 
@@ -37,11 +38,12 @@ COLOURS = {
     "R": (255, 0, 0),  # the same colours, in a wall
     "G": (0, 255, 0),
     "B": (0, 0, 255),
+    "i": (255, 255, 255),  # a lamp in a wall
 }
 PALETTE = np.zeros((3, 128), np.uint8)
 PALETTE[:, [ord(symbol) for symbol in COLOURS]] = np.array(list(COLOURS.values())).T
 PASSABLE = np.isin(np.arange(128), [ord(symbol) for symbol in ".akDrgb"])
-FLOOR, AGENT, APPLE = map(ord, ".+a")
+FLOOR, WALL, AGENT, APPLE, OPEN_DOOR = map(ord, ".#+aD")
 MOVES = np.array([-WIDTH, WIDTH, -1, 1], np.int16)
 
 ORCHARD = (
@@ -79,11 +81,12 @@ TREES, CLEARED, CLEARING = places(ORCHARD, "a"), cells(ORCHARD, a="."), place(5,
 class ThreePhases(World):
     """An agent that moves up, down, left and right among walls, and sees the 5 × 5 cells around it.
 
-    Observation: uint8 [3, 5, 5] (red, green, blue), the agent in the middle. What the agent touches is gone. After
-    `explore` steps it finds itself among apples, `apples` of 22 places drawn anew each episode: `apple_reward` each,
-    or for a pair one of the two, drawn each episode. An apple that is eaten at step t is away in the observations
-    t … t + respawn and back in the next (respawn None: it never comes back). After `distractor` steps there, `reward`
-    steps are left in a third place. The step that ends a phase is still rewarded; what is seen then is the next place.
+    Observation: uint8 [3, 5, 5] (red, green, blue), the agent in the middle, or the open door in which it stands. Keys
+    and apples that it touches are gone. After `explore` steps it finds itself among apples, `apples` of 22 places drawn
+    anew each episode: `apple_reward` each, or for a pair one of the two, drawn each episode. An apple that is eaten at
+    step t is away in the observations t … t + respawn and back in the next (respawn None: it never comes back). After
+    `distractor` steps there, `reward` steps are left in a third place. The step that ends a phase is still rewarded;
+    what is seen then is the next place.
 
     Source: Hung et al. 2019, "Optimizing agent behavior over long time scales by transporting value", and its code
     (deepmind-research/tvt/pycolab), whose boards, colours and times these are.
@@ -100,16 +103,14 @@ class ThreePhases(World):
         respawn: int | None,
         render_mode: str | None,
     ) -> None:
-        for name, value, least, most in (
-            ("explore", explore, 1, None),
-            ("distractor", distractor, 0, None),
-            ("reward", reward, 1, None),
-            ("apples", apples, 0, len(TREES)),
-            ("respawn", distractor if respawn is None else respawn, 0, None),
+        for name, value, allowed in (
+            ("explore", explore, COUNT),
+            ("distractor", distractor, INDEX),
+            ("reward", reward, COUNT),
+            ("apples", apples, Range(0, len(TREES), whole=True)),
+            ("respawn", 0 if respawn is None else respawn, INDEX),
         ):
-            if value < least or (most is not None and value > most):
-                up_to = "" if most is None else f" and at most {most}"
-                raise ValueError(f"{name}: expected at least {least}{up_to}, got {value}")
+            in_range(name, value, allowed)
         super().__init__(num_envs, Box(0, 255, (3, SEEN, SEEN), np.uint8), explore + distractor + reward, render_mode)
         self.explore, self.distractor, self.reward, self.apples, self.respawn = (
             explore, distractor, reward, apples, respawn,
@@ -174,7 +175,8 @@ class ThreePhases(World):
 
     def _observations(self) -> Observations:
         seen = self._board[self._all[:, None], self._at[:, None] + CROP]
-        seen[:, SEEN * SEEN // 2] = AGENT
+        middle = seen[:, SEEN * SEEN // 2]
+        middle[middle != OPEN_DOOR] = AGENT
         images = np.empty((self.num_envs, 3, SEEN * SEEN), np.uint8)
         for colour in range(3):
             images[:, colour] = PALETTE[colour][seen]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from hqlt.agent.worlds.grid import ThreePhases, cells, place, places
+from hqlt.agent.worlds.grid import OPEN_DOOR, WALL, ThreePhases, cells, place, places
 from hqlt.agent.worlds.streams import Indices
 from hqlt.agent.worlds.world import OneCopy, Rewards
 
@@ -27,9 +27,11 @@ CELL = (
     "   #####   ",
     "           ",
 )
-KEY, OPENING = ord("k"), ord("D")
+KEY, LIT = ord("k"), ord("i")
 EMPTY_ROOMS, KEY_PLACES, STARTS = cells(ROOMS, k=".", **{"+": "."}), places(ROOMS, "k"), places(ROOMS, "+")
-LOCKED, DOOR, INSIDE = cells(CELL, **{"+": "."}), place(1, 5), place(3, 5)
+LOCKED, DOOR, INSIDE = cells(CELL, **{"+": ".", " ": "."}), place(1, 5), place(3, 5)
+LAMP = place(0, 5)
+"""In the first place's upper wall."""
 
 
 class KeyToDoor(ThreePhases):
@@ -44,17 +46,18 @@ class KeyToDoor(ThreePhases):
         #.....#               #..a.+....#           #####
         #######               ###########
 
-    Key and agent begin at places drawn each episode. Without the key, the door is a wall; with it, to enter the
-    doorway gives `final_reward`, once. The key itself gives nothing, so that what it is worth must be learnt over the
-    apples. Success: the door was opened.
+    Key and agent begin at places drawn each episode. When the key is taken, a lamp in the upper wall is lit for one
+    step. Without the key, the door is a wall; with it, to enter the doorway gives `final_reward`, once. The door stays
+    where it is, is seen in front of an agent that stands in it, and leads out onto the ground around the room. The key
+    itself gives nothing, so that what it is worth must be learnt over the apples. Success: the door was opened.
 
     num_envs: copies. explore, distractor, reward: steps of the phases. apples, apple_reward, respawn: see ThreePhases;
     apple_reward = (1, 10) is what makes Mesnard et al.'s return vary.
 
     Source: Hung et al. 2019, "Optimizing agent behavior over long time scales by transporting value"; Mesnard et al.
     2021, "Counterfactual Credit Assignment in Model-Free Reinforcement Learning"; times, rewards and the third board as
-    in Ni et al. 2023, "When Do Transformers Shine in RL?" (from Raposo et al. 2021, "Synthetic Returns").
-    Theirs also lights a cell in the wall for one step when the key is taken; here the key is gone, and that is all.
+    in Ni et al. 2023, "When Do Transformers Shine in RL?" (from Raposo et al. 2021, "Synthetic Returns"), whose code
+    shows the same cell by cell.
     """
 
     def __init__(
@@ -81,14 +84,17 @@ class KeyToDoor(ThreePhases):
 
     def _begin_reward(self, copies: Indices) -> None:
         self._board[copies] = LOCKED
-        self._board[copies[self._has_key[copies]], DOOR] = OPENING
+        self._board[copies[self._has_key[copies]], DOOR] = OPEN_DOOR
         self._at[copies] = INSIDE
 
     def _touch(self, touched: NDArray[np.uint8]) -> Rewards:
-        takes, opens = touched == KEY, touched == OPENING
+        takes, opens = touched == KEY, (touched == OPEN_DOOR) & ~self._success
         self._has_key |= takes
         self._success |= opens
-        self._clear(takes | opens)
+        self._clear(takes)
+        lamps = self._board[:, LAMP]
+        lamps[lamps == LIT] = WALL
+        lamps[takes] = LIT
         return np.where(opens, self.final_reward, 0.0)
 
 

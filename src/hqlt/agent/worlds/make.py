@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 from functools import partial
 from typing import Any
 
 import gymnasium
 import numpy as np
+from gymnasium.envs.registration import load_env_creator
 from gymnasium.vector import SyncVectorEnv, VectorEnv
 
 from hqlt.agent.worlds.key_to_door import KeyToDoor
 from hqlt.agent.worlds.t_maze import TMaze
 from hqlt.agent.worlds.visual_match import VisualMatch
 from hqlt.agent.worlds.world import World
+from hqlt.layer import one_of
 
 WORLDS: dict[str, tuple[type[World], dict[str, Any]]] = {
     "TMazePassive": (TMaze, {"oracle": 0}),
@@ -34,10 +37,12 @@ def make_worlds(name: str, n: int, seed: int, **options: Any) -> VectorEnv[Any, 
     name: one of WORLDS, with or without hqlt/ and -v0, or any id that gymnasium knows: popgym's and minigrid's, whose
         packages are imported for it, or one that you registered (MODULE:ID imports
         the module first). Those are stepped one by one, in a SyncVectorEnv.
-    options: the world's arguments.
+    options: the world's arguments; of ids of gymnasium's also those of `gymnasium.make`, such as max_episode_steps.
 
     MiniGrid's dictionaries become their images, uint8 [3, 7, 7] of kinds, colours and states, channels first; direction
     and mission are left out.
+
+    Raises ValueError for an unknown name or option, with the nearest one, and ImportError where a package is missing.
     """
     worlds = _worlds(name, n, options)
     worlds.reset(seed=seed)
@@ -49,6 +54,7 @@ def _worlds(name: str, n: int, options: dict[str, Any]) -> VectorEnv[Any, Any, A
     own = name.removeprefix("hqlt/").removesuffix("-v0")
     if own in WORLDS:
         world, defaults = WORLDS[own]
+        check_names(options, world)
         return world(num_envs=n, **{**defaults, **options})
     package = next((package for start, package in EXTRAS.items() if name.startswith(start)), None)
     if package is not None:
@@ -67,8 +73,20 @@ def _worlds(name: str, n: int, options: dict[str, Any]) -> VectorEnv[Any, Any, A
             f"expected a world ({', '.join(WORLDS)}) or an id that gymnasium knows, got {name!r}"
             + (f"; did you mean {near[0]!r}?" if near else "")
         )
+    creator = gymnasium.spec(id_there).entry_point
+    check_names(options, load_env_creator(creator) if isinstance(creator, str) else creator, gymnasium.make)
     image = partial(_image_of_minigrid, name, options)
     return SyncVectorEnv([image if package == "minigrid" else partial(gymnasium.make, name, **options)] * n)
+
+
+def check_names(options: dict[str, Any], world: Any, *others: Any) -> None:
+    """Raises ValueError for an option that neither the world's constructor nor the other functions take."""
+    takers = [inspect.signature(taker).parameters for taker in (world, *others)]
+    if any(parameter.kind == parameter.VAR_KEYWORD for parameter in takers[0].values()):
+        return
+    names = [name for taker in takers for name in taker if name not in ("num_envs", "id", "kwargs")]
+    for name in options:
+        one_of("options", name, names)
 
 
 def _image_of_minigrid(name: str, options: dict[str, Any]) -> gymnasium.Env[Any, Any]:

@@ -6,6 +6,7 @@ import numpy as np
 from gymnasium.spaces import Box
 from numpy.typing import NDArray
 
+from hqlt.agent.settings import COUNT, INDEX, in_range
 from hqlt.agent.worlds.streams import Indices
 from hqlt.agent.worlds.world import Observations, OneCopy, Rewards, World
 
@@ -50,9 +51,8 @@ class TMaze(World):
         penalty: float | None = None,
         render_mode: str | None = None,
     ) -> None:
-        for name, value, least in (("corridor", corridor, 1), ("oracle", oracle, 0)):
-            if value < least:
-                raise ValueError(f"{name}: expected a length of at least {least}, got {value}")
+        in_range("corridor", corridor, COUNT)
+        in_range("oracle", oracle, INDEX)
         self.corridor, self.oracle, self.junction = corridor, oracle, corridor + oracle
         self.goal_reward, self.penalty = goal_reward, -1 / corridor if penalty is None else penalty
         super().__init__(num_envs, Box(-1, 1, (2,), np.float32), corridor + 2 * oracle + 1, render_mode)

@@ -13,6 +13,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
+from hqlt.agent.settings import COUNT, in_range
 from hqlt.agent.worlds.streams import Indices, Streams
 
 Observations: TypeAlias = NDArray[Any]
@@ -47,8 +48,7 @@ class World(VectorEnv[Observations, NDArray[Any], NDArray[Any]]):
     def __init__(
         self, num_envs: int, observation: gymnasium.Space[Any], episode_length: int, render_mode: str | None
     ) -> None:
-        if num_envs < 1:
-            raise ValueError(f"num_envs: expected at least 1 copy, got {num_envs}")
+        in_range("num_envs", num_envs, COUNT)
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode: expected None or 'rgb_array', got {render_mode!r}")
         self.num_envs, self.episode_length, self.render_mode = num_envs, episode_length, render_mode

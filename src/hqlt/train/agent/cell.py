@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from hqlt.agent.ppo import PPOSettings
 from hqlt.agent.sac import SACSettings
-from hqlt.agent.settings import at_least
+from hqlt.agent.settings import COUNT, all_in_range
 from hqlt.evaluate import Score
 from hqlt.train.agent.checkpoints import AgentCheckpoints
 from hqlt.train.agent.run import keep_agent
@@ -43,8 +43,7 @@ class AgentBudget:
     """One argument of the world, and values of it at which the chosen agent is tested too: {distractor: [10, 100]}."""
 
     def __post_init__(self) -> None:
-        at_least(1, steps=self.steps, copies=self.copies, evaluations=self.evaluations)
-        at_least(1, episodes=self.episodes, test_episodes=self.test_episodes)
+        all_in_range(self, steps=COUNT, copies=COUNT, evaluations=COUNT, episodes=COUNT, test_episodes=COUNT)
         if len(self.along) > 1:
             raise ValueError(f"along: expected at most one argument of the world, got {', '.join(self.along)}")
 

@@ -64,13 +64,13 @@ class AgentCheckpoints:
         if place is None:
             return None
         try:
-            told = json.loads((place / "trainer.json").read_text())
+            told = dict(json.loads((place / "trainer.json").read_text()))
             tensors = load_file(place / "agent.safetensors")
             replay = place / "replay.safetensors"
             arrays = load_arrays(replay) if replay.exists() else None
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
             raise ValueError(f"{place}: expected a whole checkpoint: {error}; {advice(place)}") from error
-        ours, theirs = fixed(trainer.settings), told.get("settings", {})
+        ours, theirs = fixed(trainer.settings), dict(told.get("settings") or {})
         for name in ours:
             if ours[name] != theirs.get(name):
                 raise ValueError(
@@ -79,9 +79,9 @@ class AgentCheckpoints:
                 )
         try:
             trainer.restore(tensors, arrays, told)
-        except (RuntimeError, KeyError, ValueError) as error:
+        except (RuntimeError, KeyError, ValueError, TypeError) as error:
             raise ValueError(f"{place}: expected a checkpoint of this agent: {error}; {advice(place)}") from error
-        return dict(told)
+        return told
 
 
 def fixed(settings: AgentSettings) -> dict[str, Any]:

@@ -14,10 +14,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from hqlt._version import version
-from hqlt.run_folder import run_folder
+from hqlt.agent.collect import Stopped
+from hqlt.disk import write_whole
+from hqlt.errors import reason
+from hqlt.run_folder import COMMANDS, kind_of, run_folder
 from hqlt.signals import stopping
 from hqlt.train.agent.checkpoints import AgentCheckpoints
 from hqlt.train.agent.settings import AgentSettings
@@ -26,46 +29,50 @@ from hqlt.train.live import LiveLine, Speed
 from hqlt.train.metrics import Metrics, Trackers
 
 WEIGHTS = "agent.safetensors"
+LOSSES = ("loss", "policy", "value", "critic", "actor", "temperature", "gradient")
+"""Of either algorithm, as metrics.jsonl names them."""
 
 
 def run(settings: AgentSettings, folder: Path | None = None, device: str = "cpu") -> None:
     """Train as the settings say into the folder, going on from its newest checkpoint if there is one.
 
-    Ctrl-C and SIGTERM end with status 130 or 143 after what is under way, and a checkpoint. Leaves config.json,
-    metrics.jsonl, checkpoints/, and at the end agent.safetensors (the best weights), results.json, curves.png, the
-    film of an episode, README.md and report.html.
+    Ctrl-C and SIGTERM end with status 130 or 143 before the next step of an environment, and with a checkpoint where
+    training can go on from there exactly; a second one ends at once. Leaves config.json, metrics.jsonl, checkpoints/,
+    and at the end agent.safetensors (the best weights), results.json, curves.png, the film of an episode, README.md and
+    report.html. A loss that was no finite number at the end is reported with status 1.
     """
     from hqlt.report.agent import leave_agent_report  # now: a package that it misses would be the end of all
 
     folder = folder or Path("runs") / f"{settings.world.replace('/', '-')}-{settings.memory}"
     console = Console(highlight=False, soft_wrap=True)
+    trainer = AgentTrainer(settings, device)  # before the folder is made: it refuses what cannot be trained
     with run_folder(folder, "agent"):
-        trainer = AgentTrainer(settings, device)
         checkpoints = AgentCheckpoints(folder / "checkpoints", settings.keep)
         resumed = checkpoints.resume(trainer)
         told = told_of(trainer, device)
-        (folder / "config.json").write_text(json.dumps(told, indent=1))
+        write_whole(folder / "config.json", json.dumps(told, indent=1).encode())
         console.print(
             f"{settings.algorithm.upper()} in {settings.copies} × {settings.world}, {settings.memory} memory, "
             f"{trainer.size:,} parameters → {folder}" + (f", going on after step {trainer.steps:,}" if resumed else "")
         )
-        with stopping() as stopped:
-            finished = follow(trainer, checkpoints, folder, stopped, console)
-        if not finished:
-            newest = checkpoints.newest()
-            console.print(f"stopped; the same command goes on from {newest.name if newest else 'the beginning'}")
-            sys.exit(128 + stopped[0])
-        tested = trainer.test()
-        keep_agent(trainer, folder, told)
-        leave_agent_report(trainer, tested, folder, told, console)
+        with stopping() as trainer.stopped:
+            try:
+                follow(trainer, checkpoints, folder, console)
+                tested = trainer.test()
+                keep_agent(trainer, folder, told)
+                leave_agent_report(trainer, tested, folder, told, console)
+            except Stopped:
+                newest = checkpoints.newest()
+                console.print(f"stopped; the same command goes on from {newest.name if newest else 'the beginning'}")
+                sys.exit(128 + trainer.stopped[0])
+        refuse_divergence(trainer, folder)
 
 
-def follow(
-    trainer: AgentTrainer, checkpoints: AgentCheckpoints, folder: Path, stopped: list[int], console: Console
-) -> bool:
-    """Train, tell each update, keep the trainer at each evaluation; → False where a signal came between."""
+def follow(trainer: AgentTrainer, checkpoints: AgentCheckpoints, folder: Path, console: Console) -> None:
+    """Train, report each update, save the trainer at each evaluation, and where Stopped is raised if it can resume."""
     settings, begun, speed = trainer.settings, time.monotonic(), Speed()
-    metrics = Metrics(folder / "metrics.jsonl", trainer.steps)
+    reported = trainer.steps - (trainer.unscored is not None)  # its line comes with the evaluation that is due
+    metrics = Metrics(folder / "metrics.jsonl", reported)
     trackers = Trackers(folder, dataclasses.asdict(settings), trainer.steps)
     try:
         with LiveLine(console, settings.steps, trainer.steps) as line:
@@ -73,16 +80,28 @@ def follow(
                 metrics.write(told.as_line())
                 trackers.write(told.as_line())
                 line.show(told.step, words_of(told, speed.at(told.step)), news_of(told))
-                evaluated = told.evaluated_return is not None
-                if evaluated or (stopped and trainer.agent.goes_on_between_rounds):
+                if told.evaluated_return is not None:
                     checkpoints.save(trainer)
-                if stopped and not trainer.finished:
-                    return False
+    except Stopped:
+        if trainer.resumable:
+            checkpoints.save(trainer)
+        raise
     finally:
         metrics.close()
         trackers.close()
     console.print(f"{time.monotonic() - begun:.0f} s in this start")
-    return True
+
+
+def refuse_divergence(trainer: AgentTrainer, folder: Path) -> None:
+    """Raises ValueError where the last line of metrics.jsonl that has losses has one that was no finite number."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last: dict[str, Any] = next((line for line in reversed(lines) if "gradient" in line), {})
+    if unknown := [name for name, value in last.items() if value is None and name in LOSSES]:
+        raise ValueError(
+            f"{folder}: training diverged: {', '.join(unknown)} was no finite number at step {last['step']:,}, and "
+            f"{last['left_out']:,} updates were skipped; the report is of the weights of step {trainer.best_step:,}. "
+            f"Lower --{trainer.settings.algorithm}.learning_rate"
+        )
 
 
 def words_of(told: Update, speed: float) -> list[str]:
@@ -123,12 +142,9 @@ def told_of(trainer: AgentTrainer, device: str) -> dict[str, Any]:
 def keep_agent(trainer: AgentTrainer, folder: Path, told: dict[str, Any] | None = None) -> None:
     """Write what `load_agent` takes: config.json with the settings, and the weights as they are, last and at once."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(
-        json.dumps(told or {"settings": dataclasses.asdict(trainer.settings)}, indent=1)
-    )
-    unfinished = folder / (WEIGHTS + ".unfinished")
-    save_file(trainer.agent.state_dict(), unfinished)
-    unfinished.replace(folder / WEIGHTS)
+    told = told or {"settings": dataclasses.asdict(trainer.settings)}
+    write_whole(folder / "config.json", json.dumps(told, indent=1).encode())
+    write_whole(folder / WEIGHTS, save(trainer.agent.state_dict()))
 
 
 def load_agent(folder: Path, device: str = "cpu") -> AgentTrainer:
@@ -138,6 +154,12 @@ def load_agent(folder: Path, device: str = "cpu") -> AgentTrainer:
     """
     from hqlt.agent import PPOSettings, SACSettings
 
+    kind = kind_of(folder)
+    if kind not in (None, "agent"):
+        raise ValueError(
+            f"{folder}: expected a run of {COMMANDS['agent']}, found one of {COMMANDS[kind]}; of a study of agents "
+            f"give models/NAME in its folder"
+        )
     try:
         kept = json.loads((folder / "config.json").read_text())["settings"]
         kept["ppo"] = PPOSettings(**kept["ppo"] | {"heads": tuple(kept["ppo"]["heads"])})
@@ -145,6 +167,6 @@ def load_agent(folder: Path, device: str = "cpu") -> AgentTrainer:
         trainer = AgentTrainer(AgentSettings(**kept), device)
         trainer.best = load_file(folder / WEIGHTS)
         trainer.agent.load_state_dict(trainer.best)
-    except (OSError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder}: expected the folder of a finished `hqlt rl train`: {error}") from error
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder}: expected the folder of a finished `hqlt rl train`: {reason(error)}") from error
     return trainer

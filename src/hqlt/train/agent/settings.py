@@ -8,7 +8,7 @@ from typing import Any, Literal
 from hqlt.agent.memory_model import MODELS
 from hqlt.agent.ppo import PPOSettings
 from hqlt.agent.sac import SACSettings
-from hqlt.agent.settings import at_least
+from hqlt.agent.settings import COUNT, SEED, all_in_range
 from hqlt.layer import one_of
 
 VALIDATION_SEED, TEST_SEED = 2**32, 2**33
@@ -48,7 +48,7 @@ class AgentSettings:
     """How many checkpoints stay, the newest."""
 
     def __post_init__(self) -> None:
-        at_least(1, copies=self.copies, steps=self.steps, evaluate_every=self.evaluate_every)
-        at_least(1, episodes=self.episodes, keep=self.keep)
+        all_in_range(self, copies=COUNT, steps=COUNT, seed=SEED)
+        all_in_range(self, evaluate_every=COUNT, episodes=COUNT, keep=COUNT)
         one_of("memory", self.memory, MODELS)
         one_of("algorithm", self.algorithm, ("ppo", "sac"))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -61,12 +62,14 @@ class AgentTrainer:
 
     def __init__(self, settings: AgentSettings, device: str = "cpu") -> None:
         self.settings = settings
+        self.stopped: Sequence[int] = ()
+        """Looked at before each step; once there is anything in it, what plays raises Stopped."""
         place = usable_device(device)
         torch.manual_seed(settings.seed)
         self.envs = self.worlds(settings.copies, settings.seed)
         try:
             memory = build_memory(settings.memory, **settings.model)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"model: {error}") from None
         if settings.algorithm == "ppo":
             self.agent: Agent = PPO(self.envs, memory, settings.ppo, seed=settings.seed)
@@ -74,6 +77,8 @@ class AgentTrainer:
             self.agent = SAC(self.envs, memory, settings.sac, seed=settings.seed)
         torch.nn.Module.to(self.agent, place)
         self.size = sum(parameter.numel() for parameter in self.agent.parameters())
+        self.unscored: Update | None = None
+        """What is to be reported once the evaluation that is due is done."""
         self.best: dict[str, Tensor] = {}
         """Weights of the best evaluation so far."""
         self.best_step = 0
@@ -88,12 +93,18 @@ class AgentTrainer:
         return self.steps >= self.settings.steps
 
     def updates(self) -> Iterator[Update]:
-        """Train until the settings' steps are done; an evaluation ends each stretch of `evaluate_every` steps."""
+        """Train until the settings' steps are done; an evaluation ends each stretch of `evaluate_every` steps.
+
+        Raises Stopped where `stopped` says so; where the trainer is then `resumable`, what goes on from a checkpoint of
+        it is what would have come.
+        """
         settings, ended = self.settings, 0
+        if self.unscored is not None:
+            yield self.scored(self.unscored)
         while not self.finished:
             until = (self.steps // settings.evaluate_every + 1) * settings.evaluate_every
             until = min(until, settings.steps)
-            for progress in self.agent.train_in(self.envs, until):
+            for progress in self.agent.train_in(self.envs, until, stopped=self.stopped):
                 told = update_of(progress, int(self.agent.left_out))
                 ended += told.episodes
                 if progress.steps >= until:
@@ -102,24 +113,39 @@ class AgentTrainer:
                             f"evaluate_every: expected more than {settings.copies} copies × the longest episode, so "
                             f"that episodes end, got {settings.evaluate_every}: by step {progress.steps} none had"
                         )
-                    scored = self.score(settings.episodes, VALIDATION_SEED)
-                    self.keep_the_best(scored)
-                    told = told._replace(evaluated_return=scored.mean_return, evaluated_success=known(scored.success))
+                    told = self.scored(told)
                 yield told
+
+    def scored(self, told: Update) -> Update:
+        """The same with the evaluation that is due."""
+        self.unscored = told
+        scored = self.score(self.settings.episodes, VALIDATION_SEED)
+        self.keep_the_best(scored)
+        self.unscored = None
+        return told._replace(evaluated_return=scored.mean_return, evaluated_success=known(scored.success))
+
+    @property
+    def resumable(self) -> bool:
+        """Whether training goes on exactly from a checkpoint of now."""
+        return self.agent.goes_on_between_rounds or self.unscored is not None
 
     def score(self, episodes: int, seed: int, **options: Any) -> Evaluation:
         """Greedy episodes in the same world, or in one with other options."""
-        return evaluate(self.agent, self.worlds(min(episodes, 64), seed, **options), episodes, seed=seed)
+        with contextlib.closing(self.worlds(min(episodes, 64), seed, **options)) as envs:
+            return evaluate(self.agent, envs, episodes, seed=seed, stopped=self.stopped)
 
     def worlds(self, copies: int, seed: int, **options: Any) -> VectorEnv:
         """The settings' world, with other options where given.
 
-        Raises ValueError for options that it does not take, and where something that it needs is not installed.
+        Raises ValueError for options that it does not take, and whatever else keeps it from being made.
         """
         try:
             return make_worlds(self.settings.world, copies, seed, **{**self.settings.options, **options})
-        except (TypeError, gymnasium.error.Error) as error:
-            raise ValueError(f"{self.settings.world}: {error}") from None
+        except ImportError:
+            raise
+        except Exception as error:  # what other people's environments raise
+            kind = "" if isinstance(error, (ValueError, gymnasium.error.Error)) else f"{type(error).__name__}: "
+            raise ValueError(f"{self.settings.world}: {kind}{error}") from error
 
     def keep_the_best(self, scored: Evaluation) -> None:
         """By success, then by return; the later of equals, which has learned for longer."""
@@ -144,7 +170,12 @@ class AgentTrainer:
         return self.agent.replay.state_dict() if isinstance(self.agent, SAC) else None
 
     def told(self) -> dict[str, Any]:
-        return {"step": self.steps, "best_step": self.best_step, "best_score": self.best_score if self.best else None}
+        return {
+            "step": self.steps,
+            "best_step": self.best_step,
+            "best_score": self.best_score if self.best else None,
+            "unscored": self.unscored and self.unscored._asdict(),
+        }
 
     def restore(
         self, tensors: Mapping[str, Tensor], arrays: Mapping[str, NDArray[Any]] | None, told: Mapping[str, Any]
@@ -154,6 +185,8 @@ class AgentTrainer:
             if arrays is None:
                 raise ValueError("expected the replay, found none")
             self.agent.replay.load_state_dict(arrays)
+        unscored = told.get("unscored")
+        self.unscored = unscored and Update(**unscored)
         if told["best_score"] is not None:
             success, mean_return = told["best_score"]
             self.best_step, self.best_score = told["best_step"], (success, mean_return)
