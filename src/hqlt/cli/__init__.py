@@ -21,6 +21,7 @@ from typing import NamedTuple, NoReturn, TypeAlias
 
 from hqlt._version import version
 from hqlt.errors import EXTRAS, explanation, how_to_install, is_out_of_memory
+from hqlt.threads import Load, wait_gently_if_busy
 
 Command: TypeAlias = "Callable[..., None] | dict[str, Command]"
 
@@ -66,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="replace")  # what the terminal's encoding does not have is shown as "?"
     given = sys.argv[1:] if arguments is None else arguments
     try:
-        run_command(given)
+        run_command(given, Load())
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
@@ -97,7 +98,7 @@ def reader_left() -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def run_command(arguments: Sequence[str]) -> None:
+def run_command(arguments: Sequence[str], machine: Load) -> None:
     """Find the command that the first arguments name, and call it with what the others say."""
     prog, command = "hqlt", None
     if arguments[:1] == ["--version"]:
@@ -111,9 +112,11 @@ def run_command(arguments: Sequence[str]) -> None:
         name, *arguments = arguments
         if name not in listed:
             refuse(prog, name, listed)
-        prog, command = f"{prog} {name}", load(name) if command is None else command[name]
-    from hqlt.cli.parser import dashed, parse, parser_of  # now: a list of commands needs none of it
+        if command is None:
+            from hqlt.cli.parser import dashed, parse, parser_of  # now: a list of commands needs none of it
 
+            wait_gently_if_busy(machine)  # before the command loads torch
+        prog, command = f"{prog} {name}", load(name) if command is None else command[name]
     options = parse(parser_of(command, prog), arguments)
     try:
         command(**options)

@@ -1,0 +1,127 @@
+"""A training step of the tiny model on a quiet machine and beside a program that keeps one core busy, by how torch's
+threads wait for one another (`hqlt.threads`).
+
+Each contestant is a process of its own, because libgomp reads its variables when it is loaded. The program beside it
+is made here: a loop that never sleeps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+from rich.text import Text
+
+from hqlt.bench.race import Row
+from hqlt.report.terminal import FittingTable
+from hqlt.threads import PREFIXES
+
+ONLY = ("quiet", "busy")
+CAPTION = (
+    "training steps of the tiny model a second (b8 t256), and the share of the first contestant's on a quiet machine"
+)
+
+CONTESTANTS: dict[str, dict[str, str]] = {
+    "torch's default": {},
+    "hqlt's commands": {"HQLT_BENCH": "chosen"},
+    "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "GOMP_SPINCOUNT=1000": {"GOMP_SPINCOUNT": "1000"},
+    "GOMP_SPINCOUNT=10000": {"GOMP_SPINCOUNT": "10000"},
+    "GOMP_SPINCOUNT=100000": {"GOMP_SPINCOUNT": "100000"},
+    "one thread": {"OMP_NUM_THREADS": "1"},
+}
+
+MEASURE = """
+import os, sys, json, time
+if os.environ.get("HQLT_BENCH"):
+    from hqlt.threads import Load, wait_gently_if_busy
+    del os.environ["HQLT_BENCH"]
+    wait_gently_if_busy(Load())
+import torch
+from hqlt.model import HQLTForCausalLM, preset
+seconds, b, t = float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+torch.manual_seed(0)
+model = HQLTForCausalLM(preset("tiny"))
+tokens = torch.randint(0, model.config.vocab_size, (b, t))
+optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+def step():
+    optimiser.zero_grad()
+    model(tokens, labels=tokens).loss.backward()
+    optimiser.step()
+step()
+begun, steps = time.perf_counter(), 0
+while time.perf_counter() - begun < seconds or steps < 2:
+    step()
+    steps += 1
+print(json.dumps(steps / (time.perf_counter() - begun)))
+"""
+
+
+def run(rounds: int, quick: bool, only: str | None) -> list[Row]:
+    """rounds: processes of each contestant, in turns. `--threads` plays no part: it is what is measured."""
+    arguments = ["0.1", "1", "8"] if quick else ["3", "8", "256"]
+    speeds: dict[tuple[str, str], list[float]] = {}
+    for _ in range(rounds):
+        for machine in ONLY:
+            if only not in (None, machine):
+                continue
+            with busy_core() if machine == "busy" else contextlib.nullcontext():
+                for name, variables in CONTESTANTS.items():
+                    speeds.setdefault((machine, name), []).append(steps_per_second(variables, arguments))
+    median = {key: statistics.median(of) for key, of in speeds.items()}
+    first = next(iter(median.values()))
+    return [
+        {
+            "implementation": name,
+            **{
+                machine: {"steps/s": median[machine, name], "share": median[machine, name] / first}
+                for machine in ONLY
+                if (machine, name) in median
+            },
+        }
+        for name in CONTESTANTS
+    ]
+
+
+def steps_per_second(variables: dict[str, str], arguments: list[str]) -> float:
+    """Of a new process with these variables and none of the user's own about threads."""
+    mine = {name: value for name, value in os.environ.items() if not name.startswith(PREFIXES)}
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *arguments], env=mine | variables, check=True, stdout=subprocess.PIPE, text=True
+    )
+    return float(json.loads(done.stdout))
+
+
+@contextlib.contextmanager
+def busy_core() -> Iterator[None]:
+    """Another program that keeps one core busy."""
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        time.sleep(0.5)
+        yield
+    finally:
+        other.kill()
+        other.wait()
+
+
+def table_of(title: str, results: list[Row], caption: str) -> FittingTable:
+    machines = [name for name in results[0] if name != "implementation"]
+    columns = ["threads wait", *(f"{machine}, {what}" for machine in machines for what in ("steps/s", "%"))]
+    rows = [
+        [
+            Text(row["implementation"]),
+            *(
+                Text(text)
+                for machine in machines
+                for text in (f"{row[machine]['steps/s']:.2f}", f"{100 * row[machine]['share']:.0f}")
+            ),
+        ]
+        for row in results
+    ]
+    return FittingTable(columns, rows, caption, title, names=1)

@@ -1,0 +1,82 @@
+"""How threads wait on a busy machine: chosen from the load, before torch is loaded, and never over the user."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from hqlt import threads
+from hqlt.threads import GENTLE, Load, wait_gently_if_busy
+
+
+@pytest.fixture(autouse=True)
+def nobody_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(threads.PREFIXES)]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+
+
+class Machine(Load):
+    def __init__(self, others: float) -> None:
+        self.others = others
+
+    def of_others(self) -> float:
+        return self.others
+
+
+def test_a_busy_machine_is_met_gently_and_a_quiet_one_as_torch_does() -> None:
+    before = os.environ.copy()
+    wait_gently_if_busy(Machine(0.1))
+    assert os.environ == before
+    wait_gently_if_busy(Machine(1.0))
+    assert os.environ == before | GENTLE
+
+
+@pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"])
+def test_what_the_user_said_stays(name: str) -> None:
+    os.environ[name] = "7"
+    before = os.environ.copy()
+    wait_gently_if_busy(Machine(1.0))
+    assert os.environ == before
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="Linux tells how busy its cores are")
+def test_a_program_beside_this_one_is_load_and_this_one_is_not() -> None:
+    mine = Load()
+    while mine.begun + 0.3 > threads.time.monotonic():
+        pass  # busy by itself
+    cores = len(os.sched_getaffinity(0))
+    quiet = mine.of_others()
+    assert 0 <= quiet <= cores
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        assert Load().of_others() <= cores + 0.2
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_where_the_system_does_not_say_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    before = os.environ.copy()
+    wait_gently_if_busy(Load())
+    assert os.environ == before
+
+
+def test_a_command_decides_before_torch_is_loaded() -> None:
+    code = (
+        "import sys\nfrom hqlt import cli\n"
+        "def decided(machine):\n"
+        "    print('torch' in sys.modules)\n    sys.exit(0)\n"
+        "cli.wait_gently_if_busy = decided\ncli.main(['bench', 'ops'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_import_hqlt_changes_nothing() -> None:
+    code = "import os\nbefore = dict(os.environ)\nimport hqlt, hqlt.cli\nassert dict(os.environ) == before"
+    subprocess.run([sys.executable, "-c", code], check=True)
