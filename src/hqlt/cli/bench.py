@@ -39,8 +39,8 @@ def bench(
     Args:
         what: "ops" the memories' reads and writes, "layer" one layer, "step" one token, "train" one training step, all
             on the CPU; "gpu" a synchronous layer's middle and a training step of hqlt-340m on a GPU; "worlds" steps of
-            the partially observable worlds, in as many threads as NumPy uses for them: one; "threads" a training step on
-            a quiet and on a busy machine, by how torch's threads wait.
+            the partially observable worlds, in as many threads as NumPy uses for them: one; "threads" a training step,
+            on a quiet and on a busy machine, by how torch's threads wait.
         threads: of torch and of the native memories.
         rounds: turns of each contestant.
         only: one part of the benchmark, such as "delta" of ops, "synchronous" of step, or "VisualMatch" of worlds.
