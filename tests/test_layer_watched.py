@@ -63,11 +63,12 @@ def test_a_hook_on_any_part_is_called_once_a_call(choice, t, hook):
             assert heard == [1], name
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # of parts whose inputs are not tensors
 @pytest.mark.parametrize("t", LENGTHS)
 @pytest.mark.parametrize("choice", ONE_OF_EACH_BLEND)
 def test_hooks_on_all_modules_hear_every_part(choice, t):
     layer, x, state = case(choice, t)
-    expected, called = layer(x, state), []
+    expected, called = layer(x, state), list[str]()
     names = {part: name for name, part in layer.named_modules()}
     for register in (
         everywhere.register_module_forward_hook,
@@ -205,6 +206,7 @@ def test_a_quantised_layer(choice):
     assert state.keys.dtype == torch.float32
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # the transforms' own
 class TestTransforms:
     """torch.func and forward-mode AD, with the state as an input among the others."""
 
@@ -293,19 +295,18 @@ class TestModes:
         ]
 
     def test_a_mode_sees_what_is_computed(self, choice, t):
-        class Counted(torch.overrides.TorchFunctionMode):
-            calls = 0
+        class Heard(torch.overrides.TorchFunctionMode):
+            names = ""
 
             def __torch_function__(self, function, types, args=(), kwargs=None):
-                Counted.calls += "empty_like" not in str(function)
+                Heard.names += f" {function}"
                 return function(*args, **(kwargs or {}))
 
         layer, x, state = case(choice, t)
-        projections = sum(isinstance(part, nn.Linear) for part in layer.modules())
         expected = layer(x, state)
-        with Counted():
+        with Heard():
             same(layer(x, state), expected)
-        assert Counted.calls > 3 * projections
+        assert "scaled_dot_product_attention" in Heard.names or "hqlt." in Heard.names
 
 
 def test_a_layer_that_ran_is_copied_and_pickled_with_its_buffers():
