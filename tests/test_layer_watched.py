@@ -96,7 +96,9 @@ def test_backward_hooks_see_the_gradients_of_their_part(t, register):
     (expected,) = torch.autograd.grad(layer(x, state)[0].square().sum(), x)
     for name in ("v_activation", "blend.kv", "mixer", "o_norm"):
         heard = []
-        handle = getattr(layer.get_submodule(name), register)(lambda part, *grads: heard.append(grads[-1][0]))
+        handle = getattr(layer.get_submodule(name), register)(
+            lambda part, *grads, heard=heard: heard.append(grads[-1][0])
+        )
         (got,) = torch.autograd.grad(layer(x, state)[0].square().sum(), x)
         handle.remove()
         close(got, expected)
@@ -319,7 +321,7 @@ def test_a_layer_that_ran_is_copied_and_pickled_with_its_buffers():
 
 @pytest.mark.parametrize("choice", ONE_OF_EACH_BLEND)
 def test_threads_share_a_layer(choice):
-    """Each with a state of its own, and rows of another number: what a layer keeps of the last call serves none else."""
+    """Each with a state of its own and another number of rows: what a layer keeps of its last call serves no other."""
     layer = build_layer(choice).requires_grad_(False)
     expected = {b: layer(tokens(b, 30, seed=b))[0] for b in (1, 2, 3)}
     wrong = []
