@@ -63,11 +63,12 @@ def test_a_hook_on_any_part_is_called_once_a_call(choice, t, hook):
             assert heard == [1], name
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # of parts whose inputs are not tensors
 @pytest.mark.parametrize("t", LENGTHS)
 @pytest.mark.parametrize("choice", ONE_OF_EACH_BLEND)
 def test_hooks_on_all_modules_hear_every_part(choice, t):
     layer, x, state = case(choice, t)
-    expected, called = layer(x, state), []
+    expected, called = layer(x, state), list[str]()
     names = {part: name for name, part in layer.named_modules()}
     for register in (
         everywhere.register_module_forward_hook,
@@ -95,7 +96,9 @@ def test_backward_hooks_see_the_gradients_of_their_part(t, register):
     (expected,) = torch.autograd.grad(layer(x, state)[0].square().sum(), x)
     for name in ("v_activation", "blend.kv", "mixer", "o_norm"):
         heard = []
-        handle = getattr(layer.get_submodule(name), register)(lambda part, *grads: heard.append(grads[-1][0]))
+        handle = getattr(layer.get_submodule(name), register)(
+            lambda part, *grads, heard=heard: heard.append(grads[-1][0])
+        )
         (got,) = torch.autograd.grad(layer(x, state)[0].square().sum(), x)
         handle.remove()
         close(got, expected)
@@ -205,6 +208,7 @@ def test_a_quantised_layer(choice):
     assert state.keys.dtype == torch.float32
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # the transforms' own
 class TestTransforms:
     """torch.func and forward-mode AD, with the state as an input among the others."""
 
@@ -277,12 +281,14 @@ def test_a_traced_layer_is_the_layer(choice, t):
 @pytest.mark.parametrize("choice", ONE_OF_EACH_BLEND)
 class TestModes:
     def test_fake_tensors_leave_no_trace(self, choice, t):
-        layer, x, state = case(choice, t)
-        expected = layer(x, state)
+        layer = build_layer(choice, rope_theta=1_234.0 + t).requires_grad_(False)  # whose table nobody made before
+        before, x = tokens(2, 6, seed=1), tokens(2, t)
         with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            y, after = layer(mode.from_tensor(x), state.map(mode.from_tensor))
-            assert y.shape == x.shape and [part.shape for part in after] == [part.shape for part in expected[1]]
-        same(layer(x, state), expected)
+            fake = layer(mode.from_tensor(before))[1]
+            y, after = layer(mode.from_tensor(x), fake)
+        got = layer(x, layer(before)[1])
+        close(got[0], layer(torch.cat([before, x], dim=1))[0][:, 6:])
+        assert [part.shape for part in (y, *after)] == [part.shape for part in (got[0], *got[1])]
 
     def test_meta_tensors(self, choice, t):
         layer, x, state = case(choice, t)
@@ -293,19 +299,18 @@ class TestModes:
         ]
 
     def test_a_mode_sees_what_is_computed(self, choice, t):
-        class Counted(torch.overrides.TorchFunctionMode):
-            calls = 0
+        class Heard(torch.overrides.TorchFunctionMode):
+            names = ""
 
             def __torch_function__(self, function, types, args=(), kwargs=None):
-                Counted.calls += "empty_like" not in str(function)
+                Heard.names += f" {function}"
                 return function(*args, **(kwargs or {}))
 
         layer, x, state = case(choice, t)
-        projections = sum(isinstance(part, nn.Linear) for part in layer.modules())
         expected = layer(x, state)
-        with Counted():
+        with Heard():
             same(layer(x, state), expected)
-        assert Counted.calls > 3 * projections
+        assert "scaled_dot_product_attention" in Heard.names or "hqlt." in Heard.names
 
 
 def test_a_layer_that_ran_is_copied_and_pickled_with_its_buffers():
@@ -318,7 +323,7 @@ def test_a_layer_that_ran_is_copied_and_pickled_with_its_buffers():
 
 @pytest.mark.parametrize("choice", ONE_OF_EACH_BLEND)
 def test_threads_share_a_layer(choice):
-    """Each with a state of its own, and rows of another number: what a layer keeps of the last call serves none else."""
+    """Each with a state of its own and another number of rows: what a layer keeps of its last call serves no other."""
     layer = build_layer(choice).requires_grad_(False)
     expected = {b: layer(tokens(b, 30, seed=b))[0] for b in (1, 2, 3)}
     wrong = []

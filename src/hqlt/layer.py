@@ -112,6 +112,8 @@ class HybridMemory(nn.Module):
             raise ValueError(f"x: expected [b, t, {self.hidden_size}] for this layer, got shape {list(x.shape)}")
         check_resets(resets, b, t)
         if state is not None:
+            if type(state) is tuple:  # as torch.jit.trace passes it
+                state = MemoryState._make(state)
             self.check_state(state, x)
         if t == 0:
             return self.no_tokens(x), self.init_state(b, x.device) if state is None else state

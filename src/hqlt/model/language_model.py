@@ -28,6 +28,7 @@ from hqlt.model.config import HQLTConfig
 from hqlt.model.generation import HQLTGenerationMixin
 from hqlt.model.segments import Segments, read_rows, read_segments
 from hqlt.norm import RMSNorm
+from hqlt.registration import name_in_transformers
 from hqlt.shapes import Hidden, Positions, Resets
 
 ARGUMENTS = (
@@ -277,3 +278,4 @@ def _as_dict(return_dict: bool | None, config: PreTrainedConfig) -> bool:
 
 AutoModel.register(HQLTConfig, HQLTModel, exist_ok=True)
 AutoModelForCausalLM.register(HQLTConfig, HQLTForCausalLM, exist_ok=True)
+name_in_transformers(HQLTModel, HQLTForCausalLM)

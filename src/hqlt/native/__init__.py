@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
@@ -219,7 +219,13 @@ is_plain = may_run
 
 def is_traced() -> bool:
     """Whether a compiler, a mode, a transform or a tracer of torch watches what is done to tensors."""
-    return is_compiling() or _len_torch_dispatch_stack() > 0 or _get_tracing_state() is not None or is_transformed()
+    return (
+        is_compiling()
+        or _len_torch_dispatch_stack() > 0
+        or _len_torch_function_stack() > 0
+        or _get_tracing_state() is not None
+        or is_transformed()
+    )
 
 
 def is_transformed() -> bool:
