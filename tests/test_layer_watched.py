@@ -290,6 +290,15 @@ class TestModes:
         close(got[0], layer(torch.cat([before, x], dim=1))[0][:, 6:])
         assert [part.shape for part in (y, *after)] == [part.shape for part in (got[0], *got[1])]
 
+    def test_another_default_device(self, choice, t):
+        """Everything is made where x is."""
+        layer = build_layer(choice, rope_theta=12_345.0 + t).requires_grad_(False)
+        before, x = tokens(2, 6, seed=1), tokens(2, t)
+        with torch.device("meta"):
+            state = layer(before)[1]
+            got = layer(x, state)
+        same(layer(x, state), got)
+
     def test_meta_tensors(self, choice, t):
         layer, x, state = case(choice, t)
         expected = layer(x, state)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hqlt.memory import FastWeights, FWMemory, KVMemory, MemoryState
 from hqlt.ops.segments import positions
-from hqlt.shapes import Keys, Positions, Queries, Resets, Strengths, Values, at_least_float32
+from hqlt.shapes import Keys, Positions, Queries, Resets, Strengths, Values, at_least_float32, is_symbolic
 
 
 class Reads(NamedTuple):
@@ -105,10 +105,13 @@ class Blend(nn.Module):
         count = timeline.position[:, -1] + 1
         unused = torch.arange(s, 0, -1, device=count.device) > self.held(count)[:, None]
 
-        index = torch.arange(l - s, l, device=count.device).clamp(min=0)  # before the first pair, a slot is unused
+        index = None
+        if is_symbolic(l) or l < s:  # a slot before the first pair is unused, whatever is taken for it
+            index = torch.arange(l - s, l, device=count.device).clamp(min=0)
 
         def latest(x: Tensor) -> Tensor:
-            return x.index_select(1, index).masked_fill(unused.view(b, s, *(1,) * (x.dim() - 2)), 0)
+            x = x[:, l - s :] if index is None else x.index_select(1, index)
+            return x.masked_fill(unused.view(b, s, *(1,) * (x.dim() - 2)), 0)
 
         if fast_weights is None:
             v = timeline.values

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from hqlt import ops
+from hqlt import native, ops
 from hqlt.ops.features import rotated
 from hqlt.shapes import Keys, Queries, Resets, Values
 
@@ -40,8 +40,8 @@ class KVMemory(nn.Module):
         """cos and sin for a timeline of l pairs; None without positions."""
         if self.rope_theta is None:
             return None
-        # A compiler traces the making itself, and warns of a cache.
-        table = rotary_table.__wrapped__ if torch.compiler.is_compiling() else rotary_table
+        # Made under a compiler, a mode or a transform, it is that one's, and serves no other call.
+        table = rotary_table.__wrapped__ if native.is_traced() else rotary_table
         return table(l, q.shape[-1], self.rope_theta, q.device, q.dtype)
 
     def extra_repr(self) -> str:
@@ -52,8 +52,8 @@ class KVMemory(nn.Module):
 def rotary_table(l: int, k: int, theta: float, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of position · theta^(−2i/k) for i < k/2: [l, 1, k/2] each, from angles in float64."""
     with torch.inference_mode(False), torch.no_grad():
-        frequency = theta ** (-torch.arange(0, k, 2, dtype=torch.float64) / k)
-        angle = torch.arange(l, dtype=torch.float64)[:, None] * frequency
+        frequency = theta ** (-torch.arange(0, k, 2, dtype=torch.float64, device="cpu") / k)
+        angle = torch.arange(l, dtype=torch.float64, device="cpu")[:, None] * frequency
         dtype = torch.promote_types(dtype, torch.float32)
         cos, sin = (wave[:, None].to(device, dtype) for wave in (angle.cos(), angle.sin()))
         return cos, sin

@@ -25,7 +25,7 @@ WRITES = (None, "own", "leaving", "chunk")
 RULES = ("delta", "linear")
 MIXERS = (None, "sum", "scalar", "vector")
 EVERYTHING = 2**62
-NOTHING = torch.empty(0)  # stands for what is not there; its address is 0
+NOTHING = torch.empty(0, device="cpu")  # stands for what is not there; its address is 0
 
 # OneTokenJob of native/memories.cpp.
 SIZES_AND_FACTORS, ADDRESSES = struct.Struct("11q2d"), struct.Struct("22P")
