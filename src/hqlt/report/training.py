@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,23 @@ from typing import Any
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.text import Text
 
 from hqlt.report.page import write_page
 from hqlt.report.plots import save
 from hqlt.report.table import Table, TableCell
 
+SHOWN = 40
+"""Characters of a prompt in a command to be typed."""
 
-def leave_training_report(folder: Path, told: dict[str, Any], results: dict[str, Any], console: Console) -> None:
-    """Write results.json, README.md, curves.png and report.html into a run's folder, and print the table.
 
-    told: how the run was made, with its settings; the curves come from the folder's metrics.jsonl.
+def leave_training_report(
+    folder: Path, told: dict[str, Any], results: dict[str, Any], sample: dict[str, Any], console: Console
+) -> None:
+    """Write results.json, README.md, curves.png and report.html into a run's folder; print the table and the sample.
+
+    told: how the run was made, with its settings; the curves come from the folder's metrics.jsonl. sample: what the
+    model generated, as `sample_of` gives it.
     """
     history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     (folder / "results.json").write_text(json.dumps({**results, "run": told}, indent=1))
@@ -29,7 +37,8 @@ def leave_training_report(folder: Path, told: dict[str, Any], results: dict[str,
     how = json.dumps(told, indent=1, ensure_ascii=False)
     protocol = "Validation text was scored now and then, the test text once, at the end. The last weights are kept."
     (folder / "README.md").write_text(
-        f"# {title}\n\n{table.as_markdown()}\n![Curves](curves.png)\n\n{protocol}\n\n```\n{how}\n```\n"
+        f"# {title}\n\n{table.as_markdown()}\n![Curves](curves.png)\n\n{protocol}\n\n```\n{how}\n```\n",
+        encoding="utf-8",
     )
     write_page(
         folder / "report.html",
@@ -37,13 +46,15 @@ def leave_training_report(folder: Path, told: dict[str, Any], results: dict[str,
         introduction=f"A language model of {told['parameters']:,} parameters, trained from scratch.",
         table=table,
         plot=save(figure_of_run(history, told["data"]["bytes_per_token"]), folder / "curves.png"),
-        spoken=None,
-        samples=(),
+        samples=(sample,),
         protocol=protocol,
         settings=how,
     )
     console.print(table.for_terminal())
-    console.print(f"model: {folder / 'model'}    page: {folder / 'report.html'}")
+    console.print(Text.assemble((sample["prompt"], "dim"), sample["text"], "\n"))
+    console.print(f"page: {folder / 'report.html'}", markup=False)
+    prompt = " ".join(sample["prompt"].split())[:SHOWN] or "A"
+    console.print(f"next: {shlex.join(['hqlt', 'generate', str(folder), f'--prompt={prompt}'])}", markup=False)
 
 
 def table_of_run(told: dict[str, Any], results: dict[str, Any], history: Sequence[dict[str, Any]]) -> Table:

@@ -66,8 +66,9 @@ class Trainer:
         if train.vocab_size > config.vocab_size:
             raise ValueError(
                 f"data: expected tokens of a vocabulary of at most {config.vocab_size}, which the model has, got "
-                f"{train.vocab_size}; set model.vocab_size={train.vocab_size}"
+                f"{train.vocab_size}; give --model.vocab_size={train.vocab_size}"
             )
+        self._refuse_unscored()
         if settings.carry_state:
             refuse_unbounded(config)
             self.source: Windows | Stream = Stream(train, settings.length, settings.batch_size)
@@ -88,6 +89,8 @@ class Trainer:
             kept = {name: torch.zeros_like(parameter) for name in KEPT}
             self.optimiser.state[parameter] = {"step": torch.tensor(0.0), **kept}
         self.step, self.skipped = 0, 0
+        self.loss: float | None = None
+        """Of the last update; None before the first one here."""
         self.caches: list[HQLTCache] = []
         """The memories of each micro-batch's rows, where they are carried."""
         self.checkpoints = Checkpoints(folder / "checkpoints", settings.keep, ranks)
@@ -110,8 +113,8 @@ class Trainer:
     def update(self) -> Update:
         """One batch: its loss is the mean over all scored tokens of all processes.
 
-        Where a gradient is not finite, the weights stay as they are, and so do carried memories: they go on without
-        what this batch said.
+        Where a gradient is not finite, or no token of the batch is scored, the weights stay as they are, and so do
+        carried memories: they go on without what this batch said.
         """
         settings, ranks = self.settings, self.ranks
         memories = [cache.fork() for cache in self.caches]
@@ -125,12 +128,12 @@ class Trainer:
         loss = 0.0
         for i, batch in enumerate(batches):
             with without_communication(self.model, apart=i + 1 < len(batches)):
-                part = self._summed_loss(batch, i) / scored
+                part = self._summed_loss(batch, i) / (scored or math.nan)
                 (part * ranks.count).backward()  # FSDP takes the mean over processes
             loss += part.item()
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), settings.clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        loss = ranks.sum([loss])[0]
+        self.loss = loss = ranks.sum([loss])[0]
         if norm.isfinite():
             self.optimiser.step()
         else:
@@ -139,6 +142,23 @@ class Trainer:
         self.step += 1
         tokens = self.step * settings.batch_size * settings.length
         return Update(self.step, loss, norm.item(), rate, tokens, self.skipped)
+
+    def _refuse_unscored(self) -> None:
+        """Raises ValueError where nothing could be learnt, or nothing scored."""
+        train = self.splits["train"]
+        if len(train) <= train.documents:
+            raise ValueError(
+                f"data: expected documents of two tokens or more, the second to be predicted from the first, got "
+                f"{train.documents} of {len(train)} tokens in {train.folder}"
+            )
+        for split, windows in self.held_out.items():
+            rows = min(self.settings.validation_rows, len(windows))
+            if (windows.batch(0, rows).targets == IGNORE).all():
+                raise ValueError(
+                    f"length: expected windows with a token to be predicted in the {split} split of {train.folder}, "
+                    f"got none in {rows} windows of {self.settings.length + 1} tokens; documents are shorter than "
+                    f"that: give a greater --length, or --validation-rows"
+                )
 
     def _batches(self, index: int) -> list[Batch]:
         """This process's rows of a batch, as micro-batches."""
