@@ -67,13 +67,13 @@ def table_of_run(told: dict[str, Any], results: dict[str, Any], history: Sequenc
         *("–" if bits is None else f"{bits:.4f}" for bits in scores),
         f"{results['updates_left_out']}",
     ]
-    columns = ["model", "parameters", "tokens", "validation, bits/byte", "test, bits/byte", "updates left out"]
+    columns = ["model", "parameters", "tokens", "validation, bits/byte", "test, bits/byte", "updates skipped"]
     caption = f"Seed {settings['seed']}. Bits per byte: lower is better."
     return Table(columns, [[TableCell(text) for text in row]], caption)
 
 
 def figure_of_run(history: Sequence[dict[str, Any]], bytes_per_token: float) -> Figure:
-    """Bits a byte in training, and in validation where measured; below them gradient and learning rate."""
+    """Bits per byte in training, and in validation where measured; below them gradient and learning rate."""
     figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
     steps = [line["step"] for line in history]
     bits = [(line["loss"] or math.nan) / math.log(2) / bytes_per_token for line in history]
@@ -81,7 +81,7 @@ def figure_of_run(history: Sequence[dict[str, Any]], bytes_per_token: float) -> 
     scored = [(line["step"], line["validation"]) for line in history if line["validation"] is not None]
     if scored:
         top.plot(*zip(*scored, strict=True), marker="o", color="#c0392b", label="validation")
-    top.set_ylabel("bits a byte")
+    top.set_ylabel("bits per byte")
     bottom.plot(steps, [line["gradient_norm"] or math.nan for line in history], linewidth=0.6, color="#1f77b4")
     bottom.set_yscale("log")
     bottom.set_ylabel("gradient norm")

@@ -34,18 +34,18 @@ class Update(NamedTuple):
     """What is told after an update."""
 
     step: int
-    """Updates done, those left out included."""
+    """Updates done, skipped ones included."""
     loss: float
-    """Nats a scored token."""
+    """Nats per scored token."""
     gradient_norm: float
     """Before clipping."""
     learning_rate: float
     tokens: int
     """Seen since the run began, over all processes."""
     skipped: int
-    """Updates left out so far, because a gradient was not finite."""
+    """Updates skipped so far, because a gradient was not finite or no token was scored."""
     validation: float | None = None
-    """Bits a byte of the validation text, where it was measured."""
+    """Bits per byte of the validation text, where it was measured."""
 
 
 class Trainer:
@@ -60,6 +60,11 @@ class Trainer:
     def __init__(self, settings: TrainSettings, config: HQLTConfig, data: Path, folder: Path, ranks: Ranks) -> None:
         self.settings, self.config, self.ranks = settings, config, ranks
         train = TokenFiles(data, "train")
+        if len(train) <= train.documents:
+            raise ValueError(
+                f"data: expected documents of two tokens or more, the second to be predicted from the first, got "
+                f"{train.documents} of one token in {train.folder}"
+            )
         there = [split for split in SPLITS if train.manifest.splits.get(split)]
         self.splits = {split: TokenFiles(data, split) for split in there}
         self.held_out = {split: Windows(self.splits[split], settings.length) for split in there if split != "train"}
@@ -134,7 +139,7 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), settings.clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.loss = loss = ranks.sum([loss])[0]
-        if norm.isfinite():
+        if scored and norm.isfinite():
             self.optimiser.step()
         else:
             self.skipped += 1
@@ -144,20 +149,14 @@ class Trainer:
         return Update(self.step, loss, norm.item(), rate, tokens, self.skipped)
 
     def _refuse_unscored(self) -> None:
-        """Raises ValueError where nothing could be learnt, or nothing scored."""
-        train = self.splits["train"]
-        if len(train) <= train.documents:
-            raise ValueError(
-                f"data: expected documents of two tokens or more, the second to be predicted from the first, got "
-                f"{train.documents} of {len(train)} tokens in {train.folder}"
-            )
+        """Raises ValueError where held-out text would be read, and none of it scored."""
         for split, windows in self.held_out.items():
             rows = min(self.settings.validation_rows, len(windows))
             if (windows.batch(0, rows).targets == IGNORE).all():
                 raise ValueError(
-                    f"length: expected windows with a token to be predicted in the {split} split of {train.folder}, "
-                    f"got none in {rows} windows of {self.settings.length + 1} tokens; documents are shorter than "
-                    f"that: give a greater --length, or --validation-rows"
+                    f"length: expected windows with a token to be predicted in {split} text, got none in {rows} "
+                    f"windows of {self.settings.length + 1} tokens of {windows.files.folder}; give a greater --length "
+                    f"or --validation-rows"
                 )
 
     def _batches(self, index: int) -> list[Batch]:
