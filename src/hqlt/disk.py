@@ -56,7 +56,7 @@ def told_if_not_written(path: Path) -> Iterator[None]:
         raise OSError(
             error.errno,
             f"{path} could not be written: {error.strerror}. What was finished before is kept: once this is mended, "
-            f"the same command goes on from there",
+            f"the same command resumes from there",
         ) from error
 
 

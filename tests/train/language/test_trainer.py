@@ -128,14 +128,16 @@ def test_other_settings_may_change(text, run):
     assert [told.step for told in training.updates()] == [7, 8]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "no trainer.json"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "no trainer.json", "[]", '{"step": 6}', "\udcff"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(text, run, damage):
     newest = run / "checkpoints" / "step-00000006"
     (tensors,) = newest.glob("*.safetensors")
     if damage == "truncated":
         tensors.write_bytes(tensors.read_bytes()[:-100])
-    else:
+    elif damage in ("missing", "no trainer.json"):
         (tensors if damage == "missing" else newest / "trainer.json").unlink()
+    else:
+        (newest / "trainer.json").write_bytes(damage.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=r"step-00000006.*remove step-00000006 to go on from the checkpoint before"):
         trainer(text, run).resume()
     shutil.rmtree(newest)
