@@ -56,6 +56,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'hqlt' has no attribute {name!r}")
     try:
         part = importlib.import_module(f"hqlt.{HOME.get(name, name)}")
+        globals()[name] = value = getattr(part, name) if name in HOME else part
     except ModuleNotFoundError as error:
         from hqlt.errors import explanation
 
@@ -63,7 +64,6 @@ def __getattr__(name: str) -> Any:
         if said is None:
             raise
         raise ModuleNotFoundError(said, name=error.name) from error
-    value = globals()[name] = getattr(part, name) if name in HOME else part
     return value
 
 

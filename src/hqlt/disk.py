@@ -58,7 +58,7 @@ def told_if_not_written(path: Path) -> Iterator[None]:
         raise OSError(
             error.errno,
             f"{path} could not be written: {error.strerror}. What was finished before is kept: once this is mended, "
-            f"the same command goes on from there",
+            f"the same command resumes from there",
         ) from error
 
 
@@ -84,6 +84,8 @@ def alone_in(folder: Path) -> Iterator[None]:
 
     A folder made here that is still empty at the end is removed, for instance because a command failed.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: expected a folder, found a file; give another name")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     with told_if_not_written(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
 import json
+import re
 import sys
 import sysconfig
 from pathlib import Path
@@ -6,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from hqlt.cli import main
+from hqlt.errors import how_to_install
 from tests.language.conftest import build
 
 pytest.importorskip("matplotlib")
@@ -102,5 +104,5 @@ def test_what_cannot_be_done_is_said_before_anything_is_done(folder, tmp_path, a
 @pytest.mark.parametrize(("package", "extra"), [("lm_eval", "eval"), ("matplotlib", "report")])
 def test_a_missing_package_is_named_with_its_extra(folder, monkeypatch, package, extra):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(SystemExit, match=rf"expected the package {package}; pip install 'hqlt\[{extra}\]'"):
+    with pytest.raises(SystemExit, match=re.escape(f"expected the package {package}; {how_to_install(extra)}")):
         main(["eval", str(folder), "--suite=paper"])

@@ -55,6 +55,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         (["train", "--steps=many"], "hqlt train: --steps: expected a whole number, got many; see hqlt train --help"),
         (["train", "--micro-batch-size=x"], "--micro-batch-size: expected a whole number or null, got x"),
         (["train", "--precision=half"], "--precision: expected float32, bfloat16, got half"),
+        (["train", "--betas=0.9"], "--betas: Expected a tuple with 2 elements"),
         (["train", "book.txt"], "expected options of this command, got book.txt"),
         (["generate"], "hqlt generate: the following arguments are required: model"),
     ],
@@ -201,6 +202,18 @@ def test_what_a_user_can_mend_is_a_sentence(error, said, command, capsys):
     command.append(error)
     message, _, _ = ends(["demo"], capsys)
     assert message == said
+
+
+def test_memory_that_is_out_names_the_commands_own_options(monkeypatch, capsys):
+    def full(*arguments: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("hqlt.train.language.run.run", full)
+    message, _, _ = ends(["train"], capsys)
+    assert message == (
+        "out of memory; try a smaller --micro-batch-size, --batch-size, --length, --preset, --model, or "
+        "--activation-checkpointing"
+    )
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shape"), KeyError("x"), ModuleNotFoundError("no", name="other")])

@@ -122,12 +122,13 @@ def run_command(arguments: Sequence[str], machine: Load) -> None:
         command(**options)
     except Exception as error:
         if is_out_of_memory(error):
-            smaller = [f"--{dashed(name)}" for name in SMALLER if name in options]
-            error.add_note(f"try a smaller {' or '.join(smaller)}" if smaller else "try a smaller model or input")
+            smaller = ", ".join(f"--{dashed(name)}" for name in SMALLER if name in options) or "model or input"
+            instead = ", or --activation-checkpointing" if "activation_checkpointing" in options else ""
+            error.add_note(f"try a smaller {smaller}{instead}")
         raise
 
 
-SMALLER = ("micro_batch_size", "batch_size", "batch", "length", "num_envs", "copies", "workers", "preset")
+SMALLER = ("micro_batch_size", "batch_size", "batch", "length", "num_envs", "copies", "workers", "preset", "model")
 """Options that memory in use grows with."""
 
 

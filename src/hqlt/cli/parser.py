@@ -160,23 +160,27 @@ def options_in(file: str) -> str:
 def sentence(message: str, names: Collection[str]) -> str:
     """What a parser says, in a line and in plain words, with the nearest right names."""
     line = " ".join(message.split())
-    key, _, rest = line.removeprefix('Parser key "').partition('": ')
-    expected, _, value = rest.partition("Got value: ")
-    subtypes = re.search(r"Subtypes: \[(.*?)\] Errors:", rest)
-    literal = re.search(r"Literal\[(.*?)\]", expected)
-    if line.startswith('Parser key "') and (value or subtypes):
-        if subtypes:
-            value = rest.rpartition("Given value: ")[2]
-        kinds = re.findall(r"<class '(?:\w+\.)*(\w+)'>", subtypes[1] if subtypes else expected)
-        wanted = literal[1].replace("'", "") if literal else " or ".join(WORDS.get(kind, kind) for kind in kinds)
-        if wanted:
-            return f"{dashed('--' + key)}: expected {wanted}, got {value}"
+    if (wrong_value := _about_a_value(line)) is not None:
+        return wrong_value
     wrong = re.findall(r"(?<!\S)--([\w.-]+)", line if "nrecognized arguments" in line else "")
     wrong += re.findall(r"(?:accept option|Option) '([\w.]+)'", line)  # in a file
     near = [" or ".join(dashed(f"--{name}") for name in found) for found in (nearest(name, names) for name in wrong)]
     line = line.replace("unrecognized arguments:", "expected options of this command, got")
+    line = re.sub(r'Parser key "([\w.]+)":', r"--\1:", line)
     line = re.sub(r"--\w[\w.]*", lambda name: dashed(name[0]), line)
     return f"{line} (did you mean {' and '.join(filter(None, near))}?)" if any(near) else line
+
+
+def _about_a_value(line: str) -> str | None:
+    """What to write for an option in the place of a value of the wrong type; None where this is not what is said."""
+    found = re.fullmatch(r'Parser key "([\w.]+)": (.*?)(?:Got value|Given value type: .* Given value): (.*)', line)
+    if found is None:
+        return None
+    key, expected, value = found.groups()
+    kinds = sorted(set(re.findall(r"<class '(?:\w+\.)*(\w+)'>", expected)), key=lambda kind: kind == "NoneType")
+    literal = re.search(r"Literal\[(.*?)\]", expected)
+    wanted = literal[1].replace("'", "") if literal else " or ".join(WORDS.get(kind, kind) for kind in kinds)
+    return f"{dashed('--' + key)}: expected {wanted}, got {value}" if wanted else None
 
 
 def nearest(wrong: str, names: Collection[str]) -> list[str]:
