@@ -122,11 +122,15 @@ def compiling_for(capability: int = 90) -> Iterator[None]:
         triton.runtime.driver.set_active(before)
 
 
-def compile_all(launches: list[Launched], threads: int | None = None) -> list[Any]:
-    """→ each launch's kernel, compiled in `threads` threads: as many as there are processors by default."""
-    with ThreadPoolExecutor(threads or os.cpu_count()) as pool, triton.AsyncCompileMode(pool):
-        compiled = [call.warm_up() for call in launches]
-    return [kernel.result() if hasattr(kernel, "result") else kernel for kernel in compiled]
+def warm_up(launches: list[Launched]) -> list[Any]:
+    """Compile on all processors at once, and leave out what does not compile: it says why when it is launched."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        return [call.warm_up() for call in launches]
+
+
+def compile_all(launches: list[Launched]) -> list[Any]:
+    """→ each launch's compiled kernel."""
+    return [kernel.result() if hasattr(kernel, "result") else kernel for kernel in warm_up(launches)]
 
 
 class Resources(NamedTuple):
