@@ -1,61 +1,30 @@
-"""Compile every kernel for a Hopper GPU, where there is none: python compile_kernels.py.
+"""Compile every kernel for a Hopper GPU, where there is none: python compile_kernels.py. Prints JSON.
 
-At the sizes of a 340M layer in bfloat16. Prints {kernel: [bytes of its stack, uses the matrix instructions]}; a stack
-means that registers did not suffice.
+"resources": at the sizes of a 340M layer in bfloat16. "narrow": lines of the float64 kernels' code with a float32 in
+it. "variants": how often each kernel is compiled over calls of many lengths, windows and numbers of KV entries.
 """
 
-import inspect
+import itertools
 import json
 import re
-import subprocess
-import tempfile
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from hqlt.ops.synchronous.kernels import attention, autograd, delta_rule, delta_rule_backward, reads, step
+from hqlt.bench.gpu_compile import Shape, compile_all, compiling_for, launches_of, resources_of, variants
 
-KERNELS = {
-    "each_chunk": [
-        delta_rule.prepare, reads.read, reads.mix_backward, attention.query_backward, attention.key_backward,
-        delta_rule_backward.read_backward, delta_rule_backward.write_backward, step.step,
-    ],
-    "each_slice": [delta_rule.carry, delta_rule_backward.carry_backward],
-}  # fmt: skip
-TYPES = {
-    "fp32": "scale norm_eps",
-    "i32": "T L window slots",
-    "*fp32": "beta cos sin initial final d_final d_initial d_weight log_total kv_slope d_beta W W_after",
-    "*i32": "ids",
-    "*i64": "position position_after",
-    "*i1": "resets",
-}
-TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names.split()}
-
-
-def compiled(kernel, named):
-    names = list(inspect.signature(kernel.fn).parameters)
-    constants = {name: value for name, value in named.items() if name in names and name not in ("T", "L")}
-    types = {name: "constexpr" if name in constants else TYPE_OF.get(name, "*bf16") for name in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].startswith("*")}
-    options = {name: named[name] for name in ("num_warps", "num_stages")}
-    binary = triton.compile(ASTSource(kernel, types, constants, aligned), GPUTarget("cuda", 90, 32), options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return int(re.search(r"STACK:(\d+)", told)[1]), "wgmma" in binary.asm["ptx"]
-
+LENGTHS, HELD, WINDOWS = (1, 16, 35, 64, 100), (0, 1, 16, 9), (1, 7, 16, 64)
 
 if __name__ == "__main__":
-    x = torch.empty(8, 2048, 8, 128, dtype=torch.bfloat16, device="meta")
-    size = autograd.sizes(x, x, x)
-    named = {"each_chunk": size.named | {"PRECISION": "tf32", "BLOCK": 32}, "each_slice": size.slices}
-    print(
-        json.dumps(
-            {kernel.__name__: compiled(kernel, named[grid]) for grid, some in KERNELS.items() for kernel in some}
-        )
-    )
+    with compiling_for(90):
+        wide = launches_of(Shape(8, 2048, 8, 128, 128), torch.bfloat16)
+        exact = launches_of(Shape(1, 70, 2, 16, 16, held=3, window=7), torch.float64)
+        calls = [(Shape(b, t, 2, 16, 16, *rest), torch.bfloat16)
+                 for b, t, *rest in itertools.product((1, 3), LENGTHS, HELD, WINDOWS)]  # fmt: skip
+        compiled = dict(zip((call.name for call in wide), compile_all(wide), strict=True))
+        float64 = {call.name: kernel.asm["ttir"] for call, kernel in zip(exact, compile_all(exact), strict=True)}
+        answer = {
+            "resources": {name: resources_of(kernel) for name, kernel in compiled.items()},
+            "narrow": {name: re.findall(r".*\bf32\b.*", code) for name, code in float64.items()},
+            "variants": variants(calls),
+        }
+    print(json.dumps(answer))

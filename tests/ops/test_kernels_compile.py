@@ -11,14 +11,43 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_kernels_fit_into_a_hopper_multiprocessor():
+SPILLED = {
+    (3, 6): {"mix_backward": 56, "query_backward": 200, "key_backward": 120, "write_backward": 56},
+    (3, 9): {},
+}
+"""Bytes a thread that each kernel may write to memory for want of registers, from this version of triton on, with
+either of the assemblers 12.8 and 13.4. Others: none."""
+
+
+@pytest.fixture(scope="module")
+def compiled():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("compile_kernels.py")
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    kernels = json.loads(done.stdout)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_kernels_fit_into_a_hopper_multiprocessor(compiled):
+    from triton import __version__
+
+    here = tuple(map(int, __version__.split(".")[:2]))
+    allowed = SPILLED[max(version for version in SPILLED if version <= here)]
+    kernels = compiled["resources"]
     assert len(kernels) == 10
-    assert {name: stack for name, (stack, _) in kernels.items() if stack > 16} == {}
-    assert [name for name, (_, uses_matrix_instructions) in kernels.items() if not uses_matrix_instructions] == ["step"]
+    too_much = {name: spilled for name, (_, spilled, *_) in kernels.items() if spilled > allowed.get(name, 0)}
+    assert too_much == {}
+    assert max(shared for _, _, shared, _ in kernels.values()) <= 228 * 1024 // 2  # two programs at a time
+    assert [name for name, (*_, tensor_cores) in kernels.items() if not tensor_cores] == ["step"]
+
+
+def test_float64_stays_float64(compiled):
+    """Python's floats, such as scale and norm_eps, are float32 where a kernel takes them as arguments."""
+    assert {name: lines for name, lines in compiled["narrow"].items() if lines} == {}
+
+
+def test_no_kernel_is_compiled_again_for_another_length(compiled):
+    assert len(compiled["variants"]) == 10
+    assert set(compiled["variants"].values()) == {1}

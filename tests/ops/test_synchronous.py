@@ -251,6 +251,107 @@ def test_a_layer_runs_it_when_asked_to():
         close(mine, theirs, 1e-9)
 
 
+def operator_inputs(device):
+    """Of `operators.forward`: with entries from before, a reset, rotary tables."""
+    inputs = [x.to(device).requires_grad_() for x in inputs_of(2, 4, held=3)]
+    resets = torch.zeros(2, 7, dtype=torch.bool, device=device)
+    resets[1, 5] = True
+    return *inputs, *rotary_table(7, KEY, 100.0, torch.device(device), torch.float64), resets, 4, 0.5, 1e-6
+
+
+@needs_triton
+def test_both_directions_are_operators_of_torch():
+    """Schema, shapes without numbers, gradients: what compilers, checkpointing and export go by."""
+    from hqlt.ops.synchronous.kernels.operators import backward, forward
+
+    given = operator_inputs(device_of("triton"))
+    torch.library.opcheck(forward, given)
+    with torch.no_grad():
+        torch.library.opcheck(backward, (*given[:10], *forward(*given), *given[10:]))
+
+
+@needs_triton
+def test_torch_compile_sees_one_graph():
+    """Forward and backward, no break, the same numbers."""
+    torch._dynamo.reset()
+
+    def loss(*inputs):
+        y, W = synchronous(*inputs, window=4, resets=resets, rotary=rotary, state=state, backend="triton")
+        return y.square().sum() + W.sum()
+
+    *inputs, state, cos, sin, resets = operator_inputs(device_of("triton"))[:10]
+    rotary = cos, sin
+    expected = loss(*inputs)
+    got = torch.compile(loss, fullgraph=True, backend="aot_eager")(*inputs)
+    assert torch.equal(got, expected)
+    for mine, theirs in zip(*(torch.autograd.grad(x, [*inputs, state]) for x in (got, expected)), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_torch_compile_needs_no_gpu_to_trace_for_one():
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        inputs = [x.cuda() if torch.cuda.is_available() else torch.empty_like(x, device="cuda")
+                  for x in inputs_of(2, 4, dtype=torch.bfloat16)]  # fmt: skip
+        y, W = synchronous(*inputs[:6], window=2, state=inputs[6], backend="triton")
+    assert (y.shape, y.dtype, y.device.type) == (inputs[4].shape, torch.bfloat16, "cuda")
+    assert (W.shape, W.dtype) == (inputs[6].shape, torch.float32)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["carry", "key_backward", "carry_backward", "chunk"])
+def test_how_a_kernel_is_launched_does_not_matter(name):
+    from hqlt.ops.synchronous.kernels import launch
+
+    narrower = {name: launch.NARROW.get(name, launch.Launch(4))._replace(block=16)}
+    tables = (launch.CHUNK, {8: 16}) if name == "chunk" else (launch.NARROW, narrower)
+    with mock.patch.dict(*tables):
+        assert_as_reference(inputs_of(1, 35, held=5, key=20, value=40), 9, resets_of(1, 40), "triton")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_rows_and_heads_share_the_grid_s_longest_axis():
+    """The other two end at 65,535."""
+    from hqlt.ops.synchronous.kernels import launch
+
+    kernel = mock.MagicMock(arg_names=["T"])
+    kernel.fn.__name__ = "read"
+    shape = torch.empty(70_000, 65, 2, 4, dtype=torch.bfloat16, device="meta")
+    launch.call(shape, shape, shape).each_chunk(kernel, shape)
+    kernel.__getitem__.assert_called_once_with((70_000 * 2 * 2,))
+
+
+@needs_triton
+@pytest.mark.skipif(INTERPRETED, reason="many programs, one after the other")
+def test_more_rows_than_a_grid_s_second_axis_has():
+    assert_as_reference(inputs_of(66_000, 1, heads=1), 1, None, "triton")
+
+
+@needs_triton
+def test_a_matrix_s_gradient_is_summed_wide():
+    """In float16, where what a chunk of reads gives to the matrix, and nothing else, does not fit into it."""
+    inputs = [torch.zeros_like(x) for x in inputs_of(1, 64, key=8, value=8, dtype=torch.float16, heads=1)]
+    inputs[0][..., :4] = 2.0  # queries and keys have nothing in common
+    inputs[1][..., 4:] = 2.0
+    inputs[4] += 20.0  # fast weights alone
+    inputs[5] += 1.0
+    inputs[6][..., :4, 1:] = 1.0
+    direction = torch.zeros_like(inputs[2])
+    direction[..., 0] = 3e4
+
+    def gradient(inputs, backend):
+        inputs[6] = inputs[6].detach().requires_grad_()
+        y, _ = run(inputs, 4, None, backend)
+        return torch.autograd.grad(y, inputs[6], direction.to(y.dtype))[0]
+
+    expected = gradient([x.double() for x in inputs], "reference")
+    assert expected.abs().max() > torch.finfo(torch.float16).max
+    got = gradient(inputs, "triton")
+    assert (got - expected).norm() < TOLERANCE[torch.float16] * expected.norm()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -270,10 +371,11 @@ def test_wrong_arguments_are_named(change, message):
         synchronous(**{**right, **change})
 
 
-def test_triton_says_what_it_needs():
-    *inputs, state = inputs_of(1, 2, key=130)
+@pytest.mark.parametrize(("key", "dtype"), [(130, torch.float32), (66, torch.float64)])
+def test_triton_says_what_it_needs(key, dtype):
+    *inputs, state = inputs_of(1, 2, key=key, dtype=dtype)
     needs = (
-        pytest.raises(ValueError, match="heads of at most 128 numbers, got k = 130 and v = 3")
+        pytest.raises(ValueError, match=rf"heads of at most \d+ numbers in {dtype}, got k = {key} and v = 3")
         if INTERPRETED
         else pytest.raises(RuntimeError, match=r"'triton': expected (the package triton, found none|tensors on a GPU)")
     )

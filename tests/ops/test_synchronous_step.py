@@ -87,6 +87,17 @@ def test_every_output_is_written(poisoned_memory):
     follow(3)
 
 
+@needs_triton
+def test_torch_compile_sees_one_graph():
+    torch._dynamo.reset()
+    q, k, v, beta, gate, weight, W = (x.to(DEVICE) for x in inputs_of(2, 1))
+    held = k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1), W, torch.zeros(2, dtype=torch.long, device=DEVICE)
+    rotary = rotary_table(3, KEY, 100.0, torch.device(DEVICE), torch.float64)
+    one = (q, k, v, beta, gate, weight, *held)
+    got = torch.compile(step, fullgraph=True, backend="aot_eager")(*one, rotary=rotary)
+    assert all(map(torch.equal, got, step(*one, rotary=rotary)))
+
+
 def test_wrong_arguments_are_named():
     q, k, v, beta, gate, weight, W = inputs_of(2, 1)
     keys, values, position = k[:, :0], v[:, :0], torch.zeros(2, dtype=torch.long)

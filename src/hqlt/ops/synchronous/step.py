@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hqlt.ops.synchronous.triton import check_runs
+from hqlt.ops.synchronous.triton import check_runs, rotary_in
 from hqlt.shapes import Keys, Matrix, Positions, Queries, Resets, Strengths, Values, check_resets, match
 
 
@@ -56,26 +56,13 @@ def step(
         norm_weight=(norm_weight, "v"), keys=(keys, "b s h k"), values=(values, "b s h v"), matrix=(matrix, "b h k v"),
         position=(position, "b"),
     )  # fmt: skip
-    b, h, s = size["b"], size["h"], size["s"]
     if size["t"] != 1:
         raise ValueError(f"q: expected one token, [b, 1, h, k], got shape {list(q.shape)}; use hqlt.ops.synchronous")
-    check_resets(resets, b, 1)
-    check_runs(q, v)
-    from hqlt.ops.synchronous.kernels.autograd import sizes
-    from hqlt.ops.synchronous.kernels.step import step as kernel
+    check_resets(resets, size["b"], 1)
+    check_runs(q, v, widest=128)
+    from hqlt.ops.synchronous.kernels.operators import one_token
 
-    if resets is None:
-        resets = torch.zeros(b, 1, dtype=torch.bool, device=q.device)
-    cos, sin = (None, None) if rotary is None else (table.contiguous() for table in rotary)
-    given = [x.contiguous() for x in (q, k, v, beta, gate, norm_weight)]
-    held = [x.contiguous() for x in (keys, values, matrix, position)]
-    after = [torch.empty_like(x) for x in held]
-    y = torch.empty_like(given[2])
-    named = sizes(q, k, v).named
-    widths = {name: named[name] for name in ("H", "K", "V", "KP", "VP", "ACC", "num_warps")}
-    with torch.cuda.device_of(q):
-        kernel[h, b](
-            *given, cos, sin, resets.contiguous(), *held, y, *after,
-            size["k"] ** -0.5 if scale is None else scale, norm_eps, s, BLOCK=32, **widths,
-        )  # fmt: skip
-    return Step(y, *after)
+    cos, sin = rotary_in(v.dtype, rotary)
+    scale = size["k"] ** -0.5 if scale is None else scale
+    held = keys, values, matrix, position
+    return Step(*one_token(q, k, v, beta, gate, norm_weight, cos, sin, resets, *held, scale, norm_eps))

@@ -5,14 +5,15 @@ Runs on a GPU, or on a CPU where TRITON_INTERPRET=1 was set before the first cal
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
 from hqlt.shapes import Keys, Matrix, Queries, Resets, Strengths, Values
 
-WIDEST = 128
+WIDEST = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 128, torch.float64: 64}
 """A head's largest width: a chunk's tiles and the matrix have to fit into one multiprocessor."""
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def synchronous(
@@ -31,34 +32,52 @@ def synchronous(
     resets: Resets | None,
 ) -> tuple[Values, Matrix]:
     check_runs(q, v)
-    from hqlt.ops.synchronous.kernels.autograd import Synchronous
+    from hqlt.ops.synchronous.kernels.operators import forward
 
     q, k, gate = (x.to(v.dtype) for x in (q, k, gate))
-    cos, sin = (None, None) if rotary is None else rotary
-    y, matrix = Synchronous.apply(
-        q, k, v, beta, gate, norm_weight, state, cos, sin, resets, min(window, k.shape[1]), scale, norm_eps
-    )
+    cos, sin = rotary_in(v.dtype, rotary)
+    window = min(window, k.shape[1])
+    y, matrix = forward(q, k, v, beta, gate, norm_weight, state, cos, sin, resets, window, scale, norm_eps)
     return y, matrix
 
 
-def check_runs(q: Queries, v: Values) -> None:
-    """Refuse what the kernels cannot do here."""
-    try:
-        import triton
-    except ImportError as error:
+def rotary_in(dtype: torch.dtype, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
+    """Tables no narrower than the numbers they rotate: triton 3.6 compiles no product of float64 made of float32."""
+    if rotary is None:
+        return None, None
+    cos, sin = (table.to(torch.promote_types(table.dtype, dtype)) for table in rotary)
+    return cos, sin
+
+
+def check_runs(q: Queries, v: Values, widest: int | None = None) -> None:
+    """Refuse what the kernels cannot do here. widest: of a head; by default what its type allows."""
+    if not _is_installed():
         raise RuntimeError(
             "backend 'triton': expected the package triton, found none; pip install 'hqlt[gpu]', or name another "
             "backend"
-        ) from error
-    if not (q.is_cuda or triton.knobs.runtime.interpret):
+        )
+    if not (q.is_cuda or _is_interpreted()):
         raise RuntimeError(
             f"backend 'triton': expected tensors on a GPU, got {q.device}; name another backend, or set "
             f"TRITON_INTERPRET=1 before the first call to run the kernels' code on a CPU, very slowly"
         )
-    if v.dtype not in DTYPES:
-        raise ValueError(f"backend 'triton': expected one of {', '.join(map(str, DTYPES))}, got {v.dtype}")
-    if max(q.shape[3], v.shape[3]) > WIDEST:
+    if v.dtype not in WIDEST:
+        raise ValueError(f"backend 'triton': expected one of {', '.join(map(str, WIDEST))}, got {v.dtype}")
+    widest = widest or WIDEST[v.dtype]
+    if max(q.shape[3], v.shape[3]) > widest:
         raise ValueError(
-            f"backend 'triton': expected heads of at most {WIDEST} numbers, got k = {q.shape[3]} and v = {v.shape[3]}; "
-            f"name another backend"
+            f"backend 'triton': expected heads of at most {widest} numbers in {v.dtype}, got k = {q.shape[3]} and "
+            f"v = {v.shape[3]}; name another backend"
         )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_interpreted() -> bool:
+    import triton
+
+    return triton.knobs.runtime.interpret

@@ -5,12 +5,14 @@ import triton.language as tl
 
 from hqlt.ops.synchronous.kernels.tiles import (
     chunk_segments,
+    kernel,
     key_columns,
     load,
     pairs,
     product,
     rotated,
     store,
+    this_program,
     tile,
     value_columns,
 )
@@ -25,7 +27,7 @@ def visible(position, own, j, key_segment, L, window):
 
 @triton.jit
 def attended(
-    query, k, v, cos, sin, ids, own, position, b, h, scale, L, window,
+    query, k, v, cos, sin, ids, own, position, b, h, scale: tl.constexpr, L, window,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, C: tl.constexpr,
     ACC: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -56,14 +58,14 @@ def attended(
     return read / total[:, None], tl.where(top == float("-inf"), 0.0, top) + tl.log(total)
 
 
-@triton.jit
+@kernel
 def query_backward(
-    q, k, v, cos, sin, ids, d_kv, log_total, kv_slope, dq, scale, T, L, window,
+    q, k, v, cos, sin, ids, d_kv, log_total, kv_slope, dq, T, L, window,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, C: tl.constexpr,
-    ACC: tl.constexpr,
+    ACC: tl.constexpr, scale: tl.constexpr,
 ):  # fmt: skip
     """What attention gives to C queries, from all pairs that they reach: dq = dA k, dA = scale · P ∘ (dP − slope)."""
-    n, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    n, h, b = this_program(tl.cdiv(T, C), H)
     DTYPE: tl.constexpr = q.dtype.element_ty
     token = n * C + tl.arange(0, C)
     exists = token < T
@@ -94,14 +96,14 @@ def query_backward(
     store(tile(dq, b, token, h, kc, T, H, K), d_query, keys)
 
 
-@triton.jit
+@kernel
 def key_backward(
-    q, k, v, cos, sin, ids, d_kv, log_total, kv_slope, dk, dv, scale, T, L, window,
+    q, k, v, cos, sin, ids, d_kv, log_total, kv_slope, dk, dv, T, L, window,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, C: tl.constexpr,
-    ACC: tl.constexpr,
+    ACC: tl.constexpr, BLOCK: tl.constexpr, scale: tl.constexpr,
 ):  # fmt: skip
     """What attention gives to C pairs, from all queries that reach them: dv = Pᵀ dkv and dk = dAᵀ q; Pᵀ is computed."""
-    n, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    n, h, b = this_program(tl.cdiv(L, C), H)
     DTYPE: tl.constexpr = k.dtype.element_ty
     j = n * C + tl.arange(0, C)
     exists = j < L
@@ -114,9 +116,8 @@ def key_backward(
     segment = tl.load(ids + b * L + j, mask=exists, other=-1)
     d_key, d_value = tl.zeros((C, KP), ACC), tl.zeros((C, VP), ACC)
     held = L - T
-    step: tl.constexpr = C // 2
-    for begin in range(tl.maximum(n * C - held, 0), tl.minimum(n * C + C - 1 + window - held, T), step):
-        token = begin + tl.arange(0, step)
+    for begin in range(tl.maximum(n * C - held, 0), tl.minimum(n * C + C - 1 + window - held, T), BLOCK):
+        token = begin + tl.arange(0, BLOCK)
         there = token < T
         position = held + token
         query = load(tile(q, b, token, h, kc, T, H, K), pairs(there, kc_exists), ACC)

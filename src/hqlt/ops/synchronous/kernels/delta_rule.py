@@ -5,12 +5,14 @@ import triton.language as tl
 
 from hqlt.ops.synchronous.kernels.tiles import (
     chunk_segments,
+    kernel,
     key_columns,
     load,
     matrix,
     pairs,
     product,
     store,
+    this_program,
     tile,
     unit_silu,
     unit_triangle_inverse,
@@ -26,14 +28,14 @@ def within_chunk(phi, key, own, C: tl.constexpr, DTYPE: tl.constexpr):
     return tl.where(reaches, product(phi, tl.trans(key), DTYPE), 0.0)
 
 
-@triton.jit
+@kernel
 def prepare(
     k, v, beta, ids, unit_k, inverse, Y, U, T, L,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, C: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """For each chunk φ(k), (I + L)⁻¹ with L = tril(β φK φKᵀ, −1), and of the WY form Y and U."""
-    n, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    n, h, b = this_program(tl.cdiv(T, C), H)
     DTYPE: tl.constexpr = k.dtype.element_ty
     i = tl.arange(0, C)
     token = n * C + i
@@ -58,17 +60,17 @@ def prepare(
     store(tile(U, b, token, h, vc, T, H, V), product(inverted, strength * value, DTYPE), pairs(exists, vc_exists))
 
 
-@triton.jit
+@kernel
 def carry(
     unit_k, Y, R, ids, initial, S, final, T, L,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, C: tl.constexpr,
-    ACC: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, C: tl.constexpr,
+    ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Chunk after chunk, for VP columns of the matrix: S at the chunk's start, R = U − Y S in U's place, S + φKᵀ R."""
-    part, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """Chunk after chunk, for some columns of S: S at the chunk's start, R = U − Y S in U's place, S + φKᵀ R."""
+    part, h, b = this_program(tl.cdiv(V, BLOCK), H)
     DTYPE: tl.constexpr = unit_k.dtype.element_ty
     kc, kc_exists = key_columns(K, KP)
-    vc = part * VP + tl.arange(0, VP)
+    vc = part * BLOCK + tl.arange(0, BLOCK)
     mask = pairs(kc_exists, vc < V)
     chunks = tl.cdiv(T, C)
     now = load(matrix(initial, b * H + h, kc, vc, K, V), mask, ACC)

@@ -1,17 +1,18 @@
 """The FW-memory's way back, from its read to what was written."""
 
-import triton
 import triton.language as tl
 
 from hqlt.ops.synchronous.kernels.delta_rule import within_chunk
 from hqlt.ops.synchronous.kernels.tiles import (
     chunk_segments,
+    kernel,
     key_columns,
     load,
     matrix,
     pairs,
     product,
     store,
+    this_program,
     tile,
     unit_silu,
     unit_silu_backward,
@@ -19,14 +20,14 @@ from hqlt.ops.synchronous.kernels.tiles import (
 )
 
 
-@triton.jit
+@kernel
 def read_backward(
-    q, ids, unit_k, R, S, d_fw, dq, d_unit_k, dR, dS, scale, T, L,
+    q, ids, unit_k, R, S, d_fw, dq, d_unit_k, dR, T, L,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, C: tl.constexpr,
-    ACC: tl.constexpr,
+    ACC: tl.constexpr, scale: tl.constexpr,
 ):  # fmt: skip
-    """From dfw to what was read within the chunk, φK, R and S, and to q, added to what attention gave it."""
-    n, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """From dfw to φK and R, as read within the chunk, and to q, added to what attention gave it."""
+    n, h, b = this_program(tl.cdiv(T, C), H)
     DTYPE: tl.constexpr = q.dtype.element_ty
     i = tl.arange(0, C)
     token = n * C + i
@@ -40,7 +41,6 @@ def read_backward(
 
     phi = unit_silu(load(tile(q, b, token, h, kc, T, H, K), keys, ACC)).to(DTYPE)
     d_read = (scale * load(tile(d_fw, b, token, h, vc, T, H, V), values, ACC)).to(DTYPE)
-    store(matrix(dS, at_start, kc, vc, K, V), product(tl.trans(tl.where(sees, phi, 0.0)), d_read, DTYPE), square)
     key = load(tile(unit_k, b, token, h, kc, T, H, K), keys, DTYPE)
     attention = within_chunk(phi, key, own, C, DTYPE)
     store(tile(dR, b, token, h, vc, T, H, V), product(tl.trans(attention), d_read, DTYPE), values)
@@ -54,20 +54,21 @@ def read_backward(
     store(dq_at, load(dq_at, keys, ACC) + unit_silu_backward(raw, d_phi), keys)
 
 
-@triton.jit
+@kernel
 def carry_backward(
-    unit_k, Y, dR, ids, d_final, dS, d_after, d_initial, T, L,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, C: tl.constexpr,
-    ACC: tl.constexpr,
+    q, unit_k, Y, dR, ids, d_fw, d_final, d_after, d_initial, T, L,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, C: tl.constexpr,
+    ACC: tl.constexpr, BLOCK: tl.constexpr, scale: tl.constexpr,
 ):  # fmt: skip
     """Chunk before chunk: dS', the gradient of the matrix after the chunk, and dR + φK dS' in dR's place.
 
-    dR and dS come from reading alone; what came later is added here: the matrix before has dS' + dS − Yᵀ dR.
+    dR comes from reading alone; what came later is added here: the matrix before has dS' − Yᵀ dR and what reading gives
+    it, scale · φQᵀ dfw. The sum over chunks stays in ACC.
     """
-    part, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    part, h, b = this_program(tl.cdiv(V, BLOCK), H)
     DTYPE: tl.constexpr = unit_k.dtype.element_ty
     kc, kc_exists = key_columns(K, KP)
-    vc = part * VP + tl.arange(0, VP)
+    vc = part * BLOCK + tl.arange(0, BLOCK)
     mask = pairs(kc_exists, vc < V)
     chunks = tl.cdiv(T, C)
     after = load(matrix(d_final, b * H + h, kc, vc, K, V), mask, ACC)
@@ -84,11 +85,13 @@ def carry_backward(
         store(dR_at, dr, pairs(exists, vc < V))
         y = load(tile(Y, b, token, h, kc, T, H, K), pairs(exists, kc_exists), DTYPE)
         after = tl.where(before == last, after, 0.0) - product(tl.trans(y), dr, DTYPE)
-        after += load(matrix(dS, start, kc, vc, K, V), mask, ACC)
+        phi = unit_silu(load(tile(q, b, token, h, kc, T, H, K), pairs(exists & (own == before), kc_exists), ACC))
+        d_read = scale * load(tile(d_fw, b, token, h, vc, T, H, V), pairs(exists, vc < V), ACC)
+        after += product(tl.trans(phi), d_read, DTYPE)
     store(matrix(d_initial, b * H + h, kc, vc, K, V), after, mask)
 
 
-@triton.jit
+@kernel
 def write_backward(
     k, v, beta, ids, unit_k, inverse, R, S, dR, d_after, d_unit_k, dk, dv, d_beta, T, L,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, C: tl.constexpr,
@@ -98,7 +101,7 @@ def write_backward(
 
     dE = (I + L)⁻ᵀ dR and dL = −tril(dE Rᵀ, −1), where R = (I + L)⁻¹ E and E = β(V − φK S).
     """
-    n, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    n, h, b = this_program(tl.cdiv(T, C), H)
     DTYPE: tl.constexpr = k.dtype.element_ty
     i = tl.arange(0, C)
     token = n * C + i

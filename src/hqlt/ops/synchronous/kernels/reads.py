@@ -7,6 +7,7 @@ from hqlt.ops.synchronous.kernels.attention import attended
 from hqlt.ops.synchronous.kernels.delta_rule import within_chunk
 from hqlt.ops.synchronous.kernels.tiles import (
     chunk_segments,
+    kernel,
     key_columns,
     load,
     matrix,
@@ -14,6 +15,7 @@ from hqlt.ops.synchronous.kernels.tiles import (
     product,
     rotated,
     store,
+    this_program,
     tile,
     unit_silu,
     value_columns,
@@ -22,7 +24,7 @@ from hqlt.ops.synchronous.kernels.tiles import (
 
 @triton.jit
 def both(
-    q, k, v, cos, sin, ids, unit_k, R, S, b, n, h, scale, T, L, window,
+    q, k, v, cos, sin, ids, unit_k, R, S, b, n, h, scale: tl.constexpr, T, L, window,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, C: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
@@ -49,14 +51,14 @@ def both(
     return scale * fw, kv, log_total
 
 
-@triton.jit
+@kernel
 def read(
-    q, k, v, gate, norm_weight, cos, sin, ids, unit_k, R, S, y, scale, norm_eps, T, L, window,
+    q, k, v, gate, norm_weight, cos, sin, ids, unit_k, R, S, y, T, L, window,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, C: tl.constexpr,
-    ACC: tl.constexpr,
+    ACC: tl.constexpr, scale: tl.constexpr, norm_eps: tl.constexpr,
 ):  # fmt: skip
     """y = RMSNorm(γ fw + (1 − γ) kv)."""
-    n, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    n, h, b = this_program(tl.cdiv(T, C), H)
     fw, kv, _ = both(
         q, k, v, cos, sin, ids, unit_k, R, S, b, n, h, scale, T, L, window, H, K, V, KP, VP, C, ACC
     )  # fmt: skip
@@ -70,18 +72,18 @@ def read(
     store(tile(y, b, token, h, vc, T, H, V), mix * weight, values)
 
 
-@triton.jit
+@kernel
 def mix_backward(
     q, k, v, gate, norm_weight, cos, sin, ids, unit_k, R, S, dy,
-    d_gate, d_weight, d_fw, d_kv, log_total, kv_slope, scale, norm_eps, T, L, window,
+    d_gate, d_weight, d_fw, d_kv, log_total, kv_slope, T, L, window,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, C: tl.constexpr,
-    ACC: tl.constexpr,
+    ACC: tl.constexpr, scale: tl.constexpr, norm_eps: tl.constexpr,
 ):  # fmt: skip
     """From dy to the norm, the gate and the two reads.
 
     For attention's way back also the logarithms of its denominators, and its slope rowsum(dkv ∘ kv).
     """
-    n, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    n, h, b = this_program(tl.cdiv(T, C), H)
     fw, kv, denominator = both(
         q, k, v, cos, sin, ids, unit_k, R, S, b, n, h, scale, T, L, window, H, K, V, KP, VP, C, ACC
     )  # fmt: skip

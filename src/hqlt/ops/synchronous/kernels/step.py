@@ -1,30 +1,31 @@
 """One token through a synchronous layer's memories, mixer and norm."""
 
-import triton
 import triton.language as tl
 
 from hqlt.ops.synchronous.kernels.tiles import (
+    kernel,
     key_columns,
     load,
     matrix,
     pairs,
     rotated,
     store,
+    this_program,
     tile,
     unit_silu,
     value_columns,
 )
 
 
-@triton.jit
+@kernel
 def step(
     q, k, v, beta, gate, norm_weight, cos, sin, resets, keys, values, W, position,
-    y, keys_after, values_after, W_after, position_after, scale, norm_eps, slots,
+    y, keys_after, values_after, W_after, position_after, slots,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, BLOCK: tl.constexpr,
-    ACC: tl.constexpr,
+    ACC: tl.constexpr, scale: tl.constexpr, norm_eps: tl.constexpr,
 ):  # fmt: skip
     """One program for each head and row: its matrix and its pairs are read and written once."""
-    h, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    _, h, b = this_program(1, H)
     kc, kc_exists = key_columns(K, KP)
     vc, vc_exists = value_columns(V, VP)
     one = tl.arange(0, 1)

@@ -4,6 +4,18 @@ import triton
 import triton.language as tl
 
 
+def kernel(function):
+    """Compile once for any number of tokens, KV entries and any window, not again for 1 and multiples of 16."""
+    return triton.jit(do_not_specialize=["T", "L", "window", "slots"])(function)
+
+
+@triton.jit
+def this_program(count, H: tl.constexpr):
+    """→ which of `count` chunks or slices, which head and which row this program is for."""
+    program = tl.program_id(0)
+    return program % count, program // count % H, (program // count // H).to(tl.int64)
+
+
 @triton.jit
 def key_columns(K: tl.constexpr, KP: tl.constexpr):
     """→ the columns of a key in a tile KP wide, and which of them exist.

@@ -1,0 +1,217 @@
+"""The stages of benchmarks/gpu.sh: python -m hqlt.bench.gpu_stages STAGE FOLDER [--rehearse] [--rounds=7]
+
+Each stage is a process of its own and leaves FOLDER/STAGE.json, so that one that fails takes no other with it.
+
+A rehearsal runs the same code without a GPU: the kernels interpreted (TRITON_INTERPRET=1), tiny sizes, float32. It has
+no clock: every time and rate in what it leaves is null, and its files are called rehearsal-STAGE.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hqlt.bench.gpu import GPU, Place
+from hqlt.bench.race import Meter
+
+Answer = dict[str, Any]
+NO_CLOCK = Meter(lambda work: (work(), math.nan)[1], lambda work: (work(), math.nan)[1])
+REHEARSAL = Place("cpu", torch.float32, NO_CLOCK)
+PACKAGES = ("torch", "triton", "fla-core", "flash-attn", "transformers", "numpy", "jsonargparse")
+
+
+def setting() -> Answer:
+    """What all figures hold for."""
+    here: Answer = {"python": platform.python_version(), "machine": platform.machine(), "processors": os.cpu_count()}
+    here |= {name: version_of(name) for name in PACKAGES}
+    if importlib.util.find_spec("triton"):
+        from hqlt.bench.gpu_right import assembler
+
+        here["assembler"] = assembler()
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(0)
+        here |= {"GPU": card.name, "compute capability": f"{card.major}.{card.minor}", "CUDA": torch.version.cuda}
+        here |= {"multiprocessors": card.multi_processor_count, "memory GB": round(card.total_memory / 1e9, 1)}
+        here["driver"] = _printed("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return here
+
+
+def version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _printed(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def card(place: Place, folder: Path, rounds: int) -> Answer:
+    """What is here, and how fast it copies and multiplies."""
+    from hqlt import native
+    from hqlt.bench.race import copy_rate, matrix_product_rate
+
+    large = place is GPU
+    kind = {"dtype": place.dtype, "device": place.device}
+    copied = copy_rate(2**29 if large else 2**10, meter=place.meter, device=place.device)
+    dense = matrix_product_rate(8192 if large else 64, 20, place.meter, **kind)
+    return {"native library": native.why_not() or "built", "copied TB/s": copied / 1e12, "dense TFLOP/s": dense / 1e12}
+
+
+def right(place: Place, folder: Path, rounds: int) -> Answer:
+    """Ours against the reference, in every type; a second assembler's answers are added to the first's."""
+    from hqlt.bench import gpu_right
+
+    before = folder / file_of("right", place)
+    assembled = json.loads(before.read_text())["by assembler"] if before.exists() else {}
+    return {"by assembler": assembled | {gpu_right.assembler(): gpu_right.run(place)}}
+
+
+def memcheck(place: Place, folder: Path, rounds: int) -> Answer:
+    """One small call of each type, to be run under compute-sanitizer."""
+    from hqlt.bench import gpu_right
+    from hqlt.bench.gpu_compile import Shape
+
+    shape = Shape(1, 70, 1, 16, 16, held=3, window=7) if place is GPU else gpu_right.TINY[0]
+    dtypes = [torch.bfloat16, torch.float32] if place is GPU else [torch.float32]
+    return {"results": [gpu_right.compare(shape, dtype, place.device, again=0) for dtype in dtypes]}
+
+
+def warm_peer(place: Place, folder: Path, rounds: int) -> Answer:
+    """Compile fla's variants, of which there are many, one after the other: in the background, before the race."""
+    from hqlt.bench.gpu import inputs, one_by_one, varlen_window
+
+    leaves = inputs(*((8, 2048, 8, 128) if place is GPU else (1, 64, 1, 16)), dtype=place.dtype, device=place.device)
+    begun = time.monotonic()
+    one_by_one(*leaves, attention=lambda q, k, v: varlen_window(q, k, v, 64)).float().sum().backward()
+    return {"seconds": time.monotonic() - begun}
+
+
+def race(place: Place, folder: Path, rounds: int) -> Answer:
+    """The middle of a layer beside the peers', as `hqlt bench gpu --only=memories`."""
+    from hqlt.bench import gpu
+
+    return {"results": gpu.run(rounds, place is not GPU, "memories", place)}
+
+
+def train(place: Place, folder: Path, rounds: int) -> Answer:
+    """One training step of hqlt-340m, as `hqlt bench gpu --only=train`."""
+    from hqlt.bench import gpu
+
+    return {"results": gpu.run(rounds, place is not GPU, "train", place)}
+
+
+def sweep(place: Place, folder: Path, rounds: int) -> Answer:
+    """Warps, stages and blocks of each kernel, checked and timed."""
+    from hqlt.bench import gpu_sweep
+    from hqlt.bench.gpu_compile import Shape
+
+    if place is GPU:
+        return {"results": gpu_sweep.run(place, Shape(8, 2048, 8, 128, 128), rounds)}
+    return {"results": gpu_sweep.run(place, Shape(1, 33, 1, 4, 20, window=3), 1, quick=True)}
+
+
+def demo(place: Place, folder: Path, rounds: int) -> Answer:
+    """The models of `hqlt demo`, trained on the card: what they reach, and how long each took."""
+    from rich.console import Console
+
+    from hqlt.study import known_studies, read_study
+    from hqlt.study.run import run_study
+
+    study = read_study(known_studies()["demo"])
+    if place is not GPU:
+        study = study.only("parity").quick()
+    with tempfile.TemporaryDirectory() as scratch:
+        results, _ = run_study(
+            study, Path(scratch) / "run", again="", workers=min(os.cpu_count() or 1, 8), device=place.device,
+            console=Console(file=sys.stdout),
+        )  # fmt: skip
+    clock = (lambda seconds: seconds) if place is GPU else lambda seconds: math.nan
+    return {
+        "results": [
+            {
+                "experiment": result.cell.experiment, "model": result.cell.model, "parameters": result.parameters,
+                "seconds": clock(result.seconds), "test": result.fit.test._asdict(),
+            }
+            for result in results
+        ]
+    }  # fmt: skip
+
+
+STAGES: dict[str, Callable[[Place, Path, int], Answer]] = {
+    stage.__name__: stage for stage in (card, right, memcheck, warm_peer, race, sweep, train, demo)
+}
+UNKEPT = ("memcheck", "warm_peer")
+"""Stages of which only the log tells."""
+
+
+def file_of(stage: str, place: Place, suffix: str = ".json") -> str:
+    return ("" if place is GPU else "rehearsal-") + stage + suffix
+
+
+def without_nan(x: Any) -> Any:
+    """JSON knows no NaN: null."""
+    if isinstance(x, dict):
+        return {name: without_nan(value) for name, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [without_nan(value) for value in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("folder", type=Path, help="where STAGE.json goes")
+    parser.add_argument("--rehearse", action="store_true", help="without a GPU: tiny, interpreted, not timed")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each contestant")
+    given = parser.parse_args(arguments)
+    place = REHEARSAL if given.rehearse else GPU
+    if place is GPU and not torch.cuda.is_available():
+        raise SystemExit(f"{given.stage}: no GPU: expected one that torch {torch.__version__} sees; or --rehearse")
+    if given.rehearse and os.environ.get("TRITON_INTERPRET") != "1":
+        raise SystemExit("--rehearse: expected TRITON_INTERPRET=1 in the environment, to run the kernels on a CPU")
+    torch.manual_seed(0)
+    answer: Answer = {"setting": setting()}
+    if given.rehearse:
+        answer["rehearsal"] = "no GPU: tiny, interpreted, not timed; a check of the scripts, not a measurement"
+    answer |= STAGES[given.stage](place, given.folder, 1 if given.rehearse else given.rounds)
+    if given.stage in UNKEPT:
+        print(json.dumps(without_nan(answer), default=str))
+        return
+    given.folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(without_nan(answer), indent=1, ensure_ascii=False, default=str)
+    (given.folder / file_of(given.stage, place)).write_text(text + "\n")
+    if given.stage in ("race", "train"):
+        show(given.stage, answer, place, given.folder)
+
+
+def show(stage: str, answer: Answer, place: Place, folder: Path) -> None:
+    """A table; of the race also a plot."""
+    from hqlt.bench.gpu_plot import plot, table
+
+    title = f"{stage}, {answer['setting'].get('GPU', 'REHEARSAL: no GPU, nothing was measured')}"
+    table(title, answer["results"])
+    if stage == "race":
+        plot(title, answer["results"], folder / file_of(stage, place, ".png"))
+
+
+if __name__ == "__main__":
+    main()

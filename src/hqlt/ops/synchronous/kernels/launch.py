@@ -1,0 +1,103 @@
+"""How the kernels are launched: one table, and the one place that launches."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+
+class Launch(NamedTuple):
+    """How one kernel is launched."""
+
+    warps: int
+    stages: int = 1
+    """How many rounds of its loop are loaded ahead."""
+    block: int = 32
+    """What it takes at a time: columns of a matrix (carry, carry_backward), queries (key_backward), entries (step)."""
+
+
+Table = dict[str, Launch]
+
+NARROW: Table = {
+    "prepare": Launch(4), "carry": Launch(4, stages=2), "read": Launch(4), "mix_backward": Launch(4),
+    "query_backward": Launch(4), "key_backward": Launch(4), "read_backward": Launch(4),
+    "carry_backward": Launch(4, stages=2), "write_backward": Launch(4), "step": Launch(4),
+}  # fmt: skip
+"""Heads of up to 64 numbers."""
+WIDE: Table = {
+    "prepare": Launch(8), "carry": Launch(4, stages=2), "read": Launch(8), "mix_backward": Launch(8),
+    "query_backward": Launch(8), "key_backward": Launch(8), "read_backward": Launch(8),
+    "carry_backward": Launch(4, stages=2), "write_backward": Launch(8), "step": Launch(8),
+}  # fmt: skip
+"""Heads of up to 128. `hqlt.bench.gpu_sweep` exchanges entries of these two tables and measures."""
+CHUNK = {2: 64, 4: 32, 8: 32}
+"""Tokens in a chunk, by the bytes of a number."""
+
+
+def table_for(k: int, v: int) -> Table:
+    return NARROW if max(k, v) <= 64 else WIDE
+
+
+class Call(NamedTuple):
+    """What the kernels of one call share: how many chunks, heads and rows, and their constants by name."""
+
+    b: int
+    h: int
+    chunks: int
+    named: dict[str, Any]
+
+    def each_chunk(self, kernel: Any, *tensors: Tensor | None) -> None:
+        """A program for each chunk of queries, head and row."""
+        self._launch(kernel, self.chunks, tensors)
+
+    def each_chunk_of_keys(self, kernel: Any, *tensors: Tensor | None) -> None:
+        """The same over the key timeline."""
+        self._launch(kernel, -(-self.named["L"] // self.named["C"]), tensors)
+
+    def each_slice(self, kernel: Any, *tensors: Tensor | None) -> None:
+        """A program for each block of a matrix's columns, head and row: it goes through all chunks."""
+        self._launch(kernel, -(-self.named["V"] // self._block(kernel)), tensors)
+
+    def each_head(self, kernel: Any, *tensors: Tensor | None) -> None:
+        """A program for each head and row."""
+        self._launch(kernel, 1, tensors)
+
+    def _how(self, kernel: Any) -> Launch:
+        return table_for(self.named["K"], self.named["V"])[kernel.fn.__name__]
+
+    def _block(self, kernel: Any) -> int:
+        return min(self._how(kernel).block, self.named["VP"])
+
+    def _launch(self, kernel: Any, programs: int, tensors: tuple[Tensor | None, ...]) -> None:
+        how = self._how(kernel)
+        known = self.named | {"BLOCK": self._block(kernel)}
+        constants = {name: known[name] for name in kernel.arg_names if name in known}
+        launch(kernel, programs * self.h * self.b, tensors, constants, how)
+
+
+def launch(
+    kernel: Any, programs: int, tensors: tuple[Tensor | None, ...], constants: dict[str, Any], how: Launch
+) -> None:
+    """All programs lie on the grid's first axis: the other two end at 65,535."""
+    with torch.cuda.device_of(tensors[0]):
+        kernel[(programs,)](*tensors, **constants, num_warps=how.warps, num_stages=how.stages)
+
+
+def call(q: Tensor, k: Tensor, v: Tensor, **constants: Any) -> Call:
+    """q: [b, t, h, k], k: [b, l, h, k], v: [b, l, h, v]. constants: what else kernels take by name."""
+    b, t, h, width = q.shape
+    c = CHUNK[q.element_size()]
+    named = {
+        "T": t, "L": k.shape[1], "H": h, "K": width, "V": v.shape[3], "C": c,
+        "KP": 2 * _power_of_two((width + 1) // 2, 8), "VP": _power_of_two(v.shape[3], 16),
+        "ACC": tl.float64 if q.dtype == torch.float64 else tl.float32,
+        "PRECISION": "tf32" if q.element_size() == 2 else "ieee",  # of the inverse: finer than what it is made of
+    }  # fmt: skip
+    return Call(b, h, -(-t // c), named | constants)
+
+
+def _power_of_two(width: int, least: int) -> int:
+    return max(1 << (width - 1).bit_length(), least)
