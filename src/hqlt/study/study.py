@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -59,6 +60,11 @@ class Study:
     seeds: tuple[int, ...] = (0,)
     """Of weights and training data, for experiments that name none."""
 
+    def __post_init__(self) -> None:
+        for seed in (*self.seeds, *(seed for e in self.experiments.values() for seed in e.seeds or ())):
+            if not 0 <= seed < 2**32:
+                raise ValueError(f"seeds: expected whole numbers from 0 to 2**32 − 1, got {seed}")
+
     def cells(self) -> list[Cell]:
         """Raises ValueError, saying whose, where the fields of a model do not fit together."""
         return [
@@ -85,7 +91,7 @@ class Study:
         return dataclasses.replace(self, experiments={label: self.experiments[label]})
 
     def quick(self) -> Study:
-        """Budgets too small to learn much, to see that everything runs."""
+        """Budgets too small to learn, to see that everything runs."""
         return dataclasses.replace(
             self,
             experiments={
@@ -208,7 +214,13 @@ def read_study(path: Path) -> Study:
         raise ValueError(f"{path}: {error}") from None
     if not cells:
         raise ValueError(f"{path}: expected at least one model, experiment and seed, got none of one of them")
+    names = Counter(cell.name for cell in cells)
     for cell in cells:
+        if names[cell.name] > 1:
+            raise ValueError(
+                f"{path}: {cell.model} in {cell.column}, seed {cell.seed}: expected labels that differ in letters or "
+                f"digits, and each seed once, got two cells that are both called {cell.name!r}"
+            )
         _try(cell, f"{path}: {cell.model} in {cell.column}")
     return study
 
@@ -272,7 +284,9 @@ def _try(cell: Cell, where: str) -> None:
     try:
         with torch.device("meta"):
             if isinstance(cell, TaskCell):
-                HQLTConfig(**cell.config, vocab_size=cell.build_task().vocab_size)
+                task = cell.build_task()
+                HQLTConfig(**cell.config, vocab_size=task.vocab_size)
+                cell.budget.task_at(task, 0)
                 return
         _try_agent(cell)
     except Exception as error:
