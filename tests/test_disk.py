@@ -29,6 +29,6 @@ def test_what_cannot_be_written_is_told(tmp_path, name, folder, message, monkeyp
     (tmp_path / "closed").mkdir()
     allowed = os.access  # of root, everything
     monkeypatch.setattr(os, "access", lambda path, mode: path.name != "closed" and allowed(path, mode))
-    with pytest.raises(OSError, match=".") as refused:
+    with pytest.raises(OSError, match=r".") as refused:
         check_writable(tmp_path / name, folder=folder)
     assert message in reason(refused.value)

@@ -25,7 +25,7 @@ MARK = "HQLT_TEST_OF_STOPPING"
 
 
 @pytest.fixture
-def study(tmp_path, request):
+def study(tmp_path):
     """A study under way, whose short cell is finished and whose long one runs, in a process group of its own."""
     if not os.path.isdir("/proc"):
         pytest.skip("needs /proc to find the workers")
@@ -40,13 +40,16 @@ def study(tmp_path, request):
             env={**os.environ, MARK: str(tmp_path)},
             start_new_session=True,
         )
-    request.addfinalizer(lambda: (process.kill(), process.wait()))
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "run").glob("cells/short*.json")) or len(processes(tmp_path)) < 3:
-        assert process.poll() is None, (tmp_path / "log").read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    return process
+    try:
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "run").glob("cells/short*.json")) or len(processes(tmp_path)) < 3:
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def processes(folder: Path) -> list[int]:
