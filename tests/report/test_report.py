@@ -1,17 +1,14 @@
-import dataclasses
 import io
 import re
 
 import pytest
 import torch
-from matplotlib import pyplot
 from rich.console import Console
 
 from hqlt.evaluate import Score
 from hqlt.model import HQLTConfig, HQLTForCausalLM
 from hqlt.report import memory_shares
 from hqlt.report.page import write_page
-from hqlt.report.plots import figure_of, save
 from hqlt.report.table import table_of
 from hqlt.train.fit import Budget, Fit, Progress
 from hqlt.train.grid import Result
@@ -61,16 +58,6 @@ def test_from_worst_to_best_whatever_is_better():
     assert table.rows[0][1].text == "2.500 (3.000 2.500 2.000)"
 
 
-def test_every_seed_is_drawn_and_their_median(tmp_path):
-    figure = figure_of(RESULTS)
-    top, bottom = figure.axes[:2], figure.axes[2:]
-    assert [len(axes.lines) for axes in (*top, *bottom)] == [3 + 1 + 1, 2, 3 + 1 + 1, 2]
-    assert list(top[0].lines[3].get_ydata()) == [0.5, 0.5]
-    url = save(figure, tmp_path / "curves.png")
-    assert url.startswith("data:image/png;base64,")
-    assert (tmp_path / "curves.png").stat().st_size > 1000
-
-
 def test_a_page_stands_alone_and_escapes_what_it_is_given(tmp_path):
     write_page(
         tmp_path / "page.html",
@@ -78,7 +65,6 @@ def test_a_page_stands_alone_and_escapes_what_it_is_given(tmp_path):
         introduction="i",
         table=table_of(RESULTS),
         plot="data:image/png;base64,",
-        spoken=None,
         samples=[{"model": "m", "temperature": 1, "seed": 0, "prompt": "def ", "text": "<b>x</b>"}],
         protocol="p",
         settings="s",
@@ -92,17 +78,6 @@ def test_a_page_stands_alone_and_escapes_what_it_is_given(tmp_path):
 def model(**options):
     options = {"hidden_size": 16, "num_heads": 2, "num_hidden_layers": 2, "vocab_size": 8, "window": 4} | options
     return HQLTForCausalLM(HQLTConfig(**options, intermediate_size=16))
-
-
-def test_many_experiments_and_models_have_room_and_colours_of_their_own():
-    results = [result(f"model {i}", f"parity {j}", 0.5) for i in range(7) for j in range(6)]
-    results = [r._replace(cell=dataclasses.replace(r.cell, task="parity", experiment=r.cell.task)) for r in results]
-    figure = figure_of(results)
-    drawn = [axes for axes in figure.axes if axes.lines]
-    assert len(drawn) == 12
-    assert all(len({line.get_color() for line in axes.lines}) == 7 for axes in drawn)
-    assert table_of(results).columns == ["model", *(f"parity {j}, accuracy %" for j in range(6)), "seconds"]
-    pyplot.close(figure)
 
 
 @pytest.mark.parametrize("mixer", ["vector", "scalar", "sum"])
