@@ -75,6 +75,36 @@ def test_a_page_stands_alone_and_escapes_what_it_is_given(tmp_path):
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
 
 
+def test_a_page_has_a_place_for_a_sample_and_folds_its_settings(tmp_path):
+    content = {"title": "t", "introduction": "i", "protocol": "p", "settings": '{"seed": 0}'}
+    write_page(tmp_path / "page.html", **content, sample={"prompt": "def ", "text": "f(<x>)"})
+    page = (tmp_path / "page.html").read_text()
+    assert "<h2>A sample</h2>" in page
+    assert "<pre>def <b>f(&lt;x&gt;)</b></pre>" in page
+    assert page.index("<details>") < page.index("seed") < page.index("</details>")
+    write_page(tmp_path / "page.html", **content)
+    assert "A sample" not in (tmp_path / "page.html").read_text()
+
+
+def test_a_page_serves_dark_screens_and_narrow_ones(tmp_path):
+    """A plot is turned dark, a row becomes a list in which each number has its column's name."""
+    write_page(
+        tmp_path / "page.html",
+        title="t",
+        introduction="i",
+        table=table_of(RESULTS),
+        plot="data:image/png;base64,",
+        protocol="p",
+        settings="s",
+    )
+    page = (tmp_path / "page.html").read_text()
+    assert "prefers-color-scheme: dark" in page
+    assert "max-width: 40rem" in page
+    for column in table_of(RESULTS).columns:
+        assert page.count(f'data-column="{column}"') == 2
+    assert '<div class="wide"><img src="data:image/png;base64,"' in page
+
+
 def model(**options):
     options = {"hidden_size": 16, "num_heads": 2, "num_hidden_layers": 2, "vocab_size": 8, "window": 4} | options
     return HQLTForCausalLM(HQLTConfig(**options, intermediate_size=16))
