@@ -18,7 +18,7 @@ def test_what_can_be_written_is_not_made(tmp_path):
 @pytest.mark.parametrize(
     ("name", "folder", "message"),
     [
-        ("file", True, "expected a folder, found a file"),
+        ("file", True, "file: expected a folder, found a file"),
         (".", False, "expected a file, found a folder"),
         ("file/new", False, "file is a file, not a folder"),
         ("closed/new/file", False, "closed: Permission denied"),
@@ -29,6 +29,6 @@ def test_what_cannot_be_written_is_told(tmp_path, name, folder, message, monkeyp
     (tmp_path / "closed").mkdir()
     allowed = os.access  # of root, everything
     monkeypatch.setattr(os, "access", lambda path, mode: path.name != "closed" and allowed(path, mode))
-    with pytest.raises(OSError, match="") as refused:
+    with pytest.raises(OSError, match=r".") as refused:
         check_writable(tmp_path / name, folder=folder)
     assert message in reason(refused.value)

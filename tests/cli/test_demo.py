@@ -1,14 +1,11 @@
 import json
-import os
-import re
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
 from hqlt.cli import main
+from hqlt.report.table import TOO_SMALL
 from hqlt.run_folder import run_folder
 from hqlt.study import known_studies, read_study
 
@@ -38,24 +35,43 @@ def test_the_quick_demo_leaves_a_run_that_can_be_read(tmp_path):
     assert {result["cell"]["model"] for result in results} == set(read_study(known_studies()["demo"]).models)
     for name in ("config.json", "metrics.jsonl", "README.md", "curves.png", "report.html"):
         assert (tmp_path / name).stat().st_size > 0
+    assert TOO_SMALL in (tmp_path / "README.md").read_text()
+    assert "**" not in (tmp_path / "README.md").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "What each memory contributes" in page
+    assert "A sample from Synchronous" in page
 
 
-def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path, request):
-    log = tmp_path / "log"
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            [*COMMAND, "demo", "--quick", f"--folder={tmp_path / 'run'}"], stdout=out, stderr=out
-        )
-        request.addfinalizer(lambda: (process.kill(), process.wait()))
-        metrics = tmp_path / "run" / "metrics.jsonl"
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and not list((tmp_path / "run").glob("cells/*.json")):
-            time.sleep(0.2)
-            assert process.poll() is None, log.read_text()
-        os.kill(process.pid, signal.SIGINT)
-        assert process.wait(timeout=60) == 130
-    said = log.read_text()
-    assert "go on with: hqlt demo --quick" in said
-    assert re.search(r"\((\d+) of 15 runs\)", (tmp_path / "run" / "README.md").read_text()), "what is finished is told"
-    assert "Traceback" not in said
-    assert metrics.exists()
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--workers=0"], "^workers: expected at least 1, got 0$"),
+        (["--seed=-1"], r"^seeds: expected whole numbers from 0 to 2\*\*32 − 1, got -1$"),
+        (["--folder=language"], "^language: expected a run of hqlt demo or hqlt reproduce, found one of hqlt train;"),
+        (["--folder=full"], "^full: expected a new or empty folder, or one that hqlt demo"),
+        (["--folder=other"], "^other: expected a run of 'One layer, two memories', found one of 'Who runs\\?'"),
+        (["--folder=full/file"], "^full/file"),
+        (["--folder=full/file/run"], "^full/file"),
+    ],
+)
+def test_wrong_inputs_are_refused_before_anything_is_written(options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hqlt.study.run.run_grid", lambda *_: pytest.fail("it was trained"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with run_folder(tmp_path / "language", "language"), run_folder(tmp_path / "other", "study"):
+        (tmp_path / "other" / "config.json").write_text('{"study": "Who runs?"}')
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit, match=message):
+        main(["demo", "--quick", *options])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "jinja2", "transformers"])
+def test_a_missing_package_is_told_before_anything_is_trained(package, tmp_path):
+    code = f"import sys; sys.modules[{package!r}] = None; from hqlt.cli import main; main(['demo', '--quick'])"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert f"expected the package {package}; pip install" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not list(tmp_path.iterdir())

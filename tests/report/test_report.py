@@ -1,17 +1,14 @@
-import dataclasses
 import io
 import re
 
 import pytest
 import torch
-from matplotlib import pyplot
 from rich.console import Console
 
 from hqlt.evaluate import Score
 from hqlt.model import HQLTConfig, HQLTForCausalLM
 from hqlt.report import memory_shares
 from hqlt.report.page import write_page
-from hqlt.report.plots import figure_of, save
 from hqlt.report.table import table_of
 from hqlt.train.fit import Budget, Fit, Progress
 from hqlt.train.grid import Result
@@ -61,16 +58,6 @@ def test_from_worst_to_best_whatever_is_better():
     assert table.rows[0][1].text == "2.500 (3.000 2.500 2.000)"
 
 
-def test_every_seed_is_drawn_and_their_median(tmp_path):
-    figure = figure_of(RESULTS)
-    top, bottom = figure.axes[:2], figure.axes[2:]
-    assert [len(axes.lines) for axes in (*top, *bottom)] == [3 + 1 + 1, 2, 3 + 1 + 1, 2]
-    assert list(top[0].lines[3].get_ydata()) == [0.5, 0.5]
-    url = save(figure, tmp_path / "curves.png")
-    assert url.startswith("data:image/png;base64,")
-    assert (tmp_path / "curves.png").stat().st_size > 1000
-
-
 def test_a_page_stands_alone_and_escapes_what_it_is_given(tmp_path):
     write_page(
         tmp_path / "page.html",
@@ -78,7 +65,6 @@ def test_a_page_stands_alone_and_escapes_what_it_is_given(tmp_path):
         introduction="i",
         table=table_of(RESULTS),
         plot="data:image/png;base64,",
-        spoken=None,
         samples=[{"model": "m", "temperature": 1, "seed": 0, "prompt": "def ", "text": "<b>x</b>"}],
         protocol="p",
         settings="s",
@@ -89,20 +75,39 @@ def test_a_page_stands_alone_and_escapes_what_it_is_given(tmp_path):
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
 
 
+def test_a_page_has_a_place_for_a_sample_and_folds_its_settings(tmp_path):
+    content = {"title": "t", "introduction": "i", "protocol": "p", "settings": '{"seed": 0}'}
+    write_page(tmp_path / "page.html", **content, sample={"prompt": "def ", "text": "f(<x>)"})
+    page = (tmp_path / "page.html").read_text()
+    assert "<h2>A sample</h2>" in page
+    assert "<pre>def <b>f(&lt;x&gt;)</b></pre>" in page
+    assert page.index("<details>") < page.index("seed") < page.index("</details>")
+    write_page(tmp_path / "page.html", **content)
+    assert "A sample" not in (tmp_path / "page.html").read_text()
+
+
+def test_a_page_serves_dark_screens_and_narrow_ones(tmp_path):
+    """A plot is turned dark, a row becomes a list in which each number has its column's name."""
+    write_page(
+        tmp_path / "page.html",
+        title="t",
+        introduction="i",
+        table=table_of(RESULTS),
+        plot="data:image/png;base64,",
+        protocol="p",
+        settings="s",
+    )
+    page = (tmp_path / "page.html").read_text()
+    assert "prefers-color-scheme: dark" in page
+    assert "max-width: 40rem" in page
+    for column in table_of(RESULTS).columns:
+        assert page.count(f'data-column="{column}"') == 2
+    assert '<div class="wide"><img src="data:image/png;base64,"' in page
+
+
 def model(**options):
     options = {"hidden_size": 16, "num_heads": 2, "num_hidden_layers": 2, "vocab_size": 8, "window": 4} | options
     return HQLTForCausalLM(HQLTConfig(**options, intermediate_size=16))
-
-
-def test_many_experiments_and_models_have_room_and_colours_of_their_own():
-    results = [result(f"model {i}", f"parity {j}", 0.5) for i in range(7) for j in range(6)]
-    results = [r._replace(cell=dataclasses.replace(r.cell, task="parity", experiment=r.cell.task)) for r in results]
-    figure = figure_of(results)
-    drawn = [axes for axes in figure.axes if axes.lines]
-    assert len(drawn) == 12
-    assert all(len({line.get_color() for line in axes.lines}) == 7 for axes in drawn)
-    assert table_of(results).columns == ["model", *(f"parity {j}, accuracy %" for j in range(6)), "seconds"]
-    pyplot.close(figure)
 
 
 @pytest.mark.parametrize("mixer", ["vector", "scalar", "sum"])

@@ -77,11 +77,27 @@ def test_an_experiment_may_name_the_models_that_take_part(tmp_path):
     [
         (["sedes"], [1], r"key: expected one of .*, got 'sedes'; did you mean 'seeds'\?"),
         (["title"], None, r"expected the key 'title', got 'experiments', 'introduction'"),
-        (["seeds"], ["a"], r"study.yaml: .*seeds"),
+        (["seeds"], ["a"], r"study.yaml: seeds: expected a list, each of it a whole number, got \['a'\]$"),
+        (["seeds"], [0, -1], r"study.yaml: seeds: expected whole numbers from 0 to .*, got -1$"),
+        (["seeds"], [0, 0], r"seed 0: expected .*each seed once, got two cells that are both called 'short-parity-"),
+        (["title"], 3, "study.yaml: title: expected text, got 3$"),
+        (["models", 5], {}, "models: expected text as keys, got 5; put it in quotes$"),
+        (["models", "short-parity"], 1, "models.short-parity: expected keys with values, got 1$"),
+        (["models", "synchronous"], {}, "got two cells that are both called 'short-parity-synchronous-seed0'"),
+        ([*PARITY, "paper"], {"Synchronos": 1}, r"paper: expected one of .*did you mean 'Synchronous'\?$"),
+        ([*PARITY, "options", "labels"], "postfix", "labels: expected one of answer, prefix, got 'postfix'$"),
+        ([*PARITY, "options", "train_lengths"], 5, "train_lengths: expected a list, each of it a whole number, got 5$"),
+        ([*PARITY, "common", "window"], "two", "DeltaNet in short parity: .*two"),
+        ([*PARITY, "budget", "steps"], 0, "parity.budget: steps: expected at least 1, got 0$"),
+        ([*PARITY, "budget", "validations"], 0, "parity.budget: validations: expected at least 1, got 0$"),
+        ([*PARITY, "budget", "learning_rate"], -1, "parity.budget: learning_rate: expected a number above 0, got -1"),
+        ([*PARITY, "budget", "clip"], float("nan"), "parity.budget: clip: expected a number above 0, got nan$"),
+        ([*PARITY, "budget", "warmup"], 2, "parity.budget: warmup: expected a share from 0 to 1, got 2"),
+        ([*PARITY, "budget", "curriculum"], "x", "parity.budget: curriculum: expected a number, got 'x'$"),
         ([*PARITY, "budgets"], {}, r"experiments.short parity: key: .*did you mean 'budget'\?"),
         ([*PARITY, "task"], "partiy", r"short parity.task: expected one of .*did you mean 'parity'\?"),
         ([*PARITY, "budget", "step"], 1, r"parity.budget: key: expected .*did you mean 'steps'\?"),
-        ([*PARITY, "budget", "steps"], "many", r"parity.budget: .*steps(.|\n)*many"),
+        ([*PARITY, "budget", "steps"], "many", "parity.budget: steps: expected a whole number, got 'many'$"),
         ([*PARITY, "budget"], {}, r"parity.budget: expected the key 'steps', got nothing"),
         ([*PARITY, "options", "train_length"], 1, r"parity.options: key: .*did you mean 'train_lengths'\?"),
         ([*PARITY, "options", "train_lengths"], [9, 3], r"parity.options: .*expected the least and the greatest"),
@@ -228,6 +244,8 @@ def test_a_cell_of_an_agent_that_was_killed_goes_on_exactly(tmp_path):
         (["experiments", "maze", "budget", "settings"], {"rolout": 8}, r"LSTM in maze: .*rolout"),
         (["experiments", "maze", "budget", "along"], {"coridor": [1]}, r"LSTM in maze: .*coridor"),
         (["experiments", "maze", "budget", "along"], {"corridor": [1], "oracle": [1]}, r"along: expected at most one"),
+        (["models", "LSTM"], {}, "LSTM in maze: expected the key 'memory', got 'hidden_size', 'num_layers', 'window'$"),
+        (["experiments", "maze", "options", "corridor"], "x", 'LSTM in maze: expected values .*"corridor": "x"'),
         (["models", "LSTM"], {"memory": "lstmm"}, r"LSTM in maze: .*did you mean 'lstm'"),
     ],
 )
@@ -244,3 +262,9 @@ def test_the_papers_agent_plays_and_learns(tmp_path):
     *events, result = cell.run(tmp_path, "cpu")
     assert any(event.progress.loss for event in events)
     assert result.fit.test.metric == "success"
+
+
+def test_null_is_no_value(tmp_path):
+    text = yaml.safe_dump(changed([*PARITY, "budget", "validations"], "NULL")).replace("'NULL'", "null")
+    with pytest.raises(ValueError, match=r"parity.budget: validations: expected a whole number, got nothing$"):
+        read(tmp_path, text)

@@ -7,13 +7,15 @@ import io
 import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter
 from PIL import Image
 
 from hqlt.train.grid import Result
@@ -30,10 +32,12 @@ COLOURS = {
     "LSTM": "#00441b",
 }
 OTHERS = (
-    "#1f77b4", "#8c564b", "#e377c2", "#17becf", "#9acd32", "#000080", "#ff7f0e", "#2e8b57", "#ff0000", "#b8860b",
-    "#9400d3", "#000000", "#87ceeb", "#fa8072", "#006400", "#cd5c5c",
+    "#1f77b4", "#e377c2", "#8c564b", "#9acd32", "#17becf", "#000080", "#000000", "#ff7f0e", "#ff00ff",
 )  # fmt: skip
 """Colours of models that have none of their own, in the order in which they come."""
+MARKERS = "os^DvPX*h"
+MANY = 9
+"""Models of a panel, at most: more cannot be told apart."""
 TITLES = {
     "parity": "State tracking: parity",
     "recall": "Recall: key–value pairs",
@@ -45,8 +49,10 @@ METRICS = {
     "bits": "bits per byte",
     "success": "success",
 }
-WIDTH = 4.6
+WIDTH, HEIGHT = 4.6, 3.1
 """Of a panel, in inches."""
+DASH = 5
+"""Length of a dash where curves coincide, in widths of the line."""
 COLUMNS = 4
 """Experiments side by side."""
 
@@ -54,64 +60,129 @@ COLUMNS = 4
 def figure_of(results: Sequence[Result]) -> Figure:
     """Two panels an experiment, one above the other: the test score along the task's coordinate, and learning curves.
 
-    Where there are several seeds, each is a thin line and their median a thick one.
+    Where there are several seeds, each is a thin line and their median a thick one. Where curves coincide, each is seen
+    in turn. More models than MANY take several columns.
     """
-    experiments = list(dict.fromkeys(result.cell.column for result in results))
-    models = list(dict.fromkeys(result.cell.model for result in results))
-    colours = dict(zip([model for model in models if model not in COLOURS], itertools.cycle(OTHERS), strict=False))
-    columns, rows = min(len(experiments), COLUMNS), math.ceil(len(experiments) / COLUMNS)
-    beside = max(int(WIDTH * columns / (0.08 * max(map(len, models)) + 0.6)), 1)  # inches of text, of line and gap
-    height = 6.2 * rows + 0.22 * math.ceil(len(models) / beside)
-    figure, panels = pyplot.subplots(
-        2 * rows, columns, figsize=(WIDTH * columns, height), squeeze=False, layout="constrained"
+    groups = grouped(list(dict.fromkeys(result.cell.model for result in results)))
+    columns = [
+        (of_column, group)
+        for label in dict.fromkeys(result.cell.column for result in results)
+        for group in groups
+        if (of_column := [r for r in results if r.cell.column == label and r.cell.model in group])
+    ]
+    beside = min(len(columns), COLUMNS)
+    rows = [columns[i : i + beside] for i in range(0, len(columns), beside)]
+    heights = [2 if any(has_coordinate(of_column) for of_column, _ in row) else 1 for row in rows]
+    width = WIDTH * beside
+    in_legend = (
+        max(map(len, groups)) if len(groups) > 1 else math.ceil(len(groups[0]) / entries_beside(groups[0], width))
     )
-    for axes in panels.flat:
-        axes.set_axis_off()
-    for i, label in enumerate(experiments):
-        top, bottom = (panels[2 * (i // columns) + below, i % columns] for below in (0, 1))
-        of_experiment = [result for result in results if result.cell.column == label]
-        for model in models:
-            own = [result for result in of_experiment if result.cell.model == model]
-            style = {"color": (COLOURS | colours)[model], "label": model}
-            if of_experiment[0].cell.coordinate_name is not None:
-                draw(top, [result.fit.test.curve for result in own], marker="o", markersize=3, **style)
-            draw(bottom, [learning_curve(result) for result in own], **style)
-        label_panels(top, bottom, of_experiment[0])
-    drawn = [axes.get_legend_handles_labels() for axes in panels.flat]
-    once = {label: handle for handles, labels in drawn for handle, label in zip(handles, labels, strict=True)}
-    figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=beside, frameon=False)
+    figure = pyplot.figure(figsize=(width, HEIGHT * sum(heights) + 0.22 * in_legend), layout="constrained")
+    grid = figure.add_gridspec(sum(heights), beside)
+    for i, row in enumerate(rows):
+        begin, end = sum(heights[:i]), sum(heights[: i + 1])
+        for j, (of_column, group) in enumerate(row):
+            split = (
+                [slice(begin, begin + 1), slice(begin + 1, end)] if has_coordinate(of_column) else [slice(begin, end)]
+            )
+            panels = [figure.add_subplot(grid[place, j]) for place in split]
+            draw_experiment(panels, of_column, styles_of(group))
+            if len(groups) > 1:
+                panels[-1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
+    if len(groups) == 1:
+        handles = [Line2D([], [], markersize=4, **style) for style in styles_of(groups[0]).values()]
+        beside = entries_beside(groups[0], width)
+        figure.legend(handles=handles, loc="outside lower center", ncols=beside, frameon=False)
     return figure
 
 
-def draw(axes: Axes, curves: Sequence[Curve], **style: Any) -> None:
-    """One curve as it is; several thin, and their median, point by point."""
-    if len(curves) > 1:
-        for curve in curves:
-            axes.plot(*zip(*curve, strict=True), color=style["color"], linewidth=0.6, alpha=0.4)
-    if curves:
-        x = [x for x, _ in curves[0]]
-        y = [statistics.median(values) for values in zip(*([y for _, y in curve] for curve in curves), strict=True)]
-        axes.plot(x, y, **style)
+def grouped(models: Sequence[str]) -> list[list[str]]:
+    """At most MANY together, those of one family (what stands before a comma) beside each other."""
+    families: dict[str, list[str]] = {}
+    for model in models:
+        families.setdefault(model.partition(",")[0], []).append(model)
+    groups: list[list[str]] = [[]]
+    for family in families.values() if len(models) > MANY else [list(models)]:
+        for part in (family[i : i + MANY] for i in range(0, len(family), MANY)):
+            if len(groups[-1]) + len(part) > MANY:
+                groups.append([])
+            groups[-1] += part
+    return groups
+
+
+def styles_of(models: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """A colour and a marker for each."""
+    others = itertools.cycle(OTHERS)
+    return {
+        model: {"color": COLOURS.get(model) or next(others), "marker": marker, "label": model}
+        for model, marker in zip(models, itertools.cycle(MARKERS), strict=False)
+    }
+
+
+def entries_beside(models: Sequence[str], width: float) -> int:
+    """How many entries of a legend fit into a line of so many inches."""
+    return max(int(width / (0.08 * max(map(len, models)) + 0.6)), 1)  # of text, of line and gap
+
+
+def has_coordinate(results: Sequence[Result]) -> bool:
+    return results[0].cell.coordinate_name is not None
+
+
+def draw_experiment(panels: Sequence[Axes], results: Sequence[Result], styles: Mapping[str, dict[str, Any]]) -> None:
+    """panels: the test score's, where there is a coordinate, and the learning curves'."""
+    first = results[0]
+    metric = first.fit.test.metric
+    curves: list[tuple[Callable[[Result], Curve], str]] = [
+        (learning_curve, "steps of the world (greedy episodes)" if metric == "success" else "updates (validation)")
+    ]
+    if has_coordinate(results):
+        curves.insert(0, (test_curve, f"{first.cell.coordinate_name} (test)"))
+    panels[0].set_title(TITLES.get(first.cell.column, first.cell.column))
+    for axes, (curve_of, name) in zip(panels, curves, strict=True):
+        drawn = {model: [curve_of(result) for result in results if result.cell.model == model] for model in styles}
+        draw(axes, {model: of_model for model, of_model in drawn.items() if of_model}, styles)
+        axes.set_xlabel(name)
+        axes.set_ylabel(METRICS[metric])
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+        if metric != "bits":
+            axes.set_ylim(min(-0.05, axes.dataLim.y0 - 0.05), 1.05)
+
+
+def draw(axes: Axes, curves: Mapping[str, Sequence[Curve]], styles: Mapping[str, dict[str, Any]]) -> None:
+    """By model: one curve as it is; several thin, and their median, point by point."""
+    medians = {model: median_of(of_model) for model, of_model in curves.items()}
+    for model, of_model in curves.items():
+        style = styles[model]
+        if len(of_model) > 1:
+            for curve in of_model:
+                axes.plot(*zip(*curve, strict=True), color=style["color"], linewidth=0.6, alpha=0.4)
+        alike = [other for other, curve in medians.items() if coincide(curve, medians[model])]
+        turn, turns = alike.index(model), len(alike)
+        dashes = "-" if turns == 1 else (turn * DASH, (DASH, (turns - 1) * DASH))
+        every = (turn % len(medians[model]), turns)
+        axes.plot(*zip(*medians[model], strict=True), markersize=4, markevery=every, linestyle=dashes, **style)
+
+
+def median_of(curves: Sequence[Curve]) -> Curve:
+    y = [statistics.median(values) for values in zip(*([y for _, y in curve] for curve in curves), strict=True)]
+    return [(x, middle) for (x, _), middle in zip(curves[0], y, strict=True)]
+
+
+def coincide(one: Curve, other: Curve) -> bool:
+    """To the eye: one hides the other."""
+    if [x for x, _ in one] != [x for x, _ in other]:
+        return False
+    return max(abs(a - b) for (_, a), (_, b) in zip(one, other, strict=True)) < 0.01
+
+
+def test_curve(result: Result) -> Curve:
+    return result.fit.test.curve
 
 
 def learning_curve(result: Result) -> Curve:
     return [(told.step, told.validation) for told in result.history if told.validation is not None]
-
-
-def label_panels(top: Axes, bottom: Axes, result: Result) -> None:
-    metric, coordinate = result.fit.test.metric, result.cell.coordinate_name
-    counted = "steps of the world (greedy episodes)" if metric == "success" else "updates (validation)"
-    shown = [bottom] if coordinate is None else [top, bottom]
-    shown[0].set_title(TITLES.get(result.cell.column, result.cell.column))
-    top.set_xlabel(f"{coordinate} (test)")
-    bottom.set_xlabel(counted)
-    for axes in shown:
-        axes.set_axis_on()
-        axes.set_ylabel(METRICS[metric])
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
-        if metric != "bits":
-            axes.set_ylim(-0.1, 1.05)
 
 
 def save(figure: Figure, path: Path) -> str:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
+import json
+import re
+import types
+import typing
+from collections import Counter
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
@@ -59,6 +65,11 @@ class Study:
     seeds: tuple[int, ...] = (0,)
     """Of weights and training data, for experiments that name none."""
 
+    def __post_init__(self) -> None:
+        for seed in (*self.seeds, *(seed for e in self.experiments.values() for seed in e.seeds or ())):
+            if not 0 <= seed < 2**32:
+                raise ValueError(f"seeds: expected whole numbers from 0 to 2**32 − 1, got {seed}")
+
     def cells(self) -> list[Cell]:
         """Raises ValueError, saying whose, where the fields of a model do not fit together."""
         return [
@@ -85,7 +96,7 @@ class Study:
         return dataclasses.replace(self, experiments={label: self.experiments[label]})
 
     def quick(self) -> Study:
-        """Budgets too small to learn much, to see that everything runs."""
+        """Budgets too small to learn, to see that everything runs."""
         return dataclasses.replace(
             self,
             experiments={
@@ -104,7 +115,13 @@ def cell_of(given: Experiment, own: dict[str, Any], /, **of_both: Any) -> Cell:
             raise ValueError(f"{of_both['model']} in {of_both['experiment']}: {error}") from None
     from hqlt.train.agent.cell import AgentCell
 
-    return AgentCell(config={**given.common, **own}, **of_both)
+    config = {**given.common, **own}
+    if "memory" not in config:
+        raise ValueError(
+            f"{of_both['model']} in {of_both['experiment']}: expected the key 'memory', got "
+            f"{', '.join(map(repr, config)) or 'nothing'}"
+        )
+    return AgentCell(config=config, **of_both)
 
 
 def quick(budget: Any) -> Any:
@@ -181,11 +198,14 @@ def read_study(path: Path) -> Study:
         given = _keys(Study, yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: expected a study in YAML: {error}") from None
+    for label, model in _mapping(given["models"], f"{path}: models").items():
+        _mapping(model, f"{path}: models.{label}")
     experiments = {}
     for label, experiment in _mapping(given["experiments"], f"{path}: experiments").items():
         where = f"{path}: experiments.{label}"
         experiment = _keys(Experiment, experiment, where)
-        _mapping(experiment.get("common", {}), f"{where}.common")
+        for part in ("common", "options", "paper"):
+            _mapping(experiment.get(part, {}), f"{where}.{part}")
         try:
             world = experiment["task"] in WORLDS
             one_of("task", experiment["task"], [*TASKS, *WORLDS])
@@ -197,9 +217,10 @@ def read_study(path: Path) -> Study:
             _build(TASKS[experiments[label].task], experiments[label].options, f"{where}.options")
     study = _build(Study, given | {"experiments": experiments}, str(path))
     for label, experiment in study.experiments.items():
-        for model in experiment.models or ():
+        named = {"models": experiment.models or (), "paper": experiment.paper}
+        for name, model in [(name, model) for name, models in named.items() for model in models]:
             try:
-                one_of("models", model, study.models)
+                one_of(name, model, study.models)
             except ValueError as error:
                 raise ValueError(f"{path}: experiments.{label}.{error}") from None
     try:
@@ -208,7 +229,13 @@ def read_study(path: Path) -> Study:
         raise ValueError(f"{path}: {error}") from None
     if not cells:
         raise ValueError(f"{path}: expected at least one model, experiment and seed, got none of one of them")
+    names = Counter(cell.name for cell in cells)
     for cell in cells:
+        if names[cell.name] > 1:
+            raise ValueError(
+                f"{path}: {cell.model} in {cell.column}, seed {cell.seed}: expected labels that differ in letters or "
+                f"digits, and each seed once, got two cells that are both called {cell.name!r}"
+            )
         _try(cell, f"{path}: {cell.model} in {cell.column}")
     return study
 
@@ -216,14 +243,43 @@ def read_study(path: Path) -> Study:
 def _build(kind: type[T], given: Any, where: str) -> T:
     """kind(**given), with keys and types checked. What is built already is taken as it is."""
     given = _keys(kind, given, where)
+    hints = get_type_hints(kind)
+    for name, value in given.items():
+        if value is None and name in hints and type(None) not in (hints[name], *get_args(hints[name])):
+            raise ValueError(f"{where}: {name}: expected {words(hints[name])}, got nothing")
     built = {name: value for name, value in given.items() if _is_built(value)}
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
     parser.add_class_arguments(kind, skip=set(built))
     try:
         plain = parser.parse_object({name: value for name, value in given.items() if name not in built})
         return kind(**parser.instantiate(plain).as_dict(), **built)
-    except (ArgumentError, ValueError) as error:
+    except ArgumentError as error:
+        found = re.search(r'Parser key "(\w+)', str(error))
+        if found is None:
+            raise ValueError(f"{where}: {error}") from None
+        name = found[1]
+        raise ValueError(f"{where}: {name}: expected {words(hints[name])}, got {given[name]!r}") from None
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+
+
+def words(hint: Any) -> str:
+    """What a type is called in a YAML file."""
+    arguments = get_args(hint)
+    match get_origin(hint):
+        case typing.Literal:
+            return f"one of {', '.join(map(str, arguments))}"
+        case typing.Union | types.UnionType:
+            return " or ".join(map(words, arguments))
+        case builtins.tuple | builtins.list:
+            each = " and ".join(dict.fromkeys(words(argument) for argument in arguments if argument is not ...))
+            return f"a list, each of it {each}"
+        case builtins.dict:
+            return "keys with values" if arguments[1] is Any else f"keys, each with {words(arguments[1])}"
+    return WORDS.get(hint, str(hint))
 
 
 def _is_built(value: Any) -> bool:
@@ -248,6 +304,9 @@ def _keys(kind: Any, given: Any, where: str) -> dict[str, Any]:
 def _mapping(given: Any, where: str) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise ValueError(f"{where}: expected keys with values, got {given!r}")
+    for name in given:
+        if not isinstance(name, str):
+            raise ValueError(f"{where}: expected text as keys, got {name!r}; put it in quotes")
     return given
 
 
@@ -272,11 +331,18 @@ def _try(cell: Cell, where: str) -> None:
     try:
         with torch.device("meta"):
             if isinstance(cell, TaskCell):
-                HQLTConfig(**cell.config, vocab_size=cell.build_task().vocab_size)
+                task = cell.build_task()
+                HQLTConfig(**cell.config, vocab_size=task.vocab_size)
+                cell.budget.task_at(task, 0)
                 return
         _try_agent(cell)
-    except Exception as error:
+    except ModuleNotFoundError as error:
+        raise ValueError(reason(error)) from None
+    except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+    except Exception as error:  # what a library says of a wrong type
+        given = json.dumps({**cell.config, **cell.task_options}, default=str, ensure_ascii=False)
+        raise ValueError(f"{where}: expected values that it can be built with, got {given}: {error}") from None
 
 
 def _try_agent(cell: Any) -> None:

@@ -52,6 +52,19 @@ class Budget:
     test_rows: int = 512
     """Sequences in the test set."""
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "validations", "validation_rows", "test_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+        for name in ("warmup", "final_rate", "average", "curriculum"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a share from 0 to 1, got {getattr(self, name)}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay: expected a number of at least 0, got {self.weight_decay}")
+
     def learning_rate_at(self, step: int) -> float:
         """step counts from 0."""
         warm = max(round(self.warmup * self.steps), 1)
