@@ -13,15 +13,15 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
 from hqlt.agent import PPO, SAC, Batch, Episode, MemoryModel, PPOSettings, SACSettings, build_memory, evaluate, play
-from tests.agent.worlds_of_one_cue import Cue, copies
+from tests.agent.worlds_of_one_cue import Cue, Told, copies
 
 SMALL = SACSettings(heads=(16,), batch_episodes=4, random_episodes=4, updates_per_step=0.5)
 
 
-def sac(settings=SMALL, memory="synchronous", seed=0):
+def sac(settings=SMALL, memory="synchronous", seed=0, make=Cue):
     torch.manual_seed(seed)
     memory = build_memory(memory, hidden_size=8, num_layers=1, window=3)
-    return SAC(copies(Cue, 1), memory, settings, seed=seed)
+    return SAC(copies(make, 1), memory, settings, seed=seed)
 
 
 def episodes(count=3, dtype=np.float32):
@@ -92,19 +92,20 @@ def weights(agent):
     return torch.cat([x.flatten().double() for x in agent.state_dict().values()])
 
 
-def test_sac_goes_on_exactly(tmp_path):
+@pytest.mark.parametrize("make", [Cue, Told])
+def test_sac_goes_on_exactly(tmp_path, make):
     def envs():
-        return copies(lambda: Cue((2, 5)), 4)
+        return copies(lambda: make((2, 5)), 4)
 
-    straight = sac()
+    straight = sac(make=make)
     for _ in straight.train_in(envs(), 150):
         pass
-    first = sac()
+    first = sac(make=make)
     for progress in first.train_in(envs(), 60):
         assert progress.steps == first.steps
     save_file(first.checkpoint(), tmp_path / "agent.safetensors")
     save_arrays(first.replay.state_dict(), tmp_path / "replay.safetensors")
-    second = sac(seed=5)
+    second = sac(seed=5, make=make)
     second.restore(load_file(tmp_path / "agent.safetensors"))
     second.replay.load_state_dict(load_arrays(tmp_path / "replay.safetensors"))
     for _ in second.train_in(envs(), 150):
@@ -113,19 +114,20 @@ def test_sac_goes_on_exactly(tmp_path):
     assert torch.equal(weights(second), weights(straight))
 
 
-def test_ppo_is_put_aside_exactly():
+@pytest.mark.parametrize("make", [Cue, Told])
+def test_ppo_is_put_aside_exactly(make):
     def ppo(seed):
         torch.manual_seed(seed)
         memory = build_memory("deltanet", hidden_size=8, num_layers=1)
         settings = PPOSettings(rollout=8, epochs=2, minibatches=2)
-        return PPO(copies(Cue, 1), memory, settings, seed=seed)
+        return PPO(copies(make, 1), memory, settings, seed=seed)
 
     first, second = ppo(0), ppo(1)
-    for _ in first.train_in(copies(Cue, 4), 64):
+    for _ in first.train_in(copies(make, 4), 64):
         pass
     second.restore(first.checkpoint())
     for agent in (first, second):
-        for _ in agent.train_in(copies(Cue, 4), 128):
+        for _ in agent.train_in(copies(make, 4), 128):
             pass
     assert torch.equal(weights(first), weights(second))
 
@@ -177,9 +179,9 @@ def test_images_are_kept_as_they_are_and_learned_from(kind):
     assert (agent.core.encoder.observation.layers[0].weight != before).any()
 
 
-def trained(kind, memory, steps, seed=0):
+def trained(kind, memory, steps, seed=0, make=Cue):
     torch.manual_seed(seed)
-    envs = copies(Cue, 16)
+    envs = copies(make, 16)
     settings = {
         SAC: SACSettings(learning_rate=3e-3, batch_episodes=32, heads=(32,), updates_per_step=0.1),
         PPO: PPOSettings(learning_rate=3e-3, rollout=32, minibatches=2),
@@ -202,6 +204,11 @@ def test_a_memory_solves_what_none_can(kind, name):
     assert success(agent) == 1
     agent.core.memory = Wiped(agent.core.memory)
     assert success(agent) < 0.65
+
+
+def test_a_cue_among_the_entries_of_a_dictionary_is_remembered():
+    agent = trained(PPO, build_memory("synchronous", hidden_size=16, num_layers=1, window=2), 12_000, make=Told)
+    assert evaluate(agent, copies(Told, 16), 100, seed=1000).success == 1
 
 
 @pytest.mark.parametrize("kind", [SAC, PPO])

@@ -8,14 +8,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from gymnasium.vector import AutoresetMode
+from gymnasium.vector import AutoresetMode, VectorWrapper
 
 from hqlt.agent import PPO, SAC, Batch, Inputs, build_memory, evaluate, play
-from hqlt.agent.collect import Player, UniformPolicy
+from hqlt.agent.collect import Player, Stopped, UniformPolicy, _play
 from hqlt.agent.memory_model import MODELS
 from hqlt.agent.rollout import Collector
 from hqlt.report.shares import shares_during
-from tests.agent.worlds_of_one_cue import Counter, Cue, copies
+from tests.agent.worlds_of_one_cue import Counter, Cue, Told, copies
 
 MODES = list(AutoresetMode)
 
@@ -24,9 +24,9 @@ def uniform(actions=3):
     return UniformPolicy(actions, torch.Generator().manual_seed(0))
 
 
-def agent_of(memory="synchronous", kind=SAC, window=3):
+def agent_of(memory="synchronous", kind=SAC, window=3, make=Cue):
     memory = build_memory(memory, hidden_size=8, num_layers=2, window=window)
-    return kind(copies(Cue, 1), memory).double()
+    return kind(copies(make, 1), memory).double()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -89,12 +89,13 @@ def test_actions_from_stepping_are_those_of_the_sequence_pass(memory, mode):
             torch.testing.assert_close(got[row, begin:end], alone[0], rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("make", [Cue, Told])
 @pytest.mark.parametrize("kind", [SAC, PPO])
 @pytest.mark.parametrize("mode", MODES)
-def test_episodes_that_were_played_are_learned_from_as_they_were_played(kind, mode):
+def test_episodes_that_were_played_are_learned_from_as_they_were_played(kind, mode, make):
     """The greedy actions of stored episodes, in a padded batch, are the actions that were taken."""
-    agent = agent_of(kind=kind)
-    episodes = play(agent, copies(lambda: Cue((1, 7), cut=True), 4, mode), 9, seed=3, greedy=True)
+    agent = agent_of(kind=kind, make=make)
+    episodes = play(agent, copies(lambda: make((1, 7), cut=True), 4, mode), 9, seed=3, greedy=True)
     batch = Batch.of(episodes)
     inputs = batch.inputs()
     actions = agent.logits(agent.core.sequence(inputs, agent.init_state(9))[0]).argmax(-1)[:, :-1]
@@ -102,15 +103,16 @@ def test_episodes_that_were_played_are_learned_from_as_they_were_played(kind, mo
     assert batch.mask.sum() == sum(episode.length for episode in episodes)
 
 
+@pytest.mark.parametrize("make", [Cue, Told])
 @pytest.mark.parametrize("mode", MODES)
-def test_rollouts_go_on_where_the_last_one_ended(mode):
+def test_rollouts_go_on_where_the_last_one_ended(mode, make):
     """Two rollouts, and one of their length, of the same steps: the same memory, values and counts."""
-    agent = agent_of(kind=PPO)
+    agent = agent_of(kind=PPO, make=make)
     begun = agent.generator.get_state()
 
     def collect(lengths):
         agent.generator.set_state(begun)
-        collector = Collector(copies(lambda: Cue((2, 6), cut=True), 3, mode), agent, seed=1)
+        collector = Collector(copies(lambda: make((2, 6), cut=True), 3, mode), agent, seed=1)
         return zip(*(collector.rollout(agent, length) for length in lengths), strict=True)
 
     (first, second), told = collect([7, 9])
@@ -164,6 +166,56 @@ def test_evaluation_shares_episodes_out_beforehand(mode):
     assert 0.2 < told.success < 0.8 and math.isclose(told.mean_return, 2 * told.success - 1, abs_tol=1e-6)
     again = evaluate(uniform(2), copies(lambda: Cue((1, 9)), 3, mode), 40, seed=0)
     assert told == again
+
+
+def test_play_stops_between_two_steps():
+    """In collection, evaluation and rollouts alike; what an unfinished round of SAC drew is undone."""
+    calls = {
+        "play": lambda agent, envs, stopped: play(agent, envs, 4, stopped=stopped),
+        "evaluate": lambda agent, envs, stopped: evaluate(agent, envs, 4, stopped=stopped),
+        "train": lambda agent, envs, stopped: list(agent.train_in(envs, 10**6, stopped=stopped)),
+    }
+    for (name, call), kind in itertools.product(calls.items(), (SAC, PPO)):
+        stopped, agent = [], agent_of(kind=kind)
+        before = agent.generator.get_state()
+        envs = Stopper(copies(Cue, 2), stopped)
+        with pytest.raises(Stopped):
+            call(agent, envs, stopped)
+        assert envs.steps == 3
+        if (name, kind) == ("train", SAC):
+            assert torch.equal(agent.generator.get_state(), before)
+            assert agent.steps == agent.rounds == 0
+
+
+class Stopper(VectorWrapper):
+    """Asks to stop in its third step."""
+
+    def __init__(self, envs, stopped):
+        super().__init__(envs)
+        self.stopped, self.steps = stopped, 0
+
+    def step(self, actions):
+        self.steps += 1
+        if self.steps == 3:
+            self.stopped.append(2)
+        return super().step(actions)
+
+
+def test_an_evaluation_keeps_no_observations():
+    player = Player(copies(Told, 2), uniform(2), 0)
+    episodes = _play(player, uniform(2), 4, greedy=False, observations=False)
+    kept = play(uniform(2), copies(Told, 2), 4, seed=0)
+    assert [episode.outcome for episode in episodes] == [episode.outcome for episode in kept]
+    assert all(episode.observations == () for episode in episodes)
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_an_agent_that_diverged_says_so(greedy):
+    agent = agent_of()
+    with torch.no_grad():
+        agent.actor[0].weight.fill_(math.nan)
+    with pytest.raises(ValueError, match=r"expected finite logits, got NaN .* at step 0: training has diverged"):
+        play(agent, copies(Cue, 2), 1, greedy=greedy)
 
 
 def test_which_memory_spoke_in_an_episode():

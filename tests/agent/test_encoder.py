@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from gymnasium.vector.utils import batch_space
 
-from hqlt.agent.encoder import build_encoder
+from hqlt.agent import PPO, SAC, build_memory, evaluate
+from hqlt.agent.encoder import Encoder, build_encoder, observation_encoder
+from hqlt.agent.tree import tree_leaves, tree_map
+from tests.agent.worlds_of_one_cue import Cue, Told, copies
 
 ACTIONS = spaces.Discrete(4)
 SEEN = {
@@ -17,21 +21,102 @@ SEEN = {
     "symbol": spaces.Discrete(5, start=-2),
     "image": spaces.Box(0, 255, (3, 5, 5), np.uint8),
     "image, channels last": spaces.Box(0, 255, (7, 8, 3), np.uint8),
+    "symbols": spaces.MultiDiscrete([[2, 3], [4, 2]], start=[[0, 1], [-3, 0]]),
+    "flags": spaces.MultiBinary((2, 2)),
 }
+NESTED = spaces.Dict(
+    {
+        "image": SEEN["image"],
+        "pair": spaces.Tuple([SEEN["vector"], SEEN["symbol"]]),
+        "bag": spaces.Dict({"symbols": SEEN["symbols"], "flags": SEEN["flags"]}),
+    }
+)
 
 
-@pytest.mark.parametrize("space", SEEN.values(), ids=SEEN)
+def sampled(space, *axes):
+    """Observations with these axes before their own."""
+    for n in reversed(axes):
+        space = batch_space(space, n)
+    space.seed(0)
+    return tree_map(lambda x: torch.from_numpy(np.asarray(x)), space.sample())
+
+
+@pytest.mark.parametrize("space", [*SEEN.values(), NESTED], ids=[*SEEN, "nested"])
 def test_a_sequence_is_encoded_step_by_step(space):
     encoder = build_encoder(space, ACTIONS, 6)
-    space.seed(0)
-    seen = torch.from_numpy(np.array([[space.sample() for _ in range(3)] for _ in range(2)]))
+    seen = sampled(space, 2, 3)
     actions, rewards = torch.randint(-1, 4, (2, 3)), torch.randn(2, 3)
     together = encoder(seen, actions, rewards)
     assert together.shape == (2, 3, 6)
     for t in range(3):
-        torch.testing.assert_close(encoder(seen[:, t], actions[:, t], rewards[:, t]), together[:, t])
+        torch.testing.assert_close(
+            encoder(tree_map(lambda x, t=t: x[:, t], seen), actions[:, t], rewards[:, t]), together[:, t]
+        )
     changed = [encoder(seen, (actions + 2) % 5 - 1, rewards), encoder(seen, actions, rewards + 5)]
     assert all((other != together).any(-1).all() for other in changed)
+
+
+def test_every_entry_is_seen_by_an_encoder_of_its_own():
+    """The features of a dictionary are those of its entries side by side, so a change of one changes its part alone."""
+    encoder = observation_encoder(NESTED, 6)
+    seen = sampled(NESTED, 5)
+    features = encoder(seen)
+    assert features.shape == (5, encoder.width) == (5, 5 * 6)
+    for i, leaf in enumerate(tree_leaves(seen)):
+        before, leaf[:] = leaf.clone(), leaf.flip(0)
+        changed = (encoder(seen) != features).any(0).view(5, 6).any(1).tolist()
+        leaf[:] = before
+        assert changed == [place == i for place in range(5)]
+
+
+def test_symbols_are_sums_of_one_vector_each():
+    encoder = observation_encoder(SEEN["symbols"], 6)
+    assert encoder.embedding.weight.shape == (11, 6)
+    got = encoder(torch.tensor([[[1, 3], [-1, 1]]]))
+    torch.testing.assert_close(got[0], encoder.embedding.weight[[1, 4, 7, 10]].sum(0))
+
+
+class Tiny(Cue):
+    """The cue as an image of 2 × 2 pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.observation_space = spaces.Box(0, 255, (3, 2, 2), np.uint8)
+
+    def reset(self, *, seed=None, options=None):
+        (cue, _), info = super().reset(seed=seed)
+        return np.full((3, 2, 2), 255 * (cue > 0), np.uint8), info
+
+    def step(self, action):
+        _, *rest = super().step(action)
+        return np.zeros((3, 2, 2), np.uint8), *rest
+
+
+class Own(torch.nn.Module):
+    """An encoder of one's own: of a dictionary it reads one entry alone."""
+
+    def __init__(self, pixels):
+        super().__init__()
+        self.linear = torch.nn.Linear(pixels, 5)
+
+    def forward(self, observation):
+        image = observation["image"] if isinstance(observation, dict) else observation
+        return self.linear(image.flatten(-3).float())
+
+
+@pytest.mark.parametrize("make", [Told, Tiny])
+@pytest.mark.parametrize("kind", [PPO, SAC])
+def test_an_encoder_of_your_own_is_trained(kind, make):
+    """What errors advise works: for dictionaries, and for images too small for the convolutions."""
+    envs = copies(make, 4)
+    memory = build_memory("lstm", hidden_size=8, num_layers=1)
+    own = Own(48 if make is Told else 12)
+    encoder = Encoder(observation=own, observation_width=5, actions=2, hidden_size=8)
+    agent = kind(envs, memory, encoder=encoder)
+    before = own.linear.weight.clone()
+    told = [progress.losses for progress in agent.train_in(envs, 600 if kind is PPO else 200) if progress.losses]
+    assert told and (own.linear.weight != before).any()
+    assert len(evaluate(agent, envs, 3).outcomes) == 3
 
 
 def test_pixels_and_channels():
@@ -50,11 +135,22 @@ def test_pixels_and_channels():
 @pytest.mark.parametrize(
     ("seen", "acted", "told"),
     [
-        (spaces.Tuple([ACTIONS]), ACTIONS, "FlattenObservation"),
-        (spaces.Box(0, 255, (3, 2, 2), np.uint8), ACTIONS, "more than 2×2 pixels"),
+        (spaces.Tuple([ACTIONS, spaces.Text(3)]), ACTIONS, r"observation_space\[1\]: expected Box.*FilterObservation"),
+        (
+            spaces.Box(0, 255, (3, 2, 2), np.uint8),
+            ACTIONS,
+            "observation_space: .*more than 2×2 pixels.*encoder=Encoder",
+        ),
+        (spaces.Dict(a=spaces.Box(0, 255, (3, 2, 2), np.uint8)), ACTIONS, r"observation_space\['a'\]: .*2×2 pixels"),
         (ACTIONS, spaces.Box(-1, 1, (2,)), "single_action_space"),
     ],
 )
 def test_other_spaces_are_refused(seen, acted, told):
     with pytest.raises(ValueError, match=told):
         build_encoder(seen, acted, 8)
+
+
+def test_environments_of_other_shapes_are_refused():
+    encoder = build_encoder(SEEN["vector"], ACTIONS, 6)
+    with pytest.raises(ValueError, match=r"observation: expected shape \[..., 7\], as in the env.*, got \[2, 6\]"):
+        encoder(torch.zeros(2, 6), torch.zeros(2, dtype=torch.long), torch.zeros(2))

@@ -124,3 +124,15 @@ def test_names_are_checked():
         build_memory("delta-net")
     with pytest.raises(ValueError, match="conv_size"):
         build_memory("lstm", conv_size=4)
+    with pytest.raises(ValueError, match=r"argument: expected one of .*, got 'windw'; did you mean 'window'"):
+        build_memory("synchronous", windw=4)
+    with pytest.raises(ValueError, match=r"argument: expected one of .*, got 'blend'"):
+        build_memory("synchronous", blend="fw-only")
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "num_heads", "num_layers", "window"])
+@pytest.mark.parametrize("value", [0, -1, 2.5, "8"])
+@pytest.mark.parametrize("memory", MODELS)
+def test_sizes_are_checked(memory, name, value):
+    with pytest.raises(ValueError, match=rf"{name}: expected a whole number of at least 1, got {value!r}"):
+        build_memory(memory, **{name: value})

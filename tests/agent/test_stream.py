@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+
+import gymnasium
 import numpy as np
 import pytest
-from gymnasium.vector import AutoresetMode
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorWrapper
+from gymnasium.wrappers import TimeLimit
 
+from hqlt.agent import PPO, SAC, build_memory
 from hqlt.agent.stream import Stream
-from tests.agent.worlds_of_one_cue import Counter, Cue, copies
+from hqlt.agent.worlds import make_worlds
+from tests.agent.worlds_of_one_cue import Counter, Cue, Told, copies
 
 MODES = list(AutoresetMode)
 
@@ -57,8 +63,203 @@ def test_success_is_told_where_an_episode_ends(mode):
     assert np.isnan(stream.step(cue).success).all()
 
 
-def test_environments_that_do_not_say_how_they_reset_are_refused():
+@pytest.mark.parametrize("mode", [None, "sometimes"])
+def test_environments_that_do_not_say_how_they_reset_are_refused(mode):
     envs = copies(Cue, 1)
-    del envs.metadata["autoreset_mode"]
-    with pytest.raises(ValueError, match="autoreset_mode"):
+    envs.metadata["autoreset_mode"] = mode
+    with pytest.raises(ValueError, match=rf"metadata\['autoreset_mode'\], .*, got {mode!r}"):
         Stream(envs)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("vector", [SyncVectorEnv, AsyncVectorEnv])
+def test_last_observations_of_dictionaries_and_tuples(mode, vector):
+    """`successor` is the last observation of an episode in every mode, entry by entry; `observation` the next one's."""
+    envs = vector([lambda: Told((2, 2))] * 3, autoreset_mode=mode)
+    stream = Stream(envs)
+    seen = stream.reset(seed=1)
+    assert seen["image"].dtype == np.uint8 and seen["image"].shape == (3, 3, 4, 4)
+    assert seen["rest"][1].shape == (3, 2) and seen["image"].any()
+    stream.step(np.zeros(3, int))
+    last = stream.step(np.zeros(3, int))
+    assert last.ended.all()
+    assert (last.successor["clock"]["left"] == 0).all() and not last.successor["image"].any()
+    if mode is AutoresetMode.NEXT_STEP:
+        last = stream.step(np.zeros(3, int))
+    assert last.first.all() and (last.observation["clock"]["left"] == [2, 0]).all()
+    assert last.observation["image"].any() and not np.shares_memory(last.observation["image"], seen["image"])
+    envs.close()
+
+
+def stepped(stream, steps):
+    for _ in range(steps):
+        stream.step(np.zeros(2, int))
+
+
+class Bad(Counter):
+    """An environment in which at the third step of the second of its kind something goes wrong."""
+
+    made = itertools.count()
+
+    def __init__(self, fault, length=9):
+        super().__init__(length)
+        self.fault, self.second = fault, next(self.made) % 2 == 1
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = super().step(action)
+        if self.second and self.time == 3:
+            observation, reward, info = self.fault(observation, reward, info)
+        return observation, reward, terminated, truncated, info
+
+
+def broken(observation, reward, info):
+    raise KeyError("door")
+
+
+PLACE = "Bad, env 1, step 3 of its episode: "
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (lambda seen, reward, info: (np.nan, reward, info), PLACE + "observation: expected finite numbers, got nan"),
+        (lambda seen, reward, info: (-np.inf, reward, info), PLACE + "observation: expected finite numbers, got -inf"),
+        (lambda seen, reward, info: (seen, np.nan, info), PLACE + "reward: expected a finite number, got nan"),
+        (lambda seen, reward, info: (seen, 1e39, info), PLACE + r"reward: expected a finite number, got 1e\+39"),
+        (broken, r"Bad: step\(\) raised KeyError: 'door' \(.*test_stream.py, line \d+\)"),
+    ],
+)
+def test_what_cannot_be_learned_from_is_named(mode, fault, said):
+    """The environment, which of them it was, and the step: in every mode, at once."""
+    Bad.made = itertools.count()
+    stream = Stream(copies(lambda: Bad(fault), 2, mode))
+    stream.reset(seed=0)
+    with pytest.raises(ValueError, match=said):
+        stepped(stream, 5)
+    assert stream._length.max() <= 3
+
+
+def test_success_that_is_no_number_is_named():
+    Bad.made = itertools.count()
+    stream = Stream(copies(lambda: Bad(lambda seen, reward, info: (seen, reward, {"success": "yes"}), 3), 2))
+    stream.reset()
+    with pytest.raises(ValueError, match=r"Bad: info\['success'\]: expected booleans or numbers, got .*yes"):
+        stepped(stream, 3)
+
+
+class Loose(VectorWrapper):
+    """Returns what it was told to in place of one part of a step."""
+
+    def __init__(self, envs, part, value):
+        super().__init__(envs)
+        self.part, self.value = part, value
+
+    def step(self, actions):
+        result = [*super().step(actions)]
+        result[self.part] = self.value
+        return tuple(result)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "said"),
+    [
+        (0, np.zeros((2, 3)), r"Counter: observation: expected shape \[2\], got \[2, 3\]"),
+        (0, np.array(["a", "b"]), "Counter: observation: expected float64, as its space says, got <U1"),
+        (1, np.zeros((2, 1)), r"Counter: reward: expected shape \[2\], got \[2, 1\]"),
+        (1, ["a", "b"], "Counter: reward: expected numbers"),
+        (2, [False], r"Counter: terminated: expected shape \[2\], got \[1\]"),
+        (3, False, r"Counter: truncated: expected shape \[2\], got \[\]"),
+    ],
+)
+def test_vector_environments_that_break_their_contract_are_named(part, value, said):
+    stream = Stream(Loose(copies(Counter, 2), part, value))
+    stream.reset()
+    with pytest.raises(ValueError, match=said):
+        stream.step(np.zeros(2, int))
+
+
+@pytest.mark.parametrize(
+    ("actions", "said"),
+    [
+        (np.array([0, 3]), "Counter, env 1, step 0 of its episode: action: expected 0 … 2, got 3"),
+        (np.array([-1, 0]), "Counter, env 0, .* action: expected 0 … 2, got -1"),
+        (np.zeros(2), r"actions: expected 2 whole numbers, got float64 \[2\]"),
+        (np.zeros(3, int), r"actions: expected 2 whole numbers, got int64 \[3\]"),
+    ],
+)
+def test_actions_that_are_none_are_named(actions, said):
+    stream = Stream(copies(Counter, 2))
+    stream.reset()
+    with pytest.raises(ValueError, match=said):
+        stream.step(actions)
+
+
+def test_an_ended_episode_without_its_last_observation_is_refused():
+    stream = Stream(Loose(copies(Counter, 2, AutoresetMode.SAME_STEP), 4, {}))
+    stream.reset()
+    with pytest.raises(ValueError, match=r"infos: expected 'final_obs' where an episode ended"):
+        stepped(stream, 3)
+
+
+class Forgetful(VectorWrapper):
+    """Resets all, whatever the mask."""
+
+    def reset(self, *, seed=None, options=None):
+        return super().reset(seed=seed)
+
+
+def test_environments_that_reset_more_than_the_mask_says_are_refused():
+    lengths = iter((3, 2))
+    stream = Stream(Forgetful(copies(lambda: Counter(next(lengths)), 2, AutoresetMode.DISABLED)))
+    stream.reset()
+    with pytest.raises(ValueError, match="expected the environments outside the mask to stay as they are"):
+        stepped(stream, 3)
+
+
+def endless():
+    return Counter(length=10**9)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_episode_must_end(mode, monkeypatch):
+    monkeypatch.setattr("hqlt.agent.stream.LONGEST", 20)
+    stream = Stream(copies(endless, 2, mode))
+    stream.reset()
+    for _ in range(19):
+        stream.step(np.zeros(2, int))
+    said = r"Counter, env 0, step 20 of its episode: expected an episode to end within 20 steps.*max_episode_steps=1000"
+    with pytest.raises(ValueError, match=said):
+        stream.step(np.zeros(2, int))
+    stream = Stream(copies(lambda: TimeLimit(endless(), 20), 2, mode))  # which ends in time
+    stream.reset()
+    assert sum(stream.step(np.zeros(2, int)).truncated.sum() for _ in range(50)) == 4
+
+
+def test_environments_may_say_that_their_episodes_are_longer(monkeypatch):
+    monkeypatch.setattr("hqlt.agent.stream.LONGEST", 20)
+    assert Stream(gymnasium.make_vec("CartPole-v1", 2, vectorization_mode="sync")).longest == 500
+    assert Stream(make_worlds("CartPole-v1", 2, 0, max_episode_steps=30)).longest == 30
+    assert Stream(make_worlds("TMazePassive", 2, 0, corridor=70)).longest == 71
+    assert Stream(copies(endless, 2)).longest == 20
+
+
+def test_names_of_environments():
+    for envs, name in (
+        (make_worlds("CartPole-v1", 2, 0), "CartPole-v1"),
+        (gymnasium.make_vec("hqlt/TMazePassive-v0", 2), "hqlt/TMazePassive-v0"),
+        (make_worlds("TMazePassive", 2, 0), "TMaze"),
+        (copies(Cue, 2), "Cue"),
+    ):
+        assert Stream(envs).name == name
+
+
+@pytest.mark.parametrize("kind", [PPO, SAC, None])
+def test_a_single_environment_is_refused_with_advice(kind):
+    """Wherever several are expected: by agents, and by what plays."""
+    one = gymnasium.make("CartPole-v1")
+    said = r"expected a gymnasium.vector.VectorEnv, got .*; make several at once with gymnasium.make_vec\('CartPole-v1'"
+    with pytest.raises(ValueError, match=said):
+        kind(one, build_memory("none", hidden_size=4)) if kind else Stream(one)
+    with pytest.raises(ValueError, match=r"SyncVectorEnv\(\[MyEnv\] \* 8\)"):
+        Stream(Cue())

@@ -51,5 +51,36 @@ class Counter(gymnasium.Env):
         return np.float64(100 * self.episode + self.time), float(action - 5), False, self.time == self.length, {}
 
 
+class Told(Cue):
+    """The same, told in entries: an image that is red or blue for the cue, whether it is the last step, and a clock."""
+
+    def __init__(self, lengths=(4, 4), cut=False):
+        super().__init__(lengths, cut)
+        self.observation_space = gymnasium.spaces.Dict(
+            {
+                "image": gymnasium.spaces.Box(0, 255, (3, 4, 4), np.uint8),
+                "rest": gymnasium.spaces.Tuple(
+                    [gymnasium.spaces.MultiBinary(1), gymnasium.spaces.Box(0, 1, (2,), np.float32)]
+                ),
+                "clock": gymnasium.spaces.Dict({"left": gymnasium.spaces.MultiDiscrete([50, 2])}),
+            }
+        )
+
+    def reset(self, *, seed=None, options=None):
+        (cue, last), info = super().reset(seed=seed)
+        return self.told(cue, last), info
+
+    def step(self, action):
+        (cue, last), *rest = super().step(action)
+        return self.told(cue, last), *rest
+
+    def told(self, cue, last):
+        image = np.zeros((3, 4, 4), np.uint8)
+        if cue:
+            image[0 if cue > 0 else 2] = 255
+        left = {"left": np.array([self.left, self.left % 2])}
+        return {"image": image, "rest": (np.array([last], np.int8), np.full(2, last, np.float32)), "clock": left}
+
+
 def copies(make, count, mode=AutoresetMode.NEXT_STEP):
     return SyncVectorEnv([make] * count, autoreset_mode=mode)

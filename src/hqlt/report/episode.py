@@ -171,6 +171,8 @@ def draw_time(axes: Axes, film: Film, figure: Any) -> None:
         axes.set_ylabel("FW-memory", color=FW)
         figure.legend(frameon=False, loc="outside upper center", ncols=2)
     earned = axes.twinx() if film.shares is not None else axes
+    axes.set_zorder(earned.get_zorder() + 1)  # lines before bars
+    axes.patch.set_visible(False)
     earned.bar(steps, film.rewards, color=EARNED, alpha=0.5, width=0.8)
     earned.set_ylabel("reward", color=EARNED)
     earned.spines[["top"]].set_visible(False)
@@ -193,7 +195,7 @@ def write_gif(film: Film, path: Path) -> None:
         line = time.copy()
         x, _ = axes.transData.transform((step + 0.5, 0))
         cursor = int(np.clip(x, 1, line.shape[1] - 2))
-        line[:, cursor - 1 : cursor + 1] = (40, 40, 40)
+        line[len(line) - int(axes.bbox.y1) : len(line) - int(axes.bbox.y0), cursor - 1 : cursor + 1] = (40, 40, 40)
         frame = film.frames[step].repeat(zoom, axis=0).repeat(zoom, axis=1)
         missing = frame.shape[1] - line.shape[1]
         line = np.pad(line, ((0, 0), (0, missing), (0, 0)), constant_values=255)

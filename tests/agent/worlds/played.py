@@ -55,7 +55,10 @@ class Twin:
         if self.board.get(ahead, " ") in ".akDrgb":
             self.position = ahead
         touched = self.board[self.position]
-        if touched in "akD":
+        self.board = {cell: "#" if symbol == "i" else symbol for cell, symbol in self.board.items()}
+        if touched == "k":
+            self.board[0, 5] = "i"
+        if touched in "ak":
             self.board[self.position] = "."
         if touched == "a":
             self.eaten[self.position] = self.time
@@ -71,5 +74,5 @@ class Twin:
         """5 × 5 around the agent."""
         i, j = self.position
         window = [[self.board.get((y, x), " ") for x in range(j - 2, j + 3)] for y in range(i - 2, i + 3)]
-        window[2][2] = "+"
+        window[2][2] = "D" if window[2][2] == "D" else "+"
         return ["".join(row) for row in window]

@@ -115,7 +115,7 @@ def key_to_door(key: tuple[int, int], start: tuple[int, int], **options):
 @pytest.mark.parametrize(
     ("moves", "rewards", "success"),
     [
-        ("uuud" + "lr" + "uuuduuuuuu", [0] * 7 + [5] + [0] * 8, True),  # nothing lies behind the door, and it pays once
+        ("uuud" + "lr" + "uuuduuuuuu", [0] * 7 + [5] + [0] * 8, True),  # out, back into the doorway: it pays once
         ("uudd" + "lr" + "uuuduuuuuu", [0] * 16, False),  # without the key the door is a wall
         ("luuu" + "lr" + "uuuduuuuuu", [0] * 16, False),  # past a pillar, not over it
     ],
@@ -128,6 +128,27 @@ def test_key_to_door_by_hand(moves, rewards, success):
     got, _, info = play(environment, moves)
     assert got == rewards
     assert info == {"success": success}
+
+
+LEGEND = {value: symbol for symbol, value in reversed(COLOURS.items())} | {COLOURS["+"]: "+", COLOURS["."]: "."}
+
+
+def drawn(image: np.ndarray) -> list[str]:
+    return ["".join(LEGEND[tuple(image[:, i, j].tolist())] for j in range(5)).replace("D", "d") for i in range(5)]
+
+
+def test_the_lamp_and_the_door_are_those_of_the_published_game():
+    """What that game shows, played side by side: a lamp for one step, a door that stays, and the ground around."""
+    environment = key_to_door((2, 4), (5, 4))
+    _, seen, _ = play(environment, "uuud" + "lr" + "uuuduurrrr")
+    taken, after = drawn(seen[2]), drawn(seen[3])
+    assert taken[0] == "###i#" and "i" not in "".join(after)
+    before_the_door, in_it, outside, in_it_again = (drawn(seen[step]) for step in (6, 7, 8, 9))
+    assert before_the_door == [".....", "##d##", "#.+.#", "#...#", "#...#"]
+    assert in_it == in_it_again == [".....", ".....", "##d##", "#...#", "#...#"]
+    assert outside == [".....", ".....", "..+..", "##d##", "#...#"]
+    assert at(environment.world) == (0, 9)  # around the room, as far as the board goes
+    assert drawn(seen[-1])[2] == "..+.."
 
 
 def test_two_prices_of_apples():
@@ -163,7 +184,7 @@ def test_any_episode_is_its_plain_twins(world, seed, phases, apples, respawn):
         seen, rewards, ended, _, info = worlds.step(actions)
         for i, twin in enumerate(twins):
             touched = twin.step(int(actions[i]))
-            right = touched in ("D", target[i])
+            right = touched in ("D", target[i]) and not won[i]
             won[i] |= right
             assert rewards[i] == 2 * (touched == "a") + 7 * right
             if time in (explore, explore + distractor) and time < sum(phases):

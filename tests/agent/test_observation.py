@@ -1,0 +1,96 @@
+"""Observations as their spaces say, nested or not, and what is said of those that are not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from gymnasium import spaces
+from gymnasium.vector.utils import batch_space
+
+from hqlt.agent.observation import BadObservation, observed, readable
+from hqlt.agent.tree import tree_leaves, tree_map
+
+IMAGE = spaces.Box(0, 255, (3, 4, 4), np.uint8)
+NESTED = spaces.Dict(
+    {
+        "image": IMAGE,
+        "pose": spaces.Tuple([spaces.Box(-1, 1, (2,), np.float32), spaces.Discrete(3, start=-1)]),
+        "inventory": spaces.Dict({"slots": spaces.MultiDiscrete([2, 5]), "flags": spaces.MultiBinary(3)}),
+    }
+)
+
+
+def seen(space=NESTED, rows=4):
+    batched = batch_space(space, rows)
+    batched.seed(0)
+    return batched.sample()
+
+
+@pytest.mark.parametrize("space", [IMAGE, NESTED, spaces.Discrete(3), spaces.Box(-1, 1, (), np.float64)])
+def test_what_is_of_its_space_is_copied(space):
+    readable(space)
+    given = seen(space)
+    got = observed(space, given, 4)
+    assert type(got) is type(given) or isinstance(got, np.ndarray)
+    for array, original in zip(tree_leaves(got), tree_leaves(given), strict=True):
+        assert array.dtype == np.asarray(original).dtype and np.array_equal(array, original)
+        assert not np.shares_memory(array, original)
+
+
+def test_wider_numbers_of_the_same_kind_are_narrowed():
+    space = spaces.Box(-1, 1, (2,), np.float32)
+    assert observed(space, np.ones((3, 2), np.float64), 3).dtype == np.float32
+    with pytest.raises(BadObservation, match=r"observation\[0\]: expected finite numbers, got inf"):
+        observed(space, np.full((3, 2), 1e300), 3)
+
+
+def spoiled(place, value):
+    """The sample with one entry changed."""
+    given = seen()
+    entry = given
+    for key in place[:-1]:
+        entry = entry[key]
+    if isinstance(entry, tuple):
+        index = place[-1]
+        return given | {"pose": (*entry[:index], value, *entry[index + 1 :])}
+    entry[place[-1]] = value
+    return given
+
+
+def with_nan():
+    numbers = np.zeros((4, 2), np.float32)
+    numbers[2, 1] = np.nan
+    return numbers
+
+
+@pytest.mark.parametrize(
+    ("given", "said", "env"),
+    [
+        (spoiled(["pose", 0], with_nan()), r"observation\['pose'\]\[0\]\[1\]: expected finite numbers, got nan", 2),
+        (spoiled(["pose", 1], np.array([-1, 0, 1, 2])), r"observation\['pose'\]\[1\]: expected -1 … 1, got 2", 3),
+        (spoiled(["inventory", "slots"], np.full((4, 2), 3)), r"\['slots'\]\[0\]: expected a value of .*, got 3", 0),
+        (spoiled(["image"], np.zeros((4, 3, 4, 4))), r"\['image'\]: expected uint8, as its space .* got float64", None),
+        (spoiled(["image"], np.zeros((4, 4, 4, 3), np.uint8)), r"shape \[4, 3, 4, 4\], got \[4, 4, 4, 3\]", None),
+        (spoiled(["pose"], 3), r"\['pose'\]: expected entries \[0, 1\], got int", None),
+        ({"image": 0}, r"observation: expected entries \[.*\], got \['image'\]", None),
+    ],
+)  # fmt: skip
+def test_what_is_not_of_its_space_is_named(given, said, env):
+    with pytest.raises(BadObservation, match=said) as caught:
+        observed(NESTED, given, 4)
+    assert caught.value.env == env
+
+
+def test_spaces_without_arrays_are_refused_by_the_name_of_the_entry():
+    with pytest.raises(ValueError, match=r"observation_space\['said'\]\[1\]: expected Box, .*FilterObservation"):
+        readable(spaces.Dict({"seen": IMAGE, "said": spaces.Tuple([IMAGE, spaces.Text(5)])}))
+    with pytest.raises(ValueError, match=r"observation_space: expected at least one entry"):
+        readable(spaces.Dict({}))
+
+
+def test_trees():
+    tree = {"a": (np.arange(3), {"b": np.ones(2)}), "c": np.zeros(1)}
+    doubled = tree_map(np.add, tree, tree)
+    assert doubled["a"][0].tolist() == [0, 2, 4] and doubled["a"][1]["b"].tolist() == [2, 2]
+    assert [leaf.shape for leaf in tree_leaves(tree)] == [(3,), (2,), (1,)]
+    assert tree_map(np.copy, ()) == ()
