@@ -61,12 +61,20 @@ def told_if_not_written(path: Path) -> Iterator[None]:
         ) from error
 
 
+def probe(folder: Path) -> None:
+    """Raises OSError where no file can be written in a folder, before work is done for it."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
+
+
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Make the folder, and refuse it while another process works in it (where the system can tell)."""
     with told_if_not_written(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()  # it may be there and read-only
+        probe(folder)
     if os.name != "posix":
         yield
         return
