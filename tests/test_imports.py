@@ -71,3 +71,19 @@ def test_importing_hqlt_is_light():
     by_hqlt = loaded_by("hqlt, hqlt.data")
     assert "hqlt" in by_hqlt
     assert HEAVY & (by_hqlt - loaded_by("torch, safetensors.torch")) == set()
+
+
+def test_parts_are_loaded_when_they_are_asked_for():
+    code = (
+        "import sys, hqlt\nassert not {'torch', 'numpy'} & set(sys.modules)\n"
+        "print(hqlt.agent.SAC.__name__, hqlt.report.memory_shares.__name__, hqlt.preset('tiny').vocab_size)\n"
+        "try: hqlt.nothing\nexcept AttributeError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("SAC memory_shares 256\nmodule 'hqlt' has no attribute 'nothing'\n", "")
+
+
+def test_a_part_whose_package_is_missing_says_how_to_get_it():
+    code = "import sys; sys.modules['transformers'] = None; import hqlt; hqlt.preset('tiny')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ModuleNotFoundError: expected the package transformers; pip install " in done.stderr

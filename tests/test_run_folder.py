@@ -19,7 +19,7 @@ def test_a_new_folder_is_marked_and_entered_again(tmp_path: Path, kind: str) -> 
 
 def test_a_run_of_another_kind_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
     with run_folder(tmp_path, "language"):
-        pass
+        (tmp_path / "config.json").touch()
     with (
         pytest.raises(ValueError, match=r"expected a run of hqlt rl train, found one of hqlt train"),
         run_folder(tmp_path, "agent"),
@@ -49,3 +49,13 @@ def test_a_damaged_marker_is_reported(tmp_path: Path, content: str) -> None:
     (tmp_path / MARKER).write_text(content)
     with pytest.raises(ValueError, match=MARKER), run_folder(tmp_path, "study"):
         pytest.fail("entered")
+
+
+def test_a_run_that_has_written_nothing_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="data"), run_folder(tmp_path / "runs" / "new", "language"):
+        raise ValueError("data")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ValueError, match="data"), run_folder(tmp_path / "there", "language"):
+        raise ValueError("data")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "there"]

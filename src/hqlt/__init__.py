@@ -7,17 +7,19 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from typing import TYPE_CHECKING, Any
 
-from hqlt import ops
 from hqlt._version import version as __version__
-from hqlt.layer import HybridMemory
-from hqlt.memory import MemoryState, fingerprint, load_state, save_state
 from hqlt.registration import register_with_transformers
-from hqlt.shapes import checked
 
 if TYPE_CHECKING:
+    from hqlt import ops
+    from hqlt.layer import HybridMemory
+    from hqlt.memory import MemoryState, fingerprint, load_state, save_state
     from hqlt.model import HQLTCache, HQLTConfig, HQLTForCausalLM, HQLTModel, preset
+    from hqlt.shapes import checked
 
 __all__ = [
     "HQLTCache",
@@ -35,14 +37,34 @@ __all__ = [
     "save_state",
 ]
 
+HOME = {
+    "HybridMemory": "layer",
+    "checked": "shapes",
+    **dict.fromkeys(("MemoryState", "fingerprint", "load_state", "save_state"), "memory"),
+    **dict.fromkeys(("HQLTCache", "HQLTConfig", "HQLTForCausalLM", "HQLTModel", "preset"), "model"),
+}
+"""By name: the part that it is in."""
+
 
 def __getattr__(name: str) -> Any:
-    """Language models need transformers, which takes seconds to import: loaded when first asked for."""
-    if name in ("HQLTCache", "HQLTConfig", "HQLTForCausalLM", "HQLTModel", "preset"):
-        from hqlt import model
+    """A name, or a part such as `hqlt.agent`: loaded when first asked for, because torch and transformers take seconds.
 
-        return getattr(model, name)
-    raise AttributeError(f"module 'hqlt' has no attribute {name!r}")
+    Raises AttributeError for what is not here, ModuleNotFoundError for a part whose packages are missing, with what
+    installs them.
+    """
+    if name not in HOME and name not in {module.name for module in pkgutil.iter_modules(__path__)}:
+        raise AttributeError(f"module 'hqlt' has no attribute {name!r}")
+    try:
+        part = importlib.import_module(f"hqlt.{HOME.get(name, name)}")
+        globals()[name] = value = getattr(part, name) if name in HOME else part
+    except ModuleNotFoundError as error:
+        from hqlt.errors import explanation
+
+        said = explanation(error)
+        if said is None:
+            raise
+        raise ModuleNotFoundError(said, name=error.name) from error
+    return value
 
 
 register_with_transformers()

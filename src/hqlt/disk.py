@@ -57,7 +57,7 @@ def told_if_not_written(path: Path) -> Iterator[None]:
         raise OSError(
             error.errno,
             f"{path} could not be written: {error.strerror}. What was finished before is kept: once this is mended, "
-            f"the same command goes on from there",
+            f"the same command resumes from there",
         ) from error
 
 
@@ -71,10 +71,27 @@ def probe(folder: Path) -> None:
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Make the folder, and refuse it while another process works in it (where the system can tell)."""
+    """Make the folder, and refuse it while another process works in it (where the system can tell).
+
+    A folder made here that is still empty at the end is removed, for instance because a command failed.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: expected a folder, found a file; give another name")
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     with told_if_not_written(folder):
         folder.mkdir(parents=True, exist_ok=True)
         probe(folder)
+    try:
+        with _locked(folder):
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # not empty
+            for path in made:
+                path.rmdir()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
     if os.name != "posix":
         yield
         return

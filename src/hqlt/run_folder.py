@@ -24,7 +24,8 @@ def run_folder(folder: Path, kind: str) -> Iterator[None]:
     """Make the folder, mark it as a run of this kind, and lock it for as long as the context lasts.
 
     kind: one of COMMANDS. Raises ValueError, and leaves the folder as it was, where another process works in it, where
-    it is a run of another kind, and where it holds files but no run.
+    it is a run of another kind, and where it holds files but no run. A new run that ends before it has written anything
+    leaves no folder behind.
     """
     with alone_in(folder):
         found = kind_of(folder)
@@ -39,7 +40,11 @@ def run_folder(folder: Path, kind: str) -> Iterator[None]:
             raise ValueError(
                 f"{folder}: expected a run of {COMMANDS[kind]}, found one of {COMMANDS[found]}; give another folder"
             )
-        yield
+        try:
+            yield
+        finally:
+            if [path.name for path in folder.iterdir()] == [MARKER]:
+                (folder / MARKER).unlink()
 
 
 def kind_of(folder: Path) -> str | None:

@@ -1,4 +1,5 @@
 import json
+import re
 import sys
 import sysconfig
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 from hqlt.cli import main
 from hqlt.cli.eval import tokens_of
 from hqlt.data import load_tokenizer, text
+from hqlt.errors import how_to_install
 from tests.language.conftest import build
 
 pytest.importorskip("matplotlib")
@@ -150,5 +152,5 @@ def test_of_a_long_text_no_more_is_read_than_is_needed(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("package", "extra"), [("lm_eval", "eval"), ("matplotlib", "report")])
 def test_a_missing_package_is_named_with_its_extra(folder, monkeypatch, package, extra):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(SystemExit, match=rf"expected the package {package}; pip install 'hqlt\[{extra}\]'"):
+    with pytest.raises(SystemExit, match=re.escape(f"expected the package {package}; {how_to_install(extra)}")):
         main(["eval", str(folder), "--suite=paper"])

@@ -1,148 +1,163 @@
 """The command line: `hqlt COMMAND`, one file a command.
 
-A command is a function, whose arguments are the options, or a dict of commands by name: `hqlt data prepare`.
+A command is a function, whose arguments are the options, or a dict of commands by name: `hqlt data prepare`. It raises
+ValueError or OSError for what its user can mend; what is said about it, and the status, are the same for all commands
+and decided here.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import inspect
-import itertools
+import io
+import os
 import re
+import select
 import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn, TypeAlias
-
-from jsonargparse import ActionYesNo, ArgumentParser, set_parsing_settings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import NamedTuple, NoReturn, TypeAlias
 
 from hqlt._version import version
-from hqlt.errors import EXTRAS, reason
-
-COMMANDS = ("bench", "convert", "data", "demo", "eval", "export", "generate", "reproduce", "rl", "tokenizer", "train")
+from hqlt.errors import EXTRAS, explanation, how_to_install, is_out_of_memory
 
 Command: TypeAlias = "Callable[..., None] | dict[str, Command]"
 
 
-class Parser(ArgumentParser):
-    """A parser that knows what was meant."""
+class About(NamedTuple):
+    """What the list of commands says of one, without importing it."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        parsers = (self, *_subparsers(self))
-        options = [name for parser in parsers for name in parser._option_string_actions]
-        wrong = re.findall(r"(?<!\S)--([\w-]+)", message if "nrecognized arguments" in message else "")
-        wrong += re.findall(r"does not accept option '([\w.]+)'", message)  # in a file
-        near = [difflib.get_close_matches(f"--{name}", options, n=1) for name in wrong]
-        for choice in re.findall(r"invalid choice: '([\w-]+)'", message):
-            near.append(difflib.get_close_matches(choice, [name for parser in parsers for name in commands_of(parser)]))
-        for names in near:
-            message += f"; did you mean {names[0]}?" if names else ""
-        super().error(message, ex)
+    what: str
+    packages: tuple[str, ...] = ()
+    """Optional ones that it needs."""
 
 
-def _subparsers(parser: ArgumentParser) -> list[ArgumentParser]:
-    """Of the command that was given, at every depth."""
-    found: list[ArgumentParser] = []
-    for name, below in commands_of(parser).items():
-        if name in sys.argv:
-            found += [below, *_subparsers(below)]
-    return found
+PAGES = ("matplotlib", "jinja2")
+COMMANDS = {
+    "train": About("train a language model, on a text file for one", ("transformers", *PAGES)),
+    "generate": About("continue a text with a trained model", ("transformers",)),
+    "eval": About("score a model on benchmarks", ("transformers", "lm_eval")),
+    "data": About("prepare and check folders of tokens"),
+    "tokenizer": About("train a tokenizer", ("tokenizers",)),
+    "export": About("write a model as a folder that transformers loads", ("transformers",)),
+    "convert": About("convert a checkpoint of the paper's code", ("transformers",)),
+    "rl": About("train and watch agents with a memory", ("gymnasium", *PAGES)),
+    "demo": About("train five small models on three tasks, in minutes", ("transformers", *PAGES)),
+    "reproduce": About("reproduce a table of the paper, or run a study of your own", ("transformers", *PAGES)),
+    "bench": About("measure speed beside other implementations"),
+}
 
-
-def commands_of(parser: ArgumentParser) -> dict[str, ArgumentParser]:
-    return {
-        name: below
-        for action in parser._actions
-        for name, below in (getattr(action, "_name_parser_map", None) or {}).items()
-    }
+EXAMPLES = """\
+  hqlt demo                                  two memories beside one, in a few minutes
+  hqlt train --data=book.txt                 a language model of a text file
+  hqlt generate runs/tiny-book --prompt=The  continue a text with it"""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parse the command line and run the command. Ctrl-C ends with status 130.
+    """Run the command that the arguments name (by default those of the command line).
 
-    What the command line says goes before what its --config says, in whatever order they stand.
+    What a user can mend (ValueError, OSError, memory that is out, a package that is missing) is a sentence on stderr
+    and status 1; in Python's development mode (PYTHONDEVMODE=1) its traceback is shown. Ctrl-C ends with status 130,
+    and a pipe whose reader has left ends the command with status 1 and without a word. All else is a fault of the
+    program, and shows its traceback.
     """
-    arguments = config_first(sys.argv[1:] if arguments is None else arguments)
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = Parser(
-        prog="hqlt", description="Hybrid memory layers: one layer, two memories.", version=version, allow_abbrev=False
-    )
-    asked = arguments[:1]
-    names = [name for name in COMMANDS if asked == [name]] or COMMANDS  # to list the options of all takes seconds
-    loaded = {name: load(name, asked == [name]) for name in names}
-    commands = {name: command for name, command in loaded.items() if command is not None}
-    add_commands(parser, commands)
-    chosen: Command = commands
-    options = parser.instantiate(parser.parse_args(arguments)).as_dict()
-    while isinstance(chosen, dict):
-        name = options["subcommand"]
-        chosen, options = chosen[name], options[name]
-    options.pop("config")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # what the terminal's encoding does not have is shown as "?"
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        chosen(**options)
+        run_command(given)
     except KeyboardInterrupt:
         sys.exit(130)
-    except ModuleNotFoundError as error:
-        if error.name not in EXTRAS:
+    except BrokenPipeError:
+        if not reader_left():
             raise
-        raise SystemExit(reason(error)) from None
+        sys.exit(1)
+    except Exception as error:
+        said = explanation(error)
+        if said is None or sys.flags.dev_mode:
+            raise
+        raise SystemExit(said) from None
+    finally:
+        flush()
 
 
-def config_first(arguments: Sequence[str]) -> list[str]:
-    """The same arguments, files of options before the other options."""
-    begin = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
-    files: list[str] = []
-    others: list[str] = []
-    rest = iter(arguments[begin:])
-    for argument in rest:
-        if argument == "--config":
-            files += [argument, *itertools.islice(rest, 1)]
-        else:
-            (files if argument.startswith("--config=") else others).append(argument)
-    return [*arguments[:begin], *files, *others]
-
-
-def load(name: str, asked: bool) -> Command | None:
-    """A command; None where a package is missing that it alone needs. Asked for, it then says which."""
+def flush() -> None:
+    """Write what is still buffered for stdout; nothing more is written there where its reader has left."""
     try:
-        command: Command = getattr(importlib.import_module(f"hqlt.cli.{name}"), name)
-        return command
-    except ModuleNotFoundError as error:
-        if error.name not in EXTRAS:
-            raise
-        if asked:
-            raise SystemExit(f"{name}: {reason(error)}") from None
-        return None
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def add_commands(parser: ArgumentParser, commands: dict[str, Command]) -> None:
-    subcommands = parser.add_subcommands()
-    for name, command in commands.items():
-        if isinstance(command, dict):
-            group = Parser(description=f"One of: {', '.join(command)}.", allow_abbrev=False)
-            subcommands.add_subcommand(name, group)
-            add_commands(group, command)
-        else:
-            subcommands.add_subcommand(name, options_of(command))
+def reader_left() -> bool:
+    """Whether nobody reads the pipe that stdout is, as after `| head`; another pipe may have broken."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def options_of(command: Callable[..., None]) -> ArgumentParser:
-    """A parser with an option for each argument of the function, explained by its docstring. False becomes a flag."""
-    import docstring_parser
+def run_command(arguments: Sequence[str]) -> None:
+    """Find the command that the first arguments name, and call it with what the others say."""
+    prog, command = "hqlt", None
+    if arguments[:1] == ["--version"]:
+        print(f"hqlt {version}")
+        return
+    while not callable(command):
+        listed = {name: about.what for name, about in COMMANDS.items()} if command is None else summaries(command)
+        if arguments[:1] in ([], ["-h"], ["--help"]):
+            print(overview(prog, listed))
+            sys.exit(0 if arguments else 2)
+        name, *arguments = arguments
+        if name not in listed:
+            refuse(prog, name, listed)
+        prog, command = f"{prog} {name}", load(name) if command is None else command[name]
+    from hqlt.cli.parser import dashed, parse, parser_of  # now: a list of commands needs none of it
 
-    told = docstring_parser.parse(command.__doc__ or "")
-    parser = Parser(description=command.__doc__ and command.__doc__.split("\n\n    Args:")[0], allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="a YAML or JSON file with options")
-    flags: set[str | int] = {
-        name for name, argument in inspect.signature(command).parameters.items() if argument.default is False
-    }
-    parser.add_function_arguments(command, as_positional=True, skip=flags)
-    for argument in told.params:
-        if argument.arg_name in flags:
-            action = ActionYesNo(no_prefix="no-")
-            parser.add_argument(f"--{argument.arg_name}", action=action, default=False, help=argument.description)
-    for option in parser._actions:  # --top_p is also --top-p
-        dashed = [name.replace("_", "-") for name in option.option_strings if "_" in name]
-        option.option_strings = [*dashed, *option.option_strings]
-        parser._option_string_actions.update(dict.fromkeys(dashed, option))
-    return parser
+    options = parse(parser_of(command, prog), arguments)
+    try:
+        command(**options)
+    except Exception as error:
+        if is_out_of_memory(error):
+            smaller = ", ".join(f"--{dashed(name)}" for name in SMALLER if name in options) or "model or input"
+            instead = ", or --activation-checkpointing" if "activation_checkpointing" in options else ""
+            error.add_note(f"try a smaller {smaller}{instead}")
+        raise
+
+
+SMALLER = ("micro_batch_size", "batch_size", "batch", "length", "num_envs", "copies", "workers", "preset", "model")
+"""Options that memory in use grows with."""
+
+
+def load(name: str) -> Command:
+    command: Command = getattr(importlib.import_module(f"hqlt.cli.{name}"), name)
+    return command
+
+
+def refuse(prog: str, name: str, known: Collection[str]) -> NoReturn:
+    """End with status 2, because a command is not known."""
+    near = difflib.get_close_matches(name, known, n=1)
+    meant = f" (did you mean {near[0]}?)" if near else ""
+    sys.stderr.write(f"{prog}: expected one of {', '.join(known)}, got {name}{meant}\n")
+    sys.exit(2)
+
+
+def overview(prog: str, listed: Mapping[str, str]) -> str:
+    """The commands, a line each."""
+    width = max(map(len, listed))
+    lines = [f"usage: {prog} COMMAND [options]", ""]
+    for name, what in listed.items():
+        needed = COMMANDS[name].packages if prog == "hqlt" else ()
+        extras = sorted({EXTRAS[package] for package in needed if importlib.util.find_spec(package) is None})
+        missing = f" (first: {how_to_install(*extras)})" if extras else ""
+        lines.append(f"  {name:<{width}}  {what}{missing}")
+    if prog == "hqlt":
+        lines[:0] = ["Hybrid memory layers: one layer, two memories.", ""]
+        lines += ["", "examples:", EXAMPLES]
+    return "\n".join([*lines, "", f"The options of a command: {prog} COMMAND --help"])
+
+
+def summaries(commands: Mapping[str, Command]) -> dict[str, str]:
+    """The first sentence of each command's documentation."""
+    documented = {name: inspect.getdoc(command) or "" for name, command in commands.items()}
+    return {name: re.split(r"\.\s", text, maxsplit=1)[0].rstrip(".") for name, text in documented.items()}

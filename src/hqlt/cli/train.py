@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hqlt.errors import reason
 from hqlt.train.language.settings import TrainSettings
 
 
 def train(folder: Path | None = None, device: str | None = None, **settings: Any) -> None:
-    """Train a language model from scratch. The same command goes on where an earlier one stopped, exactly.
+    """Train a language model from scratch, on a text file for one: `hqlt train --data=book.txt`.
 
-    Without options: the smallest model on the source of Python's standard library. `--config configs/hqlt-340m.yaml`
-    is the paper's recipe; under `torchrun --no-python` the same command uses all processes. Any field of the model can
-    be given by `--model.NAME`.
+    Without options: the smallest model on the source of Python's standard library. The same command resumes where an
+    earlier one was stopped, exactly; `--config=runs/X/config.json` repeats a run. `--config configs/hqlt-340m.yaml` is
+    the paper's recipe; under `torchrun --no-python` the same command uses all processes. Any field of the model can be
+    given by `--model.NAME`.
 
     Args:
         folder: where everything goes; runs/PRESET-DATA by default.
@@ -22,7 +22,4 @@ def train(folder: Path | None = None, device: str | None = None, **settings: Any
     """
     from hqlt.train.language.run import run
 
-    try:
-        run(TrainSettings(**settings), folder, device)
-    except (ValueError, OSError) as error:
-        raise SystemExit(reason(error)) from None
+    run(TrainSettings(**settings), folder, device)

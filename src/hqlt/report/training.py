@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,23 @@ from typing import Any
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.text import Text
 
 from hqlt.report.page import write_page
 from hqlt.report.plots import save
 from hqlt.report.table import Table, TableCell
 
+SHOWN = 40
+"""Characters of a prompt in a command to be typed."""
 
-def leave_training_report(folder: Path, told: dict[str, Any], results: dict[str, Any], console: Console) -> None:
-    """Write results.json, README.md, curves.png and report.html into a run's folder, and print the table.
 
-    told: how the run was made, with its settings; the curves come from the folder's metrics.jsonl.
+def leave_training_report(
+    folder: Path, told: dict[str, Any], results: dict[str, Any], sample: dict[str, Any], console: Console
+) -> None:
+    """Write results.json, README.md, curves.png and report.html into a run's folder; print the table and the sample.
+
+    told: how the run was made, with its settings; the curves come from the folder's metrics.jsonl. sample: what the
+    model generated, as `sample_of` gives it.
     """
     history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     (folder / "results.json").write_text(json.dumps({**results, "run": told}, indent=1))
@@ -29,7 +37,8 @@ def leave_training_report(folder: Path, told: dict[str, Any], results: dict[str,
     how = json.dumps(told, indent=1, ensure_ascii=False)
     protocol = "Validation text was scored now and then, the test text once, at the end. The last weights are kept."
     (folder / "README.md").write_text(
-        f"# {title}\n\n{table.as_markdown()}\n![Curves](curves.png)\n\n{protocol}\n\n```\n{how}\n```\n"
+        f"# {title}\n\n{table.as_markdown()}\n![Curves](curves.png)\n\n{protocol}\n\n```\n{how}\n```\n",
+        encoding="utf-8",
     )
     write_page(
         folder / "report.html",
@@ -37,13 +46,15 @@ def leave_training_report(folder: Path, told: dict[str, Any], results: dict[str,
         introduction=f"A language model of {told['parameters']:,} parameters, trained from scratch.",
         table=table,
         plot=save(figure_of_run(history, told["data"]["bytes_per_token"]), folder / "curves.png"),
-        spoken=None,
-        samples=(),
+        samples=(sample,),
         protocol=protocol,
         settings=how,
     )
     console.print(table.for_terminal())
-    console.print(f"model: {folder / 'model'}    page: {folder / 'report.html'}")
+    console.print(Text.assemble((sample["prompt"], "dim"), sample["text"], "\n"))
+    console.print(f"page: {folder / 'report.html'}", markup=False)
+    prompt = " ".join(sample["prompt"].split())[:SHOWN] or "A"
+    console.print(f"next: {shlex.join(['hqlt', 'generate', str(folder), f'--prompt={prompt}'])}", markup=False)
 
 
 def table_of_run(told: dict[str, Any], results: dict[str, Any], history: Sequence[dict[str, Any]]) -> Table:
@@ -56,13 +67,13 @@ def table_of_run(told: dict[str, Any], results: dict[str, Any], history: Sequenc
         *("–" if bits is None else f"{bits:.4f}" for bits in scores),
         f"{results['updates_left_out']}",
     ]
-    columns = ["model", "parameters", "tokens", "validation, bits/byte", "test, bits/byte", "updates left out"]
+    columns = ["model", "parameters", "tokens", "validation, bits/byte", "test, bits/byte", "updates skipped"]
     caption = f"Seed {settings['seed']}. Bits per byte: lower is better."
     return Table(columns, [[TableCell(text) for text in row]], caption)
 
 
 def figure_of_run(history: Sequence[dict[str, Any]], bytes_per_token: float) -> Figure:
-    """Bits a byte in training, and in validation where measured; below them gradient and learning rate."""
+    """Bits per byte in training, and in validation where measured; below them gradient and learning rate."""
     figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
     steps = [line["step"] for line in history]
     bits = [(line["loss"] or math.nan) / math.log(2) / bytes_per_token for line in history]
@@ -70,7 +81,7 @@ def figure_of_run(history: Sequence[dict[str, Any]], bytes_per_token: float) -> 
     scored = [(line["step"], line["validation"]) for line in history if line["validation"] is not None]
     if scored:
         top.plot(*zip(*scored, strict=True), marker="o", color="#c0392b", label="validation")
-    top.set_ylabel("bits a byte")
+    top.set_ylabel("bits per byte")
     bottom.plot(steps, [line["gradient_norm"] or math.nan for line in history], linewidth=0.6, color="#1f77b4")
     bottom.set_yscale("log")
     bottom.set_ylabel("gradient norm")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import resource
 import sys
 import time
@@ -11,6 +12,7 @@ from types import TracebackType
 import torch
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 LOG_SECONDS = 30
 """From line to line in a log, where nothing else is to be told."""
@@ -24,9 +26,10 @@ class LiveLine:
     def __init__(self, console: Console, total: int, done: int) -> None:
         self.console, self.total, self.begun_at = console, total, done
         self.bar = Progress(
-            TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.description}"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}", table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            TextColumn("left", table_column=Column(no_wrap=True)),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
             console=console,
             transient=True,
             disable=not console.is_terminal,
@@ -45,15 +48,22 @@ class LiveLine:
         self.bar.stop()
 
     def show(self, done: int, words: Sequence[str], news: str | None = None) -> None:
-        """words: of now. news: what is worth a line that stays."""
+        """words: of now, the most important first; a narrow terminal shows only those. news: a line that stays."""
         now = time.monotonic()
-        self.bar.update(self.task, completed=done, description="  ".join(words))
+        room = self.console.width - len(f"{self.total}/{self.total} 0:00:00 left ")
+        self.bar.update(self.task, completed=done, description=as_many_as_fit(words, room))
         late = now - self.spoke > LOG_SECONDS and not self.console.is_terminal
         if news or late:
             left = (now - self.begun) / max(done - self.begun_at, 1) * max(self.total - done, 0)
             line = "  ".join([*words, *filter(None, [news])])
             self.console.print(f"{done:>7}  {line}  {left:,.0f} s left", highlight=False)
             self.spoke = now
+
+
+def as_many_as_fit(words: Sequence[str], room: int) -> str:
+    """The first of the words, whole, that fit side by side into so many columns."""
+    ends = itertools.accumulate(len(word) + 2 for word in words)
+    return "  ".join(word for word, end in zip(words, ends, strict=True) if end - 2 <= room)
 
 
 class Speed:

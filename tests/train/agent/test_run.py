@@ -15,6 +15,7 @@ from PIL import Image
 
 import hqlt
 from hqlt.cli import main
+from hqlt.errors import how_to_install
 from hqlt.report.episode import film
 from hqlt.train.agent import AgentTrainer
 from hqlt.train.agent.checkpoints import AgentCheckpoints
@@ -152,8 +153,8 @@ def test_a_full_disk_leaves_the_checkpoints_from_before(settings, tmp_path, monk
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        (["rl", "train"], "pip install 'hqlt[rl]'"),
-        (["reproduce", "visual-match"], "pip install 'hqlt[rl]'"),
+        (["rl", "train"], how_to_install("rl")),
+        (["reproduce", "visual-match"], how_to_install("rl")),
         (["--version"], hqlt.__version__),
     ],
 )

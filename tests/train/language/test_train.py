@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hqlt.cli import main
 from tests.train.language.conftest import command, losses, train
 
 
@@ -83,8 +84,35 @@ def test_a_signal_saves_and_leaves(text, whole, tmp_path, number):
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number, printed
     done = len(losses(folder))
-    assert f"saved after update {done}; the same command goes on" in printed
+    assert f"saved after update {done}; the same command resumes" in printed
     assert (folder / "checkpoints" / f"step-{done:08d}").is_dir()
+
+
+def test_a_second_ctrl_c_leaves_at_once(text, tmp_path):
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        command(text, folder, "--batch-size=4096", "--warmup=0"),  # updates of many seconds
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while process.poll() is None and not (folder / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, printed
+    assert "Traceback" not in printed and "saved" not in printed
+    assert losses(folder) == []
+
+
+def test_a_runs_config_json_repeats_it(whole, tmp_path):
+    folder = tmp_path / "again"
+    main(["train", f"--config={whole / 'config.json'}", f"--folder={folder}"])
+    assert losses(folder) == losses(whole)
 
 
 def same_run(ours, theirs):

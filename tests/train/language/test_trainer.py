@@ -7,6 +7,7 @@ import math
 import resource
 import shutil
 import signal
+import sys
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch
 from hqlt.data import prepare
 from hqlt.disk import alone_in
 from hqlt.model import HQLTConfig
+from hqlt.run_folder import run_folder
 from hqlt.train.language import Trainer, TrainSettings
 from hqlt.train.language.cost import flops_per_token, peak_flops
 from hqlt.train.language.ranks import Ranks, join
@@ -126,14 +128,16 @@ def test_other_settings_may_change(text, run):
     assert [told.step for told in training.updates()] == [7, 8]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "no trainer.json"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "no trainer.json", "[]", '{"step": 6}', "\udcff"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(text, run, damage):
     newest = run / "checkpoints" / "step-00000006"
     (tensors,) = newest.glob("*.safetensors")
     if damage == "truncated":
         tensors.write_bytes(tensors.read_bytes()[:-100])
-    else:
+    elif damage in ("missing", "no trainer.json"):
         (tensors if damage == "missing" else newest / "trainer.json").unlink()
+    else:
+        (newest / "trainer.json").write_bytes(damage.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=r"step-00000006.*remove step-00000006 to go on from the checkpoint before"):
         trainer(text, run).resume()
     shutil.rmtree(newest)
@@ -184,7 +188,7 @@ def test_a_damaged_shard_is_refused(text, tmp_path):
 
 
 def test_a_vocabulary_that_is_too_small_is_refused(text, tmp_path):
-    with pytest.raises(ValueError, match=r"set model.vocab_size=256"):
+    with pytest.raises(ValueError, match=r"give --model.vocab_size=256"):
         Trainer(TrainSettings(length=24), HQLTConfig(vocab_size=100, **CONFIG), text, tmp_path, ALONE)
 
 
@@ -211,7 +215,16 @@ def test_carried_memory_is_one_long_sequence(text, tmp_path):
         ({"micro_batch_size": 3}, "divisor of the 8 rows"),
         ({"steps": 0}, "steps: expected at least 1"),
         ({"learning_rate": 0.0}, "learning_rate: expected a number above 0"),
-        ({"final_rate": -1.0}, "final_rate: expected 0 or more"),
+        ({"learning_rate": -1.0}, "learning_rate: expected a number above 0"),
+        ({"learning_rate": math.inf}, "learning_rate: expected a number above 0"),
+        ({"eps": math.nan}, "eps: expected a number above 0"),
+        ({"batch_size": 0}, "batch_size: expected at least 1"),
+        ({"weight_decay": math.nan}, "weight_decay: expected 0 or more"),
+        ({"final_rate": -1.0}, "final_rate: expected a share from 0 to 1"),
+        ({"final_rate": 2.0}, "final_rate: expected a share from 0 to 1"),
+        ({"betas": (0.9, 1.0)}, "betas: expected two numbers from 0 to below 1"),
+        ({"seed": -1}, "seed: expected from 0"),
+        ({"warmup": 7, "steps": 6}, "warmup: expected from 0 to the 6 steps, got 7"),
         ({"micro_batch_size": 0}, "micro_batch_size: expected at least 1, or none"),
         ({"shard_over": -1}, "shard_over: expected at least 1, or none"),
     ],
@@ -219,6 +232,54 @@ def test_carried_memory_is_one_long_sequence(text, tmp_path):
 def test_settings_that_cannot_be(settings, message):
     with pytest.raises(ValueError, match=message):
         TrainSettings(**settings).micro_batches(2)
+
+
+def test_warm_up_is_at_most_a_tenth_of_a_short_run():
+    assert [TrainSettings(steps=steps).warmup_updates for steps in (3, 100, 600, 10_000)] == [0, 10, 60, 60]
+
+
+def documents(folder, *texts):
+    (folder / "in").mkdir()
+    for i, text in enumerate(texts):
+        (folder / "in" / f"{i:03}.txt").write_text(text)
+    prepare(folder / "in", folder / "tokens", validation_share=0.1, test_share=0.1)
+    return folder / "tokens"
+
+
+def test_documents_of_one_token_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="data: expected documents of two tokens or more"):
+        trainer(documents(tmp_path, *"abcdefghij"), tmp_path, length=1, batch_size=1)
+
+
+def test_windows_without_a_token_to_predict_are_refused_and_batches_of_them_skipped(tmp_path):
+    data = documents(tmp_path, *(f"{chr(65 + i)}{chr(66 + i)}" for i in range(40)))  # four for validation
+    with pytest.raises(ValueError, match="length: expected windows with a token to be predicted in "):
+        trainer(data, tmp_path, length=1, validation_rows=1)
+    training = trainer(data, tmp_path, length=1, batch_size=1, steps=20)
+    told = list(training.updates())
+    assert 0 < told[-1].skipped < 20
+    assert math.isfinite(told[-1].validation)
+    assert all(weight.isfinite().all() for weight in training.model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["agent", "study"])
+def test_the_folder_of_another_kind_of_run_is_refused_and_left_as_it_was(text, tmp_path, kind):
+    with run_folder(tmp_path, kind):
+        (tmp_path / "config.json").write_text("{}")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="expected a run of hqlt train, found one of"):
+        language_run(TrainSettings(data=str(text), model=CONFIG, length=24), tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
+def test_a_package_of_the_report_is_missed_before_anything_is_trained(text, tmp_path, package, monkeypatch):
+    for name in ("hqlt.report.training", "hqlt.report.page", "hqlt.report.plots"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModuleNotFoundError, match=package):
+        language_run(TrainSettings(data=str(text), model=CONFIG, length=24), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_learning_rate_rises_and_falls():

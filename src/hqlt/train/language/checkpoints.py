@@ -90,9 +90,11 @@ def read_told(place: Path) -> dict[str, Any]:
     Raises ValueError where it cannot be read.
     """
     try:
-        told: dict[str, Any] = json.loads((place / TOLD).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{place}: expected a checkpoint with a {TOLD}: {error}; {advice(place)}") from error
+        told: dict[str, Any] = json.loads((place / TOLD).read_bytes())
+        int(told["step"]), int(told["skipped"]), dict(told["run"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = error if isinstance(error, OSError | ValueError) else f"no step, skipped and run in it ({error})"
+        raise ValueError(f"{place}: expected a checkpoint with a {TOLD}: {why}; {advice(place)}") from error
     return told
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,13 +18,14 @@ class TrainSettings:
     model: dict[str, Any] = field(default_factory=dict)
     """Fields of HQLTConfig that differ from the preset: --model.window=128."""
     data: str = "python-library"
-    """A folder that `hqlt data prepare` wrote; python-library is prepared where it is missing."""
+    """A text file, whose last tenth is held out for validation; a folder that `hqlt data prepare` wrote; or
+    python-library. What is not prepared yet is prepared, as bytes."""
     length: int = 256
     """Tokens in a sequence."""
     batch_size: int = 16
     """Sequences in an update, over all processes."""
     micro_batch_size: int | None = None
-    """Sequences that a process takes at once, to save memory; None: all of its own."""
+    """Sequences that a process takes at once, to save memory; null: all of its own."""
     steps: int = 600
     """Updates."""
     carry_state: bool = False
@@ -31,8 +33,8 @@ class TrainSettings:
 
     learning_rate: float = 3e-3
     """Peak of the schedule: linear warm-up, then a cosine."""
-    warmup: int = 60
-    """Updates until the peak."""
+    warmup: int | None = None
+    """Updates until the peak; null: 60, or a tenth of the steps where that is less."""
     final_rate: float = 0.1
     """What the learning rate falls to at the end, as a share of its peak."""
     weight_decay: float = 0.1
@@ -53,7 +55,7 @@ class TrainSettings:
     compile: bool = False
     """Whether blocks go through torch.compile."""
     shard_over: int | None = None
-    """Processes that hold one copy of the weights together; None: all. Fewer: hybrid sharding."""
+    """Processes that hold one copy of the weights together; null: all. Fewer: hybrid sharding."""
 
     save_every: int = 200
     """Updates from checkpoint to checkpoint; there is one at the end in any case."""
@@ -68,20 +70,31 @@ class TrainSettings:
         for name in ("length", "batch_size", "steps", "save_every", "keep", "validate_every", "validation_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "eps", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
-        for name in ("warmup", "final_rate", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
         for name in ("micro_batch_size", "shard_over"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, or none, got {value}")
+        for name in ("learning_rate", "eps", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay: expected 0 or more, got {self.weight_decay}")
+        if not 0 <= self.final_rate <= 1:
+            raise ValueError(f"final_rate: expected a share from 0 to 1, got {self.final_rate}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: expected two numbers from 0 to below 1, got {self.betas}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: expected from 0 to 2**63 - 1, got {self.seed}")
+        if not 0 <= self.warmup_updates <= self.steps:
+            raise ValueError(f"warmup: expected from 0 to the {self.steps} steps, got {self.warmup}")
+
+    @property
+    def warmup_updates(self) -> int:
+        return min(60, self.steps // 10) if self.warmup is None else self.warmup
 
     def learning_rate_at(self, step: int) -> float:
         """step counts from 0."""
-        share = warmup_then_cosine(step, warmup=self.warmup, steps=self.steps, final=self.final_rate)
+        share = warmup_then_cosine(step, warmup=self.warmup_updates, steps=self.steps, final=self.final_rate)
         return self.learning_rate * share
 
     def micro_batches(self, ranks: int) -> tuple[int, int]:

@@ -34,18 +34,18 @@ class Update(NamedTuple):
     """What is told after an update."""
 
     step: int
-    """Updates done, those left out included."""
+    """Updates done, skipped ones included."""
     loss: float
-    """Nats a scored token."""
+    """Nats per scored token."""
     gradient_norm: float
     """Before clipping."""
     learning_rate: float
     tokens: int
     """Seen since the run began, over all processes."""
     skipped: int
-    """Updates left out so far, because a gradient was not finite."""
+    """Updates skipped so far, because a gradient was not finite or no token was scored."""
     validation: float | None = None
-    """Bits a byte of the validation text, where it was measured."""
+    """Bits per byte of the validation text, where it was measured."""
 
 
 class Trainer:
@@ -60,14 +60,20 @@ class Trainer:
     def __init__(self, settings: TrainSettings, config: HQLTConfig, data: Path, folder: Path, ranks: Ranks) -> None:
         self.settings, self.config, self.ranks = settings, config, ranks
         train = TokenFiles(data, "train")
+        if len(train) <= train.documents:
+            raise ValueError(
+                f"data: expected documents of two tokens or more, the second to be predicted from the first, got "
+                f"{train.documents} of one token in {train.folder}"
+            )
         there = [split for split in SPLITS if train.manifest.splits.get(split)]
         self.splits = {split: TokenFiles(data, split) for split in there}
         self.held_out = {split: Windows(self.splits[split], settings.length) for split in there if split != "train"}
         if train.vocab_size > config.vocab_size:
             raise ValueError(
                 f"data: expected tokens of a vocabulary of at most {config.vocab_size}, which the model has, got "
-                f"{train.vocab_size}; set model.vocab_size={train.vocab_size}"
+                f"{train.vocab_size}; give --model.vocab_size={train.vocab_size}"
             )
+        self._refuse_unscored()
         if settings.carry_state:
             refuse_unbounded(config)
             self.source: Windows | Stream = Stream(train, settings.length, settings.batch_size)
@@ -88,6 +94,8 @@ class Trainer:
             kept = {name: torch.zeros_like(parameter) for name in KEPT}
             self.optimiser.state[parameter] = {"step": torch.tensor(0.0), **kept}
         self.step, self.skipped = 0, 0
+        self.loss: float | None = None
+        """Of the last update; None before the first one here."""
         self.caches: list[HQLTCache] = []
         """The memories of each micro-batch's rows, where they are carried."""
         self.checkpoints = Checkpoints(folder / "checkpoints", settings.keep, ranks)
@@ -110,8 +118,8 @@ class Trainer:
     def update(self) -> Update:
         """One batch: its loss is the mean over all scored tokens of all processes.
 
-        Where a gradient is not finite, the weights stay as they are, and so do carried memories: they go on without
-        what this batch said.
+        Where a gradient is not finite, or no token of the batch is scored, the weights stay as they are, and so do
+        carried memories: they go on without what this batch said.
         """
         settings, ranks = self.settings, self.ranks
         memories = [cache.fork() for cache in self.caches]
@@ -125,13 +133,13 @@ class Trainer:
         loss = 0.0
         for i, batch in enumerate(batches):
             with without_communication(self.model, apart=i + 1 < len(batches)):
-                part = self._summed_loss(batch, i) / scored
+                part = self._summed_loss(batch, i) / (scored or math.nan)
                 (part * ranks.count).backward()  # FSDP takes the mean over processes
             loss += part.item()
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), settings.clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        loss = ranks.sum([loss])[0]
-        if norm.isfinite():
+        self.loss = loss = ranks.sum([loss])[0]
+        if scored and norm.isfinite():
             self.optimiser.step()
         else:
             self.skipped += 1
@@ -139,6 +147,17 @@ class Trainer:
         self.step += 1
         tokens = self.step * settings.batch_size * settings.length
         return Update(self.step, loss, norm.item(), rate, tokens, self.skipped)
+
+    def _refuse_unscored(self) -> None:
+        """Raises ValueError where held-out text would be read, and none of it scored."""
+        for split, windows in self.held_out.items():
+            rows = min(self.settings.validation_rows, len(windows))
+            if (windows.batch(0, rows).targets == IGNORE).all():
+                raise ValueError(
+                    f"length: expected windows with a token to be predicted in {split} text, got none in {rows} "
+                    f"windows of {self.settings.length + 1} tokens of {windows.files.folder}; give a greater --length "
+                    f"or --validation-rows"
+                )
 
     def _batches(self, index: int) -> list[Batch]:
         """This process's rows of a batch, as micro-batches."""

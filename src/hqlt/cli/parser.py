@@ -1,0 +1,219 @@
+"""From a function to its options: what a command line may say, and what is said about one that cannot be read."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import re
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+MODEL_FIELDS = (
+    "window", "blend", "mixer", "fast_weights", "hidden_size", "num_heads", "num_hidden_layers", "vocab_size",
+)  # fmt: skip
+SYNONYMS = {
+    word: ours.split()
+    for words, ours in {
+        "lr max_lr peak_lr": "learning_rate",
+        "epochs iterations iters updates max_steps num_steps n_steps max_iters timesteps total_timesteps": "steps",
+        "bs train_batch_size": "batch_size",
+        "context context_length seq_len sequence_length max_length block_size": "length",
+        "out output output_dir out_dir dir": "folder out",
+        "dataset train_data file input text": "data prompt_file source",
+        "gpu cuda cpu": "device",
+        "dtype bf16 fp16 amp": "precision dtype",
+        "grad_clip max_grad_norm clip_grad gradient_clip": "max_grad_norm clip",
+        "warmup_steps warmup_iters": "warmup",
+        "min_lr min_lr_ratio final_lr": "final_rate",
+        "beta1 beta2 adam_beta1 adam_beta2": "betas",
+        "wd decay": "weight_decay",
+        "grad_accum gradient_accumulation gradient_accumulation_steps": "micro_batch_size",
+        "gradient_checkpointing checkpointing": "activation_checkpointing",
+        "save_interval save_steps checkpoint_every": "save_every",
+        "eval_every eval_interval eval_steps": "validate_every evaluate_every",
+        "env environment env_id game": "world",
+        "envs num_envs n_envs": "num_envs copies",
+        "gamma": "discount",
+        "lambda gae_lambda": "trace",
+        "max_tokens max_new_tokens num_tokens n": "tokens",
+        "temp": "temperature",
+        "top_n": "top_k",
+        "num_workers processes jobs j": "workers",
+        "vocab vocabulary_size vocab_size": "vocabulary model.vocab_size",
+        "layers num_layers n_layer depth": "model.num_hidden_layers",
+        "heads n_head": "model.num_heads",
+        "width dim d_model n_embd": "model.hidden_size",
+        **{name: f"model.{name}" for name in MODEL_FIELDS if name != "vocab_size"},
+    }.items()
+    for word in words.split()
+}
+"""By what other tools call an option: ours, the first of them that a command has."""
+
+ALIKE = 0.7
+"""How alike two names must be for one to be proposed in the place of the other, from 0 to 1."""
+
+WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "tuple": "values such as 0.9,0.95",
+         "str": "text", "Path": "a path", "dict": "fields such as {name: value}", "NoneType": "null"}  # fmt: skip
+"""By what Python calls a type: what to write for it."""
+
+
+class Parser(ArgumentParser):
+    """The options of one command. What it cannot read ends the program with a sentence on stderr and status 2."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        self.exit(2, f"{self.prog}: {sentence(message, self.names())}; see {self.prog} --help\n")
+
+    def names(self) -> list[str]:
+        """Of all options, with a dot before a field of another one."""
+        return list(self.get_defaults().keys())
+
+    def format_help(self, *arguments: Any) -> str:
+        shown = re.sub(r"<class\s+'(?:\w+\.)*(\w+)'>", r"\1", super().format_help(*arguments))
+        return re.sub(r"--\w[\w.]*", lambda name: dashed(name[0]), shown)
+
+
+def parser_of(command: Callable[..., None], prog: str) -> Parser:
+    """A parser with an option for each argument of the function, explained by its docstring."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    needed = [
+        name.upper()
+        for name, argument in inspect.signature(command).parameters.items()
+        if argument.default is argument.empty and argument.kind is not argument.VAR_KEYWORD
+    ]
+    parser = Parser(
+        prog=prog,
+        usage=" ".join([prog, *needed, "[options]"]),
+        description=inspect.cleandoc(command.__doc__ or "").split("\n\nArgs:")[0],
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="config", help="a YAML or JSON file with options, or a run's config.json")
+    parser.add_function_arguments(command, as_positional=True, as_group=False)
+    return parser
+
+
+def parse(parser: Parser, arguments: Sequence[str]) -> dict[str, Any]:
+    """The function's arguments, by name. Raises ValueError or OSError for a file of options that cannot be read."""
+    options: dict[str, Any] = parser.instantiate(parser.parse_args(canonical(arguments, parser))).as_dict()
+    del options["config"]
+    return options
+
+
+def canonical(arguments: Sequence[str], parser: Parser) -> list[str]:
+    """The same arguments in the one form that the parser knows.
+
+    --top-p 0.9             --top_p 0.9
+    --greedy                --greedy=true
+    --betas=0.9,0.99        --betas=[0.9,0.99]
+    --steps=3 --config=a    --config=a --steps=3      (the command line goes before a file, in whatever order)
+    """
+    defaults = parser.get_defaults()
+    files: list[str] = []
+    others: list[str] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if argument == "--":
+            return [*files, *others, argument, *rest]
+        if not argument.startswith("--"):
+            others.append(argument)
+            continue
+        name, equals, value = argument.partition("=")
+        name = "--" + name[2:].replace("-", "_")
+        default = defaults.get(name[2:])
+        if not equals and isinstance(default, bool):
+            equals, value = "=", rest.pop(0) if rest[:1] in (["true"], ["false"]) else "true"
+        if not equals and (name == "--config" or isinstance(default, tuple)):
+            equals, value = ("=", rest.pop(0)) if rest else ("", "")
+        if isinstance(default, tuple) and value[:1] not in ("[", "("):
+            value = f"[{value}]" if equals else value
+        if name == "--config" and equals:
+            files.append(f"--config={options_in(value)}")
+        else:
+            others.append(name + equals + value)
+    return [*files, *others]
+
+
+def options_in(file: str) -> str:
+    """A file of options as the parser takes it: its name; of a run's config.json, the settings in it as JSON.
+
+    Raises ValueError or OSError for a file that is not there, or is not a mapping of options.
+    """
+    path = Path(file).expanduser()
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"--config: expected YAML or JSON in UTF-8 in {file}: {' '.join(str(error).split())}"
+        ) from None
+    if not isinstance(given, dict):
+        raise ValueError(f"--config: expected a line such as steps: 100 for each option in {file}, got {given!r:.60}")
+    if "command" in given and isinstance(given.get("settings"), dict):
+        return json.dumps(given["settings"])
+    return str(path)
+
+
+def sentence(message: str, names: Collection[str]) -> str:
+    """What a parser says, in a line and in plain words, with the nearest right names."""
+    line = " ".join(message.split())
+    if (wrong_value := _about_a_value(line)) is not None:
+        return wrong_value
+    wrong = re.findall(r"(?<!\S)--([\w.-]+)", line if "nrecognized arguments" in line else "")
+    wrong += re.findall(r"(?:accept option|Option) '([\w.]+)'", line)  # in a file
+    near = [" or ".join(dashed(f"--{name}") for name in found) for found in (nearest(name, names) for name in wrong)]
+    line = line.replace("unrecognized arguments:", "expected options of this command, got")
+    line = re.sub(r'Parser key "([\w.]+)":', r"--\1:", line)
+    line = re.sub(r"--\w[\w.]*", lambda name: dashed(name[0]), line)
+    return f"{line} (did you mean {' and '.join(filter(None, near))}?)" if any(near) else line
+
+
+def _about_a_value(line: str) -> str | None:
+    """What to write for an option in the place of a value of the wrong type; None where this is not what is said."""
+    found = re.fullmatch(r'Parser key "([\w.]+)": (.*?)(?:Got value|Given value type: .* Given value): (.*)', line)
+    if found is None:
+        return None
+    key, expected, value = found.groups()
+    kinds = sorted(set(re.findall(r"<class '(?:\w+\.)*(\w+)'>", expected)), key=lambda kind: kind == "NoneType")
+    literal = re.search(r"Literal\[(.*?)\]", expected)
+    wanted = literal[1].replace("'", "") if literal else " or ".join(WORDS.get(kind, kind) for kind in kinds)
+    return f"{dashed('--' + key)}: expected {wanted}, got {value}" if wanted else None
+
+
+def nearest(wrong: str, names: Collection[str]) -> list[str]:
+    """The options that may have been meant: by a name in common, another tool's name, a beginning, a word, the letters.
+
+    More than one where several algorithms have an option of that name. None where no name is near, because a wrong
+    proposal is worse than none.
+    """
+    group, _, last = wrong.replace("-", "_").rpartition(".")
+    within = [name for name in names if name.startswith(f"{group}.")] if group else names
+    last_of = {name: name.rpartition(".")[2] for name in within}
+    if not group and "model" in names:
+        last_of |= {f"model.{field}": f"model.{field}" for field in MODEL_FIELDS}
+    for wanted in (last, *SYNONYMS.get(last, ())):
+        if found := [name for name, its in last_of.items() if its == wanted]:
+            return found
+    begun = [name for name, its in last_of.items() if len(last) > 2 and its.startswith(last)]
+    words = [name for name, its in last_of.items() if _share_words(last, its)]
+    for found in (begun, words):
+        if len(found) == 1:
+            return found
+    synonyms = {word: name for word, ours in SYNONYMS.items() for name in last_of if name in ours}
+    for its in difflib.get_close_matches(last, [*last_of.values(), *synonyms], n=1, cutoff=ALIKE):
+        return [name for name, other in last_of.items() if other == its] or [synonyms[its]]
+    return []
+
+
+def _share_words(one: str, other: str) -> bool:
+    """Whether most of the words of two names of several words are the same."""
+    first, second = set(one.split("_")), set(other.split("_"))
+    return min(len(first), len(second)) > 1 and len(first & second) * 2 > max(len(first), len(second))
+
+
+def dashed(name: str) -> str:
+    """As it is shown: --top-p for top_p."""
+    return name.replace("_", "-")

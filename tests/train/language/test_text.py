@@ -1,0 +1,124 @@
+"""A text file in one line: cut, trained on, and a sample at the end."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hqlt.data import TokenFiles
+from hqlt.train.language import TrainSettings
+from hqlt.train.language.run import run
+from hqlt.train.language.text import cut, prepare_file, printable
+
+SMALL = {"hidden_size": 16, "num_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16, "window": 4}
+TEXT = "".join(f"{n} squared is {n * n}\n" for n in range(300))
+
+
+def settings(data: Path, **changes) -> TrainSettings:
+    return TrainSettings(**{"data": str(data), "model": SMALL, "length": 24, "batch_size": 4, "steps": 2, **changes})
+
+
+def tokens_of(folder: Path, split) -> bytes:
+    files = TokenFiles(folder, split)
+    assert files.documents == 1
+    return bytes(files.read(0, len(files))[0].tolist())
+
+
+@pytest.mark.parametrize("name", ["book.txt", "book"])
+def test_a_text_is_cut_once_at_the_end_of_a_line(tmp_path, name):
+    file = tmp_path / name
+    file.write_text(TEXT)
+    (tmp_path / "run").mkdir()
+    data = prepare_file(file, tmp_path / "run")
+    train, validation = (tokens_of(data, split).decode() for split in ("train", "validation"))
+    assert train + validation == TEXT
+    assert train.endswith("\n")
+    assert 0.9 <= len(train) / len(TEXT) <= 0.92
+    assert not TokenFiles(data).manifest.splits["test"]
+    assert prepare_file(file, tmp_path / "run") == data
+
+
+def test_without_lines_it_is_cut_between_characters(tmp_path):
+    parts = cut("漢" * 100, tmp_path)
+    assert (len(parts["train"]), len(parts["validation"])) == (90, 10)
+    assert cut("ab", tmp_path) == {"train": "a", "validation": "b"}
+
+
+def test_a_text_that_was_changed_is_another_run(tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    prepare_file(tmp_path / "a.txt", tmp_path)
+    (tmp_path / "a.txt").write_text(TEXT.replace("squared", "SQUARED"))
+    with pytest.raises(ValueError, match=r"was changed since .* give another --folder"):
+        prepare_file(tmp_path / "a.txt", tmp_path)
+
+
+def test_other_documents_are_held_out_as_data_prepare_does(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(30)))
+    data = prepare_file(tmp_path / "a.jsonl", tmp_path / "run")
+    assert TokenFiles(data, "test").documents == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "found nothing at"), (b"", "of 0 characters"), (b"\xff\xfe\x00abc", "UTF-8"), ("folder", "data prepare")],
+    ids=["missing", "empty", "binary", "folder"],
+)
+def test_what_is_no_text_is_refused_and_leaves_nothing(tmp_path, content, said):
+    file = tmp_path / "book.txt"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content is not None:
+        file.mkdir()
+    with pytest.raises(ValueError, match=said) as refused:
+        run(settings(file), tmp_path / "runs" / "new")
+    assert "book.txt" in str(refused.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_one_line_from_a_text_to_a_sample_and_the_next_command(tmp_path):
+    (tmp_path / "my book.txt").write_text(TEXT)
+    options = [f"--model={json.dumps(SMALL)}", "--length=24", "--batch-size=4", "--steps=2"]
+    hqlt = [sys.executable, "-m", "hqlt"]
+    ran = subprocess.run([*hqlt, "train", "--data=my book.txt", *options], cwd=tmp_path, capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    *_, page, again, end = ran.stdout.split("\n")
+    assert page == "page: runs/tiny-my book/report.html"
+    assert again.startswith("next: hqlt generate 'runs/tiny-my book' '--prompt=")
+    assert end == ""
+    report = (tmp_path / "runs" / "tiny-my book" / "report.html").read_text()
+    prompt = tokens_of(tmp_path / "runs/tiny-my book/data", "validation")[:48].decode()
+    assert "A sample" in report and prompt in report
+
+
+def test_a_sample_cannot_control_the_terminal():
+    assert printable("a\n\tβ\x1b[31m\x07") == "a\n\tβ\ufffd[31m\ufffd"
+
+
+@pytest.mark.parametrize("number", [512, None])
+def test_the_vocabulary_is_the_datas(tmp_path, number):
+    from hqlt.data import parts_of, prepare, train_tokenizer, training_texts
+
+    (tmp_path / "a.txt").write_text(TEXT * 3)
+    parts = parts_of(tmp_path / "a.txt", validation_share=0, test_share=0)
+    trained = train_tokenizer(training_texts(parts), 300, tmp_path / "tokenizer")
+    shares = {"validation_share": 0, "test_share": 0}
+    prepare(tmp_path / "a.txt", tmp_path / "tokens", tokenizer=tmp_path / "tokenizer", **shares)
+    model = SMALL if number is None else {**SMALL, "vocab_size": number}
+    run(settings(tmp_path / "tokens", model=model, length=8), tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert config["vocab_size"] == (number or trained.vocab_size)
+    assert trained.vocab_size > 256
+    with pytest.raises(ValueError, match=f"give --model.vocab_size={trained.vocab_size}"):
+        run(settings(tmp_path / "tokens", model={**SMALL, "vocab_size": 256}, length=8), tmp_path / "other")
+
+
+def test_a_run_that_diverged_says_so(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text(TEXT)
+    monkeypatch.setattr("hqlt.train.language.run.PATIENCE", 3)
+    with pytest.raises(ValueError, match=r"training diverged: 3 of 4 updates .* smaller --learning-rate than 1e\+30"):
+        run(settings(tmp_path / "a.txt", learning_rate=1e30, warmup=0, steps=50), tmp_path / "run")
+    assert not (tmp_path / "run" / "model").exists()
