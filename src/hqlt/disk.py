@@ -74,8 +74,15 @@ def check_writable(path: Path, *, folder: bool = False) -> None:
     there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if there != path and not there.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, f"{there} is a file, not a folder", str(path))
-    if not os.access(there, os.W_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
+    probe(there if there.is_dir() else there.parent)
+
+
+def probe(folder: Path) -> None:
+    """Raises OSError where no file can be written in a folder, before work is done for it."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 @contextlib.contextmanager
@@ -91,7 +98,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     try:
         with told_if_not_written(folder):
-            tempfile.TemporaryFile(dir=folder).close()  # it may be there and read-only
+            probe(folder)  # it may be there and read-only
         with _locked(folder):
             yield
     finally:

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from hqlt.cli import main
+from hqlt.cli.eval import tokens_of
+from hqlt.data import load_tokenizer, text
 from hqlt.errors import how_to_install
 from tests.language.conftest import build
 
@@ -57,6 +59,7 @@ def test_tasks_stand_beside_the_paper(folder, tmp_path, capsys):
 @pytest.mark.parametrize(("options", "length"), [([], 2048), (["--max-length=7"], 7)])
 def test_the_suite_is_cut_as_the_papers(folder, tmp_path, monkeypatch, options, length):
     harness = pytest.importorskip("hqlt.evaluate.harness")
+    monkeypatch.setattr(harness, "load_tasks", lambda names, local: names)
     monkeypatch.setattr(harness, "run_tasks", lambda model, *_: {"piqa": {"acc,none": model.max_length / 1e4}})
     main(["eval", str(folder), "--suite=paper", f"--folder={tmp_path}", *options])
     results = json.loads((tmp_path / "results.json").read_text())
@@ -84,10 +87,22 @@ def test_what_is_finished_is_left_when_something_later_fails(folder, tmp_path, m
     [
         ([], "expected something to evaluate"),
         (["--passkey", "--lengths=nowhere"], "nowhere"),
-        (["--passkey", f"--lengths={sys.executable}"], "expected a text in UTF-8"),
+        (["--passkey", f"--lengths={sys.executable}"], "expected text in UTF-8"),
+        ([f"--lengths={LIBRARY}"], "Is a directory"),
         ([f"--lengths={LIBRARY / 'ast.py'}", "--longest=1"], "ast.py: expected at least two tokens"),
         ([f"--lengths={LIBRARY / 'ast.py'}", "--passkey", "--longest=50"], "length: expected at least"),
         (["--passkey", "--tasks=mine", "--local=nowhere"], "local: expected a folder, got nowhere"),
+        (
+            ["--passkey", "--tasks=lambda_local", "--local=LOCAL"],
+            "expected the harness's names, got unknown lambda_local",
+        ),
+        (
+            ["--passkey", "--tasks=mine", "--local=LOCAL"],
+            "expected tasks whose data can be loaded, got .* see the files",
+        ),
+        (["--passkey", "--tasks=,"], "expected the name of a task, got ','"),
+        (["--passkey", "--longest=0"], "longest: expected at least 1, got 0"),
+        (["--passkey", "--limit=0"], "limit: expected at least 1, got 0"),
         (["--passkey", "--trials=0"], "trials: expected at least 1, got 0"),
         (["--passkey", "--every=0"], "every: expected at least 1, got 0"),
         (["--passkey", "--batch-size=0"], "batch-size: expected at least 1, got 0"),
@@ -95,10 +110,43 @@ def test_what_is_finished_is_left_when_something_later_fails(folder, tmp_path, m
         (["--passkey", "--device=nothing"], "device: expected one that torch can use here"),
     ],
 )
-def test_what_cannot_be_done_is_said_before_anything_is_done(folder, tmp_path, arguments, message):
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_what_cannot_be_done_is_said_before_anything_is_done(folder, tmp_path, arguments, message, monkeypatch):
+    monkeypatch.setattr("hqlt.language.folder.load_model", lambda *_: pytest.fail("the model was loaded"))
+    (tmp_path / "local").mkdir()
+    data = "dataset_path: json\ndataset_kwargs: {data_files: {test: '{local}/nothing.jsonl'}}\n"
+    (tmp_path / "local" / "mine.yaml").write_text(f"task: mine\n{data}output_type: loglikelihood\ntest_split: test\n")
+    arguments = [argument.replace("LOCAL", str(tmp_path / "local")) for argument in arguments]
     with pytest.raises(SystemExit, match=message):
         main(["eval", str(folder), *arguments, f"--folder={tmp_path / 'results'}"])
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("place", ["run", "unwritable"])
+def test_a_folder_that_is_not_for_results(folder, place, monkeypatch):
+    monkeypatch.setattr("hqlt.language.folder.load_model", lambda *_: pytest.fail("the model was loaded"))
+    (folder / "run.json").write_text('{"kind": "language"}')
+    place, message = {
+        "run": (folder, r"run: expected a folder for results alone, found a run of hqlt train; name another"),
+        "unwritable": ("/proc/sys", "/proc/sys could not be written"),
+    }[place]
+    with pytest.raises(SystemExit, match=message):
+        main(["eval", str(folder), f"--lengths={LIBRARY / 'ast.py'}", f"--folder={place}"])
+
+
+def test_of_a_long_text_no_more_is_read_than_is_needed(tmp_path, monkeypatch):
+    file, tokenizer = tmp_path / "long.txt", load_tokenizer("bytes")
+    file.write_text("é" * 50_000)
+    assert tokens_of(file, tokenizer, 10**6) == list(file.read_bytes())
+    read, lengths = text.beginning_of, []
+    monkeypatch.setattr("hqlt.cli.eval.beginning_of", lambda *a: lengths.append(a[1]) or read(*a))
+    assert tokens_of(file, tokenizer, 101) == list(file.read_bytes()[:101])
+    assert lengths == [404]
+    for size in range(9):
+        beginning, whole = read(file, size)
+        assert beginning == "é" * ((size + 1) // 2) and not whole
+    file.write_bytes(b"\xef\xbb\xbfa\r\n")
+    assert read(file, 1 << 20) == ("a\r\n", True)
 
 
 @pytest.mark.parametrize(("package", "extra"), [("lm_eval", "eval"), ("matplotlib", "report")])

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import sys
+import tempfile
+
 import pytest
+from rich.console import Console
+from safetensors.torch import load_file
+from tokenizers import processors
 
 from hqlt.cli import main
-from tests.language.conftest import build
+from hqlt.cli.generate import shown
+from hqlt.language import generation
+from tests.language.conftest import build, prepending
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +49,89 @@ def test_rows_and_their_ends(folder, capsys):
     assert said(capsys, folder, "--prompt=abc", "--tokens=9", "--temperature=0") == greedy
 
 
+def test_a_prompt_begins_as_the_tokenizer_begins_a_text(tmp_path, capsys, monkeypatch):
+    tokenizer = prepending()
+    tokenizer.bos_id = 0
+    tokenizer.tokenizer.add_special_tokens(["<s>", "</s>"])
+    processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    tokenizer.tokenizer.post_processor = processor
+    build(vocab_size=tokenizer.vocab_size).save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    given = []
+    read = generation.read
+    monkeypatch.setattr(generation, "read", lambda *a: given.append(a[1]) or read(*a))
+    text = tokenizer.encode("text")
+    for options, expected in (
+        (["--prompt=text"], [0, *text]),  # and no token that ends it
+        (["--prompt=<s>text"], [0, *text]),
+        ([], [0]),
+        (["--prompt=text</s>"], [0, *text, 1]),
+    ):
+        said(capsys, tmp_path, "--tokens=1", *options)
+        assert given.pop() == expected
+    state = tmp_path / "state"
+    said(capsys, tmp_path, "--prompt=text", "--tokens=0", "--save-state", state)
+    said(capsys, tmp_path, "--prompt=text", "--tokens=1", "--load-state", state)
+    assert given == [[0, *text], text]  # in the middle of a text nothing begins
+
+
+def test_long_rows_are_whole_on_a_terminal():
+    """Wrapped in their panels, and all of them at the end, however many lines the terminal has."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=40, height=6)
+    words = [[f"w{row}x{i}" for i in range(50)] for row in range(3)]
+    with shown(console, "prompt", 3) as told:
+        for row, some in enumerate(words):
+            for word in some:
+                told(row, f"{word} ")
+    last = console.file.getvalue().rpartition("\x1b[?25h")[2]
+    assert set(last.split()) >= {word for some in words for word in some}
+    assert {len(line) for line in last.splitlines() if line.startswith("│")} == {40}
+
+
+def test_what_was_read_is_not_lost(folder, tmp_path, capsys, monkeypatch):
+    state, saved = tmp_path / "state", generation.save_past
+    options = ("--prompt=a text", "--tokens=9", "--seed=1", "--save-state", state)
+
+    def failing(path, *rest):
+        if path == state:
+            raise OSError(28, "No space left on device")
+        saved(path, *rest)
+
+    monkeypatch.setattr(generation, "save_past", failing)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(
+        SystemExit, match=r"state could not be written \(No space left .*\); what was read is in .*state"
+    ):
+        said(capsys, folder, *options)
+    monkeypatch.setattr(generation, "save_past", saved)
+    said(capsys, folder, *options)
+    (elsewhere,) = tmp_path.glob("hqlt-*/state")
+    assert same(elsewhere, state)
+
+
+def same(one, other):
+    one, other = load_file(one), load_file(other)
+    return one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
+
+
+def test_ctrl_c_keeps_the_prompt(folder, tmp_path, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generation, "go_on", interrupted)
+    with pytest.raises(SystemExit):
+        said(capsys, folder, "--prompt=a text", "--save-state", tmp_path / "state")
+    monkeypatch.undo()
+    said(capsys, folder, "--prompt=a text", "--tokens=0", "--save-state", tmp_path / "again")
+    assert same(tmp_path / "state", tmp_path / "again")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["nowhere", "--prompt=a"], "nowhere: expected a model's folder .* found no such folder"),
         (["FOLDER"], "expected a text of at least one token"),
-        (["FOLDER", "--prompt=a", "--load-state=nowhere"], "nowhere"),
+        (["FOLDER", "--prompt=a", "--load-state=nowhere"], "load-state: expected a file .* found none at nowhere"),
         (["FOLDER", "--prompt=a", "--batch=2", "--save-state=s"], "save-state: expected one continuation"),
         (["FOLDER", "--prompt=a", "--save-state=nowhere/s"], "save-state: expected a file in a folder .* got nowhere"),
         (["FOLDER", "--prompt=a", "--save-state=FOLDER"], "save-state: expected a file in a folder"),
@@ -53,6 +139,14 @@ def test_rows_and_their_ends(folder, capsys):
         (["FOLDER", "--prompt=a", "--temperature=-1"], "temperature ≥ 0"),
         (["FOLDER", "--prompt=a", "--top-p=2"], "0 < top-p ≤ 1"),
         (["FOLDER", "--prompt=a", "--top-k=0"], "top-k ≥ 1"),
+        (["FOLDER", "--prompt=a", "--temperature=.nan"], "temperature ≥ 0"),
+        (["FOLDER", "--prompt=a", "--temperature=.inf"], "temperature ≥ 0"),
+        (["FOLDER", "--prompt=a", "--tokens=0"], "tokens: expected at least 1, or --save-state"),
+        (["FOLDER", "--prompt=a", "--tokens=-1"], "tokens ≥ 0"),
+        (["FOLDER", "--prompt=a", "--seed=-1"], "seed: expected from 0 to"),
+        (["FOLDER", "--prompt=a", "--save-state=/proc/sys/s"], "/proc/sys: No such file"),
+        (["FOLDER", "--prompt-file=nowhere"], "nowhere: No such file"),
+        (["FOLDER", f"--prompt-file={sys.executable}"], "expected text in UTF-8"),
         (["FOLDER", "--prompt=a", "--device=nothing"], "device: expected one .* got 'nothing'"),
     ],
 )

@@ -14,7 +14,8 @@ pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
 
 from hqlt.data import load_tokenizer
-from hqlt.evaluate.harness import HarnessModel, run_tasks
+from hqlt.evaluate import harness as module
+from hqlt.evaluate.harness import HarnessModel, load_tasks
 from hqlt.evaluate.paper import compare, counterpart, tables
 from hqlt.model import preset
 from tests.language.conftest import build, prepending
@@ -28,6 +29,10 @@ TEXT = Path(json.__file__).read_text()
 
 def harness(model, batch_size=8, max_length=None) -> HarnessModel:
     return HarnessModel(model, load_tokenizer("bytes"), batch_size, max_length)
+
+
+def run_tasks(model, names, local=None, limit=None):
+    return module.run_tasks(model, load_tasks(names, local), limit)
 
 
 def instances(kind: str, arguments: list[tuple]) -> list[Instance]:
@@ -186,6 +191,36 @@ class TestTasks:
         assert set(results) == {"mine", "wikitext2_local"}
         (local / "mine.yaml").write_text(mine.replace("local_data", "elsewhere"))
         with pytest.raises(ValueError, match="tasks: Cannot import module 'elsewhere' for function 'shout'"):
+            run_tasks(harness(build()), ["mine"], local)
+
+    def test_without_a_network_a_sentence_names_what_needs_none(self, monkeypatch):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("hqlt.data.network.answers", lambda: False)
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", "nothing")
+        with pytest.raises(
+            ValueError, match=r"got https://huggingface\.co does not answer; Conn.* --local FOLDER --tasks"
+        ):
+            load_tasks(["piqa"])
+
+    def test_local_data_that_is_not_there(self, local):
+        (local / "lambada_test.jsonl").unlink()
+        with pytest.raises(
+            ValueError, match=r"tasks: expected tasks whose data can be loaded, got .*; see the files in"
+        ):
+            load_tasks(["mine"], local)
+        (local / "mine.yaml").write_text("task: [mine")
+        with pytest.raises(ValueError, match="tasks: expected "):
+            load_tasks(["mine"], local)
+
+    def test_a_template_that_does_not_fit(self, local):
+        """The harness tries it on the first document when it loads a task."""
+        mine, first = (local / "mine.yaml").read_text(), json.loads((local / "lambada_test.jsonl").read_text().partition("\n")[0])
+        (local / "mine.yaml").write_text(mine.replace("'{{text}}'", "'{{txt.upper()}}'"))
+        with pytest.raises(ValueError, match="can be loaded, got UndefinedError: 'txt' is undefined; see the files in"):
+            load_tasks(["mine"], local)
+        later = json.dumps(f"{{{{text if text == {first['text']!r} else txt.upper()}}}}")
+        (local / "mine.yaml").write_text(mine.replace("'{{text}}'", later))
+        with pytest.raises(ValueError, match="tasks: expected templates that fit the data, got 'txt' is undefined"):
             run_tasks(harness(build()), ["mine"], local)
 
     @pytest.mark.skipif(not REAL.is_dir(), reason="the data is not here")

@@ -7,8 +7,9 @@ import json
 import pytest
 
 from hqlt.cli import main
-from hqlt.language.folder import find_model, tokenizer_of
+from hqlt.language.folder import find_model, load_model, tokenizer_of
 from tests.language.conftest import build, prepending
+from tests.language.conftest import folder as folder
 from tests.train.language.conftest import text as text
 from tests.train.language.conftest import train
 
@@ -47,6 +48,50 @@ def test_the_token_that_begins_a_text(tmp_path):
     prepending().save(tmp_path)
     assert tokenizer_of(tmp_path, 256).bos_id is None
     told = tmp_path / "tokenizer_config.json"
-    for named in ("<s>", {"content": "<s>"}):
+    for named in ("<s>", {"__type": "AddedToken", "content": "<s>"}):
         told.write_text(json.dumps(json.loads(told.read_text()) | {"bos_token": named}))
         assert tokenizer_of(tmp_path, 256).bos_id == 0
+
+
+class TestBrokenFolders:
+    """A sentence, by whatever command; nothing is computed with weights that were made up."""
+
+    @pytest.mark.parametrize(
+        ("config", "message"),
+        [
+            (
+                {"hidden_size": 32},
+                r"expected the weights that its config.json describes, got \d+ of another shape, such",
+            ),
+            (
+                {"num_hidden_layers": 3},
+                r"describes, got \d+ missing, such as model\.layers\.2\..*; are both files of the",
+            ),
+            ({"num_hidden_layers": 1}, r"describes, got \d+ unknown, such as model\.layers\.1\."),
+            ({"window": "many"}, r"config\.json: expected a model's settings, got .*'window'"),
+            ({"model_type": "gpt2"}, r"config\.json: expected a model of type hqlt, got gpt2; see `hqlt convert`"),
+        ],
+    )
+    @pytest.mark.parametrize("command", [["generate"], ["eval", "--passkey"], ["export"]])
+    def test_a_config_of_another_model(self, folder, config, message, command, tmp_path):
+        file = folder / "model" / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | config))
+        arguments = [str(tmp_path / "out")] if command == ["export"] else []
+        with pytest.raises(SystemExit, match=message):
+            main([command[0], str(folder), *arguments, *command[1:]])
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("left", [0, 100, 2000])
+    def test_weights_that_are_cut(self, folder, left):
+        file = folder / "model" / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:left])
+        with pytest.raises(
+            ValueError, match="model: expected whole files of weights, got SafetensorError: Error while"
+        ):
+            load_model(folder)
+
+    def test_an_index_that_is_none(self, folder):
+        (folder / "model" / "model.safetensors").unlink()
+        (folder / "model" / "model.safetensors.index.json").write_text("{}")
+        with pytest.raises(ValueError, match="model: expected whole files of weights, got KeyError"):
+            load_model(folder)

@@ -16,7 +16,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from hqlt.data.text import beginning_of
+from hqlt.disk import alone_in
 from hqlt.errors import reason
+from hqlt.run_folder import COMMANDS, kind_of
 
 if TYPE_CHECKING:
     from hqlt.data import Tokenizer
@@ -71,31 +74,33 @@ def eval(
     options = dict(locals())
     from hqlt.device import usable_device
     from hqlt.evaluate.paper import tables
-    from hqlt.language.folder import find_model, load_model, tokenizer_of
+    from hqlt.language.folder import find_model, load_model, read_config, tokenizer_of
 
+    place = folder or Path("runs") / f"eval-{model.resolve().name}-{datetime.now():%Y%m%d-%H%M%S}"
     try:
-        check(options)
+        check(options, place)
+        options |= {"model": find_model(model), "device": usable_device(device)}
         if suite and max_length is None:
-            max_length = tables()["max_length"]
-        language_model = load_model(model, usable_device(device))
-        tokenizer = tokenizer_of(model, language_model.config.vocab_size)
+            options["max_length"] = tables()["max_length"]
+        tokenizer = tokenizer_of(model, read_config(model).vocab_size)
         text = tokens_of(lengths, tokenizer, longest) if lengths else []
         haystacks = haystacks_for(tokenizer, longest) if passkey else []
-        place = folder or Path("runs") / f"eval-{model.resolve().name}-{datetime.now():%Y%m%d-%H%M%S}"
-        place.mkdir(parents=True, exist_ok=True)
-        options |= {"model": find_model(model), "max_length": max_length, "device": language_model.device}
-        job = Job(language_model, tokenizer, place, options)
-        if suite or tasks:
-            on_tasks(job, names_of(suite, tasks))
-        if lengths:
-            on_lengths(job, lengths.name, text, every)
-        if passkey:
-            on_passkey(job, haystacks, longest, trials)
+        loaded = tasks_of(suite, tasks, local)
+        with alone_in(place):
+            job = Job(load_model(model, options["device"]), tokenizer, place, options)
+            if loaded:
+                on_tasks(job, loaded)
+            if lengths:
+                on_lengths(job, lengths.name, text, every)
+            if passkey:
+                on_passkey(job, haystacks, longest, trials)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         raise SystemExit(reason(error)) from None
 
 
-def check(options: dict[str, Any]) -> None:
+def check(options: dict[str, Any], place: Path) -> None:
     """Raises ValueError, OSError or ModuleNotFoundError for what would only fail after other work is done."""
     on_tasks = options["suite"] or options["tasks"]
     if not (on_tasks or options["lengths"] or options["passkey"]):
@@ -105,20 +110,27 @@ def check(options: dict[str, Any]) -> None:
             raise ValueError(f"{name.replace('_', '-')}: expected at least 1, got {options[name]}")
     if options["local"] and not options["local"].is_dir():
         raise NotADirectoryError(f"local: expected a folder, got {options['local']}")
+    if place.is_dir() and (kind := kind_of(place)):
+        raise ValueError(f"{place}: expected a folder for results alone, found a run of {COMMANDS[kind]}; name another")
     for package in ["jinja2", "matplotlib", *["lm_eval"] * bool(on_tasks)]:
         if importlib.util.find_spec(package) is None:
             raise ModuleNotFoundError(name=package)
 
 
 def tokens_of(file: Path, tokenizer: Tokenizer, longest: int) -> list[int]:
-    """The first tokens of a text. Raises ValueError and OSError for what is no text of two tokens or more."""
-    try:
-        tokens = tokenizer.encode(file.read_text(encoding="utf-8"))[:longest]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: expected a text in UTF-8: {error}") from None
-    if len(tokens) < 2:
-        raise ValueError(f"{file}: expected at least two tokens, to predict one from the other, got {len(tokens)}")
-    return tokens
+    """The first tokens of a text, of which no more is read than they need.
+
+    Raises ValueError and OSError for what is no text of two tokens or more.
+    """
+    size, whole, tokens = longest, False, list[int]()
+    while not whole and len(tokens) <= longest:
+        size *= 4
+        text, whole = beginning_of(file, size)
+        tokens = [*tokenizer.prefix_ids, *tokenizer.encode(text)]
+    if len(tokens[:longest]) < 2:
+        given = min(len(tokens), longest)
+        raise ValueError(f"{file}: expected at least two tokens, to predict one from the other, got {given}")
+    return tokens[:longest]
 
 
 def haystacks_for(tokenizer: Tokenizer, longest: int) -> list[Haystack]:
@@ -205,21 +217,29 @@ class Job:
             yield lambda tokens: progress.advance(bar, tokens)
 
 
-def names_of(suite: str | None, tasks: str | None) -> list[str]:
+def tasks_of(suite: str | None, tasks: str | None, local: Path | None) -> list[Any]:
+    """Those that are named, with their data."""
     from hqlt.evaluate.paper import tables
 
     named = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    return list(dict.fromkeys([*(tables()["suite"] if suite else []), *named]))
+    names = list(dict.fromkeys([*(tables()["suite"] if suite else []), *named]))
+    if tasks is not None and not named:
+        raise ValueError(f"tasks: expected the name of a task, got {tasks!r}")
+    if not names:
+        return []
+    from hqlt.evaluate.harness import load_tasks
+
+    return load_tasks(names, local)
 
 
-def on_tasks(job: Job, names: list[str]) -> None:
+def on_tasks(job: Job, tasks: list[Any]) -> None:
     from hqlt.evaluate.harness import HarnessModel, run_tasks
     from hqlt.evaluate.paper import PERCENT, compare, counterpart
     from hqlt.report.table import Table, TableCell
 
     given, limit = job.options, job.options["limit"]
     model = HarnessModel(job.model, job.tokenizer, given["batch_size"], given["max_length"])
-    results = run_tasks(model, names, given["local"], limit)
+    results = run_tasks(model, tasks, limit)
     config: Any = job.model.config
     paper = counterpart(config)
     rows = [

@@ -5,6 +5,7 @@ Source: EleutherAI's lm-evaluation-harness, 0.4.13.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import shutil
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 
 import datasets
 import torch
+from jinja2 import TemplateError
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -29,6 +31,8 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from hqlt.data import Tokenizer
+from hqlt.data.network import hub_asked_once
+from hqlt.errors import first_line
 from hqlt.evaluate.likelihood import PIECE, likelihoods
 from hqlt.model import HQLTForCausalLM
 
@@ -216,41 +220,69 @@ class Said(StoppingCriteria):
         return torch.tensor([any(stop in text for stop in self.until) for text in texts], device=input_ids.device)
 
 
-def run_tasks(
-    model: HarnessModel, tasks: Sequence[str], local: Path | None = None, limit: int | None = None
-) -> dict[str, Any]:
-    """The harness's results, by task and metric; of tags and groups those of all their tasks.
+def load_tasks(names: Sequence[str], local: Path | None = None) -> list[Any]:
+    """The harness's tasks and groups of these names, with their data.
 
     local: a folder of data and, if wanted, of the harness's task files with the Python files that they name, which
         are run; our own (`lambada_local`, …) come with it. In task files {local} stands for the folder.
 
-    Raises ValueError for unknown tasks, and for those that lack a package or a Python file.
+    Raises ValueError for unknown tasks, and for those that lack a package, a Python file or their data.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    with tempfile.TemporaryDirectory() as filled:
+    with tempfile.TemporaryDirectory() as filled, contextlib.ExitStack() as stack:
         places = (
             []
             if local is None
             else [fill(Path(filled) / "ours", OURS, local), fill(Path(filled) / "local", local, local)]
         )
-        here = TaskManager(include_path=places, include_defaults=False)
-        manager = here if set(tasks) <= set(here.all_tasks) else TaskManager(include_path=places)
-        unknown = [name for name in tasks if name not in manager.all_tasks]
-        if unknown:
-            own = f"; local ones are {', '.join(here.all_tasks)}" if local else "; local ones need --local"
-            raise ValueError(f"tasks: expected the harness's names, got unknown {', '.join(unknown)}{own}")
+        hint, silent = f"see the files in {local}", ""
         try:
-            results = simple_evaluate(
-                model=model,
-                tasks=list(tasks),
-                task_manager=manager,
-                limit=limit,
-                bootstrap_iters=100,
-                log_samples=False,
-            )
+            manager = here = TaskManager(include_path=places, include_defaults=False)
+            if not set(names) <= set(here.all_tasks):
+                manager = TaskManager(include_path=places)
+                refuse_unknown(names, manager, here.all_tasks)
+                hint = "tasks on files of your own need no network: --local FOLDER --tasks lambada_local, for one"
+                silent = stack.enter_context(hub_asked_once())
+            loaded = manager.load(list(names))
+        except UnknownTask:
+            raise
         except ImportError as error:  # of a package that a task needs, or of a Python file that it names
             raise ValueError(f"tasks: {error}") from error
+        except Exception as error:  # of many libraries below: network, hub, file formats, YAML
+            why = f"{silent}{type(error).__name__}: {first_line(error)}"
+            raise ValueError(f"tasks: expected tasks whose data can be loaded, got {why}; {hint}") from error
+    below = {name for members in loaded["group_map"].values() for name in members}
+    return [task for name, task in (loaded["groups"] | loaded["tasks"]).items() if name not in below]
+
+
+class UnknownTask(ValueError):
+    pass
+
+
+def refuse_unknown(names: Sequence[str], manager: TaskManager, local: Sequence[str]) -> None:
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown:
+        own = f"; local ones are {', '.join(local)}" if local else "; local ones need --local"
+        raise UnknownTask(f"tasks: expected the harness's names, got unknown {', '.join(unknown)}{own}")
+
+
+def run_tasks(model: HarnessModel, tasks: Sequence[Any], limit: int | None = None) -> dict[str, Any]:
+    """The harness's results, by task and metric; of groups those of all their tasks.
+
+    tasks: what `load_tasks` gives. Raises ValueError where a task does not fit its data.
+    """
+    try:
+        results = simple_evaluate(
+            model=model,
+            tasks=list(tasks),
+            task_manager=TaskManager(include_defaults=False),
+            limit=limit,
+            bootstrap_iters=100,
+            log_samples=False,
+        )
+    except TemplateError as error:
+        raise ValueError(f"tasks: expected templates that fit the data, got {error}") from error
     assert results is not None, "there is one process"
     return dict(results["results"])
 

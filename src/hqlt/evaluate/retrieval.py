@@ -99,7 +99,8 @@ def text_of(
 
     Raises ValueError where the fact and the question alone are longer.
     """
-    introduction, question = tokenizer.encode(haystack.introduction), tokenizer.encode(haystack.question)
+    introduction = [*tokenizer.prefix_ids, *tokenizer.encode(haystack.introduction)]
+    question = tokenizer.encode(haystack.question)
     fact = tokenizer.encode(haystack.fact.format(key=key))
     room = length - len(introduction) - len(fact) - len(question)
     if room < 0:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from hqlt.data import Tokenizer, load_tokenizer
 from hqlt.data.tokenizer import model_tokenizer
 
 if TYPE_CHECKING:
-    from hqlt.model import HQLTForCausalLM
+    from hqlt.model import HQLTConfig, HQLTForCausalLM
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 SHOWN = 8
@@ -56,16 +57,62 @@ def found_in(folder: Path) -> str:
     return "no config.json"
 
 
+def read_config(where: str | Path) -> HQLTConfig:
+    """The config of the model in a folder, which takes no time. Raises ValueError where it is none of ours."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    from hqlt.model import HQLTConfig
+
+    file = find_model(where) / "config.json"
+    kind = json.loads(file.read_text(encoding="utf-8"))["model_type"]
+    if kind != HQLTConfig.model_type:
+        raise ValueError(f"{file}: expected a model of type {HQLTConfig.model_type}, got {kind}; see `hqlt convert`")
+    try:
+        config: HQLTConfig = HQLTConfig.from_pretrained(file.parent)
+    except (StrictDataclassError, TypeError) as error:
+        raise ValueError(f"{file}: expected a model's settings, got {' '.join(str(error).split())}") from error
+    return config
+
+
 def load_model(where: str | Path, device: torch.device | str = "cpu") -> HQLTForCausalLM:
-    """The model in a folder, in the dtype in which it was saved, ready to be used."""
+    """The model in a folder, in the dtype in which it was saved, ready to be used.
+
+    Raises ValueError for a broken file, and for weights that are not those of the config: too few, too many, of other
+    shapes.
+    """
     from transformers.utils import logging
 
     from hqlt.model import HQLTForCausalLM
 
+    folder, config = find_model(where), read_config(where)
+    untyped: Any = HQLTForCausalLM
     logging.disable_progress_bar()
-    model: HQLTForCausalLM = HQLTForCausalLM.from_pretrained(find_model(where), dtype="auto")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what it reports is an error below
+    try:
+        model: HQLTForCausalLM
+        model, report = untyped.from_pretrained(
+            folder, config=config, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{folder}: expected whole files of weights, got {type(error).__name__}: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    refuse_other_weights(folder, report)
     nn.Module.to(model, device)
     return model.eval()
+
+
+def refuse_other_weights(folder: Path, report: dict[str, Any]) -> None:
+    """report: of transformers, what did not fit."""
+    shapes = [f"{name} {list(found)} for {list(asked)}" for name, found, asked in report["mismatched_keys"]]
+    wrong = {"of another shape": shapes, "missing": report["missing_keys"], "unknown": report["unexpected_keys"]}
+    told = [f"{len(names)} {what}, such as {min(names)}" for what, names in wrong.items() if names]
+    if told:
+        raise ValueError(
+            f"{folder}: expected the weights that its config.json describes, got {'; '.join(told)}; are both files of "
+            f"the same model?"
+        )
 
 
 def tokenizer_of(where: str | Path, vocab_size: int) -> Tokenizer:
