@@ -131,19 +131,15 @@ def sweep(place: Place, folder: Path, rounds: int) -> Answer:
 
 def demo(place: Place, folder: Path, rounds: int) -> Answer:
     """The models of `hqlt demo`, trained on the card: what they reach, and how long each took."""
-    from rich.console import Console
-
     from hqlt.study import known_studies, read_study
-    from hqlt.study.run import run_study
+    from hqlt.train.grid import run_grid
 
     study = read_study(known_studies()["demo"])
     if place is not GPU:
         study = study.only("parity").quick()
     with tempfile.TemporaryDirectory() as scratch:
-        results, _ = run_study(
-            study, Path(scratch) / "run", again="", workers=min(os.cpu_count() or 1, 8), device=place.device,
-            console=Console(file=sys.stdout),
-        )  # fmt: skip
+        workers = min(os.cpu_count() or 1, 8)
+        results = run_grid(study.cells(), Path(scratch), workers, lambda event: None, place.device)
     clock = (lambda seconds: seconds) if place is GPU else lambda seconds: math.nan
     return {
         "results": [
