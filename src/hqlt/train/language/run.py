@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import math
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -42,8 +44,7 @@ def run(settings: TrainSettings, folder: Path | None = None, device: str | None 
     Raises ValueError or OSError, before anything is trained, for settings, data, a device or a folder that do not
     serve; and where training diverged.
     """
-    from hqlt.report.training import leave_training_report  # now: a package that it misses would be the end of all
-
+    importlib.import_module("hqlt.report.training")  # now: a package that it misses would be the end of all
     preset(settings.preset, **settings.model)
     data = Path(settings.data).expanduser()
     if settings.data != DEFAULT_DATA and not data.exists():
@@ -63,7 +64,8 @@ def run(settings: TrainSettings, folder: Path | None = None, device: str | None 
         console.print(
             f"{settings.preset}: {trainer.size:,} parameters, {len(trainer.splits['train']):,} tokens, "
             f"{ranks.count} process{'es' * (ranks.count > 1)} on {ranks.device.type} → {folder}"
-            + (f", resuming after update {step}" if step else "")
+            + (f", resuming after update {step}" if step else ""),
+            markup=False,
         )
         for split in [split for split in SPLITS if split not in trainer.splits]:
             console.print(f"the data hold no {split} text: nothing is scored on it")
@@ -73,19 +75,26 @@ def run(settings: TrainSettings, folder: Path | None = None, device: str | None 
                 trainer.save()
                 trainer.checkpoints.wait()
                 console.print(f"stopped and saved after update {trainer.step}; the same command resumes")
-                sys.exit(128 + stopped[0])
-        results = {
-            "validation_bits_per_byte": trainer.bits_per_byte("validation"),
-            "test_bits_per_byte": trainer.bits_per_byte("test"),
-            "updates": trainer.step,
-            "updates_left_out": trainer.skipped,
-        }
-        refuse_diverged(trainer, trainer.loss, results["validation_bits_per_byte"])
-        trainer.export(folder / "model")
-        if ranks.first:
-            files = trainer.splits.get("validation", trainer.splits["train"])
-            sample = sample_of(folder / "model", files, settings.preset, str(ranks.device))
-            leave_training_report(folder, told, results, sample, console)
+                sys.exit(128 + (stopped or [signal.SIGTERM])[0])  # none here: another process got it
+        finish(trainer, folder, told, console)
+
+
+def finish(trainer: Trainer, folder: Path, told: dict[str, Any], console: Console) -> None:
+    """Score the trained model, write it into the run's folder, and leave a report with a sample of its text."""
+    from hqlt.report.training import leave_training_report
+
+    results = {
+        "validation_bits_per_byte": trainer.bits_per_byte("validation"),
+        "test_bits_per_byte": trainer.bits_per_byte("test"),
+        "updates": trainer.step,
+        "updates_left_out": trainer.skipped,
+    }
+    refuse_diverged(trainer, trainer.loss, results["validation_bits_per_byte"])
+    trainer.export(folder / "model")
+    if trainer.ranks.first:
+        files = trainer.splits.get("validation", trainer.splits["train"])
+        sample = sample_of(folder / "model", files, trainer.settings.preset, str(trainer.ranks.device))
+        leave_training_report(folder, told, results, sample, console)
 
 
 def follow(trainer: Trainer, folder: Path, step: int, stopped: list[int], console: Console) -> bool:
