@@ -68,11 +68,11 @@ class Camera(VectorWrapper):
     def step(self, actions: Any) -> Any:
         result = super().step(actions)
         self.steps += 1
-        if self.steps % self.every == 0 or result[2][0] or result[3][0]:
-            self.frames[self.steps] = frame_of(self.env)
         if len(self.frames) > 2 * FILMED:
             self.every *= 2
             self.frames = {step: frame for step, frame in self.frames.items() if step % self.every == 0}
+        if self.steps % self.every == 0 or result[2][0] or result[3][0]:
+            self.frames[self.steps] = frame_of(self.env)
         return result
 
 

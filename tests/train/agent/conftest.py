@@ -1,3 +1,7 @@
+import time
+
+import gymnasium
+import numpy as np
 import pytest
 
 from hqlt.agent import PPOSettings, SACSettings
@@ -20,3 +24,60 @@ def settings(request):
         return AgentSettings(**SMALL, algorithm="ppo", copies=4, ppo=ppo)
     sac = SACSettings(heads=(8,), batch_episodes=4, random_episodes=4)
     return AgentSettings(**SMALL, algorithm="sac", copies=2, sac=sac)
+
+
+class Waiting(gymnasium.Env):
+    """An episode ends when the agent chooses to leave, action 1; a greedy one that waits never does."""
+
+    observation_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(2, np.float32), 0.0, bool(action), False, {}
+
+
+class Slow(Waiting):
+    """Episodes of ten steps. After so many steps of all environments of the process, every step takes a while."""
+
+    steps = 0
+
+    def __init__(self, seconds=0.0, after=0, render_mode=None):
+        self.seconds, self.after = seconds, after
+
+    def reset(self, *, seed=None, options=None):
+        self.time = 0
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        self.time += 1
+        Slow.steps += 1
+        if Slow.steps > self.after:
+            time.sleep(self.seconds)
+        return np.zeros(2, np.float32), float(action), self.time == 10, False, {}
+
+
+class Broken(Waiting):
+    """What an environment of one's own may do wrong in its third step."""
+
+    def __init__(self, fault):
+        self.fault, self.time = fault, 0
+
+    def step(self, action):
+        self.time += 1
+        seen, reward, *rest = super().step(0)
+        if self.time < 3:
+            return seen, reward, *rest
+        return {
+            "observation": lambda: (seen * np.nan, reward, *rest),
+            "reward": lambda: (seen, np.inf, *rest),
+            "shape": lambda: (np.zeros(3, np.float32), reward, *rest),
+            "exception": lambda: {}["door"],
+        }[self.fault]()
+
+
+for kind in (Waiting, Slow, Broken):
+    gymnasium.register(f"hqlt-tests/{kind.__name__}-v0", kind, disable_env_checker=True)

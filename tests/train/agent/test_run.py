@@ -1,6 +1,8 @@
 """`hqlt rl train` as a person runs it: killed, stopped, gone on with; and what it leaves to look at."""
 
+import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -14,12 +16,14 @@ import pytest
 from PIL import Image
 
 import hqlt
+from hqlt.agent import PPO
 from hqlt.cli import main
 from hqlt.errors import how_to_install
 from hqlt.report.episode import film
-from hqlt.train.agent import AgentTrainer
+from hqlt.run_folder import run_folder
+from hqlt.train.agent import AgentSettings, AgentTrainer
 from hqlt.train.agent.checkpoints import AgentCheckpoints
-from hqlt.train.agent.run import load_agent
+from hqlt.train.agent.run import keep_agent, load_agent
 
 COMMAND = [
     "rl", "train", "--options.corridor=6", "--model.hidden_size=8", "--copies=8", "--steps=6000", "--ppo.rollout=10",
@@ -68,7 +72,7 @@ def test_killed_and_stopped_it_ends_as_if_nothing_had_happened(finished, tmp_pat
         wait_for_steps(process, tmp_path, steps)
         process.send_signal(number)
         said = process.communicate()[0]
-        assert process.returncode in ({-9} if number == signal.SIGKILL else {130, 0}), said
+        assert process.returncode == (-9 if number == signal.SIGKILL else 130), said
         if process.returncode == 130:
             assert "stopped; the same command goes on from step-" in said
     process = start(tmp_path, command)
@@ -78,6 +82,163 @@ def test_killed_and_stopped_it_ends_as_if_nothing_had_happened(finished, tmp_pat
     assert (tmp_path / "agent.safetensors").read_bytes() == (finished[name] / "agent.safetensors").read_bytes()
 
 
+SLOW = [
+    "rl", "train", "--world=tests.train.agent.conftest:hqlt-tests/Slow-v0", "--copies=1", "--steps=40",
+    "--evaluate-every=20", "--ppo.rollout=5", "--model.hidden_size=8", "--episodes=4", "--options.after=25",
+]  # fmt: skip
+
+
+def wait_for_the_evaluation(process, folder):
+    """It begins at step 20 or soon after, and the line of that step comes with its end."""
+    wait_for_steps(process, folder, 10)
+    time.sleep(1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_in_an_evaluation_stops_and_saves(tmp_path, number):
+    command = [*SLOW, "--options.seconds=0.1"]
+    process = start(tmp_path, command)
+    wait_for_the_evaluation(process, tmp_path)
+    process.send_signal(number)
+    said = process.communicate()[0]
+    assert process.returncode == 128 + number, said
+    (place,) = (tmp_path / "checkpoints").iterdir()
+    assert f"stopped; the same command goes on from {place.name}" in said
+    told = json.loads((place / "trainer.json").read_text())
+    assert 20 <= told["unscored"]["step"] == told["step"] < 25 and told["best_score"] is None
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert 10 <= lines[-1]["step"] < 20
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_second_signal_stops_at_once(tmp_path, number):
+    process = start(tmp_path, [*SLOW, "--options.seconds=600"])
+    wait_for_the_evaluation(process, tmp_path)
+    process.send_signal(number)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.5)
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == {signal.SIGTERM: -signal.SIGTERM, signal.SIGINT: 130}[number], said
+    assert "Traceback" not in said
+
+
+def refused(command):
+    """What is said of a command that cannot be."""
+    with pytest.raises(SystemExit) as caught:
+        main(command)
+    assert isinstance(caught.value.code, str), caught.value.code
+    return caught.value.code
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--ppo.rollout=0", "--ppo.rollout: expected a whole number of at least 1, got 0"),
+        ("--ppo.learning_rate=-1", "--ppo.learning_rate: expected a number above 0, got -1"),
+        ("--ppo.clip=-1", "--ppo.clip: expected a number above 0, got -1"),
+        ("--sac.batch-episodes=0", "--sac.batch_episodes: expected a whole number of at least 1, got 0"),
+        ("--sac.discount=1.5", "--sac.discount: expected a number from 0 to 1, got 1.5"),
+        ("--copies=0", "copies: expected a whole number of at least 1, got 0"),
+        ("--options.coridor=3", "did you mean 'corridor'?"),
+        ("--model.windw=3", "did you mean 'window'?"),
+        ("--world=TMazePasive", "did you mean 'TMazePassive'?"),
+        ("--memory=synchronus", "did you mean 'synchronous'?"),
+        ("--world=no_such_module:X-v0", "no_such_module"),
+        ("--device=cuda:99", "device: expected one that torch can use here"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_and_leaves_no_folder(tmp_path, option, said):
+    assert said in refused(["rl", "train", option, f"--folder={tmp_path / 'runs' / 'x'}"])
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("observation", "hqlt-tests/Broken-v0, env 0, step 3 of its episode: observation[0]: expected finite numbers"),
+        ("reward", "hqlt-tests/Broken-v0, env 0, step 3 of its episode: reward: expected a finite number, got inf"),
+        ("shape", "hqlt-tests/Broken-v0: step() raised ValueError: "),
+        ("exception", "hqlt-tests/Broken-v0: step() raised KeyError: 'door' (" + str(Path(__file__).parent)),
+    ],
+)
+@pytest.mark.parametrize("algorithm", ["ppo", "sac"])
+def test_an_environment_that_is_broken_is_named(tmp_path, fault, said, algorithm):
+    world = "--world=tests.train.agent.conftest:hqlt-tests/Broken-v0"
+    options = [f"--options.fault={fault}", "--copies=2", f"--algorithm={algorithm}", f"--folder={tmp_path}"]
+    assert said in refused(["rl", "train", world, *options])
+
+
+def test_a_run_that_diverged_says_so(tmp_path, capsys, monkeypatch):
+    """The report is of the best weights; the status is no success."""
+    monkeypatch.setattr(PPO, "descend", lambda agent, loss, clip: agent.left_out.add_(1) and math.nan)
+    said = refused([*COMMAND, "--steps=800", f"--folder={tmp_path}"])
+    assert "training diverged: gradient was no finite number at step 8" in said and "--ppo.learning_rate" in said
+    assert (tmp_path / "report.html").exists()
+
+
+def test_a_run_of_another_kind_and_a_folder_of_other_files_are_refused(tmp_path):
+    for kind, command in (("language", "hqlt train"), ("study", "hqlt demo or hqlt reproduce")):
+        with run_folder(tmp_path / kind, kind):
+            pass
+        said = f"expected a run of hqlt rl train, found one of {command}"
+        assert said in refused([*COMMAND, f"--folder={tmp_path / kind}"])
+        assert said in refused(["rl", "play", str(tmp_path / kind)])
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "one.jpg").touch()
+    assert "found other files in it" in refused([*COMMAND, f"--folder={tmp_path / 'photos'}"])
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["one.jpg"]
+
+
+def test_two_commands_do_not_train_in_one_folder(tmp_path):
+    with run_folder(tmp_path, "agent"):
+        assert "another process is at work there" in refused([*COMMAND, f"--folder={tmp_path}"])
+
+
+def test_what_cannot_be_played_is_refused_before_it_is_played(finished, tmp_path, monkeypatch):
+    folder = str(finished["ppo"])
+    monkeypatch.setattr(AgentTrainer, "score", lambda *arguments: pytest.fail("played"))
+    assert "--episodes: expected a whole number of at least 1, got 0" in refused(["rl", "play", folder, "--episodes=0"])
+    assert "--seed: expected a whole number" in refused(["rl", "play", folder, "--seed=-1"])
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert f"but {tmp_path / 'file'} is a file" in refused(["rl", "play", folder, f"--film={place}"])
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert "that can be written to" in refused(["rl", "play", folder, f"--film={tmp_path / 'new'}"])
+    assert "config.json: No such file" in refused(["rl", "play", str(tmp_path / "nowhere")])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_damaged_agent_is_reported(finished, tmp_path):
+    for name in ("config.json", "agent.safetensors"):
+        folder = tmp_path / name
+        shutil.copytree(finished["ppo"], folder)
+        damaged = folder / name
+        damaged.write_bytes(damaged.read_bytes()[:100])
+        assert f"{folder}: expected the folder of a finished `hqlt rl train`: " in refused(["rl", "play", str(folder)])
+
+
+def test_options_that_change_what_is_seen_are_refused(tmp_path):
+    told = {"settings": dataclasses.asdict(AgentSettings(model={"hidden_size": 8}, copies=2))}
+    trainer = AgentTrainer(AgentSettings(model={"hidden_size": 8}, copies=2))
+    keep_agent(trainer, tmp_path, told)
+    assert "did you mean 'corridor'" in refused(["rl", "play", str(tmp_path), '--options={"coridor": 9}'])
+    played = load_agent(tmp_path)
+    played.settings = dataclasses.replace(played.settings, world="CartPole-v1")
+    with pytest.raises(
+        ValueError, match=r"observation: expected shape \[..., 2\], as in the environments that the enc"
+    ):
+        played.score(1, 0)
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
+def test_a_package_that_the_report_needs_is_missed_before_anything_is_trained(tmp_path, package):
+    code = f"import sys; sys.modules['{package}'] = None; from hqlt.cli import main; main({[*COMMAND]})"
+    process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert f"expected the package {package}; pip install 'hqlt[report]'" in process.stderr
+    assert process.returncode == 1 and not any(tmp_path.iterdir())
+
+
 def test_what_is_left(finished):
     folder = finished["ppo"]
     results = json.loads((folder / "results.json").read_text())
@@ -85,8 +246,9 @@ def test_what_is_left(finished):
     assert results["run"]["settings"]["options"] == {"corridor": 6}
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())][-1] == f"step-{results['steps']:09d}"
     page = (folder / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2
-    assert "| synchronous | TMazePassive |" in (folder / "README.md").read_text()
+    assert page.count("data:image/png;base64,") == 2 and page.count("data:image/gif;base64,") == 1
+    readme = (folder / "README.md").read_text()
+    assert "| synchronous | TMazePassive |" in readme and "(episode.gif)" in readme
     with Image.open(folder / "episode.gif") as gif:
         assert gif.n_frames == 8  # six steps to the junction, one into an arm, and the beginning
 

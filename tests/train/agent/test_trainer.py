@@ -1,5 +1,6 @@
 """One run of an agent: exact from its checkpoints, scored on episodes of its own, the best weights kept."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -8,8 +9,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from hqlt.agent import PPOSettings, SACSettings
-from hqlt.agent.collect import Evaluation
+from hqlt.agent import PPOSettings
+from hqlt.agent.collect import Evaluation, Stopped
 from hqlt.agent.episode import Outcome
 from hqlt.report.agent import leave_agent_report
 from hqlt.train.agent import AgentSettings, AgentTrainer, Update
@@ -47,6 +48,54 @@ def test_a_run_goes_on_from_every_checkpoint_as_if_it_had_never_stopped(settings
         assert lines(again.updates()) == [line for line in told if line["step"] > step]
         assert_same_agent(again, whole)
         assert (again.best_step, again.best_score) == (whole.best_step, whole.best_score)
+
+
+class StoppedAt(list):
+    """Empty until it was looked at so often: as if a signal came then."""
+
+    def __init__(self, looks):
+        super().__init__([2])
+        self.looks = looks
+
+    def __bool__(self):
+        self.looks -= 1
+        return self.looks < 0
+
+
+@pytest.mark.parametrize("look", [5, 17, 22, 23, 40, 50])
+def test_stopped_anywhere_it_ends_as_if_it_had_never_been(settings, tmp_path, look):
+    """In a round, a rollout or an evaluation; saved wherever it is resumable, otherwise from the checkpoint before."""
+    whole = AgentTrainer(settings)
+    told = lines(whole.updates())
+    trainer, checkpoints, got = AgentTrainer(settings), AgentCheckpoints(tmp_path, keep=9), []
+    trainer.stopped = StoppedAt(look)
+    with contextlib.suppress(Stopped):
+        for update in trainer.updates():
+            got.append(update.as_line())
+            if update.evaluated_return is not None:
+                checkpoints.save(trainer)
+    assert not trainer.finished
+    if trainer.resumable:
+        checkpoints.save(trainer)
+    again = AgentTrainer(settings)
+    checkpoints.resume(again)
+    pending = again.unscored is not None
+    got = [line for line in got if line["step"] <= again.steps - pending]
+    assert got + lines(again.updates()) == told
+    assert again.unscored is None
+    assert_same_agent(again, whole)
+
+
+def test_stopped_in_an_evaluation_nothing_of_the_training_before_is_lost(settings, tmp_path):
+    trainer, checkpoints = AgentTrainer(settings), AgentCheckpoints(tmp_path, keep=9)
+    score, trainer.score = trainer.score, lambda *arguments: setattr(trainer, "stopped", [2]) or score(*arguments)
+    with pytest.raises(Stopped):
+        list(trainer.updates())
+    assert trainer.resumable and trainer.steps >= settings.evaluate_every and trainer.unscored.step == trainer.steps
+    checkpoints.save(trainer)
+    again = AgentTrainer(settings)
+    checkpoints.resume(again)
+    assert next(again.updates()).step == trainer.steps
 
 
 def test_more_steps_begin_as_fewer_did(settings):
@@ -170,11 +219,17 @@ def test_a_test_may_be_in_a_world_of_other_options(settings):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": 0}, "steps: expected at least 1, got 0"),
+        ({"steps": 0}, "steps: expected a whole number of at least 1, got 0"),
+        ({"seed": -1}, "seed: expected a whole number from 0 to"),
         ({"memory": "lstmm"}, "did you mean 'lstm'"),
         ({"world": "TMazePasive"}, "did you mean 'TMazePassive'"),
-        ({"options": {"coridor": 3}}, "TMazePassive: .*coridor"),
-        ({"model": {"hiden_size": 3}}, "model: .*hiden_size"),
+        ({"options": {"coridor": 3}}, "TMazePassive: options: .*, got 'coridor'; did you mean 'corridor'"),
+        ({"options": {"corridor": "x"}}, "TMazePassive: corridor: expected a whole number of at least 1, got 'x'"),
+        ({"model": {"windw": 3}}, "model: argument: .*, got 'windw'; did you mean 'window'"),
+        ({"model": {"window": 0}}, "model: window: expected a whole number of at least 1, got 0"),
+        ({"model": {"beta_max": "x"}}, "model: "),
+        ({"world": "CartPole-v1", "options": {"max_epsiode_steps": 9}}, "did you mean 'max_episode_steps'"),
+        ({"world": "CartPole-v1", "options": {"max_episode_steps": 0}}, "CartPole-v1: "),
         ({"algorithm": "a2c"}, "algorithm: expected one of"),
         ({"world": "CartPole-v1", "options": {"render_mode": "human"}}, "CartPole-v1: .*pygame"),
     ],
@@ -184,16 +239,50 @@ def test_bad_settings(change, message):
         AgentTrainer(AgentSettings(**change)).envs.reset()
 
 
-@pytest.mark.parametrize("wrong", [{"rollout": 0}, {"advantages": "scaled"}, {"minibatches": 0}, {"learning_rate": 0}])
-def test_bad_settings_of_ppo(wrong):
-    with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
-        PPOSettings(**wrong)
+def test_an_unknown_kind_of_advantages_is_refused():
+    with pytest.raises(ValueError, match=r"ppo\.advantages: expected one of 'raw', 'centred', 'standardised'"):
+        PPOSettings(advantages="scaled")
 
 
-@pytest.mark.parametrize("wrong", [{"batch_episodes": 0}, {"temperature": 0.0}])
-def test_bad_settings_of_sac(wrong):
-    with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
-        SACSettings(**wrong)
+@pytest.mark.parametrize("algorithm", ["ppo", "sac"])
+def test_an_episode_that_does_not_end_is_an_error(algorithm, monkeypatch):
+    """Whoever waits for it: a collection, or a greedy evaluation where those of the collection ended by chance."""
+    monkeypatch.setattr("hqlt.agent.stream.LONGEST", 100)
+    world = "tests.train.agent.conftest:hqlt-tests/Waiting-v0"
+    settings = AgentSettings(world=world, algorithm=algorithm, copies=4, steps=600, evaluate_every=300, episodes=2)
+    trainer = AgentTrainer(settings)
+    with torch.no_grad():
+        trainer.agent.actor[-1].weight.zero_()
+        trainer.agent.actor[-1].bias.copy_(torch.tensor([5.0, 0.0]))  # waits, now and then leaves
+    said = r"hqlt-tests/Waiting-v0, env \d, step 100 of its episode: expected an episode to end within 100 .*TimeLimit"
+    with pytest.raises(ValueError, match=said):
+        list(trainer.updates())
+    limited = AgentTrainer(dataclasses.replace(settings, options={"max_episode_steps": 50}))
+    limited.agent.load_state_dict(trainer.agent.state_dict())
+    assert limited.score(2, seed=0).mean_length == 50
+
+
+@pytest.mark.parametrize("name", ["agent.safetensors", "trainer.json", "replay.safetensors"])
+@pytest.mark.parametrize("share", [0, 0.3, 0.99])
+def test_a_truncated_checkpoint_is_reported(settings, tmp_path, name, share):
+    trainer, checkpoints = AgentTrainer(settings), AgentCheckpoints(tmp_path, keep=1)
+    next(trainer.updates())
+    checkpoints.save(trainer)
+    path = checkpoints.newest() / name
+    if not path.exists():
+        pytest.skip("PPO has no replay")
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(ValueError, match=r"expected a (whole checkpoint|checkpoint of this agent): .* remove step-"):
+        checkpoints.resume(AgentTrainer(settings))
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "{}", '{"settings": 3}', '{"settings": {}}', '{"best_score": 1}'])
+def test_a_damaged_description_of_a_checkpoint_is_reported(settings, tmp_path, content):
+    trainer, checkpoints = AgentTrainer(settings), AgentCheckpoints(tmp_path, keep=1)
+    checkpoints.save(trainer)
+    (checkpoints.newest() / "trainer.json").write_text(content)
+    with pytest.raises(ValueError, match="step-000000000"):
+        checkpoints.resume(AgentTrainer(settings))
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99"])

@@ -64,13 +64,14 @@ class AgentCheckpoints:
         if place is None:
             return None
         try:
-            told = dict(json.loads((place / "trainer.json").read_text()))
+            told = json.loads((place / "trainer.json").read_text())
+            theirs = dict(told["settings"])
             tensors = load_file(place / "agent.safetensors")
             replay = place / "replay.safetensors"
             arrays = load_arrays(replay) if replay.exists() else None
-        except (OSError, ValueError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ValueError(f"{place}: expected a whole checkpoint: {error}; {advice(place)}") from error
-        ours, theirs = fixed(trainer.settings), dict(told.get("settings") or {})
+        ours = fixed(trainer.settings)
         for name in ours:
             if ours[name] != theirs.get(name):
                 raise ValueError(
@@ -81,7 +82,7 @@ class AgentCheckpoints:
             trainer.restore(tensors, arrays, told)
         except (RuntimeError, KeyError, ValueError, TypeError) as error:
             raise ValueError(f"{place}: expected a checkpoint of this agent: {error}; {advice(place)}") from error
-        return told
+        return dict(told)
 
 
 def fixed(settings: AgentSettings) -> dict[str, Any]:

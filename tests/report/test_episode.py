@@ -1,0 +1,77 @@
+"""Pictures of an episode: moments large enough to be seen, and films of episodes of any length."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from matplotlib import pyplot
+from PIL import Image
+
+from hqlt.agent import PPOSettings
+from hqlt.report import episode
+from hqlt.report.episode import WIDTH, Film, figure_of_film, film, leave_film, moments, strip_of
+from hqlt.report.shares import Shares
+from hqlt.train.agent import AgentSettings, AgentTrainer
+
+
+def film_of(steps, shape=(5, 28), shares=True):
+    """Frames that show their number."""
+    frames = {step: np.full((*shape, 3), step % 256, np.uint8) for step in range(steps + 1)}
+    share = Shares(torch.rand(2, 1, steps), torch.rand(2, 1, steps)) if shares else None
+    return Film(frames, np.linspace(-1, 1, steps, dtype=np.float32), share, 1.0)
+
+
+@pytest.mark.parametrize(("shape", "columns"), [((60, 336), 3), ((112, 176), 5), ((400, 600), 5), ((60, 1236), 2)])
+def test_moments_stand_in_rows_in_which_they_are_large(shape, columns):
+    """Of a T-maze three a row, not nine."""
+    assert strip_of(shape, 9)[0] == columns
+    figure = figure_of_film(film_of(40, shape))
+    figure.canvas.draw()
+    shown = [axes for part in figure.subfigs[:1] for axes in part.axes if axes.images]
+    assert len(shown) == 9
+    widths = [axes.get_window_extent().width / figure.dpi for axes in shown]
+    assert min(widths) > 0.8 * WIDTH / columns
+    pyplot.close(figure)
+
+
+@pytest.mark.parametrize("width", [28, 336, 700])
+def test_the_legend_of_a_film_is_whole(width):
+    """The frames' width is made large enough for it."""
+    figures = []
+    made = episode.Figure
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(episode, "Figure", lambda **options: figures.append(made(**options)) or figures[-1])
+        patch.setattr(Image.Image, "save", lambda *arguments, **options: None)
+        episode.write_gif(film_of(12, (5, width)), None)
+    (figure,) = figures
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+    assert figure.bbox.width >= 640
+
+
+@pytest.mark.parametrize("shares", [True, False])
+@pytest.mark.parametrize("steps", [1, 2, 30])
+def test_what_is_left_of_a_film(tmp_path, steps, shares):
+    pictures = leave_film(film_of(steps, shares=shares), tmp_path)
+    assert [picture.partition(";")[0] for picture in pictures] == ["data:image/png", "data:image/gif"]
+    with Image.open(tmp_path / "episode.gif") as gif:
+        assert gif.n_frames == steps + 1 and gif.width >= 640
+
+
+def test_an_environment_that_cannot_be_seen_has_a_picture_of_its_rewards(tmp_path):
+    blind = film_of(5)._replace(frames={})
+    assert len(leave_film(blind, tmp_path)) == 1 and moments(blind) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["episode.png"]
+
+
+def test_a_long_episode_is_filmed_in_frames_evenly_apart(monkeypatch):
+    """No more of them are held than twice what a film shows; the first and the last are there."""
+    monkeypatch.setattr(episode, "FILMED", 5)
+    ppo = PPOSettings(rollout=8, heads=(8,))
+    trainer = AgentTrainer(AgentSettings(options={"corridor": 69}, model={"hidden_size": 8}, copies=1, ppo=ppo))
+    filmed = film(trainer, seed=0)
+    assert len(filmed.rewards) == 70
+    assert list(filmed.frames) == [0, 8, 16, 24, 32, 40, 48, 56, 64, 70]
+    assert moments(filmed) == [0, 8, 16, 24, 32, 40, 48, 64, 70]
