@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def told_if_not_written(path: Path) -> Iterator[None]:
 
 
 def check_writable(path: Path, *, folder: bool = False) -> None:
-    """Raises OSError where a file (or folder) of this name could not be written; makes nothing.
+    """Raises OSError where a file (or folder) of this name could not be written; leaves everything as it was.
 
     For what is written at the end of hours of work, before they begin.
     """
@@ -73,8 +74,13 @@ def check_writable(path: Path, *, folder: bool = False) -> None:
     there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if there != path and not there.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, f"{there} is a file, not a folder", str(path))
-    if not os.access(there, os.W_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
+    try:
+        with tempfile.TemporaryFile(dir=there if there.is_dir() else there.parent):
+            pass
+        if there.is_file():
+            there.open("ab").close()
+    except OSError as error:
+        raise OSError(error.errno, f"cannot be written there: {error.strerror}", str(path)) from None
 
 
 @contextlib.contextmanager
