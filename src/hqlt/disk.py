@@ -63,7 +63,7 @@ def told_if_not_written(path: Path) -> Iterator[None]:
 
 
 def check_writable(path: Path, *, folder: bool = False) -> None:
-    """Raises OSError where a file (or folder) of this name could not be written; makes nothing.
+    """Raises OSError where a file (or folder) of this name could not be written; leaves everything as it was.
 
     For what is written at the end of hours of work, before they begin.
     """
@@ -75,6 +75,8 @@ def check_writable(path: Path, *, folder: bool = False) -> None:
     if there != path and not there.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, f"{there} is a file, not a folder", str(path))
     probe(there if there.is_dir() else there.parent)
+    if there.is_file():
+        there.open("ab").close()
 
 
 def probe(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -51,17 +52,21 @@ def test_one_part_of_a_benchmark(tmp_path):
         ("--rounds=0", "^rounds: expected at least 1, got 0$"),
         ("--only=linaer", r"^only: expected one of .*, got 'linaer'; did you mean 'linear'\?$"),
         ("--json=file/figures.json", "^file/figures.json: .*file is a file, not a folder$"),
+        ("--json=closed/figures.json", "^closed/figures.json: cannot be written there: "),
         ("--json=folder", "^folder: expected a file, found a folder$"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_measured(wrong, message, tmp_path, monkeypatch):
+    if "closed" in wrong and not os.path.isdir("/proc"):
+        pytest.skip("needs a folder in which not even root may write")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("hqlt.bench.ops.run", lambda *_: pytest.fail("it was measured"))
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
+    (tmp_path / "closed").symlink_to("/proc")  # where not even root may write
     with pytest.raises(SystemExit, match=message):
         main(["bench", "ops", "--quick", wrong])
-    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder"}
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder", "closed"}
 
 
 def test_steps_of_the_worlds(tmp_path, capsys):

@@ -5,6 +5,8 @@ import yaml
 
 from hqlt.cli import main
 from hqlt.cli.reproduce import find
+from hqlt.run_folder import run_folder
+from hqlt.train.grid import CellsFailed
 
 STUDY = {
     "title": "Two models",
@@ -51,9 +53,56 @@ def test_a_study_runs_once_and_leaves_what_is_worth_committing(tmp_path, capsys)
     assert capsys.readouterr().out.count("earlier start") == 4
     assert {path.name: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()} == made
 
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len({(line["cell"], line["step"]) for line in lines}) == len(lines) == 4 * 6
+    config = (folder / "config.json").read_bytes()
     file.write_text(yaml.safe_dump(STUDY).replace("steps: 6", "steps: 7"))
     with pytest.raises(SystemExit, match="holds the result of a cell with other settings; give another folder"):
         main(command)
+    with run_folder(folder, "study"), pytest.raises(SystemExit, match="another process is at work there"):
+        main(command)
+    kept = folder / "cells" / next(iter(made))
+    kept.write_text("{}")
+    with pytest.raises(SystemExit, match="expected the result of a cell as JSON, got KeyError"):
+        main(command)
+    assert (folder / "config.json").read_bytes() == config, "what is refused changes nothing"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--workers=-1"], "^workers: expected at least 1, got -1$"),
+        (["--only=parrity"], r"^only: expected one of 'cycle', 'parity', got 'parrity'; did you mean 'parity'\?$"),
+        (["--device=cdua"], "^device: expected one that torch can use here"),
+        (["--folder=mine.yaml"], "^mine.yaml"),
+        (["--folder=mine.yaml/run"], "^mine.yaml/run"),
+        (["--folder=full"], "^full: expected a new or empty folder"),
+        (["--export=mine.yaml"], "^mine.yaml: expected a folder, found a file$"),
+        (["--export=mine.yaml/results"], "^mine.yaml/results: .*mine.yaml is a file, not a folder$"),
+    ],
+)
+def test_wrong_inputs_are_refused_before_anything_is_written(options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hqlt.study.run.run_grid", lambda *_: pytest.fail("it was trained"))
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(STUDY))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit, match=message):
+        main(["reproduce", "mine.yaml", *options])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_cells_that_fail_are_told_and_the_others_reported(tmp_path, monkeypatch, capsys):
+    def fail(cells, folder, *_):
+        (folder / "cells").mkdir()
+        raise CellsFailed("1 of 4 cells failed 2 times:\nparity: why")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hqlt.study.run.run_grid", fail)
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(STUDY))
+    with pytest.raises(SystemExit, match=r"(?s)parity: why.*try these again with: hqlt reproduce mine.yaml"):
+        main(["reproduce", "mine.yaml"])
 
 
 def test_names_and_aliases():

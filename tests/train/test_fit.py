@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from hqlt.evaluate import Score
 from hqlt.model import HQLTConfig, HQLTForCausalLM
 from hqlt.task import Parity, StandardLibrary, generator_for
 from hqlt.train import Budget, Fit, fit
@@ -64,11 +65,13 @@ def test_gradients_are_really_clipped(monkeypatch):
     assert seen == pytest.approx([1e-3] * 3, rel=1e-2)
 
 
-def test_a_step_with_a_gradient_that_is_not_finite_is_left_out():
+def test_an_update_whose_gradient_is_not_finite_is_skipped_and_counted():
     model = tiny()
     model.lm_head.weight.register_hook(lambda grad: grad * torch.nan)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    list(fit(model, TASK, Budget(steps=2, batch_size=4, validations=1, validation_rows=4, test_rows=4), seed=0))
+    budget = Budget(steps=2, batch_size=4, validations=1, validation_rows=4, test_rows=4)
+    told = [progress for progress in fit(model, TASK, budget, seed=0) if not isinstance(progress, Fit)]
+    assert [progress.skipped for progress in told] == [1, 2]
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
@@ -132,3 +135,11 @@ def test_only_matrices_decay():
     assert len(decayed["params"]) + len(free["params"]) == len(names)
     tied = tiny(tie_word_embeddings=True)
     assert all(p is not tied.lm_head.weight for p in parameter_groups(tied, 0.1)[0]["params"])
+
+
+@pytest.mark.parametrize("metric", ["bits", "accuracy"])
+def test_a_score_that_is_not_a_number_is_never_the_best(metric):
+    number, nan = Score(metric, 0.5, []), Score(metric, float("nan"), [])
+    assert number.better_than(nan)
+    assert not nan.better_than(number)
+    assert not nan.better_than(nan)

@@ -20,6 +20,9 @@ class Score(NamedTuple):
     """(mean coordinate, score) of bins along the task's coordinate, each with about as many scored tokens."""
 
     def better_than(self, other: Score) -> bool:
+        """A score that is not a number is worse than any other."""
+        if math.isnan(self.value) or math.isnan(other.value):
+            return math.isnan(other.value) and not math.isnan(self.value)
         return self.value < other.value if self.metric == "bits" else self.value > other.value
 
 

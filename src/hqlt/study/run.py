@@ -60,7 +60,6 @@ def run_study(
     for wrong arguments, and for a folder that is not this study's or cannot be written.
     """
     from hqlt.report import page, plots  # noqa: F401  needed at the end: a package that they miss is told now
-    from hqlt.report.live import GridDisplay
 
     cells = study.cells()
     workers = os.cpu_count() or 1 if workers is None else workers
@@ -69,10 +68,10 @@ def run_study(
     if export is not None:
         check_writable(export, folder=True)
     settings = {"study": study.title, **settings_of(cells, workers, device)}
-    with run_folder(folder, "study"), contextlib.ExitStack() as at_the_end:
+    with run_folder(folder, "study"):
         check_same_study(study, folder)
         finished_results(folder, cells)
-        metrics = at_the_end.enter_context(contextlib.closing(StudyMetrics(folder / "metrics.jsonl")))
+        metrics = StudyMetrics(folder / "metrics.jsonl")
         write_whole(folder / "config.json", json.dumps(settings, indent=1).encode())
         console.print(f"{len(cells)} cells on {workers} processes → {folder}", highlight=False, soft_wrap=True)
         begun = time.monotonic()
@@ -81,30 +80,36 @@ def run_study(
             leave_report(study, results, folder, settings, console, quick=quick, content=content)
 
         try:
-            with GridDisplay(cells, console) as display:
-
-                def on_event(event: Event | Result) -> None:
-                    display.on_event(event)
-                    if isinstance(event, Event) and event.kept:
-                        metrics.write(event)
-
-                results = run_grid(cells, folder, workers, on_event, device)
+            results = train(cells, folder, workers, device, metrics, console)
         except (Stopped, CellsFailed) as error:
             finished = list(finished_results(folder, cells).values())
             if finished:
                 report(finished)
             if isinstance(error, CellsFailed):
                 raise SystemExit(f"{error}\ntry these again with: {again}") from None
-            console.print(
-                f"stopped with {len(finished)} of {len(cells)} cells finished; resume with: {again}",
-                highlight=False,
-                soft_wrap=True,
-            )
+            told = f"stopped with {len(finished)} of {len(cells)} cells finished; resume with: {again}"
+            console.print(told, highlight=False, soft_wrap=True)
             raise SystemExit(128 + error.number) from None
         console.print(f"{time.monotonic() - begun:.0f} s in all", highlight=False)
         report(results, **(additions(results) if additions else {}))
         if export is not None:
             copy_results(folder, export)
+
+
+def train(
+    cells: Sequence[Cell], folder: Path, workers: int, device: str, metrics: StudyMetrics, console: Console
+) -> list[Result]:
+    """The grid, its events on the display and in metrics.jsonl."""
+    from hqlt.report.live import GridDisplay
+
+    with contextlib.closing(metrics), GridDisplay(cells, console) as display:
+
+        def on_event(event: Event | Result) -> None:
+            display.on_event(event)
+            if isinstance(event, Event) and event.kept:
+                metrics.write(event)
+
+        return run_grid(cells, folder, workers, on_event, device)
 
 
 def check_same_study(study: Study, folder: Path) -> None:

@@ -14,6 +14,7 @@ import signal
 import threading
 import traceback
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
@@ -151,23 +152,23 @@ def run_grid(
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     for finished in results.values():
         on_event(finished)
-    waiting = [(cell, 1) for cell in cells if cell.name not in results]
-    tries: dict[str, int] = {}
+    waiting = [cell for cell in cells if cell.name not in results]
+    tries: Counter[str] = Counter()
     reasons: dict[str, str] = {}
     with stopping() as signals, Workers(folder, device) as at_work:
         while waiting or at_work.running:
             if signals:
                 raise Stopped(signals[0])
             while waiting and len(at_work.running) < workers:
-                cell, tries[cell.name] = waiting.pop(0)
-                at_work.start(cell)
+                tries[waiting[0].name] += 1
+                at_work.start(waiting.pop(0))
             for cell, message in at_work.messages():
                 match message:
                     case Failure():
                         reasons[cell.name] = f"{message.reason} (all of it: {save_failure(folder, cell, message)})"
                     case Ended():  # its result came before, or it failed or died
                         if cell.name not in results and tries[cell.name] < TRIES:
-                            waiting.append((cell, tries[cell.name] + 1))
+                            waiting.append(cell)
                         elif cell.name not in results:
                             reasons.setdefault(cell.name, f"its process died with exit code {message.exitcode}")
                     case Result():
