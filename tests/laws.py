@@ -222,7 +222,8 @@ class Laws:
             leaves = [x.clone().requires_grad_() for x in given_inputs]
             out, after = memory.run(tuple(leaves), given_state, resets)
             number = (out * normal(*out.shape))[~sick].sum()
-            results.append((out, after, torch.autograd.grad(number, leaves, materialize_grads=True)))
+            asked = leaves if number.requires_grad else []
+            results.append((out, after, torch.autograd.grad(number, asked, materialize_grads=True) if asked else ()))
         (out, after, gradients), (bad_out, bad_after, bad_gradients) = results
         for mine, theirs in zip((bad_out, *bad_gradients), (out, *gradients), strict=True):
             close(mine[~sick], theirs[~sick])

@@ -89,7 +89,7 @@ class DelayedChunk(Blend):
         t, l = q.shape[1], keys.shape[1]
         # [b, l]; 0: the chunk that was open before this call
         chunk = F.pad(begins_chunk[:, l - t :].cumsum(dim=1), (l - t, 0))
-        complete = chunk < chunk[:, -1:]
+        open_chunk = chunk == chunk[:, -1:]  # not written yet, whatever is in it
         order = torch.cat([2 * chunk[:, l - t :], 2 * chunk + 1], dim=1).argsort(dim=1, stable=True)
 
         def reads(x: Tensor) -> Tensor:
@@ -102,9 +102,9 @@ class DelayedChunk(Blend):
 
         out, fast_weights = self.fw.scan(
             reads(q),
-            writes(keys),
-            writes(timeline.values),
-            writes(timeline.betas * complete[..., None]),
+            writes(keys.masked_fill(open_chunk[..., None, None], 0)),
+            writes(timeline.values.masked_fill(open_chunk[..., None, None], 0)),
+            writes(timeline.betas.masked_fill(open_chunk[..., None], 0)),
             past,
             reads(timeline.position[:, l - t :] == 0),  # a segment's first read finds an empty memory
         )

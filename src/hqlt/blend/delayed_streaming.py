@@ -39,17 +39,17 @@ class DelayedStreaming(Blend):
         resets: Resets | None,
     ) -> tuple[Reads, FastWeights]:
         t, l = q.shape[1], timeline.keys.shape[1]
+        none_left = timeline.position[:, -t:] < self.slots  # token t−S is of another segment, or there is none
 
         def falling_out(x: Tensor) -> Tensor:
             """What token t−S had, for each new token t."""
-            return F.pad(x, (0, 0, 0, 0, self.slots - (l - t), 0))[:, :t]
+            return F.pad(x, (0, 0, 0, 0, self.slots - (l - t), 0))[:, :t].masked_fill(none_left[..., None, None], 0)
 
-        left_the_window = timeline.position[:, -t:] >= self.slots  # otherwise token t−S is of another segment, or none
         fw, fast_weights = self.fw.scan(
             self.fw.features(q),
             self.fw.features(falling_out(timeline.keys)),
             falling_out(timeline.values),
-            beta * left_the_window[..., None],
+            beta.masked_fill(none_left[..., None], 0),
             past,
             resets,
         )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hqlt import ops
+from hqlt.native import is_traced
 from hqlt.ops.features import rotated
 from hqlt.shapes import Keys, Queries, Resets, Values
 
@@ -40,20 +41,27 @@ class KVMemory(nn.Module):
         """cos and sin for a timeline of l pairs; None without positions."""
         if self.rope_theta is None:
             return None
-        # A compiler traces the making itself, and warns of a cache.
-        table = rotary_table.__wrapped__ if torch.compiler.is_compiling() else rotary_table
-        return table(l, q.shape[-1], self.rope_theta, q.device, q.dtype)
+        return rotary_table(l, q.shape[-1], self.rope_theta, q.device, q.dtype)
 
     def extra_repr(self) -> str:
         return f"window={self.window}, rope_theta={self.rope_theta}"
 
 
-@functools.lru_cache(maxsize=64)
 def rotary_table(l: int, k: int, theta: float, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of position · theta^(−2i/k) for i < k/2: [l, 1, k/2] each, from angles in float64."""
+    """cos and sin of position · theta^(−2i/k) for i < k/2: [l, 1, k/2] each, from angles in float64.
+
+    Tables are kept from call to call, but for those that are made while something of torch traces: they belong to it.
+    """
+    return (_new_table if is_traced() else _kept_table)(l, k, theta, device, dtype)
+
+
+def _new_table(l: int, k: int, theta: float, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False), torch.no_grad():
-        frequency = theta ** (-torch.arange(0, k, 2, dtype=torch.float64) / k)
-        angle = torch.arange(l, dtype=torch.float64)[:, None] * frequency
+        frequency = theta ** (-torch.arange(0, k, 2, dtype=torch.float64, device="cpu") / k)
+        angle = torch.arange(l, dtype=torch.float64, device="cpu")[:, None] * frequency
         dtype = torch.promote_types(dtype, torch.float32)
         cos, sin = (wave[:, None].to(device, dtype) for wave in (angle.cos(), angle.sin()))
         return cos, sin
+
+
+_kept_table = functools.lru_cache(maxsize=64)(_new_table)

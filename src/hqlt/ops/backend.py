@@ -81,7 +81,7 @@ def forced() -> str | None:
 
 OWN_OPERATIONS = ("reference", "composed")
 """Made of torch's own operations alone, or of operations that choose for themselves: any transform serves them."""
-TRACEABLE = (*OWN_OPERATIONS, "dense", "native")
+TRACEABLE = (*OWN_OPERATIONS, "native")
 """What torch.jit.trace records as it is."""
 
 

@@ -69,10 +69,11 @@ def window_attention(
 
 def explain(q: Queries, *, window: int | None = None, backend: str | None = None) -> Choice:
     t = q.shape[1]
-    mostly_masked = window is not None and 2 * window <= t
+    any_length = isinstance(t, torch.SymInt)  # of an exported program: to look at it would fix it
+    mostly_masked = not any_length and window is not None and 2 * window <= t
     rules = (
-        Rule("dense", lambda q: t < 8, "a few tokens: one fused call"),
-        NATIVE.when(mostly_masked or t <= 1024),
+        Rule("dense", lambda q: t < 8, "a few tokens: one fused call").when(not any_length),
+        NATIVE.when(any_length or mostly_masked or t <= 1024),
         Rule("dense", lambda q: t <= 128, "a short sequence: one fused call"),
         Rule("dense", lambda q: not mostly_masked, "a window of over half the sequence: hardly less work"),
         Rule("blocked", lambda q: True, "many windows in the sequence: work linear in length"),
