@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hqlt.memory import KVMemory, kv
 from hqlt.memory.kv import rotary_table
@@ -31,3 +32,17 @@ def test_table_made_in_inference_mode_serves_training():
     q = normal(1, 5, 2, 4).requires_grad_()
     memory.read(q, q, q, None).sum().backward()
     assert q.grad.isfinite().all()
+
+
+def test_a_table_made_under_a_mode_stays_in_it():
+    """The cache is the process's: what a mode made would reach every later call."""
+    kv._kept_table.cache_clear()
+    memory, q = KVMemory(window=3, rope_theta=10_000.0), normal(1, 5, 2, 4)
+    expected = memory.read(q, q, q, None)
+    kv._kept_table.cache_clear()
+    with FakeTensorMode() as mode:
+        memory.read(*(mode.from_tensor(q),) * 3, None)
+    torch.func.jvp(lambda q: memory.read(q, q, q, None), (q,), (q,))
+    with torch.device("meta"):
+        assert torch.equal(memory.read(q, q, q, None), expected)
+    assert torch.equal(memory.read(q, q, q, None), expected)
