@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo quick test test-triton test-gpu bench-gpu lint docs clean
+.PHONY: demo quick test test-sanitizers test-triton test-gpu bench-gpu lint docs clean
 
 demo: $(VENV)/ready          ## train five models on three tasks, six minutes on two cores; a page in runs/
 	$(BIN)/hqlt demo
@@ -27,6 +27,9 @@ test-gpu: $(TRITON)/ready    ## the same on a GPU, and all layers there
 
 bench-gpu: $(TRITON)/ready   ## ours and the peers' kernels side by side on a GPU
 	$(TRITON)/bin/hqlt bench gpu
+
+test-sanitizers: $(VENV)/ready ## hostile arguments for the native library, under AddressSanitizer and UBSan
+	PYTHON=$(BIN)/python sh tests/ops/sanitize.sh
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

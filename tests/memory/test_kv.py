@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hqlt.memory import KVMemory
+from hqlt.memory import KVMemory, kv
 from hqlt.memory.kv import rotary_table
 from hqlt.ops.features import rotated
 from tests.laws import close, normal
@@ -20,14 +21,28 @@ def test_only_differences_of_positions_matter():
     """The same pairs with ten older ones, out of reach, before them."""
     memory = KVMemory(window=3, rope_theta=10_000.0)
     q, k, v = normal(1, 5, 2, 4), normal(1, 15, 2, 4), normal(1, 15, 2, 4, seed=1)
-    close(memory(q, k[:, -7:], v[:, -7:], None), memory(q, k, v, None))
+    close(memory.read(q, k[:, -7:], v[:, -7:], None), memory.read(q, k, v, None))
 
 
 def test_table_made_in_inference_mode_serves_training():
-    rotary_table.cache_clear()
+    kv._kept_table.cache_clear()
     memory = KVMemory(window=3, rope_theta=10_000.0)
     with torch.inference_mode():
-        memory(*(normal(1, 5, 2, 4),) * 3, None)
+        memory.read(*(normal(1, 5, 2, 4),) * 3, None)
     q = normal(1, 5, 2, 4).requires_grad_()
-    memory(q, q, q, None).sum().backward()
+    memory.read(q, q, q, None).sum().backward()
     assert q.grad.isfinite().all()
+
+
+def test_a_table_made_under_a_mode_stays_in_it():
+    """The cache is the process's: what a mode made would reach every later call."""
+    kv._kept_table.cache_clear()
+    memory, q = KVMemory(window=3, rope_theta=10_000.0), normal(1, 5, 2, 4)
+    expected = memory.read(q, q, q, None)
+    kv._kept_table.cache_clear()
+    with FakeTensorMode() as mode:
+        memory.read(*(mode.from_tensor(q),) * 3, None)
+    torch.func.jvp(lambda q: memory.read(q, q, q, None), (q,), (q,))
+    with torch.device("meta"):
+        assert torch.equal(memory.read(q, q, q, None), expected)
+    assert torch.equal(memory.read(q, q, q, None), expected)

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import importlib
+import threading
 
 import pytest
 import torch
 
-from hqlt import ops
+from hqlt import checked, ops
+from hqlt.ops.backend import forced
+from hqlt.shapes import checks_finite
 
 
 @pytest.mark.parametrize("op", ["delta_rule", "linear_attention", "window_attention", "synchronous"])
@@ -36,3 +39,46 @@ def test_the_forced_backend_ends_with_its_context_even_after_an_error():
 def test_unknown_operation_is_named():
     with pytest.raises(ValueError, match=r"op: expected one of delta_rule.*got 'attention'"):
         ops.explain("attention", torch.zeros(1, 1, 1, 1))
+
+
+def test_an_unknown_name_is_refused_before_anything_runs():
+    with pytest.raises(ValueError, match=r"expected one of blocked, .*got 'refrence'; did you mean 'reference'"):
+        ops.use_backend("refrence")
+
+
+def test_two_threads_do_not_see_each_others_settings():
+    """Entered and left in turns: with one variable of the process, the last to leave would restore the other's."""
+    seen, turn = {}, threading.Barrier(2, timeout=30)
+
+    def run(name):
+        seen[name, "before"] = forced(), checks_finite()
+        turn.wait()
+        with ops.use_backend(name), checked(name == "reference"):
+            turn.wait()
+            seen[name, "within"] = forced(), checks_finite()
+            turn.wait()
+        seen[name, "after"] = forced(), checks_finite()
+
+    with ops.use_backend("chunked"), checked():
+        threads = [threading.Thread(target=run, args=(name,)) for name in ("reference", "native")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert (forced(), checks_finite()) == ("chunked", True)
+    for name in ("reference", "native"):
+        assert seen[name, "before"] == seen[name, "after"] == (None, False)
+        assert seen[name, "within"] == (name, name == "reference")
+    assert (forced(), checks_finite()) == (None, False)
+
+
+def test_a_compiled_function_follows_the_settings():
+    @torch.compile(fullgraph=True, backend="eager")
+    def read(x):
+        return x + (1 if forced() is None else 2)
+
+    zero = torch.zeros(1)
+    assert read(zero).item() == 1
+    with ops.use_backend("reference"):
+        assert read(zero).item() == 2
+    assert read(zero).item() == 1

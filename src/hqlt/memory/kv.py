@@ -7,7 +7,8 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from hqlt import native, ops
+from hqlt import ops
+from hqlt.native import is_traced
 from hqlt.ops.features import rotated
 from hqlt.shapes import Keys, Queries, Resets, Values
 
@@ -28,7 +29,7 @@ class KVMemory(nn.Module):
         self.window = window
         self.rope_theta = rope_theta
 
-    def forward(self, q: Queries, k: Keys, v: Values, resets: Resets | None) -> Values:
+    def read(self, q: Queries, k: Keys, v: Values, resets: Resets | None) -> Values:
         """q: [b, t, h, k] of the new tokens; k, v: [b, l, h, ·], held pairs then new ones; resets: Bool[b, l]."""
         t, l = q.shape[1], k.shape[1]
         if (rotary := self.rotary(l, q)) is not None:
@@ -36,24 +37,33 @@ class KVMemory(nn.Module):
             q, k = rotated(q, cos[l - t :], sin[l - t :]), rotated(k, cos, sin)
         return ops.window_attention(q, k, v, window=self.window, resets=resets)
 
+    forward = read  # blends call the module, so that hooks on it are heard
+
     def rotary(self, l: int, q: Queries) -> tuple[Tensor, Tensor] | None:
         """cos and sin for a timeline of l pairs; None without positions."""
         if self.rope_theta is None:
             return None
-        # Made under a compiler, a mode or a transform, it is that one's, and serves no other call.
-        table = rotary_table.__wrapped__ if native.is_traced() else rotary_table
-        return table(l, q.shape[-1], self.rope_theta, q.device, q.dtype)
+        return rotary_table(l, q.shape[-1], self.rope_theta, q.device, q.dtype)
 
     def extra_repr(self) -> str:
         return f"window={self.window}, rope_theta={self.rope_theta}"
 
 
-@functools.lru_cache(maxsize=64)
 def rotary_table(l: int, k: int, theta: float, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of position · theta^(−2i/k) for i < k/2: [l, 1, k/2] each, from angles in float64."""
+    """cos and sin of position · theta^(−2i/k) for i < k/2: [l, 1, k/2] each, from angles in float64.
+
+    Tables are kept from call to call, but for those that are made while something of torch traces: they belong to it.
+    """
+    return (_new_table if is_traced() else _kept_table)(l, k, theta, device, dtype)
+
+
+def _new_table(l: int, k: int, theta: float, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False), torch.no_grad():
         frequency = theta ** (-torch.arange(0, k, 2, dtype=torch.float64, device="cpu") / k)
         angle = torch.arange(l, dtype=torch.float64, device="cpu")[:, None] * frequency
         dtype = torch.promote_types(dtype, torch.float32)
         cos, sin = (wave[:, None].to(device, dtype) for wave in (angle.cos(), angle.sin()))
         return cos, sin
+
+
+_kept_table = functools.lru_cache(maxsize=64)(_new_table)

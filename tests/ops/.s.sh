@@ -1,0 +1,24 @@
+#!/bin/sh
+# The native library under AddressSanitizer and UndefinedBehaviorSanitizer: built anew in a folder of its own, then given
+# what tests/ops/fuzz_native.py draws (300 examples, or as many as the first argument says). Any finding ends it.
+set -eu
+cd "$(dirname "$0")/../.."
+examples=${1:-300}
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+cp -r src/hqlt "$folder/hqlt"
+rm -f "$folder"/hqlt/native/_memories*
+${CXX:-g++} -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all -std=c++17 -fPIC -shared \
+    -pthread src/hqlt/native/memories.cpp -o "$folder/hqlt/native/_memories.so"
+preload="$(${CXX:-g++} -print-file-name=libasan.so):$(${CXX:-g++} -print-file-name=libubsan.so)"
+for isa in avx2 avx512; do
+    export HQLT_NATIVE_ISA=$isa
+    PYTHONPATH=$folder:. LD_PRELOAD=$preload ASAN_OPTIONS=detect_leaks=0 "${PYTHON:-python3}" -c "
+import sys
+from hqlt import native
+if native.why_not():
+    sys.exit(print('skipped:', native.why_not()))
+from tests.ops.fuzz_native import main
+main($examples)
+print('$isa: nothing found')"
+done

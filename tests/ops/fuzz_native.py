@@ -1,0 +1,154 @@
+"""Hostile arguments for the native operations, drawn by hypothesis. A program, so that a crash is an exit status.
+
+Whatever is accepted gives what the reference gives; everything else is a ValueError or one of torch's own errors.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hqlt import native, ops
+
+OPERATORS = torch.ops.hqlt
+REFUSALS = (ValueError, RuntimeError, NotImplementedError, MemoryError, IndexError, TypeError)
+OPS = ["delta_rule", "linear_attention", "window_attention", "unit_silu", "rotated", "mix", "rms_norm"]
+SIZES = st.sampled_from([1, 0, 2, 3, 5, 16, 17, 33])
+LAYOUTS = (
+    "plain",
+    "plain",
+    "plain",
+    "expanded",
+    "transposed",
+    "gaps",
+    "offset",
+    "misaligned",
+    "negated",
+    "meta",
+    "other",
+)
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The same numbers (but for meta) in memory of another layout."""
+    if layout == "expanded" and x.dim():
+        return x[:1].expand(x.shape)
+    if layout == "transposed" and x.dim() > 1:
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "gaps":
+        return torch.stack([x, torch.full_like(x, True)], dim=-1)[..., 0]
+    if layout == "offset":
+        return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+    if layout == "misaligned" and x.numel():
+        raw = bytearray(x.numel() * x.element_size() + 1)
+        moved = torch.frombuffer(raw, dtype=x.dtype, offset=1, count=x.numel()).view(x.shape)
+        return moved.copy_(x)
+    if layout == "negated" and x.is_floating_point():
+        return torch._neg_view(-x)
+    if layout == "meta":
+        return x.to("meta")
+    return x.double() if layout == "other" and x.is_floating_point() else x
+
+
+@st.composite
+def calls(draw):
+    b, t, h, k, v, held = (draw(SIZES) for _ in range(6))
+    dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+    wrong = draw(st.integers(0, 30))  # which tensor has another shape, mostly none
+
+    def tensor(*shape, resets=False):
+        nonlocal wrong
+        wrong -= 1
+        if wrong == 0:
+            shape = (*shape[:-1], shape[-1] + 1)
+        x = torch.rand(shape) < 0.3 if resets else (0.01 + 0.3 * torch.rand(shape)).to(dtype)
+        return laid_out(x, draw(st.sampled_from(LAYOUTS)))
+
+    def marks(l):
+        return draw(st.sampled_from([None, 1])) and tensor(b, l, resets=True)
+
+    op = draw(st.sampled_from(OPS))
+    if op == "delta_rule":
+        q, key, value, beta = tensor(b, t, h, k), tensor(b, t, h, k), tensor(b, t, h, v), tensor(b, t, h)
+        return op, (q, key, value, beta), {"state": tensor(b, h, k, v), "resets": marks(t)}
+    if op == "linear_attention":
+        state = ops.LinearState(tensor(b, h, k, v), tensor(b, h, k))
+        return op, (tensor(b, t, h, k), tensor(b, t, h, k), tensor(b, t, h, v)), {"state": state, "resets": marks(t)}
+    if op == "window_attention":
+        l, window = t + held, draw(st.sampled_from([1, 3, 40, 2**40, None]))
+        return op, (tensor(b, t, h, k), tensor(b, l, h, k), tensor(b, l, h, v)), {"window": window, "resets": marks(l)}
+    if op == "rotated":
+        return op, (tensor(b, t, h, k), tensor(t, 1, k // 2), tensor(t, 1, k // 2)), {}
+    if op == "mix":
+        return op, (*(tensor(b, t, h, v) for _ in range(3)), tensor(v)), {"eps": 1e-6}
+    if op == "rms_norm":
+        return op, (tensor(b, t, h, k), tensor(k)), {"eps": 1e-6}
+    return op, (tensor(b, t, h, k),), {}
+
+
+def flat(result):
+    return [result] if isinstance(result, Tensor) else [y for x in result for y in flat(x)]
+
+
+def outcome(op, arguments, options, backend):
+    leaves = [x.detach().requires_grad_() if x.is_floating_point() else x for x in arguments]
+    try:
+        out = flat(getattr(ops, op)(*leaves, **options, backend=backend))
+        tracked, asked = [x for x in out if x.requires_grad], [x for x in leaves if x.requires_grad]
+        grads = torch.autograd.grad(tracked, asked, [torch.ones_like(x) for x in tracked], allow_unused=True)
+        with torch.no_grad():
+            plain = flat(getattr(ops, op)(*arguments, **options, backend=backend))
+    except REFUSALS as refusal:
+        return refusal
+    return [*out, *plain, *(g for g in grads if g is not None)]
+
+
+def check_operation(call):
+    op, arguments, options = call
+    expected, got = (outcome(op, arguments, options, backend) for backend in ("reference", "native"))
+    if isinstance(expected, list) and isinstance(got, list):
+        for mine, theirs in zip(got, expected, strict=True):
+            assert mine.shape == theirs.shape, (op, mine.shape, theirs.shape)
+            if not mine.is_meta and not theirs.is_meta:
+                assert mine.isfinite().all()
+                error = (mine.double() - theirs.double()).norm() / theirs.double().norm().clamp_min(0.1)
+                assert error < 0.03, (op, error)
+    elif isinstance(expected, list):
+        assert isinstance(got, ValueError), (op, got)
+
+
+def check_operators(call):
+    """The operators that torch.library knows, with anything at all: an exported program may be given it."""
+    op, arguments, options = call
+    name = {"rotated": "rotate"}.get(op, op)
+    state, resets = options.get("state"), options.get("resets")
+    rest = {
+        "delta_rule": (state, resets, 0.5, True),
+        "linear_attention": (*(state if isinstance(state, tuple) else ()), resets),
+        "window_attention": (resets, options.get("window") or 7, 0.5),
+        "unit_silu": (),
+        "rotated": (1.0,),
+    }.get(op, (1e-6,))
+    for operator in (name, f"{name}_backward"):
+        for extra in ((), arguments[-1:], (arguments[0], state) if isinstance(state, Tensor) else arguments[:2]):
+            try:
+                getattr(OPERATORS, operator)(*arguments, *extra, *rest)
+            except (*REFUSALS, AttributeError):
+                continue
+
+
+def main(examples: int) -> None:
+    options = {"max_examples": examples, "deadline": None, "database": None, "derandomize": True}
+    profile = settings(**options, suppress_health_check=list(HealthCheck))
+    assert not native.why_not(), native.why_not()
+    torch.manual_seed(0)
+    profile(given(calls())(check_operation))()
+    profile(given(calls())(check_operators))()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
