@@ -214,7 +214,10 @@ class TestTasks:
 
     def test_a_template_that_does_not_fit(self, local):
         """The harness tries it on the first document when it loads a task."""
-        mine, first = (local / "mine.yaml").read_text(), json.loads((local / "lambada_test.jsonl").read_text().partition("\n")[0])
+        mine, first = (
+            (local / "mine.yaml").read_text(),
+            json.loads((local / "lambada_test.jsonl").read_text().partition("\n")[0]),
+        )
         (local / "mine.yaml").write_text(mine.replace("'{{text}}'", "'{{txt.upper()}}'"))
         with pytest.raises(ValueError, match="can be loaded, got UndefinedError: 'txt' is undefined; see the files in"):
             load_tasks(["mine"], local)
