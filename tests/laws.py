@@ -194,6 +194,42 @@ class Laws:
             close(out[row], alone_out[0])
             self.same(memory, rows_of(state, row), alone)
 
+    @given(data=st.data())
+    def test_what_is_not_finite_stops_at_a_reset(self, build: Any, data: Any) -> None:
+        """NaN or infinity in one segment of each row, the one carried in included, changes nothing in the others."""
+        story = data.draw(stories(self.longest, shortest=2))
+        memory, b, t = build(story.window), story.b, story.t
+        resets = torch.zeros(b, t, dtype=torch.bool) if story.resets is None else story.resets
+        resets[:, data.draw(st.integers(0, t - 1))] = True
+        bad = data.draw(st.sampled_from([torch.nan, torch.inf, -torch.inf]))
+        _, state = memory.reference(memory.inputs(b, 5), None, None)
+        inputs, sick = memory.inputs(b, t), torch.zeros(b, t, dtype=torch.bool)
+        bad_inputs, bad_floats = [x.clone() for x in inputs], [x.clone() for x in floats(state)]
+        last_is_sick = []
+        for row in range(b):
+            marked = resets[row].nonzero().flatten().tolist()
+            begin, end = data.draw(st.sampled_from(list(pairwise([-1, *marked, t]))))
+            last_is_sick.append(end == t)
+            for x in bad_floats if begin < 0 else []:
+                x[row] = bad
+            begin = max(begin, 0)
+            sick[row, begin:end] = True
+            for x in bad_inputs if begin < end else []:
+                x[row, data.draw(st.integers(begin, end - 1))] = bad
+
+        results = []
+        for given_inputs, given_state in ((inputs, state), (bad_inputs, with_floats(state, bad_floats))):
+            leaves = [x.clone().requires_grad_() for x in given_inputs]
+            out, after = memory.run(tuple(leaves), given_state, resets)
+            number = (out * normal(*out.shape))[~sick].sum()
+            results.append((out, after, torch.autograd.grad(number, leaves, materialize_grads=True)))
+        (out, after, gradients), (bad_out, bad_after, bad_gradients) = results
+        for mine, theirs in zip((bad_out, *bad_gradients), (out, *gradients), strict=True):
+            close(mine[~sick], theirs[~sick])
+        for row in range(b):
+            if not last_is_sick[row]:
+                self.same(memory, rows_of(bad_after, row), rows_of(after, row))
+
     def test_the_given_state_and_inputs_are_left_as_they_were(self, build: Any) -> None:
         memory = build(3)
         inputs = memory.inputs(2, 7)

@@ -16,8 +16,6 @@ class TestLaws(Laws):
             """Beside its inputs a convolution needs the position, which the layer's state has."""
             (x,) = inputs
             held = None if state is None else state[:2]
-            if x.shape[1] == 0:  # the layer does not ask for nothing
-                return x, state or (x.new_zeros(len(x), convolution.size - 1, 3), torch.zeros(len(x)).long())
             out, latest = convolution(x, held, resets)
             position = torch.zeros(len(x), dtype=torch.long) if held is None else held[1]
             for t in range(x.shape[1]):
@@ -25,6 +23,17 @@ class TestLaws(Laws):
             return out, (latest, position)
 
         return lambda window: Memory(run, run, lambda b, t: (normal(b, t, 3),), (convolution.weight,))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize(("b", "t"), [(0, 4), (0, 0), (2, 0)])
+def test_nothing(b, t, size):
+    convolution = ShortConvolution(3, size)
+    for resets in (None, torch.ones(b, t, dtype=torch.bool)):
+        out, latest = convolution(torch.randn(b, t, 3), None, resets)
+        assert out.shape == (b, t, 3) and latest.shape == (b, size - 1, 3)
+        out.sum().backward()
+        assert not convolution.weight.grad.any()
 
 
 def test_by_hand():

@@ -87,7 +87,7 @@ def test_equals_the_papers_equations(blend, mixer, rule, rope_theta, beta_max):
 
 @every_choice
 @pytest.mark.parametrize("t", [0, 1, 5, 13])
-@pytest.mark.parametrize("b", [1, 3])
+@pytest.mark.parametrize("b", [0, 1, 3])
 def test_shapes(choice, t, b):
     layer = build_layer(choice)
     x = tokens(b, t)
@@ -97,6 +97,63 @@ def test_shapes(choice, t, b):
     assert y.shape == x.shape
     if layer.blend.slots is not None:
         assert [z.shape for z in after] == [z.shape for z in state] == [z.shape for z in layer.init_state(b)]
+
+
+@every_state
+@pytest.mark.parametrize("marked", [False, True])
+@pytest.mark.parametrize(("b", "t"), [(0, 5), (0, 1), (0, 0), (2, 0)])
+def test_nothing_in_gives_nothing_out_and_gradients_of_zero(choice, b, t, marked):
+    layer, x = build_layer(choice), tokens(b, t).requires_grad_()
+    resets = torch.ones(b, t, dtype=torch.bool) if marked else None
+    _, state = layer(x, resets=resets)
+    with torch.no_grad():
+        assert layer(x, state, resets)[0].shape == x.shape
+    y, after = layer(x, state, resets)
+    sum(part.sum() for part in (y, *after) if part.is_floating_point()).backward()
+    assert y.shape == x.grad.shape == x.shape
+    assert not any(weight.grad.any() for weight in layer.parameters())
+
+
+@every_choice
+def test_every_weight_takes_part_in_every_call(choice):
+    """Its gradient may be zero, never missing: DistributedDataParallel waits for all of them."""
+    layer = build_layer(choice)
+    for seen, t in [(0, 1), (0, 3), (0, 9), (1, 1), (1, 2), (3, 1), (4, 1), (5, 9)]:  # a chunk has four tokens
+        for marked in (False, True):
+            state = layer(tokens(2, seen))[1].detach() if seen else None
+            layer.zero_grad()
+            layer(tokens(2, t), state, torch.ones(2, t, dtype=torch.bool) if marked else None)[0].sum().backward()
+            missing = [name for name, weight in layer.named_parameters() if weight.grad is None]
+            assert not missing, (seen, t, marked)
+
+
+@every_state
+@pytest.mark.parametrize("spoilt_by", [torch.nan, torch.inf])
+def test_what_comes_before_a_reset_reaches_nothing_after_it(choice, spoilt_by):
+    """NaN and infinity: in outputs, states and gradients, in one call, in two, and step by step."""
+    layer, resets = build_layer(choice, CHOICES[choice].get("window", 3)), torch.zeros(2, 11, dtype=torch.bool)
+    resets[:, 5] = True
+    x = tokens(2, 11)
+    later = x[:, 5:].clone().requires_grad_()
+    expected, state = layer(later)
+    (gradient,) = torch.autograd.grad(expected.square().sum(), later)
+    spoilt = x.clone()
+    spoilt[0, 1:5:2] = spoilt_by
+    for cut in (0, 2, 4, 5):
+        rest = spoilt[:, cut:].clone().requires_grad_()
+        before = layer(spoilt[:, :cut])[1].detach() if cut else None
+        y, after = layer(rest, before, resets[:, cut:])
+        close(y[:, 5 - cut :], expected)
+        close(torch.autograd.grad(y[:, 5 - cut :].square().sum(), rest)[0][:, 5 - cut :], gradient)
+        if layer.blend.slots is not None:
+            for mine, theirs in zip(after, state, strict=True):
+                close(mine, theirs)
+    stepped = None
+    with torch.no_grad():
+        for i in range(11):
+            y, stepped = layer(spoilt[:, i : i + 1], stepped, resets[:, i : i + 1])
+            if i >= 5:
+                close(y, expected[:, i - 5 : i - 4])
 
 
 @every_choice
@@ -230,7 +287,7 @@ class TestErrors:
 
 @pytest.mark.parametrize("choice", ONE_OF_EACH_BLEND)
 class TestGraphs:
-    """A step has static shapes, so that it compiles and exports whole."""
+    """A step has static shapes, so that it compiles and exports whole; a sequence exports for any batch and length."""
 
     @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler's own
     def test_a_step_compiles_without_a_break(self, choice):
@@ -247,6 +304,19 @@ class TestGraphs:
                 for mine, theirs in zip(state, after, strict=True):
                     close(mine, theirs)
 
+    @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler's own
+    def test_lengths_compile_once(self, choice):
+        torch._dynamo.reset()
+        layer = build_layer(choice).requires_grad_(False)
+        graphs = []
+        read = torch.compile(
+            layer, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph, dynamic=True
+        )
+        state = layer(tokens(2, 9))[1]
+        for t in (17, 9, 30, 11):
+            close(read(tokens(2, t), state)[0], layer(tokens(2, t), state)[0])
+        assert len(graphs) == 1
+
     def test_a_step_exports(self, choice):
         layer = build_layer(choice)
         program = torch.export.export(layer, (tokens(2, 1), layer.init_state(2))).module()
@@ -255,3 +325,40 @@ class TestGraphs:
             expected, _ = layer(token, state)
             y, state = program(token, state)
             close(y, expected)
+
+
+def exported(layer, x, state, resets):
+    """For any number of rows, any of tokens, and where the state grows, any of KV entries."""
+    b, t, s = (torch.export.Dim(name, min=least) for name, least in [("b", 0), ("t", 2), ("s", 1)])
+    axes = None
+    if state is not None:
+        axes = state._make([{0: b}] * len(state))
+        if layer.blend.slots is None:
+            axes = axes._replace(keys={0: b, 1: s}, values={0: b, 1: s}, betas={0: b, 1: s})
+    shapes = {0: b, 1: t}, axes, None if resets is None else {0: b, 1: t}
+    return torch.export.export(layer, (x, state, resets), dynamic_shapes=shapes).module()
+
+
+def marked(b, t):
+    return torch.rand(b, t) < 0.3
+
+
+@pytest.mark.parametrize(
+    ("choice", "whole"),
+    [*((choice, True) for choice in EVERY_STATE), *((choice, False) for choice in ONE_OF_EACH_BLEND)],
+)
+def test_an_exported_layer_is_the_layer_at_other_sizes(choice, whole):
+    """With a state and resets, or with neither."""
+    layer = build_layer(choice).requires_grad_(False)
+
+    def inputs(b, t):
+        return tokens(b, t, seed=t), *((layer(tokens(b, 9))[1], marked(b, t)) if whole else (None, None))
+
+    program = exported(layer, *inputs(3, 6))
+    for b, t in [(1, 5), (2, 9), (5, 2), (4, 30)]:
+        x, state, resets = inputs(b, t)
+        y, after = program(x, state, resets)
+        expected, expected_after = layer(x, state, resets)
+        close(y, expected)
+        for mine, theirs in zip(after, expected_after, strict=True):
+            close(mine, theirs)

@@ -41,7 +41,7 @@ class ShortConvolution(nn.Module):
                 earlier = earlier.masked_fill((where < j)[..., None], 0)
             out = torch.addcmul(out, earlier, self.weight[:, -1 - j])
         age = torch.arange(self.size - 1, 0, -1, device=x.device)
-        unused = age > (where[:, -1:] + 1)
+        unused = age > (where[:, -1:] + 1 if t else position[:, None])
         return out, inputs[:, t:].masked_fill(unused[..., None], 0)
 
     def extra_repr(self) -> str:

@@ -94,6 +94,8 @@ class HybridMemory(nn.Module):
         self.g_proj = linear(hidden_size) if output_gate else None
         self.o_proj = linear(hidden_size)
         self.fused = tuple(make() for make in FUSED)
+        self.like: Tensor
+        self.register_buffer("like", torch.empty(0), persistent=False)  # has the layer's dtype, its weights or not
 
     def forward(
         self, x: Hidden, state: MemoryState | None = None, resets: Resets | None = None
@@ -110,9 +112,11 @@ class HybridMemory(nn.Module):
             raise ValueError(f"x: expected [b, t, {self.hidden_size}] for this layer, got shape {list(x.shape)}")
         check_resets(resets, b, t)
         if state is not None:
+            if type(state) is tuple:  # as torch.jit.trace passes it
+                state = MemoryState._make(state)
             self.check_state(state, x)
         if t == 0:
-            return x, self.init_state(b, x.device) if state is None else state
+            return self.no_tokens(x), self.init_state(b, x.device) if state is None else state
 
         projected, convolution = self.project(x, state, resets)
         heads, after = self.heads(projected, state, resets)
@@ -121,15 +125,21 @@ class HybridMemory(nn.Module):
             y = y * F.silu(self.g_proj(x))
         return self.o_proj(y), after._replace(convolution=convolution)
 
+    def no_tokens(self, x: Hidden) -> Hidden:
+        """y for t = 0. Every weight takes part by an empty slice: its gradient is zero, as in any other call."""
+        y: Tensor = self.o_proj(x)
+        return y + sum(weight.flatten()[:0].sum() for weight in self.parameters()) if torch.is_grad_enabled() else y
+
     def project(self, x: Hidden, state: MemoryState | None, resets: Resets | None) -> tuple[Projected, Tensor]:
         """What the heads are made of, and the latest inputs of the convolution."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        latest = x.new_zeros(len(x), 0, 3 * self.hidden_size) if state is None else state.convolution
+        b, t, _ = x.shape
+        latest = x.new_zeros(b, 0, 3 * self.hidden_size) if state is None else state.convolution
         if self.conv is not None:
             held = None if state is None else (state.convolution, state.position)
             convolved, latest = self.conv(torch.cat([q, k, v], dim=-1), held, resets)
             q, k, v = convolved.chunk(3, dim=-1)
-        heads = (*x.shape[:2], self.num_heads, -1)
+        heads = (b, t, self.num_heads, self.hidden_size // self.num_heads)
         q, k, v = q.view(heads), k.view(heads), v.view(heads)
         beta = None if self.beta_proj is None else self.beta_proj(x)
         return Projected(q, k, v, beta, self.mixer.logits(x)), latest
@@ -139,26 +149,27 @@ class HybridMemory(nn.Module):
     ) -> tuple[Values, MemoryState]:
         """What both memories say, mixed and normed: [b, t, h, v], and the state after the last token.
 
-        The first of `hqlt.blend.FUSED` that serves does it in one piece; otherwise the parts run one by one.
+        Where nobody watches a part, the first of `hqlt.blend.FUSED` that serves does it in one piece; otherwise the
+        parts run one by one.
         """
         modules: dict[str, Any] = self._modules  # nn.Module's look-up of self.mixer takes as long as one token's mixing
         parts = Parts(modules["v_activation"], modules["blend"], modules["mixer"], modules["o_norm"], self.beta_max)
-        for fused in self.fused:
-            if (done := fused(parts, projected, state, resets)) is not None:
-                return done
+        if not parts.watched():
+            for fused in self.fused:
+                if (done := fused(parts, projected, state, resets)) is not None:
+                    return done
         return parts.run(projected, state, resets)
 
     def init_state(self, batch_size: int, device: torch.device | str | None = None) -> MemoryState:
-        """The state of empty memories, as `state=None` means it."""
-        weight = self.q_proj.weight
-        wide = at_least_float32(weight.dtype)
+        """The state of empty memories, as `state=None` means it; on the layer's device where none is given."""
+        dtype, wide = self.like.dtype, at_least_float32(self.like.dtype)
         dtypes = {"betas": wide, "fast_weights": wide, "key_sum": wide, "position": torch.long}
         return MemoryState(
             **{
                 name: torch.zeros(
                     [size or 0 for size in shape],
-                    dtype=dtypes.get(name, weight.dtype),
-                    device=weight.device if device is None else device,
+                    dtype=dtypes.get(name, dtype),
+                    device=self.like.device if device is None else device,
                 )
                 for name, shape in self.state_shapes(batch_size).items()
             }
@@ -180,7 +191,7 @@ class HybridMemory(nn.Module):
 
     def check_state(self, state: MemoryState, x: Hidden) -> None:
         """Refuse a state of another layer, batch or device."""
-        shapes = self.state_shapes(len(x))
+        shapes = self.state_shapes(x.shape[0])
         if [(part.shape, part.device) for part in state] == [(shape, x.device) for shape in shapes.values()]:
             return
         for (name, expected), part in zip(shapes.items(), state, strict=True):

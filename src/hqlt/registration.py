@@ -25,6 +25,19 @@ def register_with_transformers() -> None:
         sys.meta_path.insert(0, _WaitForTable())
 
 
+def name_in_transformers(*classes: type) -> None:
+    """Make them attributes of transformers: `transformers serve` looks there for the architecture a config names.
+
+    transformers imports itself a second time while it is loaded (its `direct_transformers_import`), so that a part of
+    it may hold another module object than sys.modules does; both get the names.
+    """
+    parts = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] == "transformers"]
+    for package in (sys.modules["transformers"], *(vars(part).get("transformers") for part in parts)):
+        if getattr(package, "__name__", None) == "transformers":
+            for named in classes:
+                setattr(package, named.__name__, named)
+
+
 class _WaitForTable(importlib.abc.MetaPathFinder):
     """Finds nothing itself; has the table loaded as usual, and our entry made after it."""
 

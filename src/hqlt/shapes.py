@@ -12,12 +12,13 @@ A tensor's shape is written as its letters, `[b, t, h, k]`, in docstrings, in th
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Annotated, TypeAlias
 
 import torch
 from torch import Tensor
+
+from hqlt.context import Setting
 
 Hidden: TypeAlias = Annotated[Tensor, "b t d"]
 Queries: TypeAlias = Annotated[Tensor, "b t h k"]
@@ -29,33 +30,34 @@ Positions: TypeAlias = Annotated[Tensor, "b t"]
 Matrix: TypeAlias = Annotated[Tensor, "b h k v"]
 KeySum: TypeAlias = Annotated[Tensor, "b h k"]
 
-_finite_checks = False
+_finite_checks = Setting("hqlt.checked", False)
 
 
-@contextlib.contextmanager
-def checked(enabled: bool = True) -> Iterator[None]:
+def checked(enabled: bool = True) -> AbstractContextManager[None]:
     """Within this context every operation also refuses NaN and infinite inputs.
 
-    Off by default, because looking at every number costs a pass over the data (and, on a GPU, a wait).
+    Off by default, because looking at every number costs a pass over the data (and, on a GPU, a wait). It holds for
+    the current thread (and asyncio task); a thread that is started within it begins with the default.
 
     >>> with hqlt.checked():
     ...     y, state = layer(x)
     """
-    global _finite_checks
-    before, _finite_checks = _finite_checks, enabled
-    try:
-        yield
-    finally:
-        _finite_checks = before
+    return _finite_checks.set(enabled)
+
+
+def checks_finite() -> bool:
+    """Whether a `checked()` context is open."""
+    return _finite_checks.get()
 
 
 def match(**named: tuple[Tensor, str]) -> dict[str, int]:
     """Bind letters to sizes: `match(q=(q, "b t h k"), v=(v, "b t h v"))["t"]` is the number of tokens.
 
-    Raises ValueError where a tensor has the wrong number of axes or a letter would stand for two sizes,
-    and, within `checked()`, where a floating-point tensor holds NaN or infinity.
+    Raises ValueError where a tensor has the wrong number of axes or another device than the first, where a letter
+    would stand for two sizes, and, within `checked()`, where a floating-point tensor holds NaN or infinity.
     """
     sizes: dict[str, int] = {}
+    device, check = None, checks_finite()
     for name, (tensor, letters) in named.items():
         axes = letters.split()
         if tensor.dim() != len(axes):
@@ -66,9 +68,25 @@ def match(**named: tuple[Tensor, str]) -> dict[str, int]:
                     f"{name}: expected [{', '.join(axes)}] with {axis} = {sizes[axis]} "
                     f"as in the arguments before it, got shape {list(tensor.shape)}"
                 )
-        if _finite_checks and tensor.is_floating_point():
+        if device is None:
+            device = tensor.device
+        elif tensor.device != device:
+            raise ValueError(f"{name}: expected on {device}, as the arguments before it, got {tensor.device}")
+        if check and tensor.is_floating_point():
             refuse_non_finite(name, tensor)
     return sizes
+
+
+def match_floats(**named: tuple[Tensor, str]) -> dict[str, int]:
+    """`match` of tensors that must hold floating-point numbers: what an operation computes with.
+
+    Raises ValueError as `match` does, and where a tensor holds integers, bools or complex numbers.
+    """
+    for name, (tensor, _) in named.items():
+        if not tensor.is_floating_point():
+            got = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(f"{name}: expected floating-point numbers, got {got}; convert it with {name}.float()")
+    return match(**named)
 
 
 def refuse_non_finite(name: str, tensor: Tensor) -> None:
@@ -82,7 +100,7 @@ def refuse_non_finite(name: str, tensor: Tensor) -> None:
         )
 
 
-def check_resets(resets: Tensor | None, b: int, t: int) -> None:
+def check_resets(resets: Tensor | None, b: int, t: int, device: torch.device | None = None) -> None:
     if resets is None:
         return
     if resets.dtype != torch.bool or tuple(resets.shape) != (b, t):
@@ -90,8 +108,15 @@ def check_resets(resets: Tensor | None, b: int, t: int) -> None:
             f"resets: expected a bool tensor of shape [b, t] = [{b}, {t}] that is True where a token begins "
             f"a new segment, got {str(resets.dtype).removeprefix('torch.')} {list(resets.shape)}"
         )
+    if device is not None and resets.device != device:
+        raise ValueError(f"resets: expected on {device}, as the other arguments, got {resets.device}")
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """The type in which fast weights accumulate: float32, or float64 for float64 inputs."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def is_symbolic(size: object) -> bool:
+    """Whether a size is any number: of a program that is exported with a dynamic axis."""
+    return isinstance(size, torch.SymInt)

@@ -75,6 +75,22 @@ def test_bytes_as_a_tokenizer(exported):
     assert tokenizer_of(exported, 256).name == "bytes"  # whose unit in reports is the byte
 
 
+def test_batches_may_be_padded(exported):
+    """As the card says: rows of other lengths, padded, are continued as each is alone."""
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    model = AutoModelForCausalLM.from_pretrained(exported, dtype="auto")
+    texts = ["a longer text", "β", "<|pad|> is a text"]
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    assert [row[mask.bool()].tolist() for row, mask in zip(*batch.values(), strict=True)] == [
+        list(text.encode()) for text in texts
+    ]
+    options = {"max_new_tokens": 4, "do_sample": False}
+    together = model.generate(**batch, **options)
+    for i, text in enumerate(texts):
+        alone = model.generate(**tokenizer(text, return_tensors="pt"), **options)
+        assert torch.equal(together[i, -4:], alone[0, -4:])
+
+
 def test_with_a_tokenizer_and_in_another_dtype(tmp_path):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -97,6 +113,7 @@ def test_with_a_tokenizer_and_in_another_dtype(tmp_path):
     assert loaded.generation_config.eos_token_id == beside.eos_token_id
     text = "def export(β): return"
     assert AutoTokenizer.from_pretrained(tmp_path / "exported")(text) == beside(text)
+    assert AutoTokenizer.from_pretrained(tmp_path / "exported").pad_token == "<|endoftext|>"
     assert tokenizer_of(tmp_path / "exported", 300).eos_id == beside.eos_token_id
 
 

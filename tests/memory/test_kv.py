@@ -20,14 +20,14 @@ def test_only_differences_of_positions_matter():
     """The same pairs with ten older ones, out of reach, before them."""
     memory = KVMemory(window=3, rope_theta=10_000.0)
     q, k, v = normal(1, 5, 2, 4), normal(1, 15, 2, 4), normal(1, 15, 2, 4, seed=1)
-    close(memory.read(q, k[:, -7:], v[:, -7:], None), memory.read(q, k, v, None))
+    close(memory(q, k[:, -7:], v[:, -7:], None), memory(q, k, v, None))
 
 
 def test_table_made_in_inference_mode_serves_training():
     rotary_table.cache_clear()
     memory = KVMemory(window=3, rope_theta=10_000.0)
     with torch.inference_mode():
-        memory.read(*(normal(1, 5, 2, 4),) * 3, None)
+        memory(*(normal(1, 5, 2, 4),) * 3, None)
     q = normal(1, 5, 2, 4).requires_grad_()
-    memory.read(q, q, q, None).sum().backward()
+    memory(q, q, q, None).sum().backward()
     assert q.grad.isfinite().all()

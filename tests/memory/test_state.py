@@ -116,6 +116,19 @@ class TestShape:
         assert state.position.tolist() == [2]
 
 
+@every_state
+def test_no_rows(choice):
+    """Of a state, or from the start: what is left reads, joins and repeats as any other."""
+    layer = build_layer(choice)
+    _, state = layer(tokens(2, 5))
+    for nobody in (state.select([]), state.repeat(0), layer.init_state(0)):
+        assert nobody.select([]).position.shape == (0,)
+        y, after = layer(tokens(0, 3), nobody)
+        assert y.shape == (0, 3, 8)
+        joined = MemoryState.concatenate([after, state, nobody])
+        close(layer(tokens(2, 4), joined)[0], layer(tokens(2, 4), state)[0])
+
+
 class TestMoves:
     def test_to_narrows_the_pairs_and_not_the_sums(self):
         _, state = build_layer("delayed-chunk-vector-linear-options")(tokens(2, 5))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
 from hqlt import fingerprint, load_state, save_state
 from hqlt.memory.storage import load_unread
@@ -47,6 +51,107 @@ def test_a_models_states_come_back_as_a_tuple(layer, tmp_path):
 def test_the_same_layer_in_another_dtype_is_no_foreigner(dtype, layer, path):
     assert fingerprint(build_layer(CHOICE, dtype=dtype)) == fingerprint(layer)
     load_state(path, build_layer(CHOICE, dtype=dtype))
+
+
+def test_weights_on_the_edge_between_two_numbers_of_bfloat16_too():
+    """Just above the edge, by less than float32 tells apart: what matters is how .bfloat16() rounds."""
+    exact = nn.Linear(1, 1, bias=False).double()
+    with torch.no_grad():
+        exact.weight.fill_(1 + 2**-8 + 2**-40)
+    assert fingerprint(deepcopy(exact).bfloat16()) == fingerprint(deepcopy(exact).float()) == fingerprint(exact)
+
+
+def test_float16_rounds_in_its_own_way(layer):
+    half = deepcopy(layer).half()
+    assert fingerprint(half) == fingerprint(deepcopy(half).float()) == fingerprint(deepcopy(half).double())
+    assert fingerprint(half) != fingerprint(layer)
+
+
+class Buffers(nn.Module):
+    """Of every kind that a module may hold."""
+
+    def __init__(self, **buffers):
+        super().__init__()
+        kinds = {
+            "scalar": torch.tensor(1.5),
+            "count": torch.tensor(3),
+            "mask": torch.tensor([True, False]),
+            "wave": torch.tensor([1 + 2j, 3j]),
+            "empty": torch.empty(0, 3),
+            "transposed": torch.arange(6.0).view(2, 3).mT,
+            "bytes": torch.tensor([1, 2], dtype=torch.uint8),
+            "float8": torch.tensor([1.0, 2.0]).to(torch.float8_e4m3fn),
+            "conjugate": torch.tensor([1 + 2j]).conj(),
+            "quantised": torch.quantize_per_tensor(torch.tensor([1.0, 2.0]), 0.5, 0, torch.qint8),
+        }
+        for name, buffer in (kinds | buffers).items():
+            self.register_buffer(name, buffer)
+
+
+@pytest.mark.filterwarnings("ignore:.*quantized tensor creation:UserWarning")
+def test_any_buffer_counts():
+    assert fingerprint(Buffers()) == fingerprint(Buffers()) == fingerprint(Buffers().bfloat16())
+    for name, other in {
+        "scalar": torch.tensor(1.0),
+        "count": torch.tensor(4),
+        "mask": torch.tensor([True, True]),
+        "wave": torch.tensor([1 + 2j, 4j]),
+        "empty": torch.empty(3, 0),
+        "transposed": torch.arange(6.0).view(3, 2),
+        "bytes": torch.tensor([1, 3], dtype=torch.uint8),
+        "float8": torch.tensor([1.0, 3.0]).to(torch.float8_e4m3fn),
+        "conjugate": torch.tensor([1 + 2j]),
+        "quantised": torch.quantize_per_tensor(torch.tensor([1.0, 3.0]), 0.5, 0, torch.qint8),
+    }.items():
+        assert fingerprint(Buffers(**{name: other})) != fingerprint(Buffers()), name
+
+
+def test_weights_without_numbers_are_refused(layer, tmp_path):
+    state = layer.init_state(1)
+    layer.k_proj.to("meta")
+    with pytest.raises(ValueError, match=r"k_proj\.weight: expected weights with numbers in them, got one on the meta"):
+        save_state(tmp_path / "state", state, layer)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # the compiler's own
+def test_what_is_wrapped_is_the_same(layer, path):
+    whole, parts = nn.Sequential(layer), nn.Sequential(torch.compile(layer))
+    assert fingerprint(torch.compile(layer)) == fingerprint(nn.DataParallel(layer)) == fingerprint(layer)
+    assert fingerprint(torch.compile(nn.DataParallel(parts))) == fingerprint(whole)
+    load_state(path, torch.compile(layer))
+
+
+@pytest.mark.filterwarnings("ignore:.*(quantization|quantize|TypedStorage).*")  # torchao is to take its place
+def test_a_quantised_layer_keeps_its_states(layer, tmp_path):
+    quantised = torch.ao.quantization.quantize_dynamic(layer.float(), {nn.Linear}, torch.qint8)
+    _, state = quantised(tokens(2, 9).float())
+    save_state(tmp_path / "state", state, quantised)
+    assert all(map(torch.equal, load_state(tmp_path / "state", quantised), state))
+    with pytest.raises(ValueError, match="structure or weights differ"):
+        load_state(tmp_path / "state", layer)
+
+
+def test_one_state_for_two_layers(layer, tmp_path):
+    _, state = layer(tokens(2, 9))
+    save_state(tmp_path / "state", [state, state], layer)
+    assert all(map(torch.equal, load_state(tmp_path / "state", layer)[1], state))
+
+
+class TestPlaces:
+    def test_a_folder_is_refused_before_anything_is_written(self, layer, tmp_path):
+        folder = tmp_path / "folder"
+        folder.mkdir()
+        with pytest.raises(ValueError, match="folder: expected the name of a file to write, got a folder"):
+            save_state(folder, layer.init_state(1), layer)
+        assert list(tmp_path.iterdir()) == [folder]
+        with pytest.raises(ValueError, match="folder: expected a file written by save_state, got a folder"):
+            load_state(folder, layer)
+
+    def test_nowhere_is_named_and_nothing_is_left(self, layer, tmp_path):
+        with pytest.raises(OSError, match=r"nowhere/state could not be written: No such file"):
+            save_state(tmp_path / "nowhere" / "state", layer.init_state(1), layer)
+        assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -95,11 +200,17 @@ class TestBrokenFiles:
             load_state(path, layer)
 
     def test_weights_are_no_state(self, layer, path):
-        from safetensors.torch import save_file
-
         save_file(layer.state_dict(), path)
-        with pytest.raises(ValueError, match="expected format 'hqlt-state-1', got None; is it a state file"):
+        with pytest.raises(ValueError, match="expected format 'hqlt-state-2', got None; is it a state file"):
             load_state(path, layer)
+
+    def test_a_file_of_an_older_version_is_named_as_such(self, layer, path):
+        save_file({"0.keys": torch.zeros(1)}, path, {"format": "hqlt-state-1", "fingerprint": "0"})
+        for read in (lambda: load_state(path, layer), lambda: load_unread(path)):
+            with pytest.raises(
+                ValueError, match=r"older version of hqlt \(hqlt-state-1; this one reads hqlt-state-2\)"
+            ):
+                read()
 
     def test_a_missing_file_is_a_missing_file(self, layer, tmp_path):
         with pytest.raises(FileNotFoundError):

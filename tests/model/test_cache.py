@@ -53,6 +53,40 @@ def test_to_and_from_states(model, tokens, cache):
 
 
 @torch.no_grad()
+def test_what_was_padding_follows_the_rows(one_model, tokens):
+    mask = (torch.arange(11) >= torch.tensor([0, 7, 4])[:, None])[:, :11]
+    cache = one_model(tokens, attention_mask=mask, use_cache=True).past_key_values
+    for change, rows in (
+        (lambda c: c.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0]),
+        (lambda c: c.batch_select_indices(torch.tensor([False, True, True])), [1, 2]),
+        (lambda c: c.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+    ):
+        changed = cache.fork()
+        change(changed)
+        assert torch.equal(changed.attention_mask, mask[rows])
+    assert torch.equal(cache.attention_mask, mask)
+    cache.reset()
+    assert cache.attention_mask is None
+
+
+@torch.no_grad()
+def test_states_know_their_past_only_when_told(one_model, tokens):
+    mask = torch.arange(11) >= torch.tensor([0, 7, 4])[:, None]
+    whole = torch.cat([mask, torch.ones(3, 2, dtype=torch.bool)], dim=1)
+    states = one_model(tokens, attention_mask=mask, use_cache=True).past_key_values.states
+    told = HQLTCache.from_states(states, attention_mask=mask)
+    assert (told.seen_tokens, told.attention_mask is not None) == (11, True)
+    with pytest.raises(ValueError, match="Column 0 of row 1 was read as padding"):
+        one_model(tokens[:, :2], attention_mask=torch.ones_like(whole), past_key_values=told)
+    believing = HQLTCache.from_states(states, seen_tokens=11)
+    assert believing.attention_mask is None
+    one_model(tokens[:, :2], attention_mask=whole, past_key_values=believing)
+    assert torch.equal(believing.attention_mask, whole)
+    with pytest.raises(ValueError, match=r"expected \[b, seen_tokens\] = \[3, 9\], got \[3, 11\]"):
+        HQLTCache.from_states(states, 9, mask)
+
+
+@torch.no_grad()
 def test_reset_empties_the_memories(one_model, tokens):
     cache = one_model(tokens, use_cache=True).past_key_values
     cache.reset()

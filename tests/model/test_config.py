@@ -3,10 +3,12 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import re
 
 import pytest
+from huggingface_hub import HfApi
 from huggingface_hub.errors import StrictDataclassFieldValidationError
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from hqlt.layer import HybridMemory
 from hqlt.model import HQLTConfig, HQLTForCausalLM
@@ -48,6 +50,44 @@ def test_unknown_key_is_refused_when_loading(small, tmp_path):
             load(tmp_path, windw=5)
         with pytest.raises(ValueError, match="window: expected at least 1"):
             load(tmp_path, window=0)
+
+
+def test_what_other_tools_write_survives(small, tmp_path):
+    """Attributes set on a config, or written in its file, are kept; a misspelt field there is still refused."""
+    foreign = {
+        "unsloth_version": "2026.1", "tokenizer_class": "PreTrainedTokenizerFast", "max_position_embeddings": 4096,
+        "unk_token_id": 3, "task_specific_params": {"a": [1]}, "sep_token_id": 4, "decoder_start_token_id": 5,
+    }  # fmt: skip
+    config = HQLTConfig(**small)
+    for name, value in foreign.items():
+        setattr(config, name, value)
+    config.save_pretrained(tmp_path)
+    model = HQLTForCausalLM(AutoConfig.from_pretrained(tmp_path))
+    model.save_pretrained(tmp_path / "again")
+    for loaded in (HQLTConfig.from_pretrained(tmp_path / "again"), HQLTConfig.from_dict(config.to_dict())):
+        assert {name: getattr(loaded, name) for name in foreign} == foreign
+    assert HQLTConfig.from_pretrained(tmp_path, unsloth_version="2").unsloth_version == "2"
+    file = tmp_path / "config.json"
+    file.write_text(file.read_text().replace('"window"', '"windows"'))
+    with pytest.raises(ValueError, match="unknown 'windows'; did you mean 'window'"):
+        AutoConfig.from_pretrained(tmp_path)
+
+
+def test_what_loaders_pass_on_is_none_of_the_configs_business(small, tmp_path):
+    """Everything that transformers' loader takes out of its arguments, by the source of the version at hand."""
+    load_model = PreTrainedModel.from_pretrained
+    taken = {
+        *re.findall(r'kwargs\.(?:pop|get)\(\s*"(\w+)"', inspect.getsource(load_model)),
+        *inspect.signature(load_model).parameters,
+        *inspect.signature(HfApi.hf_hub_download).parameters,
+    }
+    taken -= {"self", "config", "pretrained_model_name_or_path", "repo_id", "filename", "subfolder"}
+    taken -= {"model_args", "kwargs", "_from_auto", "_from_pipeline", "output_loading_info"}
+    assert {"device_map", "use_safetensors", "gguf_file", "tqdm_class"} <= taken
+    HQLTConfig(**small).save_pretrained(tmp_path)
+    given = {**dict.fromkeys(sorted(taken)), "local_files_only": True, "attn_implementation": "eager", "x_y_z": 1}
+    for load in (HQLTConfig.from_pretrained, AutoConfig.from_pretrained):
+        assert load(tmp_path, **given).window == 4
 
 
 def test_round_trips(small, tmp_path):

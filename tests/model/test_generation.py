@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig
 
 from hqlt.model import HQLTCache
+from hqlt.model.cache import CACHE
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 
@@ -103,6 +104,99 @@ def test_goes_on_from_a_cache(model, tokens):
     )
 
 
+def ending(model, tokens: torch.Tensor, mask: torch.Tensor) -> int:
+    """A token that ends one row early, by greedy decoding, and another row not."""
+    made = generate(model, tokens, attention_mask=mask, **GREEDY)[:, 11:]
+    return next(t for t in made[:, :2].flatten().tolist() if not (made == t).any(dim=1).all())
+
+
+@pytest.mark.parametrize("pad", ["eos", 0])
+def test_a_second_turn_after_rows_that_ended_early(model, tokens, pad):
+    """What each row gives alone: neither the padding behind its end nor that before its next turn is remembered."""
+    padded, mask = left_padding(tokens)
+    end = ending(model, padded, mask)
+    options = {**GREEDY, "eos_token_id": end, "pad_token_id": end if pad == "eos" else pad}
+    first = model.generate(padded, attention_mask=mask, **options, return_dict_in_generate=True)
+    cache, made = first.past_key_values, first.sequences[:, 11:]
+    real = (made == end).cumsum(dim=1) - (made == end).long() == 0  # up to the end, the end included
+    assert not real.all()
+    said = torch.cat([mask.bool(), real], dim=1)
+    assert torch.equal(cache.attention_mask, said[:, :-1])
+
+    turn, asked = tokens[:, :3], torch.tensor([[True] * 3, [False, True, True], [False, False, True]])
+    text, whole = torch.cat([first.sequences, turn], dim=1), torch.cat([said, asked], dim=1)
+    second = model.generate(text, attention_mask=whole, past_key_values=cache.fork(), **GREEDY, pad_token_id=0)
+    only_new = model.generate(
+        text[:, cache.seen_tokens :], attention_mask=whole, past_key_values=cache, **GREEDY, pad_token_id=0
+    )
+    assert torch.equal(second[:, -5:], only_new[:, -5:])
+    for i in range(3):
+        row = text[i : i + 1, whole[i]]
+        alone = generate(model, row, attention_mask=torch.ones_like(row), **GREEDY, use_cache=False)
+        assert torch.equal(second[i, -5:], alone[0, -5:])
+
+
+def test_rows_that_other_criteria_end_go_on_or_are_padded(one_model, tokens):
+    """As transformers has it: padding follows a row's end only where there is a token that ends rows."""
+
+    def second_row_ends(ids: torch.Tensor, scores: object) -> torch.Tensor:
+        return torch.tensor([False, ids.shape[1] > 12, False])
+
+    options = {**GREEDY, "stopping_criteria": [second_row_ends], "pad_token_id": 0, "return_dict_in_generate": True}
+    assert one_model.generate(tokens, **options).past_key_values.attention_mask is None
+    ended = one_model.generate(tokens, **options, eos_token_id=22)
+    assert ended.past_key_values.attention_mask.sum(dim=1).tolist() == [15, 13, 15]
+
+
+def test_a_cache_with_nothing_left_to_read_is_refused(one_model, tokens):
+    """transformers would slice the prompt wrongly, and read tokens twice or not at all."""
+    cache = one_model(tokens, use_cache=True).past_key_values
+    ones = torch.ones_like(tokens)
+    for prompt, mask in (
+        (tokens, None),
+        (tokens, ones),
+        (tokens[:, :3], None),
+        (tokens[:, :3], torch.ones(3, 13)),
+        (tokens[:, :3], torch.ones(3, 15)),
+    ):
+        for prefill in (None, 2):
+            with pytest.raises(
+                ValueError, match="expected a prompt with tokens that the cache has not read, after the"
+            ):
+                generate(
+                    one_model, prompt, attention_mask=mask, past_key_values=cache, prefill_chunk_size=prefill, **GREEDY
+                )
+    embeddings = one_model.get_input_embeddings()(tokens)
+    with pytest.raises(ValueError, match="has not read"):
+        one_model.generate(inputs_embeds=embeddings, past_key_values=cache, pad_token_id=0, **GREEDY)
+    assert cache.get_seq_length() == 11
+
+
+def test_a_cache_that_knows_of_padding_wants_a_mask(one_model, tokens):
+    padded, mask = left_padding(tokens)
+    cache = one_model(padded, attention_mask=mask, use_cache=True).past_key_values
+    longer = torch.cat([padded, tokens[:, :2]], dim=1)
+    with pytest.raises(ValueError, match=r"attention_mask: expected one, because the cache has read padding"):
+        generate(one_model, longer, past_key_values=cache, **GREEDY)
+    with pytest.raises(ValueError, match="Column 0 of row 1 was read as padding"):
+        generate(one_model, longer, attention_mask=torch.ones_like(longer), past_key_values=cache, **GREEDY)
+
+
+def test_a_cache_has_two_names(one_model, tokens):
+    """transformers' before 5.24 and its later one, for whoever calls a model, whichever is installed."""
+    cache = one_model(tokens[:, :8], use_cache=True).past_key_values
+    longer = one_model(tokens).logits[:, 8:]
+    for name in ("past_key_values", "cache"):
+        torch.testing.assert_close(one_model(tokens[:, 8:], **{name: cache.fork()}).logits, longer, rtol=0, atol=1e-10)
+        assert torch.equal(
+            generate(one_model, tokens, **{name: cache.fork()}, **GREEDY), generate(one_model, tokens, **GREEDY)
+        )
+    with pytest.raises(ValueError, match="past_key_values, cache: expected one of them"):
+        one_model(tokens[:, 8:], past_key_values=cache, cache=cache.fork())
+    with pytest.raises(TypeError, match=r"expected a cache as past_key_values .* got it as 'mems'"):
+        one_model(tokens[:, 8:], mems=cache)
+
+
 def test_one_prefix_many_continuations(model, tokens):
     prefix = model(tokens[:1, :8], use_cache=True).past_key_values
     for last in (2, 5):
@@ -131,7 +225,7 @@ def test_no_square_mask_is_built(one_model, tokens):
         config=one_model.config, inputs_embeds=None, attention_mask=mask, past_key_values=None, position_ids=None
     )
     assert made is mask
-    inputs = one_model.prepare_inputs_for_generation(tokens, past_key_values=HQLTCache(), attention_mask=mask)
+    inputs = one_model.prepare_inputs_for_generation(tokens, **{CACHE: HQLTCache()}, attention_mask=mask)
     assert inputs["attention_mask"].shape == (3, 11)
 
 

@@ -9,7 +9,9 @@ from hqlt.model.segments import read_segments
 def test_worked_example():
     """Row 0 is padded on the left, row 1 on the right: its padding is read first, and then forgotten."""
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
-    resets, order = read_segments(2, 4, None, attention_mask=mask)
+    resets, order, tokens, counts = read_segments(2, 4, None, attention_mask=mask)
+    assert torch.equal(tokens, mask.bool())
+    assert counts is None  # nothing was remembered
     assert order.tolist() == [[0, 1, 2, 3], [3, 0, 1, 2]]
     assert resets.int().tolist() == [[0, 0, 1, 0], [0, 1, 0, 0]]
 
@@ -32,7 +34,7 @@ def test_sort_and_restore_are_inverse():
 )
 def test_nothing_to_do_for_one_segment_a_row(given):
     """So that plain causal attention can take its fastest way."""
-    assert read_segments(2, 4, None, **given) == (None, None)
+    assert read_segments(2, 4, None, **given)[:2] == (None, None)
 
 
 def test_a_first_token_begins_a_segment_where_something_is_remembered():

@@ -30,7 +30,7 @@ class KVOnly(Blend):
         past: FastWeights | None,
         resets: Resets | None,
     ) -> tuple[Reads, None]:
-        return Reads(None, self.kv.read(q, timeline.keys, timeline.values, timeline.resets)), None
+        return Reads(None, self.kv(q, timeline.keys, timeline.values, timeline.resets)), None
 
 
 class FWOnly(Blend):
@@ -53,7 +53,7 @@ class FWOnly(Blend):
         past: FastWeights | None,
         resets: Resets | None,
     ) -> tuple[Reads, FastWeights]:
-        fw, fast_weights = self.fw.scan(
+        fw, fast_weights = self.fw(
             self.fw.features(q), self.fw.features(timeline.keys), timeline.values, beta, past, resets
         )
         return Reads(fw, None), fast_weights

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hqlt.memory import FastWeights, FWMemory, KVMemory, MemoryState
@@ -106,10 +105,10 @@ class Blend(nn.Module):
         count = timeline.position[:, -1] + 1
         unused = torch.arange(s, 0, -1, device=count.device) > self.held(count)[:, None]
 
+        index = torch.arange(l - s, l, device=count.device).clamp(min=0)  # before the first pair, a slot is unused
+
         def latest(x: Tensor) -> Tensor:
-            x = x[:, max(l - s, 0) :]
-            x = F.pad(x, (0, 0) * (x.dim() - 2) + (s - x.shape[1], 0))
-            return x.masked_fill(unused.view(b, s, *(1,) * (x.dim() - 2)), 0)
+            return x.index_select(1, index).masked_fill(unused.view(b, s, *(1,) * (x.dim() - 2)), 0)
 
         if fast_weights is None:
             v = timeline.values

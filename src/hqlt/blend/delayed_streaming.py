@@ -40,17 +40,19 @@ class DelayedStreaming(Blend):
     ) -> tuple[Reads, FastWeights]:
         t, l = q.shape[1], timeline.keys.shape[1]
 
-        def falling_out(x: Tensor) -> Tensor:
-            """What token t−S had, for each new token t."""
-            return F.pad(x, (0, 0, 0, 0, self.slots - (l - t), 0))[:, :t]
+        not_there = (timeline.position[:, -t:] < self.slots)[..., None]  # token t−S is of another segment, or none
 
-        left_the_window = timeline.position[:, -t:] >= self.slots  # otherwise token t−S is of another segment, or none
-        fw, fast_weights = self.fw.scan(
+        def falling_out(x: Tensor) -> Tensor:
+            """What token t−S had, for each new token t; zeros where it is not there."""
+            x = F.pad(x, (0, 0, 0, 0, self.slots - (l - t), 0))[:, :t]
+            return x if timeline.resets is None else x.masked_fill(not_there[..., None], 0)
+
+        fw, fast_weights = self.fw(
             self.fw.features(q),
             self.fw.features(falling_out(timeline.keys)),
             falling_out(timeline.values),
-            beta * left_the_window[..., None],
+            beta.masked_fill(not_there, 0),
             past,
             resets,
         )
-        return Reads(fw, self.kv.read(q, timeline.keys, timeline.values, timeline.resets)), fast_weights
+        return Reads(fw, self.kv(q, timeline.keys, timeline.values, timeline.resets)), fast_weights

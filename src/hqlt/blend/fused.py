@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.compiler import is_compiling
 
 from hqlt.blend.alone import FWOnly, KVOnly
 from hqlt.blend.delayed_chunk import DelayedChunk
@@ -29,7 +28,7 @@ MIXERS = {VectorMixer: "vector", ScalarMixer: "scalar", SumMixer: "sum", NoMixer
 
 
 class OneToken:
-    """One token by `hqlt.ops.step`, where the parts are known and nobody listens to them.
+    """One token by `hqlt.ops.step`, where the parts are known.
 
     It remembers how the last call looked, and what that meant: as long as calls look the same, comparing is all.
     """
@@ -43,20 +42,22 @@ class OneToken:
     def __call__(
         self, parts: Parts, projected: Projected, state: MemoryState | None, resets: Resets | None
     ) -> tuple[Values, MemoryState] | None:
-        if is_compiling() or state is None or projected.q.shape[1] != 1 or parts.observed():
+        if state is None or projected.q.shape[1] != 1:
             return None
         q, k, v, beta, gate = projected
         kv, fw, norm = parts.blend.kv, parts.blend.fw, parts.norm
-        weight, norm_eps = (norm.weight, norm.eps) if isinstance(norm, RMSNorm) else (NOTHING, 0.0)
+        weight, norm_eps = (norm.weight, norm.eps) if type(norm) is RMSNorm else (NOTHING, 0.0)
         beta, gate, resets = (NOTHING if x is None else x for x in (beta, gate, resets))
         given = Given._make((q, k, v, beta, gate, weight, resets, *state[:6]))
+        if not may_run(given):
+            return None
         reach = (None, None) if kv is None else (kv.window, kv.rope_theta)
         look = parts, kv, fw, reach, norm_eps, tuple(map(layout_of, given))
         seen, plan = self.last
         if look != seen:
             plan = plan_of(*look)
             self.last = look, plan
-        if plan is None or not may_run(given):
+        if plan is None:
             return None
         out, held = run(plan, given)
         return out, MemoryState._make([*held, state.convolution])
@@ -94,9 +95,9 @@ class InOneOperation:
     ) -> tuple[Values, MemoryState] | None:
         _, blend, mixer, norm, _ = parts
         kv, fw, gate = blend.kv, blend.fw, projected.gate
-        if not (type(blend) is Synchronous and type(mixer) is VectorMixer and isinstance(norm, RMSNorm)):
+        if not (type(blend) is Synchronous and type(mixer) is VectorMixer and type(norm) is RMSNorm):
             return None
-        if type(kv) is not KVMemory or type(fw) is not DeltaMemory or gate is None or parts.observed():
+        if type(kv) is not KVMemory or type(fw) is not DeltaMemory or gate is None:
             return None
         q = projected.q
         if explain("synchronous", q).name != "triton":
@@ -113,13 +114,13 @@ class InOneOperation:
 
 
 class MixedAndNormed:
-    """Vector mixer and norm in one pass, where nobody listens to them."""
+    """Vector mixer and norm in one pass."""
 
     def __call__(
         self, parts: Parts, projected: Projected, state: MemoryState | None, resets: Resets | None
     ) -> tuple[Values, MemoryState] | None:
         mixer, norm, gate = parts.mixer, parts.norm, projected.gate
-        if type(mixer) is not VectorMixer or not isinstance(norm, RMSNorm) or gate is None or parts.observed():
+        if type(mixer) is not VectorMixer or type(norm) is not RMSNorm or gate is None:
             return None
         reads, after = parts.read(projected, state, resets)
         fw, kv = reads.both()
@@ -127,4 +128,4 @@ class MixedAndNormed:
 
 
 FUSED: tuple[Callable[[], Fused], ...] = (OneToken, InOneOperation, MixedAndNormed)
-"""A layer has one of each; the first that serves a call runs it."""
+"""A layer has one of each. Where nobody watches its parts (`Parts.watched`), the first that serves a call runs it."""

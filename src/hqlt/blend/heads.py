@@ -6,6 +6,12 @@ from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
 from hqlt.blend.blend import Blend, Reads
 from hqlt.blend.mixer import Mixer
@@ -54,9 +60,28 @@ class Parts(NamedTuple):
             return v.new_ones(v.shape[:3], dtype=at_least_float32(v.dtype))
         return self.beta_max * logits.to(at_least_float32(logits.dtype)).sigmoid()
 
-    def observed(self) -> bool:
-        """Whether somebody listens to a part: then it must run by itself."""
-        return any(part._forward_hooks or part._forward_pre_hooks for part in self[:4])
+    def watched(self) -> bool:
+        """Whether a part has hooks (its own, or those of all modules) or a `forward` of its own.
+
+        Then it must be called, and nothing fused runs. (What watches tensors instead, `hqlt.native.is_traced` knows.)
+        """
+        if _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks:
+            return True
+        activation, blend, mixer, norm, _ = self
+        for part in (activation, blend, mixer, norm, *blend._modules.values()):
+            if part is None:
+                continue
+            own = part.__dict__
+            if (
+                own["_forward_hooks"]
+                or own["_forward_pre_hooks"]
+                or own["_backward_hooks"]
+                or own["_backward_pre_hooks"]
+            ):
+                return True
+            if "forward" in own:
+                return True
+        return False
 
 
 Fused: TypeAlias = Callable[[Parts, Projected, MemoryState | None, Resets | None], tuple[Values, MemoryState] | None]

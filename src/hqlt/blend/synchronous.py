@@ -35,5 +35,5 @@ class Synchronous(Blend):
     ) -> tuple[Reads, FastWeights]:
         t = q.shape[1]
         new_keys, new_values = timeline.keys[:, -t:], timeline.values[:, -t:]
-        fw, fast_weights = self.fw.scan(self.fw.features(q), self.fw.features(new_keys), new_values, beta, past, resets)
-        return Reads(fw, self.kv.read(q, timeline.keys, timeline.values, timeline.resets)), fast_weights
+        fw, fast_weights = self.fw(self.fw.features(q), self.fw.features(new_keys), new_values, beta, past, resets)
+        return Reads(fw, self.kv(q, timeline.keys, timeline.values, timeline.resets)), fast_weights

@@ -18,6 +18,10 @@ from hqlt.model import HQLTForCausalLM
 
 CODE = "modeling_hqlt"
 CLASSES = {"AutoConfig": "HQLTConfig", "AutoModel": "HQLTModel", "AutoModelForCausalLM": "HQLTForCausalLM"}
+CHAT_TEMPLATE = "{{ messages | map(attribute='content') | join('\\n') }}"
+"""For tokenizers without one, because `transformers serve` asks for it: the messages' texts, a line break between."""
+PAD = 0xFF
+"""The byte that stands for padding: UTF-8 never uses it."""
 MEMORIES = {
     "hybrid": "a precise, short KV-memory and a compressed, endless FW-memory side by side",
     "kv": "a KV-memory (softmax attention)",
@@ -46,14 +50,17 @@ def save(model: HQLTForCausalLM, tokenizer: OurTokenizer | None, source: str | N
     """All that a folder holds. source: where the tokenizer's files are; its own are made for bytes, none for None."""
     config: Any = model.config
     config.auto_map = {auto: f"{CODE}.{name}" for auto, name in CLASSES.items()}
+    generation: Any = model.generation_config
     if config.eos_token_id is None and tokenizer is not None and tokenizer.eos_id is not None:
-        config.eos_token_id = tokenizer.eos_id
-        generation: Any = model.generation_config
-        generation.eos_token_id = generation.pad_token_id = tokenizer.eos_id
-    model.save_pretrained(folder)
+        config.eos_token_id = generation.eos_token_id = tokenizer.eos_id
     if tokenizer is not None:
         beside: Any = byte_tokenizer() if tokenizer.name == "bytes" else AutoTokenizer.from_pretrained(source)
+        beside.chat_template = beside.chat_template or CHAT_TEMPLATE
+        beside.pad_token = beside.pad_token or beside.eos_token
+        if generation.pad_token_id is None:
+            generation.pad_token_id = beside.pad_token_id
         beside.save_pretrained(folder)
+    model.save_pretrained(folder)
     package = resources.files("hqlt.language")
     shutil.copyfile(str(package / f"{CODE}.py"), folder / f"{CODE}.py")
     card = (package / "model_card.md").read_text(encoding="utf-8")
@@ -66,14 +73,20 @@ def refuse_filled(folder: Path) -> None:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Token i is byte i: a byte-level BPE that merges nothing."""
+    """Token i is byte i, and byte 255 is padding: a byte-level BPE that merges nothing."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}  # these stand for themselves
     others = iter(range(0x100, 0x200))
-    vocabulary = {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
+    vocabulary = {chr(byte if byte in printable else next(others)): byte for byte in range(PAD)} | {"<|pad|>": PAD}
     tokenizer: Any = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        clean_up_tokenization_spaces=False,
+        pad_token="<|pad|>",
+        padding_side="left",
+        split_special_tokens=True,  # a text that holds <|pad|> is its bytes
+    )
 
 
 def facts_of(model: HQLTForCausalLM, tokenizer: OurTokenizer | None, folder: Path) -> dict[str, str]:

@@ -15,6 +15,7 @@ from hqlt.data.tokenizer import TextStream
 from hqlt.memory import MemoryState, load_state, save_state
 from hqlt.memory.storage import load_unread
 from hqlt.model import HQLTCache, HQLTForCausalLM
+from hqlt.model.cache import CACHE
 
 PIECE = 1024
 """Tokens that are read at once: what reading holds beside the memories does not grow with the text."""
@@ -87,7 +88,7 @@ def go_on(
     made = untyped.generate(
         given,
         attention_mask=torch.ones_like(given),
-        past_key_values=cache,
+        **{CACHE: cache},
         max_new_tokens=tokens,
         pad_token_id=eos or 0,
         streamer=streamer,

@@ -30,7 +30,7 @@ class FWMemory(nn.Module):
         """φ, of a query or key."""
         raise NotImplementedError
 
-    def scan(
+    def forward(
         self,
         q: Queries,
         k: Keys,
@@ -46,7 +46,7 @@ class FWMemory(nn.Module):
         """Read without writing."""
         nothing = torch.zeros_like(q)
         values = q.new_zeros(*q.shape[:-1], past.matrix.shape[-1])
-        return self.scan(q, nothing, values, nothing[..., 0], past, None)[0]
+        return self(q, nothing, values, nothing[..., 0], past, None)[0]
 
 
 class DeltaMemory(FWMemory):
@@ -63,7 +63,7 @@ class DeltaMemory(FWMemory):
     def features(self, x: Queries) -> Queries:
         return unit_silu(x)
 
-    def scan(
+    def forward(
         self,
         q: Queries,
         k: Keys,
@@ -91,7 +91,7 @@ class LinearMemory(FWMemory):
     def features(self, x: Queries) -> Queries:
         return F.elu(x) + 1
 
-    def scan(
+    def forward(
         self,
         q: Queries,
         k: Keys,

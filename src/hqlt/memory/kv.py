@@ -28,7 +28,7 @@ class KVMemory(nn.Module):
         self.window = window
         self.rope_theta = rope_theta
 
-    def read(self, q: Queries, k: Keys, v: Values, resets: Resets | None) -> Values:
+    def forward(self, q: Queries, k: Keys, v: Values, resets: Resets | None) -> Values:
         """q: [b, t, h, k] of the new tokens; k, v: [b, l, h, ·], held pairs then new ones; resets: Bool[b, l]."""
         t, l = q.shape[1], k.shape[1]
         if (rotary := self.rotary(l, q)) is not None:

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from hqlt.memory import MemoryState
 
+CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
+"""What the installed transformers calls a cache, in arguments and outputs: past_key_values, and cache from 5.24 on."""
+
+OTHER_PAST = (
+    "attention_mask: expected it to say of the columns that the cache has read what they were read as, got something "
+    "else; begin it with what the cache knows: torch.cat([cache.attention_mask, new_columns], dim=1), or ones where "
+    "cache.attention_mask is None."
+)
+
 
 class HQLTCache(Cache):
-    """One `MemoryState` for each layer, and how many tokens the model has seen, padding included.
+    """One `MemoryState` for each layer, how many columns the model has seen, and which of them were padding.
 
     A call of the model puts new states in place of the old; the states themselves are values that never change. So
     `fork()` costs nothing, and a fork kept from before is a rollback:
@@ -30,34 +42,83 @@ class HQLTCache(Cache):
         super().__init__(layers=[])
         self.states: tuple[MemoryState, ...] = ()
         """One state a layer; none before the first call."""
-        self.seen_tokens = 0
+        self._seen: int | Tensor = 0
+        self._mask: Tensor | None = None
+        self._any_past = False
+
+    @property
+    def seen_tokens(self) -> int:
         """Columns that the model has been given so far: the length of an attention mask over the past."""
+        return int(self._seen if self._mask is None else self._mask.shape[1])
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """Bool[b, seen_tokens], True for the columns that were read as tokens; None where there was no padding.
+
+        A mask for the next call begins with it: torch.cat([cache.attention_mask, new], dim=1).
+        """
+        return self._mask
 
     @classmethod
-    def from_states(cls, states: Sequence[MemoryState], seen_tokens: int | None = None) -> HQLTCache:
-        """A cache that goes on from these states, one a layer: loaded ones, or those of selected or joined rows.
+    def from_states(
+        cls, states: Sequence[MemoryState], seen_tokens: int | None = None, attention_mask: Tensor | None = None
+    ) -> HQLTCache:
+        """A cache that resumes from these states, one a layer: loaded ones, or those of selected or joined rows.
 
         seen_tokens: the length of the attention mask over the past, where masks are used; None: the longest row's
-        tokens since its last reset.
+        tokens since its last reset. attention_mask: [b, seen_tokens], what the columns of the past were; None: that is
+        not known, and the first attention mask that the model is given is believed.
         """
         for state in states:
             if not isinstance(state, MemoryState):
                 raise TypeError(f"states: expected one MemoryState for each layer, got a {type(state).__name__}")
         cache = cls()
         cache.states = tuple(states)
-        if seen_tokens is None and states:
-            seen_tokens = int(states[0].position.max())
-        cache.seen_tokens = seen_tokens or 0
+        cache._any_past = attention_mask is None
+        if attention_mask is not None:
+            b, seen = cache.batch_size, attention_mask.shape[-1] if seen_tokens is None else seen_tokens
+            if tuple(attention_mask.shape) != (b, seen):
+                raise ValueError(
+                    f"attention_mask: expected [b, seen_tokens] = [{b}, {seen}], got {list(attention_mask.shape)}"
+                )
+            cache._mask, seen_tokens = attention_mask.bool(), seen
+        if seen_tokens is None:
+            seen_tokens = int(states[0].position.max()) if states and cache.batch_size else 0
+        cache._seen = seen_tokens
         return cache
 
-    def advance(self, states: Sequence[MemoryState], tokens: int) -> None:
-        """Put in the states after `tokens` more columns."""
+    def check_past(self, mask: Tensor) -> None:
+        """Refuse an attention mask, [b, at least seen_tokens], that says of the past something else than what was read.
+
+        Raises ValueError.
+        """
+        past = mask[:, : self.seen_tokens].bool()
+        if self._any_past:
+            self._mask = None if not torch.compiler.is_compiling() and past.all() else past
+            self._any_past = False
+            return
+        same = past.all() if self._mask is None else (past == self._mask).all()
+        if torch.compiler.is_compiling():
+            torch._assert_async(same, OTHER_PAST)
+        elif not same:
+            other = ~past if self._mask is None else past != self._mask
+            row, column = other.nonzero()[0].tolist()
+            read = "a token" if self._mask is None or self._mask[row, column] else "padding"
+            raise ValueError(f"{OTHER_PAST} Column {column} of row {row} was read as {read}.")
+
+    def advance(self, states: Sequence[MemoryState], tokens: int, new: Tensor | None = None) -> None:
+        """Put in the states after `tokens` more columns, which were tokens where new, Bool[b, tokens], is True."""
+        if new is not None and self._mask is None and (torch.compiler.is_compiling() or not new.all()):
+            self._mask = new.new_ones(len(new), self.seen_tokens)
+        if self._mask is not None:
+            new = self._mask.new_ones(len(self._mask), tokens) if new is None else new
+            self._mask = torch.cat([self._mask, new], dim=1)
         self.states = tuple(states)
-        self.seen_tokens += tokens
+        self._seen = self._seen + tokens
 
     def fork(self) -> HQLTCache:
         """Another cache with the same memories. What is done to one does not show in the other."""
-        return HQLTCache.from_states(self.states, self.seen_tokens)
+        return copy.copy(self)
 
     def detach(self) -> HQLTCache:
         """Forget how the states came about, in place: truncated back-propagation through time."""
@@ -73,7 +134,7 @@ class HQLTCache(Cache):
         return f"HQLTCache(layers={len(self)}, batch_size={self.batch_size}, seen_tokens={self.seen_tokens})"
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen so far, padding included."""
+        """Columns seen so far, padding included."""
         return self.seen_tokens
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
@@ -105,9 +166,16 @@ class HQLTCache(Cache):
     def is_croppable(self) -> bool:
         return False
 
+    @property
+    def is_linear(self) -> list[bool]:
+        """No layer is one that has no sequence length: `generate` passes on the columns that are not read yet."""
+        return [False] * max(len(self), 1)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row beam_idx[i] was, in every part of every state."""
         self.states = tuple(state.select(beam_idx) for state in self.states)
+        if self._mask is not None:
+            self._mask = self._mask.index_select(0, beam_idx.to(self._mask.device).long())
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows: indices, or a boolean mask over the batch."""
@@ -116,11 +184,13 @@ class HQLTCache(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, copies side by side."""
         self.states = tuple(state.repeat(repeats) for state in self.states)
+        if self._mask is not None:
+            self._mask = self._mask.repeat_interleave(repeats, dim=0)
 
     def reset(self) -> None:
         """Empty memories."""
         self.states = ()
-        self.seen_tokens = 0
+        self._seen, self._mask, self._any_past = 0, None, False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last -tokens_to_remove tokens: possible for none and for all.
@@ -140,3 +210,16 @@ class HQLTCache(Cache):
             "HQLTCache holds hqlt.MemoryState values and serves hqlt's models only; "
             "give an attention layer of transformers a cache of transformers, such as DynamicCache"
         )
+
+
+def one_cache(past_key_values: object, cache: object) -> HQLTCache | None:
+    """The cache that a caller gave, under whichever of its two names."""
+    if past_key_values is not None and cache is not None and past_key_values is not cache:
+        raise ValueError("past_key_values, cache: expected one of them, because both name the same thing, got both")
+    given = past_key_values if cache is None else cache
+    if given is not None and not isinstance(given, HQLTCache):
+        raise TypeError(
+            f"past_key_values: expected an HQLTCache (one that this model returned, hqlt.model.HQLTCache(), or "
+            f"HQLTCache.from_states(states)), got {type(given).__name__}, which cannot hold both memories"
+        )
+    return given

@@ -4,6 +4,7 @@
 
 import difflib
 import importlib
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
@@ -34,6 +35,9 @@ FROM_TRANSFORMERS = frozenset(
 """Keys that are no fields of a config, and that transformers itself passes: in `to_dict`, saving, loading, the Auto
 classes. Its private ones, which begin with an underscore, come on top."""
 
+MISSPELT = 0.85
+"""How like a field a key in a file must be to count as that field misspelt. (unk_token_id is not bos_token_id.)"""
+
 
 @strict
 class HQLTConfig(PreTrainedConfig):
@@ -44,10 +48,12 @@ class HQLTConfig(PreTrainedConfig):
 
     Raises ValueError for values that do not fit together and for unknown keys (transformers keeps those silently),
     and huggingface_hub's StrictDataclassFieldValidationError for a value of the wrong type, also when it is assigned.
+    In a file, and among what is given beside a file, only keys that look like misspelt fields are refused: other tools
+    write attributes of their own there (they are kept), and loaders pass on what is not the config's (it is ignored).
     """
 
     model_type = "hqlt"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
     attribute_map = {"num_attention_heads": "num_heads"}  # noqa: RUF012
 
     hidden_size: int = 1024
@@ -109,14 +115,17 @@ class HQLTConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers, but an override that is no field is refused, and the overridden config checked again."""
+        """As in transformers, but misspelt fields are refused, and the overridden config is checked again."""
         return_unused = kwargs.pop("return_unused_kwargs", False)
-        config, unused = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
+        foreign = {name: value for name, value in config_dict.items() if not cls._knows(name)}
+        cls._refuse_misspelt(foreign)
+        own = {name: value for name, value in config_dict.items() if name not in foreign}
+        config, unused = super().from_dict(own, return_unused_kwargs=True, **kwargs)
+        for name, value in foreign.items():
+            setattr(config, name, unused.pop(name, value))
         config.check()
-        if return_unused:
-            return config, unused
-        cls._refuse_unknown(unused)
-        return config
+        cls._refuse_misspelt(unused)
+        return (config, unused) if return_unused else config
 
     @property
     def kinds(self) -> list[str]:
@@ -165,14 +174,33 @@ class HQLTConfig(PreTrainedConfig):
                 HybridMemory(**self.layer_options(kind))
 
     @classmethod
+    def _own(cls) -> list[str]:
+        return [field.name for field in fields(cls) if field.name in HQLTConfig.__annotations__]
+
+    @classmethod
+    def _knows(cls, name: str) -> bool:
+        """Whether it is a field, or one of transformers' own keys."""
+        known = {field.name for field in fields(cls)} | FROM_TRANSFORMERS | cls.attribute_map.keys()
+        return name.startswith("_") or name in known
+
+    @classmethod
     def _refuse_unknown(cls, kwargs: dict[str, Any]) -> None:
-        own = [field.name for field in fields(cls) if field.name in HQLTConfig.__annotations__]
+        cls._refuse_misspelt(kwargs, cutoff=0.6)
         for name in kwargs:
-            if name.startswith("_") or name in FROM_TRANSFORMERS or name in cls.attribute_map:
-                continue
-            near = difflib.get_close_matches(name, own, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the fields are {', '.join(own)}"
-            raise ValueError(f"{cls.__name__}: expected fields of this config, got unknown {name!r}; {hint}")
+            if not cls._knows(name):
+                raise ValueError(
+                    f"{cls.__name__}: expected fields of this config, got unknown {name!r}; "
+                    f"the fields are {', '.join(cls._own())}"
+                )
+
+    @classmethod
+    def _refuse_misspelt(cls, kwargs: Iterable[str], cutoff: float = MISSPELT) -> None:
+        for name in kwargs:
+            near = difflib.get_close_matches(name, cls._own(), n=1, cutoff=cutoff)
+            if near and not cls._knows(name):
+                raise ValueError(
+                    f"{cls.__name__}: expected fields of this config, got unknown {name!r}; did you mean {near[0]!r}?"
+                )
 
 
 AutoConfig.register("hqlt", HQLTConfig, exist_ok=True)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
-    GenerationConfig,
-    GenerationMixin,
+    Cache,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -22,17 +23,20 @@ from hqlt.convolution import ShortConvolution
 from hqlt.layer import HybridMemory
 from hqlt.memory import MemoryState
 from hqlt.model.block import HQLTBlock
-from hqlt.model.cache import HQLTCache
+from hqlt.model.cache import CACHE, HQLTCache, one_cache
 from hqlt.model.config import HQLTConfig
-from hqlt.model.segments import read_segments
+from hqlt.model.generation import HQLTGenerationMixin
+from hqlt.model.segments import Segments, read_rows, read_segments
 from hqlt.norm import RMSNorm
-from hqlt.shapes import Hidden, Resets
+from hqlt.registration import name_in_transformers
+from hqlt.shapes import Hidden, Positions, Resets
 
 ARGUMENTS = (
     "input_ids",
     "attention_mask",
     "position_ids",
     "past_key_values",
+    "cache",
     "inputs_embeds",
     "labels",
     "use_cache",
@@ -50,7 +54,7 @@ class HQLTPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _is_stateful = True  # memories cannot take tokens back: transformers then refuses assisted generation
     _no_split_modules = ["HQLTBlock"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
 
     def _init_weights(self, module: nn.Module) -> None:
         """Linear maps and embeddings normal(0, initializer_range), norms 1, convolutions as `conv_init` says."""
@@ -96,48 +100,68 @@ class HQLTModel(HQLTPreTrainedModel):
         resets: Resets | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: HQLTCache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """The normed hidden states of the last block, [b, t, d], and the memories after the last token.
 
-        input_ids: [b, t], or inputs_embeds: [b, t, d]. past_key_values: the cache that an earlier call returned or was
-        given; it is brought up to date in place. use_cache: whether to return one (None: as the config says).
+        input_ids: [b, t], or inputs_embeds: [b, t, d]. past_key_values, or cache (transformers' name for it from 5.24
+        on): what an earlier call returned or was given; it is brought up to date in place. use_cache: whether to
+        return one (None: as the config says).
 
         Segments begin where resets, Bool[b, t], is True; without it, where position_ids, [b, t] or [1, t], is 0. With
-        attention_mask, [b, past + t], a row's first real token begins one, and padding is remembered nowhere; right
-        padding and holes are allowed in the call that begins a row. The same in training and in evaluation.
+        attention_mask, [b, past + t], a row's first real token begins one, and padding is remembered nowhere, wherever
+        it stands. The same in training and in evaluation.
 
-        Raises ValueError for shapes that do not fit, TypeError for another kind of cache or a misspelt argument.
+        Raises ValueError for shapes that do not fit and for a mask that says of the past something else than what the
+        cache has read, TypeError for another kind of cache or a misspelt argument.
         """
         refuse_misspelt(kwargs, packed=position_ids is not None or resets is not None)
         x = self._embed(input_ids, inputs_embeds)
-        b, t = x.shape[:2]
-        cache = self._cache(past_key_values, use_cache)
-        before = cache.states if cache is not None and cache.states else ((),) * len(self.layers)
-        past = cache.seen_tokens if cache is not None and cache.states else None
-        segments = read_segments(b, t, past, attention_mask, position_ids, resets)
-
+        memory = self._cache(one_cache(past_key_values, cache), use_cache)
+        segments = self._segments(x, memory, attention_mask, position_ids, resets)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
 
-        x = segments.sort(x)
-        after: list[MemoryState] = []
-        hidden: list[Hidden] = []
-        for block, state in zip(self.layers, before, strict=True):
-            if wanted:
-                hidden.append(segments.restore(x))
-            x, *parts = block(x, segments.resets, *state)
-            if cache is not None:
-                after.append(MemoryState(*parts))
-        x = segments.restore(self.norm(x))
-        if cache is not None:
-            cache.advance(after, t)
+        def read(
+            x: Hidden, resets: Resets | None, states: Sequence[MemoryState]
+        ) -> tuple[list[Hidden], list[MemoryState]]:
+            hidden, after = [], []
+            for block, state in zip(self.layers, states, strict=True):
+                if wanted:
+                    hidden.append(x)
+                x, *parts = block(x, resets, *state)
+                if memory is not None:
+                    after.append(MemoryState(*parts))
+            return [*hidden, self.norm(x)], after
 
-        output = BaseModelOutputWithPast(
-            last_hidden_state=x,
-            past_key_values=cache,
-            hidden_states=(*hidden, x) if wanted else None,
-        )
+        before: Any = memory.states if memory is not None and memory.states else ((),) * len(self.layers)
+        hidden, after = read_rows(read, segments.sort(x), segments, before)
+        hidden = [segments.restore(x) for x in hidden]
+        if memory is not None:
+            memory.advance(after, x.shape[1], segments.tokens)
+        named: Any = {CACHE: memory, "hidden_states": tuple(hidden) if wanted else None}
+        output = BaseModelOutputWithPast(last_hidden_state=hidden[-1], **named)
         return output if _as_dict(return_dict, self.config) else output.to_tuple()
+
+    def _segments(
+        self,
+        x: Hidden,
+        memory: HQLTCache | None,
+        attention_mask: Tensor | None,
+        position_ids: Positions | None,
+        resets: Resets | None,
+    ) -> Segments:
+        """How the columns are read; a mask over the past must say what the cache remembers."""
+        b, t = x.shape[:2]
+        if memory is None or not memory.states:
+            return read_segments(b, t, None, attention_mask, position_ids, resets)
+        if attention_mask is None:
+            if memory.attention_mask is None:
+                return read_segments(b, t, 0, None, position_ids, resets)
+            attention_mask = torch.cat([memory.attention_mask, memory.attention_mask.new_ones(b, t)], dim=1)
+        segments = read_segments(b, t, memory.seen_tokens, attention_mask, position_ids, resets)
+        memory.check_past(attention_mask)
+        return segments
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Hidden | None) -> Hidden:
         if inputs_embeds is not None and input_ids is None:
@@ -153,7 +177,6 @@ class HQLTModel(HQLTPreTrainedModel):
     def _cache(self, given: HQLTCache | None, use_cache: bool | None) -> HQLTCache | None:
         if given is None:
             return HQLTCache() if (self.config.use_cache if use_cache is None else use_cache) else None
-        check_cache(given)
         if given.states and len(given.states) != len(self.layers):
             raise ValueError(
                 f"past_key_values: expected a state for each of the {len(self.layers)} layers, got "
@@ -162,7 +185,7 @@ class HQLTModel(HQLTPreTrainedModel):
         return given
 
 
-class HQLTForCausalLM(HQLTPreTrainedModel, GenerationMixin):
+class HQLTForCausalLM(HQLTPreTrainedModel, HQLTGenerationMixin):
     """`HQLTModel` and a head over the vocabulary: tokens → logits of the next token.
 
     >>> model = HQLTForCausalLM(hqlt.preset("tiny"))
@@ -191,6 +214,7 @@ class HQLTForCausalLM(HQLTPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: HQLTCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits [b, t, vocabulary] of the token after each; the rest as in `HQLTModel.forward`.
@@ -207,6 +231,7 @@ class HQLTForCausalLM(HQLTPreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             resets=resets,
@@ -220,35 +245,9 @@ class HQLTForCausalLM(HQLTPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         result = CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=output.past_key_values, hidden_states=output.hidden_states
+            loss=loss, logits=logits, hidden_states=output.hidden_states, **{CACHE: getattr(output, CACHE)}
         )
         return result if _as_dict(return_dict, self.config) else result.to_tuple()
-
-    @staticmethod
-    def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-        """The mask over tokens as it is: the memories need no [b, 1, t, l] of transformers."""
-        return attention_mask
-
-    def _prepare_cache_for_generation(  # type: ignore[override]  # so that an argument more or less breaks nothing
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        """`generate` starts from a cache of ours. Refuses other kinds, and right padding, which it would continue."""
-        if generation_config.cache_implementation not in (None, "dynamic"):
-            raise ValueError(
-                f"cache_implementation: expected None, because this model's memories have one static shape, got "
-                f"{generation_config.cache_implementation!r}"
-            )
-        mask = model_kwargs.get("attention_mask")
-        if mask is not None and not mask[:, -1].all():
-            raise ValueError(
-                "attention_mask: expected a token at the end of every prompt, got right padding, after which generate "
-                "would go on; pad on the left (tokenizer.padding_side = 'left')"
-            )
-        given = model_kwargs.get("past_key_values")
-        if given is not None:
-            check_cache(given)
-        elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = HQLTCache()
 
 
 def build_block(config: HQLTConfig, kind: str) -> HQLTBlock:
@@ -258,17 +257,11 @@ def build_block(config: HQLTConfig, kind: str) -> HQLTBlock:
     return HQLTBlock(HybridMemory(**config.layer_options(kind)), mlp, config.norm_eps)
 
 
-def check_cache(given: object) -> None:
-    if not isinstance(given, HQLTCache):
-        raise TypeError(
-            f"past_key_values: expected an HQLTCache (one that this model returned, hqlt.model.HQLTCache(), or "
-            f"HQLTCache.from_states(states)), got {type(given).__name__}, which cannot hold both memories"
-        )
-
-
 def refuse_misspelt(kwargs: dict[str, Any], packed: bool) -> None:
     """Arguments that callers of transformers add are left aside, but not one that was meant for us."""
-    for name in kwargs:
+    for name, value in kwargs.items():
+        if isinstance(value, Cache):
+            raise TypeError(f"forward: expected a cache as past_key_values (or cache), got it as {name!r}")
         near = difflib.get_close_matches(name, ARGUMENTS, n=1, cutoff=0.85)
         if near:
             raise TypeError(f"forward: got an unknown argument {name!r}; did you mean {near[0]!r}?")
@@ -285,3 +278,4 @@ def _as_dict(return_dict: bool | None, config: PreTrainedConfig) -> bool:
 
 AutoModel.register(HQLTConfig, HQLTModel, exist_ok=True)
 AutoModelForCausalLM.register(HQLTConfig, HQLTForCausalLM, exist_ok=True)
+name_in_transformers(HQLTModel, HQLTForCausalLM)

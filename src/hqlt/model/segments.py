@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hqlt.shapes import Positions, Resets, check_resets
+from hqlt.memory import MemoryState
+from hqlt.shapes import Hidden, Positions, Resets, check_resets
 
 
 class Segments(NamedTuple):
     """How a call's tokens are read: in which order, and where a segment begins in that order."""
 
     resets: Resets | None
-    order: Tensor | None  # [b, t] the column that is read at each place; None: as they come
+    order: Tensor | None = None  # [b, t] the column that is read at each place; None: as they come
+    tokens: Tensor | None = None  # Bool[b, t], the columns that are no padding; None: all
+    counts: Tensor | None = None  # [b] tokens of each row, where a row that remembers something has fewer than t
 
     def sort(self, x: Tensor) -> Tensor:
         """x: [b, t, d], by columns → in the order in which it is read."""
@@ -37,10 +41,10 @@ def read_segments(
 
     resets: Bool[b, t], begins a segment where True. Without it, position_ids, [b, t] or [1, t], begin one where 0.
     attention_mask: [b, past + t], 0 where padding. A row's first real token begins a segment, and padding is nowhere
-    remembered: it is read before the row's real tokens, wherever it stood. (It could not be skipped after a token
-    that is remembered from an earlier call; that is refused.) What a padding token says of itself does not count.
+    remembered: it is read before the row's real tokens, wherever it stood, or, in a row that remembers tokens, not at
+    all (`read_rows`). What a padding token says of itself does not count.
 
-    Raises ValueError for shapes that do not fit, and for padding in a row that has real tokens in the past.
+    Raises ValueError for shapes that do not fit.
     """
     check_resets(resets, b, t)
     if resets is None and position_ids is not None:
@@ -50,20 +54,32 @@ def read_segments(
                 f"got shape {list(position_ids.shape)}"
             )
         resets = (position_ids == 0).expand(b, t)
-    order = None
-    if attention_mask is not None and t:
-        new, begins = _read_mask(attention_mask, b, t, past or 0)
+    order = new = counts = None
+    if attention_mask is not None:
+        real = _check_mask(attention_mask, b, t, past or 0)
+        new, carried = real[:, past or 0 :], real[:, : past or 0].any(dim=1, keepdim=True)
+        begins = new & (new.cumsum(dim=1) == 1) & ~carried
         resets = begins if resets is None else resets & new | begins
         if _maybe(new[:, 1:] < new[:, :-1]):
             order = new.long().argsort(dim=1, stable=True)
             resets = resets.take_along_dim(order, dim=1)
+        if past and _maybe(carried & ~new):
+            counts = new.sum(dim=1)
+            if torch.compiler.is_compiling():
+                whole = (counts == 0) | (counts == t) | ~carried[:, 0]
+                torch._assert_async(whole.all(), UNEVEN)
     if resets is not None and not _maybe(resets[:, 1:] if past is None else resets):
         resets = None  # the first token of empty memories begins a segment anyway
-    return Segments(resets, order)
+    return Segments(resets, order, new, counts)
 
 
-def _read_mask(attention_mask: Tensor, b: int, t: int, past: int) -> tuple[Tensor, Tensor]:
-    """Which new tokens are real, and which of them are their row's first: Bool [b, t] each."""
+UNEVEN = (
+    "attention_mask: expected, in compiled code, rows that remember tokens to get new ones in every column or in none, "
+    "got padding beside tokens; compile without this call, or give it rows of equal length."
+)
+
+
+def _check_mask(attention_mask: Tensor, b: int, t: int, past: int) -> Tensor:
     if tuple(attention_mask.shape) != (b, past + t):
         seen = f"the {past} tokens in the cache and the {t} new ones" if past else "the tokens"
         raise ValueError(
@@ -71,19 +87,50 @@ def _read_mask(attention_mask: Tensor, b: int, t: int, past: int) -> tuple[Tenso
             f"got shape {list(attention_mask.shape)}. Leave it out where nothing is padded; packed documents are told "
             f"apart by `resets` or `position_ids`."
         )
-    real = attention_mask.bool()
-    new = real[:, past:]
-    carried = real[:, :past].any(dim=1, keepdim=True)
-    if not torch.compiler.is_compiling() and (carried & ~new).any():
-        row = int((carried & ~new).any(dim=1).nonzero()[0])
-        raise ValueError(
-            f"attention_mask: expected no padding after tokens that the cache remembers, got some in row {row}: it "
-            f"would be written to the memories. Go on with rows of equal length, or with each row by itself "
-            f"(`cache.fork()`, then `batch_select_indices`), and join the states (`MemoryState.concatenate`)."
-        )
-    return new, new & (new.cumsum(dim=1) == 1) & ~carried
+    return attention_mask.bool()
 
 
 def _maybe(condition: Tensor) -> bool:
     """Whether it holds anywhere. While tracing nobody knows, and yes is always right, if slower."""
     return torch.compiler.is_compiling() or bool(condition.any())
+
+
+Read = Callable[[Hidden, Resets | None, Sequence[MemoryState]], tuple[list[Hidden], list[MemoryState]]]
+"""x [b, t, d], sorted, where segments begin, the states before → hidden states [b, t, d] each, the states after."""
+
+
+def read_rows(
+    read: Read, x: Hidden, segments: Segments, states: Sequence[MemoryState]
+) -> tuple[list[Hidden], list[MemoryState]]:
+    """`read`, where rows that remember something may have padding: it leaves their memories as they are.
+
+    Rows with as many tokens as each other are read together, each without its padding. The hidden states of padding
+    are 0. While tracing, when no one knows which rows these are, all rows are read and those without a token keep
+    their states; others are refused (`read_segments`).
+    """
+    resets, counts, t = segments.resets, segments.counts, x.shape[1]
+    if counts is None:
+        return read(x, resets, states)
+    if torch.compiler.is_compiling():
+        hidden, after = read(x, resets, states)
+        return hidden, [_keep(counts == 0, old, new) for old, new in zip(states, after, strict=True)]
+    groups, pieces, whole = [], [], [torch.zeros_like(x)]
+    for n in counts.unique().tolist():
+        rows = (counts == n).nonzero()[:, 0]
+        after = [state.select(rows) for state in states]
+        if n:
+            hidden, after = read(x[rows, t - n :], None if resets is None else resets[rows, t - n :], after)
+            whole = [torch.zeros_like(x) for _ in hidden] if len(whole) != len(hidden) else whole
+            for out, part in zip(whole, hidden, strict=True):
+                out[rows, t - n :] = part
+        groups.append(rows)
+        pieces.append(after)
+    back = torch.cat(groups).argsort()
+    return whole, [MemoryState.concatenate(parts).select(back) for parts in zip(*pieces, strict=True)]
+
+
+def _keep(rows: Tensor, old: MemoryState, new: MemoryState) -> MemoryState:
+    """The old state in these rows, the new one in the others."""
+    old = old.with_slots(new.keys.shape[1])
+    parts = (torch.where(rows.view(-1, *[1] * (x.dim() - 1)), x, y) for x, y in zip(old, new, strict=True))
+    return MemoryState(*parts)

@@ -9,34 +9,59 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import math
 import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
+from torch.nn import Parameter
 
 FOLDER = Path(__file__).parent
-KERNELS = (
-    "delta_rule_forward",
-    "delta_rule_backward",
-    "linear_attention_forward",
-    "linear_attention_backward",
-    "window_attention_forward",
-    "window_attention_backward",
-    "unit_silu_forward",
-    "unit_silu_backward",
-    "rotate_forward",
-    "rms_norm_forward",
-    "rms_norm_backward",
-    "mix_forward",
-    "mix_backward",
-)
+ITEM_SIZES = {torch.float32: 4, torch.float64: 8}
+ORDINARY = (Tensor, Parameter)
+RESETS = ("bt?", "bl?")
+
+
+class Kernel(NamedTuple):
+    """A kernel's sizes, in the order in which C++ reads them, and the axes of its tensors, in the order of `run`.
+
+    "½" is half of k, "*" all leading axes as one, "?" a tensor that may be None.
+    """
+
+    sizes: str
+    tensors: tuple[str, ...]
+
+    @staticmethod
+    def of(sizes: str, tensors: str) -> Kernel:
+        return Kernel(sizes, tuple(tensors.split()))
+
+
+KERNELS = {
+    "delta_rule_forward": Kernel.of("bthkv", "bthk bthk bthv bth bhkv bt? bthv bhkv bthv?"),
+    "delta_rule_backward": Kernel.of("bthkv", "bthk bthk bth bhkv bt? bthv bthv bhkv bthk bthk bthv bth bhkv"),
+    "linear_attention_forward": Kernel.of("bthkv", "bthk bthk bthv bhkv bhk bt? bthv bhkv bhk"),
+    "linear_attention_backward": Kernel.of(
+        "bthkv", "bthk bthk bthv bhkv bhk bt? bthv bthv bhkv bhk bthk bthk bthv bhkv bhk"
+    ),
+    "window_attention_forward": Kernel.of("btlhkv", "bthk blhk blhv bl? bthv"),
+    "window_attention_backward": Kernel.of("btlhkv", "bthk blhk blhv bl? bthv bthk blhk blhv"),
+    "unit_silu_forward": Kernel.of("*k", "*k *k"),
+    "unit_silu_backward": Kernel.of("*k", "*k *k *k"),
+    "rotate_forward": Kernel.of("blhk", "blhk l1½ l1½ blhk"),
+    "rms_norm_forward": Kernel.of("*d", "*d d *d"),
+    "rms_norm_backward": Kernel.of("*d", "*d d *d *d d"),
+    "mix_forward": Kernel.of("*v", "*v *v *v v *v"),
+    "mix_backward": Kernel.of("*v", "*v *v *v v *v *v *v *v v"),
+}
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
@@ -50,10 +75,10 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         for name in KERNELS:
             kernel = library[f"hqlt_{name}"]
             kernel.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_double, ctypes.c_void_p)
-            kernel.restype = None
+            kernel.restype = ctypes.c_char_p
             setattr(library, name, kernel)
         library.hqlt_one_token.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_char_p)
-        library.hqlt_one_token.restype = None
+        library.hqlt_one_token.restype = ctypes.c_char_p
         library.hqlt_use_openmp(_openmp())
     except (OSError, AttributeError) as error:
         return None, f"the native library does not load: {error}"
@@ -92,24 +117,83 @@ def instruction_set() -> str:
     return "" if _library is None else _library.hqlt_instruction_set().decode()
 
 
-def run(kernel: str, sizes: Sequence[int], scale: float, tensors: Sequence[Any]) -> None:
-    """Call a kernel on contiguous tensors of the first one's type: float32 or float64 (resets: bool, or None)."""
+def run(kernel: str, scale: float, tensors: Sequence[Any], *more_sizes: int) -> None:
+    """Call a kernel on contiguous tensors of the first one's dtype, float32 or float64 (resets: bool, or None).
+
+    C++ trusts what it is given, so everything is looked at here: shapes (once for each combination), dtypes, devices
+    and addresses. more_sizes: what C++ reads after the sizes of tensors.
+
+    Raises ValueError for tensors that the kernel cannot run on, MemoryError where there is none left.
+    """
     if _library is None:
         raise RuntimeError(f"backend 'native': {_why_not}; name another backend, or None to let hqlt pick")
-    addresses = [None if x is None else x.data_ptr() for x in tensors]
-    getattr(_library, kernel)(
-        tensors[0].dtype == torch.float64,
-        torch.get_num_threads(),
-        (ctypes.c_int64 * len(sizes))(*sizes),
-        scale,
-        (ctypes.c_void_p * len(addresses))(*addresses),
-    )
+    sizes = _sizes(kernel, more_sizes, *(None if x is None else x.shape for x in tensors))
+    dtype = tensors[0].dtype
+    if dtype not in ITEM_SIZES:
+        raise ValueError(f"{kernel}: expected float32 or float64, got {dtype}")
+    aligned: list[Tensor] = []  # copies, which live until the call is over
+    addresses: list[int | None] = []
+    for x, axes in zip(tensors, KERNELS[kernel].tensors, strict=True):
+        if x is None:
+            addresses.append(None)
+            continue
+        expected = torch.bool if axes in RESETS else dtype
+        address = x.data_ptr() if x.is_cpu and x.dtype is expected and x.is_contiguous() else 0
+        if not address:
+            raise ValueError(
+                f"{kernel}: expected a contiguous tensor of {expected} in a CPU's memory, got {x.dtype} on {x.device} "
+                f"of shape {list(x.shape)} and strides {list(x.stride())}"
+            )
+        if address % ITEM_SIZES.get(expected, 1):  # an input: what torch allocates is aligned
+            aligned.append(x.clone())
+            address = aligned[-1].data_ptr()
+        addresses.append(address)
+    pointers = (ctypes.c_void_p * len(addresses))(*addresses)
+    _raise(getattr(_library, kernel)(dtype is torch.float64, torch.get_num_threads(), sizes, scale, pointers))
+
+
+@functools.lru_cache(maxsize=4096)
+def _sizes(kernel: str, more_sizes: tuple[int, ...], *shapes: torch.Size | None) -> ctypes.Array[ctypes.c_int64]:
+    """A kernel's sizes, for tensors whose shapes agree with it and with each other."""
+    letters, tensors = KERNELS[kernel]
+    bound: dict[str, float] = {"1": 1}
+    for number, (axes, shape) in enumerate(zip(tensors, shapes, strict=True)):
+        if shape is None and axes.endswith("?"):
+            continue
+        axes, got = axes.rstrip("?"), list(shape or ())
+        if axes[0] == "*" and got:
+            got = [math.prod(got[:-1]), got[-1]]
+        for axis, size in zip(axes, got, strict=False):
+            bound.setdefault(axis, size)
+            if axis == "k":
+                bound["½"] = size / 2
+        if got != [bound.get(axis) for axis in axes]:
+            raise ValueError(
+                f"{kernel}: tensor {number}: expected [{', '.join(axes)}] with {bound}, got shape {list(shape or ())}"
+            )
+    if bound.get("l", math.inf) < bound.get("t", 0):
+        raise ValueError(f"{kernel}: expected at least as many pairs as queries, got {bound}")
+    sizes = [*(int(bound[letter]) for letter in letters), *more_sizes]
+    if min(sizes) < 1:
+        raise ValueError(
+            f"{kernel}: expected sizes of at least 1, got {sizes} for [{', '.join(letters)}]; call the operation of "
+            f"hqlt.ops, which serves empty tensors"
+        )
+    return (ctypes.c_int64 * len(sizes))(*sizes)
 
 
 def one_token(is_double: bool, job: bytes) -> None:
     """Call the kernel of one token on what `hqlt.ops.step` packed for it."""
     assert _library is not None, "asked for by native.available()"
-    _library.hqlt_one_token(is_double, torch.get_num_threads(), job)
+    _raise(_library.hqlt_one_token(is_double, torch.get_num_threads(), job))
+
+
+def _raise(refusal: bytes | None) -> None:
+    """What C++ says about a call that it did not finish."""
+    if refusal == b"memory":
+        raise MemoryError("backend 'native': not enough memory; use shorter sequences, smaller batches or windows")
+    if refusal:
+        raise ValueError(f"backend 'native': expected {refusal.decode()}")
 
 
 def contiguous(*tensors: Tensor | None) -> list[Any]:
@@ -117,13 +201,38 @@ def contiguous(*tensors: Tensor | None) -> list[Any]:
     return [x if x is None or x.is_contiguous() else x.contiguous() for x in tensors]
 
 
-def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether these are ordinary tensors without gradients that nobody traces: then an operator may skip torch's
-    dispatcher, which costs more than the work on one token."""
+def may_run(*tensors: Tensor | None) -> bool:
+    """Whether native code may read these tensors' memory by its address, and nobody sees the difference.
+
+    They are ordinary tensors whose memory holds their numbers, no gradient is asked for, and no compiler, mode or
+    transform of torch watches. Otherwise torch's dispatcher must see the operation (as a `torch.library` operator), or
+    the readable twin runs.
+    """
     grad = torch.is_grad_enabled()
-    return not is_traced() and all(x is None or (type(x) is Tensor and not (grad and x.requires_grad)) for x in tensors)
+    return not is_traced() and all(
+        x is None or (type(x) in ORDINARY and not (grad and x.requires_grad) and not x.is_neg()) for x in tensors
+    )
+
+
+is_plain = may_run
 
 
 def is_traced() -> bool:
-    """Whether a compiler, a mode or a transform of torch watches what is done to tensors."""
-    return is_compiling() or _len_torch_dispatch_stack() > 0 or peek_interpreter_stack() is not None
+    """Whether a compiler, a mode, a transform or a tracer of torch watches what is done to tensors."""
+    return (
+        is_compiling()
+        or _len_torch_dispatch_stack() > 0
+        or _len_torch_function_stack() > 0
+        or _get_tracing_state() is not None
+        or is_transformed()
+    )
+
+
+def is_transformed() -> bool:
+    """Whether a transform runs that only torch's own operations serve: torch.func's, or forward-mode AD."""
+    return not is_compiling() and (peek_interpreter_stack() is not None or forward_ad._current_level >= 0)
+
+
+def is_jit_traced() -> bool:
+    """Whether `torch.jit.trace` records."""
+    return not is_compiling() and _get_tracing_state() is not None

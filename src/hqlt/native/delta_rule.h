@@ -98,11 +98,12 @@ struct DeltaRule {
     Lanes<T> own[N], d_error[N] = {}, error[N], d_read[N];
     UNROLL for (int n = 0; n < N; ++n) own[n] = columns.own(n);
     for (int64_t i = t - 1; i >= 0; --i) {
-      const int64_t now = at.token(i), later = at.token(i + 1 < t ? i + 1 : i), soon = at.token(i > 1 ? i - 2 : i);
+      const bool last = i + 1 == t || at.reset(i + 1);  // of its segment: no later token's key is looked at
+      const int64_t now = at.token(i), later = at.token(last ? i : i + 1), soon = at.token(i > 1 ? i - 2 : i);
       prefetch(q + soon * k, k), prefetch(key + soon * k, k);
       prefetch(d_out + soon * v, v), prefetch(errors + soon * v, v);
       prefetch_to_write(d_value + soon * v, v), prefetch_to_write(sums.d_key + soon * k, k);
-      if (at.reset(i + 1)) {
+      if (last && i + 1 < t) {
         G.clear();
         UNROLL for (int n = 0; n < N; ++n) d_error[n] = Lanes<T>{};
       }

@@ -168,7 +168,8 @@ Lanes<T>* scratch(int64_t vectors) {
   const int64_t bytes = vectors * LANE_BYTES;
   if (buffer.bytes < bytes) {
     ::free(buffer.memory);
-    if (::posix_memalign(&buffer.memory, 64, bytes)) ::abort();
+    buffer.memory = nullptr, buffer.bytes = 0;
+    if (::posix_memalign(&buffer.memory, 64, bytes)) throw std::bad_alloc();
     buffer.bytes = bytes;
   }
   return static_cast<Lanes<T>*>(buffer.memory);

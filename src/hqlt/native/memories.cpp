@@ -7,6 +7,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <new>
+#include <stdexcept>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -106,10 +108,25 @@ const Kernels* const kernels = best();
 
 }  // namespace
 
-#define EXPORT(kernel)                                                                            \
-  extern "C" __attribute__((visibility("default"))) void hqlt_##kernel(                           \
-      int is_double, int threads, const int64_t* sizes, double scale, void* const* tensors) {     \
-    (is_double ? kernels->kernel.f64 : kernels->kernel.f32)(threads, sizes, scale, tensors);      \
+// What a call has to say where it did not finish: what was expected, or "memory"; null otherwise.
+template <class Call>
+const char* guarded(const Call& call) {
+  try {
+    call();
+    return nullptr;
+  } catch (const std::invalid_argument& refusal) {
+    static thread_local std::string text;
+    text = refusal.what();
+    return text.c_str();
+  } catch (...) {  // std::bad_alloc, or no thread to be had
+    return "memory";
+  }
+}
+
+#define EXPORT(kernel)                                                                                             \
+  extern "C" __attribute__((visibility("default"))) const char* hqlt_##kernel(                                     \
+      int is_double, int threads, const int64_t* sizes, double scale, void* const* tensors) {                      \
+    return guarded([&] { (is_double ? kernels->kernel.f64 : kernels->kernel.f32)(threads, sizes, scale, tensors); }); \
   }
 
 EXPORT(delta_rule_forward)
@@ -126,8 +143,8 @@ EXPORT(rms_norm_backward)
 EXPORT(mix_forward)
 EXPORT(mix_backward)
 
-extern "C" __attribute__((visibility("default"))) void hqlt_one_token(int is_double, int threads, const OneTokenJob* job) {
-  (is_double ? kernels->one_token.f64 : kernels->one_token.f32)(threads, *job);
+extern "C" __attribute__((visibility("default"))) const char* hqlt_one_token(int is_double, int threads, const OneTokenJob* job) {
+  return guarded([&] { (is_double ? kernels->one_token.f64 : kernels->one_token.f32)(threads, *job); });
 }
 
 // The instruction set in use: "plain", "avx2" or "avx512"; "" where HQLT_NATIVE_ISA names one that this machine lacks.

@@ -11,6 +11,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
+#include <new>
 #include <thread>
 
 class Pool {
@@ -27,12 +28,15 @@ class Pool {
       struct Share {
         const Work& work;
         int64_t tasks;
+        std::atomic<bool> failed{false};
         std::atomic<int64_t> next{0};
       } share{work, tasks};
       parallel([](void* data) {
         Share& mine = *static_cast<Share*>(data);
-        for (int64_t task; (task = mine.next.fetch_add(1, std::memory_order_relaxed)) < mine.tasks;) mine.work(task);
+        for (int64_t task; (task = mine.next.fetch_add(1, std::memory_order_relaxed)) < mine.tasks;)
+          attempt(mine.work, task, mine.failed);
       }, &share, unsigned(threads), 0);
+      if (share.failed) throw std::bad_alloc();
       return;
     }
     Pool* pool = threads > 1 ? &current() : nullptr;
@@ -40,19 +44,37 @@ class Pool {
       for (int64_t task = 0; task < tasks; ++task) work(task);
       return;
     }
-    pool->share(threads - 1, tasks, [](const void* w, int64_t task) { (*static_cast<const Work*>(w))(task); }, &work);
-    pool->callers.unlock();
+    const std::lock_guard<std::mutex> calling(pool->callers, std::adopt_lock);
+    struct Share {
+      const Work& work;
+      std::atomic<bool> failed{false};
+    } share{work};
+    pool->share(threads - 1, tasks, [](void* data, int64_t task) {
+      Share& mine = *static_cast<Share*>(data);
+      attempt(mine.work, task, mine.failed);
+    }, &share);
+    if (share.failed) throw std::bad_alloc();
   }
 
  private:
+  // An exception must not leave the thread that it was thrown in: the caller throws it again.
+  template <class Work>
+  static void attempt(const Work& work, int64_t task, std::atomic<bool>& failed) {
+    try {
+      if (!failed) work(task);
+    } catch (...) {
+      failed = true;
+    }
+  }
+
   std::mutex callers;  // one job at a time
   std::mutex gate;     // guards everything below except `next`
   std::condition_variable job_is_open, helper_is_done;
   int helpers_alive = 0, helpers_wanted = 0, helpers_working = 0;
   std::atomic<int64_t> next{0};
   int64_t tasks = 0;
-  void (*call)(const void*, int64_t) = nullptr;
-  const void* work = nullptr;
+  void (*call)(void*, int64_t) = nullptr;
+  void* work = nullptr;
 
   static inline std::atomic<Pool*> pool{nullptr};
 
@@ -72,7 +94,7 @@ class Pool {
     for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) call(work, task);
   }
 
-  void share(int helpers, int64_t n, void (*f)(const void*, int64_t), const void* w) {
+  void share(int helpers, int64_t n, void (*f)(void*, int64_t), void* w) {
     {
       std::lock_guard<std::mutex> lock(gate);
       for (; helpers_alive < helpers; ++helpers_alive) std::thread(&Pool::help, this).detach();

@@ -10,7 +10,7 @@
 template <class T>
 INLINE Lanes<T> sigmoid(Lanes<T> x) {
   const Lanes<T> small = exponential<T>(x > T(0) ? -x : x);
-  return (x > T(0) ? Lanes<T>{} + T(1) : small) / (T(1) + small) + (x - x);  // + 0, or NaN where x is
+  return (x > T(0) ? Lanes<T>{} + T(1) : small) / (T(1) + small);
 }
 
 // work(first, last) for stretches of rows, over the threads; work is about `cost` multiply-adds a number.
@@ -68,13 +68,13 @@ void unit_silu_backward(int threads, const int64_t* n, double epsilon, void* con
   });
 }
 
-// n: rows, each of h heads, the length of the tables, a head's width; the direction turns forwards (1) or back (−1).
+// n: rows b, tokens l, heads h, a head's width; the direction turns forwards (1) or back (−1).
 template <class T>
 void rotate_forward(int threads, const int64_t* n, double direction, void* const* tensors) {
   const T *x, *cos, *sin;
   T* y;
   from(tensors, x, cos, sin, y);
-  const int64_t rows = n[0], h = n[1], l = n[2], width = n[3], half = width / 2;
+  const int64_t l = n[1], rows = n[0] * l, h = n[2], width = n[3], half = width / 2;
   for_rows(threads, rows, h * width, 3, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
       const T *c = cos + row % l * half, *s = sin + row % l * half;

@@ -53,6 +53,20 @@ struct OneToken {
 
   static int64_t whole(int64_t width) { return (width + L<T> - 1) / L<T>; }
 
+  // What would end the process: an address of what is not there or of no whole number, a size of 0.
+  void check(void* const* tensors) const {
+    int64_t misaligned = int64_t(position) % 8 | int64_t(position_after) % 8;
+    for (int i = 0; i < 22; ++i)
+      if (tensors[i] != resets) misaligned |= int64_t(tensors[i]) % int64_t(sizeof(T));
+    if (misaligned) throw std::invalid_argument("tensors aligned to their numbers; clone() them");
+    const bool fits = b > 0 && h > 0 && k > 0 && v > 0 && s >= 0 && s_after >= 0 && window > 0;
+    const bool held = !attends || ((!s || (keys && values)) && (!s_after || (keys_after && values_after)));
+    const bool written = writes == nothing || (state && final_state && (!is_linear || (key_sum && final_key_sum)));
+    const bool weighed = (writes != chunk || ((!s || betas) && (!s_after || betas_after))) && (mixer <= sum || gate);
+    if (!(fits && held && written && weighed && q && key && value && position && out && position_after))
+      throw std::invalid_argument("sizes of at least 1, and tensors with memory");
+  }
+
   void prepare() {
     const auto aligned = [](int64_t address) { return address % LANE_BYTES == 0; };
     scale = 1 / std::sqrt(T(k));
@@ -277,7 +291,7 @@ struct OneToken {
     std::fill_n(x + k, whole(k) * L<T> - k, T(0));
     for (int64_t n = 0; n < whole(k); ++n) {
       const Lanes<T> at = to[n];
-      if (is_linear) to[n] = at > T(0) ? at + T(1) : exponential<T>(at) + (at - at);  // + 0, or NaN where x is
+      if (is_linear) to[n] = at > T(0) ? at + T(1) : exponential<T>(at);
       else to[n] = at * sigmoid<T>(at);
     }
     if (is_linear) return;
@@ -326,6 +340,7 @@ void one_token(int threads, const OneTokenJob& packed) {
   from(packed.tensors, job.q, job.key, job.value, job.beta, job.gate, job.norm, job.resets, job.keys, job.values, job.betas,
        job.state, job.key_sum, job.position, job.cos, job.sin, job.out, job.keys_after, job.values_after, job.betas_after,
        job.final_state, job.final_key_sum, job.position_after);
+  job.check(packed.tensors);
   job.prepare();
   if (job.bytes < 4 << 20) threads = 1;  // waking a second one takes longer than moving less
   const int64_t stretches = std::min((threads + job.b - 1) / job.b, job.h), heads = (job.h + stretches - 1) / stretches;

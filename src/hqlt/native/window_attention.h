@@ -7,8 +7,11 @@
 // A task is a stretch of queries of one head. Its rows are copied side by side, filled up with zeros to whole vectors.
 // L queries at a time lie in the lanes, so that A is kept as [pairs, L queries] and maximum, exponential and sum run
 // without crossing lanes. The backward pass keeps q, k and v alone and computes P again.
+//
+// A weight of 0 does not keep NaN and infinity out of a product. So rows that hold one become zeros when they are copied,
+// and what sees them, P_ij of a pair within reach, becomes NaN: it reaches no token that cannot see it.
 
-// eˣ for x ≤ 0: 2ⁿ times a polynomial in the rest, |rest| ≤ ½ ln 2. Below the smallest normal number it is 0.
+// eˣ for x ≤ 0: 2ⁿ times a polynomial in the rest, |rest| ≤ ½ ln 2. Below the smallest normal number it is 0; NaN stays.
 template <class T>
 INLINE Lanes<T> exponential(Lanes<T> x) {
   using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
@@ -23,7 +26,7 @@ INLINE Lanes<T> exponential(Lanes<T> x) {
   Lanes<T> power = Lanes<T>{} + T(1);
   UNROLL for (int i = degree; i > 0; --i) power = T(1) + power * rest * T(1.0 / i);
   const Lanes<T> scaled = (Lanes<T>)((BitLanes)power + ((BitLanes)shifted << mantissa));
-  return x > (single ? T(-87) : T(-708)) ? scaled : Lanes<T>{};
+  return x <= (single ? T(-87) : T(-708)) ? Lanes<T>{} : scaled + (x - x);
 }
 
 // Exchanges rows and lanes of an L × L block: log₂ L rounds of zipping the two halves together.
@@ -138,13 +141,15 @@ struct WindowAttention {
     const WindowAttention& job;
     int64_t head, a, e, first, pairs;
     std::vector<int64_t> low;  // the first pair that each query reaches, counted from `first`
+    std::vector<uint8_t> bad_query, bad_pair;  // rows that are not finite
+    bool bad = false;                          // whether there is one
     Lanes<T>* memory;
     Rows<T> q, key, value;
     Lanes<T>*query_lanes, *weights;
 
     Stretch(const WindowAttention& job, int64_t head, int64_t a, int64_t e)
         : job(job), head(head), a(a), e(e), first(std::max<int64_t>(job.l - job.t + a - job.window + 1, 0)),
-          pairs(job.l - job.t + e - first), low(whole(e - a) * L<T>, pairs) {
+          pairs(job.l - job.t + e - first), low(whole(e - a) * L<T>, pairs), bad_query(low.size()), bad_pair(pairs) {
       const uint8_t* resets = job.resets ? job.resets + head / job.h * job.l : nullptr;
       const int64_t own = pairs - (e - a);  // the pair of query a
       for (int64_t j = 0, begin = 0; j < pairs; ++j) {
@@ -155,21 +160,29 @@ struct WindowAttention {
       memory = scratch<T>(2 * (queries + pairs) * (kv + vv) + (kv + vv) * L<T> + 2 * pairs);
       q = rows(queries, kv), key = rows(pairs, kv), value = rows(pairs, vv);
       query_lanes = take(kv * L<T>), weights = take(pairs);
-      copy_in(q, job.q, job.t, a, e - a, queries, job.k);
-      copy_in(key, job.key, job.l, first, pairs, pairs, job.k);
-      copy_in(value, job.value, job.l, first, pairs, pairs, job.v);
+      copy_in(q, job.q, job.t, a, e - a, queries, job.k, bad_query);
+      copy_in(key, job.key, job.l, first, pairs, pairs, job.k, bad_pair);
+      copy_in(value, job.value, job.l, first, pairs, pairs, job.v, bad_pair);
     }
 
     Lanes<T>* take(int64_t vectors) { return (memory += vectors) - vectors; }
     Rows<T> rows(int64_t n, int64_t vectors) { return {take(n * vectors), vectors}; }
     int64_t place(int64_t time, int64_t i) const { return (head / job.h * time + i) * job.h + head % job.h; }
 
-    // n rows of [b, time, h, width], and rows of zeros to fill up.
-    void copy_in(Rows<T> to, const T* from, int64_t time, int64_t begin, int64_t n, int64_t all, int64_t width) const {
+    // n rows of [b, time, h, width], and rows of zeros to fill up. Those that are not finite are marked, and zeros.
+    void copy_in(Rows<T> to, const T* from, int64_t time, int64_t begin, int64_t n, int64_t all, int64_t width,
+                 std::vector<uint8_t>& marks) {
       for (int64_t i = 0; i < n; ++i) {
         const T* row = from + place(time, begin + i) * width;
         prefetch(row + 8 * job.h * width, width);
-        for (int64_t j = 0; j < to.vectors; ++j) to.at[i * to.vectors + j] = load_until(row, j * L<T>, width);
+        Lanes<T> zero = {};  // x − x is NaN where x is not finite
+        for (int64_t j = 0; j < to.vectors; ++j) {
+          const Lanes<T> x = to.at[i * to.vectors + j] = load_until(row, j * L<T>, width);
+          zero += x - x;
+        }
+        if (sum_of<T>(zero) == 0) continue;
+        marks[i] = 1, bad = true;
+        std::fill_n(to.at + i * to.vectors, to.vectors, Lanes<T>{});
       }
       std::fill_n(to.at + n * to.vectors, (all - n) * to.vectors, Lanes<T>{});
     }
@@ -201,6 +214,7 @@ struct WindowAttention {
       }
       into_lanes(q, block, job.scale, query_lanes);
       multiply(key, begin, end - begin, job.k, query_lanes, weights);
+      if (bad) mark(block, begin, end);
 
       constexpr T none = -std::numeric_limits<T>::infinity();
       Lanes<T> most = Lanes<T>{} + std::numeric_limits<T>::lowest(), total = {};
@@ -211,8 +225,16 @@ struct WindowAttention {
         most = score > most ? score : most;
       }
       for (int64_t j = 0; j < end - begin; ++j) total += weights[j] = exponential<T>(weights[j] - most);
-      const Lanes<T> inverse = total > 0 ? T(1) / total : Lanes<T>{};
-      for (int64_t j = 0; j < end - begin; ++j) weights[j] *= inverse;
+      const Lanes<T> inverse = total != 0 ? T(1) / total : Lanes<T>{};  // 0: lanes without a query
+      for (int64_t j = 0; j < end - begin; ++j) weights[j] = weights[j] != 0 ? weights[j] * inverse : Lanes<T>{};
+    }
+
+    // NaN for the scores of what is not finite.
+    void mark(int64_t block, int64_t begin, int64_t end) {
+      Lanes<T> sick = {};
+      for (int i = 0; i < L<T>; ++i) sick[i] = bad_query[block + i] ? std::numeric_limits<T>::quiet_NaN() : T(0);
+      for (int64_t j = begin; j < end; ++j)
+        weights[j - begin] += bad_pair[j] ? std::numeric_limits<T>::quiet_NaN() + Lanes<T>{} : sick;
     }
 
     void forward() {
@@ -229,7 +251,7 @@ struct WindowAttention {
       const Rows<T> d_out = rows(queries, value.vectors), d_q = rows(queries, q.vectors);
       const Rows<T> d_key = rows(pairs, key.vectors), d_value = rows(pairs, value.vectors);
       Lanes<T>*d_out_lanes = take(value.vectors * L<T>), *d_weights = take(pairs);
-      copy_in(d_out, job.d_out, job.t, a, e - a, queries, job.v);
+      copy_in(d_out, job.d_out, job.t, a, e - a, queries, job.v, bad_query);
       std::fill_n(d_key.at, pairs * d_key.vectors, Lanes<T>{});
       std::fill_n(d_value.at, pairs * d_value.vectors, Lanes<T>{});
       const T *P = reinterpret_cast<T*>(weights), *dA = reinterpret_cast<T*>(d_weights);
@@ -240,7 +262,8 @@ struct WindowAttention {
         multiply(value, begin, n, job.v, d_out_lanes, d_weights);
         Lanes<T> mean = {};
         for (int64_t j = 0; j < n; ++j) mean += weights[j] * d_weights[j];
-        for (int64_t j = 0; j < n; ++j) d_weights[j] = job.scale * weights[j] * (d_weights[j] - mean);
+        for (int64_t j = 0; j < n; ++j)
+          d_weights[j] = weights[j] != 0 ? job.scale * weights[j] * (d_weights[j] - mean) : Lanes<T>{};
         combine<T>(P, L<T>, 1, d_out, block, L<T>, d_value, begin, n, true);
         combine<T>(dA, L<T>, 1, q, block, L<T>, d_key, begin, n, true);
         combine<T>(dA, 1, L<T>, key, begin, n, d_q, block, L<T>, false);

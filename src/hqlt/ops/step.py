@@ -135,7 +135,7 @@ def plan(
 
 def may_run(given: Given) -> bool:
     """Whether nobody forces an implementation by name, checks numbers, traces or asks for gradients."""
-    if native.is_traced() or backend._forced is not None or shapes._finite_checks:
+    if native.is_traced() or backend.forced() is not None or shapes.checks_finite():
         return False
     return not (torch.is_grad_enabled() and any(x.requires_grad for x in given))
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import torch
-
-from hqlt.ops.backend import NATIVE, Choice, Rule, choose
+from hqlt.ops.backend import NATIVE, Choice, Rule, choose, empty_read, implementation, register
 from hqlt.ops.delta_rule import chunked, fla, native, reference
-from hqlt.shapes import Keys, Matrix, Queries, Resets, Strengths, Values, at_least_float32, check_resets, match
+from hqlt.shapes import Keys, Matrix, Queries, Resets, Strengths, Values, at_least_float32, check_resets, match_floats
 
-IMPLEMENTATIONS = {
-    "reference": reference.delta_rule,
-    "chunked": chunked.delta_rule,
-    "native": native.delta_rule,
-    "fla": fla.delta_rule,  # not tried on a GPU here yet: by name only
-}
+IMPLEMENTATIONS = register(
+    {
+        "reference": reference.delta_rule,
+        "chunked": chunked.delta_rule,
+        "native": native.delta_rule,
+        "fla": fla.delta_rule,  # not tried on a GPU here yet: by name only
+    }
+)
 RULES = (
     NATIVE,
     Rule("reference", lambda q: q.shape[1] <= 1, "one token or none: the equation itself takes the fewest calls"),
@@ -42,25 +42,25 @@ def delta_rule(
     marked token is written. backend: the name of one implementation, None picks (see `hqlt.ops.explain`).
 
     → out [b, t, h, v] in v's dtype, W_t [b, h, k, v] in at least float32. Runs in float64, float32 and bfloat16;
-    the matrix accumulates in at least float32.
+    the matrix accumulates in at least float32. Sizes of 0 give empty tensors, and reads of 0 where k is 0.
 
-    Raises ValueError for shapes that do not fit, and for an unknown backend.
+    Raises ValueError for shapes, dtypes and devices that do not fit, and for an unknown backend.
 
     Source: Schlag, Irie, Schmidhuber 2021, "Linear Transformers Are Secretly Fast Weight Programmers", eq. 24.
     """
-    size = match(
+    size = match_floats(
         q=(q, "b t h k"), k=(k, "b t h k"), v=(v, "b t h v"), beta=(beta, "b t h"),
         **({} if state is None else {"state": (state, "b h k v")}),
     )  # fmt: skip
-    check_resets(resets, size["b"], size["t"])
+    check_resets(resets, size["b"], size["t"], q.device)
     if state is None:
         state = q.new_zeros(size["b"], size["h"], size["k"], size["v"], dtype=at_least_float32(v.dtype))
     else:
         state = state.to(at_least_float32(v.dtype))
-    run = IMPLEMENTATIONS[explain(q, backend=backend).name]
+    run = implementation(IMPLEMENTATIONS, explain(q, backend=backend), *size.values())
     if size["t"] == 0:
-        return torch.zeros_like(v), state
-    scale = size["k"] ** -0.5 if scale is None else scale
+        return empty_read(v, q, k, beta, state), state
+    scale = max(size["k"], 1) ** -0.5 if scale is None else scale
     out, state = run(q, k, v, beta, scale=scale, state=state, resets=resets)
     return out.to(v.dtype), state
 

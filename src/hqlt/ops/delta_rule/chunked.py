@@ -14,13 +14,16 @@ Source: Yang et al., "Parallelizing Linear Transformers with the Delta Rule over
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from hqlt.ops import contain
+from hqlt.ops.delta_rule import reference
+from hqlt.ops.second_order import Equation, Gradients
 from hqlt.ops.segments import segment_ids
 from hqlt.shapes import Keys, Matrix, Queries, Resets, Strengths, Values, at_least_float32
 
@@ -28,7 +31,10 @@ from hqlt.shapes import Keys, Matrix, Queries, Resets, Strengths, Values, at_lea
 def delta_rule(
     q: Queries, k: Keys, v: Values, beta: Strengths, *, scale: float, state: Matrix, resets: Resets | None
 ) -> tuple[Values, Matrix]:
-    out, state = _ChunkedDeltaRule.apply(q, k, v, beta, state, resets, scale, _chunk_length(q))
+    def run(*x: Tensor) -> tuple[Tensor, ...]:
+        return _ChunkedDeltaRule.apply(*x, resets, scale, _chunk_length(q))
+
+    out, state = contain.scan(run, resets, q, (k, v, beta), (state,))
     return out, state
 
 
@@ -65,7 +71,22 @@ def _from_chunks(x: Tensor, t: int) -> Tensor:
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x if mask is None else x * mask
+    """x within the mask, 0 elsewhere, whatever is there: a product with 0 would keep NaN and infinity."""
+    return x if mask is None else x.masked_fill(~mask, 0)
+
+
+def _within(weights: Tensor, x: Tensor, reach: Tensor | None) -> Tensor:
+    """weights @ x, where a row of x that has overflowed is seen within reach alone."""
+    if reach is None:
+        return weights @ x
+    lost = ~x.isfinite().all(dim=-1)
+    product = weights @ x.masked_fill(lost[..., None], 0)
+    return product.masked_fill((reach & lost[..., None, :]).any(dim=-1, keepdim=True), torch.nan)
+
+
+def _part(mask: Tensor | None, i: int) -> Tensor | None:
+    """A mask of all chunks, of chunk i."""
+    return None if mask is None else mask[:, :, i]
 
 
 def _chunks(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, resets: Tensor | None, c: int) -> _Chunks:
@@ -85,6 +106,7 @@ def _chunks(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, resets: Tensor | None
         identity + lower, identity.expand_as(lower), upper=False, unitriangular=True
     )
     attention = _masked((q @ k.mT).tril(), visible)
+    inverse = _masked(inverse, visible)
     return _Chunks(q, k, v, beta, inverse, attention, visible, sees_matrix, reaches_end, keeps_matrix)
 
 
@@ -96,9 +118,9 @@ def _run(x: _Chunks, state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     starts, corrections = [], []
     for i in range(x.k.shape[2]):
         starts.append(state)
-        correction = U[:, :, i] - Y[:, :, i] @ state
-        kept = state if x.keeps_matrix is None else state * x.keeps_matrix[:, :, i]
-        state = kept + k_end[:, :, i].mT @ correction
+        correction = U[:, :, i] - _masked(Y[:, :, i] @ state, _part(x.sees_matrix, i))
+        kept = _masked(state, _part(x.keeps_matrix, i))
+        state = kept + k_end[:, :, i].mT @ _masked(correction, _part(x.reaches_end, i))
         corrections.append(correction)
     return torch.stack(corrections, dim=2), Y, torch.stack(starts, dim=2), state
 
@@ -120,44 +142,60 @@ class _ChunkedDeltaRule(torch.autograd.Function):
         ctx.scale, ctx.c = scale, c
         x = _chunks(q, k, v, beta, resets, c)
         R, _, S, final = _run(x, state)
-        out = scale * (_masked(x.q, x.sees_matrix) @ S + x.attention @ R)
+        earlier = None if x.visible is None else x.visible.tril()
+        out = scale * (_masked(x.q @ S, x.sees_matrix) + _within(x.attention, R, earlier))
         return _from_chunks(out, q.shape[1]), final
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, beta, state, resets = ctx.saved_tensors
-        t = q.shape[1]
-        x = _chunks(q, k, v, beta, resets, ctx.c)
-        R, Y, S, _ = _run(x, state)
-        dO = ctx.scale * _to_chunks(d_out, ctx.c)
-        q_seen, k_end = _masked(x.q, x.sees_matrix), _masked(x.k, x.reaches_end)
+        *inputs, resets = ctx.saved_tensors
+        tensors = (*inputs, d_out, d_final)
+        gradients: Equation = partial(_gradients, resets=resets, scale=ctx.scale, c=ctx.c)
+        if not torch.is_grad_enabled():
+            return *gradients(*tensors), None, None, None
 
-        # Backwards through the loop over chunks: dR, and the gradient dS' of the matrix after each chunk.
-        dR_read, dS_read = x.attention.mT @ dO, q_seen.mT @ dO
-        dRs, dS_afters, dS = list[Tensor](), list[Tensor](), d_final
-        for i in reversed(range(x.k.shape[2])):
-            dS_afters.append(dS)
-            dRs.append(dR_read[:, :, i] + k_end[:, :, i] @ dS)
-            kept = dS if x.keeps_matrix is None else dS * x.keeps_matrix[:, :, i]
-            dS = kept + dS_read[:, :, i] - Y[:, :, i].mT @ dRs[-1]
-        dR, dS_after = torch.stack(dRs[::-1], dim=2), torch.stack(dS_afters[::-1], dim=2)
+        def equation(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+            return reference.delta_rule(q, k, v, beta, scale=ctx.scale, state=state, resets=resets)
 
-        # R = (I + L)⁻¹ E with E = β(V − K S): dE = (I + L)⁻ᵀ dR and dL = −dE Rᵀ.
-        dE = x.inverse.mT @ dR
-        dL = _masked(-(dE @ R.mT).tril(-1), x.visible)
-        d_attention = _masked((dO @ R.mT).tril(), x.visible)
-        error = x.v - _masked(x.k, x.sees_matrix) @ S
-        gram = x.k @ x.k.mT
-        d_beta = (dE * error).sum(-1) + (dL * gram).sum(-1)
-        dG = x.beta * dL
-        dq = _masked(dO @ S.mT, x.sees_matrix) + d_attention @ x.k
-        dk = (
-            d_attention.mT @ x.q
-            + (dG + dG.mT) @ x.k
-            + _masked(R @ dS_after.mT, x.reaches_end)
-            - _masked(x.beta * (dE @ S.mT), x.sees_matrix)
-        )
-        dv = x.beta * dE
-        grads = (_from_chunks(g, t).to(like.dtype) for g, like in ((dq, q), (dk, k), (dv, v)))
-        return *grads, _from_chunks(d_beta[..., None], t)[..., 0].to(beta.dtype), dS, None, None, None
+        return *Gradients.apply(gradients, equation, 5, *tensors), None, None, None
+
+
+def _gradients(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor, d_out: Tensor, d_final: Tensor,
+    *, resets: Tensor | None, scale: float, c: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """→ dq, dk, dv, dβ, the gradient of the initial state."""
+    t = q.shape[1]
+    x = _chunks(q, k, v, beta, resets, c)
+    R, Y, S, _ = _run(x, state)
+    dO = scale * _to_chunks(d_out, c)
+    q_seen = _masked(x.q, x.sees_matrix)
+
+    # Backwards through the loop over chunks: dR, and the gradient dS' of the matrix after each chunk.
+    dR_read, dS_read = x.attention.mT @ dO, q_seen.mT @ dO
+    dRs, dS_afters, dS = list[Tensor](), list[Tensor](), d_final
+    for i in reversed(range(x.k.shape[2])):
+        dS_afters.append(dS)
+        dRs.append(dR_read[:, :, i] + _masked(x.k[:, :, i] @ dS, _part(x.reaches_end, i)))
+        kept = _masked(dS, _part(x.keeps_matrix, i))
+        dS = kept + dS_read[:, :, i] - Y[:, :, i].mT @ _masked(dRs[-1], _part(x.sees_matrix, i))
+    dR, dS_after = torch.stack(dRs[::-1], dim=2), torch.stack(dS_afters[::-1], dim=2)
+
+    # R = (I + L)⁻¹ E with E = β(V − K S): dE = (I + L)⁻ᵀ dR and dL = −dE Rᵀ.
+    dE = _within(x.inverse.mT, dR, None if x.visible is None else x.visible.triu())
+    dL = _masked(-(dE @ R.mT).tril(-1), x.visible)
+    d_attention = _masked((dO @ R.mT).tril(), x.visible)
+    error = x.v - _masked(x.k @ S, x.sees_matrix)
+    gram = x.k @ x.k.mT
+    d_beta = (dE * error).sum(-1) + (dL * gram).sum(-1)
+    dG = x.beta * dL
+    dq = _masked(dO @ S.mT, x.sees_matrix) + d_attention @ x.k
+    dk = (
+        d_attention.mT @ x.q
+        + (dG + dG.mT) @ x.k
+        + _masked(R @ dS_after.mT, x.reaches_end)
+        - _masked(x.beta * (dE @ S.mT), x.sees_matrix)
+    )
+    dv = x.beta * dE
+    grads = (_from_chunks(g, t).to(like.dtype) for g, like in ((dq, q), (dk, k), (dv, v)))
+    return *grads, _from_chunks(d_beta[..., None], t)[..., 0].to(beta.dtype), dS

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from hqlt import native
+from hqlt.ops.delta_rule import reference
+from hqlt.ops.second_order import differentiable_twice
 from hqlt.shapes import Keys, Matrix, Queries, Resets, Strengths, Values
 
 
@@ -24,10 +26,6 @@ def delta_rule(
     return out, state
 
 
-def _sizes(q: Tensor, v: Tensor) -> tuple[int, int, int, int, int]:
-    return (*q.shape, v.shape[3])
-
-
 def _run(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor, resets: Tensor | None, scale: float, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,7 +34,7 @@ def _run(
     out, final = torch.empty_like(v), torch.empty_like(state)
     errors = torch.empty_like(v) if keep else v.new_empty(0)
     kept = errors if keep else None
-    native.run("delta_rule_forward", _sizes(q, v), scale, (q, k, v, beta, state, resets, out, final, kept))
+    native.run("delta_rule_forward", scale, (q, k, v, beta, state, resets, out, final, kept))
     return out, final, errors
 
 
@@ -52,6 +50,7 @@ def _(q, k, v, beta, state, resets, scale, keep):  # type: ignore[no-untyped-def
 def _backward(
     q: Tensor,
     k: Tensor,
+    v: Tensor,
     beta: Tensor,
     state: Tensor,
     resets: Tensor | None,
@@ -60,17 +59,25 @@ def _backward(
     d_final: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """→ dq, dk, dv, dβ, the gradient of the initial state."""
+    """→ dq, dk, dv, dβ, the gradient of the initial state. v is what second derivatives need."""
     inputs = native.contiguous(q, k, beta, state, resets, errors, d_out, d_final)
     q, k, beta, state, _, errors, *_ = inputs
     dq, dk, dv, d_beta, d_state = (torch.empty_like(x) for x in (q, k, errors, beta, state))
-    native.run("delta_rule_backward", _sizes(q, errors), scale, (*inputs, dq, dk, dv, d_beta, d_state))
+    native.run("delta_rule_backward", scale, (*inputs, dq, dk, dv, d_beta, d_state))
     return dq, dk, dv, d_beta, d_state
 
 
 @_backward.register_fake
-def _(q, k, beta, state, resets, errors, d_out, d_final, scale):  # type: ignore[no-untyped-def]
-    return tuple(x.new_empty(x.shape) for x in (q, k, errors, beta, state))
+def _(q, k, v, beta, state, resets, errors, d_out, d_final, scale):  # type: ignore[no-untyped-def]
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, beta, state))
+
+
+def _equation(arguments: Any) -> Any:
+    resets, scale = arguments[5], arguments[-1]
+    return lambda q, k, v, beta, state: reference.delta_rule(q, k, v, beta, scale=scale, state=state, resets=resets)
+
+
+differentiable_twice(_backward, _equation, inputs=range(5), d_outputs=(7, 8))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -84,7 +91,7 @@ def _gradients(ctx: Any, d_out: Tensor, d_final: Tensor, _: Tensor) -> tuple[Ten
     q, k, v, beta, state, resets, errors = ctx.saved_tensors
     if errors.numel() == 0:
         errors = _forward(q, k, v, beta, state, resets, ctx.scale, True)[2]
-    return *_backward(q, k, beta, state, resets, errors, d_out, d_final, ctx.scale), None, None, None
+    return *_backward(q, k, v, beta, state, resets, errors, d_out, d_final, ctx.scale), None, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)

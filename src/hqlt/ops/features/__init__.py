@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from hqlt.ops.backend import NATIVE_ROWS, Choice, Rule, choose
+from hqlt.ops.backend import NATIVE_ROWS, Choice, Rule, choose, implementation, register
 from hqlt.ops.features import native, reference
-from hqlt.shapes import Keys
+from hqlt.shapes import Keys, match_floats
 
-IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
-    "unit_silu": {"reference": reference.unit_silu, "native": native.unit_silu},
-    "rotated": {"reference": reference.rotated, "native": native.rotated},
+IMPLEMENTATIONS = {
+    "unit_silu": register({"reference": reference.unit_silu, "native": native.unit_silu}),
+    "rotated": register({"reference": reference.rotated, "native": native.rotated}),
 }
 RULES = (NATIVE_ROWS, Rule("reference", lambda x: True, "a factor a call"))
 
@@ -24,9 +22,12 @@ def unit_silu(x: Keys, *, backend: str | None = None) -> Keys:
 
     x: [b, t, h, k]. backend: the name of one implementation, None picks.
 
+    Raises ValueError for shapes and dtypes that do not fit, and for an unknown backend.
+
     Source: Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule over Sequence Length".
     """
-    return IMPLEMENTATIONS["unit_silu"][explain("unit_silu", x, backend=backend).name](x)
+    size = match_floats(x=(x, "b t h k"))
+    return implementation(IMPLEMENTATIONS["unit_silu"], explain("unit_silu", x, backend=backend), *size.values())(x)
 
 
 def rotated(x: Keys, cos: Tensor, sin: Tensor, *, backend: str | None = None) -> Keys:
@@ -36,9 +37,17 @@ def rotated(x: Keys, cos: Tensor, sin: Tensor, *, backend: str | None = None) ->
 
     x: [b, l, h, k]. cos, sin: [l, 1, k/2], in at least float32. backend: the name of one implementation, None picks.
 
+    Raises ValueError for shapes, dtypes and devices that do not fit, an odd k, and an unknown backend.
+
     Source: Su et al. 2021, "RoFormer", eq. 15 (whole head, halves rotated).
     """
-    return IMPLEMENTATIONS["rotated"][explain("rotated", x, backend=backend).name](x, cos, sin)
+    size = match_floats(x=(x, "b l h k"), cos=(cos, "l 1 half"), sin=(sin, "l 1 half"))
+    if (size["1"], 2 * size["half"]) != (1, size["k"]):
+        raise ValueError(
+            f"cos, sin: expected [l, 1, k/2] for x of shape {list(x.shape)} with an even k, got {list(cos.shape)}"
+        )
+    run = implementation(IMPLEMENTATIONS["rotated"], explain("rotated", x, backend=backend), *x.shape)
+    return run(x, cos, sin)
 
 
 def explain(op: str, x: Tensor, *, backend: str | None = None) -> Choice:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from hqlt import native
+from hqlt.ops.features import reference
+from hqlt.ops.second_order import differentiable_twice
 from hqlt.shapes import Keys
 
 
@@ -16,13 +18,16 @@ def unit_silu(x: Keys) -> Keys:
 
 
 def rotated(x: Keys, cos: Tensor, sin: Tensor) -> Keys:
+    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
+        return reference.rotated(x, cos, sin)  # angles are not learned by anything here
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return (_rotate if native.is_plain(x, cos, sin) else _rotate_op)(x, cos, sin, 1.0)
 
 
 def _unit_silu(x: Tensor) -> Tensor:
     (x,) = native.contiguous(x)
     y = torch.empty_like(x)
-    native.run("unit_silu_forward", (x.numel() // max(x.shape[-1], 1), x.shape[-1]), 1e-6, (x, y))
+    native.run("unit_silu_forward", 1e-6, (x, y))
     return y
 
 
@@ -33,16 +38,15 @@ _unit_silu_op = torch.library.custom_op("hqlt::unit_silu", _unit_silu, mutates_a
 def _unit_silu_backward(x: Tensor, d_y: Tensor) -> Tensor:
     x, d_y = native.contiguous(x, d_y)
     d_x = torch.empty_like(x)
-    native.run("unit_silu_backward", (x.numel() // max(x.shape[-1], 1), x.shape[-1]), 1e-6, (x, d_y, d_x))
+    native.run("unit_silu_backward", 1e-6, (x, d_y, d_x))
     return d_x
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
     """direction: 1 turns forwards, −1 back."""
     x, cos, sin = native.contiguous(x, cos, sin)
-    b, l, h, k = x.shape
     y = torch.empty_like(x)
-    native.run("rotate_forward", (b * l, h, l, k), direction, (x, cos, sin, y))
+    native.run("rotate_forward", direction, (x, cos, sin, y))
     return y
 
 
@@ -70,3 +74,4 @@ _rotate_op.register_autograd(
     lambda ctx, d_y: (_rotate_op(d_y, *ctx.saved_tensors, -ctx.direction), None, None, None),
     setup_context=_keep_angles,
 )
+differentiable_twice(_unit_silu_backward, lambda _: reference.unit_silu, inputs=(0,), d_outputs=(1,))

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import torch
-
-from hqlt.ops.backend import NATIVE, Choice, Rule, choose
+from hqlt.ops.backend import NATIVE, Choice, Rule, choose, empty_read, implementation, register
 from hqlt.ops.linear_attention import chunked, native, reference
 from hqlt.ops.linear_attention.state import EPSILON as EPSILON
 from hqlt.ops.linear_attention.state import LinearState as LinearState
-from hqlt.shapes import Keys, Queries, Resets, Values, at_least_float32, check_resets, match
+from hqlt.shapes import Keys, Queries, Resets, Values, at_least_float32, check_resets, match_floats
 
-IMPLEMENTATIONS = {
-    "reference": reference.linear_attention,
-    "chunked": chunked.linear_attention,
-    "native": native.linear_attention,
-}
+IMPLEMENTATIONS = register(
+    {
+        "reference": reference.linear_attention,
+        "chunked": chunked.linear_attention,
+        "native": native.linear_attention,
+    }
+)
 RULES = (
     NATIVE,
     Rule("reference", lambda q: q.shape[1] <= 1, "one token or none: the equation itself takes the fewest calls"),
@@ -39,24 +39,25 @@ def linear_attention(
     zeros where None. resets: Bool[b, t], the memory is emptied before a marked token is written. backend: the name
     of one implementation, None picks. The read has no scale: the normaliser would cancel it.
 
-    → out [b, t, h, v] in v's dtype, LinearState in at least float32. An empty memory reads as zero.
+    → out [b, t, h, v] in v's dtype, LinearState in at least float32. An empty memory reads as zero. Sizes of 0 give
+    empty tensors, and reads of 0 where k is 0.
 
-    Raises ValueError for shapes that do not fit, and for an unknown backend.
+    Raises ValueError for shapes, dtypes and devices that do not fit, and for an unknown backend.
 
     Source: Katharopoulos et al. 2020, "Transformers are RNNs", eqs. 18–20.
     """
-    size = match(q=(q, "b t h k"), k=(k, "b t h k"), v=(v, "b t h v"))
-    check_resets(resets, size["b"], size["t"])
+    held = {} if state is None else {"matrix": (state[0], "b h k v"), "key_sum": (state[1], "b h k")}
+    size = match_floats(q=(q, "b t h k"), k=(k, "b t h k"), v=(v, "b t h v"), **held)
+    check_resets(resets, size["b"], size["t"], q.device)
     dtype = at_least_float32(v.dtype)
     if state is None:
         matrix = q.new_zeros(size["b"], size["h"], size["k"], size["v"], dtype=dtype)
-        state = LinearState(matrix, torch.zeros_like(matrix[..., 0]))
+        state = LinearState(matrix, matrix.new_zeros(matrix.shape[:3]))
     else:
-        match(q=(q, "b t h k"), v=(v, "b t h v"), matrix=(state[0], "b h k v"), key_sum=(state[1], "b h k"))
         state = LinearState(state[0].to(dtype), state[1].to(dtype))
-    run = IMPLEMENTATIONS[explain(q, backend=backend).name]
+    run = implementation(IMPLEMENTATIONS, explain(q, backend=backend), *size.values())
     if size["t"] == 0:
-        return torch.zeros_like(v), state
+        return empty_read(v, q, k, *state), state
     out, state = run(q, k, v, state=state, resets=resets)
     return out.to(v.dtype), state
 

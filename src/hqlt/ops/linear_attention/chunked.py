@@ -6,12 +6,16 @@ W', the sums are Q W' + tril(Q Kᵀ) [V, 1]; the next chunk begins with W' + K�
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from hqlt.ops import contain
 from hqlt.ops.linear_attention.state import EPSILON, LinearState
 from hqlt.ops.segments import segment_ids
-from hqlt.shapes import Keys, Queries, Resets, Values, at_least_float32
+from hqlt.shapes import Keys, KeySum, Matrix, Queries, Resets, Values, at_least_float32
 
 CHUNK = 64
 
@@ -19,22 +23,29 @@ CHUNK = 64
 def linear_attention(
     q: Queries, k: Keys, v: Values, *, state: LinearState, resets: Resets | None
 ) -> tuple[Values, LinearState]:
+    out, *after = contain.scan(partial(_run, resets=resets), resets, q, (k, v), state)
+    return out, LinearState(*after)
+
+
+def _run(
+    q: Queries, k: Keys, v: Values, matrix: Matrix, key_sum: KeySum, resets: Resets | None
+) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = (x.to(at_least_float32(x.dtype)).transpose(1, 2) for x in (q, k, v))  # [b, h, t, ·]
     v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
-    W = torch.cat([state.matrix, state.key_sum[..., None]], dim=-1)
+    W = torch.cat([matrix, key_sum[..., None]], dim=-1)
     ids = None if resets is None else F.pad(segment_ids(resets), (1, 0))  # id 0 first: the segment carried in
     sums = []
     for i in range(0, q.shape[2], CHUNK):
         qc, kc, vc = (x[:, :, i : i + CHUNK] for x in (q, k, v))
-        attention = (qc @ kc.mT).tril()
+        attention, held = (qc @ kc.mT).tril(), qc @ W
         if ids is not None:
             before, own = ids[:, None, i, None], ids[:, None, i + 1 : i + 1 + CHUNK]
-            attention = attention * (own[..., :, None] == own[..., None, :])
-            qc = qc * (own == before)[..., None]
-            kc = kc * (own == own[..., -1:])[..., None]
-        sums.append(qc @ W + attention @ vc)
+            attention = attention.masked_fill(own[..., :, None] != own[..., None, :], 0)
+            held = held.masked_fill((own != before)[..., None], 0)
+            kc = kc.masked_fill((own != own[..., -1:])[..., None], 0)
+        sums.append(held + attention @ vc)
         if ids is not None:
-            W = W * (own[..., -1:] == before)[..., None]
+            W = W.masked_fill((own[..., -1:] != before)[..., None], 0)
         W = W + kc.mT @ vc
     total = torch.cat(sums, dim=2).transpose(1, 2)
-    return total[..., :-1] / (total[..., -1:] + EPSILON), LinearState(W[..., :-1], W[..., -1])
+    return total[..., :-1] / (total[..., -1:] + EPSILON), W[..., :-1], W[..., -1]

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from hqlt import native
+from hqlt.ops.linear_attention import reference
 from hqlt.ops.linear_attention.state import EPSILON, LinearState
+from hqlt.ops.second_order import differentiable_twice
 from hqlt.shapes import Keys, Queries, Resets, Values
 
 
@@ -31,7 +33,7 @@ def _run(
     """→ out, final matrix, final key sum."""
     inputs = native.contiguous(q, k, v, matrix, key_sum, resets)
     out, matrix, key_sum = (torch.empty_like(x) for x in inputs[2:5])
-    native.run("linear_attention_forward", (*q.shape, v.shape[3]), EPSILON, (*inputs, out, matrix, key_sum))
+    native.run("linear_attention_forward", EPSILON, (*inputs, out, matrix, key_sum))
     return out, matrix, key_sum
 
 
@@ -59,13 +61,25 @@ def _backward(
     """→ dq, dk, dv, the gradients of the initial matrix and key sum."""
     inputs = native.contiguous(q, k, v, matrix, key_sum, resets, out, d_out, d_matrix, d_key_sum)
     dq, dk, dv, dW, dz = (torch.empty_like(x) for x in inputs[:5])
-    native.run("linear_attention_backward", (*q.shape, v.shape[3]), EPSILON, (*inputs, dq, dk, dv, dW, dz))
+    native.run("linear_attention_backward", EPSILON, (*inputs, dq, dk, dv, dW, dz))
     return dq, dk, dv, dW, dz
 
 
 @_backward.register_fake
 def _(q, k, v, matrix, key_sum, resets, out, d_out, d_matrix, d_key_sum):  # type: ignore[no-untyped-def]
     return tuple(x.new_empty(x.shape) for x in (q, k, v, matrix, key_sum))
+
+
+def _equation(arguments: Any) -> Any:
+    def run(q: Tensor, k: Tensor, v: Tensor, matrix: Tensor, key_sum: Tensor) -> tuple[Tensor, ...]:
+        state = LinearState(matrix, key_sum)
+        out, after = reference.linear_attention(q, k, v, state=state, resets=arguments[5])
+        return out, *after
+
+    return run
+
+
+differentiable_twice(_backward, _equation, inputs=range(5), d_outputs=(7, 8, 9))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

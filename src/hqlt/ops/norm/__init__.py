@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from hqlt.ops.backend import NATIVE_ROWS, Choice, Rule, choose
+from hqlt.ops.backend import NATIVE_ROWS, Choice, Rule, choose, implementation, register
 from hqlt.ops.norm import native, reference
-from hqlt.shapes import Values, match
+from hqlt.shapes import Values, match_floats
 
-IMPLEMENTATIONS: dict[str, dict[str, Any]] = {
-    "rms_norm": {"reference": reference.rms_norm, "native": native.rms_norm},
-    "mix": {"reference": reference.mix, "native": native.mix},
+IMPLEMENTATIONS = {
+    "rms_norm": register({"reference": reference.rms_norm, "native": native.rms_norm}),
+    "mix": register({"reference": reference.mix, "native": native.mix}),
 }
 RULES = (NATIVE_ROWS, Rule("reference", lambda x: True, "a factor a call"))
 
@@ -26,13 +24,13 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float, backend: str | None = Non
 
     → y, shaped as x, in the dtype of the weight, in which everything is computed.
 
+    Raises ValueError for shapes, dtypes and devices that do not fit, and for an unknown backend.
+
     Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", eq. 4.
     """
-    if x.shape[-1:] != weight.shape:
-        raise ValueError(
-            f"weight: expected one number for each of x's last axis {x.shape[-1]}, got {list(weight.shape)}"
-        )
-    run = IMPLEMENTATIONS["rms_norm"][explain("rms_norm", weight, backend=backend).name]
+    leading = " ".join(map(str, range(x.dim() - 1)))
+    match_floats(x=(x, f"{leading} d"), weight=(weight, "d"))
+    run = implementation(IMPLEMENTATIONS["rms_norm"], explain("rms_norm", weight, backend=backend), *x.shape)
     return run(x.to(weight.dtype), weight, eps)
 
 
@@ -45,10 +43,13 @@ def mix(fw: Values, kv: Values, gate: Tensor, weight: Tensor, *, eps: float, bac
 
     → y [b, t, h, v] in the dtype of the weight, in which everything is computed.
 
+    Raises ValueError for shapes, dtypes and devices that do not fit, and for an unknown backend.
+
     Source: the paper, section 3, the dynamic vector mixer.
     """
-    match(fw=(fw, "b t h v"), kv=(kv, "b t h v"), gate=(gate, "b t h v"), weight=(weight, "v"))
-    run, dtype = IMPLEMENTATIONS["mix"][explain("mix", weight, backend=backend).name], weight.dtype
+    size = match_floats(fw=(fw, "b t h v"), kv=(kv, "b t h v"), gate=(gate, "b t h v"), weight=(weight, "v"))
+    run = implementation(IMPLEMENTATIONS["mix"], explain("mix", weight, backend=backend), *size.values())
+    dtype = weight.dtype
     return run(fw.to(dtype), kv.to(dtype), gate.to(dtype), weight, eps)
 
 

@@ -3,12 +3,15 @@ the inputs alone."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hqlt import native
+from hqlt.ops.norm import reference
+from hqlt.ops.second_order import differentiable_twice
 from hqlt.shapes import Values
 
 
@@ -20,15 +23,10 @@ def mix(fw: Values, kv: Values, gate: Tensor, weight: Tensor, eps: float) -> Val
     return (_mix if native.is_plain(fw, kv, gate, weight) else _mix_op)(fw, kv, gate, weight, eps)
 
 
-def _sizes(x: Tensor, weight: Tensor) -> tuple[int, int]:
-    """Rows, and their width."""
-    return x.numel() // max(len(weight), 1), len(weight)
-
-
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x, weight = native.contiguous(x, weight)
     y = torch.empty_like(x)
-    native.run("rms_norm_forward", _sizes(x, weight), eps, (x, weight, y))
+    native.run("rms_norm_forward", eps, (x, weight, y))
     return y
 
 
@@ -40,14 +38,14 @@ def _rms_norm_backward(x: Tensor, weight: Tensor, d_y: Tensor, eps: float) -> tu
     """→ the gradients of x and weight."""
     x, weight, d_y = native.contiguous(x, weight, d_y)
     d_x, d_weight = torch.empty_like(x), torch.zeros_like(weight)
-    native.run("rms_norm_backward", _sizes(x, weight), eps, (x, weight, d_y, d_x, d_weight))
+    native.run("rms_norm_backward", eps, (x, weight, d_y, d_x, d_weight))
     return d_x, d_weight
 
 
 def _mix(fw: Tensor, kv: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     fw, kv, gate, weight = native.contiguous(fw, kv, gate, weight)
     y = torch.empty_like(fw)
-    native.run("mix_forward", _sizes(fw, weight), eps, (fw, kv, gate, weight, y))
+    native.run("mix_forward", eps, (fw, kv, gate, weight, y))
     return y
 
 
@@ -62,7 +60,7 @@ def _mix_backward(
     inputs = native.contiguous(fw, kv, gate, weight, d_y)
     d_fw, d_kv, d_gate = (torch.empty_like(x) for x in inputs[:3])
     d_weight = torch.zeros_like(weight)
-    native.run("mix_backward", _sizes(fw, weight), eps, (*inputs, d_fw, d_kv, d_gate, d_weight))
+    native.run("mix_backward", eps, (*inputs, d_fw, d_kv, d_gate, d_weight))
     return d_fw, d_kv, d_gate, d_weight
 
 
@@ -89,4 +87,10 @@ _rms_norm_op.register_autograd(
 )
 _mix_op.register_autograd(
     lambda ctx, d_y: (*_mix_backward(*ctx.saved_tensors, d_y, ctx.eps), None), setup_context=_keep_inputs
+)
+differentiable_twice(
+    _rms_norm_backward, lambda given: partial(reference.rms_norm, eps=given[-1]), inputs=range(2), d_outputs=(2,)
+)
+differentiable_twice(
+    _mix_backward, lambda given: partial(reference.mix, eps=given[-1]), inputs=range(4), d_outputs=(4,)
 )

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hqlt.ops.backend import Choice, Rule, choose
+from hqlt.ops.backend import Choice, Rule, choose, empty_read, implementation, register
 from hqlt.ops.synchronous import composed, reference, triton
-from hqlt.shapes import Keys, Matrix, Queries, Resets, Strengths, Values, at_least_float32, check_resets, match
+from hqlt.shapes import Keys, Matrix, Queries, Resets, Strengths, Values, at_least_float32, check_resets, match_floats
 
-IMPLEMENTATIONS = {
-    "reference": reference.synchronous,
-    "composed": composed.synchronous,
-    "triton": triton.synchronous,
-}
+IMPLEMENTATIONS = register(
+    {
+        "reference": reference.synchronous,
+        "composed": composed.synchronous,
+        "triton": triton.synchronous,
+    }
+)
 RULES = (Rule("composed", lambda q: True, "the fastest operation for each memory; triton is not measured yet"),)
 
 
@@ -44,18 +46,19 @@ def synchronous(
     logits. norm_weight: [v]. window: None for all. scale: k^-0.5 where None. state: W_0 [b, h, k, v], zeros where None.
     resets: Bool[b, l], True at a token that begins a segment. backend: the name of one implementation, None picks.
 
-    → y [b, t, h, v] in v's dtype, W_t [b, h, k, v] in at least float32.
+    → y [b, t, h, v] in v's dtype, W_t [b, h, k, v] in at least float32. Sizes of 0 as in the operations it is made of.
 
-    Raises ValueError for shapes that do not fit, a window below 1, an unknown backend, and what a backend refuses.
+    Raises ValueError for shapes, dtypes and devices that do not fit, a window below 1, an unknown backend, and what a
+    backend refuses.
 
     Source: the paper, sections 2 and 3, "Synchronous blending".
     """
-    size = match(
+    size = match_floats(
         q=(q, "b t h k"), k=(k, "b l h k"), v=(v, "b l h v"), beta=(beta, "b t h"), gate=(gate, "b t h v"),
         norm_weight=(norm_weight, "v"), **({} if state is None else {"state": (state, "b h k v")}),
     )  # fmt: skip
     b, t, l = size["b"], size["t"], size["l"]
-    check_resets(resets, b, l)
+    check_resets(resets, b, l, q.device)
     if l < t:
         raise ValueError(f"k, v: expected at least as many pairs as the {t} queries (their own), got {l}")
     window = max(l, 1) if window is None else window
@@ -64,10 +67,10 @@ def synchronous(
     _check_rotary(rotary, l, size["k"])
     wide = at_least_float32(v.dtype)
     state = q.new_zeros(b, *(size[x] for x in "hkv"), dtype=wide) if state is None else state.to(wide)
-    run = IMPLEMENTATIONS[explain(q, backend=backend).name]
+    run = implementation(IMPLEMENTATIONS, explain(q, backend=backend), *size.values())
     if t == 0:
-        return v[:, :0], state
-    scale = size["k"] ** -0.5 if scale is None else scale
+        return empty_read(v, q, k, beta, gate, norm_weight, state), state
+    scale = max(size["k"], 1) ** -0.5 if scale is None else scale
     y, state = run(
         q, k, v, beta, gate, norm_weight,
         window=window, rotary=rotary, norm_eps=norm_eps, scale=scale, state=state, resets=resets,

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from hqlt.ops.backend import NATIVE, Choice, Rule, choose
+from hqlt.ops.backend import NATIVE, Choice, Rule, choose, empty_read, implementation, register
 from hqlt.ops.segments import positions
 from hqlt.ops.window_attention import blocked, dense, native, reference
-from hqlt.shapes import Keys, Queries, Resets, Values, check_resets, match
+from hqlt.shapes import Keys, Queries, Resets, Values, check_resets, is_symbolic, match_floats
 
-IMPLEMENTATIONS = {
-    "reference": reference.window_attention,
-    "dense": dense.window_attention,
-    "blocked": blocked.window_attention,
-    "native": native.window_attention,
-}
+IMPLEMENTATIONS = register(
+    {
+        "reference": reference.window_attention,
+        "dense": dense.window_attention,
+        "blocked": blocked.window_attention,
+        "native": native.window_attention,
+    }
+)
 
 
 def window_attention(
@@ -39,13 +41,14 @@ def window_attention(
     were held from earlier. resets: Bool[b, l], True at a token that begins a segment. scale: k^-0.5 where None.
     backend: the name of one implementation, None picks.
 
-    → out [b, t, h, v]. Time and memory grow as t·window.
+    → out [b, t, h, v]. Time and memory grow as t·window. Sizes of 0 give empty tensors, and where k is 0 the mean of
+    the values in reach, because all scores are 0.
 
-    Raises ValueError for shapes that do not fit, a window below 1, an unknown reach or backend.
+    Raises ValueError for shapes, dtypes and devices that do not fit, a window below 1, an unknown reach or backend.
     """
-    size = match(q=(q, "b t h k"), k=(k, "b l h k"), v=(v, "b l h v"))
+    size = match_floats(q=(q, "b t h k"), k=(k, "b l h k"), v=(v, "b l h v"))
     b, t, l = size["b"], size["t"], size["l"]
-    check_resets(resets, b, l)
+    check_resets(resets, b, l, q.device)
     if l < t:
         raise ValueError(f"k, v: expected at least as many pairs as the {t} queries (their own), got {l}")
     if window is None:
@@ -57,15 +60,18 @@ def window_attention(
         resets = positions(resets, torch.zeros(b, dtype=torch.long, device=q.device), l) % window == 0
     elif reach != "sliding":
         raise ValueError(f'reach: expected "sliding" or "chunk", got {reach!r}')
-    run = IMPLEMENTATIONS[explain(q, window=window, backend=backend).name]
+    run = implementation(IMPLEMENTATIONS, explain(q, window=window, backend=backend), *size.values())
     if t == 0:
-        return v[:, :0]
-    scale = size["k"] ** -0.5 if scale is None else scale
+        return empty_read(v, q, k)
+    scale = max(size["k"], 1) ** -0.5 if scale is None else scale
     return run(q, k, v, window=window, scale=scale, resets=resets)
 
 
 def explain(q: Queries, *, window: int | None = None, backend: str | None = None) -> Choice:
     t = q.shape[1]
+    if is_symbolic(t):
+        any_length = Rule("dense", lambda q: True, "exported for any length: one fused call")
+        return choose("window_attention", IMPLEMENTATIONS, (NATIVE, any_length), q, backend)
     mostly_masked = window is not None and 2 * window <= t
     rules = (
         Rule("dense", lambda q: t < 8, "a few tokens: one fused call"),

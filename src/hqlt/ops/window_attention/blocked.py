@@ -11,18 +11,24 @@ and dQ = scale · dA K, dK = scale · dAᵀ Q. The backward pass keeps q, k, v a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from hqlt.ops import contain
+from hqlt.ops.second_order import Equation, Gradients
+from hqlt.ops.window_attention import reference
 from hqlt.ops.window_attention.dense import visible
 from hqlt.shapes import Keys, Queries, Resets, Values, at_least_float32
 
 
 def window_attention(q: Queries, k: Keys, v: Values, *, window: int, scale: float, resets: Resets | None) -> Values:
-    return _BlockedWindowAttention.apply(q, k, v, window, scale, resets)
+    def run(q: Queries, k: Keys, v: Values) -> Values:
+        return _BlockedWindowAttention.apply(q, k, v, window, scale, resets)
+
+    return contain.attention(run, resets, window, q, k, v)
 
 
 def _heads_first(x: Tensor) -> Tensor:
@@ -60,18 +66,28 @@ class _BlockedWindowAttention(torch.autograd.Function):
         return out.transpose(1, 2).to(q.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, resets = ctx.saved_tensors
-        Q, K, V, dO = (_heads_first(x) for x in (q, k, v, d_out))
-        dQ, dK, dV = torch.empty_like(Q), torch.zeros_like(K), torch.zeros_like(V)
-        for queries, keys, mask in _blocks(Q.shape[2], K.shape[2], ctx.window, resets, q.device):
-            Qb, Kb, Vb, dOb = Q[:, :, queries], K[:, :, keys], V[:, :, keys], dO[:, :, queries]
-            P = _weights(Qb, Kb, ctx.scale, mask)
-            dP = dOb @ Vb.mT
-            dA = ctx.scale * P * (dP - (dP * P).sum(dim=-1, keepdim=True))
-            dQ[:, :, queries] = dA @ Kb
-            dK[:, :, keys] += dA.mT @ Qb
-            dV[:, :, keys] += P.mT @ dOb
-        dq, dk, dv = (g.transpose(1, 2).to(like.dtype) for g, like in ((dQ, q), (dK, k), (dV, v)))
-        return dq, dk, dv, None, None, None
+        options = {"window": ctx.window, "scale": ctx.scale, "resets": resets}
+        gradients: Equation = partial(_gradients, **options)
+        if not torch.is_grad_enabled():
+            return *gradients(q, k, v, d_out), None, None, None
+        equation = partial(reference.window_attention, **options)
+        return *Gradients.apply(gradients, equation, 3, q, k, v, d_out), None, None, None
+
+
+def _gradients(
+    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, *, window: int, scale: float, resets: Tensor | None
+) -> tuple[Tensor, ...]:
+    """→ dq, dk, dv."""
+    Q, K, V, dO = (_heads_first(x) for x in (q, k, v, d_out))
+    dQ, dK, dV = torch.empty_like(Q), torch.zeros_like(K), torch.zeros_like(V)
+    for queries, keys, mask in _blocks(Q.shape[2], K.shape[2], window, resets, q.device):
+        Qb, Kb, Vb, dOb = Q[:, :, queries], K[:, :, keys], V[:, :, keys], dO[:, :, queries]
+        P = _weights(Qb, Kb, scale, mask)
+        dP = dOb @ Vb.mT
+        dA = scale * P * (dP - (dP * P).sum(dim=-1, keepdim=True))
+        dQ[:, :, queries] = dA @ Kb
+        dK[:, :, keys] += dA.mT @ Qb
+        dV[:, :, keys] += P.mT @ dOb
+    return tuple(g.transpose(1, 2).to(like.dtype) for g, like in ((dQ, q), (dK, k), (dV, v)))

@@ -6,17 +6,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hqlt.ops import contain
 from hqlt.ops.segments import segment_ids
 from hqlt.shapes import Keys, Queries, Resets, Values
 
 
 def window_attention(q: Queries, k: Keys, v: Values, *, window: int, scale: float, resets: Resets | None) -> Values:
     t, l = q.shape[1], k.shape[1]
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    causal_is_enough = resets is None and window >= l and t == l
+    causal_is_enough = bool(resets is None and window >= l and t == l)
     mask = None if causal_is_enough else visible(t, l, window, resets, q.device)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal_is_enough, scale=scale)
-    return out.transpose(1, 2)
+
+    def run(q: Queries, k: Keys, v: Values) -> Values:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal_is_enough, scale=scale)
+        return out.transpose(1, 2)
+
+    return contain.attention(run, resets, window, q, k, v)
 
 
 def visible(t: int, l: int, window: int, resets: Tensor | None, device: torch.device) -> Tensor:

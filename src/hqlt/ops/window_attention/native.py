@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from hqlt import native
+from hqlt.ops.second_order import differentiable_twice
+from hqlt.ops.window_attention import reference
 from hqlt.shapes import Keys, Queries, Resets, Values, at_least_float32
 
 
@@ -16,18 +18,13 @@ def window_attention(q: Queries, k: Keys, v: Values, *, window: int, scale: floa
     dtype = q.dtype
     q, k, v = (x.to(at_least_float32(x.dtype)) for x in (q, k, v))
     run = _run if native.is_plain(q, k, v, resets) else _forward
-    return run(q, k, v, resets, min(window, k.shape[1]), scale).to(dtype)
-
-
-def _sizes(q: Tensor, v: Tensor, window: int) -> tuple[int, ...]:
-    b, t, h, k = q.shape
-    return b, t, v.shape[1], h, k, v.shape[3], window
+    return run(q, k, v, resets, window, scale).to(dtype)
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor, resets: Tensor | None, window: int, scale: float) -> Tensor:
     inputs = native.contiguous(q, k, v, resets)
     out = q.new_empty(*q.shape[:3], v.shape[3])
-    native.run("window_attention_forward", _sizes(q, v, window), scale, (*inputs, out))
+    native.run("window_attention_forward", scale, (*inputs, out), min(window, k.shape[1]))
     return out
 
 
@@ -46,13 +43,21 @@ def _backward(
     """→ dq, dk, dv."""
     inputs = native.contiguous(q, k, v, resets, d_out)
     grads = torch.empty_like(inputs[0]), torch.zeros_like(inputs[1]), torch.zeros_like(inputs[2])
-    native.run("window_attention_backward", _sizes(q, v, window), scale, (*inputs, *grads))
+    native.run("window_attention_backward", scale, (*inputs, *grads), min(window, k.shape[1]))
     return grads
 
 
 @_backward.register_fake
 def _(q, k, v, resets, d_out, window, scale):  # type: ignore[no-untyped-def]
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def _equation(arguments: Any) -> Any:
+    *_, resets, _, window, scale = arguments
+    return lambda q, k, v: reference.window_attention(q, k, v, window=window, scale=scale, resets=resets)
+
+
+differentiable_twice(_backward, _equation, inputs=range(3), d_outputs=(4,))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

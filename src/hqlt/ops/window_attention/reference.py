@@ -17,8 +17,12 @@ def window_attention(q: Queries, k: Keys, v: Values, *, window: int, scale: floa
     for t in range(q.shape[1]):
         now = held + t
         reach = slice(max(now - window + 1, 0), now + 1)
-        score = scale * torch.einsum("bhk,blhk->bhl", q[:, t], k[:, reach])
+        key, value = k[:, reach], v[:, reach]
         if ids is not None:
-            score = score.masked_fill((ids[:, reach] != ids[:, now, None])[:, None], -torch.inf)
-        reads.append(torch.einsum("bhl,blhv->bhv", score.softmax(dim=-1), v[:, reach]))
+            foreign = ids[:, reach] != ids[:, now, None]
+            key, value = (x.masked_fill(foreign[..., None, None], 0) for x in (key, value))
+        score = scale * torch.einsum("bhk,blhk->bhl", q[:, t], key)
+        if ids is not None:
+            score = score.masked_fill(foreign[:, None], -torch.inf)
+        reads.append(torch.einsum("bhl,blhv->bhv", score.softmax(dim=-1), value))
     return torch.stack(reads, dim=1).to(dtype)

@@ -1,0 +1,132 @@
+"""`generate` for memories that cannot take anything back: what is read is read once, and padding is not read."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin
+from transformers.generation.stopping_criteria import StoppingCriteriaList
+
+from hqlt.model.cache import CACHE, HQLTCache, one_cache
+
+NEVER = torch.iinfo(torch.long).max
+
+
+class HQLTGenerationMixin(GenerationMixin):
+    """transformers' `generate`, with an HQLTCache, and with rows that end early kept as they ended."""
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. A row that has ended is fed padding, which its memories do not read.
+
+        past_key_values (or cache): what has been read already. The prompt is then the whole text, or the tokens that
+        have not been read with an attention_mask over all. A row's first token to read can be the last of an earlier
+        call's sequences: `generate` does not read the last token that it makes.
+
+        Raises ValueError where the cache has nothing left to read of the prompt, and where the attention mask says of
+        what was read something else than the cache knows.
+        """
+        given = one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
+        if given is not None:
+            kwargs[CACHE] = given
+            if given.states:
+                prompt = next(
+                    x for x in (inputs, kwargs.get("inputs_embeds"), kwargs.get("input_ids")) if x is not None
+                )
+                check_unread(given, prompt.shape[1], kwargs.get("attention_mask"))
+        theirs: Any = super()
+        return theirs.generate(inputs, *args, **kwargs)
+
+    def _sample(  # type: ignore[override]  # so that an argument more or less breaks nothing
+        self, input_ids: Tensor, *args: Any, stopping_criteria: StoppingCriteriaList, **kwargs: Any
+    ) -> Any:
+        ended = EndedRows(stopping_criteria)
+        theirs: Any = super()
+        return theirs._sample(input_ids, *args, stopping_criteria=ended, ended=ended, **kwargs)
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` looks at its signature
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        *args: Any,
+        attention_mask: Tensor | None = None,
+        ended: EndedRows | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        # As there; and the padding that follows rows that have ended is masked.
+        if ended is not None:
+            attention_mask = ended.mask(input_ids, attention_mask, kwargs.get(CACHE))
+        theirs: Any = super()
+        return theirs.prepare_inputs_for_generation(input_ids, *args, attention_mask=attention_mask, **kwargs)
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+        """The mask over tokens as it is: the memories need no [b, 1, t, l] of transformers."""
+        return attention_mask
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """`generate` starts from a cache of ours. Refuses other kinds, and right padding, which it would continue."""
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation: expected None, because this model's memories have one static shape, got "
+                f"{generation_config.cache_implementation!r}"
+            )
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and not mask[:, -1].all():
+            raise ValueError(
+                "attention_mask: expected a token at the end of every prompt, got right padding, after which generate "
+                "would go on; pad on the left (tokenizer.padding_side = 'left')"
+            )
+        if model_kwargs.get(CACHE) is None and generation_config.use_cache is not False:
+            model_kwargs[CACHE] = HQLTCache()
+
+
+class EndedRows(StoppingCriteriaList):
+    """The stopping criteria of a call of `generate`, and where they found each row to end."""
+
+    def __init__(self, criteria: StoppingCriteriaList) -> None:
+        super().__init__(criteria)
+        self.pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)  # otherwise ended rows go on
+        self.ends: Tensor | None = None  # [b] columns until each row's end, or NEVER; None: no row has ended
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        ended: Tensor = super().__call__(input_ids, scores, **kwargs)
+        if self.pads and (self.ends is not None or ended.any()):
+            ends = torch.where(ended, input_ids.shape[1], NEVER)
+            self.ends = ends if self.ends is None else ends.minimum(self.ends)
+        return ended
+
+    def mask(self, input_ids: Tensor, attention_mask: Tensor | None, cache: HQLTCache | None) -> Tensor | None:
+        """The attention mask for input_ids, [b, l], without what was put behind rows that had ended."""
+        if self.ends is None:
+            return attention_mask
+        padding = (input_ids.shape[1] - self.ends).clamp(min=0)
+        if attention_mask is not None:
+            width = attention_mask.shape[1]
+        else:
+            width = cache.seen_tokens + 1 if cache is not None else input_ids.shape[1]
+        tokens = torch.arange(width, device=padding.device) < width - padding[:, None]
+        return tokens if attention_mask is None else attention_mask * tokens
+
+
+def check_unread(cache: HQLTCache, tokens: int, attention_mask: Tensor | None) -> None:
+    """Refuse a prompt of this many tokens a row that the cache cannot continue."""
+    seen, columns = cache.seen_tokens, tokens if attention_mask is None else attention_mask.shape[1]
+    if columns <= seen or columns not in (tokens, seen + tokens):
+        raise ValueError(
+            f"past_key_values: expected a prompt with tokens that the cache has not read, after the {seen} columns "
+            f"that it has read, got {tokens} tokens and an attention mask over {columns}; give the whole text and at "
+            f"least one token more, or only the new tokens with an attention_mask over [b, {seen} + new]. (To start "
+            f"from the last token again, keep `cache.fork()` from before it.)"
+        )
+    if attention_mask is not None:
+        cache.check_past(attention_mask.repeat_interleave(cache.batch_size // len(attention_mask), dim=0))
+    elif cache.attention_mask is not None:
+        raise ValueError(
+            "attention_mask: expected one, because the cache has read padding, got None; it is "
+            "torch.cat([cache.attention_mask, new_columns], dim=1)"
+        )

@@ -1,0 +1,67 @@
+"""Second derivatives: the gradients of gradients, by the equation, whose operations torch differentiates itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Equation = Callable[..., Any]
+"""Differentiable tensors → one output, or a tuple of them."""
+
+
+def second_order(
+    equation: Equation, inputs: Sequence[Tensor], d_outputs: Sequence[Tensor], d_gradients: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of inputs and d_outputs, from those of the inputs' gradients."""
+    with torch.enable_grad():
+        inputs, d_outputs = ([x.detach().requires_grad_() for x in tensors] for tensors in (inputs, d_outputs))
+        outputs = equation(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        d_outputs_as_computed = [d.to(x.dtype) for d, x in zip(d_outputs, outputs, strict=True)]
+        gradients = torch.autograd.grad(outputs, inputs, d_outputs_as_computed, create_graph=True, allow_unused=True)
+        asked = [(g, d) for g, d in zip(gradients, d_gradients, strict=True) if g is not None and d is not None]
+    return torch.autograd.grad([g for g, _ in asked], [*inputs, *d_outputs], [d for _, d in asked], allow_unused=True)
+
+
+class Gradients(torch.autograd.Function):
+    """`gradients(*inputs, *d_outputs)`, once more differentiable: for the backward pass of an autograd.Function."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: Equation, equation: Equation, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*tensors)
+        ctx.equation, ctx.count = equation, count
+        return gradients(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *d_gradients: Tensor | None) -> tuple[Any, ...]:
+        tensors = ctx.saved_tensors
+        inputs, d_outputs = tensors[: ctx.count], tensors[ctx.count :]
+        return None, None, None, *second_order(ctx.equation, inputs, d_outputs, d_gradients)
+
+
+def differentiable_twice(
+    operator: Any, equation: Callable[[Sequence[Any]], Equation], inputs: Sequence[int], d_outputs: Sequence[int]
+) -> None:
+    """Register the derivative of an operator that computes gradients.
+
+    equation: from the operator's arguments to the function that it differentiates. inputs, d_outputs: which of the
+    arguments are that function's inputs, and the gradients of its outputs.
+    """
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
+        ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
+
+    def backward(ctx: Any, *d_gradients: Tensor | None) -> tuple[Any, ...]:
+        arguments = [o if x is None else x for x, o in zip(ctx.saved_tensors, ctx.others, strict=True)]
+        given, d_given = ([arguments[i] for i in indices] for indices in (inputs, d_outputs))
+        results: list[Tensor | None] = [None] * len(arguments)
+        second = second_order(equation(arguments), given, d_given, d_gradients)
+        for i, result in zip([*inputs, *d_outputs], second, strict=True):
+            results[i] = result
+        return tuple(results)
+
+    operator.register_autograd(backward, setup_context=keep)

@@ -1,0 +1,79 @@
+"""`transformers serve` on an exported folder, asked by the openai client; skipped where these are not installed."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hqlt.cli import main
+from tests.language.conftest import build
+
+for package in ("openai", "fastapi", "uvicorn", "accelerate"):
+    pytest.importorskip(package, reason="transformers serve: pip install 'transformers[serving]'")
+
+SERVE = "from transformers.cli.transformers import main; main()"
+TEXT = "Once upon a time"
+LENGTH = 8
+
+
+@pytest.fixture
+def exported(tmp_path):
+    model = build()
+    with torch.no_grad():  # so that what greedy decoding writes is ASCII
+        model.lm_head.weight[128:] = model.lm_head.weight[:128]
+    model.save_pretrained(tmp_path / "model")
+    main(["export", str(tmp_path), str(tmp_path / "exported"), "--dtype=float32"])
+    return str(tmp_path / "exported")
+
+
+@pytest.fixture
+def address(exported, tmp_path):
+    """Of a server that does not know hqlt before it reads the folder."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", SERVE, "serve", exported, "--trust-remote-code", f"--port={port}", "--device=cpu"]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        wait_for(f"http://127.0.0.1:{port}/health", server, tmp_path / "log")
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        server.kill()
+        server.wait()
+
+
+def wait_for(page: str, server: subprocess.Popen, log) -> None:
+    while True:
+        assert server.poll() is None, log.read_text()
+        try:
+            urllib.request.urlopen(page).close()
+            return
+        except urllib.error.URLError:
+            time.sleep(0.2)
+
+
+def test_chat_and_completion_are_what_generate_writes(exported, address):
+    from openai import OpenAI
+
+    tokenizer, model = AutoTokenizer.from_pretrained(exported), AutoModelForCausalLM.from_pretrained(exported)
+    prompt = tokenizer(TEXT, return_tensors="pt")
+    made = model.generate(**prompt, max_new_tokens=LENGTH, do_sample=False)[0, len(TEXT) :]
+    expected = tokenizer.decode(made, skip_special_tokens=True)
+    with OpenAI(base_url=address, api_key="-", max_retries=0) as client:
+        options = {"model": exported, "max_tokens": LENGTH, "temperature": 0}
+        said = client.chat.completions.create(messages=[{"role": "user", "content": TEXT}], **options)
+        assert said.choices[0].message.content == expected
+        streamed = client.chat.completions.create(messages=[{"role": "user", "content": TEXT}], stream=True, **options)
+        assert "".join(part.choices[0].delta.content or "" for part in streamed if part.choices) == expected
+        assert client.completions.create(prompt=TEXT, **options).choices[0].text == expected
