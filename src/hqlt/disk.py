@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,6 +108,25 @@ def alone_in(folder: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # not empty
             for path in made:
                 path.rmdir()
+
+
+@contextlib.contextmanager
+def new_in(folder: Path) -> Iterator[None]:
+    """Make the folder, which is to be new or empty, and leave nothing in it where what is written is not whole.
+
+    Raises FileExistsError where it holds something, OSError where it cannot be written.
+    """
+    with alone_in(folder):
+        if any(folder.iterdir()):
+            raise FileExistsError(
+                f"{folder}: expected a new or empty folder, because nothing is overwritten; name another"
+            )
+        try:
+            yield
+        except BaseException:
+            for path in folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            raise
 
 
 @contextlib.contextmanager

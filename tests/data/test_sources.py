@@ -3,6 +3,7 @@ import gzip
 import json
 import lzma
 import os
+import sys
 
 import pytest
 
@@ -109,6 +110,14 @@ def test_a_byte_order_mark_is_no_part_of_the_text(name, tmp_path):
     assert [text for text in documents if text.strip()] == ["one\n", "two\n"]
     if name == "a.txt":
         assert list(LocalFormat().source_in(tmp_path / name)) == [data.decode()]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.zst"])
+def test_a_package_that_is_missing_is_named_before_anything_is_read(name, tmp_path, monkeypatch):
+    (tmp_path / name).touch()
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ModuleNotFoundError, match="expected the package pyarrow"):
+        parts_of(tmp_path)
 
 
 class TestFolders:

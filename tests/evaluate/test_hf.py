@@ -40,6 +40,7 @@ def special_tokens(name: str) -> dict:
         "bos by the settings": ({"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}, False),
         "bos named, not added": ({"bos_token": "<s>", "eos_token": "</s>"}, False),
         "eos alone": ({"eos_token": "</s>"}, False),
+        "read as text": ({"bos_token": "<s>", "eos_token": "</s>", "split_special_tokens": True}, True),
     }[name]
 
 
@@ -58,7 +59,8 @@ def write_tokenizer(folder: Path, settings: dict, post_processed: bool) -> None:
 
 
 @pytest.fixture(
-    params=["bos by the post-processor", "bos by the settings", "bos named, not added", "eos alone"], scope="module"
+    params=["bos by the post-processor", "bos by the settings", "bos named, not added", "eos alone", "read as text"],
+    scope="module",
 )
 def folder(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")

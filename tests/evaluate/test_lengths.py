@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hqlt.cli.eval import tokens_of
 from hqlt.data import load_tokenizer
 from hqlt.evaluate import lengths, retrieval
 from hqlt.evaluate.lengths import bin_edges, bits_by_position
@@ -99,6 +100,15 @@ class TestRetrieval:
         assert text.startswith(haystack.introduction) and text.endswith(haystack.question)
         room = 700 - len(haystack.introduction) - len(haystack.question) - len(fact)
         assert text.index(fact) == len(haystack.introduction) + round(depth * room)
+
+    def test_a_text_begins_as_its_tokenizer_begins_it(self, tmp_path):
+        tokenizer = prepending()
+        plain = list(text_of(tokenizer, PASSKEY, [1], "12345", 700, 0.5))
+        tokenizer.prefix_ids = [0]
+        begun = list(text_of(tokenizer, PASSKEY, [1], "12345", 700, 0.5))
+        assert begun[0] == 0 and begun[1:9] == plain[:8] and len(begun) == 700
+        (tmp_path / "a.txt").write_text("text")
+        assert tokens_of(tmp_path / "a.txt", tokenizer, 4) == [0, *tokenizer.encode("text")][:4]
 
     def test_too_short_a_text_is_refused(self):
         with pytest.raises(ValueError, match=r"length: expected at least .* tokens"):

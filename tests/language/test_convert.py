@@ -188,3 +188,49 @@ class TestCommand:
         (tmp_path / "config.json").write_text(json.dumps(HYBRID))
         with pytest.raises(ValueError, match="distributed checkpoint, whose index is a pickle"):
             read_checkpoint(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("files", "options", "message"),
+        [
+            ({}, ["nope"], "nope: expected a checkpoint's folder, or a file of weights, found neither"),
+            ({"config.json": "{"}, ["."], r"config\.json: expected the checkpoint's settings as JSON, got"),
+            ({"config.json": "[]"}, ["."], r"config\.json: expected settings by name, got list"),
+            ({"config.json": {"num_heads": "two"}}, ["."], "expected the settings of a model, got "),
+            ({"config.json": {"expand_v": 2}}, ["."], "expand_v: expected 1"),
+            ({"config.json": {}}, ["."], r"expected one of model\.safetensors, .*, found none"),
+            (
+                {"config.json": {}},
+                [".", "--settings=nowhere.json"],
+                r"nowhere\.json: expected the checkpoint's config\.json",
+            ),
+            ({"config.json": {}}, [".", "--map=nowhere.yaml"], r"nowhere\.yaml: No such file"),
+            ({"config.json": {}}, [".", "--tokenizer=nowhere"], "got 'nowhere', which could not be loaded"),
+            (
+                {"config.json": {"vocab_size": 9}},
+                [".", "--tokenizer=bytes"],
+                "tokenizer: expected at most 9 tokens, as",
+            ),
+            ({"config.json": {}, "model.safetensors": "cut"}, ["."], r"model\.safetensors: expected safetensors, or a"),
+            ({"config.json": {}, "pytorch_model.bin": "cut"}, ["."], r"pytorch_model\.bin: expected safetensors, or a"),
+            (
+                {"config.json": {}, "model.safetensors.index.json": "{}"},
+                ["."],
+                r"index\.json: expected the files of the",
+            ),
+            (
+                {"config.json": {}, "model.safetensors.index.json": {"weight_map": {"a": "a.safetensors"}}},
+                ["."],
+                r"index\.json: expected the files that it names, found no a\.safetensors beside it",
+            ),
+        ],
+    )
+    def test_what_cannot_be_converted_leaves_nothing(self, tmp_path, files, options, message, monkeypatch):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        monkeypatch.chdir(tmp_path)
+        for name, content in files.items():
+            if isinstance(content, dict):
+                content = json.dumps({**HYBRID, "vocab_size": 256, **content} if name == "config.json" else content)
+            (tmp_path / name).write_text(content)
+        with pytest.raises(SystemExit, match=message):
+            main(["convert", options[0], "ours", *options[1:]])
+        assert not (tmp_path / "ours").exists()

@@ -122,3 +122,22 @@ def test_nothing_is_overwritten(folder, tmp_path):
     (tmp_path / "kept" / "file").touch()
     with pytest.raises(SystemExit, match="expected a new or empty folder"):
         main(["export", str(folder), str(tmp_path / "kept")])
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_a_failed_export_leaves_nothing(folder, tmp_path, monkeypatch, made):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hqlt.language.export.shutil.copyfile", full)
+    if made:
+        (tmp_path / "out").mkdir()
+    with pytest.raises(SystemExit, match="No space left on device"):
+        main(["export", str(folder), str(tmp_path / "out")])
+    assert list(tmp_path.glob("out/*")) == [] and (tmp_path / "out").exists() == made
+
+
+def test_where_nothing_can_be_written_nothing_is_loaded(folder, monkeypatch):
+    monkeypatch.setattr("hqlt.language.export.load_model", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(SystemExit, match="/proc/sys"):
+        main(["export", str(folder), "/proc/sys"])

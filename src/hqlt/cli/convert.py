@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from hqlt.errors import reason
+from hqlt.data.text import read_text
 
 
 def convert(
@@ -29,21 +29,28 @@ def convert(
         tokenizer: the tokenizer's folder or name, if its files are not beside the weights.
     """
     from hqlt.data import load_tokenizer
-    from hqlt.language.checkpoint import read_checkpoint
+    from hqlt.disk import new_in
+    from hqlt.language.checkpoint import folder_of, read_checkpoint, settings_of
     from hqlt.language.convert import convert as convert_checkpoint
-    from hqlt.language.export import refuse_filled, save
+    from hqlt.language.export import save
     from hqlt.language.folder import TOKENIZER_FILES
+    from hqlt.language.paper_config import read_settings
 
     console = Console(highlight=False)
-    try:
-        refuse_filled(folder)
-        read = read_checkpoint(checkpoint, settings, read_renames(map) if map else None)
+    renames = read_renames(map) if map else None
+    config, _ = read_settings(settings_of(checkpoint, settings))
+    beside = any((folder_of(checkpoint) / name).is_file() for name in TOKENIZER_FILES)
+    source = tokenizer or (str(folder_of(checkpoint)) if beside else None)
+    text = load_tokenizer(source) if source else None
+    if text is not None and text.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"tokenizer: expected at most {config.vocab_size} tokens, as many as the checkpoint knows, got one of "
+            f"{text.vocab_size}; is it another model's? Name its own by --tokenizer"
+        )
+    with new_in(folder):
+        read = read_checkpoint(checkpoint, settings, renames)
         converted = convert_checkpoint(read)
-        beside = any((read.folder / name).is_file() for name in TOKENIZER_FILES)
-        source = tokenizer or (str(read.folder) if beside else None)
-        save(converted.model, load_tokenizer(source) if source else None, source, folder)
-    except (ValueError, OSError) as error:
-        raise SystemExit(reason(error)) from None
+        save(converted.model, text, source, folder)
     parameters = sum(p.numel() for p in converted.model.parameters())
     console.print(
         f"{len(read.tensors)} tensors became {len(converted.names)}: {parameters:,} parameters, {converted.model.dtype}"
@@ -62,7 +69,7 @@ def read_renames(file: Path) -> dict[str, str]:
     import yaml
 
     try:
-        given = yaml.safe_load(file.read_text(encoding="utf-8"))
+        given = yaml.safe_load(read_text(file))
     except yaml.YAMLError as error:
         raise ValueError(f"{file}: expected YAML: {error}") from None
     if not isinstance(given, dict) or not all(isinstance(text, str) for pair in given.items() for text in pair):

@@ -11,7 +11,6 @@ from rich.console import Console
 
 from hqlt.data import Manifest, check, prepare
 from hqlt.data.local import listed
-from hqlt.errors import reason
 from hqlt.report.preparing import PreparingDisplay
 
 
@@ -66,8 +65,6 @@ def _prepare(
             again = shlex.join(["hqlt", *sys.argv[1:]])
             console.print(f"stopped with {display.kept:,} tokens in finished shards; go on with: {again}")
             raise
-        except (ValueError, OSError) as error:
-            raise SystemExit(reason(error)) from None
     if not display.worked:
         console.print("finished by an earlier start:")
     console.print(summary(folder, manifest))
@@ -81,16 +78,13 @@ def _check(folder: Path) -> None:
     """
     console = Console(highlight=False, markup=False, soft_wrap=True)
     files, wrong = 0, 0
-    try:
-        with console.status("reading") as status:
-            for name, fault in check(folder):
-                status.update(name)
-                files += 1
-                if fault is not None:
-                    wrong += 1
-                    console.print(fault)
-    except (ValueError, OSError) as error:
-        raise SystemExit(reason(error)) from None
+    with console.status("reading") as status:
+        for name, fault in check(folder):
+            status.update(name)
+            files += 1
+            if fault is not None:
+                wrong += 1
+                console.print(fault)
     console.print(f"{folder}: {files - wrong} of {files} parts are as the manifest says")
     if wrong:
         raise SystemExit(1)

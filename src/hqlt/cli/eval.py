@@ -18,7 +18,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from hqlt.data.text import beginning_of
 from hqlt.disk import alone_in
-from hqlt.errors import reason
 from hqlt.run_folder import COMMANDS, kind_of
 
 if TYPE_CHECKING:
@@ -77,27 +76,22 @@ def eval(
     from hqlt.language.folder import find_model, load_model, read_config, tokenizer_of
 
     place = folder or Path("runs") / f"eval-{model.resolve().name}-{datetime.now():%Y%m%d-%H%M%S}"
-    try:
-        check(options, place)
-        options |= {"model": find_model(model), "device": usable_device(device)}
-        if suite and max_length is None:
-            options["max_length"] = tables()["max_length"]
-        tokenizer = tokenizer_of(model, read_config(model).vocab_size)
-        text = tokens_of(lengths, tokenizer, longest) if lengths else []
-        haystacks = haystacks_for(tokenizer, longest) if passkey else []
-        loaded = tasks_of(suite, tasks, local)
-        with alone_in(place):
-            job = Job(load_model(model, options["device"]), tokenizer, place, options)
-            if loaded:
-                on_tasks(job, loaded)
-            if lengths:
-                on_lengths(job, lengths.name, text, every)
-            if passkey:
-                on_passkey(job, haystacks, longest, trials)
-    except BrokenPipeError:
-        raise
-    except (ValueError, OSError) as error:
-        raise SystemExit(reason(error)) from None
+    check(options, place)
+    options |= {"model": find_model(model), "device": usable_device(device)}
+    if suite and max_length is None:
+        options["max_length"] = tables()["max_length"]
+    tokenizer = tokenizer_of(model, read_config(model).vocab_size)
+    text = tokens_of(lengths, tokenizer, longest) if lengths else []
+    haystacks = haystacks_for(tokenizer, longest) if passkey else []
+    loaded = tasks_of(suite, tasks, local)
+    with alone_in(place):
+        job = Job(load_model(model, options["device"]), tokenizer, place, options)
+        if loaded:
+            on_tasks(job, loaded)
+        if lengths:
+            on_lengths(job, lengths.name, text, every)
+        if passkey:
+            on_passkey(job, haystacks, longest, trials)
 
 
 def check(options: dict[str, Any], place: Path) -> None:

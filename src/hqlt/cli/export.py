@@ -7,8 +7,6 @@ from typing import Literal
 
 from rich.console import Console
 
-from hqlt.errors import reason
-
 
 def export(model: Path, folder: Path, dtype: Literal["float32", "bfloat16", "float16"] | None = None) -> None:
     """Write a model with its tokenizer, code and card to a folder that transformers loads, ready to be shared.
@@ -24,8 +22,5 @@ def export(model: Path, folder: Path, dtype: Literal["float32", "bfloat16", "flo
 
     from hqlt.language import export as writer
 
-    try:
-        writer.export(model, folder, getattr(torch, dtype) if dtype else None)
-    except (ValueError, OSError) as error:
-        raise SystemExit(reason(error)) from None
+    writer.export(model, folder, getattr(torch, dtype) if dtype else None)
     Console().print(f"{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}", highlight=False)

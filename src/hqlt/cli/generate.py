@@ -71,21 +71,18 @@ def generate(
     from hqlt.language.folder import load_model, read_config, tokenizer_of
 
     notes = Console(stderr=True)
-    try:
-        check(tokens, temperature, top_p, top_k, seed, batch, save_state)
-        device_there = usable_device(device)
-        text = (read_text(prompt_file) if prompt_file else "") + prompt
-        if load_state is not None and not load_state.is_file():
-            raise FileNotFoundError(f"load-state: expected a file that --save-state wrote, found none at {load_state}")
-        tokenizer = tokenizer_of(model, read_config(model).vocab_size)
-        ids = tokenizer.encode_prompt(text, add_special_tokens=False)
-        if load_state is None and ids[: len(tokenizer.prefix_ids)] != tokenizer.prefix_ids:
-            ids = [*tokenizer.prefix_ids, *ids]
-        language_model = load_model(model, device_there)
-        past = generation.load_past(load_state, language_model) if load_state else None
-        past = read_with_progress(language_model, ids, past, notes)
-    except (ValueError, OSError) as error:
-        raise SystemExit(reason(error)) from None
+    check(tokens, temperature, top_p, top_k, seed, batch, save_state)
+    device_there = usable_device(device)
+    text = (read_text(prompt_file) if prompt_file else "") + prompt
+    if load_state is not None and not load_state.is_file():
+        raise FileNotFoundError(f"load-state: expected a file that --save-state wrote, found none at {load_state}")
+    tokenizer = tokenizer_of(model, read_config(model).vocab_size)
+    ids = tokenizer.encode_prompt(text, add_special_tokens=False)
+    if load_state is None and ids[: len(tokenizer.prefix_ids)] != tokenizer.prefix_ids:
+        ids = [*tokenizer.prefix_ids, *ids]
+    language_model = load_model(model, device_there)
+    past = generation.load_past(load_state, language_model) if load_state else None
+    past = read_with_progress(language_model, ids, past, notes)
     if tokens > 0:
         console = Console(soft_wrap=batch == 1)
         began = time.monotonic()

@@ -9,7 +9,6 @@ from rich.console import Console
 
 from hqlt.cli.data import slug
 from hqlt.data import parts_of, train_tokenizer, training_texts
-from hqlt.errors import reason
 
 
 def _train(
@@ -55,8 +54,6 @@ def _train(
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # `tokenizers` would not listen for a minute or more
     try:
         trained = train_tokenizer(training_texts(parts_of(**options)), vocabulary, out, limit_bytes)
-    except (ValueError, OSError) as error:
-        raise SystemExit(reason(error)) from None
     finally:
         signal.signal(signal.SIGINT, before)
     fewer = "" if trained.vocab_size == vocabulary else f" (the text has not pairs enough for {vocabulary:,})"

@@ -117,7 +117,7 @@ def _auto_tokenizer(name: str) -> Tokenizer:
     fast = getattr(tokenizer, "backend_tokenizer", None)
     if fast is None:
         return Slow(name, tokenizer)
-    return Fast(name, fast, tokenizer.eos_token_id, tokenizer.bos_token_id)
+    return Fast(name, fast, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.split_special_tokens)
 
 
 class Bytes:
@@ -169,8 +169,17 @@ class WithSpecialTokens:
 class Fast(WithSpecialTokens):
     """A tokenizer of `tokenizers`: it encodes batches in parallel."""
 
-    def __init__(self, name: str, tokenizer: Any, eos_id: int | None, bos_id: int | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        tokenizer: Any,
+        eos_id: int | None,
+        bos_id: int | None = None,
+        split_special_tokens: bool = False,
+    ) -> None:
+        """split_special_tokens: those that are spelled out in a prompt are text there, too."""
         self.name, self.eos_id, self.bos_id = name, eos_id, bos_id
+        self.split_special_tokens = split_special_tokens
         self.tokenizer = tokenizer
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -199,7 +208,7 @@ class Fast(WithSpecialTokens):
         return ids
 
     def encode_prompt(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        self.tokenizer.encode_special_tokens = False
+        self.tokenizer.encode_special_tokens = self.split_special_tokens
         try:
             ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         finally:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+
+from hqlt.errors import is_out_of_memory
 
 WEIGHTS = (
     "model.safetensors",
@@ -40,27 +40,54 @@ def read_checkpoint(where: Path, settings: Path | None = None, renames: Mapping[
     Raises FileNotFoundError where something is missing, and ValueError for what cannot be read and for renames that
     are no expressions.
     """
-    folder = where if where.is_dir() else where.parent
-    config = settings or folder / "config.json"
-    if not config.is_file():
-        raise FileNotFoundError(f"{config}: expected the checkpoint's config.json; name it by --settings")
+    told = settings_of(where, settings)
+    patterns = compiled(renames or {})
     tensors: dict[str, Tensor] = {}
     for file in weight_files(where):
         tensors |= read_tensors(file)
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         new = name.removeprefix("_orig_mod.").removeprefix("module.")
-        for pattern, replacement in (renames or {}).items():
-            try:
-                new = re.sub(pattern, replacement, new)
-            except (re.error, IndexError) as error:
-                raise ValueError(
-                    f"map: expected an expression and what replaces it, got {pattern!r}: {replacement!r}: {error}"
-                ) from None
+        for pattern, replacement in patterns.items():
+            new = pattern.sub(replacement, new)
         if new in renamed:
             raise ValueError(f"{name}: expected names that stay different when renamed, got {new!r} twice")
         renamed[new] = tensor
-    return Checkpoint(json.loads(config.read_text(encoding="utf-8")), renamed, folder)
+    return Checkpoint(told, renamed, folder_of(where))
+
+
+def folder_of(where: Path) -> Path:
+    return where if where.is_dir() else where.parent
+
+
+def settings_of(where: Path, settings: Path | None = None) -> dict[str, Any]:
+    """What the checkpoint's config.json says, or the file that is named in its place."""
+    if not where.exists():
+        raise FileNotFoundError(f"{where}: expected a checkpoint's folder, or a file of weights, found neither")
+    file = settings or folder_of(where) / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: expected the checkpoint's config.json; name it by --settings")
+    try:
+        told = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file}: expected the checkpoint's settings as JSON, got {error}") from None
+    if not isinstance(told, dict):
+        raise ValueError(f"{file}: expected settings by name, got {type(told).__name__}")
+    return told
+
+
+def compiled(renames: Mapping[str, str]) -> dict[re.Pattern[str], str]:
+    patterns = {}
+    for pattern, replacement in renames.items():
+        try:
+            expression = re.compile(pattern)
+            expression.sub(replacement, "")
+        except (re.error, IndexError) as error:
+            raise ValueError(
+                f"map: expected an expression and what replaces it, got {pattern!r}: {replacement!r}: {error}"
+            ) from None
+        patterns[expression] = replacement
+    return patterns
 
 
 def weight_files(where: Path) -> list[Path]:
@@ -74,11 +101,22 @@ def weight_files(where: Path) -> list[Path]:
         )
     for name in WEIGHTS:
         if (where / name).is_file() and name.endswith(".index.json"):
-            shards = json.loads((where / name).read_text())["weight_map"].values()
-            return [where / shard for shard in dict.fromkeys(shards)]
+            return shards_of(where / name)
         if (where / name).is_file():
             return [where / name]
     raise FileNotFoundError(f"{where}: expected one of {', '.join(WEIGHTS)}, found none")
+
+
+def shards_of(index: Path) -> list[Path]:
+    try:
+        names = dict.fromkeys(json.loads(index.read_bytes())["weight_map"].values())
+        shards = [index.parent / name for name in names]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index}: expected the files of the weights by name, got {error!r}") from None
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{index}: expected the files that it names, found no {', '.join(missing)} beside it")
+    return shards
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -87,7 +125,11 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             return load_file(file)
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a file of something else can fail anywhere
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"{file}: expected safetensors, or a PyTorch file of tensors alone, got {error}") from error
     for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):

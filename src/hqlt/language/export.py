@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hqlt.data import Tokenizer as OurTokenizer
-from hqlt.language.folder import find_model, load_model, tokenizer_of
+from hqlt.disk import new_in
+from hqlt.language.folder import find_model, load_model, read_config, tokenizer_of
 from hqlt.model import HQLTForCausalLM
 
 CODE = "modeling_hqlt"
@@ -36,14 +38,15 @@ def export(where: str | Path, folder: Path, dtype: torch.dtype | None = None) ->
     It loads with transformers' Auto classes after `import hqlt`, and with `trust_remote_code=True` without. A byte
     model gets a tokenizer of 256 tokens that AutoTokenizer loads.
 
-    Raises FileExistsError where the folder holds something, and what `load_model` and `tokenizer_of` raise.
+    Raises FileExistsError where the folder holds something, OSError where it cannot be written, and what `load_model`
+    and `tokenizer_of` raise.
     """
-    refuse_filled(folder)
-    model = load_model(where)
-    tokenizer = tokenizer_of(where, model.config.vocab_size)
-    if dtype is not None:
-        nn.Module.to(model, dtype)
-    save(model, tokenizer, str(find_model(where)), folder)
+    tokenizer = tokenizer_of(where, read_config(where).vocab_size)
+    with new_in(folder):
+        model = load_model(where)
+        if dtype is not None:
+            nn.Module.to(model, dtype)
+        save(model, tokenizer, str(find_model(where)), folder)
 
 
 def save(model: HQLTForCausalLM, tokenizer: OurTokenizer | None, source: str | None, folder: Path) -> None:
@@ -60,16 +63,14 @@ def save(model: HQLTForCausalLM, tokenizer: OurTokenizer | None, source: str | N
         if generation.pad_token_id is None:
             generation.pad_token_id = beside.pad_token_id
         beside.save_pretrained(folder)
-    model.save_pretrained(folder)
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:
+        raise OSError(f"{folder} could not be written: {error}") from error
     package = resources.files("hqlt.language")
     shutil.copyfile(str(package / f"{CODE}.py"), folder / f"{CODE}.py")
     card = (package / "model_card.md").read_text(encoding="utf-8")
     (folder / "README.md").write_text(card.format(**facts_of(model, tokenizer, folder)), encoding="utf-8")
-
-
-def refuse_filled(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder}: expected a new or empty folder, because nothing is overwritten; name another")
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from huggingface_hub.errors import StrictDataclassError
+
 from hqlt.layer import one_of
 from hqlt.model import HQLTConfig
 
@@ -102,7 +104,14 @@ class Settings(NamedTuple):
 
 
 def read_settings(given: Mapping[str, Any]) -> Settings:
-    """Our config for their config.json. Raises ValueError for what our layer does not compute."""
+    """Our config for their config.json. Raises ValueError for what our layer does not compute, and for odd values."""
+    try:
+        return _read(given)
+    except (StrictDataclassError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"expected the settings of a model, got {' '.join(str(error).split())}") from error
+
+
+def _read(given: Mapping[str, Any]) -> Settings:
     kind = given.get("model_type")
     one_of("model_type", str(kind), DEFAULTS)
     assert isinstance(kind, str)
