@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hqlt.model.cache import HQLTCache
+    from hqlt.model.cache import HQLTCache, register_cache_for_export
     from hqlt.model.config import HQLTConfig
     from hqlt.model.language_model import HQLTForCausalLM, HQLTModel
     from hqlt.model.presets import preset
@@ -17,9 +17,10 @@ HOME = {
     "HQLTForCausalLM": "language_model",
     "HQLTModel": "language_model",
     "preset": "presets",
+    "register_cache_for_export": "cache",
 }
 
-__all__ = ["HQLTCache", "HQLTConfig", "HQLTForCausalLM", "HQLTModel", "preset"]
+__all__ = ["HQLTCache", "HQLTConfig", "HQLTForCausalLM", "HQLTModel", "preset", "register_cache_for_export"]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -49,7 +50,9 @@ class HQLTCache(Cache):
     @property
     def seen_tokens(self) -> int:
         """Columns that the model has been given so far: the length of an attention mask over the past."""
-        return int(self._seen if self._mask is None else self._mask.shape[1])
+        if self._mask is not None:
+            return self._mask.shape[1]
+        return int(self._seen) if isinstance(self._seen, Tensor) else self._seen
 
     @property
     def attention_mask(self) -> Tensor | None:
@@ -109,9 +112,9 @@ class HQLTCache(Cache):
     def advance(self, states: Sequence[MemoryState], tokens: int, new: Tensor | None = None) -> None:
         """Put in the states after `tokens` more columns, which were tokens where new, Bool[b, tokens], is True."""
         if new is not None and self._mask is None and (torch.compiler.is_compiling() or not new.all()):
-            self._mask = new.new_ones(len(new), self.seen_tokens)
+            self._mask = new.new_ones(new.shape[0], self.seen_tokens)
         if self._mask is not None:
-            new = self._mask.new_ones(len(self._mask), tokens) if new is None else new
+            new = self._mask.new_ones(self._mask.shape[0], tokens) if new is None else new
             self._mask = torch.cat([self._mask, new], dim=1)
         self.states = tuple(states)
         self._seen = self._seen + tokens
@@ -223,3 +226,35 @@ def one_cache(past_key_values: object, cache: object) -> HQLTCache | None:
             f"HQLTCache.from_states(states)), got {type(given).__name__}, which cannot hold both memories"
         )
     return given
+
+
+def register_cache_for_export() -> None:
+    """Let torch.export take an HQLTCache as input and output: from now on torch sees the tensors in it.
+
+    A call of its own, because FSDP and other users of torch's pytrees build what is registered anew on its way
+    into a model: a cache given to such a model would not be brought up to date, only the one that it returns.
+    """
+    if HQLTCache not in pytree.SUPPORTED_NODES:
+        pytree._register_namedtuple(MemoryState, serialized_type_name="hqlt.memory.MemoryState")
+        pytree.register_pytree_node(
+            HQLTCache,
+            _flatten,
+            _unflatten,
+            serialized_type_name="hqlt.model.HQLTCache",
+            flatten_with_keys_fn=lambda cache: ([*zip(PARTS, _flatten(cache)[0], strict=True)], cache._any_past),
+        )
+
+
+PARTS: tuple[Any, ...] = tuple(map(pytree.MappingKey, ("states", "seen_tokens", "attention_mask")))
+
+
+def _flatten(cache: HQLTCache) -> tuple[list[Any], bool]:
+    seen = cache._seen if isinstance(cache._seen, Tensor) else torch.tensor(cache._seen)
+    return [list(cache.states), seen, cache._mask], cache._any_past
+
+
+def _unflatten(parts: Iterable[Any], any_past: bool) -> HQLTCache:
+    cache = HQLTCache()
+    states, cache._seen, cache._mask = parts
+    cache.states, cache._any_past = tuple(states), any_past
+    return cache

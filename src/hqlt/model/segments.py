@@ -22,11 +22,11 @@ class Segments(NamedTuple):
 
     def sort(self, x: Tensor) -> Tensor:
         """x: [b, t, d], by columns → in the order in which it is read."""
-        return x if self.order is None else x.take_along_dim(self.order[..., None], dim=1)
+        return x if self.order is None else _take(x, self.order)
 
     def restore(self, x: Tensor) -> Tensor:
         """The inverse of `sort`."""
-        return x if self.order is None else x.take_along_dim(self.order.argsort(dim=1)[..., None], dim=1)
+        return x if self.order is None else _take(x, self.order.argsort(dim=1))
 
 
 def read_segments(
@@ -62,7 +62,7 @@ def read_segments(
         resets = begins if resets is None else resets & new | begins
         if _maybe(new[:, 1:] < new[:, :-1]):
             order = new.long().argsort(dim=1, stable=True)
-            resets = resets.take_along_dim(order, dim=1)
+            resets = resets.gather(1, order)
         if past and _maybe(carried & ~new):
             counts = new.sum(dim=1)
             if torch.compiler.is_compiling():
@@ -88,6 +88,11 @@ def _check_mask(attention_mask: Tensor, b: int, t: int, past: int) -> Tensor:
             f"apart by `resets` or `position_ids`."
         )
     return attention_mask.bool()
+
+
+def _take(x: Hidden, columns: Tensor) -> Hidden:
+    """These columns of each row. (take_along_dim does the same, but not for sizes that torch.export leaves open.)"""
+    return x.gather(1, columns[..., None].expand_as(x))
 
 
 def _maybe(condition: Tensor) -> bool:
