@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -34,6 +35,7 @@ def test_table_made_in_inference_mode_serves_training():
     assert q.grad.isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own, of its forward-mode AD
 def test_a_table_made_under_a_mode_stays_in_it():
     """The cache is the process's: what a mode made would reach every later call."""
     kv._kept_table.cache_clear()

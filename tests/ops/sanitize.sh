@@ -8,7 +8,7 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 cp -r src/hqlt "$folder/hqlt"
 rm -f "$folder"/hqlt/native/_memories*
-${CXX:-g++} -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all -std=c++17 -fPIC -shared \
+${CXX:-g++} -O0 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all -std=c++17 -fPIC -shared \
     -pthread src/hqlt/native/memories.cpp -o "$folder/hqlt/native/_memories.so"
 preload="$(${CXX:-g++} -print-file-name=libasan.so):$(${CXX:-g++} -print-file-name=libubsan.so)"
 for isa in plain avx2 avx512; do
