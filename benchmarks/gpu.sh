@@ -90,7 +90,7 @@ fi
 # And fla's kernels: some 90 variants, one after the other.
 timeout 300 "$python" -m hqlt.bench.gpu_stages warm_peer "$FOLDER" $OPTIONS >"$SCRATCH/peer" 2>&1 &
 peer=$!
-measure "2 right, triton's ptxas" 100 right
+measure "2 right, triton's ptxas" 120 right
 if [ -n "$PTXAS" ]; then
     export TRITON_PTXAS_PATH=$PTXAS
     measure "2 right, another ptxas" 100 right

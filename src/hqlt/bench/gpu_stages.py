@@ -89,9 +89,8 @@ def right(place: Place, folder: Path, rounds: int) -> Answer:
 def memcheck(place: Place, folder: Path, rounds: int) -> Answer:
     """One small call of each type, to be run under compute-sanitizer."""
     from hqlt.bench import gpu_right
-    from hqlt.bench.gpu_compile import Shape
 
-    shape = Shape(1, 70, 1, 16, 16, held=3, window=7) if place is GPU else gpu_right.TINY[0]
+    shape = gpu_right.SHAPES[1] if place is GPU else gpu_right.TINY[0]  # which `right` has compiled
     dtypes = [torch.bfloat16, torch.float32] if place is GPU else [torch.float32]
     return {"results": [gpu_right.compare(shape, dtype, place.device, again=0) for dtype in dtypes]}
 
