@@ -25,8 +25,8 @@ test-triton: $(TRITON)/ready ## the GPU kernels' code, interpreted on a CPU and 
 test-gpu: $(TRITON)/ready    ## the same on a GPU, and all layers there
 	TRITON_DEFAULT_FP_FUSION=1 $(TRITON)/bin/pytest $(TRITON_TESTS) tests/test_gpu.py
 
-bench-gpu: $(TRITON)/ready   ## ours and the peers' kernels side by side on a GPU
-	$(TRITON)/bin/hqlt bench gpu
+bench-gpu: $(TRITON)/ready   ## right or wrong, ours beside the peers' kernels, training: all that is to be measured on a GPU
+	PYTHON=$(TRITON)/bin/python bash benchmarks/gpu.sh
 
 test-sanitizers: $(VENV)/ready ## hostile arguments for the native library, under AddressSanitizer and UBSan
 	PYTHON=$(BIN)/python sh tests/ops/sanitize.sh

@@ -31,6 +31,11 @@ settings.register_profile("thorough", settings.get_profile("fast"), max_examples
 settings.load_profile("fast")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Warnings are errors, but a machine without a compiler runs what needs none: GPU kernels, plain torch."""
+    config.addinivalue_line("filterwarnings", "ignore:hqlt. .*slower torch implementations run instead:RuntimeWarning")
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
