@@ -81,6 +81,7 @@ def test_parts_are_loaded_when_they_are_asked_for():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("SAC memory_shares 256\nmodule 'hqlt' has no attribute 'nothing'\n", "")
+    assert {"HybridMemory", "agent", "report", "ops", "__version__"} <= set(dir(hqlt))
 
 
 def test_a_part_whose_package_is_missing_says_how_to_get_it():

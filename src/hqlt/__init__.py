@@ -67,4 +67,8 @@ def __getattr__(name: str) -> Any:
     return value
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *(module.name for module in pkgutil.iter_modules(__path__))})
+
+
 register_with_transformers()

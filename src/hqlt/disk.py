@@ -75,9 +75,12 @@ def check_writable(path: Path, *, folder: bool = False) -> None:
     there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if there != path and not there.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, f"{there} is a file, not a folder", str(path))
-    probe(there if there.is_dir() else there.parent)
-    if there.is_file():
-        there.open("ab").close()
+    try:
+        probe(there if there.is_dir() else there.parent)
+        if there.is_file():
+            there.open("ab").close()
+    except OSError as error:
+        raise OSError(error.errno, f"cannot be written there: {error.strerror}", str(path)) from None
 
 
 def probe(folder: Path) -> None:

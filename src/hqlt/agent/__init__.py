@@ -9,9 +9,11 @@
 
 from importlib.util import find_spec
 
+from hqlt.errors import how_to_install
+
 if find_spec("gymnasium") is None:
     raise ModuleNotFoundError(
-        "hqlt.agent: expected the package gymnasium, found none; pip install 'hqlt[rl]'", name="gymnasium"
+        f"hqlt.agent: expected the package gymnasium, found none; {how_to_install('rl')}", name="gymnasium"
     )
 
 from hqlt.agent.agent import Agent, Progress

@@ -36,7 +36,7 @@ from hqlt.bench.race import (
     race,
     rows,
 )
-from hqlt.errors import first_line
+from hqlt.errors import first_line, how_to_install
 from hqlt.memory.kv import rotary_table
 from hqlt.ops.features import rotated, unit_silu
 
@@ -57,7 +57,7 @@ def setting() -> dict[str, Any]:
             "run on a CPU, and `make test-triton` checks the GPU kernels on one"
         )
     if importlib.util.find_spec("fla") is None:
-        raise SystemExit("hqlt bench gpu: expected the peer, fla-core, found none; pip install 'hqlt[gpu]'")
+        raise SystemExit(f"hqlt bench gpu: expected the peer, fla-core, found none; {how_to_install('gpu')}")
     return {
         "GPU": torch.cuda.get_device_name(),
         "torch": torch.__version__,

@@ -13,7 +13,6 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from hqlt.errors import reason
 from hqlt.study import known_studies, read_study
 from hqlt.study.run import run_study
 from hqlt.task import StandardLibrary, generator_for
@@ -47,20 +46,17 @@ def demo(
         text.update(read_and_write(the_hybrid_on_text(results), folder))
         return text
 
-    try:
-        study = dataclasses.replace(read_study(known_studies()["demo"]), seeds=(seed,))
-        run_study(
-            study.quick() if quick else study,
-            folder,
-            again=shlex.join(again),
-            workers=workers,
-            device="cpu",
-            console=console,
-            quick=quick,
-            additions=additions,
-        )
-    except (ValueError, OSError) as error:
-        raise SystemExit(reason(error)) from None
+    study = dataclasses.replace(read_study(known_studies()["demo"]), seeds=(seed,))
+    run_study(
+        study.quick() if quick else study,
+        folder,
+        again=shlex.join(again),
+        workers=workers,
+        device="cpu",
+        console=console,
+        quick=quick,
+        additions=additions,
+    )
     sample = text["samples"][0]
     console.print(Text.assemble((f"{sample['model']} continues", "bold"), f" {sample['prompt']!r}:"))
     console.print(sample["text"], markup=False, highlight=False)

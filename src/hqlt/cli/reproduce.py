@@ -9,7 +9,6 @@ from typing import Literal
 from rich.console import Console
 
 from hqlt.device import usable_device
-from hqlt.errors import reason
 from hqlt.layer import one_of
 from hqlt.study import known_studies, read_study
 from hqlt.study.commands import TABLES, print_and_run
@@ -54,37 +53,28 @@ def reproduce(
                 f"{', '.join(refused)}: expected at most --only with {what} at the paper's scale, which is commands "
                 f"for all GPUs with folders of their own under runs/"
             )
-        try:
-            print_and_run(what, only, Console(highlight=False))
-        except (ValueError, OSError) as error:
-            raise SystemExit(reason(error)) from None
+        print_and_run(what, only, Console(highlight=False))
         return
     device = device or "cpu"
-    try:
-        usable_device(device)
-        name, file = find(what, scale)
-        study = read_study(file).only(only)
-    except ValueError as error:
-        raise SystemExit(reason(error)) from None
+    usable_device(device)
+    name, file = find(what, scale)
+    study = read_study(file).only(only)
     if quick:
         study, name = study.quick(), f"{name}-quick"
     folder = folder or Path("runs") / name
     options = {"scale": scale, "only": only, "folder": folder, "workers": workers, "device": device, "export": export}
     again = ["hqlt", "reproduce", what, *(f"--{key}={value}" for key, value in options.items() if value is not None)]
     again += ["--quick"] * quick
-    try:
-        run_study(
-            study,
-            folder,
-            again=shlex.join(again),
-            workers=workers,
-            device=device,
-            console=Console(),
-            quick=quick,
-            export=export,
-        )
-    except (ValueError, OSError) as error:
-        raise SystemExit(reason(error)) from None
+    run_study(
+        study,
+        folder,
+        again=shlex.join(again),
+        workers=workers,
+        device=device,
+        console=Console(),
+        quick=quick,
+        export=export,
+    )
 
 
 def find(what: str, scale: str) -> tuple[str, Path]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from hqlt.cli import Command
-from hqlt.errors import reason
+from hqlt.disk import check_writable
 from hqlt.train.agent.settings import AgentSettings
 
 
@@ -23,10 +22,7 @@ def train(folder: Path | None = None, device: str = "cpu", **settings: Any) -> N
     """
     from hqlt.train.agent.run import run
 
-    try:
-        run(AgentSettings(**settings), folder, device)
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(reason(error)) from None
+    run(AgentSettings(**settings), folder, device)
 
 
 def play(
@@ -49,38 +45,24 @@ def play(
     from hqlt.train.agent.run import load_agent
 
     console = Console(highlight=False, soft_wrap=True)
-    try:
-        in_range("--episodes", episodes, COUNT)
-        in_range("--seed", seed, SEED)
-        if film is not None:
-            from hqlt.report import episode  # and the folder is looked at: nothing is played in vain
+    in_range("--episodes", episodes, COUNT)
+    in_range("--seed", seed, SEED)
+    if film is not None:
+        from hqlt.report import episode  # and the folder is looked at: nothing is played in vain
 
-            writable(film)
-        trainer = load_agent(folder)
-        trainer.settings = dataclasses.replace(
-            trainer.settings, options={**trainer.settings.options, **(options or {})}
-        )
-        played = trainer.score(episodes, seed)
-        success = "" if played.success != played.success else f", success {100 * played.success:.0f}%"
-        console.print(
-            f"{len(played.outcomes)} episodes: return {played.mean_return:.2f}{success}, {played.mean_length:.0f} steps"
-        )
-        if film is not None:
-            filmed = episode.film(trainer, seed)
-            film.mkdir(parents=True, exist_ok=True)
-            episode.leave_film(filmed, film)
-            console.print(f"film: {film}")
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(reason(error)) from None
-
-
-def writable(folder: Path) -> None:
-    """Raises ValueError for a folder that is none, or cannot be made or written to. Makes none."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise ValueError(f"{folder}: expected a folder, or a place for one, but {there} is a file")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{folder}: expected a folder that can be written to, but {there} cannot")
+        check_writable(film, folder=True)
+    trainer = load_agent(folder)
+    trainer.settings = dataclasses.replace(trainer.settings, options={**trainer.settings.options, **(options or {})})
+    played = trainer.score(episodes, seed)
+    success = "" if played.success != played.success else f", success {100 * played.success:.0f}%"
+    console.print(
+        f"{len(played.outcomes)} episodes: return {played.mean_return:.2f}{success}, {played.mean_length:.0f} steps"
+    )
+    if film is not None:
+        filmed = episode.film(trainer, seed)
+        film.mkdir(parents=True, exist_ok=True)
+        episode.leave_film(filmed, film)
+        console.print(f"film: {film}")
 
 
 rl: Command = {"train": train, "play": play}

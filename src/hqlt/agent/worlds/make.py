@@ -17,6 +17,7 @@ from hqlt.agent.worlds.key_to_door import KeyToDoor
 from hqlt.agent.worlds.t_maze import TMaze
 from hqlt.agent.worlds.visual_match import VisualMatch
 from hqlt.agent.worlds.world import World
+from hqlt.errors import how_to_install
 from hqlt.layer import one_of
 
 WORLDS: dict[str, tuple[type[World], dict[str, Any]]] = {
@@ -61,12 +62,16 @@ def _worlds(name: str, n: int, options: dict[str, Any]) -> VectorEnv[Any, Any, A
         try:
             importlib.import_module(package)
         except ImportError as error:
-            raise ImportError(
-                f"{name}: expected the package {package}, which did not import ({error}); pip install 'hqlt[{package}]'"
+            raise ModuleNotFoundError(
+                f"{name}: expected the package {package}, which did not import ({error}); {how_to_install(package)}",
+                name=package,
             ) from error
     module, _, id_there = name.rpartition(":")  # as in gymnasium.make: a module that registers it
     if module:
-        importlib.import_module(module)
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"{name}: expected a module that can be imported before the colon: {error}") from error
     if id_there not in gymnasium.registry:
         near = difflib.get_close_matches(id_there, [*WORLDS, *gymnasium.registry], n=1, cutoff=0.5)
         raise ValueError(

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hqlt.errors import how_to_install
 from hqlt.shapes import Keys, Matrix, Queries, Resets, Strengths, Values
 
 CHUNKED_DTYPES = (torch.bfloat16, torch.float16)
@@ -50,7 +51,7 @@ def _public_rule(q: Tensor, v: Tensor) -> Callable[..., Any]:
         module = importlib.import_module("fla.ops.delta_rule")
     except ImportError as error:
         raise RuntimeError(
-            "backend 'fla': expected the package fla-core, found none; pip install 'hqlt[gpu]', or name another backend"
+            f"backend 'fla': expected the package fla-core, found none; {how_to_install('gpu')}, or name another one"
         ) from error
     by_chunks = q.shape[1] >= 64 and q.shape[3] <= WIDEST_CHUNKED and v.dtype in CHUNKED_DTYPES
     return module.chunk_delta_rule if by_chunks else module.fused_recurrent_delta_rule

@@ -10,6 +10,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from hqlt.errors import how_to_install
 from hqlt.shapes import Keys, Matrix, Queries, Resets, Strengths, Values
 
 WIDEST = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 128, torch.float64: 64}
@@ -53,8 +54,7 @@ def check_runs(q: Queries, v: Values, widest: int | None = None) -> None:
     """Refuse what the kernels cannot do here. widest: of a head; by default what its type allows."""
     if not _is_installed():
         raise RuntimeError(
-            "backend 'triton': expected the package triton, found none; pip install 'hqlt[gpu]', or name another "
-            "backend"
+            f"backend 'triton': expected the package triton, found none; {how_to_install('gpu')}, or name another one"
         )
     if not (q.is_cuda or _is_interpreted()):
         raise RuntimeError(
