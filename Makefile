@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo quick test test-sanitizers test-triton test-gpu bench-gpu lint docs clean
+.PHONY: demo quick test test-latest test-oldest test-sanitizers test-triton test-gpu bench-gpu lint docs clean
 
 demo: $(VENV)/ready          ## train five models on three tasks, six minutes on two cores; a page in runs/
 	$(BIN)/hqlt demo
@@ -13,6 +13,17 @@ quick: $(VENV)/ready         ## the same in one minute, with budgets too small t
 
 test: $(VENV)/ready lint     ## style, types and tests
 	$(BIN)/pytest -n 2
+
+# The constraints hide what other versions do: both ends of the ranges in pyproject.toml have environments of their own.
+# Run both whenever a range is touched. (pip may take gigabytes: a build of torch for GPUs.)
+LATEST := .venv-latest
+OLDEST := .venv-oldest
+
+test-latest: $(LATEST)/ready ## with the newest versions that the ranges admit
+	$(LATEST)/bin/pytest -n 2
+
+test-oldest: $(OLDEST)/ready ## with the oldest ones
+	$(OLDEST)/bin/pytest -n 2
 
 # The GPU kernels have an environment of their own, because triton and its peer are large.
 TRITON       := .venv-triton
@@ -51,5 +62,15 @@ $(TRITON)/ready: pyproject.toml constraints.txt $(wildcard setup.py)
 	$(TRITON)/bin/pip install --quiet -c constraints.txt -e '.[dev,gpu]'
 	touch $@
 
+$(LATEST)/ready: pyproject.toml $(wildcard setup.py)
+	$(PYTHON) -m venv $(LATEST)
+	$(LATEST)/bin/pip install --quiet --upgrade --upgrade-strategy=eager -e '.[dev]'
+	touch $@
+
+$(OLDEST)/ready: pyproject.toml constraints-oldest.txt $(wildcard setup.py)
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet -c constraints-oldest.txt -e '.[dev]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(TRITON) build dist src/*.egg-info
+	rm -rf $(VENV) $(TRITON) $(LATEST) $(OLDEST) build dist src/*.egg-info
