@@ -61,6 +61,7 @@ def test_wrong_inputs_are_refused_before_anything_is_written(options, message, t
     (tmp_path / "full" / "file").touch()
     with run_folder(tmp_path / "language", "language"), run_folder(tmp_path / "other", "study"):
         (tmp_path / "other" / "config.json").write_text('{"study": "Who runs?"}')
+        (tmp_path / "language" / "config.json").touch()
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit, match=message):
         main(["demo", "--quick", *options])

@@ -245,7 +245,11 @@ def test_a_cell_of_an_agent_that_was_killed_goes_on_exactly(tmp_path):
         (["experiments", "maze", "budget", "along"], {"coridor": [1]}, r"LSTM in maze: .*coridor"),
         (["experiments", "maze", "budget", "along"], {"corridor": [1], "oracle": [1]}, r"along: expected at most one"),
         (["models", "LSTM"], {}, "LSTM in maze: expected the key 'memory', got 'hidden_size', 'num_layers', 'window'$"),
-        (["experiments", "maze", "options", "corridor"], "x", 'LSTM in maze: expected values .*"corridor": "x"'),
+        (
+            ["experiments", "maze", "options", "corridor"],
+            "x",
+            "LSTM in maze: corridor: expected a whole number of at least 1, got 'x'",
+        ),
         (["models", "LSTM"], {"memory": "lstmm"}, r"LSTM in maze: .*did you mean 'lstm'"),
     ],
 )

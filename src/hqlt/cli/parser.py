@@ -98,7 +98,12 @@ def parser_of(command: Callable[..., None], prog: str) -> Parser:
 
 def parse(parser: Parser, arguments: Sequence[str]) -> dict[str, Any]:
     """The function's arguments, by name. Raises ValueError or OSError for a file of options that cannot be read."""
-    options: dict[str, Any] = parser.instantiate(parser.parse_args(canonical(arguments, parser))).as_dict()
+    parsed = parser.parse_args(canonical(arguments, parser))
+    try:
+        options: dict[str, Any] = parser.instantiate(parsed).as_dict()
+    except ValueError as error:  # a group of options that refuses one of them, such as --ppo.rollout
+        name, colon, said = str(error).partition(":")
+        raise ValueError(f"{dashed('--' + name)}:{said}" if colon and name in parser.names() else str(error)) from None
     del options["config"]
     return options
 

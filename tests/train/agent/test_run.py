@@ -1,6 +1,7 @@
 """`hqlt rl train` as a person runs it: killed, stopped, gone on with; and what it leaves to look at."""
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -123,6 +124,10 @@ def test_the_second_signal_stops_at_once(tmp_path, number):
     assert "Traceback" not in said
 
 
+def no_permission(folder):
+    raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+
+
 def refused(command):
     """What is said of a command that cannot be."""
     with pytest.raises(SystemExit) as caught:
@@ -135,9 +140,9 @@ def refused(command):
     ("option", "said"),
     [
         ("--ppo.rollout=0", "--ppo.rollout: expected a whole number of at least 1, got 0"),
-        ("--ppo.learning_rate=-1", "--ppo.learning_rate: expected a number above 0, got -1"),
+        ("--ppo.learning_rate=-1", "--ppo.learning-rate: expected a number above 0, got -1"),
         ("--ppo.clip=-1", "--ppo.clip: expected a number above 0, got -1"),
-        ("--sac.batch-episodes=0", "--sac.batch_episodes: expected a whole number of at least 1, got 0"),
+        ("--sac.batch-episodes=0", "--sac.batch-episodes: expected a whole number of at least 1, got 0"),
         ("--sac.discount=1.5", "--sac.discount: expected a number from 0 to 1, got 1.5"),
         ("--copies=0", "copies: expected a whole number of at least 1, got 0"),
         ("--options.coridor=3", "did you mean 'corridor'?"),
@@ -180,7 +185,7 @@ def test_a_run_that_diverged_says_so(tmp_path, capsys, monkeypatch):
 def test_a_run_of_another_kind_and_a_folder_of_other_files_are_refused(tmp_path):
     for kind, command in (("language", "hqlt train"), ("study", "hqlt demo or hqlt reproduce")):
         with run_folder(tmp_path / kind, kind):
-            pass
+            (tmp_path / kind / "config.json").touch()
         said = f"expected a run of hqlt rl train, found one of {command}"
         assert said in refused([*COMMAND, f"--folder={tmp_path / kind}"])
         assert said in refused(["rl", "play", str(tmp_path / kind)])
@@ -202,9 +207,10 @@ def test_what_cannot_be_played_is_refused_before_it_is_played(finished, tmp_path
     assert "--seed: expected a whole number" in refused(["rl", "play", folder, "--seed=-1"])
     (tmp_path / "file").touch()
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
-        assert f"but {tmp_path / 'file'} is a file" in refused(["rl", "play", folder, f"--film={place}"])
-    monkeypatch.setattr("os.access", lambda path, mode: False)
-    assert "that can be written to" in refused(["rl", "play", folder, f"--film={tmp_path / 'new'}"])
+        assert f"{place}: " in refused(["rl", "play", folder, f"--film={place}"])
+    with monkeypatch.context() as closed:
+        closed.setattr("hqlt.disk.probe", no_permission)
+        assert "cannot be written there" in refused(["rl", "play", folder, f"--film={tmp_path / 'new'}"])
     assert "config.json: No such file" in refused(["rl", "play", str(tmp_path / "nowhere")])
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -235,7 +241,7 @@ def test_options_that_change_what_is_seen_are_refused(tmp_path):
 def test_a_package_that_the_report_needs_is_missed_before_anything_is_trained(tmp_path, package):
     code = f"import sys; sys.modules['{package}'] = None; from hqlt.cli import main; main({[*COMMAND]})"
     process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert f"expected the package {package}; pip install 'hqlt[report]'" in process.stderr
+    assert f"expected the package {package}; {how_to_install('report')}" in process.stderr
     assert process.returncode == 1 and not any(tmp_path.iterdir())
 
 
