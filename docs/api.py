@@ -10,8 +10,8 @@ import pdoc
 import hqlt
 import hqlt.model
 
-SKIPPED = ("hqlt.ops.synchronous.kernels", "hqlt.native._memories")
-"""Triton kernels, which cannot be imported without triton, and the library of C++ functions."""
+SKIPPED = ("hqlt.ops.synchronous.kernels", "hqlt.ops.onnx", "hqlt.native._memories")
+"""What cannot be imported without triton or onnxscript, and the library of C++ functions."""
 
 
 def specifications() -> list[str]:
