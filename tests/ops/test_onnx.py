@@ -15,7 +15,7 @@ from hqlt import ops
 from hqlt.memory import MemoryState
 from tests.laws import normal
 from tests.layers import EVERY_STATE, HIDDEN, ONE_OF_EACH_BLEND, build_layer
-from tests.onnx import ANY, Exported, check_same, needs_onnx
+from tests.onnx import ANY, Exported, check_same, needs_onnx, tensors
 
 SIZES = ((2, 11), (1, 1), (3, 17))
 
@@ -67,6 +67,15 @@ def test_one_token_with_its_state(name):
         y, theirs = layer(x, theirs)
         y_too, *mine = step(x, mine)
         check_same([y_too, *mine], (y, theirs))
+
+
+@needs_onnx
+def test_float64():
+    layer = build_layer("delayed-chunk-vector-delta-plain").eval()
+    text = Exported(layer, (normal(2, 5, HIDDEN),), {"x": {0: ANY, 1: ANY}})
+    x = normal(3, 17, HIDDEN)
+    for mine, theirs in zip(text(x), tensors(layer(x)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
 
 
 class Cummax(nn.Module):

@@ -38,13 +38,12 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
 def delta_rule(q, k, v, beta, state, resets, scale, keep):
     """Its equation is `hqlt.ops.delta_rule`'s, and so on below."""
-    out, final, errors = delta_rule_scan(q, k, v, beta, state, resets_or_none(resets, q))
-    return op.Mul(out, scale), final, errors
+    return delta_rule_scan(op.Mul(q, scale), k, v, beta, state, resets_or_none(resets, q))
 
 
 @script(HQLT, default_opset=op)
 def delta_rule_scan(q: X, k: X, v: X, beta: X, state: X, resets: BOOL) -> tuple[X, X, X]:
-    """[b, t, …] each, state [b, h, k, v] → unscaled reads, the final state, errors v − Wᵀk."""
+    """[b, t, …] each, state [b, h, k, v] → reads, the final state, errors v − Wᵀk."""
 
     @graph()
     def step(W, q_t, k_t, v_t, beta_t, reset_t):
@@ -89,16 +88,17 @@ def linear_attention_scan(q: X, k: X, v: X, matrix: X, key_sum: X, resets: BOOL)
 
 def window_attention(q, k, v, resets, window, scale):
     t, l = length(q), length(k)
-    query, key = op.Range(op.Sub(l, t), l, 1), op.Range(0, l, 1)
-    age = op.Sub(op.Unsqueeze(query, [1]), key)
+    now = op.Range(op.Sub(l, t), l, 1)
+    age = op.Sub(op.Unsqueeze(now, [1]), op.Range(0, l, 1))
     reach = op.And(op.GreaterOrEqual(age, 0), op.Less(age, window))  # [t, l]
     if resets is not None:
         ids = op.CumSum(op.Cast(resets, to=INT64.dtype), 1)
-        same = op.Equal(op.Unsqueeze(op.Gather(ids, query, axis=1), [1, 3]), op.Unsqueeze(ids, [1, 2]))
+        same = op.Equal(op.Unsqueeze(op.Gather(ids, now, axis=1), [1, 3]), op.Unsqueeze(ids, [1, 2]))
         reach = op.And(reach, same)  # [b, 1, t, l]
-    q, k, v = op.Transpose(q, perm=[0, 2, 1, 3]), op.Transpose(k, perm=[0, 2, 3, 1]), op.Transpose(v, perm=[0, 2, 1, 3])
-    scores = op.Where(reach, op.Mul(op.MatMul(q, k), scale), op.CastLike(float("-inf"), q))
-    return op.Transpose(op.MatMul(op.Softmax(scores, axis=-1), v), perm=[0, 2, 1, 3])
+    query, key, value = (op.Transpose(x, perm=[0, 2, 1, 3]) for x in (op.Mul(q, scale), k, v))
+    scores = op.MatMul(query, op.Transpose(key, perm=[0, 1, 3, 2]))
+    weights = op.Softmax(op.Where(reach, scores, op.CastLike(float("-inf"), q)), axis=-1)
+    return op.Transpose(op.MatMul(weights, value), perm=[0, 2, 1, 3])
 
 
 def unit_silu(x):
@@ -157,7 +157,7 @@ def sort(self, *, stable=None, dim=-1, descending=False):
 
 def with_epsilon(x, epsilon):
     """x + epsilon, not as an Add: onnxscript's optimizer takes one with less than 1e-8 away."""
-    return op.Sum(x, epsilon)
+    return op.Sum(x, op.CastLike(epsilon, x))
 
 
 def length(x):
