@@ -3,10 +3,15 @@
 A wheel is one a platform: what is built knows no version of Python, and picks its instructions when it is loaded.
 """
 
+import hashlib
 from glob import glob
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
+
+SOURCES = sorted([*glob("src/hqlt/native/*.h"), "src/hqlt/native/memories.cpp"])
+DIGEST = hashlib.sha256(b"".join(Path(file).read_bytes() for file in SOURCES)).hexdigest()  # as hqlt.native computes it
 
 
 class PlatformWheel(bdist_wheel):
@@ -20,7 +25,8 @@ setup(
         Extension(
             "hqlt.native._memories",
             ["src/hqlt/native/memories.cpp"],
-            depends=glob("src/hqlt/native/*.h"),
+            depends=SOURCES,
+            define_macros=[("HQLT_SOURCES", f'"{DIGEST}"')],
             language="c++",
             optional=True,
             extra_compile_args=["-O2", "-g0", "-std=c++17", "-fvisibility=hidden", "-pthread"],

@@ -233,3 +233,12 @@ def test_without_the_library_it_says_so_once(monkeypatch):
     assert not native.available()
     with pytest.raises(RuntimeError, match="gone for this test"):
         native.run("delta_rule_forward", (1,), 1.0, (torch.ones(1),))
+
+
+def test_a_library_that_was_built_from_other_sources_is_refused(monkeypatch):
+    """After an update without a new build its functions would be called with arguments of another kind."""
+    assert native._load()[1] == ""
+    monkeypatch.setattr(native, "_digest_of_sources", lambda: b"others")
+    library, why = native._load()
+    assert library is None
+    assert "built from other sources" in why

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import hashlib
 import math
 import os
 import warnings
@@ -71,7 +72,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, f"the native library was not built: no _memories*.so in {FOLDER}"
     try:
         library = ctypes.CDLL(str(built[0]))
-        library.hqlt_instruction_set.restype = ctypes.c_char_p
+        library.hqlt_instruction_set.restype = library.hqlt_sources.restype = ctypes.c_char_p
         for name in KERNELS:
             kernel = library[f"hqlt_{name}"]
             kernel.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_double, ctypes.c_void_p)
@@ -82,9 +83,18 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         library.hqlt_use_openmp(_openmp())
     except (OSError, AttributeError) as error:
         return None, f"the native library does not load: {error}"
+    built_from, there = library.hqlt_sources(), _digest_of_sources()
+    if built_from and there and built_from != there:
+        return None, f"the native library was built from other sources than those in {FOLDER}: install hqlt again"
     if not library.hqlt_instruction_set():
         return None, f"HQLT_NATIVE_ISA={os.environ.get('HQLT_NATIVE_ISA')}: this machine has no such instructions"
     return library, ""
+
+
+def _digest_of_sources() -> bytes:
+    """Of the C++ beside this file, as setup.py computes it; "" in a wheel, which has none."""
+    sources = sorted([*FOLDER.glob("*.h"), *FOLDER.glob("memories.cpp")])
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest().encode() if sources else b""
 
 
 def _openmp() -> ctypes.c_void_p | None:

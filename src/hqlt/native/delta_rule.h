@@ -233,7 +233,7 @@ void delta_rule_backward(int threads, const int64_t* size, double scale, void* c
   const auto rows = [&](auto N, int64_t head, int64_t slice) { job.template backward_rows<N>(head, slice); };
   Pool::run(threads, heads * tasks, [&](int64_t i) {
     const int64_t head = i / tasks, task = i % tasks;
-    T* mine = others.data() + (task - 1) * tokens * (job.k + 1);
+    T* mine = task ? others.data() + (task - 1) * tokens * (job.k + 1) : nullptr;
     const typename DeltaRule<T>::Sums sums = task ? typename DeltaRule<T>::Sums{mine, mine + tokens * job.k}
                                                   : typename DeltaRule<T>::Sums{job.d_key, job.d_beta};
     for (int64_t slice = task; slice < cut.count; slice += tasks)

@@ -157,6 +157,12 @@ extern "C" __attribute__((visibility("default"))) const char* hqlt_instruction_s
   return "";
 }
 
+// What this was built from, as setup.py says; "" where it does not.
+#ifndef HQLT_SOURCES
+#define HQLT_SOURCES ""
+#endif
+extern "C" __attribute__((visibility("default"))) const char* hqlt_sources() { return HQLT_SOURCES; }
+
 // Torch's GOMP_parallel: calls then run on its threads.
 extern "C" __attribute__((visibility("default"))) void hqlt_use_openmp(Pool::Parallel* parallel) { Pool::openmp = parallel; }
 
