@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo quick test test-latest test-oldest test-sanitizers test-triton test-gpu bench-gpu lint docs clean
+.PHONY: demo quick test test-latest test-oldest test-sanitizers test-triton test-onnx test-gpu bench-gpu lint docs clean
 
 demo: $(VENV)/ready          ## train five models on three tasks, six minutes on two cores; a page in runs/
 	$(BIN)/hqlt demo
@@ -39,6 +39,12 @@ test-gpu: $(TRITON)/ready    ## the same on a GPU, and all layers there
 bench-gpu: $(TRITON)/ready   ## right or wrong, ours beside the peers' kernels, training: all that is to be measured on a GPU
 	PYTHON=$(TRITON)/bin/python bash benchmarks/gpu.sh
 
+# Export to ONNX has an environment of its own too.
+ONNX := .venv-onnx
+
+test-onnx: $(ONNX)/ready     ## layers and language models exported to ONNX, run by onnxruntime
+	$(ONNX)/bin/pytest -n 2 tests/ops/test_onnx.py tests/model/test_onnx.py
+
 test-sanitizers: $(VENV)/ready ## hostile arguments for the native library, under AddressSanitizer and UBSan
 	PYTHON=$(BIN)/python sh tests/ops/sanitize.sh
 
@@ -62,6 +68,12 @@ $(TRITON)/ready: pyproject.toml constraints.txt $(wildcard setup.py)
 	$(TRITON)/bin/pip install --quiet -c constraints.txt -e '.[dev,gpu]'
 	touch $@
 
+$(ONNX)/ready: pyproject.toml constraints.txt $(wildcard setup.py)
+	$(PYTHON) -m venv $(ONNX)
+	$(ONNX)/bin/pip install --quiet -c constraints.txt torch
+	$(ONNX)/bin/pip install --quiet -c constraints.txt -e '.[dev,onnx]'
+	touch $@
+
 $(LATEST)/ready: pyproject.toml $(wildcard setup.py)
 	$(PYTHON) -m venv $(LATEST)
 	$(LATEST)/bin/pip install --quiet --upgrade --upgrade-strategy=eager -e '.[dev]'
@@ -73,4 +85,4 @@ $(OLDEST)/ready: pyproject.toml constraints-oldest.txt $(wildcard setup.py)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(TRITON) $(LATEST) $(OLDEST) build dist src/*.egg-info
+	rm -rf $(VENV) $(TRITON) $(ONNX) $(LATEST) $(OLDEST) build dist src/*.egg-info

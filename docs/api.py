@@ -10,8 +10,10 @@ import pdoc
 import hqlt
 import hqlt.model
 
-SKIPPED = ("hqlt.ops.synchronous.kernels", r"hqlt.bench.gpu_(compile|right|sweep)", "hqlt.native._memories")
-"""What cannot be imported without triton, and the library of C++ functions."""
+SKIPPED = (
+    "hqlt.ops.synchronous.kernels", r"hqlt.bench.gpu_(compile|right|sweep)", "hqlt.ops.onnx", "hqlt.native._memories"
+)  # fmt: skip
+"""What cannot be imported without triton or onnxscript, and the library of C++ functions."""
 
 
 def specifications() -> list[str]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hqlt.memory import KVMemory, kv
@@ -33,6 +34,24 @@ def test_table_made_in_inference_mode_serves_training():
     q = normal(1, 5, 2, 4).requires_grad_()
     memory.read(q, q, q, None).sum().backward()
     assert q.grad.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own, of its copies of programs
+def test_a_table_changes_no_grad_mode_of_an_exported_program():
+    """torch.export would record half of it: the program could not be decomposed, as for ONNX."""
+    any_length = {"x": {1: torch.export.Dim.DYNAMIC}}
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            program = torch.export.export(Rotated(), (normal(1, 5, 2, 4),), dynamic_shapes=any_length)
+            x = normal(1, 7, 2, 4)
+            close(program.run_decompositions({}).module()(x), Rotated()(x))
+        assert not [node for node in program.graph.nodes if node.op == "get_attr"]
+
+
+class Rotated(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        cos, sin = rotary_table(x.shape[1], x.shape[3], 100.0, x.device, x.dtype)
+        return rotated(x, cos, sin)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own, of its forward-mode AD

@@ -150,6 +150,7 @@ class TestPadding:
             one_model(tokens, attention_mask=torch.ones(3, 1, 11, 11))
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler's own
 def test_compiled_code_checks_what_eager_code_checks(small):
     torch.manual_seed(0)
     model = HQLTForCausalLM(HQLTConfig(**{**small, "num_hidden_layers": 1})).double().eval()

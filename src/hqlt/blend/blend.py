@@ -103,24 +103,24 @@ class Blend(nn.Module):
         b, l, _, k = timeline.keys.shape
         s = l if self.slots is None else self.slots
         count = timeline.position[:, -1] + 1
-        unused = torch.arange(s, 0, -1, device=count.device) > self.held(count)[:, None]
+        unused = (torch.arange(s, 0, -1, device=count.device) > self.held(count)[:, None])[..., None]  # [b, s, 1]
 
         index = None
         if is_symbolic(l) or l < s:  # a slot before the first pair is unused, whatever is taken for it
             index = torch.arange(l - s, l, device=count.device).clamp(min=0)
 
-        def latest(x: Tensor) -> Tensor:
+        def latest(x: Tensor, unused: Tensor) -> Tensor:
             x = x[:, l - s :] if index is None else x.index_select(1, index)
-            return x.masked_fill(unused.view(b, s, *(1,) * (x.dim() - 2)), 0)
+            return x.masked_fill(unused, 0)
 
         if fast_weights is None:
             v = timeline.values
             nothing = v.new_zeros(b, 0, k, v.shape[-1], dtype=at_least_float32(v.dtype))
             fast_weights = FastWeights(nothing, nothing[..., 0, :0])
         return MemoryState(
-            keys=latest(timeline.keys),
-            values=latest(timeline.values),
-            betas=latest(timeline.betas),
+            keys=latest(timeline.keys, unused[..., None]),
+            values=latest(timeline.values, unused[..., None]),
+            betas=latest(timeline.betas, unused),
             fast_weights=fast_weights.matrix,
             key_sum=fast_weights.key_sum,
             position=count,

@@ -58,12 +58,14 @@ def rotary_table(l: int, k: int, theta: float, device: torch.device, dtype: torc
 
 
 def _new_table(l: int, k: int, theta: float, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    with torch.inference_mode(False), torch.no_grad():
-        frequency = theta ** (-torch.arange(0, k, 2, dtype=torch.float64, device="cpu") / k)
-        angle = torch.arange(l, dtype=torch.float64, device="cpu")[:, None] * frequency
-        dtype = torch.promote_types(dtype, torch.float32)
-        cos, sin = (wave[:, None].to(device, dtype) for wave in (angle.cos(), angle.sin()))
-        return cos, sin
+    frequency = theta ** (-torch.arange(0, k, 2, dtype=torch.float64, device="cpu") / k)
+    angle = torch.arange(l, dtype=torch.float64, device="cpu")[:, None] * frequency
+    dtype = torch.promote_types(dtype, torch.float32)
+    cos, sin = (wave[:, None].to(device, dtype) for wave in (angle.cos(), angle.sin()))
+    return cos, sin
 
 
-_kept_table = functools.lru_cache(maxsize=64)(_new_table)
+@functools.lru_cache(maxsize=64)
+def _kept_table(l: int, k: int, theta: float, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):  # what is kept must serve training too
+        return _new_table(l, k, theta, device, dtype)

@@ -57,7 +57,8 @@ def read_segments(
     order = new = counts = None
     if attention_mask is not None:
         real = _check_mask(attention_mask, b, t, past or 0)
-        new, carried = real[:, past or 0 :], real[:, : past or 0].any(dim=1, keepdim=True)
+        new = real[:, past or 0 :]
+        carried = real[:, :past].any(dim=1, keepdim=True) if past else real.new_zeros(b, 1)
         begins = new & (new.cumsum(dim=1) == 1) & ~carried
         resets = begins if resets is None else resets & new | begins
         if _maybe(new[:, 1:] < new[:, :-1]):

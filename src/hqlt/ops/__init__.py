@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from hqlt.errors import how_to_install
 from hqlt.ops import delta_rule as _delta_rule
 from hqlt.ops import features as _features
 from hqlt.ops import linear_attention as _linear_attention
@@ -29,6 +31,7 @@ __all__ = [
     "explain",
     "linear_attention",
     "mix",
+    "onnx_translations",
     "rms_norm",
     "rotated",
     "synchronous",
@@ -55,3 +58,21 @@ def explain(op: str, q: Tensor, **options: Any) -> Choice:
     if op not in explainers:
         raise ValueError(f"op: expected one of {', '.join(explainers)}, got {op!r}")
     return explainers[op](q, **options)
+
+
+def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """This package's operators in ONNX, as `torch.onnx.export` takes them.
+
+    >>> torch.onnx.export(layer, (x,), dynamo=True, custom_translation_table=hqlt.ops.onnx_translations())
+
+    Two of torch's operators, which its exporter does not know, are among them (`cummax` and a stable `sort`).
+
+    Raises ModuleNotFoundError without onnxscript.
+    """
+    try:
+        return importlib.import_module("hqlt.ops.onnx").translations()
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"onnx_translations: expected the package {error.name}, found none; {how_to_install('onnx')}",
+            name=error.name,
+        ) from error

@@ -1,0 +1,170 @@
+"""This package's operators in ONNX, as their equations, for any batch and length: a Scan over time for the FW-memory,
+dense attention with a mask for the KV-memory. Imported when `hqlt.ops.onnx_translations` is called, not before.
+
+Each function has the signature of the operator that it stands for, and gets symbolic tensors of `torch.onnx`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, Union
+
+import torch
+from onnxscript import BOOL, DOUBLE, FLOAT, INT64, graph, script
+from onnxscript import opset18 as op
+from onnxscript.values import Opset
+
+from hqlt.ops.linear_attention.state import EPSILON
+
+HQLT = Opset("hqlt", 1)
+X = TypeVar("X", bound=Union[FLOAT, DOUBLE])  # noqa: UP007 (onnxscript reads no other unions)
+N = TypeVar("N", bound=Union[FLOAT, DOUBLE, INT64])  # noqa: UP007
+
+
+def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """For each operator that torch's exporter does not know, a function that writes it in ONNX."""
+    return {
+        torch.ops.hqlt.delta_rule.default: delta_rule,
+        torch.ops.hqlt.linear_attention.default: linear_attention,
+        torch.ops.hqlt.window_attention.default: window_attention,
+        torch.ops.hqlt.unit_silu.default: unit_silu,
+        torch.ops.hqlt.rotate.default: rotate,
+        torch.ops.hqlt.rms_norm.default: rms_norm,
+        torch.ops.hqlt.mix.default: mix,
+        torch.ops.aten.cummax.default: cummax,  # of positions within segments
+        torch.ops.aten.sort.stable: sort,  # of the order in which chunks are read and written
+    }
+
+
+def delta_rule(q, k, v, beta, state, resets, scale, keep):
+    """Its equation is `hqlt.ops.delta_rule`'s, and so on below."""
+    return delta_rule_scan(op.Mul(q, scale), k, v, beta, state, resets_or_none(resets, q))
+
+
+@script(HQLT, default_opset=op)
+def delta_rule_scan(q: X, k: X, v: X, beta: X, state: X, resets: BOOL) -> tuple[X, X, X]:
+    """[b, t, …] each, state [b, h, k, v] → reads, the final state, errors v − Wᵀk."""
+
+    @graph()
+    def step(W, q_t, k_t, v_t, beta_t, reset_t):
+        kept = op.Where(op.Unsqueeze(reset_t, [1, 2, 3]), op.CastLike(0.0, W), W)
+        error = v_t - op.Squeeze(op.MatMul(op.Unsqueeze(k_t, [2]), kept), [2])
+        correction = op.Unsqueeze(beta_t, [2]) * error
+        W_t = kept + op.Unsqueeze(k_t, [3]) * op.Unsqueeze(correction, [2])
+        read = op.Squeeze(op.MatMul(op.Unsqueeze(q_t, [2]), W_t), [2])
+        return W_t, read, error
+
+    final, out, errors = op.Scan(
+        state, q, k, v, beta, resets,
+        body=step, num_scan_inputs=5, scan_input_axes=[1, 1, 1, 1, 1], scan_output_axes=[1, 1],
+    )  # fmt: skip
+    return out, final, errors
+
+
+def linear_attention(q, k, v, matrix, key_sum, resets):
+    reads, weights, matrix, key_sum = linear_attention_scan(q, k, v, matrix, key_sum, resets_or_none(resets, q))
+    return op.Div(reads, with_epsilon(weights, EPSILON)), matrix, key_sum
+
+
+@script(HQLT, default_opset=op)
+def linear_attention_scan(q: X, k: X, v: X, matrix: X, key_sum: X, resets: BOOL) -> tuple[X, X, X, X]:
+    """[b, t, …] each, matrix [b, h, k, v], key_sum [b, h, k] → reads, their weights [b, t, h, 1], both finals."""
+
+    @graph()
+    def step(W, z, q_t, k_t, v_t, reset_t):
+        nothing = op.CastLike(0.0, W)
+        W_t = op.Where(op.Unsqueeze(reset_t, [1, 2, 3]), nothing, W) + op.Unsqueeze(k_t, [3]) * op.Unsqueeze(v_t, [2])
+        z_t = op.Where(op.Unsqueeze(reset_t, [1, 2]), nothing, z) + k_t
+        read = op.Squeeze(op.MatMul(op.Unsqueeze(q_t, [2]), W_t), [2])
+        weight = op.ReduceSum(z_t * q_t, [-1])
+        return W_t, z_t, read, weight
+
+    final, final_sum, reads, weights = op.Scan(
+        matrix, key_sum, q, k, v, resets,
+        body=step, num_scan_inputs=4, scan_input_axes=[1, 1, 1, 1], scan_output_axes=[1, 1],
+    )  # fmt: skip
+    return reads, weights, final, final_sum
+
+
+def window_attention(q, k, v, resets, window, scale):
+    t, l = length(q), length(k)
+    now = op.Range(op.Sub(l, t), l, 1)
+    age = op.Sub(op.Unsqueeze(now, [1]), op.Range(0, l, 1))
+    reach = op.And(op.GreaterOrEqual(age, 0), op.Less(age, window))  # [t, l]
+    if resets is not None:
+        ids = op.CumSum(op.Cast(resets, to=INT64.dtype), 1)
+        same = op.Equal(op.Unsqueeze(op.Gather(ids, now, axis=1), [1, 3]), op.Unsqueeze(ids, [1, 2]))
+        reach = op.And(reach, same)  # [b, 1, t, l]
+    query, key, value = (op.Transpose(x, perm=[0, 2, 1, 3]) for x in (op.Mul(q, scale), k, v))
+    scores = op.MatMul(query, op.Transpose(key, perm=[0, 1, 3, 2]))
+    weights = op.Softmax(op.Where(reach, scores, op.CastLike(float("-inf"), q)), axis=-1)
+    return op.Transpose(op.MatMul(weights, value), perm=[0, 2, 1, 3])
+
+
+def unit_silu(x):
+    x = op.Mul(x, op.Sigmoid(x))
+    return op.Div(x, op.Sqrt(with_epsilon(op.ReduceSumSquare(x, [-1]), 1e-6)))
+
+
+def rotate(x, cos, sin, direction):
+    first, second = op.Split(x, axis=-1, num_outputs=2)
+    sin = op.Mul(sin, direction)
+    return op.Concat(
+        op.Sub(op.Mul(first, cos), op.Mul(second, sin)), op.Add(op.Mul(second, cos), op.Mul(first, sin)), axis=-1
+    )
+
+
+def rms_norm(x, weight, eps):
+    return op.Mul(weight, op.Div(x, op.Sqrt(with_epsilon(op.ReduceMean(op.Mul(x, x), [-1]), eps))))
+
+
+def mix(fw, kv, gate, weight, eps):
+    return rms_norm(op.Add(kv, op.Mul(op.Sigmoid(gate), op.Sub(fw, kv))), weight, eps)
+
+
+def cummax(self, dim):
+    axes = list(range(len(self.shape)))
+    axes[0], axes[dim] = axes[dim], axes[0]
+    values, indices = cummax_scan(op.Transpose(self, perm=axes))
+    return op.Transpose(values, perm=axes), op.Transpose(indices, perm=axes)
+
+
+@script(HQLT, default_opset=op)
+def cummax_scan(x: N) -> tuple[N, INT64]:
+    """[t, …] → running maxima and where they stand; of equal ones the last, and a NaN for good."""
+
+    @graph()
+    def step(best, where, i, x_t):
+        taken = op.Or(x_t >= best, op.Not(x_t == x_t))
+        best_t = op.Where(taken, x_t, best)
+        where_t = op.Where(taken, i, where)
+        next_i = i + 1
+        return best_t, where_t, next_i, op.Identity(best_t), op.Identity(where_t)
+
+    first = op.Gather(x, 0, axis=0)
+    start = op.Constant(value_int=0)
+    _best, _where, _i, values, indices = op.Scan(
+        first, op.Expand(start, op.Shape(first)), start, x, body=step, num_scan_inputs=1
+    )
+    return values, indices
+
+
+def sort(self, *, stable=None, dim=-1, descending=False):
+    """Stable always: of equal numbers TopK takes the one with the lower index first."""
+    size = op.Gather(op.Shape(self), [dim])
+    return op.TopK(self, size, axis=dim, largest=int(descending))
+
+
+def with_epsilon(x, epsilon):
+    """x + epsilon, not as an Add: onnxscript's optimizer takes one with less than 1e-8 away."""
+    return op.Sum(x, op.CastLike(epsilon, x))
+
+
+def length(x):
+    """t of [b, t, …], a scalar."""
+    return op.Squeeze(op.Shape(x, start=1, end=2), [0])
+
+
+def resets_or_none(resets, x):
+    """Bool[b, t], for x [b, t, …]; False where there are none."""
+    return op.Expand(op.Cast(0, to=BOOL.dtype), op.Shape(x, end=2)) if resets is None else resets

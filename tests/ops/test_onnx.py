@@ -1,0 +1,119 @@
+"""Layers exported to ONNX and run by onnxruntime give what they give in torch, for other batches and lengths.
+
+`make test-onnx` runs this where the packages are.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from hqlt import ops
+from hqlt.memory import MemoryState
+from tests.laws import normal
+from tests.layers import EVERY_STATE, HIDDEN, ONE_OF_EACH_BLEND, build_layer
+from tests.onnx import ANY, Exported, check_same, needs_onnx, tensors
+
+SIZES = ((2, 11), (1, 1), (3, 17))
+
+
+def some_tokens(b: int, t: int) -> torch.Tensor:
+    return normal(b, t, HIDDEN, seed=t, dtype=torch.float32)
+
+
+@needs_onnx
+@pytest.mark.parametrize(
+    "name", [*ONE_OF_EACH_BLEND, "synchronous-vector-linear-plain", "synchronous-scalar-delta-plain"]
+)
+def test_a_text(name):
+    layer = build_layer(name, dtype=torch.float32).eval()
+    text = Exported(layer, (some_tokens(2, 5),), {"x": {0: ANY, 1: ANY}})
+    for b, t in SIZES:
+        x = some_tokens(b, t)
+        check_same(text(x), layer(x))
+
+
+@needs_onnx
+@torch.no_grad()
+@pytest.mark.parametrize("name", EVERY_STATE)
+def test_call_by_call_with_resets(name):
+    layer = build_layer(name, dtype=torch.float32).eval()
+    x, resets = some_tokens(2, 5), torch.arange(10).view(2, 5) % 4 == 3
+    _, state = layer(x)
+    rows = ({0: ANY} | {i: ANY for i, size in enumerate(s) if size is None} for s in layer.state_shapes(1).values())
+    exported = Exported(layer, (x, state, resets), ({0: ANY, 1: ANY}, MemoryState(*rows), {0: ANY, 1: ANY}))
+    for b, t in SIZES:
+        mine = theirs = layer.init_state(b)
+        for piece in (t, 1, 6):
+            x, resets = some_tokens(b, piece), torch.rand(b, piece) < 0.2
+            y, theirs = layer(x, theirs, resets)
+            y_too, *mine = exported(x, mine, resets)
+            check_same([y_too, *mine], (y, theirs))
+
+
+@needs_onnx
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["delayed-chunk-vector-delta-plain", "synchronous-vector-linear-options"])
+def test_one_token_with_its_state(name):
+    layer = build_layer(name, dtype=torch.float32).eval()
+    _, state = layer(some_tokens(2, 5))
+    step = Exported(layer, (some_tokens(2, 1), state), ({0: ANY}, MemoryState(*[{0: ANY}] * 7)))
+    mine = theirs = layer.init_state(3)
+    for t in range(9):
+        x = normal(3, 1, HIDDEN, seed=t, dtype=torch.float32)
+        y, theirs = layer(x, theirs)
+        y_too, *mine = step(x, mine)
+        check_same([y_too, *mine], (y, theirs))
+
+
+@needs_onnx
+def test_float64():
+    layer = build_layer("delayed-chunk-vector-delta-plain").eval()
+    text = Exported(layer, (normal(2, 5, HIDDEN),), {"x": {0: ANY, 1: ANY}})
+    x = normal(3, 17, HIDDEN)
+    for mine, theirs in zip(text(x), tensors(layer(x)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
+
+
+class Cummax(nn.Module):
+    def forward(self, x):
+        return x.cummax(dim=1)
+
+
+class Sort(nn.Module):
+    def __init__(self, descending: bool) -> None:
+        super().__init__()
+        self.descending = descending
+
+    def forward(self, x):
+        return torch.sort(x, dim=-2, stable=True, descending=self.descending)
+
+
+@needs_onnx
+@pytest.mark.parametrize("module", [Cummax(), Sort(False), Sort(True)], ids=["cummax", "sort", "descending"])
+def test_the_operators_of_torch_that_its_exporter_does_not_know(module):
+    """With ties, whose order counts."""
+    x = torch.randint(0, 4, (2, 9, 3), generator=torch.Generator().manual_seed(0))
+    exported = Exported(module.eval(), (x,), {"x": {0: ANY, 1: ANY}})
+    for given in (x, x[:1, :1], x.repeat(2, 2, 1).contiguous()):
+        check_same(exported(given), module(given))
+
+
+@needs_onnx
+def test_a_running_maximum_stays_nan():
+    x = torch.tensor([[1.0, 3.0, 3.0, torch.nan, 5.0, torch.nan, 2.0]])
+    exported = Exported(Cummax().eval(), (x,), {"x": {1: ANY}})
+    for mine, theirs in zip(exported(x), x.cummax(dim=1), strict=True):
+        torch.testing.assert_close(mine, theirs, equal_nan=True)
+
+
+def test_the_error_without_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    monkeypatch.delitem(sys.modules, "hqlt.ops.onnx", raising=False)
+    with pytest.raises(
+        ModuleNotFoundError, match=r"expected the package onnxscript, found none; pip install .*\[onnx\]"
+    ):
+        ops.onnx_translations()
