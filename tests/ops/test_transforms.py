@@ -95,6 +95,7 @@ def test_a_traced_program_computes_on_what_it_is_given(op, backend, with_gradien
             close(program(x), run(x))
 
 
+@pytest.mark.skipif(torch.__version__ < "2.10", reason="torch 2.9 loses the names of *arguments in what it checks")
 @needs_native
 @pytest.mark.parametrize("op", [op for op, backend in EVERY_HERE if backend == "native"])
 def test_an_exported_program_has_any_batch_and_any_length(op):

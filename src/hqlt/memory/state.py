@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hqlt.shapes import at_least_float32
@@ -69,10 +68,14 @@ class MemoryState(NamedTuple):
     def with_slots(self, s: int) -> MemoryState:
         """The same pairs in a buffer of s ≥ the present number of slots; the new, unused ones come first."""
         more = s - self.keys.shape[1]
+
+        def unused_before(x: Tensor) -> Tensor:
+            return torch.cat([x.new_zeros(len(x), more, *x.shape[2:]), x], dim=1)
+
         return self._replace(
-            keys=F.pad(self.keys, (0, 0, 0, 0, more, 0)),
-            values=F.pad(self.values, (0, 0, 0, 0, more, 0)),
-            betas=F.pad(self.betas, (0, 0, more, 0)),
+            keys=unused_before(self.keys),
+            values=unused_before(self.values),
+            betas=unused_before(self.betas),
         )
 
     def detach(self) -> MemoryState:
