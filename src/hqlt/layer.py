@@ -123,7 +123,7 @@ class HybridMemory(nn.Module):
         y = heads.flatten(2)
         if self.g_proj is not None:
             y = y * F.silu(self.g_proj(x))
-        return self.o_proj(y), after._replace(convolution=convolution)
+        return self.o_proj(y), MemoryState(*after[:-1], convolution)  # as _replace, which torch 2.9 cannot compile
 
     def no_tokens(self, x: Hidden) -> Hidden:
         """y for t = 0. Every weight takes part by an empty slice: its gradient is zero, as in any other call."""
