@@ -224,9 +224,6 @@ def may_run(*tensors: Tensor | None) -> bool:
     )
 
 
-is_plain = may_run
-
-
 def is_traced() -> bool:
     """Whether a compiler, a mode, a transform or a tracer of torch watches what is done to tensors."""
     return (

@@ -21,7 +21,7 @@ def delta_rule(
     q: Queries, k: Keys, v: Values, beta: Strengths, *, scale: float, state: Matrix, resets: Resets | None
 ) -> tuple[Values, Matrix]:
     q, k, v, beta, state = (x.to(state.dtype) for x in (q, k, v, beta, state))
-    plain = native.is_plain(q, k, v, beta, state, resets)
+    plain = native.may_run(q, k, v, beta, state, resets)
     out, state, _ = (_run if plain else _forward)(q, k, v, beta, state, resets, scale, not plain)
     return out, state
 

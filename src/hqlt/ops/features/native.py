@@ -14,14 +14,14 @@ from hqlt.shapes import Keys
 
 
 def unit_silu(x: Keys) -> Keys:
-    return (_unit_silu if native.is_plain(x) else _unit_silu_op)(x)
+    return (_unit_silu if native.may_run(x) else _unit_silu_op)(x)
 
 
 def rotated(x: Keys, cos: Tensor, sin: Tensor) -> Keys:
     if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
         return reference.rotated(x, cos, sin)  # angles are not learned by anything here
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return (_rotate if native.is_plain(x, cos, sin) else _rotate_op)(x, cos, sin, 1.0)
+    return (_rotate if native.may_run(x, cos, sin) else _rotate_op)(x, cos, sin, 1.0)
 
 
 def _unit_silu(x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ def linear_attention(
 ) -> tuple[Values, LinearState]:
     matrix, key_sum = state
     q, k, v = (x.to(matrix.dtype) for x in (q, k, v))
-    run = _run if native.is_plain(q, k, v, matrix, key_sum, resets) else _forward
+    run = _run if native.may_run(q, k, v, matrix, key_sum, resets) else _forward
     out, matrix, key_sum = run(q, k, v, matrix, key_sum, resets)
     return out, LinearState(matrix, key_sum)
 

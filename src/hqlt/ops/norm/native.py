@@ -16,11 +16,11 @@ from hqlt.shapes import Values
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return (_rms_norm if native.is_plain(x, weight) else _rms_norm_op)(x, weight, eps)
+    return (_rms_norm if native.may_run(x, weight) else _rms_norm_op)(x, weight, eps)
 
 
 def mix(fw: Values, kv: Values, gate: Tensor, weight: Tensor, eps: float) -> Values:
-    return (_mix if native.is_plain(fw, kv, gate, weight) else _mix_op)(fw, kv, gate, weight, eps)
+    return (_mix if native.may_run(fw, kv, gate, weight) else _mix_op)(fw, kv, gate, weight, eps)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
