@@ -70,7 +70,7 @@ class MemoryState(NamedTuple):
         more = s - self.keys.shape[1]
 
         def unused_before(x: Tensor) -> Tensor:
-            return torch.cat([x.new_zeros(len(x), more, *x.shape[2:]), x], dim=1)
+            return torch.cat([x.new_zeros(x.shape[0], more, *x.shape[2:]), x], dim=1)
 
         return self._replace(
             keys=unused_before(self.keys),
