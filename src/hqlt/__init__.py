@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hqlt.layer import HybridMemory
     from hqlt.memory import MemoryState, fingerprint, load_state, save_state
     from hqlt.model import HQLTCache, HQLTConfig, HQLTForCausalLM, HQLTModel, preset
+    from hqlt.registry import register
     from hqlt.shapes import checked
 
 __all__ = [
@@ -34,12 +35,14 @@ __all__ = [
     "load_state",
     "ops",
     "preset",
+    "register",
     "save_state",
 ]
 
 HOME = {
     "HybridMemory": "layer",
     "checked": "shapes",
+    "register": "registry",
     **dict.fromkeys(("MemoryState", "fingerprint", "load_state", "save_state"), "memory"),
     **dict.fromkeys(("HQLTCache", "HQLTConfig", "HQLTForCausalLM", "HQLTModel", "preset"), "model"),
 }

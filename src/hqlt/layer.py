@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,6 +26,7 @@ from hqlt.convolution import ShortConvolution
 from hqlt.memory import KVMemory, MemoryState
 from hqlt.memory.fw import RULES
 from hqlt.norm import RMSNorm
+from hqlt.registry import one_of
 from hqlt.shapes import Hidden, Resets, Values, at_least_float32, check_resets, match
 
 
@@ -222,15 +222,6 @@ def build_mixer(name: str | None, hidden_size: int, num_heads: int) -> Mixer:
             return SumMixer()
         case _:
             return NoMixer()
-
-
-def one_of(name: str, got: str, names: Iterable[str]) -> None:
-    """Refuse a name that is not among the known ones, and offer the nearest."""
-    names = list(names)
-    if got not in names:
-        near = difflib.get_close_matches(str(got), names, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, names))}, got {got!r}{hint}")
 
 
 def _check_sizes(

@@ -27,7 +27,7 @@ from hqlt.agent.losses import (
 from hqlt.agent.memory_model import MemoryModel, State
 from hqlt.agent.rollout import Collector, Rollout
 from hqlt.agent.settings import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, all_in_range
-from hqlt.layer import one_of
+from hqlt.registry import one_of
 from hqlt.shapes import Hidden
 
 

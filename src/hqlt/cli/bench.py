@@ -16,7 +16,7 @@ from rich.text import Text
 
 from hqlt import native
 from hqlt.disk import check_writable, write_whole
-from hqlt.layer import one_of
+from hqlt.registry import one_of
 from hqlt.report.terminal import FittingTable
 
 CAPTION = "float32; ×: times faster than the first; %: of the measured ceiling"

@@ -9,7 +9,7 @@ from typing import Literal
 from rich.console import Console
 
 from hqlt.device import usable_device
-from hqlt.layer import one_of
+from hqlt.registry import one_of
 from hqlt.study import known_studies, read_study
 from hqlt.study.commands import TABLES, print_and_run
 from hqlt.study.run import run_study

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from huggingface_hub.errors import StrictDataclassError
 
-from hqlt.layer import one_of
 from hqlt.model import HQLTConfig
+from hqlt.registry import one_of
 
 COMMON: dict[str, Any] = {
     "hidden_size": 2048,

@@ -13,7 +13,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hqlt.layer import HybridMemory, one_of
+from hqlt.layer import HybridMemory
+from hqlt.registry import one_of
 
 LAYER_KINDS = ("hybrid", "kv", "fw")
 CONV_INITS = ("uniform", "identity")

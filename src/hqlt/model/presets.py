@@ -6,8 +6,8 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
-from hqlt.layer import one_of
 from hqlt.model.config import HQLTConfig
+from hqlt.registry import one_of
 
 SIZES: dict[str, dict[str, Any]] = {
     "340m": {"hidden_size": 1024, "num_hidden_layers": 24},

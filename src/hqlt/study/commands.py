@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
-from hqlt.layer import one_of
+from hqlt.registry import one_of
 
 if TYPE_CHECKING:
     from hqlt.train.language.settings import TrainSettings

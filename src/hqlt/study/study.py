@@ -19,7 +19,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from hqlt.errors import reason
-from hqlt.layer import one_of
+from hqlt.registry import one_of
 from hqlt.task import TASKS
 from hqlt.train.fit import Budget
 from hqlt.train.grid import Cell

@@ -18,7 +18,7 @@ from hqlt.agent.worlds.t_maze import TMaze
 from hqlt.agent.worlds.visual_match import VisualMatch
 from hqlt.agent.worlds.world import World
 from hqlt.errors import how_to_install
-from hqlt.layer import one_of
+from hqlt.registry import one_of
 
 WORLDS: dict[str, tuple[type[World], dict[str, Any]]] = {
     "TMazePassive": (TMaze, {"oracle": 0}),

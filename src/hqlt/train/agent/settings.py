@@ -9,7 +9,7 @@ from hqlt.agent.memory_model import MODELS
 from hqlt.agent.ppo import PPOSettings
 from hqlt.agent.sac import SACSettings
 from hqlt.agent.settings import COUNT, SEED, all_in_range
-from hqlt.layer import one_of
+from hqlt.registry import one_of
 
 VALIDATION_SEED, TEST_SEED = 2**32, 2**33
 """Of the episodes that are scored; copy i adds i. Those of training lie below 2³¹."""
