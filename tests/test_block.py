@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hqlt.block import Block, SwiGLU
+from hqlt.layer import Block, SwiGLU
 from tests.laws import close
 from tests.layers import HIDDEN, ONE_OF_EACH_BLEND, build_layer, tokens
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hqlt.convolution import ShortConvolution
+from hqlt.layer import ShortConvolution
 from tests.laws import Laws, Memory, normal
 
 

@@ -14,7 +14,7 @@ from torch.nn.modules import module as everywhere
 from torch.nn.utils import parametrizations, prune
 
 from hqlt import HybridMemory, ops
-from hqlt.norm import RMSNorm
+from hqlt.layer import RMSNorm
 from tests.laws import close
 from tests.layers import HEADS, HIDDEN, ONE_OF_EACH_BLEND, build_layer, tokens
 

@@ -86,6 +86,21 @@ def options_of(cls: type) -> dict[str, Any]:
     return {argument.name: argument.default for argument in arguments if argument.kind is argument.KEYWORD_ONLY}
 
 
+def share_out(options: dict[str, Any], takers: dict[str, type]) -> list[dict[str, Any]]:
+    """Each taker's own options. takers: by what chose them, such as "fast_weights='delta'".
+
+    Raises ValueError for an option that none of them uses.
+    """
+    known = {choice: options_of(taker) for choice, taker in takers.items()}
+    for name, value in options.items():
+        if not any(name in own for own in known.values()):
+            used = "; ".join(f"{choice} uses {', '.join(own) or 'none'}" for choice, own in known.items())
+            near = difflib.get_close_matches(name, {name for own in known.values() for name in own}, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{name}: expected an option of what was chosen ({used}), got {name}={value!r}{hint}")
+    return [{name: options[name] for name in own if name in options} for own in known.values()]
+
+
 def one_of(name: str, got: str, names: Iterable[str]) -> None:
     """Refuse a name that is not among the known ones, and offer the nearest."""
     names = list(names)

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from hqlt.agent.settings import COUNT, in_range
-from hqlt.block import Block, SwiGLU
+from hqlt.layer import Block, SwiGLU
 from hqlt.layer import HybridMemory
 from hqlt.memory import MemoryState
-from hqlt.norm import RMSNorm
+from hqlt.layer import RMSNorm
 from hqlt.registry import one_of
 from hqlt.shapes import Hidden, Resets
 

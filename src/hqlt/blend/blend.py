@@ -1,4 +1,4 @@
-"""A blend answers one question: when does a token reach each memory? This file holds what all answers share."""
+"""A blend answers one question: when does a pair reach each memory? This file holds what all answers share."""
 
 from __future__ import annotations
 
@@ -6,10 +6,22 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from hqlt.memory import FastWeights, FWMemory, KVMemory, MemoryState
+from hqlt.memory import FWMemory, Held, KVMemory, MemoryState, Tree
 from hqlt.ops.segments import positions
-from hqlt.shapes import Keys, Positions, Queries, Resets, Strengths, Values, at_least_float32, is_symbolic
+from hqlt.shapes import Keys, Positions, Queries, Resets, Values, is_symbolic
+
+
+class Memories(NamedTuple):
+    """A layer's two memories; None where it has one alone."""
+
+    kv: KVMemory | None
+    fw: FWMemory | None
+
+    def both(self) -> tuple[KVMemory, FWMemory]:
+        assert self.kv is not None and self.fw is not None, "the layer builds both"
+        return self.kv, self.fw
 
 
 class Reads(NamedTuple):
@@ -24,105 +36,111 @@ class Reads(NamedTuple):
         return self.fw, self.kv
 
 
+class Tokens(NamedTuple):
+    """What new tokens bring."""
+
+    q: Queries  # [b, t, g·h, k]
+    keys: Keys  # [b, t, h, k]
+    values: Values  # [b, t, h, v]
+    gates: Tree  # [b, t, …] each, the write rule's own
+
+
 class Timeline(NamedTuple):
     """The pairs held from earlier calls, then the new ones: l = s + t."""
 
     keys: Keys  # [b, l, h, k]
     values: Values  # [b, l, h, v]
-    betas: Strengths  # [b, l, h], or [b, l, 0] for a blend that does not keep them
+    gates: Tree  # [b, l, …] each; () for a blend that does not keep them
     position: Positions  # [b, l] of each pair's token in its segment, negative for an unused slot
     resets: Resets | None  # Bool [b, l], None where no segment begins after the timeline's first pair
 
 
 class Blend(nn.Module):
-    """The KV-memory, the FW-memory and their schedule.
+    """A schedule of both memories.
 
-    A schedule says three things: how many pairs it must hold between calls (`slots`), how many of the latest pairs
-    stay in the KV-memory after `count` tokens of a segment (`held`), and what each memory reads (`read`).
+    It says three things: how many pairs must be held between calls (`slots`), how many of the latest pairs stay in the
+    KV-memory after `count` tokens of a segment (`held`), and what each memory reads (`read`). Options are the
+    keyword-only arguments of the constructor; a registered blend's are the layer's own.
+
+    window: pairs that the KV-memory reaches, the own one included; None: all.
     """
 
-    keeps_betas = False
-    """Whether a pair's write strength is held with it, because the pair is written later with its own."""
+    has_kv, has_fw = True, True
+    """Which memories it blends."""
+    keeps_gates = False
+    """Whether a pair's own gates are held with it, because it is written later and with them."""
+    native: str | None = None
+    """What `hqlt.ops.step` calls what this blend writes, where it runs it; a subclass says so anew."""
 
-    def __init__(self, kv: KVMemory | None, fw: FWMemory | None) -> None:
+    def __init__(self, window: int | None) -> None:
         super().__init__()
-        self.kv = kv
-        self.fw = fw
+        self.window = window
 
     @property
     def slots(self) -> int | None:
-        """Pairs held between calls at most; None: all of them."""
-        raise NotImplementedError
+        """Pairs held between calls at most; None: all of them. Here: the next token brings the window's last pair."""
+        return None if self.window is None else self.window - 1
 
     def held(self, count: Tensor) -> Tensor:
         """How many of a segment's latest pairs the KV-memory holds on to after `count` tokens: [b]."""
-        raise NotImplementedError
+        return count if self.slots is None else count.clamp(max=self.slots)
 
     def read(
-        self,
-        q: Queries,
-        beta: Strengths,
-        timeline: Timeline,
-        past: FastWeights | None,
-        resets: Resets | None,
-    ) -> tuple[Reads, FastWeights | None]:
-        """What the new tokens' queries read from each memory, and the FW-memory after the last of them."""
+        self, memories: Memories, new: Tokens, timeline: Timeline, past: Tree | None, resets: Resets | None
+    ) -> tuple[Reads, Tree]:
+        """What the new tokens' queries read from each memory, and the FW-memory's state after the last of them.
+
+        past: the FW-memory's state before, None for an empty one. resets: Bool[b, t], of the new tokens.
+        """
         raise NotImplementedError
 
     def forward(
-        self, q: Queries, k: Keys, v: Values, beta: Strengths, state: MemoryState | None, resets: Resets | None
+        self, memories: Memories, new: Tokens, state: MemoryState | None, resets: Resets | None
     ) -> tuple[Reads, MemoryState]:
-        timeline = self.timeline(k, v, beta, state, resets)
-        past = None if state is None else FastWeights(state.fast_weights, state.key_sum)
-        reads, fast_weights = self.read(q, beta, timeline, past, resets)
-        return reads, self.state_after(timeline, fast_weights)
+        timeline = self.timeline(new, state, resets)
+        reads, fw = self.read(memories, new, timeline, None if state is None else state.fw, resets)
+        return reads, self.state_after(memories, timeline, fw)
 
-    def timeline(
-        self, k: Keys, v: Values, beta: Strengths, state: MemoryState | None, resets: Resets | None
-    ) -> Timeline:
+    def timeline(self, new: Tokens, state: MemoryState | None, resets: Resets | None) -> Timeline:
         """The held pairs, and the new ones behind them."""
-        b, t = k.shape[:2]
-        if not self.keeps_betas:
-            beta = beta[..., :0]
+        _, keys, values, gates = new
+        if not self.keeps_gates:
+            gates = ()
+        b, t = keys.shape[:2]
         if state is None:
-            start = torch.zeros(b, dtype=torch.long, device=k.device)
-            return Timeline(k, v, beta, positions(resets, start, t), resets)
-        s = state.keys.shape[1]
-        age = torch.arange(s, 0, -1, device=k.device)
+            start = torch.zeros(b, dtype=torch.long, device=keys.device)
+            return Timeline(keys, values, gates, positions(resets, start, t), resets)
+        if not isinstance(state.kv, Held):
+            return Timeline(keys, values, gates, positions(resets, state.position, t), resets)
+        s = state.slots
+        age = torch.arange(s, 0, -1, device=keys.device)
         position = torch.cat([state.position[:, None] - age, positions(resets, state.position, t)], dim=1)
-        return Timeline(
-            torch.cat([state.keys.to(k.dtype), k], dim=1),
-            torch.cat([state.values.to(v.dtype), v], dim=1),
-            torch.cat([state.betas.to(beta.dtype), beta], dim=1),
-            position,
-            position == 0,
-        )
 
-    def state_after(self, timeline: Timeline, fast_weights: FastWeights | None) -> MemoryState:
+        def behind(held: Tensor, x: Tensor) -> Tensor:
+            return torch.cat([held.to(x.dtype), x], dim=1)
+
+        keys, values = behind(state.kv.keys, keys), behind(state.kv.values, values)
+        return Timeline(keys, values, pytree.tree_map(behind, state.kv.gates, gates), position, position == 0)
+
+    def state_after(self, memories: Memories, timeline: Timeline, fw: Tree) -> MemoryState:
         """What to hold of the timeline, and the FW-memory after it."""
-        b, l, _, k = timeline.keys.shape
-        s = l if self.slots is None else self.slots
-        count = timeline.position[:, -1] + 1
-        unused = (torch.arange(s, 0, -1, device=count.device) > self.held(count)[:, None])[..., None]  # [b, s, 1]
+        keys, values, gates, position, _ = timeline
+        count = position[:, -1] + 1
+        kv = () if memories.kv is None else self.latest(Held(keys, values, gates), count)
+        return MemoryState(kv, fw, keys.new_zeros(len(keys), 0, 0), count)
 
+    def latest(self, pairs: Held, count: Tensor) -> Held:
+        """The latest pairs, zeros in unused slots. count: [b] tokens that each row's segment has."""
+        l = pairs.keys.shape[1]
+        s = l if self.slots is None else self.slots
+        unused = torch.arange(s, 0, -1, device=count.device) > self.held(count)[:, None]  # [b, s]
         index = None
         if is_symbolic(l) or l < s:  # a slot before the first pair is unused, whatever is taken for it
             index = torch.arange(l - s, l, device=count.device).clamp(min=0)
 
-        def latest(x: Tensor, unused: Tensor) -> Tensor:
+        def latest(x: Tensor) -> Tensor:
             x = x[:, l - s :] if index is None else x.index_select(1, index)
-            return x.masked_fill(unused, 0)
+            return x.masked_fill(unused.view(*unused.shape, *(1,) * (x.dim() - 2)), 0)
 
-        if fast_weights is None:
-            v = timeline.values
-            nothing = v.new_zeros(b, 0, k, v.shape[-1], dtype=at_least_float32(v.dtype))
-            fast_weights = FastWeights(nothing, nothing[..., 0, :0])
-        return MemoryState(
-            keys=latest(timeline.keys, unused[..., None]),
-            values=latest(timeline.values, unused[..., None]),
-            betas=latest(timeline.betas, unused),
-            fast_weights=fast_weights.matrix,
-            key_sum=fast_weights.key_sum,
-            position=count,
-            convolution=timeline.keys.new_zeros(b, 0, 0),
-        )
+        kept: Held = pytree.tree_map(latest, pairs)
+        return kept

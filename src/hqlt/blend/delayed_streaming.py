@@ -4,55 +4,55 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from hqlt.blend.blend import Blend, Reads, Timeline
-from hqlt.memory import FastWeights, FWMemory, KVMemory
-from hqlt.shapes import Queries, Resets, Strengths
+from hqlt.blend.blend import Blend, Memories, Reads, Timeline, Tokens
+from hqlt.memory import Tree, Write
+from hqlt.registry import one_of, register
+from hqlt.shapes import Resets
+
+WRITE_GATES = ("current", "own")
 
 
+@register("blend", "delayed-streaming")
 class DelayedStreaming(Blend):
     """At step t the KV-memory holds tokens t−S+1 … t and the FW-memory 1 … t−S: each past token is in exactly one.
 
-    The pair of token t−S falls out of the window at step t, is written with the current β_t, and then the FW-memory is
-    read.
+    The pair of token t−S falls out of the window at step t, is written, and then the FW-memory is read. It is written
+    with the gates of the current token t, or (write_gates="own") with those that token t−S had itself.
 
-    Source: the paper, section 3, "Delayed-Streaming blending".
+    Source: the paper, section 3, "Delayed-Streaming blending"; there with the current gates.
     """
 
-    kv: KVMemory
-    fw: FWMemory
+    def __init__(self, window: int | None, *, write_gates: str = "current") -> None:
+        super().__init__(window)
+        one_of("write_gates", write_gates, WRITE_GATES)
+        self.keeps_gates = write_gates == "own"
+
+    @property
+    def native(self) -> str | None:  # type: ignore[override]
+        return None if self.keeps_gates else "leaving"
 
     @property
     def slots(self) -> int:
-        assert self.kv.window is not None, "the layer refuses it"
-        return self.kv.window
-
-    def held(self, count: Tensor) -> Tensor:
-        return count.clamp(max=self.slots)
+        assert self.window is not None, "the layer refuses it"
+        return self.window
 
     def read(
-        self,
-        q: Queries,
-        beta: Strengths,
-        timeline: Timeline,
-        past: FastWeights | None,
-        resets: Resets | None,
-    ) -> tuple[Reads, FastWeights]:
-        t, l = q.shape[1], timeline.keys.shape[1]
-
-        not_there = (timeline.position[:, -t:] < self.slots)[..., None]  # token t−S is of another segment, or none
+        self, memories: Memories, new: Tokens, timeline: Timeline, past: Tree | None, resets: Resets | None
+    ) -> tuple[Reads, Tree]:
+        kv, fw = memories.both()
+        t, l = new.q.shape[1], timeline.keys.shape[1]
+        live = timeline.position[:, -t:] >= self.slots  # else token t−S is of another segment, or none
 
         def falling_out(x: Tensor) -> Tensor:
-            """What token t−S had, for each new token t; zeros where it is not there."""
-            x = F.pad(x, (0, 0, 0, 0, self.slots - (l - t), 0))[:, :t]
-            return x if timeline.resets is None else x.masked_fill(not_there[..., None], 0)
+            """What token t−S had, for each new token t."""
+            return F.pad(x, (*(0, 0) * (x.dim() - 2), self.slots - (l - t), 0))[:, :t]
 
-        fw, fast_weights = self.fw(
-            self.fw.features(q),
-            self.fw.features(falling_out(timeline.keys)),
-            falling_out(timeline.values),
-            beta.masked_fill(not_there, 0),
-            past,
-            resets,
-        )
-        return Reads(fw, self.kv(q, timeline.keys, timeline.values, timeline.resets)), fast_weights
+        keys, values, gates = pytree.tree_map(falling_out, (timeline.keys, timeline.values, timeline.gates))
+        write = Write(keys, values, gates if self.keeps_gates else new.gates, live)
+        written, after = fw(new.q, write, past, resets)
+        return Reads(written, kv(new.q, timeline.keys, timeline.values, self.window, timeline.resets)), after
+
+    def extra_repr(self) -> str:
+        return f"write_gates={WRITE_GATES[self.keeps_gates]!r}"

@@ -23,7 +23,7 @@ IN_A_LAYER = {
     "memory_norm": "attn_norm",
     "mlp_norm": "mlp_norm",
     **{f"memory.{name}": f"attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "g_proj", "o_proj", "o_norm")},
-    "memory.beta_proj": "attn.b_proj",
+    "memory.fw.beta_proj": "attn.b_proj",
     **{f"mlp.{name}": f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")},
 }
 MIXERS = {"vector": "attn.memory_gate_proj", "scalar": "attn.memory_mixer"}

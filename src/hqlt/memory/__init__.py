@@ -1,17 +1,22 @@
 """The two memories, and the state that carries them from call to call."""
 
-from hqlt.memory.fw import DeltaMemory, FastWeights, FWMemory, LinearMemory
+from hqlt.memory.fw import DeltaMemory, FWMemory, LinearMemory, Write
+from hqlt.memory.heads import Heads
 from hqlt.memory.kv import KVMemory
-from hqlt.memory.state import MemoryState
+from hqlt.memory.state import Entry, Held, MemoryState, Tree
 from hqlt.memory.storage import fingerprint, load_state, save_state
 
 __all__ = [
     "DeltaMemory",
+    "Entry",
     "FWMemory",
-    "FastWeights",
+    "Heads",
+    "Held",
     "KVMemory",
     "LinearMemory",
     "MemoryState",
+    "Tree",
+    "Write",
     "fingerprint",
     "load_state",
     "save_state",

@@ -1,18 +1,59 @@
 """The state of one layer: a value that users hold.
 
 Calls return a new state and leave the old one as it was, so keeping the old one is a fork, and going back to it a
-rollback. Every part is a tensor whose first axis is the batch row, so rows can be picked, repeated and joined freely.
+rollback. It is a tree of tensors whose first axis is the batch row, so rows can be picked, repeated and joined freely,
+whatever the memories hold.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from hqlt.shapes import at_least_float32
+
+Tree: TypeAlias = Any
+"""Tensors (or what describes them) in NamedTuples, tuples within tuples; () holds nothing."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a state, without its batch row."""
+
+    sizes: tuple[int | None, ...]
+    """None: grows with the context."""
+    dtype: str = "wide"
+    """"narrow": the layer's own; "wide": at least float32, for what adds up; "int64"."""
+
+    def zeros(self, b: int, like: Tensor, device: torch.device | str | None) -> Tensor:
+        narrow = like.dtype
+        dtype = {"narrow": narrow, "wide": at_least_float32(narrow), "int64": torch.int64}[self.dtype]
+        sizes = [size or 0 for size in self.sizes]
+        return torch.zeros(b, *sizes, dtype=dtype, device=like.device if device is None else device)
+
+
+class Held(NamedTuple):
+    """The pairs that a KV-memory holds between two calls."""
+
+    keys: Tensor
+    """[b, s, h, k] oldest first, the latest in slot s−1; zeros in unused slots. Raw: before φ and before rotary
+    positions."""
+    values: Tensor
+    """[b, s, h, v]"""
+    gates: Tree
+    """[b, s, …] each: how a pair will be written, for the blends that write it later with its own gates; () for the
+    others."""
+
+    def with_slots(self, s: int) -> Held:
+        """The same pairs in a buffer of s ≥ the present number of slots; the new, unused ones come first."""
+        more = s - self.keys.shape[1]
+        pad: Callable[[Tensor], Tensor] = lambda x: torch.cat([x.new_zeros(x.shape[0], more, *x.shape[2:]), x], dim=1)  # noqa: E731
+        return pytree.tree_map(pad, self)
 
 
 class MemoryState(NamedTuple):
@@ -21,25 +62,26 @@ class MemoryState(NamedTuple):
     (One exception: a KV-memory with window None holds every pair, because full attention forgets nothing.)
     """
 
-    keys: Tensor
-    """[b, s, h, k] the pairs held by the KV-memory, oldest first, the latest in slot s−1; zeros in unused slots.
-    Raw: before φ and before rotary positions."""
-    values: Tensor
-    """[b, s, h, v] their values."""
-    betas: Tensor
-    """[b, s, h] their write strengths, for the blend that writes them later; [b, s, 0] for the others."""
-    fast_weights: Tensor
-    """[b, h, k, v] the FW-memory's matrix, in at least float32; [b, 0, k, v] without an FW-memory."""
-    key_sum: Tensor
-    """[b, h, k] the normaliser of linear attention; [b, h, 0] for the delta rule."""
+    kv: Held | tuple[()]
+    """The KV-memory's part; () without one."""
+    fw: Tree
+    """The FW-memory's part, the write rule's own NamedTuple, in at least float32; () without one."""
+    convolution: Tensor
+    """[b, c−1, channels] the latest inputs of a short convolution over c tokens; [b, 0, channels] without one."""
     position: Tensor
     """[b] int64: tokens that the row has seen since its last reset."""
-    convolution: Tensor
-    """[b, c−1, 3·d] the latest inputs of a short convolution over c tokens; [b, 0, 3·d] without one."""
+
+    def leaves(self) -> list[Tensor]:
+        """All tensors, in the order of their names."""
+        return pytree.tree_leaves(self)
+
+    def named_leaves(self) -> dict[str, Tensor]:
+        """All tensors by name: "kv.keys", "fw.matrix", "position"."""
+        return named(self)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> MemoryState:
-        """The same change to every part."""
-        return MemoryState(*map(change, self))
+        """The same change to every tensor."""
+        return pytree.tree_map(change, self)
 
     def select(self, rows: Tensor | Sequence[int]) -> MemoryState:
         """These rows, in this order, repeated where named twice: beams, agents, requests of a batch."""
@@ -58,25 +100,29 @@ class MemoryState(NamedTuple):
         """The rows of several states of one layer in one batch."""
         if not states:
             raise ValueError("states: expected at least one state to concatenate, got none")
-        longest = max(state.keys.shape[1] for state in states)
-        aligned = [state.with_slots(longest) for state in states]
+        longest = max(state.slots for state in states)
         try:
-            return MemoryState(*(torch.cat(parts) for parts in zip(*aligned, strict=True)))
-        except RuntimeError as error:
+            return pytree.tree_map(lambda *parts: torch.cat(parts), *(state.with_slots(longest) for state in states))
+        except (RuntimeError, ValueError) as error:
             raise ValueError(f"states: expected states of one layer, got parts that do not fit: {error}") from error
 
+    @property
+    def slots(self) -> int:
+        """Pairs that the buffer has room for."""
+        return self.kv.keys.shape[1] if isinstance(self.kv, Held) else 0
+
     def with_slots(self, s: int) -> MemoryState:
-        """The same pairs in a buffer of s ≥ the present number of slots; the new, unused ones come first."""
-        more = s - self.keys.shape[1]
+        """The same memories, their pairs in a buffer of s ≥ the present number of slots."""
+        return self if s == self.slots or not isinstance(self.kv, Held) else self._replace(kv=self.kv.with_slots(s))
 
-        def unused_before(x: Tensor) -> Tensor:
-            return torch.cat([x.new_zeros(x.shape[0], more, *x.shape[2:]), x], dim=1)
+    def where(self, rows: Tensor, other: MemoryState) -> MemoryState:
+        """This state in the rows that are True, Bool[b], and the other in the rest."""
+        s = max(self.slots, other.slots)
 
-        return self._replace(
-            keys=unused_before(self.keys),
-            values=unused_before(self.values),
-            betas=unused_before(self.betas),
-        )
+        def choose(mine: Tensor, theirs: Tensor) -> Tensor:
+            return torch.where(rows.view(-1, *[1] * (mine.dim() - 1)), mine, theirs)
+
+        return pytree.tree_map(choose, self.with_slots(s), other.with_slots(s))
 
     def detach(self) -> MemoryState:
         """The same memory without its history: truncated back-propagation through time."""
@@ -87,19 +133,30 @@ class MemoryState(NamedTuple):
         return self.map(Tensor.clone)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MemoryState:
-        """Moved to a device, and its pairs to a dtype. Fast weights stay in at least float32: they add up."""
+        """Moved to a device, and its pairs to a dtype. What adds up, such as fast weights, stays in at least float32."""
 
         def move(x: Tensor, dtype: torch.dtype | None) -> Tensor:
             return x.to(device=device, dtype=dtype if dtype and x.is_floating_point() else x.dtype)
 
-        wide = dtype and at_least_float32(dtype)
-        return MemoryState(
-            **{
-                name: move(part, wide if name in ("fast_weights", "key_sum", "betas") else dtype)
-                for name, part in self._asdict().items()
-            }
-        )
+        moved = self.map(lambda x: move(x, dtype and at_least_float32(dtype)))
+        if isinstance(self.kv, Held):
+            pairs = {name: move(getattr(self.kv, name), dtype) for name in ("keys", "values")}
+            moved = moved._replace(kv=moved.kv._replace(**pairs))
+        return moved._replace(convolution=move(self.convolution, dtype))
 
     def bytes_per_row(self) -> int:
         """How much memory a row of this state takes."""
-        return sum(x.numel() * x.element_size() for x in self) // max(len(self.position), 1)
+        return sum(x.numel() * x.element_size() for x in self.leaves()) // max(len(self.position), 1)
+
+
+def named(tree: Tree, prefix: str = "") -> dict[str, Any]:
+    """The leaves of a tree by name: fields of NamedTuples and indices of tuples, joined by dots."""
+    if not isinstance(tree, tuple):
+        return {prefix: tree}
+    fields = getattr(tree, "_fields", range(len(tree)))
+    before = f"{prefix}." if prefix else ""
+    return {
+        name: leaf
+        for field, part in zip(fields, tree, strict=True)
+        for name, leaf in named(part, f"{before}{field}").items()
+    }

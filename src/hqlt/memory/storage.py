@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from hqlt.disk import write_whole
 from hqlt.memory.state import MemoryState
 
-FORMAT = "hqlt-state-2"
-OLD_FORMATS = ("hqlt-state-1",)
+FORMAT = "hqlt-state-3"
+OLD_FORMATS = ("hqlt-state-1", "hqlt-state-2")
 WRAPPERS = ("_orig_mod", "module", "_checkpoint_wrapped_module")
 """Where torch.compile, data parallelism and checkpoint_wrapper keep the module that they wrap."""
 
@@ -105,7 +105,7 @@ def save_state(
         raise ValueError(f"{path}: expected the name of a file to write, got a folder that exists")
     single = isinstance(state, MemoryState)
     states = [state] if isinstance(state, MemoryState) else list(state)
-    tensors = {f"{i}.{name}": part for i, layer in enumerate(states) for name, part in layer._asdict().items()}
+    tensors = {f"{i}.{name}": part for i, layer in enumerate(states) for name, part in layer.named_leaves().items()}
     if unread is not None:
         tensors["unread"] = unread
     module = unwrapped(module)

@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hqlt.block import Block
+from hqlt.layer import Block
+from hqlt.memory import MemoryState
+from hqlt.shapes import Hidden, Resets
 
 
 class HQLTBlock(Block, GradientCheckpointingLayer):
-    """A block that transformers can checkpoint: computed again in the backward pass instead of kept."""
+    """A block that transformers can checkpoint: computed again in the backward pass instead of kept.
+
+    Checkpointing then sees the tensors of a state, not the tree that they make: gradients flow through a carried state
+    with it as without.
+    """
+
+    def __call__(self, x: Hidden, resets: Resets | None = None, state: MemoryState | None = None) -> Any:
+        if not (self.gradient_checkpointing and self.training):
+            return super().__call__(x, resets, state)
+        x, *leaves = super().__call__(x, resets, *(() if state is None else state.leaves()))
+        return x, self.memory.state_of(leaves)
+
+    def forward(self, x: Hidden, resets: Resets | None = None, *state: Any) -> Any:
+        if not (self.gradient_checkpointing and self.training):
+            return super().forward(x, resets, *state)
+        before = self.memory.state_of(state) if state else None
+        x, after = super().forward(x, resets, before)
+        return x, *after.leaves()

@@ -13,7 +13,9 @@ from torch.utils import _pytree as pytree
 from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from hqlt.memory import MemoryState
+from hqlt.memory import Held, MemoryState
+from hqlt.memory.fw import DeltaGates, DeltaState
+from hqlt.ops import LinearState
 
 CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 """What the installed transformers calls a cache, in arguments and outputs: past_key_values, and cache from 5.24 on."""
@@ -235,7 +237,8 @@ def register_cache_for_export() -> None:
     into a model: a cache given to such a model would not be brought up to date, only the one that it returns.
     """
     if HQLTCache not in pytree.SUPPORTED_NODES:
-        pytree._register_namedtuple(MemoryState, serialized_type_name="hqlt.memory.MemoryState")
+        for cls in (MemoryState, Held, DeltaState, DeltaGates, LinearState):
+            pytree._register_namedtuple(cls, serialized_type_name=f"hqlt.{cls.__name__}")
         pytree.register_pytree_node(
             HQLTCache,
             _flatten,

@@ -18,16 +18,14 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from hqlt.block import SwiGLU
-from hqlt.convolution import ShortConvolution
-from hqlt.layer import HybridMemory
-from hqlt.memory import MemoryState
+from hqlt.layer import HybridMemory, RMSNorm, ShortConvolution, SwiGLU, ZeroCenteredRMSNorm
+from hqlt.memory import FWMemory, MemoryState
+from hqlt.mixer import Mixer
 from hqlt.model.block import HQLTBlock
 from hqlt.model.cache import CACHE, HQLTCache, one_cache
 from hqlt.model.config import HQLTConfig
 from hqlt.model.generation import HQLTGenerationMixin
 from hqlt.model.segments import Segments, read_rows, read_segments
-from hqlt.norm import RMSNorm
 from hqlt.registration import name_in_transformers
 from hqlt.shapes import Hidden, Positions, Resets
 
@@ -59,7 +57,11 @@ class HQLTPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Linear maps and embeddings normal(0, initializer_range), norms 1, convolutions as `conv_init` says."""
         super()._init_weights(module)
-        if isinstance(module, ShortConvolution):
+        if isinstance(module, ZeroCenteredRMSNorm):
+            nn.init.zeros_(module.weight)
+        elif isinstance(module, (FWMemory, Mixer)):
+            module.begin()
+        elif isinstance(module, ShortConvolution):
             if self.config.conv_init == "identity":
                 nn.init.zeros_(module.weight)
                 nn.init.ones_(module.weight[:, -1])
@@ -129,12 +131,12 @@ class HQLTModel(HQLTPreTrainedModel):
             for block, state in zip(self.layers, states, strict=True):
                 if wanted:
                     hidden.append(x)
-                x, *parts = block(x, resets, *state)
+                x, state = block(x, resets, state)
                 if memory is not None:
-                    after.append(MemoryState(*parts))
+                    after.append(state)
             return [*hidden, self.norm(x)], after
 
-        before: Any = memory.states if memory is not None and memory.states else ((),) * len(self.layers)
+        before: Any = memory.states if memory is not None and memory.states else (None,) * len(self.layers)
         hidden, after = read_rows(read, segments.sort(x), segments, before)
         hidden = [segments.restore(x) for x in hidden]
         if memory is not None:

@@ -119,7 +119,7 @@ def read_rows(
         return read(x, resets, states)
     if torch.compiler.is_compiling():
         hidden, after = read(x, resets, states)
-        return hidden, [_keep(counts == 0, old, new) for old, new in zip(states, after, strict=True)]
+        return hidden, [old.where(counts == 0, new) for old, new in zip(states, after, strict=True)]
     groups, pieces, whole = [], [], [torch.zeros_like(x)]
     for n in counts.unique().tolist():
         rows = (counts == n).nonzero()[:, 0]
@@ -133,10 +133,3 @@ def read_rows(
         pieces.append(after)
     back = torch.cat(groups).argsort()
     return whole, [MemoryState.concatenate(parts).select(back) for parts in zip(*pieces, strict=True)]
-
-
-def _keep(rows: Tensor, old: MemoryState, new: MemoryState) -> MemoryState:
-    """The old state in these rows, the new one in the others."""
-    old = old.with_slots(new.keys.shape[1])
-    parts = (torch.where(rows.view(-1, *[1] * (x.dim() - 1)), x, y) for x, y in zip(old, new, strict=True))
-    return MemoryState(*parts)

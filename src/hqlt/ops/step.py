@@ -21,9 +21,9 @@ from hqlt import native, shapes
 from hqlt.ops import backend
 from hqlt.shapes import Keys, KeySum, Matrix, Queries, Resets, Strengths, Values
 
-WRITES = (None, "own", "leaving", "chunk")
+WRITES = ("nothing", "own", "leaving", "chunk")
 RULES = ("delta", "linear")
-MIXERS = (None, "sum", "scalar", "vector")
+MIXERS = ("alone", "sum", "scalar", "vector")
 EVERYTHING = 2**62
 NOTHING = torch.empty(0, device="cpu")  # stands for what is not there; its address is 0
 
@@ -46,26 +46,26 @@ class Given(NamedTuple):
     resets: Resets  # Bool[b, 1]
     keys: Tensor  # [b, s, h, k], before φ and before rotary positions; the latest in slot s−1
     values: Tensor  # [b, s, h, v]
-    betas: Tensor  # [b, s, h], or [b, s, 0] where they are not kept
-    matrix: Matrix  # [b, h, k, v], or [b, 0, k, v] without an FW-memory
-    key_sum: KeySum  # [b, h, k], or [b, h, 0] for the delta rule
+    betas: Tensor  # [b, s, h], where they are kept
+    matrix: Matrix  # [b, h, k, v]
+    key_sum: KeySum  # [b, h, k], for linear attention
     position: Tensor  # [b]
 
 
 class Schedule(NamedTuple):
     """What happens to a token: the blend and the mixer, as the kernel knows them."""
 
-    writes: str | None
+    writes: str
     """What the FW-memory writes before it is read: its "own" pair, the one "leaving" the window, a whole "chunk" when
-    the next one begins; None: there is no FW-memory."""
+    the next one begins; "nothing": there is no FW-memory."""
     attends: bool
     """Whether there is a KV-memory."""
     window: int | None
     """Pairs that the KV-memory reaches, the own one included; None: all."""
     rule: str
     """The FW-memory's write rule, and with it φ: "delta" or "linear"."""
-    mixer: str | None
-    """How two reads become one: "vector", "scalar" or "sum"; None: there is one memory."""
+    mixer: str
+    """How two reads become one: "vector", "scalar" or "sum"; "alone": there is one memory."""
 
 
 class Plan(NamedTuple):
@@ -93,37 +93,40 @@ def plan(
     twin's to run or to refuse. rotary: (cos, sin) of at least s + 1 positions [·, 1, k/2].
     """
     got = dict(zip(Given._fields, layouts, strict=True))
-    (_, q_shape, dtype, _), values_shape = got["q"], got["values"][1]
-    if len(q_shape) != 4 or len(values_shape) != 4 or dtype not in (torch.float32, torch.float64):
+    (_, q_shape, dtype, _), (_, v_shape, _, _), (_, keys_shape, _, _) = got["q"], got["v"], got["keys"]
+    if len(q_shape) != 4 or len(v_shape) != 4 or dtype not in (torch.float32, torch.float64):
         return None
-    (b, _, h, k), (_, s, _, v) = q_shape, values_shape
+    (b, _, h, k), v = q_shape, v_shape[3]
     writes, attends, window, rule, mixer = schedule
-    delayed, linear = writes in ("leaving", "chunk"), writes is not None and rule == "linear"
-    if b == 0 or (delayed and (window is None or not attends)) or (mixer and not (writes and attends)):
+    has_fw, delayed = writes != "nothing", writes in ("leaving", "chunk")
+    linear = has_fw and rule == "linear"
+    if b == 0 or (delayed and (window is None or not attends)) or (mixer != "alone") != (has_fw and attends):
         return None
+    s = keys_shape[1] if attends and len(keys_shape) == 4 else 0
+    nothing = layout_of(NOTHING)
 
-    def of(*shape: int, dtype: torch.dtype = dtype) -> Layout:
-        return Tensor, shape, dtype, True
+    def of(*shape: int, dtype: torch.dtype = dtype, where: bool = True) -> Layout:
+        return (Tensor, shape, dtype, True) if where else nothing
 
-    nothing, weight = layout_of(NOTHING), of(v)
+    weight = of(v)
     expected = {
         "q": of(b, 1, h, k),
         "k": of(b, 1, h, k),
         "v": of(b, 1, h, v),
-        "beta": of(b, 1, h) if writes and not linear else nothing,
-        "gate": {"vector": of(b, 1, h * v), "scalar": of(b, 1, 2 * h)}.get(mixer or "", nothing),
+        "beta": of(b, 1, h, where=has_fw and not linear),
+        "gate": {"vector": of(b, 1, h * v), "scalar": of(b, 1, 2 * h)}.get(mixer, nothing),
         "norm": got["norm"] if got["norm"] in (nothing, (Parameter, *weight[1:])) else weight,
         "resets": nothing if got["resets"] == nothing else of(b, 1, dtype=torch.bool),
-        "keys": of(b, s, h, k),
-        "values": of(b, s, h, v),
-        "betas": of(b, s, h if writes == "chunk" else 0),
-        "matrix": of(b, h if writes else 0, k, v),
-        "key_sum": of(b, h if writes else 0, k if linear else 0),
+        "keys": of(b, s, h, k, where=attends),
+        "values": of(b, s, h, v, where=attends),
+        "betas": of(b, s, h, where=writes == "chunk"),
+        "matrix": of(b, h, k, v, where=has_fw),
+        "key_sum": of(b, h, k, where=linear),
         "position": of(b, dtype=torch.int64),
     }
     slots = 0 if not attends else s if window is None else window if delayed else window - 1
     rows = len(rotary[0])
-    table = of(rows, 1, k // 2) if rows else nothing
+    table = of(rows, 1, k // 2, where=rows > 0)
     fits = got == expected and s == slots and [*map(layout_of, rotary)] == [table, table] and (rows > s or rows == 0)
     if not (fits and native.available()):
         return None
@@ -146,7 +149,7 @@ def run(plan: Plan, given: Given) -> tuple[Values, list[Tensor]]:
         given = Given(*map(Tensor.contiguous, given))
     out, after = torch.empty_like(given.v), [torch.empty_like(x) if x.numel() else x for x in given[7:]]
     if plan.grows:
-        after[:3] = [x.new_empty(len(x), x.shape[1] + 1, *x.shape[2:]) for x in after[:3]]
+        after[:2] = [x.new_empty(len(x), x.shape[1] + 1, *x.shape[2:]) for x in given[7:9]]
     addresses = map(Tensor.data_ptr, (*given, *plan.rotary, out, *after))
     native.one_token(plan.is_double, plan.head + ADDRESSES.pack(*addresses))
     return out, after

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hqlt.blend import Mixer, Reads
+from hqlt.blend import Reads
+from hqlt.mixer import Mixer
 
 
 class Shares(NamedTuple):

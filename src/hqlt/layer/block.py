@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from hqlt.layer import HybridMemory
+from hqlt.layer.layer import HybridMemory
+from hqlt.layer.norm import RMSNorm
 from hqlt.memory import MemoryState
-from hqlt.norm import RMSNorm
 from hqlt.shapes import Hidden, Resets
 
 
@@ -17,11 +17,11 @@ class SwiGLU(nn.Module):
     Source: Shazeer 2020, "GLU Variants Improve Transformer", eq. 6.
     """
 
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+    def __init__(self, hidden_size: int, intermediate_size: int, bias: bool = False) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, x: Hidden) -> Hidden:
         out: Hidden = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -38,15 +38,13 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(memory.hidden_size, eps=norm_eps)
         self.mlp = mlp
 
-    def forward(self, x: Hidden, resets: Resets | None, *state: Tensor) -> tuple[Tensor, ...]:
-        """x: [b, t, d]; state: the parts of a MemoryState, or nothing → x, and the parts of the state after it.
-
-        (Parts, not the tuple that they make, so that checkpointing sees every tensor: gradients flow through a carried
-        state with it as without.)
-        """
-        read, after = self.memory(self.memory_norm(x), MemoryState(*state) if state else None, resets)
+    def forward(
+        self, x: Hidden, resets: Resets | None = None, state: MemoryState | None = None
+    ) -> tuple[Hidden, MemoryState]:
+        """x: [b, t, d] → x after the block, and the memory's state after the last token."""
+        read, after = self.memory(self.memory_norm(x), state, resets)
         x = x + read
-        return x + self.mlp(self.mlp_norm(x)), *after
+        return x + self.mlp(self.mlp_norm(x)), after
 
     def residual_writers(self) -> tuple[nn.Linear, nn.Linear]:
         """The two linear maps whose outputs are added to the residual stream."""

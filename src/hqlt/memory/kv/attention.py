@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hqlt import ops
+from hqlt.memory.heads import Heads
 from hqlt.native import is_traced
 from hqlt.ops.features import rotated
 from hqlt.shapes import Keys, Queries, Resets, Values
@@ -24,18 +25,25 @@ class KVMemory(nn.Module):
     Source: the paper, section 2.1; Su et al. 2021, "RoFormer", eq. 15 (whole head, halves rotated).
     """
 
-    def __init__(self, window: int | None, rope_theta: float | None) -> None:
+    native = "window"
+
+    def __init__(self, heads: Heads, *, rope_theta: float | None = 10_000.0) -> None:
         super().__init__()
-        self.window = window
+        self.heads = heads
+        if rope_theta is not None and heads.k % 2:
+            raise ValueError(
+                f"head_dim: expected an even head width for rotary positions, got {heads.k}; change the sizes (it is "
+                f"hidden_size / num_heads unless given) or set rope_theta=None"
+            )
         self.rope_theta = rope_theta
 
-    def read(self, q: Queries, k: Keys, v: Values, resets: Resets | None) -> Values:
-        """q: [b, t, h, k] of the new tokens; k, v: [b, l, h, ·], held pairs then new ones; resets: Bool[b, l]."""
+    def read(self, q: Queries, k: Keys, v: Values, window: int | None, resets: Resets | None) -> Values:
+        """q: [b, t, g·h, k] of the new tokens; k, v: [b, l, h, ·], held pairs then new ones; resets: Bool[b, l]."""
         t, l = q.shape[1], k.shape[1]
         if (rotary := self.rotary(l, q)) is not None:
             cos, sin = rotary
             q, k = rotated(q, cos[l - t :], sin[l - t :]), rotated(k, cos, sin)
-        return ops.window_attention(q, k, v, window=self.window, resets=resets)
+        return ops.window_attention(q, k, v, window=window, resets=resets)
 
     forward = read  # blends call the module, so that hooks on it are heard
 
@@ -46,7 +54,7 @@ class KVMemory(nn.Module):
         return rotary_table(l, q.shape[-1], self.rope_theta, q.device, q.dtype)
 
     def extra_repr(self) -> str:
-        return f"window={self.window}, rope_theta={self.rope_theta}"
+        return f"rope_theta={self.rope_theta}"
 
 
 def rotary_table(l: int, k: int, theta: float, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

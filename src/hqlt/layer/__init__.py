@@ -1,0 +1,8 @@
+"""The layer, and what is around it in a model."""
+
+from hqlt.layer.block import Block, SwiGLU
+from hqlt.layer.convolution import ShortConvolution
+from hqlt.layer.layer import HybridMemory, layer_arguments
+from hqlt.layer.norm import RMSNorm, ZeroCenteredRMSNorm
+
+__all__ = ["Block", "HybridMemory", "RMSNorm", "ShortConvolution", "SwiGLU", "ZeroCenteredRMSNorm", "layer_arguments"]

@@ -1,0 +1,123 @@
+"""What runs the parts between a layer's projections in one piece. Their readable twin is `Parts.run`.
+
+Each part says itself whether and as what it is known here (`native`, of `hqlt.ops.step`'s names).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hqlt.blend import Memories, Synchronous
+from hqlt.layer.norm import RMSNorm
+from hqlt.layer.parts import Fused, Parts, Projected, native_form
+from hqlt.memory import DeltaMemory, Held, KVMemory, MemoryState
+from hqlt.memory.fw import DeltaState
+from hqlt.memory.kv import rotary_table
+from hqlt.mixer import VectorMixer
+from hqlt.ops import explain, mix, synchronous
+from hqlt.ops.step import NOTHING, Given, Layout, Plan, Schedule, layout_of, may_run, plan, run
+from hqlt.shapes import Resets, Values
+
+
+class OneToken:
+    """One token by `hqlt.ops.step`, where all parts have a native form.
+
+    It remembers how the last call looked, and what that meant: as long as calls look the same, comparing is all.
+    """
+
+    def __init__(self) -> None:
+        self.last: tuple[Any, Plan | None] = (None, None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OneToken, ()  # a copy of a layer has parts of its own
+
+    def __call__(
+        self, parts: Parts, projected: Projected, state: MemoryState | None, resets: Resets | None
+    ) -> tuple[Values, MemoryState] | None:
+        if state is None or projected.q.shape[1] != 1:
+            return None
+        q, k, v, beta, gate = projected
+        kv, fw, norm = state.kv, state.fw, parts.norm
+        keys, values, gates = kv or (NOTHING, NOTHING, ())
+        beta, betas = beta if isinstance(beta, Tensor) else NOTHING, gates[0] if gates else NOTHING
+        matrix, key_sum = (*fw, NOTHING, NOTHING)[:2]
+        weight = norm.weight if type(norm) is RMSNorm else NOTHING
+        gate, resets = NOTHING if gate is None else gate, NOTHING if resets is None else resets
+        given = Given(q, k, v, beta, gate, weight, resets, keys, values, betas, matrix, key_sum, state.position)
+        if not may_run(given):
+            return None
+        look = parts, tuple(map(layout_of, given))
+        seen, plan = self.last
+        if look != seen:
+            plan = plan_of(*look)
+            self.last = look, plan
+        if plan is None:
+            return None
+        out, (keys, values, betas, matrix, key_sum, position) = run(plan, given)
+        held = Held(keys, values, type(gates)(betas) if gates else ()) if kv else ()
+        written = type(fw)._make((matrix, key_sum)[: len(fw)]) if fw else ()
+        return out, MemoryState(held, written, state.convolution, position)
+
+
+def plan_of(parts: Parts, layouts: tuple[Layout, ...]) -> Plan | None:
+    """How the kernel runs these parts on tensors of these layouts; None where one of them is not known to it."""
+    activation, kv, fw, blend, mixer, norm = parts
+    writes, mixed = native_form(blend), native_form(mixer)
+    memories = (kv is None or native_form(kv)) and (fw is None or native_form(fw))
+    usual = type(activation) is (nn.SiLU if fw else nn.Identity) and (native_form(norm) or type(norm) is nn.Identity)
+    if not (writes and mixed and memories and usual) or not (fw is None or type(fw.v_activation) is nn.Identity):
+        return None
+    rotary = (NOTHING, NOTHING)
+    if kv is not None and kv.rope_theta is not None:
+        (_, (*_, width), dtype, _), (_, keys, _, _) = layouts[0], layouts[7]
+        rows = 1 << keys[1].bit_length()  # one for each age, and few tables where pairs grow in number
+        rotary = rotary_table(rows, width, kv.rope_theta, torch.device("cpu"), dtype)
+    rule = "delta" if fw is None else native_form(fw) or ""
+    schedule = Schedule(writes, kv is not None, blend.window, rule, mixed)
+    beta_max, norm_eps = getattr(fw, "beta_max", 1.0), getattr(norm, "eps", 0.0)
+    return plan(schedule, layouts, beta_max=beta_max, norm_eps=norm_eps, rotary=rotary)
+
+
+class InOneOperation:
+    """A synchronous layer by `hqlt.ops.synchronous`, where an implementation runs that does more than the parts do."""
+
+    def __call__(
+        self, parts: Parts, projected: Projected, state: MemoryState | None, resets: Resets | None
+    ) -> tuple[Values, MemoryState] | None:
+        _, kv, fw, blend, mixer, norm = parts
+        usual = type(blend) is Synchronous and type(mixer) is VectorMixer and type(norm) is RMSNorm
+        if not usual or type(kv) is not KVMemory or type(fw) is not DeltaMemory or kv.heads.queries != kv.heads.pairs:
+            return None
+        if explain("synchronous", projected.q).name != "triton":
+            return None
+        assert projected.gate is not None
+        new = parts.tokens(projected)
+        timeline = blend.timeline(new, state, resets)
+        y, matrix = synchronous(
+            new.q, timeline.keys, timeline.values, new.gates.beta, projected.gate.view(new.values.shape), norm.weight,
+            window=blend.window, rotary=kv.rotary(timeline.keys.shape[1], new.q), norm_eps=norm.eps,
+            state=None if state is None else state.fw.matrix, resets=timeline.resets,
+        )  # fmt: skip
+        return y, blend.state_after(Memories(kv, fw), timeline, DeltaState(matrix))
+
+
+class MixedAndNormed:
+    """Vector mixer and norm in one pass."""
+
+    def __call__(
+        self, parts: Parts, projected: Projected, state: MemoryState | None, resets: Resets | None
+    ) -> tuple[Values, MemoryState] | None:
+        mixer, norm, gate = parts.mixer, parts.norm, projected.gate
+        if type(mixer) is not VectorMixer or type(norm) is not RMSNorm or gate is None:
+            return None
+        reads, after = parts.read(projected, state, resets)
+        fw, kv = reads.both()
+        return mix(fw, kv, gate.view(fw.shape), norm.weight, eps=norm.eps), after
+
+
+FUSED: tuple[Callable[[], Fused], ...] = (OneToken, InOneOperation, MixedAndNormed)
+"""A layer has one of each. Where nobody watches its parts (`Parts.watched`), the first that serves a call runs it."""

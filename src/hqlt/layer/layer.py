@@ -1,0 +1,344 @@
+"""The layer: project → two memories → mixer → norm → project."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from hqlt import registry
+from hqlt.blend import Blend
+from hqlt.layer.convolution import ShortConvolution
+from hqlt.layer.fused import FUSED
+from hqlt.layer.norm import RMSNorm, ZeroCenteredRMSNorm
+from hqlt.layer.parts import Parts, Projected
+from hqlt.memory import Entry, FWMemory, Heads, Held, KVMemory, MemoryState
+from hqlt.memory.state import named
+from hqlt.mixer import Alone, Mixer
+from hqlt.registry import one_of
+from hqlt.shapes import Hidden, Keys, Queries, Resets, Values, check_resets, match
+
+ACTIVATIONS = {"silu": nn.SiLU, None: nn.Identity}
+QK_NORMS = (None, "head", "full")
+
+
+class HybridMemory(nn.Module):
+    """A sequence layer whose heads hold a precise, short KV-memory and a compressed, endless FW-memory.
+
+        q, k = W_q x, W_k x    v = SiLU(W_v x)
+        y    = W_o RMSNorm(mix(FW read of q, KV read of q))
+
+    hidden_size: width of x and y. num_heads: query heads. window: tokens that the KV-memory reaches, the current one
+    included; None is full attention (for "synchronous" and "kv-only"; "fw-only" has no use for it).
+
+    What is chosen by name (`hqlt.register` adds to each), and what each takes as `options`:
+    blend: when a token reaches each memory: "synchronous", "delayed-streaming" (write_gates="current" or "own"),
+    "delayed-chunk"; "kv-only" and "fw-only" are the baselines from the same parts ("kv-only" as in Transformer++: v
+    without SiLU, no norm). mixer: "vector", "scalar", "sum", "add" (gate_bias), "vector" where None. fast_weights: how a
+    pair is written: "delta" (beta_max, beta_bias) or "linear", "delta" where None. The KV-memory takes rope_theta (base
+    of its rotary positions, 10000 unless given, None for none).
+
+    Heads: num_kv_heads (None: num_heads) share pairs and matrix among query heads; head_dim (None: hidden_size /
+    num_heads) of q and k; "fw-only" has value heads of their own number (num_value_heads) and width (value_dim).
+    qkv_bias, o_bias: biases of the projections. qk_norm: RMSNorm of q and k, over each "head" or the "full" width;
+    zero_centered_norms: its weight is 1 + w. kv_activation, fw_activation: of the values that each memory sees, "silu"
+    or None; unless given, both "silu", but none for an attention that stays itself ("kv-only", mixer "add").
+    head_norm: RMSNorm over each head of the mix (of the FW read, with mixer "add"); unless given, where there is an
+    FW-memory. norm_eps: of all of them. conv_size: taps of a short convolution on q, k, v before anything else (0:
+    none). output_gate: multiply the normed heads by SiLU(W_g x).
+
+    Parameters: q_proj, k_proj, v_proj, mixer.gate_proj, o_norm, o_proj, the rule's own such as fw.beta_proj, each
+    `.weight`; with their options `.bias`, q_norm, k_norm, conv.weight and g_proj.weight.
+
+    Raises ValueError for what does not fit together, and for an option that no choice uses.
+
+    Source: the paper, section 3; PyTorch's default initialisation, the paper's in `hqlt.model`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        window: int | None = 64,
+        blend: str = "synchronous",
+        mixer: str | None = None,
+        fast_weights: str | None = None,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        num_value_heads: int | None = None,
+        value_dim: int | None = None,
+        qkv_bias: bool = False,
+        o_bias: bool = False,
+        qk_norm: str | None = None,
+        zero_centered_norms: bool = False,
+        kv_activation: str | None = "default",
+        fw_activation: str | None = "default",
+        head_norm: bool | None = None,
+        norm_eps: float = 1e-6,
+        conv_size: int = 0,
+        output_gate: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        chosen = choices(blend, mixer, fast_weights)
+        takers = {f"{kind}={name!r}": cls for kind, (name, cls) in chosen.items()}
+        own = dict(zip(chosen, registry.share_out(options, takers), strict=True))
+        built = {kind: cls for kind, (_, cls) in chosen.items()}
+        has_kv, has_fw = built["blend"].has_kv, built["blend"].has_fw
+        if window is not None and window < 1:
+            raise ValueError(f"window: expected at least 1 (the token itself) or None for all, got {window}")
+        if conv_size < 0:
+            raise ValueError(f"conv_size: expected 0 (none) or a number of taps, got {conv_size}")
+        sizes = hidden_size, num_heads, num_kv_heads, head_dim, num_value_heads, value_dim
+        self.sizes = heads = heads_of(*sizes, alone=not has_kv)
+        self.hidden_size, self.num_heads = hidden_size, num_heads
+
+        self.blend: Blend = built["blend"](window, **own["blend"])
+        self.kv: KVMemory | None = KVMemory(heads, **own["memory"]) if has_kv else None
+        self.fw: FWMemory | None = built["fast_weights"](heads, **own["fast_weights"]) if has_fw else None
+        self.mixer: Mixer = built["mixer"](heads, **own["mixer"]) if has_kv and has_fw else Alone(heads)
+        self._activations(kv_activation, fw_activation)
+
+        def linear(outputs: int, bias: bool) -> nn.Linear:
+            return nn.Linear(hidden_size, outputs, bias=bias)
+
+        widths = heads.queries * heads.k, heads.pairs * heads.k, heads.matrices * heads.v
+        self.q_proj, self.k_proj, self.v_proj = (linear(width, qkv_bias) for width in widths)
+        self.conv = ShortConvolution(sum(widths), conv_size) if conv_size else None
+        self.q_norm, self.k_norm = self._qk_norms(qk_norm, norm_eps, zero_centered_norms)
+        normed = has_fw if head_norm is None else head_norm
+        self.o_norm: nn.Module = RMSNorm(heads.v, eps=norm_eps) if normed else nn.Identity()
+        self.g_proj = linear(heads.reads * heads.v, False) if output_gate else None
+        self.o_proj = nn.Linear(heads.reads * heads.v, hidden_size, bias=o_bias)
+
+        self.entries = self._entries(sum(widths))
+        self.fused = tuple(make() for make in FUSED)
+        self.like: Tensor
+        self.register_buffer("like", torch.empty(0), persistent=False)  # has the layer's dtype, its weights or not
+
+    def _activations(self, kv: str | None, fw: str | None) -> None:
+        """One activation where both memories see the same values, or one of the FW-memory's own."""
+        attends_as_is = self.fw is None or self.mixer.norms_fw
+        kv = (None if attends_as_is else "silu") if kv == "default" else kv
+        fw = "silu" if fw == "default" else fw
+        one_of("kv_activation", kv, ACTIVATIONS)
+        one_of("fw_activation", fw, ACTIVATIONS)
+        shared = fw if self.kv is None else kv
+        if self.kv is not None and self.fw is not None and kv != fw:
+            if kv is not None:
+                raise ValueError(
+                    f"kv_activation: expected {fw!r} as fw_activation, or None, because the pairs that both memories "
+                    f"see are held once; got {kv!r}"
+                )
+            self.fw.v_activation = ACTIVATIONS[fw]()
+        self.v_activation: nn.Module = ACTIVATIONS[shared]()
+
+    def _qk_norms(self, kind: str | None, eps: float, zero_centered: bool) -> tuple[nn.Module | None, nn.Module | None]:
+        one_of("qk_norm", kind, QK_NORMS)
+        if kind is None:
+            if zero_centered:
+                raise ValueError("zero_centered_norms: expected together with qk_norm, got it without")
+            return None, None
+        k, wide = self.sizes.k, kind == "full"
+        q_width, k_width = (k * (heads if wide else 1) for heads in (self.sizes.queries, self.sizes.pairs))
+        norm = ZeroCenteredRMSNorm if zero_centered else RMSNorm
+        return norm(q_width, eps), norm(k_width, eps)
+
+    def _entries(self, channels: int) -> MemoryState:
+        """What the state is made of, without the batch row."""
+        heads, s = self.sizes, self.blend.slots
+        kv: Any = ()
+        if self.kv is not None:
+            gates = self.fw.gate_entries() if self.fw is not None and self.blend.keeps_gates else ()
+            gates = pytree.tree_map(lambda entry: Entry((s, *entry.sizes), entry.dtype), gates)
+            pairs = (Entry((s, heads.pairs, width), "narrow") for width in (heads.k, heads.v))
+            kv = Held(*pairs, gates)  # type: ignore[arg-type]
+        taps = self.conv.size - 1 if self.conv else 0
+        fw = () if self.fw is None else self.fw.state_entries()
+        return MemoryState(kv, fw, Entry((taps, channels), "narrow"), Entry((), "int64"))  # type: ignore[arg-type]
+
+    def forward(
+        self, x: Hidden, state: MemoryState | None = None, resets: Resets | None = None
+    ) -> tuple[Hidden, MemoryState]:
+        """x: [b, t, hidden]; state: what an earlier call returned, None for empty memories; resets: Bool[b, t].
+
+        → y [b, t, hidden], the state after the last token. The given state is left as it was.
+
+        Raises ValueError for shapes that do not fit and for a state that another layer made.
+        """
+        size = match(x=(x, "b t d"))
+        b, t = size["b"], size["t"]
+        if size["d"] != self.hidden_size:
+            raise ValueError(f"x: expected [b, t, {self.hidden_size}] for this layer, got shape {list(x.shape)}")
+        check_resets(resets, b, t)
+        if state is not None:
+            if type(state) is tuple:  # as torch.jit.trace passes it
+                state = self.state_of(pytree.tree_leaves(state))
+            self.check_state(state, x)
+        if t == 0:
+            return self.no_tokens(x), self.init_state(b, x.device) if state is None else state
+
+        projected, convolution = self.project(x, state, resets)
+        heads, (kv, fw, _, position) = self.heads(projected, state, resets)
+        y = heads.flatten(2)
+        if self.g_proj is not None:
+            y = y * F.silu(self.g_proj(x))
+        return self.o_proj(y), MemoryState(kv, fw, convolution, position)
+
+    def no_tokens(self, x: Hidden) -> Hidden:
+        """y for t = 0. Every weight takes part by an empty slice: its gradient is zero, as in any other call."""
+        y: Tensor = self.o_proj(x.new_zeros(*x.shape[:2], self.sizes.reads * self.sizes.v))
+        return y + sum(weight.flatten()[:0].sum() for weight in self.parameters()) if torch.is_grad_enabled() else y
+
+    def project(self, x: Hidden, state: MemoryState | None, resets: Resets | None) -> tuple[Projected, Tensor]:
+        """What the heads are made of, and the latest inputs of the convolution."""
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if state is not None:
+            latest = state.convolution
+        else:
+            latest = x.new_zeros(len(x), *self.entries.convolution.sizes)  # type: ignore[attr-defined]
+        if self.conv is not None:
+            held = None if state is None else (state.convolution, state.position)
+            convolved, latest = self.conv(torch.cat([q, k, v], dim=-1), held, resets)
+            q, k, v = convolved.split([q.shape[-1], k.shape[-1], v.shape[-1]], dim=-1)
+        q, k, v = self.split(q, k, v)
+        write = () if self.fw is None else self.fw.logits(x)
+        return Projected(q, k, v, write, self.mixer.logits(x)), latest
+
+    def split(self, q: Hidden, k: Hidden, v: Hidden) -> tuple[Queries, Keys, Values]:
+        """Into heads, normed where there are norms of q and k: [b, t, heads, ·]."""
+        heads = self.sizes
+        if self.q_norm is not None and self.k_norm is not None and self.q_norm.weight.shape[0] != heads.k:
+            q, k = self.q_norm(q), self.k_norm(k)
+        b, t, _ = q.shape
+        q, k = q.view(b, t, heads.queries, heads.k), k.view(b, t, heads.pairs, heads.k)
+        if self.q_norm is not None and self.k_norm is not None and self.q_norm.weight.shape[0] == heads.k:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if heads.matrices > heads.pairs:
+            q, k = (x.repeat_interleave(heads.matrices // heads.pairs, dim=2) for x in (q, k))
+        return q, k, v.view(b, t, heads.matrices, heads.v)
+
+    def heads(
+        self, projected: Projected, state: MemoryState | None, resets: Resets | None
+    ) -> tuple[Values, MemoryState]:
+        """What both memories say, mixed and normed: [b, t, h, v], and the state after the last token.
+
+        Where nobody watches a part, the first of `hqlt.layer.fused.FUSED` that serves does it in one piece; otherwise
+        the parts run one by one.
+        """
+        parts = self.parts()
+        if not parts.watched():
+            for fused in self.fused:
+                if (done := fused(parts, projected, state, resets)) is not None:
+                    return done
+        return parts.run(projected, state, resets)
+
+    def parts(self) -> Parts:
+        modules: dict[str, Any] = self._modules  # nn.Module's look-up of self.mixer takes as long as one token's mixing
+        return Parts(*(modules[name] for name in ("v_activation", "kv", "fw", "blend", "mixer", "o_norm")))
+
+    def init_state(self, batch_size: int, device: torch.device | str | None = None) -> MemoryState:
+        """The state of empty memories, as `state=None` means it; on the layer's device where none is given."""
+        state: MemoryState = pytree.tree_map(lambda entry: entry.zeros(batch_size, self.like, device), self.entries)
+        return state
+
+    def state_of(self, leaves: Iterable[Tensor]) -> MemoryState:
+        """The state whose `leaves()` these are."""
+        state: MemoryState = pytree.tree_unflatten(list(leaves), pytree.tree_structure(self.entries))
+        return state
+
+    def check_state(self, state: MemoryState, x: Hidden) -> None:
+        """Refuse a state of another layer, batch or device."""
+        given, expected = named(state), named(self.entries)
+        if list(given) != list(expected):
+            raise ValueError(
+                f"state: expected {', '.join(expected)} for this layer ({self.extra_repr()}), got {', '.join(given)}; "
+                f"is it the state of another layer?"
+            )
+        for (name, part), entry in zip(given.items(), expected.values(), strict=True):
+            if len(part.shape) != 1 + len(entry.sizes) or any(
+                size is not None and size != got for size, got in zip((len(x), *entry.sizes), part.shape, strict=True)
+            ):
+                raise ValueError(
+                    f"state.{name}: expected shape {_shape((len(x), *entry.sizes))} for this layer "
+                    f"({self.extra_repr()}) and a batch of {len(x)}, got {_shape(part.shape)}; is it the state of "
+                    f"another layer or batch?"
+                )
+            if part.device != x.device:
+                raise ValueError(
+                    f"state.{name}: expected on {x.device}, where x is, got {part.device}; "
+                    f"use state.to({str(x.device)!r})"
+                )
+
+    def extra_repr(self) -> str:
+        return f"hidden_size={self.hidden_size}, num_heads={self.num_heads}"
+
+
+def choices(blend: str, mixer: str | None, fast_weights: str | None) -> dict[str, tuple[str, Any]]:
+    """By argument: the name that is chosen, and its class; of a layer with one memory, what that memory needs.
+
+    Raises ValueError for an unknown name, and for a name where there is nothing to choose.
+    """
+    chosen: dict[str, tuple[str, Any]] = {"blend": (blend, registry.find("blend", blend))}
+    cls = chosen["blend"][1]
+    named = {"mixer": (mixer, "vector", cls.has_kv and cls.has_fw), "fast_weights": (fast_weights, "delta", cls.has_fw)}
+    for argument, (name, default, used) in named.items():
+        if used:
+            name = default if name is None else name
+            chosen[argument] = name, registry.find({"fast_weights": "rule"}.get(argument, argument), name, argument)
+        elif name is not None:
+            raise ValueError(f"{argument}: expected none for blend {blend!r}, which has one memory, got {name!r}")
+    if cls.has_kv:
+        chosen["memory"] = "KV", KVMemory
+    return chosen
+
+
+def layer_arguments() -> list[str]:
+    """The names of all arguments that a layer understands, those of registered choices included."""
+    own = [name for name in inspect.signature(HybridMemory).parameters if name != "options"]
+    classes = [KVMemory, *(registry.find(kind, name) for kind in ("blend", "mixer", "rule") for name in registry.names(kind))]
+    return [*own, *dict.fromkeys(name for cls in classes for name in registry.options_of(cls))]
+
+
+def heads_of(
+    hidden_size: int,
+    num_heads: int,
+    num_kv_heads: int | None,
+    head_dim: int | None,
+    num_value_heads: int | None,
+    value_dim: int | None,
+    alone: bool,
+) -> Heads:
+    """The sizes of the heads. alone: whether there is no KV-memory. Raises ValueError where they do not fit."""
+    pairs = num_heads if num_kv_heads is None else num_kv_heads
+    if num_heads < 1 or hidden_size < 1 or (head_dim is None and hidden_size % num_heads):
+        raise ValueError(
+            f"num_heads: expected a positive number that divides hidden_size = {hidden_size}, got {num_heads}; or give "
+            f"head_dim"
+        )
+    if pairs < 1 or num_heads % pairs:
+        raise ValueError(f"num_kv_heads: expected a number that divides num_heads = {num_heads}, got {pairs}")
+    k = hidden_size // num_heads if head_dim is None else head_dim
+    for name, value in {"num_value_heads": num_value_heads, "value_dim": value_dim}.items():
+        if value is not None and not alone:
+            raise ValueError(f"{name}: expected none beside a KV-memory (blend='fw-only' has no such), got {value}")
+    matrices = pairs if num_value_heads is None else num_value_heads
+    if matrices % pairs or (matrices != pairs and pairs != num_heads):
+        raise ValueError(
+            f"num_value_heads: expected a multiple of num_heads = {num_heads} (as many as key heads), got {matrices} "
+            f"with num_kv_heads = {pairs}"
+        )
+    v = k if value_dim is None else value_dim
+    if min(k, v) < 1:
+        raise ValueError(f"head_dim, value_dim: expected at least 1, got {k} and {v}")
+    return Heads(hidden_size, num_heads, pairs, matrices, k, v)
+
+
+def _shape(sizes: Iterable[int | None]) -> str:
+    return "[" + ", ".join("any" if size is None else str(size) for size in sizes) + "]"

@@ -1,0 +1,34 @@
+"""The additive rule: linear attention, normalised over time."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+
+from hqlt import ops
+from hqlt.memory.fw.rule import FWMemory, Write
+from hqlt.memory.state import Entry
+from hqlt.ops import LinearState
+from hqlt.registry import register
+from hqlt.shapes import Queries, Resets, Values
+
+
+@register("rule", "linear")
+class LinearMemory(FWMemory):
+    """W ← W + φ(k) ⊗ v     z ← z + φ(k)     read: Wᵀ φ(q) / (z·φ(q) + 1e-10)     φ(x) = elu(x) + 1
+
+    Source: Katharopoulos et al. 2020, "Transformers are RNNs", eqs. 18–20.
+    """
+
+    native = "linear"
+
+    def state_entries(self) -> LinearState:
+        h, k, v = self.heads.matrices, self.heads.k, self.heads.v
+        return LinearState(Entry((h, k, v)), Entry((h, k)))  # type: ignore[arg-type]
+
+    def forward(
+        self, q: Queries, write: Write, past: LinearState | None, resets: Resets | None
+    ) -> tuple[Values, LinearState]:
+        q, k = F.elu(q) + 1, F.elu(write.keys) + 1
+        return ops.linear_attention(
+            q, k, self.v_activation(write.values), state=past, resets=resets, live=write.live
+        )

@@ -1,0 +1,88 @@
+"""The FW-memory: compressed and endless. A write rule puts pairs into fast weights, and reads them by a product."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from hqlt.memory.heads import Heads
+from hqlt.memory.state import Tree
+from hqlt.shapes import Hidden, Keys, Live, Queries, Resets, Values
+
+
+class Write(NamedTuple):
+    """What reaches a rule at each step, [b, t, …] each. A blend decides which token's it is."""
+
+    keys: Keys
+    """Raw: before φ."""
+    values: Values
+    gates: Tree
+    """What the rule itself made of a token's input (`FWMemory.gates`)."""
+    live: Live | None
+    """Bool[b, t]: where False nothing is written, and the fast weights stay as they are, decay included. None: all."""
+
+
+class FWMemory(nn.Module):
+    """A write rule: it owns its parameters, its gates, its feature map, its scan and the shape of its state.
+
+    Layer, blends and state know no rule by name. To write one, say what a token's input decides (`logits`, `gates` and
+    their shapes in `gate_entries`), what is held (`state_entries`), and what happens at a step (`forward`).
+
+    Options are the keyword-only arguments of the constructor; a registered rule's are the layer's own.
+    """
+
+    native: str | None = None
+    """What `hqlt.ops.step` calls this rule, where it runs it; a subclass says so anew."""
+
+    def __init__(self, heads: Heads) -> None:
+        super().__init__()
+        self.heads = heads
+        self.v_activation: nn.Module = nn.Identity()
+        """Of values that reach this memory alone; the layer sets it (`HybridMemory.fw_activation`)."""
+
+    def logits(self, x: Hidden) -> Tree:
+        """What the rule's projections make of the layer's input x [b, t, d], [b, t, …] each."""
+        return ()
+
+    def gates(self, logits: Tree) -> Tree:
+        """From logits to what a write is weighed by: a NamedTuple of [b, t, …] tensors."""
+        return ()
+
+    def gate_entries(self) -> Tree:
+        """The gates' `Entry`s, without b and t: for blends that hold on to a pair's own gates, and for none at all."""
+        return ()
+
+    def begin(self) -> None:
+        """Put the gates to where they begin, whatever else has initialised their projections."""
+
+    def state_entries(self) -> Tree:
+        """What the rule holds: a NamedTuple of `Entry`s, without b."""
+        raise NotImplementedError
+
+    def forward(self, q: Queries, write: Write, past: Tree | None, resets: Resets | None) -> tuple[Values, Tree]:
+        """At each step write what is live, then read q (raw, as the keys are); at a reset, begin empty.
+
+        past: the state before the first step, None for an empty one. → [b, t, reads, v], the state after the last.
+        """
+        raise NotImplementedError
+
+    def read(self, q: Queries, past: Tree) -> Values:
+        """Read without writing."""
+        (b, t), heads = q.shape[:2], self.heads
+        keys, values = q.new_zeros(b, t, heads.matrices, heads.k), q.new_zeros(b, t, heads.matrices, heads.v)
+        gates = pytree.tree_map(lambda entry: q.new_zeros(b, t, *entry.sizes), self.gate_entries())
+        nothing = Write(keys, values, gates, torch.zeros(b, t, dtype=torch.bool, device=q.device))
+        out: Values = self(q, nothing, past, None)[0]
+        return out
+
+
+def gate_projection(hidden_size: int, outputs: int, bias: float | None) -> nn.Linear:
+    """A gate's logits. bias: where every one of them begins (None: there is no bias)."""
+    projection = nn.Linear(hidden_size, outputs, bias=bias is not None)
+    if bias is not None:
+        nn.init.constant_(projection.bias, bias)
+    return projection
+
