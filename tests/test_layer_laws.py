@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import functools
-import importlib
 
 import pytest
 import torch
 
 from hqlt import ops
+from hqlt.ops.backend import IMPLEMENTATIONS
 from tests.laws import Laws, close, gradients, normal
 from tests.layers import CHOICES, EVERY_STATE, as_memory, build_layer
 
 BACKENDS = sorted(
-    {
-        name
-        for op in ("delta_rule", "linear_attention", "window_attention")
-        for name in importlib.import_module(f"hqlt.ops.{op}").IMPLEMENTATIONS
-    }
+    {name for op in ("delta_rule", "linear_attention", "window_attention") for name in IMPLEMENTATIONS[op]}
     - {"reference", "fla"}  # which needs a GPU
 )
 

@@ -3,6 +3,7 @@
     b  batch rows            k  width of a key or query head
     t  time, tokens          v  width of a value head
     h  heads                 s  pairs held by a KV-memory between two calls, at most its window
+    g  query heads a head    (query head i reads the pairs and the matrix of head i // g; 1 where none share)
     n  chunks                c  tokens in a chunk
     d  hidden size           l  length of a key timeline: the held pairs, then the new ones (s + t)
     a  actions of an agent
@@ -21,7 +22,7 @@ from torch import Tensor
 from hqlt.context import Setting
 
 Hidden: TypeAlias = Annotated[Tensor, "b t d"]
-Queries: TypeAlias = Annotated[Tensor, "b t h k"]
+Queries: TypeAlias = Annotated[Tensor, "b t g·h k"]
 Keys: TypeAlias = Annotated[Tensor, "b t h k"]
 Values: TypeAlias = Annotated[Tensor, "b t h v"]
 Strengths: TypeAlias = Annotated[Tensor, "b t h"]
@@ -102,15 +103,23 @@ def refuse_non_finite(name: str, tensor: Tensor) -> None:
 
 
 def check_resets(resets: Tensor | None, b: int, t: int, device: torch.device | None = None) -> None:
-    if resets is None:
+    _check_marks("resets", "a token begins a new segment", resets, b, t, device)
+
+
+def check_live(live: Tensor | None, b: int, t: int, device: torch.device | None = None) -> None:
+    _check_marks("live", "a token is written", live, b, t, device)
+
+
+def _check_marks(name: str, where: str, marks: Tensor | None, b: int, t: int, device: torch.device | None) -> None:
+    if marks is None:
         return
-    if resets.dtype != torch.bool or tuple(resets.shape) != (b, t):
+    if marks.dtype != torch.bool or tuple(marks.shape) != (b, t):
         raise ValueError(
-            f"resets: expected a bool tensor of shape [b, t] = [{b}, {t}] that is True where a token begins "
-            f"a new segment, got {str(resets.dtype).removeprefix('torch.')} {list(resets.shape)}"
+            f"{name}: expected a bool tensor of shape [b, t] = [{b}, {t}] that is True where {where}, "
+            f"got {str(marks.dtype).removeprefix('torch.')} {list(marks.shape)}"
         )
-    if device is not None and resets.device != device:
-        raise ValueError(f"resets: expected on {device}, as the other arguments, got {resets.device}")
+    if device is not None and marks.device != device:
+        raise ValueError(f"{name}: expected on {device}, as the other arguments, got {marks.device}")
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -14,9 +14,9 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-2}
 """Of outputs, per dtype of the inputs, against the reference in float64 on the same numbers."""
 
 
-def queries(b: int, t: int, seed: int = 0, width: int = KEY) -> Tensor:
+def queries(b: int, t: int, seed: int = 0, width: int = KEY, heads: int = HEADS) -> Tensor:
     """Unit vectors, as the delta rule's φ makes them."""
-    return F.normalize(normal(b, t, HEADS, width, seed=seed), dim=-1)
+    return F.normalize(normal(b, t, heads, width, seed=seed), dim=-1)
 
 
 def values(b: int, t: int, seed: int = 0, width: int = VALUE) -> Tensor:

@@ -11,23 +11,10 @@ import torch
 
 from hqlt import native, ops
 from hqlt.ops import LinearState
-from hqlt.ops.delta_rule import IMPLEMENTATIONS as DELTA
-from hqlt.ops.features import IMPLEMENTATIONS as FEATURES
-from hqlt.ops.linear_attention import IMPLEMENTATIONS as LINEAR
-from hqlt.ops.norm import IMPLEMENTATIONS as NORM
-from hqlt.ops.synchronous import IMPLEMENTATIONS as SYNCHRONOUS
-from hqlt.ops.window_attention import IMPLEMENTATIONS as WINDOW
+from hqlt.ops.backend import IMPLEMENTATIONS
 from tests.laws import close, normal
 
-BACKENDS = {
-    "delta_rule": DELTA,
-    "linear_attention": LINEAR,
-    "window_attention": WINDOW,
-    "synchronous": SYNCHRONOUS,
-    **FEATURES,
-    **NORM,
-}
-EVERY = [(op, backend) for op, names in BACKENDS.items() for backend in names]
+EVERY = [(op, backend) for op, names in IMPLEMENTATIONS.items() for backend in names]
 SIZES = {"b": 2, "t": 3, "h": 2, "k": 4, "v": 3, "held": 2}
 
 
@@ -127,7 +114,7 @@ def test_resets_elsewhere_are_named():
 
 @pytest.mark.parametrize("table", [(5, 1, 2), (3, 1, 3), (3, 2, 2), (3, 2)])
 def test_angles_that_do_not_fit_are_named(table):
-    for backend in FEATURES["rotated"]:
+    for backend in IMPLEMENTATIONS["rotated"]:
         with pytest.raises(ValueError, match=r"cos|sin"):
             ops.rotated(normal(1, 3, 2, 4), normal(*table), normal(*table), backend=backend)
 

@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from hqlt.ops import delta_rule
-from hqlt.ops.delta_rule import IMPLEMENTATIONS
+from hqlt.ops.backend import IMPLEMENTATIONS
 from tests.laws import Laws, Memory, close, normal
 from tests.ops.inputs import HEADS, KEY, TOLERANCE, VALUE, queries, strengths, strided, values
 
-HERE = [name for name in IMPLEMENTATIONS if name != "fla"]  # which needs a GPU, and has a file of its own
+HERE = [name for name in IMPLEMENTATIONS["delta_rule"] if name != "fla"]  # which needs a GPU, and has a file of its own
 every_backend = pytest.mark.parametrize("backend", HERE)
 
 
@@ -155,13 +155,16 @@ def test_every_output_is_written(backend, t, poisoned_memory):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q": torch.zeros(2, 5, HEADS)}, r"q: expected 4 axes \[b, t, h, k\], got shape \[2, 5, 2\]"),
+        ({"q": torch.zeros(2, 5, HEADS)}, r"q: expected 4 axes \[b, t, g·h, k\], got shape \[2, 5, 2\]"),
         ({"k": torch.zeros(2, 6, HEADS, KEY)}, r"k: .* with t = 5 .* got shape \[2, 6, 2, 4\]"),
         ({"beta": torch.zeros(2, 5, 1)}, r"beta: .* with h = 2"),
         ({"state": torch.zeros(2, HEADS, VALUE, KEY)}, r"state: .* with k = 4"),
         ({"resets": torch.zeros(2, 4, dtype=torch.bool)}, r"resets: .* \[2, 5\].*got bool \[2, 4\]"),
         ({"resets": torch.zeros(2, 5)}, "resets: expected a bool tensor.*got float32"),
-        ({"backend": "chunky"}, "delta_rule: expected a backend among reference, chunked.*got 'chunky'"),
+        (
+            {"backend": "chunky"},
+            "delta_rule: backend: expected one of 'reference', 'chunked'.*got 'chunky'; did you mean 'chunked'",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(change, message):

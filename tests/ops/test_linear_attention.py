@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from hqlt.ops import LinearState, linear_attention
-from hqlt.ops.linear_attention import IMPLEMENTATIONS
+from hqlt.ops.backend import IMPLEMENTATIONS
 from tests.laws import Laws, Memory, close, normal
 from tests.ops.inputs import HEADS, TOLERANCE, queries, strided, values
 
-every_backend = pytest.mark.parametrize("backend", IMPLEMENTATIONS)
+every_backend = pytest.mark.parametrize("backend", IMPLEMENTATIONS["linear_attention"])
 
 
 def positive(b, t, seed=0, width=4):
@@ -28,7 +28,7 @@ def memory(backend):
 class TestLaws(Laws):
     longest = 150
 
-    @pytest.fixture(params=IMPLEMENTATIONS)
+    @pytest.fixture(params=IMPLEMENTATIONS["linear_attention"])
     def build(self, request):
         return lambda window: memory(request.param)
 

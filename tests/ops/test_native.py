@@ -49,7 +49,7 @@ def case(op: str, b: int, t: int, h: int, k: int, v: int, dtype: torch.dtype, *,
 
         def run(form, tensors, resets=resets):
             *x, state = tensors
-            return form(*x, scale=0.7, state=state, resets=resets)
+            return form(*x, scale=0.7, state=state, resets=resets, live=None)
 
     elif op == "linear_attention":
         inputs = normal(b, t, h, k).exp(), normal(b, t, h, k).exp(), normal(b, t, h, v)
@@ -57,7 +57,7 @@ def case(op: str, b: int, t: int, h: int, k: int, v: int, dtype: torch.dtype, *,
 
         def run(form, tensors, resets=resets):
             *x, matrix, key_sum = tensors
-            out, state = form(*x, state=LinearState(matrix, key_sum), resets=resets)
+            out, state = form(*x, state=LinearState(matrix, key_sum), resets=resets, live=None)
             return out, *state
 
     else:

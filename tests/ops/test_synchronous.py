@@ -16,7 +16,8 @@ from hqlt import HybridMemory, ops
 from hqlt.memory import FastWeights
 from hqlt.memory.kv import rotary_table
 from hqlt.ops import synchronous
-from hqlt.ops.synchronous import IMPLEMENTATIONS, triton
+from hqlt.ops.backend import IMPLEMENTATIONS
+from hqlt.ops.synchronous import triton
 from tests.laws import Laws, Memory, close, normal
 from tests.layers import build_layer, tokens
 from tests.ops.inputs import HEADS, KEY, VALUE, strided
@@ -30,7 +31,9 @@ NO_TRITON = (
     else ""
 )
 needs_triton = pytest.mark.skipif(bool(NO_TRITON), reason=NO_TRITON or "triton runs")
-BACKENDS = [pytest.param(name, marks=needs_triton if name == "triton" else ()) for name in IMPLEMENTATIONS]
+BACKENDS = [
+    pytest.param(name, marks=needs_triton if name == "triton" else ()) for name in IMPLEMENTATIONS["synchronous"]
+]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.float16: 6e-3, torch.bfloat16: 5e-2}
@@ -241,10 +244,13 @@ def test_a_layer_runs_it_when_asked_to():
     resets = resets_of(2, 40).to(x.device)
     answers = []
     for backend in ("triton", "reference"):
-        with ops.use_backend(backend), mock.patch.dict(IMPLEMENTATIONS, triton=mock.Mock(wraps=triton.synchronous)):
+        with (
+            ops.use_backend(backend),
+            mock.patch.dict(IMPLEMENTATIONS["synchronous"], triton=mock.Mock(wraps=triton.synchronous)),
+        ):
             y1, state = layer(x[:, :25], resets=resets[:, :25])
             y2, state = layer(x[:, 25:], state, resets[:, 25:])
-            assert IMPLEMENTATIONS["triton"].call_count == (2 if backend == "triton" else 0)
+            assert IMPLEMENTATIONS["synchronous"]["triton"].call_count == (2 if backend == "triton" else 0)
         gradients = torch.autograd.grad(y1.square().sum() + y2.square().sum(), [x, *layer.parameters()])
         answers.append([y1, y2, *state, *gradients])
     for mine, theirs in zip(*answers, strict=True):
@@ -361,7 +367,7 @@ def test_a_matrix_s_gradient_is_summed_wide():
         ({"window": 0}, "window: expected at least 1"),
         ({"resets": torch.zeros(2, 4, dtype=torch.bool)}, r"resets: .* \[2, 5\]"),
         ({"rotary": (torch.zeros(4, 1, 2), torch.zeros(5, 1, 2))}, r"cos of shape .*\[≥ 5, 1, 2\], got \[4, 1, 2\]"),
-        ({"backend": "cuda"}, "synchronous: expected a backend among reference, composed, triton, got 'cuda'"),
+        ({"backend": "cuda"}, "synchronous: backend: expected one of 'reference', 'composed', 'triton', got 'cuda'"),
     ],
 )
 def test_wrong_arguments_are_named(change, message):

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from hqlt.ops import window_attention
-from hqlt.ops.window_attention import IMPLEMENTATIONS
+from hqlt.ops.backend import IMPLEMENTATIONS
 from tests.laws import Laws, Memory, close
 from tests.ops.inputs import HEADS, TOLERANCE, queries, strided, values
 
-every_backend = pytest.mark.parametrize("backend", IMPLEMENTATIONS)
+every_backend = pytest.mark.parametrize("backend", IMPLEMENTATIONS["window_attention"])
 
 
 def memory(backend, window, reach="sliding"):
@@ -30,7 +30,7 @@ def memory(backend, window, reach="sliding"):
     return Memory(run, lambda *x: run(*x, backend="reference"), inputs, canonical=False)
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
+@pytest.fixture(params=IMPLEMENTATIONS["window_attention"])
 def backend(request):
     return request.param
 
@@ -141,7 +141,10 @@ def test_every_output_is_written(backend, t, window, poisoned_memory):
         ({"reach": "near"}, 'reach: expected "sliding" or "chunk", got \'near\''),
         ({"k": torch.zeros(2, 4, HEADS, 4), "v": torch.zeros(2, 4, HEADS, 3)}, "at least as many pairs as the 5"),
         ({"resets": torch.zeros(2, 4, dtype=torch.bool)}, r"resets: .*\[2, 5\]"),
-        ({"backend": "chunked"}, "window_attention: expected a backend among reference, dense, blocked"),
+        (
+            {"backend": "chunked"},
+            "window_attention: backend: expected one of 'reference', 'dense', 'blocked', 'native', got 'chunked'",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(change, message):

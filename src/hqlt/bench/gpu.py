@@ -11,7 +11,6 @@ same run.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -38,9 +37,8 @@ from hqlt.bench.race import (
 )
 from hqlt.errors import first_line, how_to_install
 from hqlt.memory.kv import rotary_table
+from hqlt.ops.backend import IMPLEMENTATIONS
 from hqlt.ops.features import rotated, unit_silu
-
-delta_rule, synchronous = (importlib.import_module(f"hqlt.ops.{op}") for op in ("delta_rule", "synchronous"))
 
 ONLY = ("memories", "train")
 CAPTION = "bfloat16; ×: times faster than the first; %: of the measured dense rate of matrix products"
@@ -260,10 +258,9 @@ def takes_part(backend: str, work: Work) -> bool:
         return lambda *arguments, **options: (calls(), run(*arguments, **options))[1]
 
     with ExitStack() as patches:
-        for module in (delta_rule, synchronous):
-            if backend in module.IMPLEMENTATIONS:
-                run = counted(module.IMPLEMENTATIONS[backend])
-                patches.enter_context(mock.patch.dict(module.IMPLEMENTATIONS, {backend: run}))
+        for known in (IMPLEMENTATIONS["delta_rule"], IMPLEMENTATIONS["synchronous"]):
+            if backend in known:
+                patches.enter_context(mock.patch.dict(known, {backend: counted(known[backend])}))
         patches.enter_context(ops.use_backend(backend))
         with suppress(Exception):  # `taking_part` says why
             work()

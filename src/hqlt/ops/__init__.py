@@ -4,19 +4,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
-from torch import Tensor
-
 from hqlt.errors import how_to_install
-from hqlt.ops import delta_rule as _delta_rule
-from hqlt.ops import features as _features
-from hqlt.ops import linear_attention as _linear_attention
-from hqlt.ops import norm as _norm
-from hqlt.ops import synchronous as _synchronous
-from hqlt.ops import window_attention as _window_attention
-from hqlt.ops.backend import Choice, use_backend
+from hqlt.ops.backend import Choice, explain, register_backend, use_backend
 from hqlt.ops.delta_rule import delta_rule
 from hqlt.ops.features import rotated, unit_silu
 from hqlt.ops.linear_attention import LinearState, linear_attention
@@ -32,6 +23,7 @@ __all__ = [
     "linear_attention",
     "mix",
     "onnx_translations",
+    "register_backend",
     "rms_norm",
     "rotated",
     "synchronous",
@@ -39,25 +31,6 @@ __all__ = [
     "use_backend",
     "window_attention",
 ]
-
-
-def explain(op: str, q: Tensor, **options: Any) -> Choice:
-    """Which implementation of `op` would run on queries q [b, t, h, k], and why.
-
-    >>> hqlt.ops.explain("window_attention", q, window=64)
-    Choice(name='blocked', why='many windows in the sequence: work linear in length')
-    """
-    explainers: dict[str, Callable[..., Choice]] = {
-        "delta_rule": _delta_rule.explain,
-        "linear_attention": _linear_attention.explain,
-        "synchronous": _synchronous.explain,
-        "window_attention": _window_attention.explain,
-        **{name: partial(_features.explain, name) for name in _features.IMPLEMENTATIONS},
-        **{name: partial(_norm.explain, name) for name in _norm.IMPLEMENTATIONS},
-    }
-    if op not in explainers:
-        raise ValueError(f"op: expected one of {', '.join(explainers)}, got {op!r}")
-    return explainers[op](q, **options)
 
 
 def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:

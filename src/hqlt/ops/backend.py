@@ -1,7 +1,7 @@
 """Which implementation runs, and why.
 
-Every operation has a readable `reference` and faster twins of the same signature. The first rule that holds for the
-call's first argument names the one that runs. A caller may name one (`backend="chunked"`), or force one for a while:
+Every operation has a readable `reference` and faster twins of the same signature. The first of its rules that holds for
+a call names the one that runs. A caller may name one (`backend="chunked"`), or force one for a while:
 
     with hqlt.ops.use_backend("reference"):
         y, state = layer(x)
@@ -9,16 +9,19 @@ call's first argument names the one that runs. A caller may name one (`backend="
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from hqlt import native
 from hqlt.context import Setting
+from hqlt.registry import one_of
+from hqlt.shapes import is_symbolic
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Choice(NamedTuple):
@@ -27,37 +30,103 @@ class Choice(NamedTuple):
 
 
 class Rule(NamedTuple):
-    name: str
-    holds: Callable[[Tensor], bool]
-    why: str
-
-    def when(self, condition: bool) -> Rule:
-        """This rule where the condition holds, and one that never holds elsewhere."""
-        return self if condition else self._replace(holds=lambda x: False)
+    choice: Choice
+    holds: Callable[..., bool]
+    """Of a call's first argument, and of the options that decide (a window)."""
 
 
-def _runs_natively(x: Tensor) -> bool:
+def _rule(name: str, holds: Callable[..., bool], why: str) -> Rule:
+    return Rule(Choice(name, why), holds)
+
+
+def _always(x: Tensor, **options: Any) -> bool:
+    return True
+
+
+def _natively(x: Tensor) -> bool:
     return x.device.type == "cpu" and native.available()
 
 
-NATIVE = Rule("native", _runs_natively, "on a CPU: one pass in C++, the memory stays in the cache")
-NATIVE_ROWS = Rule(
-    "native",
-    lambda x: _runs_natively(x) and x.dtype in (torch.float32, torch.float64),
-    "on a CPU: all factors in one pass over the numbers",
-)
+def _dense_or_native(q: Tensor, window: int | None) -> bool:
+    """Whether a native pass over the window is no more work than one call of torch's over all pairs."""
+    return is_symbolic(q.shape[1]) or q.shape[1] <= 1024 or _mostly_masked(q, window)
 
-KNOWN: set[str] = set()
-"""The names of all implementations; each operation adds its own."""
+
+def _mostly_masked(q: Tensor, window: int | None) -> bool:
+    return window is not None and 2 * window <= q.shape[1]
+
+
+ON_CPU = "on a CPU: one pass in C++, the memory stays in the cache"
+MATRIX = (
+    _rule("native", _natively, ON_CPU),
+    _rule("reference", lambda q: q.shape[1] <= 1, "one token or none: the equation itself takes the fewest calls"),
+    _rule("chunked", _always, "many tokens: matrix products over chunks"),
+)
+ROWS = (
+    _rule(
+        "native",
+        lambda x: _natively(x) and x.dtype in (torch.float32, torch.float64),
+        "on a CPU: all factors in one pass over the numbers",
+    ),
+    _rule("reference", _always, "a factor a call"),
+)
+PAIRS = (
+    _rule(
+        "dense",
+        lambda q, window=None: not is_symbolic(q.shape[1]) and q.shape[1] < 8,
+        "a few tokens: one fused call",
+    ),
+    _rule("native", lambda q, window=None: _dense_or_native(q, window) and _natively(q), ON_CPU),
+    _rule("dense", lambda q, window=None: is_symbolic(q.shape[1]), "exported for any length: one fused call"),
+    _rule("dense", lambda q, window=None: q.shape[1] <= 128, "a short sequence: one fused call"),
+    _rule(
+        "dense",
+        lambda q, window=None: not _mostly_masked(q, window),
+        "a window of over half the sequence: hardly less work",
+    ),
+    _rule("blocked", _always, "many windows in the sequence: work linear in length"),
+)
+RULES: dict[str, tuple[Rule, ...]] = {
+    "delta_rule": MATRIX,
+    "linear_attention": MATRIX,
+    "window_attention": PAIRS,
+    "synchronous": (_rule("composed", _always, "the fastest operation for each memory; triton is not measured yet"),),
+    "unit_silu": ROWS,
+    "rotated": ROWS,
+    "rms_norm": ROWS,
+    "mix": ROWS,
+}
+
+IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {op: {} for op in RULES}
+"""By operation and name, as they were registered."""
 
 _forced: Setting[str | None] = Setting("hqlt.ops.use_backend", None)
 
 
-def register(implementations: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
-    """An operation's implementations by name, of which one is the reference."""
-    assert "reference" in implementations
-    KNOWN.update(implementations)
-    return dict(implementations)
+def register_backend(op: str, name: str) -> Callable[[F], F]:
+    """A decorator: from now on this name means the function, as an implementation of the operation.
+
+        @hqlt.ops.register_backend("rms_norm", "mine")
+        def rms_norm(x, weight, eps): ...
+
+    It takes what the operation's `reference` takes, and returns what that returns. No rule picks it: it runs where
+    `backend=` or `use_backend` names it.
+
+    Raises ValueError for an unknown operation, and for a name that another implementation of it has.
+    """
+    one_of("op", op, IMPLEMENTATIONS)
+
+    def enter(function: F) -> F:
+        holder = IMPLEMENTATIONS[op].setdefault(name, function)
+        if (holder.__module__, holder.__qualname__) != (function.__module__, function.__qualname__):
+            raise ValueError(
+                f"name: expected one that no implementation of {op} has, got {name!r}, which is {holder.__module__}."
+                f"{holder.__qualname__}; choose another"
+            )
+        IMPLEMENTATIONS[op][name] = function  # the same one, defined anew where a module is imported again
+        return function
+
+    return enter
 
 
 def use_backend(name: str | None) -> AbstractContextManager[None]:
@@ -67,10 +136,8 @@ def use_backend(name: str | None) -> AbstractContextManager[None]:
 
     Raises ValueError for a name that no operation has.
     """
-    if name is not None and name not in KNOWN:
-        near = difflib.get_close_matches(str(name), KNOWN, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"backend: expected one of {', '.join(sorted(KNOWN))} or None, got {name!r}{hint}")
+    if name is not None:
+        one_of("backend", name, sorted({name for names in IMPLEMENTATIONS.values() for name in names}))
     return _forced.set(name)
 
 
@@ -85,21 +152,32 @@ TRACEABLE = (*OWN_OPERATIONS, "native")
 """What torch.jit.trace records as it is."""
 
 
-def choose(
-    op: str, implementations: Mapping[str, Any], rules: tuple[Rule, ...], subject: Tensor, named: str | None
-) -> Choice:
-    if named is not None and named not in implementations:
-        raise ValueError(f"{op}: expected a backend among {', '.join(implementations)}, got {named!r}")
-    if named is not None:
-        choice = Choice(named, "named by the caller")
-    elif (name := forced()) is not None and name in implementations:
-        named, choice = name, Choice(name, "forced by hqlt.ops.use_backend")
+def explain(op: str, x: Tensor, *, backend: str | None = None, **options: Any) -> Choice:
+    """Which implementation of `op` would run on x, its first argument, and why.
+
+    >>> hqlt.ops.explain("window_attention", q, window=64)
+    Choice(name='blocked', why='many windows in the sequence: work linear in length')
+
+    x: queries [b, t, g·h, k]; of `rms_norm` and `mix` the weight, in whose dtype they compute. options: the window, of
+    `window_attention`.
+
+    Raises ValueError for an unknown operation or backend, RuntimeError for a backend that cannot serve what watches.
+    """
+    if op not in RULES:
+        one_of("op", op, RULES)
+    known, name = IMPLEMENTATIONS[op], backend
+    if name is None and (name := forced()) not in known:
+        name = None
+    if name is None:
+        choice = next(rule.choice for rule in RULES[op] if rule.holds(x, **options))
     else:
-        choice = next(Choice(rule.name, rule.why) for rule in rules if rule.holds(subject))
+        if name not in known:
+            one_of(f"{op}: backend", name, known)
+        choice = Choice(name, "forced by hqlt.ops.use_backend" if backend is None else "named by the caller")
     watcher = _not_served(choice.name)
-    if watcher and named is not None:
+    if watcher and name is not None:
         raise RuntimeError(
-            f"{op}: backend {named!r} does not run under {watcher}; call it within "
+            f"{op}: backend {name!r} does not run under {watcher}; call it within "
             f'hqlt.ops.use_backend("reference"), or name no backend'
         )
     return Choice("reference", f"{watcher} needs torch's own operations") if watcher else choice
@@ -114,12 +192,14 @@ def _not_served(name: str) -> str:
     return ""
 
 
-def implementation(implementations: Mapping[str, Any], choice: Choice, *sizes: int) -> Callable[..., Any]:
-    """The chosen one. Where a size is 0 the reference: there is nothing to be fast at, and torch's own operations
+def implementation(op: str, x: Tensor, backend: str | None, size: dict[str, int], **options: Any) -> Callable[..., Any]:
+    """The one that runs. Where a size is 0 the reference: there is nothing to be fast at, and torch's own operations
     know what nothing is."""
-    return implementations["reference" if 0 in sizes else choice.name]
+    name = explain(op, x, backend=backend, **options).name
+    return IMPLEMENTATIONS[op]["reference" if 0 in size.values() else name]
 
 
-def empty_read(v: Tensor, *inputs: Tensor) -> Tensor:
-    """What no queries read, [b, 0, h, v]: a function of all inputs, whose gradients are zeros."""
-    return sum((x.narrow(0, 0, 0).sum() for x in inputs), start=v[:, :0])
+def empty_read(v: Tensor, heads: int, *inputs: Tensor) -> Tensor:
+    """What no queries read, [b, 0, heads, v]: a function of v and all other inputs, whose gradients are zeros."""
+    empty = v.new_zeros(v.shape[0], 0, heads, v.shape[3])
+    return sum((x.narrow(0, 0, 0).sum() for x in (v, *inputs)), start=empty)

@@ -1,11 +1,12 @@
-"""Arithmetic on resets. A reset marks a token that begins a new segment; nothing is read or written across it."""
+"""Arithmetic on marks of tokens. A reset marks one that begins a new segment, across which nothing is read or written;
+live marks those that are written at all."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from hqlt.shapes import Positions, Resets
+from hqlt.shapes import Live, Positions, Resets
 
 
 def segment_ids(resets: Resets) -> Tensor:
@@ -24,3 +25,10 @@ def positions(resets: Resets | None, before: Tensor, t: int) -> Positions:
         return running
     latest_reset = torch.where(resets, index, -1).cummax(dim=1).values
     return torch.where(latest_reset < 0, running, index - latest_reset)
+
+
+def written(live: Live | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors [b, t, …] with zeros, which write nothing, where a token is not live, whatever it holds there."""
+    if live is None:
+        return tensors
+    return tuple(x.masked_fill(~live.view(*live.shape, *(1,) * (x.dim() - 2)), 0) for x in tensors)

@@ -22,20 +22,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hqlt.ops import contain
+from hqlt.ops.backend import register_backend
 from hqlt.ops.delta_rule import reference
+from hqlt.ops.heads import grouped, product, sum_of_products
 from hqlt.ops.second_order import Equation, Gradients
-from hqlt.ops.segments import segment_ids
-from hqlt.shapes import Keys, Matrix, Queries, Resets, Strengths, Values, at_least_float32
+from hqlt.ops.segments import segment_ids, written
+from hqlt.shapes import Keys, Live, Matrix, Queries, Resets, Strengths, Values, at_least_float32
 
 
+@register_backend("delta_rule", "chunked")
 def delta_rule(
-    q: Queries, k: Keys, v: Values, beta: Strengths, *, scale: float, state: Matrix, resets: Resets | None
+    q: Queries,
+    k: Keys,
+    v: Values,
+    beta: Strengths,
+    *,
+    scale: float,
+    state: Matrix,
+    resets: Resets | None,
+    live: Live | None,
 ) -> tuple[Values, Matrix]:
     def run(*x: Tensor) -> tuple[Tensor, ...]:
         return _ChunkedDeltaRule.apply(*x, resets, scale, _chunk_length(q))
 
-    out, state = contain.scan(run, resets, q, (k, v, beta), (state,))
-    return out, state
+    out, state = contain.scan(run, resets, grouped(q, k), written(live, k, v, beta), (state,))
+    return out.flatten(2, 3), state
 
 
 def _chunk_length(q: Tensor) -> int:
@@ -47,12 +58,12 @@ def _chunk_length(q: Tensor) -> int:
 class _Chunks(NamedTuple):
     """The inputs laid out as [b, h, n, c, ·], and what depends on them alone. Masks are None without resets."""
 
-    q: Tensor
+    q: Tensor  # [b, h, n, g, c, k]
     k: Tensor
     v: Tensor
     beta: Tensor  # [b, h, n, c, 1]
     inverse: Tensor  # (I + L)⁻¹ [b, h, n, c, c]
-    attention: Tensor  # tril(Q Kᵀ) [b, h, n, c, c]
+    attention: Tensor  # tril(Q Kᵀ) [b, h, n, g, c, c]
     visible: Tensor | None  # token j's correction reaches token i: same segment [b, 1, n, c, c]
     sees_matrix: Tensor | None  # no reset yet in this chunk [b, 1, n, c, 1]
     reaches_end: Tensor | None  # token is of the chunk's last segment [b, 1, n, c, 1]
@@ -60,14 +71,14 @@ class _Chunks(NamedTuple):
 
 
 def _to_chunks(x: Tensor, c: int) -> Tensor:
-    """[b, t, h, ·] → [b, h, n, c, ·], in at least float32; the last chunk is filled with zeros, which write nothing."""
-    x = F.pad(x.to(at_least_float32(x.dtype)), (0, 0, 0, 0, 0, -x.shape[1] % c))
-    return x.unflatten(1, (-1, c)).permute(0, 3, 1, 2, 4).contiguous()
+    """[b, t, h, (g,) ·] → [b, h, n, (g,) c, ·], in at least float32. Zeros, which write nothing, fill the last."""
+    x = F.pad(x.to(at_least_float32(x.dtype)), (*(0, 0) * (x.dim() - 2), 0, -x.shape[1] % c))
+    return x.unflatten(1, (-1, c)).movedim(3, 1).movedim(3, -2).contiguous()
 
 
 def _from_chunks(x: Tensor, t: int) -> Tensor:
-    """[b, h, n, c, ·] → [b, t, h, ·]."""
-    return x.flatten(2, 3)[:, :, :t].transpose(1, 2)
+    """[b, h, n, (g,) c, ·] → [b, t, h, (g,) ·]."""
+    return x.movedim(-2, 3).flatten(2, 3)[:, :, :t].transpose(1, 2)
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -76,12 +87,17 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _within(weights: Tensor, x: Tensor, reach: Tensor | None) -> Tensor:
-    """weights @ x, where a row of x that has overflowed is seen within reach alone."""
+    """weights […, g, c, c] @ x […, c, ·], where a row of x that has overflowed is seen within reach […, c, c] alone."""
     if reach is None:
-        return weights @ x
+        return product(weights, x)
     lost = ~x.isfinite().all(dim=-1)
-    product = weights @ x.masked_fill(lost[..., None], 0)
-    return product.masked_fill((reach & lost[..., None, :]).any(dim=-1, keepdim=True), torch.nan)
+    sums = product(weights, x.masked_fill(lost[..., None], 0))
+    return sums.masked_fill((reach & lost[..., None, :]).any(dim=-1)[..., None, :, None], torch.nan)
+
+
+def _of_queries(mask: Tensor | None) -> Tensor | None:
+    """A mask of tokens [b, 1, n, c, ·] as one of queries [b, 1, n, 1, c, ·]."""
+    return None if mask is None else mask[:, :, :, None]
 
 
 def _part(mask: Tensor | None, i: int) -> Tensor | None:
@@ -105,7 +121,7 @@ def _chunks(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, resets: Tensor | None
     inverse = torch.linalg.solve_triangular(
         identity + lower, identity.expand_as(lower), upper=False, unitriangular=True
     )
-    attention = _masked((q @ k.mT).tril(), visible)
+    attention = _masked(product(q, k.mT).tril(), _of_queries(visible))
     inverse = _masked(inverse, visible)
     return _Chunks(q, k, v, beta, inverse, attention, visible, sees_matrix, reaches_end, keeps_matrix)
 
@@ -143,7 +159,8 @@ class _ChunkedDeltaRule(torch.autograd.Function):
         x = _chunks(q, k, v, beta, resets, c)
         R, _, S, final = _run(x, state)
         earlier = None if x.visible is None else x.visible.tril()
-        out = scale * (_masked(x.q @ S, x.sees_matrix) + _within(x.attention, R, earlier))
+        held = _masked(product(x.q, S), _of_queries(x.sees_matrix))
+        out = scale * (held + _within(x.attention, R, earlier))
         return _from_chunks(out, q.shape[1]), final
 
     @staticmethod
@@ -155,7 +172,9 @@ class _ChunkedDeltaRule(torch.autograd.Function):
             return *gradients(*tensors), None, None, None
 
         def equation(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-            return reference.delta_rule(q, k, v, beta, scale=ctx.scale, state=state, resets=resets)
+            options = {"scale": ctx.scale, "state": state, "resets": resets, "live": None}
+            out, final = reference.delta_rule(q.flatten(2, 3), k, v, beta, **options)
+            return grouped(out, v), final
 
         return *Gradients.apply(gradients, equation, 5, *tensors), None, None, None
 
@@ -169,10 +188,10 @@ def _gradients(
     x = _chunks(q, k, v, beta, resets, c)
     R, Y, S, _ = _run(x, state)
     dO = scale * _to_chunks(d_out, c)
-    q_seen = _masked(x.q, x.sees_matrix)
+    sees_matrix, visible = _of_queries(x.sees_matrix), _of_queries(x.visible)
 
     # Backwards through the loop over chunks: dR, and the gradient dS' of the matrix after each chunk.
-    dR_read, dS_read = x.attention.mT @ dO, q_seen.mT @ dO
+    dR_read, dS_read = sum_of_products(x.attention, dO), sum_of_products(_masked(x.q, sees_matrix), dO)
     dRs, dS_afters, dS = list[Tensor](), list[Tensor](), d_final
     for i in reversed(range(x.k.shape[2])):
         dS_afters.append(dS)
@@ -182,16 +201,16 @@ def _gradients(
     dR, dS_after = torch.stack(dRs[::-1], dim=2), torch.stack(dS_afters[::-1], dim=2)
 
     # R = (I + L)⁻¹ E with E = β(V − K S): dE = (I + L)⁻ᵀ dR and dL = −dE Rᵀ.
-    dE = _within(x.inverse.mT, dR, None if x.visible is None else x.visible.triu())
+    dE = _within(x.inverse.mT[:, :, :, None], dR, None if x.visible is None else x.visible.triu())[:, :, :, 0]
     dL = _masked(-(dE @ R.mT).tril(-1), x.visible)
-    d_attention = _masked((dO @ R.mT).tril(), x.visible)
+    d_attention = _masked(product(dO, R.mT).tril(), visible)
     error = x.v - _masked(x.k @ S, x.sees_matrix)
     gram = x.k @ x.k.mT
     d_beta = (dE * error).sum(-1) + (dL * gram).sum(-1)
     dG = x.beta * dL
-    dq = _masked(dO @ S.mT, x.sees_matrix) + d_attention @ x.k
+    dq = _masked(product(dO, S.mT), sees_matrix) + product(d_attention, x.k)
     dk = (
-        d_attention.mT @ x.q
+        sum_of_products(d_attention, x.q)
         + (dG + dG.mT) @ x.k
         + _masked(R @ dS_after.mT, x.reaches_end)
         - _masked(x.beta * (dE @ S.mT), x.sees_matrix)

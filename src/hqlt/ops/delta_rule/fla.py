@@ -16,17 +16,41 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hqlt.errors import how_to_install
-from hqlt.shapes import Keys, Matrix, Queries, Resets, Strengths, Values
+from hqlt.ops.backend import register_backend
+from hqlt.ops.heads import group
+from hqlt.ops.segments import written
+from hqlt.shapes import Keys, Live, Matrix, Queries, Resets, Strengths, Values
 
 CHUNKED_DTYPES = (torch.bfloat16, torch.float16)
 DTYPES = (*CHUNKED_DTYPES, torch.float32)
 WIDEST_CHUNKED = 256
 
 
+@register_backend("delta_rule", "fla")  # not tried on a GPU here yet: by name only
 def delta_rule(
-    q: Queries, k: Keys, v: Values, beta: Strengths, *, scale: float, state: Matrix, resets: Resets | None
+    q: Queries,
+    k: Keys,
+    v: Values,
+    beta: Strengths,
+    *,
+    scale: float,
+    state: Matrix,
+    resets: Resets | None,
+    live: Live | None,
 ) -> tuple[Values, Matrix]:
     check_runs(q, v)
+    k, v, beta = written(live, k, v, beta)
+    g = group(q, k)
+    if g > 1:  # fla has a matrix for every query head: g equal ones
+        k, v, beta = (x.repeat_interleave(g, dim=2) for x in (k, v, beta))
+        state = state.repeat_interleave(g, dim=1)
+    out, final = _segment_by_segment(q, k, v, beta, scale, state, resets)
+    return out, final[:, ::g]
+
+
+def _segment_by_segment(
+    q: Queries, k: Keys, v: Values, beta: Strengths, scale: float, state: Matrix, resets: Resets | None
+) -> tuple[Values, Matrix]:
     rule = _public_rule(q, v)
     q, k = q.to(v.dtype), k.to(v.dtype)
     if resets is None:

@@ -12,18 +12,35 @@ import torch
 from torch import Tensor
 
 from hqlt import native
+from hqlt.ops.backend import register_backend
 from hqlt.ops.delta_rule import reference
+from hqlt.ops.heads import group
 from hqlt.ops.second_order import differentiable_twice
-from hqlt.shapes import Keys, Matrix, Queries, Resets, Strengths, Values
+from hqlt.ops.segments import written
+from hqlt.shapes import Keys, Live, Matrix, Queries, Resets, Strengths, Values
 
 
+@register_backend("delta_rule", "native")
 def delta_rule(
-    q: Queries, k: Keys, v: Values, beta: Strengths, *, scale: float, state: Matrix, resets: Resets | None
+    q: Queries,
+    k: Keys,
+    v: Values,
+    beta: Strengths,
+    *,
+    scale: float,
+    state: Matrix,
+    resets: Resets | None,
+    live: Live | None,
 ) -> tuple[Values, Matrix]:
+    k, v, beta = written(live, k, v, beta)
+    g = group(q, k)
+    if g > 1:
+        k, v, beta = (x.repeat_interleave(g, dim=2) for x in (k, v, beta))
+        state = state.repeat_interleave(g, dim=1)
     q, k, v, beta, state = (x.to(state.dtype) for x in (q, k, v, beta, state))
     plain = native.may_run(q, k, v, beta, state, resets)
     out, state, _ = (_run if plain else _forward)(q, k, v, beta, state, resets, scale, not plain)
-    return out, state
+    return out, state[:, ::g]
 
 
 def _run(
@@ -74,7 +91,9 @@ def _(q, k, v, beta, state, resets, errors, d_out, d_final, scale):  # type: ign
 
 def _equation(arguments: Any) -> Any:
     resets, scale = arguments[5], arguments[-1]
-    return lambda q, k, v, beta, state: reference.delta_rule(q, k, v, beta, scale=scale, state=state, resets=resets)
+    return lambda q, k, v, beta, state: reference.delta_rule(
+        q, k, v, beta, scale=scale, state=state, resets=resets, live=None
+    )
 
 
 differentiable_twice(_backward, _equation, inputs=range(5), d_outputs=(7, 8))

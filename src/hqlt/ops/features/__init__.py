@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hqlt.ops.backend import NATIVE_ROWS, Choice, Rule, choose, implementation, register
+from hqlt.ops.backend import implementation
 from hqlt.ops.features import native, reference
 from hqlt.shapes import Keys, match_floats
 
-IMPLEMENTATIONS = {
-    "unit_silu": register({"reference": reference.unit_silu, "native": native.unit_silu}),
-    "rotated": register({"reference": reference.rotated, "native": native.rotated}),
-}
-RULES = (NATIVE_ROWS, Rule("reference", lambda x: True, "a factor a call"))
+__all__ = ["native", "reference", "rotated", "unit_silu"]
 
 
 def unit_silu(x: Keys, *, backend: str | None = None) -> Keys:
@@ -27,7 +23,7 @@ def unit_silu(x: Keys, *, backend: str | None = None) -> Keys:
     Source: Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule over Sequence Length".
     """
     size = match_floats(x=(x, "b t h k"))
-    return implementation(IMPLEMENTATIONS["unit_silu"], explain("unit_silu", x, backend=backend), *size.values())(x)
+    return implementation("unit_silu", x, backend, size)(x)
 
 
 def rotated(x: Keys, cos: Tensor, sin: Tensor, *, backend: str | None = None) -> Keys:
@@ -46,9 +42,4 @@ def rotated(x: Keys, cos: Tensor, sin: Tensor, *, backend: str | None = None) ->
         raise ValueError(
             f"cos, sin: expected [l, 1, k/2] for x of shape {list(x.shape)} with an even k, got {list(cos.shape)}"
         )
-    run = implementation(IMPLEMENTATIONS["rotated"], explain("rotated", x, backend=backend), *x.shape)
-    return run(x, cos, sin)
-
-
-def explain(op: str, x: Tensor, *, backend: str | None = None) -> Choice:
-    return choose(op, IMPLEMENTATIONS[op], RULES, x, backend)
+    return implementation("rotated", x, backend, size)(x, cos, sin)

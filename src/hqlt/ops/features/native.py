@@ -8,15 +8,18 @@ import torch
 from torch import Tensor
 
 from hqlt import native
+from hqlt.ops.backend import register_backend
 from hqlt.ops.features import reference
 from hqlt.ops.second_order import differentiable_twice
 from hqlt.shapes import Keys
 
 
+@register_backend("unit_silu", "native")
 def unit_silu(x: Keys) -> Keys:
     return (_unit_silu if native.may_run(x) else _unit_silu_op)(x)
 
 
+@register_backend("rotated", "native")
 def rotated(x: Keys, cos: Tensor, sin: Tensor) -> Keys:
     if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
         return reference.rotated(x, cos, sin)  # angles are not learned by anything here

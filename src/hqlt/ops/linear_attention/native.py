@@ -11,20 +11,29 @@ import torch
 from torch import Tensor
 
 from hqlt import native
+from hqlt.ops.backend import register_backend
+from hqlt.ops.heads import group
 from hqlt.ops.linear_attention import reference
 from hqlt.ops.linear_attention.state import EPSILON, LinearState
 from hqlt.ops.second_order import differentiable_twice
-from hqlt.shapes import Keys, Queries, Resets, Values
+from hqlt.ops.segments import written
+from hqlt.shapes import Keys, Live, Queries, Resets, Values
 
 
+@register_backend("linear_attention", "native")
 def linear_attention(
-    q: Queries, k: Keys, v: Values, *, state: LinearState, resets: Resets | None
+    q: Queries, k: Keys, v: Values, *, state: LinearState, resets: Resets | None, live: Live | None
 ) -> tuple[Values, LinearState]:
+    k, v = written(live, k, v)
+    g = group(q, k)
     matrix, key_sum = state
+    if g > 1:
+        k, v = (x.repeat_interleave(g, dim=2) for x in (k, v))
+        matrix, key_sum = (x.repeat_interleave(g, dim=1) for x in (matrix, key_sum))
     q, k, v = (x.to(matrix.dtype) for x in (q, k, v))
     run = _run if native.may_run(q, k, v, matrix, key_sum, resets) else _forward
     out, matrix, key_sum = run(q, k, v, matrix, key_sum, resets)
-    return out, LinearState(matrix, key_sum)
+    return out, LinearState(matrix[:, ::g], key_sum[:, ::g])
 
 
 def _run(
@@ -73,7 +82,7 @@ def _(q, k, v, matrix, key_sum, resets, out, d_out, d_matrix, d_key_sum):  # typ
 def _equation(arguments: Any) -> Any:
     def run(q: Tensor, k: Tensor, v: Tensor, matrix: Tensor, key_sum: Tensor) -> tuple[Tensor, ...]:
         state = LinearState(matrix, key_sum)
-        out, after = reference.linear_attention(q, k, v, state=state, resets=arguments[5])
+        out, after = reference.linear_attention(q, k, v, state=state, resets=arguments[5], live=None)
         return out, *after
 
     return run

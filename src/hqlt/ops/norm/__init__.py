@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hqlt.ops.backend import NATIVE_ROWS, Choice, Rule, choose, implementation, register
+from hqlt.ops.backend import implementation
 from hqlt.ops.norm import native, reference
 from hqlt.shapes import Values, match_floats
 
-IMPLEMENTATIONS = {
-    "rms_norm": register({"reference": reference.rms_norm, "native": native.rms_norm}),
-    "mix": register({"reference": reference.mix, "native": native.mix}),
-}
-RULES = (NATIVE_ROWS, Rule("reference", lambda x: True, "a factor a call"))
+__all__ = ["mix", "native", "reference", "rms_norm"]
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float, backend: str | None = None) -> Tensor:
@@ -29,9 +25,8 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float, backend: str | None = Non
     Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", eq. 4.
     """
     leading = " ".join(map(str, range(x.dim() - 1)))
-    match_floats(x=(x, f"{leading} d"), weight=(weight, "d"))
-    run = implementation(IMPLEMENTATIONS["rms_norm"], explain("rms_norm", weight, backend=backend), *x.shape)
-    return run(x.to(weight.dtype), weight, eps)
+    size = match_floats(x=(x, f"{leading} d"), weight=(weight, "d"))
+    return implementation("rms_norm", weight, backend, size)(x.to(weight.dtype), weight, eps)
 
 
 def mix(fw: Values, kv: Values, gate: Tensor, weight: Tensor, *, eps: float, backend: str | None = None) -> Values:
@@ -48,10 +43,5 @@ def mix(fw: Values, kv: Values, gate: Tensor, weight: Tensor, *, eps: float, bac
     Source: the paper, section 3, the dynamic vector mixer.
     """
     size = match_floats(fw=(fw, "b t h v"), kv=(kv, "b t h v"), gate=(gate, "b t h v"), weight=(weight, "v"))
-    run = implementation(IMPLEMENTATIONS["mix"], explain("mix", weight, backend=backend), *size.values())
-    dtype = weight.dtype
+    run, dtype = implementation("mix", weight, backend, size), weight.dtype
     return run(fw.to(dtype), kv.to(dtype), gate.to(dtype), weight, eps)
-
-
-def explain(op: str, x: Tensor, *, backend: str | None = None) -> Choice:
-    return choose(op, IMPLEMENTATIONS[op], RULES, x, backend)

@@ -10,15 +10,18 @@ import torch
 from torch import Tensor
 
 from hqlt import native
+from hqlt.ops.backend import register_backend
 from hqlt.ops.norm import reference
 from hqlt.ops.second_order import differentiable_twice
 from hqlt.shapes import Values
 
 
+@register_backend("rms_norm", "native")
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (_rms_norm if native.may_run(x, weight) else _rms_norm_op)(x, weight, eps)
 
 
+@register_backend("mix", "native")
 def mix(fw: Values, kv: Values, gate: Tensor, weight: Tensor, eps: float) -> Values:
     return (_mix if native.may_run(fw, kv, gate, weight) else _mix_op)(fw, kv, gate, weight, eps)
 

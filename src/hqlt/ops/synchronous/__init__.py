@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hqlt.ops.backend import Choice, Rule, choose, empty_read, implementation, register
+from hqlt.ops.backend import empty_read, implementation
 from hqlt.ops.synchronous import composed, reference, triton
+from hqlt.ops.synchronous.inputs import Inputs
 from hqlt.shapes import Keys, Matrix, Queries, Resets, Strengths, Values, at_least_float32, check_resets, match_floats
 
-IMPLEMENTATIONS = register(
-    {
-        "reference": reference.synchronous,
-        "composed": composed.synchronous,
-        "triton": triton.synchronous,
-    }
-)
-RULES = (Rule("composed", lambda q: True, "the fastest operation for each memory; triton is not measured yet"),)
+__all__ = ["Inputs", "composed", "reference", "synchronous", "triton"]
 
 
 def synchronous(
@@ -67,14 +61,11 @@ def synchronous(
     _check_rotary(rotary, l, size["k"])
     wide = at_least_float32(v.dtype)
     state = q.new_zeros(b, *(size[x] for x in "hkv"), dtype=wide) if state is None else state.to(wide)
-    run = implementation(IMPLEMENTATIONS, explain(q, backend=backend), *size.values())
+    run = implementation("synchronous", q, backend, size)
     if t == 0:
-        return empty_read(v, q, k, beta, gate, norm_weight, state), state
+        return empty_read(v, size["h"], q, k, beta, gate, norm_weight, state), state
     scale = max(size["k"], 1) ** -0.5 if scale is None else scale
-    y, state = run(
-        q, k, v, beta, gate, norm_weight,
-        window=window, rotary=rotary, norm_eps=norm_eps, scale=scale, state=state, resets=resets,
-    )  # fmt: skip
+    y, state = run(Inputs(q, k, v, beta, gate, norm_weight, window, rotary, norm_eps, scale, state, resets))
     return y.to(v.dtype), state
 
 
@@ -84,7 +75,3 @@ def _check_rotary(rotary: tuple[Tensor, Tensor] | None, l: int, k: int) -> None:
             raise ValueError(
                 f"rotary: expected {name} of shape [≥ l, 1, k/2] = [≥ {l}, 1, {k / 2:g}], got {list(table.shape)}"
             )
-
-
-def explain(q: Queries, *, backend: str | None = None) -> Choice:
-    return choose("synchronous", IMPLEMENTATIONS, RULES, q, backend)

@@ -3,40 +3,36 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
+from hqlt.ops.backend import register_backend
 from hqlt.ops.delta_rule import delta_rule
-from hqlt.ops.features.reference import rotated, unit_silu
+from hqlt.ops.features import rotated, unit_silu
+from hqlt.ops.synchronous.inputs import Inputs
 from hqlt.ops.window_attention import window_attention
-from hqlt.shapes import Keys, Matrix, Queries, Resets, Strengths, Values, at_least_float32
+from hqlt.shapes import Matrix, Values, at_least_float32
 
 
-def synchronous(
-    q: Queries,
-    k: Keys,
-    v: Values,
-    beta: Strengths,
-    gate: Values,
-    norm_weight: Tensor,
-    *,
-    window: int,
-    rotary: tuple[Tensor, Tensor] | None,
-    norm_eps: float,
-    scale: float,
-    state: Matrix,
-    resets: Resets | None,
-) -> tuple[Values, Matrix]:
+@register_backend("synchronous", "reference")
+def synchronous(x: Inputs) -> tuple[Values, Matrix]:
+    wide = {name: getattr(x, name) for name in ("q", "k", "v", "gate", "norm_weight")}
+    x = x._replace(**{name: tensor.to(at_least_float32(tensor.dtype)) for name, tensor in wide.items()})
+    fw, kv, matrix = reads(x, "reference")
+    gamma = x.gate.sigmoid()
+    mix = gamma * fw + (1 - gamma) * kv
+    return mix * torch.rsqrt(mix.square().mean(dim=-1, keepdim=True) + x.norm_eps) * x.norm_weight, matrix
+
+
+def reads(x: Inputs, backend: str | None = None) -> tuple[Values, Values, Matrix]:
+    """→ what the FW-memory reads, what the KV-memory reads, the final matrix: each by its own operation."""
+    q, k, v, resets, scale = x.q, x.k, x.v, x.resets, x.scale
     t, l = q.shape[1], k.shape[1]
-    q, k, v, gate, norm_weight = (x.to(at_least_float32(x.dtype)) for x in (q, k, v, gate, norm_weight))
     own = slice(l - t, l)
     fw, matrix = delta_rule(
-        unit_silu(q), unit_silu(k[:, own]), v[:, own], beta,
-        scale=scale, state=state, resets=None if resets is None else resets[:, own], backend="reference",
+        unit_silu(q, backend=backend), unit_silu(k[:, own], backend=backend), v[:, own], x.beta,
+        scale=scale, state=x.state, resets=None if resets is None else resets[:, own], backend=backend,
     )  # fmt: skip
-    if rotary is not None:
-        cos, sin = (table[:l] for table in rotary)
-        q, k = rotated(q, cos[own], sin[own]), rotated(k, cos, sin)
-    kv = window_attention(q, k, v, window=window, scale=scale, resets=resets, backend="reference")
-    gamma = gate.sigmoid()
-    mix = gamma * fw + (1 - gamma) * kv
-    return mix * torch.rsqrt(mix.square().mean(dim=-1, keepdim=True) + norm_eps) * norm_weight, matrix
+    if x.rotary is not None:
+        cos, sin = (table[:l] for table in x.rotary)
+        q, k = rotated(q, cos[own], sin[own], backend=backend), rotated(k, cos, sin, backend=backend)
+    kv = window_attention(q, k, v, window=x.window, scale=scale, resets=resets, backend=backend)
+    return fw, kv, matrix

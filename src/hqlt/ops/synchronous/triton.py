@@ -11,35 +11,25 @@ import torch
 from torch import Tensor
 
 from hqlt.errors import how_to_install
-from hqlt.shapes import Keys, Matrix, Queries, Resets, Strengths, Values
+from hqlt.ops.backend import register_backend
+from hqlt.ops.synchronous.inputs import Inputs
+from hqlt.shapes import Matrix, Queries, Values
 
 WIDEST = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 128, torch.float64: 64}
 """A head's largest width: a chunk's tiles and the matrix have to fit into one multiprocessor."""
 
 
-def synchronous(
-    q: Queries,
-    k: Keys,
-    v: Values,
-    beta: Strengths,
-    gate: Values,
-    norm_weight: Tensor,
-    *,
-    window: int,
-    rotary: tuple[Tensor, Tensor] | None,
-    norm_eps: float,
-    scale: float,
-    state: Matrix,
-    resets: Resets | None,
-) -> tuple[Values, Matrix]:
-    check_runs(q, v)
+@register_backend("synchronous", "triton")
+def synchronous(x: Inputs) -> tuple[Values, Matrix]:
+    check_runs(x.q, x.v)
     from hqlt.ops.synchronous.kernels.operators import forward
 
-    q, k, gate = (x.to(v.dtype) for x in (q, k, gate))
-    cos, sin = rotary_in(v.dtype, rotary)
-    window = min(window, k.shape[1])
-    y, matrix = forward(q, k, v, beta, gate, norm_weight, state, cos, sin, resets, window, scale, norm_eps)
-    return y, matrix
+    q, k, gate = (tensor.to(x.v.dtype) for tensor in (x.q, x.k, x.gate))
+    cos, sin = rotary_in(x.v.dtype, x.rotary)
+    window = min(x.window, k.shape[1])
+    return forward(
+        q, k, x.v, x.beta, gate, x.norm_weight, x.state, cos, sin, x.resets, window, x.scale, x.norm_eps
+    )  # fmt: skip
 
 
 def rotary_in(dtype: torch.dtype, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from hqlt.ops.backend import NATIVE, Choice, Rule, choose, empty_read, implementation, register
+from hqlt.ops.backend import empty_read, implementation
+from hqlt.ops.heads import match_heads
 from hqlt.ops.segments import positions
 from hqlt.ops.window_attention import blocked, dense, native, reference
-from hqlt.shapes import Keys, Queries, Resets, Values, check_resets, is_symbolic, match_floats
+from hqlt.shapes import Keys, Queries, Resets, Values, check_resets, match_floats
 
-IMPLEMENTATIONS = register(
-    {
-        "reference": reference.window_attention,
-        "dense": dense.window_attention,
-        "blocked": blocked.window_attention,
-        "native": native.window_attention,
-    }
-)
+__all__ = ["blocked", "dense", "native", "reference", "window_attention"]
 
 
 def window_attention(
@@ -37,16 +31,16 @@ def window_attention(
     With reach "sliding", t reaches the `window` latest tokens t−window+1 … t (None: all); with "chunk", those from the
     start of its own chunk of `window` tokens, chunks counted from the start of its segment. Neither crosses a reset.
 
-    q: [b, t, h, k]. k: [b, l, h, k], v: [b, l, h, v] with l ≥ t: the last t pairs are the queries' own, those before
-    were held from earlier. resets: Bool[b, l], True at a token that begins a segment. scale: k^-0.5 where None.
-    backend: the name of one implementation, None picks.
+    q: [b, t, g·h, k]. k: [b, l, h, k], v: [b, l, h, v] with l ≥ t: the last t pairs are the queries' own, those before
+    were held from earlier; query head i reads the pairs of head i // g. resets: Bool[b, l], True at a token that begins
+    a segment. scale: k^-0.5 where None. backend: the name of one implementation, None picks.
 
-    → out [b, t, h, v]. Time and memory grow as t·window. Sizes of 0 give empty tensors, and where k is 0 the mean of
+    → out [b, t, g·h, v]. Time and memory grow as t·window. Sizes of 0 give empty tensors, and where k is 0 the mean of
     the values in reach, because all scores are 0.
 
     Raises ValueError for shapes, dtypes and devices that do not fit, a window below 1, an unknown reach or backend.
     """
-    size = match_floats(q=(q, "b t h k"), k=(k, "b l h k"), v=(v, "b l h v"))
+    size = match_heads(match_floats(q=(q, "b t g·h k"), k=(k, "b l h k"), v=(v, "b l h v")))
     b, t, l = size["b"], size["t"], size["l"]
     check_resets(resets, b, l, q.device)
     if l < t:
@@ -60,24 +54,8 @@ def window_attention(
         resets = positions(resets, torch.zeros(b, dtype=torch.long, device=q.device), l) % window == 0
     elif reach != "sliding":
         raise ValueError(f'reach: expected "sliding" or "chunk", got {reach!r}')
-    run = implementation(IMPLEMENTATIONS, explain(q, window=window, backend=backend), *size.values())
+    run = implementation("window_attention", q, backend, size, window=window)
     if t == 0:
-        return empty_read(v, q, k)
+        return empty_read(v, size["g·h"], q, k)
     scale = max(size["k"], 1) ** -0.5 if scale is None else scale
     return run(q, k, v, window=window, scale=scale, resets=resets)
-
-
-def explain(q: Queries, *, window: int | None = None, backend: str | None = None) -> Choice:
-    t = q.shape[1]
-    if is_symbolic(t):
-        any_length = Rule("dense", lambda q: True, "exported for any length: one fused call")
-        return choose("window_attention", IMPLEMENTATIONS, (NATIVE, any_length), q, backend)
-    mostly_masked = window is not None and 2 * window <= t
-    rules = (
-        Rule("dense", lambda q: t < 8, "a few tokens: one fused call"),
-        NATIVE.when(mostly_masked or t <= 1024),
-        Rule("dense", lambda q: t <= 128, "a short sequence: one fused call"),
-        Rule("dense", lambda q: not mostly_masked, "a window of over half the sequence: hardly less work"),
-        Rule("blocked", lambda q: True, "many windows in the sequence: work linear in length"),
-    )
-    return choose("window_attention", IMPLEMENTATIONS, rules, q, backend)

@@ -18,17 +18,20 @@ import torch
 from torch import Tensor
 
 from hqlt.ops import contain
+from hqlt.ops.backend import register_backend
+from hqlt.ops.heads import repeated
 from hqlt.ops.second_order import Equation, Gradients
 from hqlt.ops.window_attention import reference
 from hqlt.ops.window_attention.dense import visible
 from hqlt.shapes import Keys, Queries, Resets, Values, at_least_float32
 
 
+@register_backend("window_attention", "blocked")
 def window_attention(q: Queries, k: Keys, v: Values, *, window: int, scale: float, resets: Resets | None) -> Values:
     def run(q: Queries, k: Keys, v: Values) -> Values:
         return _BlockedWindowAttention.apply(q, k, v, window, scale, resets)
 
-    return contain.attention(run, resets, window, q, k, v)
+    return contain.attention(run, resets, window, q, *repeated(q, k, v))
 
 
 def _heads_first(x: Tensor) -> Tensor:

@@ -7,10 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hqlt.ops import contain
+from hqlt.ops.backend import register_backend
+from hqlt.ops.heads import repeated
 from hqlt.ops.segments import segment_ids
 from hqlt.shapes import Keys, Queries, Resets, Values
 
 
+@register_backend("window_attention", "dense")
 def window_attention(q: Queries, k: Keys, v: Values, *, window: int, scale: float, resets: Resets | None) -> Values:
     t, l = q.shape[1], k.shape[1]
     causal_is_enough = bool(resets is None and window >= l and t == l)
@@ -21,7 +24,7 @@ def window_attention(q: Queries, k: Keys, v: Values, *, window: int, scale: floa
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal_is_enough, scale=scale)
         return out.transpose(1, 2)
 
-    return contain.attention(run, resets, window, q, k, v)
+    return contain.attention(run, resets, window, q, *repeated(q, k, v))
 
 
 def visible(t: int, l: int, window: int, resets: Tensor | None, device: torch.device) -> Tensor:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from hqlt.ops.backend import register_backend
+from hqlt.ops.heads import repeated
 from hqlt.ops.segments import segment_ids
 from hqlt.shapes import Keys, Queries, Resets, Values, at_least_float32
 
 
+@register_backend("window_attention", "reference")
 def window_attention(q: Queries, k: Keys, v: Values, *, window: int, scale: float, resets: Resets | None) -> Values:
     dtype = q.dtype
-    q, k, v = (x.to(at_least_float32(x.dtype)) for x in (q, k, v))
+    q, k, v = (x.to(at_least_float32(x.dtype)) for x in (q, *repeated(q, k, v)))
     held = k.shape[1] - q.shape[1]
     ids = None if resets is None else segment_ids(resets)
     reads = []
