@@ -8,29 +8,57 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hqlt import HybridMemory, MemoryState, ops
+from hqlt import HybridMemory, ops
 from tests.laws import Memory, normal
 
 HYBRIDS = ("synchronous", "delayed-streaming", "delayed-chunk")
 MIXERS = ("vector", "scalar", "sum")
 RULES = ("delta", "linear")
 HIDDEN, HEADS = 8, 2
+GROUPED: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4, "qk_norm": "head"}
 
-PLAIN: dict[str, Any] = {}
-WITH_ALL_OPTIONS = {"conv_size": 3, "output_gate": True, "beta_max": 1.0, "rope_theta": None}
+MORE: dict[str, Any] = {"conv_size": 3, "output_gate": True}
+"""What every layer takes."""
+OF_KV: dict[str, Any] = {"rope_theta": None}
+OF_RULE: dict[str, dict[str, Any]] = {"delta": {"beta_max": 1.0}, "linear": {}}
 
-CHOICES: dict[str, dict[str, Any]] = {
-    "-".join([blend, mixer, rule, extra]): {"blend": blend, "mixer": mixer, "fast_weights": rule, **options}
-    for blend, mixer, rule, (extra, options) in product(
-        HYBRIDS, MIXERS, RULES, [("plain", PLAIN), ("options", WITH_ALL_OPTIONS)]
-    )
-} | {
-    "kv-only": {"blend": "kv-only"},
-    "kv-only-full-options": {"blend": "kv-only", "window": None, **WITH_ALL_OPTIONS},
-    "synchronous-full": {"blend": "synchronous", "window": None},
-    "fw-only-delta": {"blend": "fw-only"},
-    "fw-only-linear-options": {"blend": "fw-only", "fast_weights": "linear", **WITH_ALL_OPTIONS},
-}
+CHOICES: dict[str, dict[str, Any]] = (
+    {
+        "-".join([blend, mixer, rule, extra]): {"blend": blend, "mixer": mixer, "fast_weights": rule, **options}
+        for blend, mixer, rule in product(HYBRIDS, MIXERS, RULES)
+        for extra, options in {"plain": {}, "options": {**MORE, **OF_KV, **OF_RULE[rule]}}.items()
+    }
+    | {
+        "kv-only": {"blend": "kv-only"},
+        "kv-only-full-options": {"blend": "kv-only", "window": None, **MORE, **OF_KV},
+        "synchronous-full": {"blend": "synchronous", "window": None},
+        "fw-only-delta": {"blend": "fw-only"},
+        "fw-only-linear-options": {"blend": "fw-only", "fast_weights": "linear", **MORE},
+    }
+    | {
+        # heads, biases, norms and activations of their own
+        "kv-only-grouped": {
+            "blend": "kv-only",
+            **GROUPED,
+            "qkv_bias": True,
+            "o_bias": True,
+            "partial_rotary_factor": 0.5,
+        },
+        "fw-only-wide-values": {"blend": "fw-only", "num_value_heads": 4, "value_dim": 3, "beta_bias": 0.5},
+        "synchronous-add-grouped": {"blend": "synchronous", "mixer": "add", **GROUPED},
+        "delayed-streaming-own": {"blend": "delayed-streaming", "write_gates": "own", "gate_bias": 1.0},
+        "delayed-streaming-own-linear": {
+            "blend": "delayed-streaming",
+            "write_gates": "own",
+            "fast_weights": "linear",
+            "mixer": "sum",
+            **GROUPED,
+        },
+        "delayed-chunk-add": {"blend": "delayed-chunk", "mixer": "add", "qk_norm": "full", "zero_centered_norms": True},
+        "delayed-chunk-grouped": {"blend": "delayed-chunk", **GROUPED, "fw_activation": None, "kv_activation": None},
+        "synchronous-scaled": {"blend": "synchronous", "rope_scaling": {"rope_type": "linear", "factor": 3.0}},
+    }
+)
 ONE_OF_EACH_BLEND = [f"{blend}-vector-delta-plain" for blend in HYBRIDS] + ["kv-only", "fw-only-delta"]
 EVERY_STATE = [name for name in CHOICES if "scalar" not in name and "sum" not in name]
 """Mixers hold no state: one of them is enough where only the state matters."""
@@ -53,11 +81,12 @@ def tokens(b: int, t: int, seed: int = 0, dtype: torch.dtype = torch.float64) ->
 def as_memory(layer: HybridMemory) -> Memory:
     """The layer as the laws see it. It changes between training and evaluation mode at every call."""
 
-    def run(inputs: Any, state: Any, resets: Any) -> tuple[Tensor, MemoryState]:
+    def run(inputs: Any, state: Any, resets: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
         layer.train(not layer.training)
-        return layer(*inputs, state=state, resets=resets)
+        out, after = layer(*inputs, state=None if state is None else layer.state_of(state), resets=resets)
+        return out, tuple(after.leaves())
 
-    def reference(*arguments: Any) -> tuple[Tensor, MemoryState]:
+    def reference(*arguments: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
         with ops.use_backend("reference"):
             return run(*arguments)
 

@@ -6,14 +6,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hqlt.memory import KVMemory, kv
-from hqlt.memory.kv import rotary_table
+from hqlt.memory.rotary import Rotary
 from hqlt.ops.features import rotated
 from tests.laws import close, normal
 
 
 def test_rotation_by_hand():
     """Width 4, θ = 100: the pair (x_0, x_2) turns by 1 a step, (x_1, x_3) by 1/10. At step 2, (1, 1, 0, 0)."""
-    cos, sin = rotary_table(3, 4, 100.0, torch.device("cpu"), torch.float64)
+    cos, sin = Rotary(100.0).table(3, 4, torch.device("cpu"), torch.float64)
     x = torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64).expand(1, 3, 1, 4)
     angles = torch.tensor([2.0, 0.2], dtype=torch.float64)
     close(rotated(x, cos, sin)[0, 2, 0], torch.cat([angles.cos(), angles.sin()]))
@@ -50,7 +50,7 @@ def test_a_table_changes_no_grad_mode_of_an_exported_program():
 
 class Rotated(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        cos, sin = rotary_table(x.shape[1], x.shape[3], 100.0, x.device, x.dtype)
+        cos, sin = Rotary(100.0).table(x.shape[1], x.shape[3], x.device, x.dtype)
         return rotated(x, cos, sin)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from hqlt import HybridMemory
 from hqlt.bench import gpu, peers
-from hqlt.memory.kv import rotary_table
+from hqlt.memory.rotary import Rotary
 from hqlt.ops import delta_rule, synchronous
 from hqlt.ops.delta_rule import fla
 from tests.laws import Laws, Memory, close
@@ -96,7 +96,7 @@ def test_chunks_where_fla_offers_them(t, width, dtype, kind, calls):
 def test_the_benchmarks_peer_is_the_operation(calls):
     """φ, fla, rotary positions, windowed attention, mixer and norm one by one are what `synchronous` does at once."""
     leaves = [x.detach() for x in gpu.inputs(2, 70, 2, 8)]
-    rotary = rotary_table(70, 8, 10_000.0, torch.device("cpu"), torch.float32)
+    rotary = Rotary(10_000.0).table(70, 8, torch.device("cpu"), torch.float32)
     expected, _ = synchronous(*leaves, window=5, rotary=rotary, backend="composed")
     got = gpu.one_by_one(*leaves, attention=partial(peers.band_attention, window=5))
     assert calls

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hqlt import HybridMemory, ops
 from hqlt.memory import FastWeights
-from hqlt.memory.kv import rotary_table
+from hqlt.memory.rotary import Rotary
 from hqlt.ops import synchronous
 from hqlt.ops.backend import IMPLEMENTATIONS
 from hqlt.ops.synchronous import triton
@@ -71,7 +71,7 @@ def run(inputs, window, resets, backend, rotary=True):
     """The operation where its backend runs, its answer on the CPU."""
     *inputs, state = (x.to(device_of(backend)) for x in inputs)
     q, k = inputs[:2]
-    table = rotary_table(k.shape[1], k.shape[3], 100.0, q.device, q.dtype) if rotary and k.shape[3] % 2 == 0 else None
+    table = Rotary(100.0).table(k.shape[1], k.shape[3], q.device, q.dtype) if rotary and k.shape[3] % 2 == 0 else None
     resets = None if resets is None else resets.to(q.device)
     y, W = synchronous(*inputs, window=window, rotary=table, state=state, resets=resets, backend=backend)
     return y.cpu(), W.cpu()
@@ -118,7 +118,7 @@ class TestLaws(Laws):
                         return v.cpu(), state.to("cpu") if state else layer.init_state(b, "cpu").to(dtype=v.dtype)
                     resets = None if resets is None else resets.to(q.device)
                     timeline = layer.blend.timeline(k, v, beta, state, resets)
-                    table = rotary_table(timeline.keys.shape[1], KEY, 100.0, q.device, q.dtype)
+                    table = Rotary(100.0).table(timeline.keys.shape[1], KEY, q.device, q.dtype)
                     y, W = synchronous(
                         q, timeline.keys, timeline.values, beta, gate, weight.to(q.device), window=window,
                         rotary=table, state=state and state.fast_weights, resets=timeline.resets, backend=backend,
@@ -231,7 +231,7 @@ def test_composed_is_the_layer():
     (q, k, v, beta, gate), _ = layer.project(x, None, resets)
     y, _ = synchronous(
         q, k, F.silu(v), 2 * beta.sigmoid(), gate.unflatten(-1, (2, -1)), layer.o_norm.weight,
-        window=5, rotary=rotary_table(40, 8, 10_000.0, x.device, x.dtype), norm_eps=layer.o_norm.eps, resets=resets,
+        window=5, rotary=Rotary(10_000.0).table(40, 8, x.device, x.dtype), norm_eps=layer.o_norm.eps, resets=resets,
     )  # fmt: skip
     assert torch.equal(layer.o_proj(y.flatten(2)), expected)
 
@@ -262,7 +262,7 @@ def operator_inputs(device):
     inputs = [x.to(device).requires_grad_() for x in inputs_of(2, 4, held=3)]
     resets = torch.zeros(2, 7, dtype=torch.bool, device=device)
     resets[1, 5] = True
-    return *inputs, *rotary_table(7, KEY, 100.0, torch.device(device), torch.float64), resets, 4, 0.5, 1e-6
+    return *inputs, *Rotary(100.0).table(7, KEY, torch.device(device), torch.float64), resets, 4, 0.5, 1e-6
 
 
 @needs_triton

@@ -8,7 +8,7 @@ import torch
 from hqlt import MemoryState
 from hqlt.blend import Synchronous
 from hqlt.memory import DeltaMemory, FastWeights, KVMemory
-from hqlt.memory.kv import rotary_table
+from hqlt.memory.rotary import Rotary
 from hqlt.ops import synchronous
 from hqlt.ops.synchronous.step import step
 from tests.laws import close
@@ -45,7 +45,7 @@ def follow(window, key=KEY, value=VALUE, dtype=torch.float64, rotated=True, arra
     """Three rows, reset at different tokens, until every buffer is full: each token as its twin, the state going on."""
     t = min(window + 3, 9)
     *inputs, weight, _ = (x.to(DEVICE) for x in inputs_of(3, t, key=key, value=value, dtype=dtype))
-    rotary = rotary_table(window, key, 100.0, torch.device(DEVICE), dtype) if rotated else None
+    rotary = Rotary(100.0).table(window, key, torch.device(DEVICE), dtype) if rotated else None
     state = empty_state(3, window, key, value, dtype)
     for i in range(t):
         token = [x[:, i : i + 1] for x in inputs]
@@ -92,7 +92,7 @@ def test_torch_compile_sees_one_graph():
     torch._dynamo.reset()
     q, k, v, beta, gate, weight, W = (x.to(DEVICE) for x in inputs_of(2, 1))
     held = k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1), W, torch.zeros(2, dtype=torch.long, device=DEVICE)
-    rotary = rotary_table(3, KEY, 100.0, torch.device(DEVICE), torch.float64)
+    rotary = Rotary(100.0).table(3, KEY, torch.device(DEVICE), torch.float64)
     one = (q, k, v, beta, gate, weight, *held)
     got = torch.compile(step, fullgraph=True, backend="aot_eager")(*one, rotary=rotary)
     assert all(map(torch.equal, got, step(*one, rotary=rotary)))

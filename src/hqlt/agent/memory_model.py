@@ -9,19 +9,17 @@ Laws, tested for every model here: stepping says what the sequence pass says, an
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils._pytree import tree_map
 
 from hqlt.agent.settings import COUNT, in_range
-from hqlt.layer import Block, SwiGLU
-from hqlt.layer import HybridMemory
+from hqlt.layer import Block, HybridMemory, RMSNorm, SwiGLU, layer_arguments
 from hqlt.memory import MemoryState
-from hqlt.layer import RMSNorm
 from hqlt.registry import one_of
 from hqlt.shapes import Hidden, Resets
 
@@ -68,17 +66,15 @@ class HybridModel(MemoryModel):
     def sequence(self, x: Hidden, state: State, resets: Resets) -> tuple[Hidden, State]:
         states = []
         for block, layer, before in zip(self.blocks, self.layers, state, strict=True):
-            x, *parts = block(x, resets, *before)
-            after = MemoryState(*parts)
+            x, after = block(x, resets, before)
             states.append(without_unused_pairs(after) if layer.blend.slots is None else after)
         return self.norm(x), tuple(states)
 
 
 def without_unused_pairs(state: MemoryState) -> MemoryState:
     """Full attention holds every pair of a row, but no longer those of its earlier episodes."""
-    used = min(int(state.position.max()), state.keys.shape[1])
-    begin = state.keys.shape[1] - used
-    return state._replace(keys=state.keys[:, begin:], values=state.values[:, begin:], betas=state.betas[:, begin:])
+    unused = state.slots - min(int(state.position.max()), state.slots)
+    return state._replace(kv=tree_map(lambda x: x[:, unused:], state.kv))
 
 
 class LSTM(MemoryModel):
@@ -139,11 +135,7 @@ BLENDS = {
     "delayed-chunk": "delayed-chunk",
 }
 MODELS = (*BLENDS, "lstm", "none")
-LAYER = [
-    name
-    for name in inspect.signature(HybridMemory).parameters
-    if name not in ("hidden_size", "num_heads", "window", "blend")
-]
+LAYER = [name for name in layer_arguments() if name not in ("hidden_size", "num_heads", "window", "blend")]
 """Arguments of a layer that `build_memory` passes on."""
 
 

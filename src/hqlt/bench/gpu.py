@@ -36,7 +36,7 @@ from hqlt.bench.race import (
     rows,
 )
 from hqlt.errors import first_line, how_to_install
-from hqlt.memory.kv import rotary_table
+from hqlt.memory.rotary import Rotary
 from hqlt.ops.backend import IMPLEMENTATIONS
 from hqlt.ops.features import rotated, unit_silu
 
@@ -101,7 +101,7 @@ def one_by_one(
 ) -> Tensor:
     """The same layer's middle as the paper's code runs it: fla, then attention, then mixer and norm."""
     fw, _ = ops.delta_rule(unit_silu(q), unit_silu(k), v, beta, backend="fla")
-    cos, sin = rotary_table(q.shape[1], q.shape[3], 10_000.0, q.device, torch.float32)
+    cos, sin = Rotary(10_000.0).table(q.shape[1], q.shape[3], q.device, torch.float32)
     kv = attention(rotated(q, cos, sin), rotated(k, cos, sin), v)
     gamma = gate.sigmoid()
     return F.rms_norm(gamma * fw + (1 - gamma) * kv, norm_weight.shape, norm_weight, 1e-6)
@@ -167,7 +167,7 @@ def memories_race(
 ) -> list[Row]:
     b, t, h, d = shape
     leaves = inputs(*shape, dtype=place.dtype, device=place.device)
-    rotary = rotary_table(t, d, 10_000.0, leaves[0].device, torch.float32)
+    rotary = Rotary(10_000.0).table(t, d, leaves[0].device, torch.float32)
     ours: dict[str, Callable[[], Tensor]] = {
         name: lambda backend=backend: ops.synchronous(  # type: ignore[misc]
             *leaves, window=window, rotary=rotary, backend=backend

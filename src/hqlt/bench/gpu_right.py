@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hqlt.bench.gpu import Place
 from hqlt.bench.gpu_compile import Shape, launches_of, warm_up
-from hqlt.memory.kv import rotary_table
+from hqlt.memory.rotary import Rotary
 from hqlt.ops import synchronous
 from hqlt.shapes import at_least_float32
 
@@ -45,7 +45,7 @@ def answers(given: list[Tensor], shape: Shape, resets: Tensor, backend: str) -> 
     """Outputs, final matrix, and all gradients of a fixed direction."""
     *inputs, state = (x.detach().requires_grad_() for x in given)
     device, wide = given[0].device, at_least_float32(given[0].dtype)
-    rotary = None if shape.k % 2 else rotary_table(shape.held + shape.t, shape.k, 1e4, device, wide)
+    rotary = None if shape.k % 2 else Rotary(1e4).table(shape.held + shape.t, shape.k, device, wide)
     out = synchronous(
         *inputs, window=shape.window, rotary=rotary, state=state, resets=resets, backend=backend
     )  # fmt: skip

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hqlt import ops
-from hqlt.blend import Blend, Reads
+from hqlt.blend import Blend, Reads, Tokens
 from hqlt.memory import MemoryState
 
 
@@ -56,12 +56,11 @@ def no_memories() -> Iterator[None]:
     """Within this context layers have no memories: what remains is the limit. Every projection gets its gradient."""
 
     def forward(
-        self: Blend, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: object, resets: object
+        self: Blend, memories: object, new: Tokens, state: object, resets: object
     ) -> tuple[Reads, MemoryState]:
-        nothing = q.new_zeros(len(q), 0, 1, 1)
-        position = torch.zeros(len(q), dtype=torch.long)
-        after = MemoryState(nothing, nothing, nothing[..., 0], nothing, nothing[..., 0], position, nothing[..., 0])
-        return Reads(q * beta[..., None], k + v), after
+        position = torch.zeros(len(new.q), dtype=torch.long)
+        reads = Reads(new.q * new.gates.beta[..., None], new.keys + new.values)
+        return reads, MemoryState((), (), new.q.new_zeros(len(new.q), 0, 0), position)
 
     with mock.patch.object(Blend, "forward", forward):
         yield

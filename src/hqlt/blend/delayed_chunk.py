@@ -90,8 +90,8 @@ class DelayedChunk(Blend):
             return torch.cat([torch.zeros_like(x), x], dim=2).flatten(1, 2)[:, :events]
 
         live = (torch.arange(events, device=q.device) // S % 2 == 1).expand(len(q), -1)
-        write = Write(*pytree.tree_map(writes, timeline[:3]), live)
-        out, after = fw(reads(q), write, None, None)
+        keys, values, gates = pytree.tree_map(writes, timeline[:3])
+        out, after = fw(reads(q), Write(keys, values, gates, live), None, None)
         out = F.pad(out, (0, 0, 0, 0, 0, S)).unflatten(1, (n, 2, S))[:, :, 0]
         return out.flatten(1, 2)[:, :t], after
 
@@ -113,9 +113,9 @@ class DelayedChunk(Blend):
             """[b, l, …] → [b, t + l, …] by events, zeros where they read."""
             return _take(torch.cat([x.new_zeros(x.shape[0], t, *x.shape[2:]), x], dim=1), order)
 
-        write = Write(*pytree.tree_map(writes, (*timeline[:3], closed)))
+        keys, values, gates, live = pytree.tree_map(writes, (*timeline[:3], closed))
         begins = reads(timeline.position[:, l - t :] == 0)  # a segment's first read finds an empty memory
-        out, after = fw(reads(q), write, past, begins)
+        out, after = fw(reads(q), Write(keys, values, gates, live), past, begins)
         return _take(out, order.argsort(dim=1)[:, :t]), after
 
 

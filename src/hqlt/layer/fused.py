@@ -16,7 +16,6 @@ from hqlt.layer.norm import RMSNorm
 from hqlt.layer.parts import Fused, Parts, Projected, native_form
 from hqlt.memory import DeltaMemory, Held, KVMemory, MemoryState
 from hqlt.memory.fw import DeltaState
-from hqlt.memory.kv import rotary_table
 from hqlt.mixer import VectorMixer
 from hqlt.ops import explain, mix, synchronous
 from hqlt.ops.step import NOTHING, Given, Layout, Plan, Schedule, layout_of, may_run, plan, run
@@ -72,10 +71,10 @@ def plan_of(parts: Parts, layouts: tuple[Layout, ...]) -> Plan | None:
     if not (writes and mixed and memories and usual) or not (fw is None or type(fw.v_activation) is nn.Identity):
         return None
     rotary = (NOTHING, NOTHING)
-    if kv is not None and kv.rope_theta is not None:
+    if kv is not None and kv.positions is not None:
         (_, (*_, width), dtype, _), (_, keys, _, _) = layouts[0], layouts[7]
         rows = 1 << keys[1].bit_length()  # one for each age, and few tables where pairs grow in number
-        rotary = rotary_table(rows, width, kv.rope_theta, torch.device("cpu"), dtype)
+        rotary = kv.positions.table(rows, width, torch.device("cpu"), dtype)
     rule = "delta" if fw is None else native_form(fw) or ""
     schedule = Schedule(writes, kv is not None, blend.window, rule, mixed)
     beta_max, norm_eps = getattr(fw, "beta_max", 1.0), getattr(norm, "eps", 0.0)
@@ -89,8 +88,9 @@ class InOneOperation:
         self, parts: Parts, projected: Projected, state: MemoryState | None, resets: Resets | None
     ) -> tuple[Values, MemoryState] | None:
         _, kv, fw, blend, mixer, norm = parts
-        usual = type(blend) is Synchronous and type(mixer) is VectorMixer and type(norm) is RMSNorm
-        if not usual or type(kv) is not KVMemory or type(fw) is not DeltaMemory or kv.heads.queries != kv.heads.pairs:
+        if type(blend) is not Synchronous or type(mixer) is not VectorMixer or type(norm) is not RMSNorm:
+            return None
+        if type(kv) is not KVMemory or type(fw) is not DeltaMemory or kv.heads.queries != kv.heads.pairs:
             return None
         if explain("synchronous", projected.q).name != "triton":
             return None

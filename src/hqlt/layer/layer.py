@@ -23,8 +23,8 @@ from hqlt.mixer import Alone, Mixer
 from hqlt.registry import one_of
 from hqlt.shapes import Hidden, Keys, Queries, Resets, Values, check_resets, match
 
-ACTIVATIONS = {"silu": nn.SiLU, None: nn.Identity}
-QK_NORMS = (None, "head", "full")
+ACTIVATIONS = {"silu": nn.SiLU}
+QK_NORMS = ("head", "full")
 
 
 class HybridMemory(nn.Module):
@@ -39,9 +39,9 @@ class HybridMemory(nn.Module):
     What is chosen by name (`hqlt.register` adds to each), and what each takes as `options`:
     blend: when a token reaches each memory: "synchronous", "delayed-streaming" (write_gates="current" or "own"),
     "delayed-chunk"; "kv-only" and "fw-only" are the baselines from the same parts ("kv-only" as in Transformer++: v
-    without SiLU, no norm). mixer: "vector", "scalar", "sum", "add" (gate_bias), "vector" where None. fast_weights: how a
-    pair is written: "delta" (beta_max, beta_bias) or "linear", "delta" where None. The KV-memory takes rope_theta (base
-    of its rotary positions, 10000 unless given, None for none).
+    without SiLU, no norm). mixer: "vector" (where None), "scalar", "sum", "add" (gate_bias). fast_weights: how a pair
+    is written: "delta" (where None; beta_max, beta_bias) or "linear". The KV-memory takes rope_theta (base of its
+    rotary positions, 10000 unless given, None for none), partial_rotary_factor and rope_scaling (`hqlt.memory.rotary`).
 
     Heads: num_kv_heads (None: num_heads) share pairs and matrix among query heads; head_dim (None: hidden_size /
     num_heads) of q and k; "fw-only" has value heads of their own number (num_value_heads) and width (value_dim).
@@ -117,7 +117,8 @@ class HybridMemory(nn.Module):
         self.g_proj = linear(heads.reads * heads.v, False) if output_gate else None
         self.o_proj = nn.Linear(heads.reads * heads.v, hidden_size, bias=o_bias)
 
-        self.entries = self._entries(sum(widths))
+        self.channels = sum(widths)
+        self.entries = self._entries()
         self.fused = tuple(make() for make in FUSED)
         self.like: Tensor
         self.register_buffer("like", torch.empty(0), persistent=False)  # has the layer's dtype, its weights or not
@@ -127,8 +128,9 @@ class HybridMemory(nn.Module):
         attends_as_is = self.fw is None or self.mixer.norms_fw
         kv = (None if attends_as_is else "silu") if kv == "default" else kv
         fw = "silu" if fw == "default" else fw
-        one_of("kv_activation", kv, ACTIVATIONS)
-        one_of("fw_activation", fw, ACTIVATIONS)
+        for name, value in {"kv_activation": kv, "fw_activation": fw}.items():
+            if value is not None:
+                one_of(name, value, ACTIVATIONS)
         shared = fw if self.kv is None else kv
         if self.kv is not None and self.fw is not None and kv != fw:
             if kv is not None:
@@ -136,32 +138,33 @@ class HybridMemory(nn.Module):
                     f"kv_activation: expected {fw!r} as fw_activation, or None, because the pairs that both memories "
                     f"see are held once; got {kv!r}"
                 )
-            self.fw.v_activation = ACTIVATIONS[fw]()
-        self.v_activation: nn.Module = ACTIVATIONS[shared]()
+            self.fw.v_activation = _activation(fw)
+        self.v_activation: nn.Module = _activation(shared)
 
-    def _qk_norms(self, kind: str | None, eps: float, zero_centered: bool) -> tuple[nn.Module | None, nn.Module | None]:
-        one_of("qk_norm", kind, QK_NORMS)
+    def _qk_norms(self, kind: str | None, eps: float, zero_centered: bool) -> tuple[RMSNorm | None, RMSNorm | None]:
         if kind is None:
             if zero_centered:
                 raise ValueError("zero_centered_norms: expected together with qk_norm, got it without")
             return None, None
+        one_of("qk_norm", kind, QK_NORMS)
+        self.norms_heads = kind == "head"
         k, wide = self.sizes.k, kind == "full"
         q_width, k_width = (k * (heads if wide else 1) for heads in (self.sizes.queries, self.sizes.pairs))
         norm = ZeroCenteredRMSNorm if zero_centered else RMSNorm
         return norm(q_width, eps), norm(k_width, eps)
 
-    def _entries(self, channels: int) -> MemoryState:
+    def _entries(self) -> MemoryState:
         """What the state is made of, without the batch row."""
         heads, s = self.sizes, self.blend.slots
         kv: Any = ()
         if self.kv is not None:
             gates = self.fw.gate_entries() if self.fw is not None and self.blend.keeps_gates else ()
             gates = pytree.tree_map(lambda entry: Entry((s, *entry.sizes), entry.dtype), gates)
-            pairs = (Entry((s, heads.pairs, width), "narrow") for width in (heads.k, heads.v))
-            kv = Held(*pairs, gates)  # type: ignore[arg-type]
+            keys, values = (Entry((s, heads.pairs, width), "narrow") for width in (heads.k, heads.v))
+            kv = Held(keys, values, gates)  # type: ignore[arg-type]
         taps = self.conv.size - 1 if self.conv else 0
         fw = () if self.fw is None else self.fw.state_entries()
-        return MemoryState(kv, fw, Entry((taps, channels), "narrow"), Entry((), "int64"))  # type: ignore[arg-type]
+        return MemoryState(kv, fw, Entry((taps, self.channels), "narrow"), Entry((), "int64"))  # type: ignore[arg-type]
 
     def forward(
         self, x: Hidden, state: MemoryState | None = None, resets: Resets | None = None
@@ -199,10 +202,7 @@ class HybridMemory(nn.Module):
     def project(self, x: Hidden, state: MemoryState | None, resets: Resets | None) -> tuple[Projected, Tensor]:
         """What the heads are made of, and the latest inputs of the convolution."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        if state is not None:
-            latest = state.convolution
-        else:
-            latest = x.new_zeros(len(x), *self.entries.convolution.sizes)  # type: ignore[attr-defined]
+        latest = x.new_zeros(len(x), 0, self.channels) if state is None else state.convolution
         if self.conv is not None:
             held = None if state is None else (state.convolution, state.position)
             convolved, latest = self.conv(torch.cat([q, k, v], dim=-1), held, resets)
@@ -214,12 +214,12 @@ class HybridMemory(nn.Module):
     def split(self, q: Hidden, k: Hidden, v: Hidden) -> tuple[Queries, Keys, Values]:
         """Into heads, normed where there are norms of q and k: [b, t, heads, ·]."""
         heads = self.sizes
-        if self.q_norm is not None and self.k_norm is not None and self.q_norm.weight.shape[0] != heads.k:
-            q, k = self.q_norm(q), self.k_norm(k)
-        b, t, _ = q.shape
+        (b, t, _), (q_norm, k_norm) = q.shape, (self.q_norm, self.k_norm)
+        if q_norm is not None and k_norm is not None and not self.norms_heads:
+            q, k = q_norm(q), k_norm(k)
         q, k = q.view(b, t, heads.queries, heads.k), k.view(b, t, heads.pairs, heads.k)
-        if self.q_norm is not None and self.k_norm is not None and self.q_norm.weight.shape[0] == heads.k:
-            q, k = self.q_norm(q), self.k_norm(k)
+        if q_norm is not None and k_norm is not None and self.norms_heads:
+            q, k = q_norm(q), k_norm(k)
         if heads.matrices > heads.pairs:
             q, k = (x.repeat_interleave(heads.matrices // heads.pairs, dim=2) for x in (q, k))
         return q, k, v.view(b, t, heads.matrices, heads.v)
@@ -241,7 +241,7 @@ class HybridMemory(nn.Module):
 
     def parts(self) -> Parts:
         modules: dict[str, Any] = self._modules  # nn.Module's look-up of self.mixer takes as long as one token's mixing
-        return Parts(*(modules[name] for name in ("v_activation", "kv", "fw", "blend", "mixer", "o_norm")))
+        return Parts._make(map(modules.get, ("v_activation", "kv", "fw", "blend", "mixer", "o_norm")))
 
     def init_state(self, batch_size: int, device: torch.device | str | None = None) -> MemoryState:
         """The state of empty memories, as `state=None` means it; on the layer's device where none is given."""
@@ -302,7 +302,10 @@ def choices(blend: str, mixer: str | None, fast_weights: str | None) -> dict[str
 def layer_arguments() -> list[str]:
     """The names of all arguments that a layer understands, those of registered choices included."""
     own = [name for name in inspect.signature(HybridMemory).parameters if name != "options"]
-    classes = [KVMemory, *(registry.find(kind, name) for kind in ("blend", "mixer", "rule") for name in registry.names(kind))]
+    classes = [
+        KVMemory,
+        *(registry.find(kind, name) for kind in ("blend", "mixer", "rule") for name in registry.names(kind)),
+    ]
     return [*own, *dict.fromkeys(name for cls in classes for name in registry.options_of(cls))]
 
 
@@ -338,6 +341,10 @@ def heads_of(
     if min(k, v) < 1:
         raise ValueError(f"head_dim, value_dim: expected at least 1, got {k} and {v}")
     return Heads(hidden_size, num_heads, pairs, matrices, k, v)
+
+
+def _activation(name: str | None) -> nn.Module:
+    return nn.Identity() if name is None else ACTIVATIONS[name]()
 
 
 def _shape(sizes: Iterable[int | None]) -> str:

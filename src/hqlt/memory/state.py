@@ -133,15 +133,15 @@ class MemoryState(NamedTuple):
         return self.map(Tensor.clone)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MemoryState:
-        """Moved to a device, and its pairs to a dtype. What adds up, such as fast weights, stays in at least float32."""
+        """Moved to a device, and its pairs to a dtype. Fast weights, which add up, stay in at least float32."""
 
         def move(x: Tensor, dtype: torch.dtype | None) -> Tensor:
             return x.to(device=device, dtype=dtype if dtype and x.is_floating_point() else x.dtype)
 
         moved = self.map(lambda x: move(x, dtype and at_least_float32(dtype)))
-        if isinstance(self.kv, Held):
-            pairs = {name: move(getattr(self.kv, name), dtype) for name in ("keys", "values")}
-            moved = moved._replace(kv=moved.kv._replace(**pairs))
+        if isinstance(self.kv, Held) and isinstance(moved.kv, Held):
+            held = moved.kv._replace(keys=move(self.kv.keys, dtype), values=move(self.kv.values, dtype))
+            moved = moved._replace(kv=held)
         return moved._replace(convolution=move(self.convolution, dtype))
 
     def bytes_per_row(self) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hqlt.layer import Block

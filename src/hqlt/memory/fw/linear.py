@@ -29,6 +29,4 @@ class LinearMemory(FWMemory):
         self, q: Queries, write: Write, past: LinearState | None, resets: Resets | None
     ) -> tuple[Values, LinearState]:
         q, k = F.elu(q) + 1, F.elu(write.keys) + 1
-        return ops.linear_attention(
-            q, k, self.v_activation(write.values), state=past, resets=resets, live=write.live
-        )
+        return ops.linear_attention(q, k, self.v_activation(write.values), state=past, resets=resets, live=write.live)

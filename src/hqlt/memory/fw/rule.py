@@ -85,4 +85,3 @@ def gate_projection(hidden_size: int, outputs: int, bias: float | None) -> nn.Li
     if bias is not None:
         nn.init.constant_(projection.bias, bias)
     return projection
-

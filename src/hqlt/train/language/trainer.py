@@ -281,12 +281,11 @@ class Trainer:
 
     def _take_caches(self, tensors: dict[str, Tensor]) -> None:
         """The loaded memories, each micro-batch its rows."""
-        layers = len(self.caches[0].states)
         for i, cache in enumerate(self.caches):
             rows = slice(i * self.micro_rows, (i + 1) * self.micro_rows)
             cache.states = tuple(
-                MemoryState(**{part: local(tensors[f"memory.{n}.{part}"])[rows] for part in MemoryState._fields})
-                for n in range(layers)
+                block.memory.state_of(local(tensors[f"memory.{n}.{name}"])[rows] for name in state.named_leaves())
+                for n, (block, state) in enumerate(zip(self.model.model.layers, cache.states, strict=True))
             )
 
     def export(self, folder: Path) -> None:
