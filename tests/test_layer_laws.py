@@ -9,7 +9,6 @@ import torch
 
 from hqlt import ops
 from hqlt.ops.backend import IMPLEMENTATIONS
-from hqlt.ops.backend import IMPLEMENTATIONS
 from tests.laws import Laws, close, gradients, normal
 from tests.layers import CHOICES, EVERY_STATE, as_memory, build_layer
 

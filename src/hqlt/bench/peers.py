@@ -55,9 +55,7 @@ def memories(delta: Callable[..., Any], window: Callable[..., Any]) -> Iterator[
 def no_memories() -> Iterator[None]:
     """Within this context layers have no memories: what remains is the limit. Every projection gets its gradient."""
 
-    def forward(
-        self: Blend, memories: object, new: Tokens, state: object, resets: object
-    ) -> tuple[Reads, MemoryState]:
+    def forward(self: Blend, memories: object, new: Tokens, state: object, resets: object) -> tuple[Reads, MemoryState]:
         position = torch.zeros(len(new.q), dtype=torch.long)
         reads = Reads(new.q * new.gates.beta[..., None], new.keys + new.values)
         return reads, MemoryState((), (), new.q.new_zeros(len(new.q), 0, 0), position)

@@ -42,10 +42,7 @@ def counterpart(config: HQLTConfig) -> Counterpart | None:
 
 def parts_of(config: HQLTConfig) -> tuple[Any, ...]:
     """What makes a model what it is."""
-    layers = [
-        {name: value for name, value in config.layer_options(kind).items() if name not in UNUSED[kind]}
-        for kind in config.kinds
-    ]
+    layers = [config.layer_options(layer) for layer in range(config.num_hidden_layers)]
     return config.intermediate_size, layers
 
 

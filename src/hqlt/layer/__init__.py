@@ -2,7 +2,16 @@
 
 from hqlt.layer.block import Block, SwiGLU
 from hqlt.layer.convolution import ShortConvolution
-from hqlt.layer.layer import HybridMemory, layer_arguments
+from hqlt.layer.layer import HybridMemory, arguments_of, layer_arguments
 from hqlt.layer.norm import RMSNorm, ZeroCenteredRMSNorm
 
-__all__ = ["Block", "HybridMemory", "RMSNorm", "ShortConvolution", "SwiGLU", "ZeroCenteredRMSNorm", "layer_arguments"]
+__all__ = [
+    "Block",
+    "HybridMemory",
+    "RMSNorm",
+    "ShortConvolution",
+    "SwiGLU",
+    "ZeroCenteredRMSNorm",
+    "arguments_of",
+    "layer_arguments",
+]

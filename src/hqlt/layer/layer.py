@@ -299,14 +299,31 @@ def choices(blend: str, mixer: str | None, fast_weights: str | None) -> dict[str
     return chosen
 
 
+OF_FW_ONLY = ("num_value_heads", "value_dim")
+
+
+def arguments_of(blend: str, mixer: str | None, fast_weights: str | None) -> list[str]:
+    """The names of the arguments that a layer of these choices uses."""
+    chosen = choices(blend, mixer, fast_weights)
+    unused = {name for name in ("mixer", "fast_weights") if name not in chosen}
+    unused |= set(OF_FW_ONLY) if "memory" in chosen else set()
+    own = [name for name in _own_arguments() if name not in unused]
+    return [*own, *_options(cls for _, cls in chosen.values())]
+
+
 def layer_arguments() -> list[str]:
-    """The names of all arguments that a layer understands, those of registered choices included."""
-    own = [name for name in inspect.signature(HybridMemory).parameters if name != "options"]
-    classes = [
-        KVMemory,
-        *(registry.find(kind, name) for kind in ("blend", "mixer", "rule") for name in registry.names(kind)),
-    ]
-    return [*own, *dict.fromkeys(name for cls in classes for name in registry.options_of(cls))]
+    """The names of all arguments that some layer understands, those of registered choices included."""
+    kinds = ("blend", "mixer", "rule")
+    classes = [registry.find(kind, name) for kind in kinds for name in registry.names(kind)]
+    return [*_own_arguments(), *_options([KVMemory, *classes])]
+
+
+def _own_arguments() -> list[str]:
+    return [name for name in inspect.signature(HybridMemory).parameters if name != "options"]
+
+
+def _options(classes: Iterable[type]) -> list[str]:
+    return list(dict.fromkeys(name for cls in classes for name in registry.options_of(cls)))
 
 
 def heads_of(

@@ -13,7 +13,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from hqlt.layer import HybridMemory
+from hqlt.layer import HybridMemory, arguments_of, layer_arguments
 from hqlt.registry import one_of
 
 LAYER_KINDS = ("hybrid", "kv", "fw")
@@ -66,13 +66,45 @@ class HQLTConfig(PreTrainedConfig):
     blend: str = "synchronous"
     """When a token reaches each memory of a hybrid layer: "synchronous", "delayed-streaming", "delayed-chunk"."""
     mixer: str = "vector"
-    """How a hybrid layer's two reads become one: "vector", "scalar", "sum"."""
+    """How a hybrid layer's two reads become one: "vector", "scalar", "sum", "add"."""
     fast_weights: str = "delta"
     """The FW-memory's write rule: "delta", or "linear" for the additive one."""
     beta_max: float | int = 2.0
     """The largest write strength: 2.0 lets the delta rule track state, 1.0 is DeltaNet's."""
+    beta_bias: float | int | None = None
+    """Where the bias of the write strengths' logits begins; None: there is none."""
+    gate_bias: float | int | None = None
+    """Where the bias of the mixer's logits begins; None: there is none."""
+    write_gates: str = "current"
+    """What Delayed-Streaming writes with: the gates of the "current" token, or the written one's "own"."""
     rope_theta: float | int | None = 10_000.0
     """Base of the KV-memory's rotary positions; None: no positions."""
+    partial_rotary_factor: float | int = 1.0
+    """The part of a head that rotary positions turn."""
+    rope_scaling: dict[str, Any] | None = None
+    """How rotary positions are scaled, as transformers names it; None: not."""
+    num_kv_heads: int | None = None
+    """Heads of pairs and matrices, which query heads share; None: `num_heads`."""
+    head_dim: int | None = None
+    """Width of a query or key head; None: hidden_size / num_heads."""
+    num_value_heads: int | None = None
+    """Value heads of an "fw" layer, a multiple of its key heads; None: as many."""
+    value_dim: int | None = None
+    """Width of a value head of an "fw" layer; None: `head_dim`."""
+    qkv_bias: bool = False
+    """Whether the projections to q, k and v have biases."""
+    o_bias: bool = False
+    """Whether the projection of what was read has a bias."""
+    qk_norm: str | None = None
+    """RMSNorm of q and k, over each "head" or the "full" width; None: none."""
+    zero_centered_norms: bool = False
+    """Whether the weight of the norms of q and k is 1 + w."""
+    kv_activation: str | None = "default"
+    """Of the values that the KV-memory sees: "silu" or None; "default": as `HybridMemory` has it."""
+    fw_activation: str | None = "default"
+    """Of the values that the FW-memory sees: "silu" or None; "default": as `HybridMemory` has it."""
+    head_norm: bool | None = None
+    """Whether there is an RMSNorm over each head that was read; None: where there is an FW-memory."""
     norm_eps: float = 1e-6
     """Added under the root of every RMSNorm."""
     conv_size: int = 0
@@ -80,14 +112,19 @@ class HQLTConfig(PreTrainedConfig):
     output_gate: bool = False
     """Whether a layer's normed heads are multiplied by SiLU(W_g x)."""
 
+    options: dict[str, Any] | None = None
+    """Options of registered rules, mixers and blends that have no field here, by name."""
+
     layer_kinds: list[str] | None = None
     """One of "hybrid", "kv" (KV-memory alone) and "fw" (FW-memory alone) for each layer; None: all hybrid."""
-    kv_window: int | None = None
-    """Tokens that a "kv" layer reaches; None: all, full attention."""
+    kv_window: int | list[int | None] | None = None
+    """Tokens that a "kv" layer reaches, or a list with an entry for each layer; None: all, full attention."""
     num_hidden_layers: int = 24
     """Blocks of the model."""
     intermediate_size: int | None = None
     """Width of the SwiGLU MLPs; None: 256·⌈(8/3)·hidden_size/256⌉."""
+    mlp_bias: bool = False
+    """Whether the MLPs have biases."""
     vocab_size: int = 32_000
     """Tokens that the model knows."""
     tie_word_embeddings: bool = False
@@ -133,26 +170,19 @@ class HQLTConfig(PreTrainedConfig):
         """The kind of each layer."""
         return ["hybrid"] * self.num_hidden_layers if self.layer_kinds is None else self.layer_kinds
 
-    def layer_options(self, kind: str) -> dict[str, Any]:
-        """What `HybridMemory` is built with for a layer of this kind."""
-        blend, window = {
-            "hybrid": (self.blend, self.window),
-            "kv": ("kv-only", self.kv_window),
-            "fw": ("fw-only", None),
-        }[kind]
-        return {
-            "hidden_size": self.hidden_size,
-            "num_heads": self.num_heads,
-            "window": window,
-            "blend": blend,
-            "mixer": self.mixer,
-            "fast_weights": self.fast_weights,
-            "beta_max": self.beta_max,
-            "rope_theta": self.rope_theta,
-            "norm_eps": self.norm_eps,
-            "conv_size": self.conv_size,
-            "output_gate": self.output_gate,
+    def layer_options(self, layer: int) -> dict[str, Any]:
+        """What `HybridMemory` is built with for this layer: its kind's choices, and the options that they use."""
+        kind = self.kinds[layer]
+        kv_window = self.kv_window[layer] if isinstance(self.kv_window, list) else self.kv_window
+        of_kinds: dict[str, dict[str, Any]] = {
+            "hybrid": {name: getattr(self, name) for name in ("blend", "window", "mixer", "fast_weights")},
+            "kv": {"blend": "kv-only", "window": kv_window},
+            "fw": {"blend": "fw-only", "window": None, "fast_weights": self.fast_weights},
         }
+        choice = of_kinds[kind]
+        used = arguments_of(choice["blend"], choice.get("mixer"), choice.get("fast_weights"))
+        given = {name: getattr(self, name) for name in layer_arguments() if hasattr(self, name)} | (self.options or {})
+        return {name: value for name, value in given.items() if name in used} | choice
 
     def check(self) -> None:
         """Raise ValueError, saying what was expected and what came, where no model can be built from these values."""
@@ -170,9 +200,32 @@ class HQLTConfig(PreTrainedConfig):
         for kind in self.kinds:
             one_of("layer_kinds", kind, LAYER_KINDS)
         one_of("conv_init", self.conv_init, CONV_INITS)
+        if isinstance(self.kv_window, list) and len(self.kv_window) != self.num_hidden_layers:
+            raise ValueError(
+                f"kv_window: expected one number, or an entry for each of the {self.num_hidden_layers} layers, got "
+                f"{len(self.kv_window)}: {self.kv_window}"
+            )
+        layers = [self.layer_options(layer) for layer in range(self.num_hidden_layers)]
+        self._refuse_unused(layers)
         with torch.device("meta"):  # the layer knows what it refuses, and on this device costs nothing
-            for kind in set(self.kinds):
-                HybridMemory(**self.layer_options(kind))
+            for options in {repr(options): options for options in layers}.values():
+                HybridMemory(**options)
+
+    def _refuse_unused(self, layers: list[dict[str, Any]]) -> None:
+        """An option that was changed, and that no layer uses."""
+        used = {name for options in layers for name in options}
+        changed = [
+            field.name
+            for field in fields(self)
+            if field.name in layer_arguments() and getattr(self, field.name) != field.default
+        ]
+        for name in [*changed, *(self.options or {})]:
+            if name not in used and name not in ("window", "blend"):
+                raise ValueError(
+                    f"{name}: expected an option that a layer uses (layer_kinds {sorted(set(self.kinds))}, "
+                    f"blend={self.blend!r}, mixer={self.mixer!r}, fast_weights={self.fast_weights!r}), got one that "
+                    f"none does; leave it out"
+                )
 
     @classmethod
     def _own(cls) -> list[str]:

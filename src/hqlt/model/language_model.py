@@ -79,7 +79,7 @@ class HQLTModel(HQLTPreTrainedModel):
     def __init__(self, config: HQLTConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(build_block(config, kind) for kind in config.kinds)
+        self.layers = nn.ModuleList(build_block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.post_init()
 
@@ -252,11 +252,11 @@ class HQLTForCausalLM(HQLTPreTrainedModel, HQLTGenerationMixin):
         return result if _as_dict(return_dict, self.config) else result.to_tuple()
 
 
-def build_block(config: HQLTConfig, kind: str) -> HQLTBlock:
-    """A block whose memories are of this kind: "hybrid", "kv" or "fw"."""
+def build_block(config: HQLTConfig, layer: int) -> HQLTBlock:
+    """The block of a layer, whose memories are of its kind."""
     assert config.intermediate_size is not None, "the config sets it"
-    mlp = SwiGLU(config.hidden_size, config.intermediate_size)
-    return HQLTBlock(HybridMemory(**config.layer_options(kind)), mlp, config.norm_eps)
+    mlp = SwiGLU(config.hidden_size, config.intermediate_size, config.mlp_bias)
+    return HQLTBlock(HybridMemory(**config.layer_options(layer)), mlp, config.norm_eps)
 
 
 def refuse_misspelt(kwargs: dict[str, Any], packed: bool) -> None:

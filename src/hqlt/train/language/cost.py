@@ -29,13 +29,13 @@ def flops_per_token(config: HQLTConfig, length: int) -> float:
         model = HQLTForCausalLM(config)
     linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
     total = 6.0 * linear
-    for kind in config.kinds:
-        if kind != "fw":
-            window = config.layer_options(kind)["window"] or length
-            reach = min(window, length)
-            total += 12.0 * config.hidden_size * (reach * length - reach * (reach - 1) / 2) / length
-        if kind != "kv":
-            total += 18.0 * config.hidden_size * config.hidden_size / config.num_heads
+    for layer in (block.memory for block in model.model.layers):
+        heads = layer.sizes
+        if layer.kv is not None:
+            reach = min(layer.blend.window or length, length)
+            total += 6.0 * heads.queries * (heads.k + heads.v) * (reach * length - reach * (reach - 1) / 2) / length
+        if layer.fw is not None:
+            total += 18.0 * heads.reads * heads.k * heads.v
     return total
 
 

@@ -259,7 +259,7 @@ class Trainer:
         tensors: dict[str, Tensor] = {}
         if self.caches:
             for layer, states in enumerate(zip(*(cache.states for cache in self.caches), strict=True)):
-                for part, value in MemoryState.concatenate(states)._asdict().items():
+                for part, value in MemoryState.concatenate(states).named_leaves().items():
                     tensors[f"memory.{layer}.{part}"] = self._of_all_ranks(value.detach())
         return tensors
 
@@ -330,8 +330,8 @@ def local(tensor: Tensor) -> Tensor:
 
 def refuse_unbounded(config: HQLTConfig) -> None:
     """A memory that is carried without end must not grow without end."""
-    for kind in set(config.kinds) - {"fw"}:
-        if config.layer_options(kind)["window"] is None:
+    for layer, kind in enumerate(config.kinds):
+        if kind != "fw" and config.layer_options(layer)["window"] is None:
             field = {"kv": "kv_window", "hybrid": "window"}[kind]
             raise ValueError(
                 f"carry_state: expected a model whose KV-memory has an end, got {field} none; set model.{field}, for "
