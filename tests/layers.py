@@ -66,7 +66,7 @@ EVERY_STATE = [name for name in CHOICES if "scalar" not in name and "sum" not in
 
 def build_layer(choice: str, window: int = 4, dtype: torch.dtype = torch.float64, **changes: Any) -> HybridMemory:
     """With weights large enough that every part matters (the default initialisation's gates hardly open)."""
-    options = {"hidden_size": HIDDEN, "num_heads": HEADS, "window": window, **CHOICES[choice], **changes}
+    options = {"hidden_size": HIDDEN, "num_heads": HEADS, "window": window, **CHOICES.get(choice, {}), **changes}
     layer = HybridMemory(**options).to(torch.float64)
     with torch.no_grad():
         for i, weight in enumerate(layer.parameters()):

@@ -26,7 +26,7 @@ def segment(weights, x, num_heads, window, blend, mixer, fast_weights, beta_max,
             part = slice(h * width, (h + 1) * width)
             q, k = x @ W_q[part].T, x @ W_k[part].T
             v = silu(x @ W_v[part].T)
-            beta = None if fast_weights == "linear" else beta_max * sigmoid(x @ weights["beta_proj.weight"][h])
+            beta = None if fast_weights == "linear" else beta_max * sigmoid(x @ weights["fw.beta_proj.weight"][h])
             in_kv, writes = holdings(blend, t, window)
             b = read_kv(q[t], [(k[j], v[j], j) for j in in_kv], t, rope_theta)
             if fast_weights == "delta":

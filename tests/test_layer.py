@@ -29,7 +29,7 @@ every_state = pytest.mark.parametrize("choice", EVERY_STATE)
 
 PROJECTIONS = {f"{name}_proj.weight": (HIDDEN, HIDDEN) for name in "qkvo"}
 NORM = {"o_norm.weight": (HIDDEN // HEADS,)}
-BETA = {"beta_proj.weight": (HEADS, HIDDEN)}
+BETA = {"fw.beta_proj.weight": (HEADS, HIDDEN)}
 
 
 class TestParameters:
@@ -46,7 +46,7 @@ class TestParameters:
         assert self.shapes(blend=blend, mixer=mixer) == expected
 
     def test_linear_attention_has_no_beta(self):
-        assert "beta_proj.weight" not in self.shapes(fast_weights="linear")
+        assert "fw.beta_proj.weight" not in self.shapes(fast_weights="linear")
 
     def test_baselines_have_the_parts_of_their_memory(self):
         assert self.shapes(blend="kv-only") == PROJECTIONS
@@ -73,7 +73,8 @@ class TestParameters:
 @pytest.mark.parametrize("beta_max", [1.0, 2.0])
 def test_equals_the_papers_equations(blend, mixer, rule, rope_theta, beta_max):
     """A window that does not divide the length, and a reset in one row of two."""
-    layer = build_layer(f"{blend}-{mixer}-{rule}-plain", window=3, rope_theta=rope_theta, beta_max=beta_max)
+    own = {"beta_max": beta_max} if rule == "delta" else {}
+    layer = build_layer(f"{blend}-{mixer}-{rule}-plain", window=3, rope_theta=rope_theta, **own)
     x = tokens(2, 11)
     resets = torch.zeros(2, 11, dtype=torch.bool)
     resets[1, 5] = True
@@ -96,7 +97,8 @@ def test_shapes(choice, t, b):
     y, after = layer(x, state=state)
     assert y.shape == x.shape
     if layer.blend.slots is not None:
-        assert [z.shape for z in after] == [z.shape for z in state] == [z.shape for z in layer.init_state(b)]
+        shapes = [[z.shape for z in each.leaves()] for each in (after, state, layer.init_state(b))]
+        assert shapes[0] == shapes[1] == shapes[2]
 
 
 @every_state
@@ -109,7 +111,7 @@ def test_nothing_in_gives_nothing_out_and_gradients_of_zero(choice, b, t, marked
     with torch.no_grad():
         assert layer(x, state, resets)[0].shape == x.shape
     y, after = layer(x, state, resets)
-    sum(part.sum() for part in (y, *after) if part.is_floating_point()).backward()
+    sum(part.sum() for part in (y, *after.leaves()) if part.is_floating_point()).backward()
     assert y.shape == x.grad.shape == x.shape
     assert not any(weight.grad.any() for weight in layer.parameters())
 
@@ -146,7 +148,7 @@ def test_what_comes_before_a_reset_reaches_nothing_after_it(choice, spoilt_by):
         close(y[:, 5 - cut :], expected)
         close(torch.autograd.grad(y[:, 5 - cut :].square().sum(), rest)[0][:, 5 - cut :], gradient)
         if layer.blend.slots is not None:
-            for mine, theirs in zip(after, state, strict=True):
+            for mine, theirs in zip(after.leaves(), state.leaves(), strict=True):
                 close(mine, theirs)
     stepped = None
     with torch.no_grad():
@@ -161,9 +163,9 @@ def test_no_tokens_change_nothing(choice):
     layer = build_layer(choice)
     _, state = layer(tokens(2, 5))
     _, after = layer(tokens(2, 0), state=state)
-    assert all(map(torch.equal, after, state))
+    assert all(map(torch.equal, after.leaves(), state.leaves()))
     _, empty = layer(tokens(2, 0))
-    assert all(map(torch.equal, empty, layer.init_state(2)))
+    assert all(map(torch.equal, empty.leaves(), layer.init_state(2).leaves()))
 
 
 @every_choice
@@ -174,7 +176,7 @@ def test_initial_state_is_no_state(choice):
     y_given, state_given = layer(x, state=layer.init_state(2))
     close(y_given, y)
     if layer.blend.slots is not None:
-        for mine, theirs in zip(state_given, state, strict=True):
+        for mine, theirs in zip(state_given.leaves(), state.leaves(), strict=True):
             close(mine, theirs)
 
 
@@ -205,11 +207,12 @@ def test_state_dtypes(choice, dtype):
     """Pairs in the module's dtype, sums in at least float32, and always the same ones: an empty state's too."""
     layer = build_layer(choice, dtype=dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    expected = dict.fromkeys(("keys", "values", "convolution"), dtype)
-    expected |= dict.fromkeys(("betas", "fast_weights", "key_sum"), wide) | {"position": torch.int64}
+    expected = dict.fromkeys(("kv.keys", "kv.values", "convolution"), dtype)
+    expected |= dict.fromkeys(("kv.gates.beta", "fw.matrix", "fw.key_sum"), wide) | {"position": torch.int64}
     _, state = layer(tokens(2, 6, dtype=dtype))
     for each in (layer.init_state(2), state, layer(tokens(2, 1, dtype=dtype), state=state)[1]):
-        assert {name: part.dtype for name, part in each._asdict().items()} == expected
+        for name, part in each.named_leaves().items():
+            assert part.dtype == expected[name], name
 
 
 @every_state
@@ -219,7 +222,7 @@ def test_autocast_keeps_the_fast_weights_wide(choice):
     with torch.autocast("cpu", torch.bfloat16):
         y, state = layer(x)
         layer(x, state=state)
-    assert state.fast_weights.dtype == torch.float32
+    assert {part.dtype for name, part in state.named_leaves().items() if name.startswith("fw.")} <= {torch.float32}
     assert y.isfinite().all()
 
 
@@ -260,14 +263,11 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("changes", "batch", "part"),
         [
-            ({}, 3, "keys"),
-            ({"window": 5}, 2, "keys"),
-            ({"num_heads": 4}, 2, "keys"),
-            ({"hidden_size": 16}, 2, "keys"),
-            ({"fast_weights": "linear"}, 2, "key_sum"),
-            ({"blend": "delayed-chunk", "window": 3}, 2, "betas"),
+            ({}, 3, "kv.keys"),
+            ({"window": 5}, 2, "kv.keys"),
+            ({"num_heads": 4}, 2, "kv.keys"),
+            ({"hidden_size": 16}, 2, "kv.keys"),
             ({"conv_size": 4}, 2, "convolution"),
-            ({"blend": "kv-only"}, 2, "fast_weights"),
         ],
     )
     def test_a_state_of_another_layer_or_batch_is_refused(self, changes, batch, part):
@@ -275,6 +275,35 @@ class TestErrors:
         message = rf"state.{part}: expected shape .* a batch of 2, got .* another layer or batch\?"
         with pytest.raises(ValueError, match=message):
             HybridMemory(8, 2, 4)(torch.zeros(2, 1, 8), state=other.init_state(batch))
+
+    @pytest.mark.parametrize(
+        "changes", [{"fast_weights": "linear"}, {"blend": "delayed-chunk", "window": 3}, {"blend": "kv-only"}]
+    )
+    def test_a_state_of_other_parts_is_refused(self, changes):
+        other = HybridMemory(**{"hidden_size": 8, "num_heads": 2, "window": 4, **changes})
+        message = r"state: expected kv\.keys, kv\.values, fw\.matrix, .*; is it the state of another layer\?"
+        with pytest.raises(ValueError, match=message):
+            HybridMemory(8, 2, 4)(torch.zeros(2, 1, 8), state=other.init_state(2))
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"blend": "fw-only", "mixer": "vector"}, "mixer: expected none for blend 'fw-only', which has one memory"),
+            ({"blend": "kv-only", "fast_weights": "delta"}, "fast_weights: expected none for blend 'kv-only'"),
+            ({"blend": "fw-only", "rope_theta": None}, "rope_theta: expected an option of what was chosen"),
+            ({"fast_weights": "linear", "beta_max": 1.0}, "beta_max: .*fast_weights='linear' uses none"),
+            ({"write_gates": "own"}, "write_gates: .*blend='synchronous' uses none"),
+            ({"betamax": 1.0}, "betamax: .*; did you mean 'beta_max'"),
+            ({"value_dim": 3}, "value_dim: expected none beside a KV-memory"),
+            ({"num_heads": 4, "num_kv_heads": 3}, "num_kv_heads: expected a number that divides num_heads = 4, got 3"),
+            ({"blend": "fw-only", "num_value_heads": 3}, "num_value_heads: expected a multiple of num_heads = 2"),
+            ({"zero_centered_norms": True}, "zero_centered_norms: expected together with qk_norm"),
+            ({"fw_activation": None}, "kv_activation: expected None as fw_activation"),
+        ],
+    )
+    def test_an_option_that_nothing_uses_is_refused(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            HybridMemory(**{"hidden_size": 8, "num_heads": 2, "window": 4, **options})
 
     def test_nan_is_refused_when_checked_and_only_then(self):
         layer, x = HybridMemory(8, 2, 4), torch.zeros(1, 5, 8)
@@ -301,7 +330,7 @@ class TestGraphs:
                 expected, after = layer(token, state)
                 y, state = step(token, state)
                 close(y, expected)
-                for mine, theirs in zip(state, after, strict=True):
+                for mine, theirs in zip(state.leaves(), after.leaves(), strict=True):
                     close(mine, theirs)
 
     @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler's own
@@ -360,5 +389,5 @@ def test_an_exported_layer_is_the_layer_at_other_sizes(choice, whole):
         y, after = program(x, state, resets)
         expected, expected_after = layer(x, state, resets)
         close(y, expected)
-        for mine, theirs in zip(after, expected_after, strict=True):
+        for mine, theirs in zip(after.leaves(), expected_after.leaves(), strict=True):
             close(mine, theirs)

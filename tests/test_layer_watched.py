@@ -18,7 +18,7 @@ from hqlt.layer import RMSNorm
 from tests.laws import close
 from tests.layers import HEADS, HIDDEN, ONE_OF_EACH_BLEND, build_layer, tokens
 
-PARTS = ("v_activation", "blend", "blend.kv", "blend.fw", "mixer", "o_norm")
+PARTS = ("v_activation", "blend", "kv", "fw", "mixer", "o_norm")
 LENGTHS = [1, 5]
 CHOICE = "synchronous-vector-delta-plain"
 
@@ -31,7 +31,7 @@ def case(choice, t):
 
 def same(got, expected):
     close(got[0], expected[0])
-    for mine, theirs in zip(got[1], expected[1], strict=True):
+    for mine, theirs in zip(got[1].leaves(), expected[1].leaves(), strict=True):
         close(mine, theirs)
 
 
@@ -94,7 +94,7 @@ def test_backward_hooks_see_the_gradients_of_their_part(t, register):
     layer, x, state = case(CHOICE, t)
     x.requires_grad_()
     (expected,) = torch.autograd.grad(layer(x, state)[0].square().sum(), x)
-    for name in ("v_activation", "blend.kv", "mixer", "o_norm"):
+    for name in ("v_activation", "kv", "mixer", "o_norm"):
         heard = []
         handle = getattr(layer.get_submodule(name), register)(
             lambda part, *grads, heard=heard: heard.append(grads[-1][0])
@@ -147,7 +147,7 @@ REPARAMETRISED = {
 
 @pytest.mark.parametrize("t", LENGTHS)
 @pytest.mark.parametrize("change", REPARAMETRISED)
-@pytest.mark.parametrize("name", ["q_proj", "beta_proj", "mixer.gate_proj", "o_norm", "o_proj"])
+@pytest.mark.parametrize("name", ["q_proj", "fw.beta_proj", "mixer.gate_proj", "o_norm", "o_proj"])
 def test_weights_made_of_others_are_used(name, change, t):
     layer, x, state = case(CHOICE, t)
     if name == "o_norm" and change == "weight norm":
@@ -155,7 +155,7 @@ def test_weights_made_of_others_are_used(name, change, t):
     REPARAMETRISED[change](layer.get_submodule(name))
     plain = build_layer(CHOICE)
     with torch.no_grad():
-        for each in ("q_proj", "k_proj", "v_proj", "beta_proj", "mixer.gate_proj", "o_norm", "o_proj"):
+        for each in ("q_proj", "k_proj", "v_proj", "fw.beta_proj", "mixer.gate_proj", "o_norm", "o_proj"):
             plain.get_submodule(each).weight.copy_(layer.get_submodule(each).weight)
         same(layer(x, state), plain(x, state))
 
@@ -205,7 +205,7 @@ def test_a_quantised_layer(choice):
             steps.append(y)
     got = torch.cat(steps, dim=1)
     assert (got - expected).norm() < 0.2 * expected.norm()
-    assert state.keys.dtype == torch.float32
+    assert state.kv.keys.dtype == torch.float32
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # the transforms' own
@@ -288,7 +288,7 @@ class TestModes:
             y, after = layer(mode.from_tensor(x), fake)
         got = layer(x, layer(before)[1])
         close(got[0], layer(torch.cat([before, x], dim=1))[0][:, 6:])
-        assert [part.shape for part in (y, *after)] == [part.shape for part in (got[0], *got[1])]
+        assert [part.shape for part in (y, *after.leaves())] == [part.shape for part in (got[0], *got[1].leaves())]
 
     def test_another_default_device(self, choice, t):
         """Everything is made where x is."""
@@ -303,8 +303,8 @@ class TestModes:
         layer, x, state = case(choice, t)
         expected = layer(x, state)
         y, after = layer.to("meta")(x.to("meta"), layer.init_state(2))
-        assert [(part.shape, part.dtype) for part in (y, *after)] == [
-            (part.shape, part.dtype) for part in (expected[0], *expected[1])
+        assert [(part.shape, part.dtype) for part in (y, *after.leaves())] == [
+            (part.shape, part.dtype) for part in (expected[0], *expected[1].leaves())
         ]
 
     def test_a_mode_sees_what_is_computed(self, choice, t):
@@ -327,7 +327,7 @@ def test_a_layer_that_ran_is_copied_and_pickled_with_its_buffers():
     expected = layer(x, state)
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         same(other(x, state), expected)
-        assert other.init_state(1).keys.dtype == torch.float64
+        assert other.init_state(1).kv.keys.dtype == torch.float64
 
 
 @pytest.mark.parametrize("choice", ONE_OF_EACH_BLEND)
@@ -375,5 +375,5 @@ def test_a_backend_that_no_transform_serves_says_so():
 
 def test_a_layer_of_no_weights_has_a_dtype():
     layer = HybridMemory(HIDDEN, HEADS, window=4).to(torch.bfloat16)
-    assert layer.init_state(2).keys.dtype == torch.bfloat16
+    assert layer.init_state(2).kv.keys.dtype == torch.bfloat16
     assert "like" not in layer.state_dict()

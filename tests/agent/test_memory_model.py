@@ -116,7 +116,7 @@ def test_full_attention_does_not_keep_pairs_of_earlier_episodes():
     state = model.init_state(2)
     for t in range(20):
         _, state = model.step(torch.randn(2, D), state, torch.tensor([t % 5 == 0, t % 7 == 0]))
-    assert state[0].keys.shape[1] == 6  # since step 14
+    assert state[0].slots == 6  # since step 14
 
 
 def test_names_are_checked():

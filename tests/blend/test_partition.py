@@ -12,6 +12,8 @@ import pytest
 import torch
 from hypothesis import given
 
+from hqlt.blend import Memories, Tokens
+from hqlt.memory.fw import DeltaGates
 from tests.laws import Story, normal, segments, stories
 from tests.layers import HEADS, HIDDEN, HYBRIDS, RULES, build_layer
 
@@ -47,14 +49,16 @@ def in_both(blend, t, window, resets):
 
 def told(blend_name, rule, story: Story):
     """The blend run over the story: its reads' influences, and the state after each piece."""
-    blend = build_layer(f"{blend_name}-vector-{rule}-plain", story.window).blend
+    layer = build_layer(f"{blend_name}-vector-{rule}-plain", story.window)
     inputs = intervened(story.t)
     resets = None if story.resets is None else story.resets[:1].expand(story.t + 1, -1)
     kv, fw, state = [], [], None
     for begin, end in pairwise([0, *story.cuts, story.t]):
         if begin < end:
-            piece = (x[:, begin:end] for x in inputs)
-            reads, state = blend(*piece, state, None if resets is None else resets[:, begin:end])
+            q, k, v, beta = (x[:, begin:end] for x in inputs)
+            new = Tokens(q, k, v, DeltaGates(beta) if rule == "delta" else ())
+            marked = None if resets is None else resets[:, begin:end]
+            reads, state = layer.blend(Memories(layer.kv, layer.fw), new, state, marked)
             kv.append(moved(reads.kv))
             fw.append(moved(reads.fw))
     return torch.cat(kv, dim=1), torch.cat(fw, dim=1), state
@@ -87,9 +91,9 @@ class TestPartition:
     def test_held_pairs_and_written_pairs_are_the_whole_past(self, blend, rule, story):
         """In the state too: a token of the running segment is in the buffer or (synchronous: always) in the matrix."""
         _, _, state = told(blend, rule, story)
-        held = moved(state.values).any(dim=1)
-        written = moved(state.fast_weights.flatten(1, 2))
+        held = moved(state.kv.values).any(dim=1)
+        written = moved(state.fw.matrix.flatten(1, 2))
         begin, _ = list(segments(story.resets, 0, story.t))[-1]
         past = torch.arange(story.t) >= begin
         assert torch.equal(written if blend == "synchronous" else held ^ written, past)
-        assert held.sum() <= state.keys.shape[1]
+        assert held.sum() <= state.slots

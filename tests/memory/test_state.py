@@ -31,7 +31,7 @@ class Batch:
             whole_y, whole_state = self.layer(whole_x[None], None, whole_resets[None])
             close(y[row], whole_y[0, len(whole_x) - x.shape[1] :])
             if self.layer.blend.slots is not None:
-                for mine, theirs in zip(state, whole_state, strict=True):
+                for mine, theirs in zip(state.leaves(), whole_state.leaves(), strict=True):
                     close(mine[row], theirs[0])
         return Batch(self.layer, state, histories)
 
@@ -95,14 +95,14 @@ class TestShape:
         _, state = layer(tokens(2, 3))
         _, later = layer(tokens(2, 200), state)
         if layer.blend.slots is None:
-            assert later.keys.shape[1] == 203  # full attention forgets nothing
+            assert later.slots == 203  # full attention forgets nothing
         else:
             assert later.bytes_per_row() == state.bytes_per_row() == layer.init_state(2).bytes_per_row()
 
     @every_state
     def test_every_part_has_a_row_for_each_row(self, choice):
         _, state = build_layer(choice)(tokens(3, 5))
-        assert [len(part) for part in state] == [3] * len(state)
+        assert {len(part) for part in state.leaves()} == {3}
 
     @every_state
     def test_unused_slots_are_zero(self, choice):
@@ -110,9 +110,8 @@ class TestShape:
         resets = torch.zeros(1, 9, dtype=torch.bool)
         resets[0, 7] = True
         _, state = build_layer(choice)(tokens(1, 9), resets=resets)
-        assert not state.keys[:, :-2].any()
-        assert not state.values[:, :-2].any()
-        assert not state.betas[:, :-2].any()
+        for name, part in state.named_leaves().items():
+            assert not name.startswith("kv.") or not part[:, :-2].any(), name
         assert state.position.tolist() == [2]
 
 
@@ -131,11 +130,11 @@ def test_no_rows(choice):
 
 class TestMoves:
     def test_to_narrows_the_pairs_and_not_the_sums(self):
-        _, state = build_layer("delayed-chunk-vector-linear-options")(tokens(2, 5))
-        narrow = state.to(dtype=torch.bfloat16)
-        assert {x.dtype for x in (narrow.keys, narrow.values, narrow.convolution)} == {torch.bfloat16}
-        assert {x.dtype for x in (narrow.betas, narrow.fast_weights, narrow.key_sum)} == {torch.float32}
-        assert narrow.position.dtype == torch.int64
+        _, state = build_layer("delayed-chunk-vector-delta-options")(tokens(2, 5))
+        dtypes = {name: part.dtype for name, part in state.to(dtype=torch.bfloat16).named_leaves().items()}
+        narrow = dict.fromkeys(("kv.keys", "kv.values", "convolution"), torch.bfloat16)
+        wide = dict.fromkeys(("kv.gates.beta", "fw.matrix"), torch.float32)
+        assert dtypes == {**narrow, **wide, "position": torch.int64}
 
     @every_state
     def test_a_state_serves_the_same_layer_in_another_dtype(self, choice):

@@ -33,7 +33,7 @@ def test_what_is_read_is_what_was_written(choice, tmp_path):
     _, state = layer(tokens(2, 9))
     save_state(tmp_path / "state", state, layer)
     loaded = load_state(tmp_path / "state", layer)
-    for mine, theirs in zip(loaded, state, strict=True):
+    for mine, theirs in zip(loaded.leaves(), state.leaves(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
     assert [file.name for file in tmp_path.iterdir()] == ["state"]
 

@@ -122,6 +122,11 @@ class Blend(nn.Module):
         keys, values = behind(state.kv.keys, keys), behind(state.kv.values, values)
         return Timeline(keys, values, pytree.tree_map(behind, state.kv.gates, gates), position, position == 0)
 
+    @staticmethod
+    def alive(x: Tree, live: Tensor) -> Tree:
+        """Zeros in place of what is not live, [b, t, …] each: whatever it held then reaches nobody."""
+        return pytree.tree_map(lambda x: x.masked_fill(~live.view(*live.shape, *(1,) * (x.dim() - 2)), 0), x)
+
     def state_after(self, memories: Memories, timeline: Timeline, fw: Tree) -> MemoryState:
         """What to hold of the timeline, and the FW-memory after it."""
         keys, values, gates, position, _ = timeline

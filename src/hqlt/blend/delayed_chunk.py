@@ -103,6 +103,9 @@ class DelayedChunk(Blend):
         # [b, l]; 0: the chunk that was open before this call
         chunk = F.pad(begins_chunk[:, l - t :].cumsum(dim=1), (l - t, 0))
         closed = (chunk != chunk[:, -1:]) & (timeline.position >= 0)
+        if l > t:  # a slot that the open chunk has not filled yet is unused
+            own = timeline.position[:, : l - t] // self.slots
+            closed = closed & F.pad(own == own[:, -1:], (0, t), value=True)
         order = torch.cat([2 * chunk[:, l - t :], 2 * chunk + 1], dim=1).argsort(dim=1, stable=True)
 
         def reads(x: Tensor) -> Tensor:
@@ -113,7 +116,7 @@ class DelayedChunk(Blend):
             """[b, l, …] → [b, t + l, …] by events, zeros where they read."""
             return _take(torch.cat([x.new_zeros(x.shape[0], t, *x.shape[2:]), x], dim=1), order)
 
-        keys, values, gates, live = pytree.tree_map(writes, (*timeline[:3], closed))
+        keys, values, gates, live = pytree.tree_map(writes, (*self.alive(timeline[:3], closed), closed))
         begins = reads(timeline.position[:, l - t :] == 0)  # a segment's first read finds an empty memory
         out, after = fw(reads(q), Write(keys, values, gates, live), past, begins)
         return _take(out, order.argsort(dim=1)[:, :t]), after

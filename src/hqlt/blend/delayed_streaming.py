@@ -50,7 +50,8 @@ class DelayedStreaming(Blend):
             return F.pad(x, (*(0, 0) * (x.dim() - 2), self.slots - (l - t), 0))[:, :t]
 
         keys, values, gates = pytree.tree_map(falling_out, (timeline.keys, timeline.values, timeline.gates))
-        write = Write(keys, values, gates if self.keeps_gates else new.gates, live)
+        keys, values, gates = self.alive((keys, values, gates if self.keeps_gates else new.gates), live)
+        write = Write(keys, values, gates, live)
         written, after = fw(new.q, write, past, resets)
         return Reads(written, kv(new.q, timeline.keys, timeline.values, self.window, timeline.resets)), after
 

@@ -196,7 +196,7 @@ class HybridMemory(nn.Module):
 
     def no_tokens(self, x: Hidden) -> Hidden:
         """y for t = 0. Every weight takes part by an empty slice: its gradient is zero, as in any other call."""
-        y: Tensor = self.o_proj(x.new_zeros(*x.shape[:2], self.sizes.reads * self.sizes.v))
+        y: Tensor = self.o_proj(x.new_zeros(*x.shape[:2], self.sizes.reads * self.sizes.v)) + x.flatten()[:0].sum()
         return y + sum(weight.flatten()[:0].sum() for weight in self.parameters()) if torch.is_grad_enabled() else y
 
     def project(self, x: Hidden, state: MemoryState | None, resets: Resets | None) -> tuple[Projected, Tensor]:

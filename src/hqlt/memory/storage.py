@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from hqlt.disk import write_whole
-from hqlt.memory.state import MemoryState
+from hqlt.memory.state import MemoryState, named
 
 FORMAT = "hqlt-state-3"
 OLD_FORMATS = ("hqlt-state-1", "hqlt-state-2")
@@ -139,9 +139,9 @@ def load_state(
             f"{metadata['fingerprint'][:12]}, but this {type(module).__name__} has {mine[:12]}: its structure or "
             f"weights differ, so it would read the memory wrongly. Load the module that wrote the state."
         )
+    layers: list[Any] = [part for part in module.modules() if hasattr(part, "state_of")]
     states = tuple(
-        MemoryState(**{name: tensors[f"{i}.{name}"] for name in MemoryState._fields})
-        for i in range(int(metadata["layers"]))
+        layer.state_of(tensors[f"{i}.{name}"] for name in named(layer.entries)) for i, layer in enumerate(layers)
     )
     return states[0] if metadata["kind"] == "layer" else states
 

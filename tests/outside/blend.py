@@ -1,0 +1,41 @@
+"""A blend."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch.utils._pytree import tree_map
+
+import hqlt
+from hqlt.blend import Blend, Reads
+from hqlt.memory import Write
+
+
+@hqlt.register("blend", "one-behind")
+class OneBehind(Blend):
+    """The KV-memory holds tokens t−S+1 … t; the FW-memory 1 … t−1: a pair is written one token late, as itself."""
+
+    keeps_gates = True
+
+    def __init__(self, window) -> None:
+        super().__init__(window)
+        if window is None:
+            raise ValueError("window: expected a number of tokens, got None")
+
+    @property
+    def slots(self) -> int:
+        return max(self.window - 1, 1)
+
+    def held(self, count):
+        return count.clamp(max=self.slots)
+
+    def read(self, memories, new, timeline, past, resets):
+        kv, fw = memories.both()
+        t = new.q.shape[1]
+        before = timeline.position[:, -t:] > 0  # there is a token before, of the same segment
+
+        def earlier(x):
+            return F.pad(x, (*(0, 0) * (x.dim() - 2), 1, 0))[:, -t - 1 : -1]
+
+        write = Write(*tree_map(earlier, timeline[:3]), before)
+        read, after = fw(new.q, write, past, resets)
+        return Reads(read, kv(new.q, timeline.keys, timeline.values, self.window, timeline.resets)), after
