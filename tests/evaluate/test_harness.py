@@ -252,7 +252,7 @@ class TestPaper:
             ("hqlt-340m", {}, "Synchronous, 340M"),
             ("hqlt-340m", {"vocab_size": 50_000}, "Synchronous, 340M"),
             ("hqlt-1.3b-delayed-chunk", {}, "Delayed-Chunk, 1.3B"),
-            ("deltanet-1.3b", {"mixer": "sum", "rope_theta": None}, "DeltaNet, 1.3B"),  # it has neither
+            ("deltanet-1.3b", {}, "DeltaNet, 1.3B"),
             ("deltanet-340m", {"beta_max": 2.0}, None),
             ("transformer-340m", {}, "Transformer++, 340M"),
             ("transformer-340m", {"kv_window": 1024}, "Transformer++, 340M, window 1024"),

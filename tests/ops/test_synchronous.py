@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hqlt import HybridMemory, ops
-from hqlt.memory import FastWeights
+from hqlt.blend import Memories, Tokens
+from hqlt.memory.fw import DeltaGates, DeltaState
 from hqlt.memory.rotary import Rotary
 from hqlt.ops import synchronous
 from hqlt.ops.backend import IMPLEMENTATIONS
@@ -113,18 +114,19 @@ class TestLaws(Laws):
                 def run(inputs, state, resets):
                     q, k, v, beta, gate = (x.to(device_of(backend)) for x in inputs)
                     b, t = q.shape[:2]
-                    state = state and state.to(q.device)
+                    state = state and layer.state_of(state).to(q.device)
                     if t == 0:
-                        return v.cpu(), state.to("cpu") if state else layer.init_state(b, "cpu").to(dtype=v.dtype)
+                        state = state or layer.init_state(b, "cpu").to(dtype=v.dtype)
+                        return v.cpu(), tuple(state.to("cpu").leaves())
                     resets = None if resets is None else resets.to(q.device)
-                    timeline = layer.blend.timeline(k, v, beta, state, resets)
+                    timeline = layer.blend.timeline(Tokens(q, k, v, DeltaGates(beta)), state, resets)
                     table = Rotary(100.0).table(timeline.keys.shape[1], KEY, q.device, q.dtype)
                     y, W = synchronous(
                         q, timeline.keys, timeline.values, beta, gate, weight.to(q.device), window=window,
-                        rotary=table, state=state and state.fast_weights, resets=timeline.resets, backend=backend,
+                        rotary=table, state=state and state.fw.matrix, resets=timeline.resets, backend=backend,
                     )  # fmt: skip
-                    after = layer.blend.state_after(timeline, FastWeights(W, W.new_zeros(b, HEADS, 0)))
-                    return y.cpu(), after.to("cpu")
+                    after = layer.blend.state_after(Memories(layer.kv, layer.fw), timeline, DeltaState(W))
+                    return y.cpu(), tuple(after.to("cpu").leaves())
 
                 return run
 
@@ -252,7 +254,7 @@ def test_a_layer_runs_it_when_asked_to():
             y2, state = layer(x[:, 25:], state, resets[:, 25:])
             assert IMPLEMENTATIONS["synchronous"]["triton"].call_count == (2 if backend == "triton" else 0)
         gradients = torch.autograd.grad(y1.square().sum() + y2.square().sum(), [x, *layer.parameters()])
-        answers.append([y1, y2, *state, *gradients])
+        answers.append([y1, y2, *state.leaves(), *gradients])
     for mine, theirs in zip(*answers, strict=True):
         close(mine, theirs, 1e-9)
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from hqlt import MemoryState
-from hqlt.blend import Synchronous
-from hqlt.memory import DeltaMemory, FastWeights, KVMemory
+from hqlt.blend import Memories, Synchronous, Tokens
+from hqlt.memory import Heads, Held, KVMemory
+from hqlt.memory.fw import DeltaGates, DeltaState
 from hqlt.memory.rotary import Rotary
 from hqlt.ops import synchronous
 from hqlt.ops.synchronous.step import step
@@ -25,20 +26,19 @@ def empty_state(b, window, key, value, dtype):
 
     wide = torch.promote_types(dtype, torch.float32)
     return MemoryState(
-        keys=zeros(window - 1, HEADS, key), values=zeros(window - 1, HEADS, value), betas=zeros(window - 1, 0),
-        fast_weights=zeros(HEADS, key, value, dtype=wide), key_sum=zeros(HEADS, 0), position=zeros(dtype=torch.long),
-        convolution=zeros(0, 0),
+        kv=Held(zeros(window - 1, HEADS, key), zeros(window - 1, HEADS, value), ()),
+        fw=DeltaState(zeros(HEADS, key, value, dtype=wide)), convolution=zeros(0, 0), position=zeros(dtype=torch.long),
     )  # fmt: skip
 
 
 def twin(q, k, v, beta, gate, weight, state, window, rotary, resets):
-    blend = Synchronous(KVMemory(window, None), DeltaMemory())
-    timeline = blend.timeline(k, v, beta, state, resets)
+    blend, heads = Synchronous(window), Heads(HEADS * KEY, HEADS, HEADS, HEADS, k.shape[3], v.shape[3])
+    timeline = blend.timeline(Tokens(q, k, v, DeltaGates(beta)), state, resets)
     y, W = synchronous(
         q, timeline.keys, timeline.values, beta, gate, weight, window=window, rotary=rotary,
-        state=state.fast_weights, resets=timeline.resets, backend="reference",
+        state=state.fw.matrix, resets=timeline.resets, backend="reference",
     )  # fmt: skip
-    return y, blend.state_after(timeline, FastWeights(W, state.key_sum))
+    return y, blend.state_after(Memories(KVMemory(heads), None), timeline, DeltaState(W))
 
 
 def follow(window, key=KEY, value=VALUE, dtype=torch.float64, rotated=True, arranged=lambda x: x):
@@ -50,12 +50,12 @@ def follow(window, key=KEY, value=VALUE, dtype=torch.float64, rotated=True, arra
     for i in range(t):
         token = [x[:, i : i + 1] for x in inputs]
         resets = torch.tensor([[i == 2], [False], [i == 4]], device=DEVICE) if i % 2 == 0 else None
-        held = [state.keys, state.values, state.fast_weights, state.position]
+        held = [*state.kv[:2], state.fw.matrix, state.position]
         before = [x.clone() for x in held]
         got = step(*map(arranged, [*token, weight, *held]), rotary=rotary, resets=resets)
         assert all(map(torch.equal, held, before))
         y, state = twin(*token, weight, state, window, rotary, resets)
-        expected = y, state.keys, state.values, state.fast_weights, state.position
+        expected = y, *state.kv[:2], state.fw.matrix, state.position
         for mine, theirs in zip(got, expected, strict=True):
             assert mine.dtype == theirs.dtype
             close(mine, theirs, TOLERANCE[dtype])

@@ -16,6 +16,7 @@ from hqlt.layer.norm import RMSNorm
 from hqlt.layer.parts import Fused, Parts, Projected, native_form
 from hqlt.memory import DeltaMemory, Held, KVMemory, MemoryState
 from hqlt.memory.fw import DeltaState
+from hqlt.memory.rotary import Rotary
 from hqlt.mixer import VectorMixer
 from hqlt.ops import explain, mix, synchronous
 from hqlt.ops.step import NOTHING, Given, Layout, Plan, Schedule, layout_of, may_run, plan, run
@@ -49,7 +50,7 @@ class OneToken:
         given = Given(q, k, v, beta, gate, weight, resets, keys, values, betas, matrix, key_sum, state.position)
         if not may_run(given):
             return None
-        look = parts, tuple(map(layout_of, given))
+        look = parts, numbers_of(parts), tuple(map(layout_of, given))
         seen, plan = self.last
         if look != seen:
             plan = plan_of(*look)
@@ -62,22 +63,27 @@ class OneToken:
         return out, MemoryState(held, written, state.convolution, position)
 
 
-def plan_of(parts: Parts, layouts: tuple[Layout, ...]) -> Plan | None:
+def numbers_of(parts: Parts) -> tuple[Rotary | None, float, float]:
+    """Rotary positions, β's maximum, ε of the norm: what a part is used with, and may change in its lifetime."""
+    _, kv, fw, _, _, norm = (part.__dict__ if part is not None else {} for part in parts)
+    return kv.get("positions"), fw.get("beta_max", 1.0), norm.get("eps", 0.0)
+
+
+def plan_of(parts: Parts, numbers: tuple[Rotary | None, float, float], layouts: tuple[Layout, ...]) -> Plan | None:
     """How the kernel runs these parts on tensors of these layouts; None where one of them is not known to it."""
-    activation, kv, fw, blend, mixer, norm = parts
+    (activation, kv, fw, blend, mixer, norm), (positions, beta_max, norm_eps) = parts, numbers
     writes, mixed = native_form(blend), native_form(mixer)
     memories = (kv is None or native_form(kv)) and (fw is None or native_form(fw))
     usual = type(activation) is (nn.SiLU if fw else nn.Identity) and (native_form(norm) or type(norm) is nn.Identity)
     if not (writes and mixed and memories and usual) or not (fw is None or type(fw.v_activation) is nn.Identity):
         return None
     rotary = (NOTHING, NOTHING)
-    if kv is not None and kv.positions is not None:
+    if positions is not None:
         (_, (*_, width), dtype, _), (_, keys, _, _) = layouts[0], layouts[7]
         rows = 1 << keys[1].bit_length()  # one for each age, and few tables where pairs grow in number
-        rotary = kv.positions.table(rows, width, torch.device("cpu"), dtype)
+        rotary = positions.table(rows, width, torch.device("cpu"), dtype)
     rule = "delta" if fw is None else native_form(fw) or ""
     schedule = Schedule(writes, kv is not None, blend.window, rule, mixed)
-    beta_max, norm_eps = getattr(fw, "beta_max", 1.0), getattr(norm, "eps", 0.0)
     return plan(schedule, layouts, beta_max=beta_max, norm_eps=norm_eps, rotary=rotary)
 
 

@@ -141,7 +141,8 @@ def load_state(
         )
     layers: list[Any] = [part for part in module.modules() if hasattr(part, "state_of")]
     states = tuple(
-        layer.state_of(tensors[f"{i}.{name}"] for name in named(layer.entries)) for i, layer in enumerate(layers)
+        layer.state_of(tensors[f"{i}.{name}"] for name in named(layer.entries))
+        for i, layer in enumerate(layers[: int(metadata["layers"])])
     )
     return states[0] if metadata["kind"] == "layer" else states
 
