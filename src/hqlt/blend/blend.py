@@ -134,6 +134,9 @@ class Blend(nn.Module):
         kv = () if memories.kv is None else self.latest(Held(keys, values, gates), count)
         return MemoryState(kv, fw, keys.new_zeros(len(keys), 0, 0), count)
 
+    def extra_repr(self) -> str:
+        return f"window={self.window}"
+
     def latest(self, pairs: Held, count: Tensor) -> Held:
         """The latest pairs, zeros in unused slots. count: [b] tokens that each row's segment has."""
         l = pairs.keys.shape[1]

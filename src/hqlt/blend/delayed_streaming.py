@@ -56,4 +56,4 @@ class DelayedStreaming(Blend):
         return Reads(written, kv(new.q, timeline.keys, timeline.values, self.window, timeline.resets)), after
 
     def extra_repr(self) -> str:
-        return f"write_gates={WRITE_GATES[self.keeps_gates]!r}"
+        return f"{super().extra_repr()}, write_gates={WRITE_GATES[self.keeps_gates]!r}"

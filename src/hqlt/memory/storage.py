@@ -139,10 +139,11 @@ def load_state(
             f"{metadata['fingerprint'][:12]}, but this {type(module).__name__} has {mine[:12]}: its structure or "
             f"weights differ, so it would read the memory wrongly. Load the module that wrote the state."
         )
-    layers: list[Any] = [part for part in module.modules() if hasattr(part, "state_of")]
+    n = int(metadata["layers"])
+    layers: Any = [part for part in module.modules() if hasattr(part, "state_of")]
     states = tuple(
         layer.state_of(tensors[f"{i}.{name}"] for name in named(layer.entries))
-        for i, layer in enumerate(layers[: int(metadata["layers"])])
+        for i, layer in zip(range(n), layers * n if len(layers) == 1 else layers, strict=False)
     )
     return states[0] if metadata["kind"] == "layer" else states
 

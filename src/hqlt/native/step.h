@@ -62,10 +62,12 @@ struct OneToken {
     const bool fits = b > 0 && h > 0 && k > 0 && v > 0 && s >= 0 && s_after >= 0 && window > 0;
     const bool held = !attends || ((!s || (keys && values)) && (!s_after || (keys_after && values_after)));
     const bool written = writes == nothing || (state && final_state && (!is_linear || (key_sum && final_key_sum)));
-    const bool weighed = (writes != chunk || ((!s || betas) && (!s_after || betas_after))) && (mixer <= sum || gate);
+    const bool weighed = (!holds_betas() || ((!s || betas) && (!s_after || betas_after))) && (mixer <= sum || gate);
     if (!(fits && held && written && weighed && q && key && value && position && out && position_after))
       throw std::invalid_argument("sizes of at least 1, and tensors with memory");
   }
+
+  bool holds_betas() const { return writes == chunk && !is_linear; }
 
   void prepare() {
     const auto aligned = [](int64_t address) { return address % LANE_BYTES == 0; };
@@ -122,14 +124,15 @@ struct OneToken {
   // What the FW-memory writes for one head: n pairs, h rows apart.
   struct Written {
     const T *key, *value, *beta;
-    int64_t n;
+    int64_t n, apart;  // strengths, h apart where they are the pairs' own, or one for all
   };
 
   void fast_weights(const Room& at, int64_t row, int64_t first, int64_t head, int64_t n, bool empty) const {
     const int64_t mine = row * h + first + head, oldest = row * s * h + first + head, width = whole(k);
-    const T* held_beta = writes == chunk ? betas + oldest : at.beta + head;
-    const Written pairs = writes == own ? Written{key + mine * k, at.value + head * at.row, at.beta + head, n}
-                                        : Written{keys + oldest * k, values + oldest * v, held_beta, n};
+    const T* strengths = holds_betas() ? betas + oldest : at.beta + head;
+    const int64_t apart = holds_betas() ? h : 0;
+    const Written pairs = writes == own ? Written{key + mine * k, at.value + head * at.row, strengths, n, apart}
+                                        : Written{keys + oldest * k, values + oldest * v, strengths, n, apart};
     T* fw = at.fw + head * at.row;
     Lanes<T>*memory = at.memory, *features = memory + k * widest_slice<T>, *reader = features + n * width;
     for (int64_t j = 0; j < n; ++j) feature(pairs.key + j * h * k, features + j * width);
@@ -141,7 +144,7 @@ struct OneToken {
       T* z = final_key_sum + mine * k;
       for (int64_t i = 0; i < k; ++i) z[i] = empty ? T(0) : key_sum[mine * k + i];
       for (int64_t j = 0; j < n; ++j)
-        for (int64_t i = 0; i < k; ++i) z[i] += pairs.beta[j * h] * phi[j * width * L<T> + i];
+        for (int64_t i = 0; i < k; ++i) z[i] += pairs.beta[j * pairs.apart] * phi[j * width * L<T> + i];
       factor = T(1) / (dot(z, reinterpret_cast<const T*>(reader), k) + epsilon);
     }
     const T* before = state + mine * k * v;
@@ -175,7 +178,7 @@ struct OneToken {
     for (int64_t j = 0; j < pairs.n; ++j) {
       UNROLL for (int n = 0; n < N; ++n) {
         const Lanes<T> value = at.load(pairs.value + j * h * v, n);
-        pass.x[0][n] = pairs.beta[j * h] * (is_linear ? value : value - pass.x[1][n]);
+        pass.x[0][n] = pairs.beta[j * pairs.apart] * (is_linear ? value : value - pass.x[1][n]);
       }
       pass.w[0] = reinterpret_cast<const T*>(features + j * whole(k)), pass.w[1] = pass.w[0] + whole(k) * L<T>;
       pass(W.M, k);
@@ -246,7 +249,7 @@ struct OneToken {
     for (int64_t head = 0; kept > 0 && head < heads; ++head)
       std::copy_n(at.value + head * at.row, v, values_after + (slot(row, s_after, 1, first) + head) * v);
 
-    if (writes != chunk) return;
+    if (!holds_betas()) return;
     clear_unused(betas_after, row, first, heads, kept, 1);
     for (int64_t age = 1; age < kept; ++age)
       std::copy_n(betas + slot(row, s, age, first), heads, betas_after + slot(row, s_after, age + 1, first));

@@ -46,7 +46,7 @@ class Given(NamedTuple):
     resets: Resets  # Bool[b, 1]
     keys: Tensor  # [b, s, h, k], before φ and before rotary positions; the latest in slot s−1
     values: Tensor  # [b, s, h, v]
-    betas: Tensor  # [b, s, h], where they are kept
+    betas: Tensor  # [b, s, h], where a delta rule writes a whole chunk
     matrix: Matrix  # [b, h, k, v]
     key_sum: KeySum  # [b, h, k], for linear attention
     position: Tensor  # [b]
@@ -119,7 +119,7 @@ def plan(
         "resets": nothing if got["resets"] == nothing else of(b, 1, dtype=torch.bool),
         "keys": of(b, s, h, k, where=attends),
         "values": of(b, s, h, v, where=attends),
-        "betas": of(b, s, h, where=writes == "chunk"),
+        "betas": of(b, s, h, where=writes == "chunk" and not linear),
         "matrix": of(b, h, k, v, where=has_fw),
         "key_sum": of(b, h, k, where=linear),
         "position": of(b, dtype=torch.int64),
