@@ -8,23 +8,27 @@ from torch import Tensor
 
 from hqlt.ops import contain
 from hqlt.ops.backend import register_backend
-from hqlt.ops.heads import repeated
+from hqlt.ops.heads import group, grouped
 from hqlt.ops.segments import segment_ids
 from hqlt.shapes import Keys, Queries, Resets, Values
 
 
 @register_backend("window_attention", "dense")
 def window_attention(q: Queries, k: Keys, v: Values, *, window: int, scale: float, resets: Resets | None) -> Values:
-    t, l = q.shape[1], k.shape[1]
-    causal_is_enough = bool(resets is None and window >= l and t == l)
+    t, l, g = q.shape[1], k.shape[1], group(q, k)
+    causal_is_enough = bool(resets is None and window >= l and t == l and g == 1)
     mask = None if causal_is_enough else visible(t, l, window, resets, q.device)
+    if mask is not None and g > 1:
+        mask = mask.repeat_interleave(g, dim=-2)
 
-    def run(q: Queries, k: Keys, v: Values) -> Values:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal_is_enough, scale=scale)
-        return out.transpose(1, 2)
+    def run(q: Tensor, k: Keys, v: Values) -> Tensor:
+        """q [b, t, h, g, k] as t·g queries of h heads → out [b, t, h, g, v]."""
+        rows = q.transpose(1, 2).flatten(2, 3)
+        k, v = (x.transpose(1, 2) for x in (k, v))
+        out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, is_causal=causal_is_enough, scale=scale)
+        return out.unflatten(2, (t, g)).transpose(1, 2)
 
-    return contain.attention(run, resets, window, q, *repeated(q, k, v))
+    return contain.attention(run, resets, window, grouped(q, k), k, v).flatten(2, 3)
 
 
 def visible(t: int, l: int, window: int, resets: Tensor | None, device: torch.device) -> Tensor:
