@@ -31,7 +31,7 @@ struct LinearAttention {
     std::copy_n(key_sum + head * k, k, z);
     for (int64_t i = 0; i < t; ++i) {
       if (at.reset(i)) std::fill_n(z, k, T(0));
-      add_key(at, i, z);
+      if (at.live(i)) add(z, T(1), key + at.token(i) * k);
       for (int64_t query = at.query(i); query < at.query(i) + g; ++query) {
         T sum = 0;
         for (int64_t j = 0; j < k; ++j) sum += z[j] * q[query * k + j];
@@ -47,21 +47,20 @@ struct LinearAttention {
     std::vector<T> d_weight(t * g), z(key_sum + head * k, key_sum + (head + 1) * k);
     for (int64_t i = 0; i < t; ++i) {
       if (at.reset(i)) std::fill_n(z.data(), k, T(0));
-      add_key(at, i, z.data());
+      if (at.live(i)) add(z.data(), T(1), key + at.token(i) * k);
       for (int64_t n = 0; n < g; ++n) {
         const int64_t query = at.query(i) + n;
         T dot = 0;
         for (int64_t j = 0; j < v; ++j) dot += d_out[query * v + j] * out[query * v + j];
         const T d = d_weight[i * g + n] = -dot * inverse_weight[query];
-        for (int64_t j = 0; j < k; ++j) d_q[query * k + j] = d * z[j];
+        for (int64_t j = 0; j < k; j += L<T>) store_until(d_q + query * k, j, k, d * load_until(z.data(), j, k));
       }
     }
     T* d_z = d_key_sum + head * k;
     std::copy_n(d_final_key_sum + head * k, k, d_z);
     for (int64_t i = t - 1; i >= 0; --i) {
       if (at.reset(i + 1)) std::fill_n(d_z, k, T(0));
-      for (int64_t n = 0; n < g; ++n)
-        for (int64_t j = 0; j < k; ++j) d_z[j] += d_weight[i * g + n] * q[(at.query(i) + n) * k + j];
+      for (int64_t n = 0; n < g; ++n) add(d_z, d_weight[i * g + n], q + (at.query(i) + n) * k);
       std::copy_n(at.live(i) ? d_z : zeros, k, d_key + at.token(i) * k);
     }
     if (at.reset(0)) std::fill_n(d_z, k, T(0));
@@ -78,7 +77,7 @@ struct LinearAttention {
     Pass<T, N, write, read> pass;
     Pass<T, N, write> write_more;
     Pass<T, N, read> read_more;
-    const auto put = [&](int64_t to, T by, const Lanes<T>* sums) {
+    const auto put = [&](int64_t to, T by, const Lanes<T>* sums) __attribute__((always_inline)) {
       UNROLL for (int n = 0; n < N; ++n)
         if (add) columns.add(y + to * width, n, by * sums[n]);
         else columns.store(y + to * width, n, by * sums[n]);
@@ -139,8 +138,8 @@ struct LinearAttention {
   }
 
  private:
-  void add_key(const Head& at, int64_t i, T* z) const {
-    for (int64_t j = 0; at.live(i) && j < k; ++j) z[j] += key[at.token(i) * k + j];
+  INLINE void add(T* z, T factor, const T* row) const {
+    for (int64_t j = 0; j < k; j += L<T>) store_until(z, j, k, load_until(z, j, k) + factor * load_until(row, j, k));
   }
 };
 

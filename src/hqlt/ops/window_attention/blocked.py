@@ -28,10 +28,10 @@ from hqlt.shapes import Keys, Queries, Resets, Values, at_least_float32
 
 @register_backend("window_attention", "blocked")
 def window_attention(q: Queries, k: Keys, v: Values, *, window: int, scale: float, resets: Resets | None) -> Values:
-    def run(q: Tensor, k: Keys, v: Values) -> Tensor:
+    def run(q: Queries, k: Keys, v: Values) -> Values:
         return _BlockedWindowAttention.apply(q, k, v, window, scale, resets)
 
-    return contain.attention(run, resets, window, grouped(q, k), k, v).flatten(2, 3)
+    return contain.attention(run, resets, window, q, k, v)
 
 
 def _heads_first(x: Tensor) -> Tensor:
@@ -62,12 +62,12 @@ class _BlockedWindowAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, resets: Tensor | None) -> Tensor:
         ctx.save_for_backward(q, k, v, resets)
         ctx.window, ctx.scale = window, scale
-        Q, K, V = (_heads_first(x) for x in (q, k, v))
+        Q, K, V = (_heads_first(x) for x in (grouped(q, k), k, v))
         out = torch.empty(*Q.shape[:-1], V.shape[3], dtype=V.dtype, device=V.device)
         for queries, keys, mask in _blocks(q.shape[1], K.shape[2], window, resets, q.device):
             P = _weights(Q[..., queries, :], K[:, :, keys], scale, mask)
             out[..., queries, :] = product(P, V[:, :, keys])
-        return out.movedim(-2, 1).to(q.dtype)
+        return out.movedim(-2, 1).flatten(2, 3).to(q.dtype)
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -76,10 +76,7 @@ class _BlockedWindowAttention(torch.autograd.Function):
         gradients: Equation = partial(_gradients, **options)
         if not torch.is_grad_enabled():
             return *gradients(q, k, v, d_out), None, None, None
-
-        def equation(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return grouped(reference.window_attention(q.flatten(2, 3), k, v, **options), k)
-
+        equation = partial(reference.window_attention, **options)
         return *Gradients.apply(gradients, equation, 3, q, k, v, d_out), None, None, None
 
 
@@ -87,7 +84,7 @@ def _gradients(
     q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, *, window: int, scale: float, resets: Tensor | None
 ) -> tuple[Tensor, ...]:
     """→ dq, dk, dv."""
-    Q, K, V, dO = (_heads_first(x) for x in (q, k, v, d_out))
+    Q, K, V, dO = (_heads_first(x) for x in (grouped(q, k), k, v, grouped(d_out, v)))
     dQ, dK, dV = torch.empty_like(Q), torch.zeros_like(K), torch.zeros_like(V)
     for queries, keys, mask in _blocks(q.shape[1], K.shape[2], window, resets, q.device):
         Qb, Kb, Vb, dOb = Q[..., queries, :], K[:, :, keys], V[:, :, keys], dO[..., queries, :]
@@ -97,4 +94,4 @@ def _gradients(
         dQ[..., queries, :] = product(dA, Kb)
         dK[:, :, keys] += sum_of_products(dA, Qb)
         dV[:, :, keys] += sum_of_products(P, dOb)
-    return tuple(g.movedim(-2, 1).to(like.dtype) for g, like in ((dQ, q), (dK, k), (dV, v)))
+    return tuple(g.movedim(-2, 1).reshape(like.shape).to(like.dtype) for g, like in ((dQ, q), (dK, k), (dV, v)))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hqlt.ops import contain
 from hqlt.ops.backend import register_backend
-from hqlt.ops.heads import group, grouped
+from hqlt.ops.heads import group
 from hqlt.ops.segments import segment_ids
 from hqlt.shapes import Keys, Queries, Resets, Values
 
@@ -19,16 +19,18 @@ def window_attention(q: Queries, k: Keys, v: Values, *, window: int, scale: floa
     causal_is_enough = bool(resets is None and window >= l and t == l and g == 1)
     mask = None if causal_is_enough else visible(t, l, window, resets, q.device)
     if mask is not None and g > 1:
-        mask = mask.repeat_interleave(g, dim=-2)
+        mask = torch.cat([mask] * g, dim=-2)
 
-    def run(q: Tensor, k: Keys, v: Values) -> Tensor:
-        """q [b, t, h, g, k] as t·g queries of h heads → out [b, t, h, g, v]."""
-        rows = q.transpose(1, 2).flatten(2, 3)
-        k, v = (x.transpose(1, 2) for x in (k, v))
-        out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, is_causal=causal_is_enough, scale=scale)
-        return out.unflatten(2, (t, g)).transpose(1, 2)
+    def run(q: Queries, k: Keys, v: Values) -> Values:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        if g > 1:  # their rows side by side: h heads of g·t queries
+            q = q.unflatten(1, (-1, g)).flatten(2, 3)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal_is_enough, scale=scale)
+        if g > 1:
+            out = out.unflatten(2, (g, t)).flatten(1, 2)
+        return out.transpose(1, 2)
 
-    return contain.attention(run, resets, window, grouped(q, k), k, v).flatten(2, 3)
+    return contain.attention(run, resets, window, q, k, v)
 
 
 def visible(t: int, l: int, window: int, resets: Tensor | None, device: torch.device) -> Tensor:
