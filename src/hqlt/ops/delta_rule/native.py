@@ -30,7 +30,7 @@ def delta_rule(
     resets: Resets | None,
     live: Live | None,
 ) -> tuple[Values, Matrix]:
-    q, k, v, beta, state = (x.to(state.dtype) for x in (q, k, v, beta, state))
+    q, k, v, beta = native.cast(state.dtype, q, k, v, beta)
     plain = native.may_run(q, k, v, beta, state, resets, live)
     out, state, _ = (_run if plain else _forward)(q, k, v, beta, state, resets, live, scale, not plain)
     return out, state

@@ -23,7 +23,7 @@ def linear_attention(
     q: Queries, k: Keys, v: Values, *, state: LinearState, resets: Resets | None, live: Live | None
 ) -> tuple[Values, LinearState]:
     matrix, key_sum = state
-    q, k, v = (x.to(matrix.dtype) for x in (q, k, v))
+    q, k, v = native.cast(matrix.dtype, q, k, v)
     run = _run if native.may_run(q, k, v, matrix, key_sum, resets, live) else _forward
     out, matrix, key_sum = run(q, k, v, matrix, key_sum, resets, live)
     return out, LinearState(matrix, key_sum)

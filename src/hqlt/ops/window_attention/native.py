@@ -18,7 +18,7 @@ from hqlt.shapes import Keys, Queries, Resets, Values, at_least_float32
 @register_backend("window_attention", "native")
 def window_attention(q: Queries, k: Keys, v: Values, *, window: int, scale: float, resets: Resets | None) -> Values:
     dtype = q.dtype
-    q, k, v = (x.to(at_least_float32(x.dtype)) for x in (q, k, v))
+    q, k, v = native.cast(at_least_float32(dtype), q, k, v)
     run = _run if native.may_run(q, k, v, resets) else _forward
     return run(q, k, v, resets, window, scale).to(dtype)
 
