@@ -58,17 +58,32 @@ def match(**named: tuple[Tensor, str]) -> dict[str, int]:
     Raises ValueError where a tensor has the wrong number of axes or another device than the first, where a letter
     would stand for two sizes, and, within `checked()`, where a floating-point tensor holds NaN or infinity.
     """
+    return _match(named, floats=False)
+
+
+def match_floats(**named: tuple[Tensor, str]) -> dict[str, int]:
+    """`match` of tensors that must hold floating-point numbers: what an operation computes with.
+
+    Raises ValueError as `match` does, and where a tensor holds integers, bools or complex numbers.
+    """
+    return _match(named, floats=True)
+
+
+def _match(named: dict[str, tuple[Tensor, str]], floats: bool) -> dict[str, int]:
     sizes: dict[str, int] = {}
     device, check = None, checks_finite()
     for name, (tensor, letters) in named.items():
-        axes = letters.split()
-        if tensor.dim() != len(axes):
-            raise ValueError(f"{name}: expected {len(axes)} axes [{', '.join(axes)}], got shape {list(tensor.shape)}")
-        for axis, size in zip(axes, tensor.shape, strict=True):
+        axes, shape = letters.split(), tensor.shape
+        if floats and not tensor.is_floating_point():
+            got = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(f"{name}: expected floating-point numbers, got {got}; convert it with {name}.float()")
+        if len(shape) != len(axes):
+            raise ValueError(f"{name}: expected {len(axes)} axes [{', '.join(axes)}], got shape {list(shape)}")
+        for axis, size in zip(axes, shape, strict=True):
             if sizes.setdefault(axis, size) != size:
                 raise ValueError(
                     f"{name}: expected [{', '.join(axes)}] with {axis} = {sizes[axis]} "
-                    f"as in the arguments before it, got shape {list(tensor.shape)}"
+                    f"as in the arguments before it, got shape {list(shape)}"
                 )
         if device is None:
             device = tensor.device
@@ -77,18 +92,6 @@ def match(**named: tuple[Tensor, str]) -> dict[str, int]:
         if check and tensor.is_floating_point():
             refuse_non_finite(name, tensor)
     return sizes
-
-
-def match_floats(**named: tuple[Tensor, str]) -> dict[str, int]:
-    """`match` of tensors that must hold floating-point numbers: what an operation computes with.
-
-    Raises ValueError as `match` does, and where a tensor holds integers, bools or complex numbers.
-    """
-    for name, (tensor, _) in named.items():
-        if not tensor.is_floating_point():
-            got = str(tensor.dtype).removeprefix("torch.")
-            raise ValueError(f"{name}: expected floating-point numbers, got {got}; convert it with {name}.float()")
-    return match(**named)
 
 
 def refuse_non_finite(name: str, tensor: Tensor) -> None:

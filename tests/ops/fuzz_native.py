@@ -57,30 +57,34 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 @st.composite
 def calls(draw):
     b, t, h, k, v, held = (draw(SIZES) for _ in range(6))
+    queries = h * draw(st.sampled_from([1, 1, 2, 3]))
     dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
     wrong = draw(st.integers(0, 30))  # which tensor has another shape, mostly none
 
-    def tensor(*shape, resets=False):
+    def tensor(*shape, marks=None):
         nonlocal wrong
         wrong -= 1
         if wrong == 0:
             shape = (*shape[:-1], shape[-1] + 1)
-        x = torch.rand(shape) < 0.3 if resets else (0.01 + 0.3 * torch.rand(shape)).to(dtype)
+        x = torch.rand(shape) < marks if marks else (0.01 + 0.3 * torch.rand(shape)).to(dtype)
         return laid_out(x, draw(st.sampled_from(LAYOUTS)))
 
-    def marks(l):
-        return draw(st.sampled_from([None, 1])) and tensor(b, l, resets=True)
+    def marks(l, part=0.3):
+        return draw(st.sampled_from([None, 1])) and tensor(b, l, marks=part)
 
     op = draw(st.sampled_from(OPS))
     if op == "delta_rule":
-        q, key, value, beta = tensor(b, t, h, k), tensor(b, t, h, k), tensor(b, t, h, v), tensor(b, t, h)
-        return op, (q, key, value, beta), {"state": tensor(b, h, k, v), "resets": marks(t)}
+        q, key, value, beta = tensor(b, t, queries, k), tensor(b, t, h, k), tensor(b, t, h, v), tensor(b, t, h)
+        options = {"state": tensor(b, h, k, v), "resets": marks(t), "live": marks(t, 0.7)}
+        return op, (q, key, value, beta), options
     if op == "linear_attention":
         state = ops.LinearState(tensor(b, h, k, v), tensor(b, h, k))
-        return op, (tensor(b, t, h, k), tensor(b, t, h, k), tensor(b, t, h, v)), {"state": state, "resets": marks(t)}
+        inputs = tensor(b, t, queries, k), tensor(b, t, h, k), tensor(b, t, h, v)
+        return op, inputs, {"state": state, "resets": marks(t), "live": marks(t, 0.7)}
     if op == "window_attention":
         l, window = t + held, draw(st.sampled_from([1, 3, 40, 2**40, None]))
-        return op, (tensor(b, t, h, k), tensor(b, l, h, k), tensor(b, l, h, v)), {"window": window, "resets": marks(l)}
+        inputs = tensor(b, t, queries, k), tensor(b, l, h, k), tensor(b, l, h, v)
+        return op, inputs, {"window": window, "resets": marks(l)}
     if op == "rotated":
         return op, (tensor(b, t, h, k), tensor(t, 1, k // 2), tensor(t, 1, k // 2)), {}
     if op == "mix":
@@ -125,10 +129,10 @@ def check_operators(call):
     """The operators that torch.library knows, with anything at all: an exported program may be given it."""
     op, arguments, options = call
     name = {"rotated": "rotate"}.get(op, op)
-    state, resets = options.get("state"), options.get("resets")
+    state, resets, live = (options.get(name) for name in ("state", "resets", "live"))
     rest = {
-        "delta_rule": (state, resets, 0.5, True),
-        "linear_attention": (*(state if isinstance(state, tuple) else ()), resets),
+        "delta_rule": (state, resets, live, 0.5, True),
+        "linear_attention": (*(state if isinstance(state, tuple) else ()), resets, live),
         "window_attention": (resets, options.get("window") or 7, 0.5),
         "unit_silu": (),
         "rotated": (1.0,),

@@ -17,6 +17,7 @@ from hqlt.ops import delta_rule, synchronous
 from hqlt.ops.delta_rule import fla
 from tests.laws import Laws, Memory, close
 from tests.ops.inputs import TOLERANCE, queries, strengths, values
+from tests.ops.test_live_and_groups import scan_memory
 from tests.ops.test_synchronous import INTERPRETED
 
 GPU = torch.cuda.is_available() and importlib.util.find_spec("fla") is not None
@@ -75,6 +76,12 @@ class TestLaws(Laws):
     @pytest.fixture
     def build(self, calls):
         return lambda window: Memory(run, reference, inputs)
+
+
+class TestLiveAndGroupsLaws(Laws):
+    @pytest.fixture
+    def build(self, calls):
+        return lambda window: scan_memory("delta_rule", "fla")
 
 
 @pytest.mark.parametrize(

@@ -36,35 +36,40 @@ FORMS = {
 }
 
 
-def case(op: str, b: int, t: int, h: int, k: int, v: int, dtype: torch.dtype, *, held: int = 0, window: int = 7):
-    """→ tensors to differentiate, and a function (implementation, tensors) → flat tuple of outputs."""
-    g = torch.Generator().manual_seed(t + 1000 * k + v)
-    normal = lambda *shape: torch.randn(*shape, generator=g, dtype=dtype)  # noqa: E731
-    resets = torch.rand(b, t + held, generator=g) < 0.15
+def case(op: str, b: int, t: int, h: int, k: int, v: int, dtype: torch.dtype, *, held=0, window=7, g=1):
+    """→ tensors to differentiate, and a function (implementation, tensors) → flat tuple of outputs.
+
+    Of tokens marked as resets and as live, where the operation knows them, unless `marked` says otherwise.
+    """
+    generator = torch.Generator().manual_seed(t + 1000 * k + v)
+    normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=dtype)  # noqa: E731
+    resets = torch.rand(b, t + held, generator=generator) < 0.15
+    marks = {"resets": resets, "live": torch.rand(b, t + held, generator=generator) < 0.7}
+    nothing = dict.fromkeys(marks)
     unit = torch.nn.functional.normalize
     if op == "delta_rule":
-        beta = 2 * torch.rand(b, t, h, generator=g, dtype=dtype)
-        inputs = unit(normal(b, t, h, k), dim=-1), unit(normal(b, t, h, k), dim=-1), normal(b, t, h, v), beta
+        beta = 2 * torch.rand(b, t, h, generator=generator, dtype=dtype)
+        inputs = unit(normal(b, t, g * h, k), dim=-1), unit(normal(b, t, h, k), dim=-1), normal(b, t, h, v), beta
         inputs = (*inputs, normal(b, h, k, v))
 
-        def run(form, tensors, resets=resets):
+        def run(form, tensors, marked=True):
             *x, state = tensors
-            return form(*x, scale=0.7, state=state, resets=resets, live=None)
+            return form(*x, scale=0.7, state=state, **(marks if marked else nothing))
 
     elif op == "linear_attention":
-        inputs = normal(b, t, h, k).exp(), normal(b, t, h, k).exp(), normal(b, t, h, v)
+        inputs = normal(b, t, g * h, k).exp(), normal(b, t, h, k).exp(), normal(b, t, h, v)
         inputs = (*inputs, normal(b, h, k, v), normal(b, h, k).exp())
 
-        def run(form, tensors, resets=resets):
+        def run(form, tensors, marked=True):
             *x, matrix, key_sum = tensors
-            out, state = form(*x, state=LinearState(matrix, key_sum), resets=resets, live=None)
+            out, state = form(*x, state=LinearState(matrix, key_sum), **(marks if marked else nothing))
             return out, *state
 
     else:
-        inputs = normal(b, t, h, k), normal(b, t + held, h, k), normal(b, t + held, h, v)
+        inputs = normal(b, t, g * h, k), normal(b, t + held, h, k), normal(b, t + held, h, v)
 
-        def run(form, tensors, resets=resets):
-            return (form(*tensors, window=window, scale=0.7, resets=resets),)
+        def run(form, tensors, marked=True):
+            return (form(*tensors, window=window, scale=0.7, resets=resets if marked else None),)
 
     return [x.requires_grad_() for x in inputs], run
 
@@ -84,10 +89,10 @@ def assert_same(op: str, inputs: list[Tensor], run, **options) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", FORMS)
 @pytest.mark.parametrize("t", LENGTHS)
-@pytest.mark.parametrize("with_resets", [False, True])
-def test_lengths(op, t, dtype, with_resets):
+@pytest.mark.parametrize("marked", [False, True])
+def test_lengths(op, t, dtype, marked):
     inputs, run = case(op, 2, t, 3, 16, 20, dtype)
-    assert_same(op, inputs, run, **({} if with_resets else {"resets": None}))
+    assert_same(op, inputs, run, marked=marked)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -101,16 +106,18 @@ def test_widths(op, k, v, dtype):
 @given(
     st.sampled_from(sorted(FORMS)),
     st.integers(1, 3), st.integers(1, 40), st.integers(1, 3), st.integers(1, 70), st.integers(1, 70),
-    st.integers(0, 20), st.integers(1, 50), st.sampled_from(DTYPES),
+    st.integers(0, 20), st.integers(1, 50), st.sampled_from(DTYPES), st.integers(1, 4), st.booleans(),
 )  # fmt: skip
-def test_any_shape(op, b, t, h, k, v, held, window, dtype):
+def test_any_shape(op, b, t, h, k, v, held, window, dtype, g, marked):
     held = held if op == "window_attention" else 0
-    assert_same(op, *case(op, b, t, h, k, v, dtype, held=held, window=window))
+    assert_same(op, *case(op, b, t, h, k, v, dtype, held=held, window=window, g=g), marked=marked)
 
 
 @pytest.mark.parametrize(("t", "window"), [(300, 64), (700, 200), (130, 1), (257, 1000), (1030, 129)])
 def test_windows_over_several_stretches(t, window):
-    assert_same("window_attention", *case("window_attention", 1, t, 1, 8, 8, torch.float64, held=37, window=window))
+    for g in (1, 3):
+        inputs, run = case("window_attention", 1, t, 1, 8, 8, torch.float64, held=37, window=window, g=g)
+        assert_same("window_attention", inputs, run)
 
 
 @pytest.mark.parametrize("op", FORMS)
@@ -144,7 +151,7 @@ def threads_of(request):
 @pytest.mark.usefixtures("threads_of")
 @pytest.mark.parametrize("op", FORMS)
 def test_every_number_of_threads_gives_the_same_numbers(op):
-    inputs, run = case(op, 1, 300, 2, 64, 64, torch.float32, window=64)
+    inputs, run = case(op, 1, 300, 2, 64, 64, torch.float32, window=64, g=2)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5, 1):
@@ -168,15 +175,15 @@ def test_every_output_is_written(op):
             assert x.isfinite().all()
 
 
-@pytest.mark.parametrize("with_resets", [False, True])
+@pytest.mark.parametrize("marked", [False, True])
 @pytest.mark.parametrize("op", FORMS)
-def test_registration(op, with_resets):
-    inputs, _ = case(op, 2, 5, 2, 4, 6, torch.float64)
-    resets = torch.rand(2, 5) < 0.3 if with_resets else None
+def test_registration(op, marked):
+    inputs, _ = case(op, 2, 5, 2, 4, 6, torch.float64, g=2)
+    resets, live = torch.rand(2, 2, 5) < 0.3 if marked else (None, None)
     if op == "delta_rule":
-        arguments, forward = (*inputs, resets, 0.5, True), delta_native._forward
+        arguments, forward = (*inputs, resets, live, 0.5, True), delta_native._forward
     elif op == "linear_attention":
-        arguments, forward = (*inputs, resets), linear_native._forward
+        arguments, forward = (*inputs, resets, live), linear_native._forward
     else:
         arguments, forward = (*inputs, resets, 3, 0.5), window_native._forward
     torch.library.opcheck(forward, arguments)
@@ -184,7 +191,7 @@ def test_registration(op, with_resets):
 
 @pytest.mark.parametrize("op", FORMS)
 def test_gradients_by_finite_differences(op):
-    inputs, run = case(op, 1, 4, 1, 2, 3, torch.float64)
+    inputs, run = case(op, 1, 4, 1, 2, 3, torch.float64, g=2)
     assert torch.autograd.gradcheck(lambda *x: run(FORMS[op][1], x), inputs)
 
 
@@ -219,7 +226,7 @@ def test_every_instruction_set(isa):
     if subprocess.run(ask, env=environment, capture_output=True, text=True).stdout.strip() != isa:
         pytest.skip(f"this machine has no {isa}")
     tests = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
-    tests += ["-k", "widths or stretches"]
+    tests += ["-k", "widths or stretches or any_shape"]
     run = subprocess.run(tests, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:]
 

@@ -16,6 +16,7 @@ from hqlt.memory import MemoryState
 from tests.laws import normal
 from tests.layers import EVERY_STATE, HIDDEN, ONE_OF_EACH_BLEND, build_layer
 from tests.onnx import ANY, Exported, check_same, needs_onnx, tensors
+from tests.ops.inputs import queries, strengths, values
 
 SIZES = ((2, 11), (1, 1), (3, 17))
 
@@ -117,3 +118,35 @@ def test_the_error_without_the_package(monkeypatch):
         ModuleNotFoundError, match=r"expected the package onnxscript, found none; pip install .*\[onnx\]"
     ):
         ops.onnx_translations()
+
+
+class Grouped(nn.Module):
+    """An operation whose heads of queries share what they read, with marks on its tokens."""
+
+    def __init__(self, op: str) -> None:
+        super().__init__()
+        self.op = op
+
+    def forward(self, q, k, v, beta, resets, live):
+        if self.op == "delta_rule":
+            return ops.delta_rule(q, k, v, beta, resets=resets, live=live)
+        if self.op == "linear_attention":
+            return ops.linear_attention(q.exp(), k.exp(), v, resets=resets, live=live)
+        return ops.window_attention(q, k, v, window=3, resets=resets)
+
+
+@needs_onnx
+@torch.no_grad()
+@pytest.mark.parametrize("op", ["delta_rule", "linear_attention", "window_attention"])
+def test_groups_and_tokens_that_are_not_live(op):
+    def given(b, t):
+        floats = queries(b, t, heads=6), queries(b, t, 1), values(b, t), strengths(b, t)
+        return *(x.float() for x in floats), normal(b, t, seed=4) > 1, normal(b, t, seed=5) > 0
+
+    module = Grouped(op).eval()
+    exported = Exported(module, given(2, 5), ({0: ANY, 1: ANY},) * 6)
+    for sizes in SIZES:
+        inputs = given(*sizes)
+        names = {x.name for x in exported.session.get_inputs()}
+        used = [x for name, x in zip(("q", "k", "v", "beta", "resets", "live"), inputs, strict=True) if name in names]
+        check_same(exported(*used), module(*inputs))

@@ -275,7 +275,9 @@ def test_what_does_not_fit_is_left_to_the_twin():
         {"attends": False},
     ]:
         assert not serves(usual._replace(**changes)), changes
+    fewer = {name: getattr(given, name)[:, :, :1] for name in ("k", "v", "beta", "keys", "values")}
     for wrong in [
+        fewer | {"matrix": given.matrix[:, :1]},  # queries in groups: its twins' to run
         {"matrix": given.matrix[:, :, :1]},
         {"values": given.values[:, :2]},
         {"position": given.position[:1]},

@@ -29,13 +29,14 @@ from torch.nn import Parameter
 FOLDER = Path(__file__).parent
 ITEM_SIZES = {torch.float32: 4, torch.float64: 8}
 ORDINARY = (Tensor, Parameter)
-RESETS = ("bt?", "bl?")
+MARKS = ("bt?", "bl?")
 
 
 class Kernel(NamedTuple):
     """A kernel's sizes, in the order in which C++ reads them, and the axes of its tensors, in the order of `run`.
 
-    "½" is half of k, "*" all leading axes as one, "?" a tensor that may be None.
+    "q" is the number of query heads, a multiple of h; "½" half of k; "*" all leading axes as one; "?" a tensor that may
+    be None.
     """
 
     sizes: str
@@ -47,14 +48,14 @@ class Kernel(NamedTuple):
 
 
 KERNELS = {
-    "delta_rule_forward": Kernel.of("bthkv", "bthk bthk bthv bth bhkv bt? bthv bhkv bthv?"),
-    "delta_rule_backward": Kernel.of("bthkv", "bthk bthk bth bhkv bt? bthv bthv bhkv bthk bthk bthv bth bhkv"),
-    "linear_attention_forward": Kernel.of("bthkv", "bthk bthk bthv bhkv bhk bt? bthv bhkv bhk"),
+    "delta_rule_forward": Kernel.of("btqhkv", "btqk bthk bthv bth bhkv bt? bt? btqv bhkv bthv?"),
+    "delta_rule_backward": Kernel.of("btqhkv", "btqk bthk bth bhkv bt? bt? bthv btqv bhkv btqk bthk bthv bth bhkv"),
+    "linear_attention_forward": Kernel.of("btqhkv", "btqk bthk bthv bhkv bhk bt? bt? btqv bhkv bhk"),
     "linear_attention_backward": Kernel.of(
-        "bthkv", "bthk bthk bthv bhkv bhk bt? bthv bthv bhkv bhk bthk bthk bthv bhkv bhk"
+        "btqhkv", "btqk bthk bthv bhkv bhk bt? bt? btqv btqv bhkv bhk btqk bthk bthv bhkv bhk"
     ),
-    "window_attention_forward": Kernel.of("btlhkv", "bthk blhk blhv bl? bthv"),
-    "window_attention_backward": Kernel.of("btlhkv", "bthk blhk blhv bl? bthv bthk blhk blhv"),
+    "window_attention_forward": Kernel.of("btlqhkv", "btqk blhk blhv bl? btqv"),
+    "window_attention_backward": Kernel.of("btlqhkv", "btqk blhk blhv bl? btqv btqk blhk blhv"),
     "unit_silu_forward": Kernel.of("*k", "*k *k"),
     "unit_silu_backward": Kernel.of("*k", "*k *k *k"),
     "rotate_forward": Kernel.of("blhk", "blhk l1½ l1½ blhk"),
@@ -147,7 +148,7 @@ def run(kernel: str, scale: float, tensors: Sequence[Any], *more_sizes: int) -> 
         if x is None:
             addresses.append(None)
             continue
-        expected = torch.bool if axes in RESETS else dtype
+        expected = torch.bool if axes in MARKS else dtype
         address = x.data_ptr() if x.is_cpu and x.dtype is expected and x.is_contiguous() else 0
         if not address:
             raise ValueError(
@@ -183,6 +184,8 @@ def _sizes(kernel: str, more_sizes: tuple[int, ...], *shapes: torch.Size | None)
             )
     if bound.get("l", math.inf) < bound.get("t", 0):
         raise ValueError(f"{kernel}: expected at least as many pairs as queries, got {bound}")
+    if bound.get("q", 0) % (bound.get("h") or 1):
+        raise ValueError(f"{kernel}: expected query heads in a multiple of the heads of k, got {bound}")
     sizes = [*(int(bound[letter]) for letter in letters), *more_sizes]
     if min(sizes) < 1:
         raise ValueError(
@@ -204,6 +207,11 @@ def _raise(refusal: bytes | None) -> None:
         raise MemoryError("backend 'native': not enough memory; use shorter sequences, smaller batches or windows")
     if refusal:
         raise ValueError(f"backend 'native': expected {refusal.decode()}")
+
+
+def cast(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
+    """The same numbers in this type. Most are, and asking costs less than torch's own look."""
+    return [x if x.dtype == dtype else x.to(dtype) for x in tensors]
 
 
 def contiguous(*tensors: Tensor | None) -> list[Any]:

@@ -175,15 +175,23 @@ Lanes<T>* scratch(int64_t vectors) {
   return static_cast<Lanes<T>*>(buffer.memory);
 }
 
-// Heads are numbered over b and h: where the tokens of one lie in [b, t, h, ·], and which of them begin a segment.
-struct Head {
-  int64_t first, stride, t;
-  const uint8_t* resets;
+// Marks on tokens, [b, t] or null: those that begin a segment, and those that are written.
+struct Marks {
+  const uint8_t *resets, *live;
+};
 
-  Head(int64_t head, int64_t t, int64_t h, const uint8_t* all_resets)
-      : first(head / h * t * h + head % h), stride(h), t(t), resets(all_resets ? all_resets + head / h * t : nullptr) {}
+// Heads are numbered over b and h: where the tokens of one lie in [b, t, h, ·], and their g queries in [b, t, h·g, ·].
+struct Head {
+  int64_t first, stride, t, g;
+  Marks marks;
+
+  Head(int64_t head, int64_t t, int64_t h, int64_t g, Marks all)
+      : first(head / h * t * h + head % h), stride(h), t(t), g(g),
+        marks{all.resets ? all.resets + head / h * t : nullptr, all.live ? all.live + head / h * t : nullptr} {}
   INLINE int64_t token(int64_t i) const { return first + i * stride; }
-  INLINE bool reset(int64_t i) const { return resets && i < t && resets[i]; }
+  INLINE int64_t query(int64_t i) const { return token(i) * g; }
+  INLINE bool reset(int64_t i) const { return marks.resets && i < t && marks.resets[i]; }
+  INLINE bool live(int64_t i) const { return !marks.live || marks.live[i]; }
 };
 
 // Waking a second thread pays from about this many multiply-adds on.

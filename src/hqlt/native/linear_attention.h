@@ -8,79 +8,109 @@
 //     dv_t = G_tᵀ k_t      dk_t = G_t v_t + g_t      dq_t = W_t dn_t + dw_t z_t
 //
 // Each of the four products with a matrix is one and the same sweep, over columns of W, G or a transpose of them.
+//
+// A token that is not live is one of zeros. Where g > 1 queries read a matrix, w and all that has a q in it is a sum over
+// them, or one of each.
 
 template <class T>
 struct LinearAttention {
-  int64_t b, t, h, k, v;
+  int64_t b, t, h, k, v, g;
   T epsilon;
+  const T* zeros;  // as many as the wider of k and v; null where all tokens are live
   const T *q, *key, *value, *state, *key_sum;
-  const uint8_t* resets;
+  Marks marks;
   T *out, *final_state, *final_key_sum;
   const T *d_out, *d_final, *d_final_key_sum;
   T *d_q, *d_key, *d_value, *d_state, *d_key_sum;
-  T *inverse_weight;  // 1 / w_t: [b, t, h]
+  T *inverse_weight;  // 1 / w_t: [b, t, h·g]
 
   // Everything of the normaliser's, for one head: z, w and the final z.
   void forward_weights(int64_t head) const {
-    const Head at(head, t, h, resets);
+    const Head at(head, t, h, g, marks);
     T* z = final_key_sum + head * k;
     std::copy_n(key_sum + head * k, k, z);
     for (int64_t i = 0; i < t; ++i) {
       if (at.reset(i)) std::fill_n(z, k, T(0));
-      inverse_weight[at.token(i)] = T(1) / (add_and_read(z, key + at.token(i) * k, q + at.token(i) * k) + epsilon);
+      if (at.live(i)) add(z, T(1), key + at.token(i) * k);
+      for (int64_t query = at.query(i); query < at.query(i) + g; ++query) {
+        T sum = 0;
+        for (int64_t j = 0; j < k; ++j) sum += z[j] * q[query * k + j];
+        inverse_weight[query] = T(1) / (sum + epsilon);
+      }
     }
   }
 
   // The same backwards, which begins dq and dk. final_key_sum is scratch here.
   void backward_weights(int64_t head) const {
-    const Head at(head, t, h, resets);
+    const Head at(head, t, h, g, marks);
     forward_weights(head);
-    std::vector<T> d_weight(t), z(key_sum + head * k, key_sum + (head + 1) * k);
+    std::vector<T> d_weight(t * g), z(key_sum + head * k, key_sum + (head + 1) * k);
     for (int64_t i = 0; i < t; ++i) {
-      const int64_t now = at.token(i);
       if (at.reset(i)) std::fill_n(z.data(), k, T(0));
-      T dot = 0;
-      for (int64_t j = 0; j < v; ++j) dot += d_out[now * v + j] * out[now * v + j];
-      d_weight[i] = -dot * inverse_weight[now];
-      for (int64_t j = 0; j < k; ++j) d_q[now * k + j] = d_weight[i] * (z[j] += key[now * k + j]);
+      if (at.live(i)) add(z.data(), T(1), key + at.token(i) * k);
+      for (int64_t n = 0; n < g; ++n) {
+        const int64_t query = at.query(i) + n;
+        T dot = 0;
+        for (int64_t j = 0; j < v; ++j) dot += d_out[query * v + j] * out[query * v + j];
+        const T d = d_weight[i * g + n] = -dot * inverse_weight[query];
+        for (int64_t j = 0; j < k; j += L<T>) store_until(d_q + query * k, j, k, d * load_until(z.data(), j, k));
+      }
     }
-    T* g = d_key_sum + head * k;
-    std::copy_n(d_final_key_sum + head * k, k, g);
+    T* d_z = d_key_sum + head * k;
+    std::copy_n(d_final_key_sum + head * k, k, d_z);
     for (int64_t i = t - 1; i >= 0; --i) {
-      const int64_t now = at.token(i);
-      if (at.reset(i + 1)) std::fill_n(g, k, T(0));
-      for (int64_t j = 0; j < k; ++j) d_key[now * k + j] = g[j] += d_weight[i] * q[now * k + j];
+      if (at.reset(i + 1)) std::fill_n(d_z, k, T(0));
+      for (int64_t n = 0; n < g; ++n) add(d_z, d_weight[i * g + n], q + (at.query(i) + n) * k);
+      std::copy_n(at.live(i) ? d_z : zeros, k, d_key + at.token(i) * k);
     }
-    if (at.reset(0)) std::fill_n(g, k, T(0));
+    if (at.reset(0)) std::fill_n(d_z, k, T(0));
   }
 
-  // What a sweep does at token i: M += a ⊗ x, then y = Mᵀ b, where w divides x or y.
+  // What a sweep does at token i: M += a ⊗ x, then y = Mᵀ b, where w divides x or y: a and x are then of its g queries, and
+  // b and y of the pair that it writes, or the other way about.
   enum Weight { on_x, on_y };
   template <int N>
   void sweep(const Head& at, bool forwards, Slice<T, N>& M, const T* a, const T* x, const T* b, T* y, bool add, Weight weighted) const {
     const Columns<T, N>& columns = M.columns;
     const int64_t rows = M.rows, width = columns.width;
+    const int64_t writers = weighted == on_x ? g : 1, readers = weighted == on_y ? g : 1;
     Pass<T, N, write, read> pass;
-    for (int64_t step = 0; step < t; ++step) {
-      const int64_t i = forwards ? step : t - 1 - step, now = at.token(i);
-      const int64_t soon = at.token(forwards ? (i + 2 < t ? i + 2 : i) : (i > 1 ? i - 2 : i));
-      prefetch(a + soon * rows, rows), prefetch(b + soon * rows, rows), prefetch(x + soon * width, width);
-      prefetch_to_write(y + soon * width, width);
-      if (at.reset(forwards ? i : i + 1)) M.clear();
-      const T on_x_by = weighted == on_x ? inverse_weight[now] : T(1);
-      const T on_y_by = weighted == on_y ? inverse_weight[now] : T(1);
-      UNROLL for (int n = 0; n < N; ++n) pass.x[0][n] = on_x_by * columns.load(x + now * width, n);
-      pass.w[0] = a + now * rows, pass.w[1] = b + now * rows;
-      pass(M.M, rows);
+    Pass<T, N, write> write_more;
+    Pass<T, N, read> read_more;
+    const auto put = [&](int64_t to, T by, const Lanes<T>* sums) __attribute__((always_inline)) {
       UNROLL for (int n = 0; n < N; ++n)
-        if (add) columns.add(y + now * width, n, on_y_by * pass.x[1][n]);
-        else columns.store(y + now * width, n, on_y_by * pass.x[1][n]);
+        if (add) columns.add(y + to * width, n, by * sums[n]);
+        else columns.store(y + to * width, n, by * sums[n]);
+    };
+    for (int64_t step = 0; step < t; ++step) {
+      const int64_t i = forwards ? step : t - 1 - step, from = at.token(i) * writers, to = at.token(i) * readers;
+      const int64_t soon = at.token(forwards ? (i + 2 < t ? i + 2 : i) : (i > 1 ? i - 2 : i));
+      prefetch(a + soon * writers * rows, writers * rows), prefetch(x + soon * writers * width, writers * width);
+      prefetch(b + soon * readers * rows, readers * rows), prefetch_to_write(y + soon * readers * width, readers * width);
+      if (at.reset(forwards ? i : i + 1)) M.clear();
+      for (int64_t other = from + 1; other < from + writers; ++other) {
+        UNROLL for (int n = 0; n < N; ++n) write_more.x[0][n] = inverse_weight[other] * columns.load(x + other * width, n);
+        write_more.w[0] = a + other * rows;
+        write_more(M.M, rows);
+      }
+      const bool nothing = !at.live(i), written = weighted == on_y;
+      const T* from_x = nothing && written ? zeros : x + from * width;
+      const T on_x_by = weighted == on_x ? inverse_weight[from] : T(1);
+      UNROLL for (int n = 0; n < N; ++n) pass.x[0][n] = on_x_by * columns.load(from_x, n);
+      pass.w[0] = nothing && written ? zeros : a + from * rows, pass.w[1] = nothing && !written ? zeros : b + to * rows;
+      pass(M.M, rows);
+      put(to, weighted == on_y ? inverse_weight[to] : T(1), pass.x[1]);
+      for (int64_t other = to + 1; other < to + readers; ++other) {
+        read_more.w[0] = b + other * rows;
+        read_more(M.M, rows);
+        put(other, inverse_weight[other], read_more.x[0]);
+      }
     }
   }
 
   template <int N>
   void forward(int64_t head, int64_t slice) const {
-    const Head at(head, t, h, resets);
+    const Head at(head, t, h, g, marks);
     Slice<T, N> W{{v, slice}, k, scratch<T>(k * N)};
     W.read(state + head * k * v);
     sweep(at, true, W, key, value, q, out, false, on_y);
@@ -89,7 +119,7 @@ struct LinearAttention {
 
   template <int N>
   void backward_columns(int64_t head, int64_t slice) const {
-    const Head at(head, t, h, resets);
+    const Head at(head, t, h, g, marks);
     Slice<T, N> G{{v, slice}, k, scratch<T>(k * N)};
     G.read(d_final + head * k * v);
     sweep(at, false, G, q, d_out, key, d_value, false, on_x);
@@ -99,7 +129,7 @@ struct LinearAttention {
 
   template <int N>
   void backward_rows(int64_t head, int64_t slice) const {
-    const Head at(head, t, h, resets);
+    const Head at(head, t, h, g, marks);
     Slice<T, N> M{{k, slice}, v, scratch<T>(v * N)};
     M.read_transposed(d_final + head * k * v);
     sweep(at, false, M, d_out, q, value, d_key, true, on_x);
@@ -108,22 +138,21 @@ struct LinearAttention {
   }
 
  private:
-  // z += key, then z·q.
-  T add_and_read(T* z, const T* key, const T* q) const {
-    T dot = 0;
-    for (int64_t j = 0; j < k; ++j) dot += (z[j] += key[j]) * q[j];
-    return dot;
+  INLINE void add(T* z, T factor, const T* row) const {
+    for (int64_t j = 0; j < k; j += L<T>) store_until(z, j, k, load_until(z, j, k) + factor * load_until(row, j, k));
   }
 };
 
 template <class T>
 void linear_attention_forward(int threads, const int64_t* size, double epsilon, void* const* x) {
-  LinearAttention<T> job = {size[0], size[1], size[2], size[3], size[4], T(epsilon)};
-  from(x, job.q, job.key, job.value, job.state, job.key_sum, job.resets, job.out, job.final_state, job.final_key_sum);
+  LinearAttention<T> job = {size[0], size[1], size[3], size[4], size[5], size[2] / size[3], T(epsilon)};
+  from(x, job.q, job.key, job.value, job.state, job.key_sum, job.marks.resets, job.marks.live, job.out, job.final_state,
+       job.final_key_sum);
   const int64_t heads = job.b * job.h;
-  threads = threads_for(threads, 2 * heads * job.t * job.k * job.v);
-  std::vector<T> inverse_weight(heads * job.t);
-  job.inverse_weight = inverse_weight.data();
+  threads = threads_for(threads, (1 + job.g) * heads * job.t * job.k * job.v);
+  const std::vector<T> zeros(job.marks.live ? std::max(job.k, job.v) : 0);
+  std::vector<T> inverse_weight(heads * job.t * job.g);
+  job.zeros = zeros.data(), job.inverse_weight = inverse_weight.data();
   Pool::run(threads, heads, [&](int64_t head) { job.forward_weights(head); });
   for_slices<T>(threads, heads, job.k, job.v, [&](auto N, int64_t head, int64_t slice) {
     job.template forward<N>(head, slice);
@@ -132,15 +161,16 @@ void linear_attention_forward(int threads, const int64_t* size, double epsilon, 
 
 template <class T>
 void linear_attention_backward(int threads, const int64_t* size, double epsilon, void* const* x) {
-  LinearAttention<T> job = {size[0], size[1], size[2], size[3], size[4], T(epsilon)};
+  LinearAttention<T> job = {size[0], size[1], size[3], size[4], size[5], size[2] / size[3], T(epsilon)};
   const T* out;
-  from(x, job.q, job.key, job.value, job.state, job.key_sum, job.resets, out, job.d_out, job.d_final,
+  from(x, job.q, job.key, job.value, job.state, job.key_sum, job.marks.resets, job.marks.live, out, job.d_out, job.d_final,
        job.d_final_key_sum, job.d_q, job.d_key, job.d_value, job.d_state, job.d_key_sum);
   job.out = const_cast<T*>(out);
   const int64_t heads = job.b * job.h;
-  threads = threads_for(threads, 6 * heads * job.t * job.k * job.v);
-  std::vector<T> inverse_weight(heads * job.t), key_sums(heads * job.k);
-  job.inverse_weight = inverse_weight.data();
+  threads = threads_for(threads, (3 + 3 * job.g) * heads * job.t * job.k * job.v);
+  const std::vector<T> zeros(job.marks.live ? std::max(job.k, job.v) : 0);
+  std::vector<T> inverse_weight(heads * job.t * job.g), key_sums(heads * job.k);
+  job.zeros = zeros.data(), job.inverse_weight = inverse_weight.data();
   job.final_key_sum = key_sums.data();
   Pool::run(threads, heads, [&](int64_t head) { job.backward_weights(head); });
   for_slices<T>(threads, heads, job.k, job.v, [&](auto N, int64_t head, int64_t slice) {

@@ -30,7 +30,7 @@
 
 namespace {
 
-// The operations' kernels are called alike: sizes, a scale, the addresses of tensors (null where there are no resets).
+// The operations' kernels are called alike: sizes, a scale, the addresses of tensors (null where there are no marks).
 using Kernel = void(int threads, const int64_t* sizes, double scale, void* const* tensors);
 
 // What Python packs for one token: sizes, factors and addresses in the order of OneToken's members (step.h).

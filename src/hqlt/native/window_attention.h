@@ -124,9 +124,10 @@ void combine(const T* weights, int64_t step_i, int64_t step_j, Rows<T> rows, int
   if (c < vectors) combine_columns<T, 1>(weights, step_i, step_j, row + c, vectors, n, target + c, m, add);
 }
 
+// Query head i, of all g·h, reads the pairs of head i // g.
 template <class T>
 struct WindowAttention {
-  int64_t b, t, l, h, k, v, window;
+  int64_t b, t, l, queries, h, k, v, window;  // queries: their heads, g·h
   T scale;
   const T *q, *key, *value;
   const uint8_t* resets;
@@ -150,7 +151,7 @@ struct WindowAttention {
     Stretch(const WindowAttention& job, int64_t head, int64_t a, int64_t e)
         : job(job), head(head), a(a), e(e), first(std::max<int64_t>(job.l - job.t + a - job.window + 1, 0)),
           pairs(job.l - job.t + e - first), low(whole(e - a) * L<T>, pairs), bad_query(low.size()), bad_pair(pairs) {
-      const uint8_t* resets = job.resets ? job.resets + head / job.h * job.l : nullptr;
+      const uint8_t* resets = job.resets ? job.resets + head / job.queries * job.l : nullptr;
       const int64_t own = pairs - (e - a);  // the pair of query a
       for (int64_t j = 0, begin = 0; j < pairs; ++j) {
         if (resets && resets[first + j]) begin = j;
@@ -160,21 +161,31 @@ struct WindowAttention {
       memory = scratch<T>(2 * (queries + pairs) * (kv + vv) + (kv + vv) * L<T> + 2 * pairs);
       q = rows(queries, kv), key = rows(pairs, kv), value = rows(pairs, vv);
       query_lanes = take(kv * L<T>), weights = take(pairs);
-      copy_in(q, job.q, job.t, a, e - a, queries, job.k, bad_query);
-      copy_in(key, job.key, job.l, first, pairs, pairs, job.k, bad_pair);
-      copy_in(value, job.value, job.l, first, pairs, pairs, job.v, bad_pair);
+      copy_in(q, job.q, of_queries(), a, e - a, queries, job.k, bad_query);
+      copy_in(key, job.key, of_pairs(), first, pairs, pairs, job.k, bad_pair);
+      copy_in(value, job.value, of_pairs(), first, pairs, pairs, job.v, bad_pair);
     }
 
     Lanes<T>* take(int64_t vectors) { return (memory += vectors) - vectors; }
     Rows<T> rows(int64_t n, int64_t vectors) { return {take(n * vectors), vectors}; }
-    int64_t place(int64_t time, int64_t i) const { return (head / job.h * time + i) * job.h + head % job.h; }
 
-    // n rows of [b, time, h, width], and rows of zeros to fill up. Those that are not finite are marked, and zeros.
-    void copy_in(Rows<T> to, const T* from, int64_t time, int64_t begin, int64_t n, int64_t all, int64_t width,
+    // Where this head's rows lie in [b, time, heads, ·].
+    struct Places {
+      int64_t first, stride;
+      int64_t operator()(int64_t i) const { return first + i * stride; }
+    };
+    Places places(int64_t time, int64_t heads) const {
+      return {head / job.queries * time * heads + head % job.queries / (job.queries / heads), heads};
+    }
+    Places of_queries() const { return places(job.t, job.queries); }
+    Places of_pairs() const { return places(job.l, job.h); }
+
+    // n rows, and rows of zeros to fill up. Those that are not finite are marked, and zeros.
+    void copy_in(Rows<T> to, const T* from, Places place, int64_t begin, int64_t n, int64_t all, int64_t width,
                  std::vector<uint8_t>& marks) {
       for (int64_t i = 0; i < n; ++i) {
-        const T* row = from + place(time, begin + i) * width;
-        prefetch(row + 8 * job.h * width, width);
+        const T* row = from + place(begin + i) * width;
+        prefetch(row + 8 * place.stride * width, width);
         Lanes<T> zero = {};  // x − x is NaN where x is not finite
         for (int64_t j = 0; j < to.vectors; ++j) {
           const Lanes<T> x = to.at[i * to.vectors + j] = load_until(row, j * L<T>, width);
@@ -186,17 +197,17 @@ struct WindowAttention {
       }
       std::fill_n(to.at + n * to.vectors, (all - n) * to.vectors, Lanes<T>{});
     }
-    void copy_out(Rows<T> from, T* to, int64_t time, int64_t begin, int64_t n, int64_t width) const {
+    void copy_out(Rows<T> from, T* to, Places place, int64_t begin, int64_t n, int64_t width) const {
       for (int64_t i = 0; i < n; ++i) {
-        T* row = to + place(time, begin + i) * width;
-        prefetch_to_write(row + 8 * job.h * width, width);
+        T* row = to + place(begin + i) * width;
+        prefetch_to_write(row + 8 * place.stride * width, width);
         for (int64_t j = 0; j < from.vectors; ++j) store_until(row, j * L<T>, width, from.at[i * from.vectors + j]);
       }
     }
-    void add_out(Rows<T> from, T* to, int64_t time, int64_t begin, int64_t n, int64_t width) const {
+    void add_out(Rows<T> from, T* to, Places place, int64_t begin, int64_t n, int64_t width) const {
       for (int64_t i = 0; i < n; ++i) {
-        T* row = to + place(time, begin + i) * width;
-        prefetch_to_write(row + 8 * job.h * width, width);
+        T* row = to + place(begin + i) * width;
+        prefetch_to_write(row + 8 * place.stride * width, width);
         for (int64_t j = 0; j < from.vectors; ++j)
           store_until(row, j * L<T>, width, load_until(row, j * L<T>, width) + from.at[i * from.vectors + j]);
       }
@@ -243,7 +254,7 @@ struct WindowAttention {
         attend(block, begin, end);
         combine<T>(reinterpret_cast<T*>(weights), 1, L<T>, value, begin, end - begin, out, block, L<T>, false);
       }
-      copy_out(out, job.out, job.t, a, e - a, job.v);
+      copy_out(out, job.out, of_queries(), a, e - a, job.v);
     }
 
     void backward() {
@@ -251,7 +262,7 @@ struct WindowAttention {
       const Rows<T> d_out = rows(queries, value.vectors), d_q = rows(queries, q.vectors);
       const Rows<T> d_key = rows(pairs, key.vectors), d_value = rows(pairs, value.vectors);
       Lanes<T>*d_out_lanes = take(value.vectors * L<T>), *d_weights = take(pairs);
-      copy_in(d_out, job.d_out, job.t, a, e - a, queries, job.v, bad_query);
+      copy_in(d_out, job.d_out, of_queries(), a, e - a, queries, job.v, bad_query);
       std::fill_n(d_key.at, pairs * d_key.vectors, Lanes<T>{});
       std::fill_n(d_value.at, pairs * d_value.vectors, Lanes<T>{});
       const T *P = reinterpret_cast<T*>(weights), *dA = reinterpret_cast<T*>(d_weights);
@@ -268,9 +279,9 @@ struct WindowAttention {
         combine<T>(dA, L<T>, 1, q, block, L<T>, d_key, begin, n, true);
         combine<T>(dA, 1, L<T>, key, begin, n, d_q, block, L<T>, false);
       }
-      copy_out(d_q, job.d_q, job.t, a, e - a, job.k);
-      add_out(d_key, job.d_key, job.l, first, pairs, job.k);
-      add_out(d_value, job.d_value, job.l, first, pairs, job.v);
+      copy_out(d_q, job.d_q, of_queries(), a, e - a, job.k);
+      add_out(d_key, job.d_key, of_pairs(), first, pairs, job.k);
+      add_out(d_value, job.d_value, of_pairs(), first, pairs, job.v);
     }
   };
 
@@ -282,9 +293,9 @@ struct WindowAttention {
 
 template <class T>
 void window_attention_forward(int threads, const int64_t* n, double scale, void* const* x) {
-  WindowAttention<T> job = {n[0], n[1], n[2], n[3], n[4], n[5], n[6], T(scale)};
+  WindowAttention<T> job = {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], T(scale)};
   from(x, job.q, job.key, job.value, job.resets, job.out);
-  const int64_t stretches = job.stretches(), heads = job.b * job.h;
+  const int64_t stretches = job.stretches(), heads = job.b * job.queries;
   threads = threads_for(threads, heads * job.t * std::min(job.window, job.l) * (job.k + job.v));
   Pool::run(threads, heads * stretches, [&](int64_t task) { job.at(task / stretches, task % stretches).forward(); });
 }
@@ -292,16 +303,19 @@ void window_attention_forward(int threads, const int64_t* n, double scale, void*
 // d_key and d_value come filled with zeros.
 template <class T>
 void window_attention_backward(int threads, const int64_t* n, double scale, void* const* x) {
-  WindowAttention<T> job = {n[0], n[1], n[2], n[3], n[4], n[5], n[6], T(scale)};
+  WindowAttention<T> job = {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], T(scale)};
   from(x, job.q, job.key, job.value, job.resets, job.d_out, job.d_q, job.d_key, job.d_value);
-  const int64_t stretches = job.stretches(), heads = job.b * job.h;
-  threads = threads_for(threads, heads * job.t * std::min(job.window, job.l) * (job.k + job.v));
+  const int64_t stretches = job.stretches(), heads = job.b * job.h, g = job.queries / job.h;
+  threads = threads_for(threads, heads * g * job.t * std::min(job.window, job.l) * (job.k + job.v));
+  const auto group = [&](int64_t head, int64_t i) {  // adds to the same pairs: one after the other
+    for (int64_t query = head * g; query < (head + 1) * g; ++query) job.at(query, i).backward();
+  };
   if (heads % threads == 0 || heads >= 4 * threads)
     return Pool::run(threads, heads, [&](int64_t head) {
-      for (int64_t i = 0; i < stretches; ++i) job.at(head, i).backward();
+      for (int64_t i = 0; i < stretches; ++i) group(head, i);
     });
   for (int64_t odd = 0; odd < 2; ++odd) {
     const int64_t half = (stretches + 1 - odd) / 2;
-    Pool::run(threads, heads * half, [&](int64_t task) { job.at(task / half, 2 * (task % half) + odd).backward(); });
+    Pool::run(threads, heads * half, [&](int64_t task) { group(task / half, 2 * (task % half) + odd); });
   }
 }

@@ -4,6 +4,8 @@
 cannot see it. Here an implementation is given zeros in place of the rows that are not finite, forward and backward, and
 what can see one of them is made NaN afterwards.
 
+Queries of a group count as one row: where one of them is not finite, none of their reads is.
+
 Everything lies on a timeline: index i sees low_i … i, where low never falls. For a scan over t tokens, its initial
 state comes before the first and its final state after the last.
 """
@@ -17,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hqlt.ops.heads import grouped
 from hqlt.shapes import Resets
 
 Placed = tuple[Tensor, slice]
@@ -38,12 +41,13 @@ def scan(
     tokens, begin, end = slice(1, -1), slice(0, 1), slice(-1, None)
 
     def run_placed(q: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-        out, *after = run(q, *others[: len(written)], *(x[:, 0] for x in others[len(written) :]))
-        return out, *(x[:, None] for x in after)
+        out, *after = run(q.flatten(2, 3), *others[: len(written)], *(x[:, 0] for x in others[len(written) :]))
+        return grouped(out, written[0]), *(x[:, None] for x in after)
 
     placed = [*((x, tokens) for x in written), *((x[:, None], begin) for x in states)]
-    out, *after = _contained(run_placed, low, (q, tokens), placed, [tokens, *(end for _ in states)])
-    return out, *(x[:, 0] for x in after)
+    queries = grouped(q, written[0]), tokens
+    out, *after = _contained(run_placed, low, queries, placed, [tokens, *(end for _ in states)])
+    return out.flatten(2, 3), *(x[:, 0] for x in after)
 
 
 def attention(
@@ -55,8 +59,12 @@ def attention(
     index = torch.arange(resets.shape[1], device=resets.device)
     low = torch.where(resets, index, 0).cummax(dim=1).values.maximum(index - (window - 1))
     everything, own = slice(None), slice(k.shape[1] - q.shape[1], None)
+
+    def run_placed(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+        return (grouped(run(q.flatten(2, 3), k, v), k),)
+
     placed = [(k, everything), (v, everything)]
-    return _contained(lambda *x: (run(*x),), low, (q, own), placed, [own])[0]
+    return _contained(run_placed, low, (grouped(q, k), own), placed, [own])[0].flatten(2, 3)
 
 
 def _contained(

@@ -36,14 +36,16 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     }
 
 
-def delta_rule(q, k, v, beta, state, resets, scale, keep):
+def delta_rule(q, k, v, beta, state, resets, live, scale, keep):
     """Its equation is `hqlt.ops.delta_rule`'s, and so on below."""
-    return delta_rule_scan(op.Mul(q, scale), k, v, beta, state, resets_or_none(resets, q))
+    queries, (key, value, strength) = op.Mul(grouped(q, k), op.CastLike(scale, q)), written(live, k, v, beta)
+    out, final, errors = delta_rule_scan(queries, key, value, strength, state, resets_or_none(resets, q))
+    return ungrouped(out, q, v), final, errors
 
 
 @script(HQLT, default_opset=op)
 def delta_rule_scan(q: X, k: X, v: X, beta: X, state: X, resets: BOOL) -> tuple[X, X, X]:
-    """[b, t, …] each, state [b, h, k, v] → reads, the final state, errors v − Wᵀk."""
+    """[b, t, …] each, q [b, t, h, g, k], state [b, h, k, v] → reads, the final state, errors v − Wᵀk."""
 
     @graph()
     def step(W, q_t, k_t, v_t, beta_t, reset_t):
@@ -51,7 +53,7 @@ def delta_rule_scan(q: X, k: X, v: X, beta: X, state: X, resets: BOOL) -> tuple[
         error = v_t - op.Squeeze(op.MatMul(op.Unsqueeze(k_t, [2]), kept), [2])
         correction = op.Unsqueeze(beta_t, [2]) * error
         W_t = kept + op.Unsqueeze(k_t, [3]) * op.Unsqueeze(correction, [2])
-        read = op.Squeeze(op.MatMul(op.Unsqueeze(q_t, [2]), W_t), [2])
+        read = op.MatMul(q_t, W_t)
         return W_t, read, error
 
     final, out, errors = op.Scan(
@@ -61,22 +63,23 @@ def delta_rule_scan(q: X, k: X, v: X, beta: X, state: X, resets: BOOL) -> tuple[
     return out, final, errors
 
 
-def linear_attention(q, k, v, matrix, key_sum, resets):
-    reads, weights, matrix, key_sum = linear_attention_scan(q, k, v, matrix, key_sum, resets_or_none(resets, q))
-    return op.Div(reads, with_epsilon(weights, EPSILON)), matrix, key_sum
+def linear_attention(q, k, v, matrix, key_sum, resets, live):
+    marks, (key, value) = resets_or_none(resets, q), written(live, k, v)
+    reads, weights, matrix, key_sum = linear_attention_scan(grouped(q, k), key, value, matrix, key_sum, marks)
+    return ungrouped(op.Div(reads, with_epsilon(weights, EPSILON)), q, v), matrix, key_sum
 
 
 @script(HQLT, default_opset=op)
 def linear_attention_scan(q: X, k: X, v: X, matrix: X, key_sum: X, resets: BOOL) -> tuple[X, X, X, X]:
-    """[b, t, …] each, matrix [b, h, k, v], key_sum [b, h, k] → reads, their weights [b, t, h, 1], both finals."""
+    """[b, t, …] each, q [b, t, h, g, k], matrix [b, h, k, v], key_sum [b, h, k] → reads, their weights, both finals."""
 
     @graph()
     def step(W, z, q_t, k_t, v_t, reset_t):
         nothing = op.CastLike(0.0, W)
         W_t = op.Where(op.Unsqueeze(reset_t, [1, 2, 3]), nothing, W) + op.Unsqueeze(k_t, [3]) * op.Unsqueeze(v_t, [2])
         z_t = op.Where(op.Unsqueeze(reset_t, [1, 2]), nothing, z) + k_t
-        read = op.Squeeze(op.MatMul(op.Unsqueeze(q_t, [2]), W_t), [2])
-        weight = op.ReduceSum(z_t * q_t, [-1])
+        read = op.MatMul(q_t, W_t)
+        weight = op.MatMul(q_t, op.Unsqueeze(z_t, [3]))
         return W_t, z_t, read, weight
 
     final, final_sum, reads, weights = op.Scan(
@@ -93,12 +96,13 @@ def window_attention(q, k, v, resets, window, scale):
     reach = op.And(op.GreaterOrEqual(age, 0), op.Less(age, window))  # [t, l]
     if resets is not None:
         ids = op.CumSum(op.Cast(resets, to=INT64.dtype), 1)
-        same = op.Equal(op.Unsqueeze(op.Gather(ids, now, axis=1), [1, 3]), op.Unsqueeze(ids, [1, 2]))
-        reach = op.And(reach, same)  # [b, 1, t, l]
-    query, key, value = (op.Transpose(x, perm=[0, 2, 1, 3]) for x in (op.Mul(q, scale), k, v))
-    scores = op.MatMul(query, op.Transpose(key, perm=[0, 1, 3, 2]))
+        same = op.Equal(op.Unsqueeze(op.Gather(ids, now, axis=1), [1, 2, 4]), op.Unsqueeze(ids, [1, 2, 3]))
+        reach = op.And(reach, same)  # [b, 1, 1, t, l]
+    query = op.Transpose(op.Mul(grouped(q, k), op.CastLike(scale, q)), perm=[0, 2, 3, 1, 4])  # [b, h, g, t, k]
+    key, value = (op.Unsqueeze(op.Transpose(x, perm=[0, 2, 1, 3]), [2]) for x in (k, v))
+    scores = op.MatMul(query, op.Transpose(key, perm=[0, 1, 2, 4, 3]))
     weights = op.Softmax(op.Where(reach, scores, op.CastLike(float("-inf"), q)), axis=-1)
-    return op.Transpose(op.MatMul(weights, value), perm=[0, 2, 1, 3])
+    return ungrouped(op.Transpose(op.MatMul(weights, value), perm=[0, 3, 1, 2, 4]), q, v)
 
 
 def unit_silu(x):
@@ -168,3 +172,22 @@ def length(x):
 def resets_or_none(resets, x):
     """Bool[b, t], for x [b, t, …]; False where there are none."""
     return op.Expand(op.Cast(0, to=BOOL.dtype), op.Shape(x, end=2)) if resets is None else resets
+
+
+def written(live, *tensors):
+    """Tensors [b, t, …] with zeros where a token is not live."""
+    if live is None:
+        return tensors
+    marks = {axes: op.Unsqueeze(live, list(range(2, axes))) for axes in {len(x.shape) for x in tensors}}
+    return tuple(op.Where(marks[len(x.shape)], x, op.CastLike(0.0, x)) for x in tensors)
+
+
+def grouped(q, k):
+    """[b, t, g·h, k] → [b, t, h, g, k]."""
+    heads = k.shape[2]
+    return op.Reshape(q, op.Constant(value_ints=[0, 0, heads, q.shape[2] // heads, q.shape[3]]))
+
+
+def ungrouped(x, q, v):
+    """[b, t, h, g, v] → [b, t, g·h, v]."""
+    return op.Reshape(x, op.Constant(value_ints=[0, 0, q.shape[2], v.shape[3]]))

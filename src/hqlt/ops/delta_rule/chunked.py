@@ -45,8 +45,8 @@ def delta_rule(
     def run(*x: Tensor) -> tuple[Tensor, ...]:
         return _ChunkedDeltaRule.apply(*x, resets, scale, _chunk_length(q))
 
-    out, state = contain.scan(run, resets, grouped(q, k), written(live, k, v, beta), (state,))
-    return out.flatten(2, 3), state
+    out, state = contain.scan(run, resets, q, written(live, k, v, beta), (state,))
+    return out, state
 
 
 def _chunk_length(q: Tensor) -> int:
@@ -106,7 +106,7 @@ def _part(mask: Tensor | None, i: int) -> Tensor | None:
 
 
 def _chunks(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, resets: Tensor | None, c: int) -> _Chunks:
-    q, k, v, beta = (_to_chunks(x, c) for x in (q, k, v, beta[..., None]))
+    q, k, v, beta = (_to_chunks(x, c) for x in (grouped(q, k), k, v, beta[..., None]))
     visible = sees_matrix = reaches_end = keeps_matrix = None
     if resets is not None:
         ids = F.pad(segment_ids(resets), (0, -resets.shape[1] % c), mode="replicate").unflatten(1, (-1, c))[:, None]
@@ -161,7 +161,7 @@ class _ChunkedDeltaRule(torch.autograd.Function):
         earlier = None if x.visible is None else x.visible.tril()
         held = _masked(product(x.q, S), _of_queries(x.sees_matrix))
         out = scale * (held + _within(x.attention, R, earlier))
-        return _from_chunks(out, q.shape[1]), final
+        return _from_chunks(out, q.shape[1]).flatten(2, 3), final
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
@@ -172,9 +172,7 @@ class _ChunkedDeltaRule(torch.autograd.Function):
             return *gradients(*tensors), None, None, None
 
         def equation(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-            options = {"scale": ctx.scale, "state": state, "resets": resets, "live": None}
-            out, final = reference.delta_rule(q.flatten(2, 3), k, v, beta, **options)
-            return grouped(out, v), final
+            return reference.delta_rule(q, k, v, beta, scale=ctx.scale, state=state, resets=resets, live=None)
 
         return *Gradients.apply(gradients, equation, 5, *tensors), None, None, None
 
@@ -187,7 +185,7 @@ def _gradients(
     t = q.shape[1]
     x = _chunks(q, k, v, beta, resets, c)
     R, Y, S, _ = _run(x, state)
-    dO = scale * _to_chunks(d_out, c)
+    dO = scale * _to_chunks(grouped(d_out, v), c)
     sees_matrix, visible = _of_queries(x.sees_matrix), _of_queries(x.visible)
 
     # Backwards through the loop over chunks: dR, and the gradient dS' of the matrix after each chunk.
@@ -216,5 +214,5 @@ def _gradients(
         - _masked(x.beta * (dE @ S.mT), x.sees_matrix)
     )
     dv = x.beta * dE
-    grads = (_from_chunks(g, t).to(like.dtype) for g, like in ((dq, q), (dk, k), (dv, v)))
+    grads = (_from_chunks(g, t).reshape(like.shape).to(like.dtype) for g, like in ((dq, q), (dk, k), (dv, v)))
     return *grads, _from_chunks(d_beta[..., None], t)[..., 0].to(beta.dtype), dS

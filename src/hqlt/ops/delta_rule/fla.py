@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hqlt.errors import how_to_install
 from hqlt.ops.backend import register_backend
-from hqlt.ops.heads import group
+from hqlt.ops.heads import group, repeated
 from hqlt.ops.segments import written
 from hqlt.shapes import Keys, Live, Matrix, Queries, Resets, Strengths, Values
 
@@ -40,10 +40,9 @@ def delta_rule(
 ) -> tuple[Values, Matrix]:
     check_runs(q, v)
     k, v, beta = written(live, k, v, beta)
-    g = group(q, k)
-    if g > 1:  # fla has a matrix for every query head: g equal ones
-        k, v, beta = (x.repeat_interleave(g, dim=2) for x in (k, v, beta))
-        state = state.repeat_interleave(g, dim=1)
+    g = group(q, k)  # fla has a matrix for every query head: g equal ones
+    k, v, beta = repeated(q, k, v, beta)
+    state = state if g == 1 else state.repeat_interleave(g, dim=1)
     out, final = _segment_by_segment(q, k, v, beta, scale, state, resets)
     return out, final[:, ::g]
 

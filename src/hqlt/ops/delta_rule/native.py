@@ -14,9 +14,7 @@ from torch import Tensor
 from hqlt import native
 from hqlt.ops.backend import register_backend
 from hqlt.ops.delta_rule import reference
-from hqlt.ops.heads import group
 from hqlt.ops.second_order import differentiable_twice
-from hqlt.ops.segments import written
 from hqlt.shapes import Keys, Live, Matrix, Queries, Resets, Strengths, Values
 
 
@@ -32,26 +30,29 @@ def delta_rule(
     resets: Resets | None,
     live: Live | None,
 ) -> tuple[Values, Matrix]:
-    k, v, beta = written(live, k, v, beta)
-    g = group(q, k)
-    if g > 1:
-        k, v, beta = (x.repeat_interleave(g, dim=2) for x in (k, v, beta))
-        state = state.repeat_interleave(g, dim=1)
-    q, k, v, beta, state = (x.to(state.dtype) for x in (q, k, v, beta, state))
-    plain = native.may_run(q, k, v, beta, state, resets)
-    out, state, _ = (_run if plain else _forward)(q, k, v, beta, state, resets, scale, not plain)
-    return out, state[:, ::g]
+    q, k, v, beta = native.cast(state.dtype, q, k, v, beta)
+    plain = native.may_run(q, k, v, beta, state, resets, live)
+    out, state, _ = (_run if plain else _forward)(q, k, v, beta, state, resets, live, scale, not plain)
+    return out, state
 
 
 def _run(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor, resets: Tensor | None, scale: float, keep: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    resets: Tensor | None,
+    live: Tensor | None,
+    scale: float,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """→ out, final state, errors [b, t, h, v] (empty where not kept)."""
-    q, k, v, beta, state, resets = native.contiguous(q, k, v, beta, state, resets)
-    out, final = torch.empty_like(v), torch.empty_like(state)
-    errors = torch.empty_like(v) if keep else v.new_empty(0)
+    inputs = native.contiguous(q, k, v, beta, state, resets, live)
+    out, final = v.new_empty(*q.shape[:3], v.shape[3]), torch.empty_like(inputs[4])
+    errors = torch.empty_like(inputs[2]) if keep else v.new_empty(0)
     kept = errors if keep else None
-    native.run("delta_rule_forward", scale, (q, k, v, beta, state, resets, out, final, kept))
+    native.run("delta_rule_forward", scale, (*inputs, out, final, kept))
     return out, final, errors
 
 
@@ -59,8 +60,8 @@ _forward = torch.library.custom_op("hqlt::delta_rule", _run, mutates_args=())
 
 
 @_forward.register_fake
-def _(q, k, v, beta, state, resets, scale, keep):  # type: ignore[no-untyped-def]
-    return v.new_empty(v.shape), state.new_empty(state.shape), v.new_empty(v.shape if keep else 0)
+def _(q, k, v, beta, state, resets, live, scale, keep):  # type: ignore[no-untyped-def]
+    return v.new_empty(*q.shape[:3], v.shape[3]), state.new_empty(state.shape), v.new_empty(v.shape if keep else 0)
 
 
 @torch.library.custom_op("hqlt::delta_rule_backward", mutates_args=())
@@ -71,21 +72,22 @@ def _backward(
     beta: Tensor,
     state: Tensor,
     resets: Tensor | None,
+    live: Tensor | None,
     errors: Tensor,
     d_out: Tensor,
     d_final: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """→ dq, dk, dv, dβ, the gradient of the initial state. v is what second derivatives need."""
-    inputs = native.contiguous(q, k, beta, state, resets, errors, d_out, d_final)
-    q, k, beta, state, _, errors, *_ = inputs
+    inputs = native.contiguous(q, k, beta, state, resets, live, errors, d_out, d_final)
+    q, k, beta, state, _, _, errors, *_ = inputs
     dq, dk, dv, d_beta, d_state = (torch.empty_like(x) for x in (q, k, errors, beta, state))
     native.run("delta_rule_backward", scale, (*inputs, dq, dk, dv, d_beta, d_state))
     return dq, dk, dv, d_beta, d_state
 
 
 @_backward.register_fake
-def _(q, k, v, beta, state, resets, errors, d_out, d_final, scale):  # type: ignore[no-untyped-def]
+def _(q, k, v, beta, state, resets, live, errors, d_out, d_final, scale):  # type: ignore[no-untyped-def]
     return tuple(x.new_empty(x.shape) for x in (q, k, v, beta, state))
 
 
@@ -96,21 +98,21 @@ def _equation(arguments: Any) -> Any:
     )
 
 
-differentiable_twice(_backward, _equation, inputs=range(5), d_outputs=(7, 8))
+differentiable_twice(_backward, _equation, inputs=range(5), d_outputs=(8, 9))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, beta, state, resets, ctx.scale, _ = inputs
+    *saved, ctx.scale, _ = inputs
     errors = output[2]
-    ctx.save_for_backward(q, k, v, beta, state, resets, errors)
+    ctx.save_for_backward(*saved, errors)
     ctx.mark_non_differentiable(errors)
 
 
 def _gradients(ctx: Any, d_out: Tensor, d_final: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, beta, state, resets, errors = ctx.saved_tensors
+    *inputs, errors = ctx.saved_tensors
     if errors.numel() == 0:
-        errors = _forward(q, k, v, beta, state, resets, ctx.scale, True)[2]
-    return *_backward(q, k, v, beta, state, resets, errors, d_out, d_final, ctx.scale), None, None, None
+        errors = _forward(*inputs, ctx.scale, True)[2]
+    return *_backward(*inputs, errors, d_out, d_final, ctx.scale), None, None, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)

@@ -26,15 +26,15 @@ CHUNK = 64
 def linear_attention(
     q: Queries, k: Keys, v: Values, *, state: LinearState, resets: Resets | None, live: Live | None
 ) -> tuple[Values, LinearState]:
-    out, *after = contain.scan(partial(_run, resets=resets), resets, grouped(q, k), written(live, k, v), state)
-    return out.flatten(2, 3), LinearState(*after)
+    out, *after = contain.scan(partial(_run, resets=resets), resets, q, written(live, k, v), state)
+    return out, LinearState(*after)
 
 
 def _run(
-    q: Tensor, k: Keys, v: Values, matrix: Matrix, key_sum: KeySum, resets: Resets | None
+    q: Queries, k: Keys, v: Values, matrix: Matrix, key_sum: KeySum, resets: Resets | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q [b, t, h, g, k] → out [b, t, h, g, v], the final matrix and key sum."""
-    q, k, v = (x.to(at_least_float32(x.dtype)).movedim(1, -2) for x in (q, k, v))  # [b, h, (g,) t, ·]
+    """→ out, the final matrix and key sum."""
+    q, k, v = (x.to(at_least_float32(x.dtype)).movedim(1, -2) for x in (grouped(q, k), k, v))  # [b, h, (g,) t, ·]
     v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
     W = torch.cat([matrix, key_sum[..., None]], dim=-1)
     ids = None if resets is None else F.pad(segment_ids(resets), (1, 0))  # id 0 first: the segment carried in
@@ -51,5 +51,5 @@ def _run(
         if ids is not None:
             W = W.masked_fill((own[..., -1:] != before)[..., None], 0)
         W = W + kc.mT @ vc
-    total = torch.cat(sums, dim=-2).movedim(-2, 1)
+    total = torch.cat(sums, dim=-2).movedim(-2, 1).flatten(2, 3)
     return total[..., :-1] / (total[..., -1:] + EPSILON), W[..., :-1], W[..., -1]

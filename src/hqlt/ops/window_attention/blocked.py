@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hqlt.ops import contain
 from hqlt.ops.backend import register_backend
-from hqlt.ops.heads import repeated
+from hqlt.ops.heads import grouped, product, sum_of_products
 from hqlt.ops.second_order import Equation, Gradients
 from hqlt.ops.window_attention import reference
 from hqlt.ops.window_attention.dense import visible
@@ -31,29 +31,30 @@ def window_attention(q: Queries, k: Keys, v: Values, *, window: int, scale: floa
     def run(q: Queries, k: Keys, v: Values) -> Values:
         return _BlockedWindowAttention.apply(q, k, v, window, scale, resets)
 
-    return contain.attention(run, resets, window, q, *repeated(q, k, v))
+    return contain.attention(run, resets, window, q, k, v)
 
 
 def _heads_first(x: Tensor) -> Tensor:
-    """[b, t, h, ·] → contiguous [b, h, t, ·] in at least float32, of which a slice of time is a view for matmul."""
-    return x.to(at_least_float32(x.dtype)).transpose(1, 2).contiguous()
+    """[b, t, h, (g,) ·] → contiguous [b, h, (g,) t, ·] in at least float32: a slice of time is a view for matmul."""
+    return x.to(at_least_float32(x.dtype)).movedim(1, -2).contiguous()
 
 
 def _blocks(
     t: int, l: int, window: int, resets: Tensor | None, device: torch.device
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """(a block's queries, the keys it can reach, the mask between them [·, 1, c, c + window − 1])."""
+    """(a block's queries, the keys it can reach, the mask between them [·, 1, (1,) c, c + window − 1])."""
     c = max(64, min(window, 256))
     for begin in range(0, t, c):
         end = min(begin + c, t)
         first_key = max(l - t + begin - window + 1, 0)
         keys = slice(first_key, l - t + end)
         block_resets = None if resets is None else resets[:, keys]
-        yield slice(begin, end), keys, visible(end - begin, keys.stop - keys.start, window, block_resets, device)
+        mask = visible(end - begin, keys.stop - keys.start, window, block_resets, device).unsqueeze(-3)
+        yield slice(begin, end), keys, mask
 
 
 def _weights(q: Tensor, k: Tensor, scale: float, mask: Tensor) -> Tensor:
-    return (scale * (q @ k.mT)).masked_fill_(~mask, -torch.inf).softmax(dim=-1)
+    return (scale * product(q, k.mT)).masked_fill_(~mask, -torch.inf).softmax(dim=-1)
 
 
 class _BlockedWindowAttention(torch.autograd.Function):
@@ -61,12 +62,12 @@ class _BlockedWindowAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, resets: Tensor | None) -> Tensor:
         ctx.save_for_backward(q, k, v, resets)
         ctx.window, ctx.scale = window, scale
-        Q, K, V = (_heads_first(x) for x in (q, k, v))
-        out = torch.empty(*Q.shape[:3], V.shape[3], dtype=V.dtype, device=V.device)
-        for queries, keys, mask in _blocks(Q.shape[2], K.shape[2], window, resets, q.device):
-            P = _weights(Q[:, :, queries], K[:, :, keys], scale, mask)
-            out[:, :, queries] = P @ V[:, :, keys]
-        return out.transpose(1, 2).to(q.dtype)
+        Q, K, V = (_heads_first(x) for x in (grouped(q, k), k, v))
+        out = torch.empty(*Q.shape[:-1], V.shape[3], dtype=V.dtype, device=V.device)
+        for queries, keys, mask in _blocks(q.shape[1], K.shape[2], window, resets, q.device):
+            P = _weights(Q[..., queries, :], K[:, :, keys], scale, mask)
+            out[..., queries, :] = product(P, V[:, :, keys])
+        return out.movedim(-2, 1).flatten(2, 3).to(q.dtype)
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -83,14 +84,14 @@ def _gradients(
     q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, *, window: int, scale: float, resets: Tensor | None
 ) -> tuple[Tensor, ...]:
     """→ dq, dk, dv."""
-    Q, K, V, dO = (_heads_first(x) for x in (q, k, v, d_out))
+    Q, K, V, dO = (_heads_first(x) for x in (grouped(q, k), k, v, grouped(d_out, v)))
     dQ, dK, dV = torch.empty_like(Q), torch.zeros_like(K), torch.zeros_like(V)
-    for queries, keys, mask in _blocks(Q.shape[2], K.shape[2], window, resets, q.device):
-        Qb, Kb, Vb, dOb = Q[:, :, queries], K[:, :, keys], V[:, :, keys], dO[:, :, queries]
+    for queries, keys, mask in _blocks(q.shape[1], K.shape[2], window, resets, q.device):
+        Qb, Kb, Vb, dOb = Q[..., queries, :], K[:, :, keys], V[:, :, keys], dO[..., queries, :]
         P = _weights(Qb, Kb, scale, mask)
-        dP = dOb @ Vb.mT
+        dP = product(dOb, Vb.mT)
         dA = scale * P * (dP - (dP * P).sum(dim=-1, keepdim=True))
-        dQ[:, :, queries] = dA @ Kb
-        dK[:, :, keys] += dA.mT @ Qb
-        dV[:, :, keys] += P.mT @ dOb
-    return tuple(g.transpose(1, 2).to(like.dtype) for g, like in ((dQ, q), (dK, k), (dV, v)))
+        dQ[..., queries, :] = product(dA, Kb)
+        dK[:, :, keys] += sum_of_products(dA, Qb)
+        dV[:, :, keys] += sum_of_products(P, dOb)
+    return tuple(g.movedim(-2, 1).reshape(like.shape).to(like.dtype) for g, like in ((dQ, q), (dK, k), (dV, v)))

@@ -8,23 +8,29 @@ from torch import Tensor
 
 from hqlt.ops import contain
 from hqlt.ops.backend import register_backend
-from hqlt.ops.heads import repeated
+from hqlt.ops.heads import group
 from hqlt.ops.segments import segment_ids
 from hqlt.shapes import Keys, Queries, Resets, Values
 
 
 @register_backend("window_attention", "dense")
 def window_attention(q: Queries, k: Keys, v: Values, *, window: int, scale: float, resets: Resets | None) -> Values:
-    t, l = q.shape[1], k.shape[1]
-    causal_is_enough = bool(resets is None and window >= l and t == l)
+    t, l, g = q.shape[1], k.shape[1], group(q, k)
+    causal_is_enough = bool(resets is None and window >= l and t == l and g == 1)
     mask = None if causal_is_enough else visible(t, l, window, resets, q.device)
+    if mask is not None and g > 1:
+        mask = torch.cat([mask] * g, dim=-2)
 
     def run(q: Queries, k: Keys, v: Values) -> Values:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        if g > 1:  # their rows side by side: h heads of g·t queries
+            q = q.unflatten(1, (-1, g)).flatten(2, 3)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal_is_enough, scale=scale)
+        if g > 1:
+            out = out.unflatten(2, (g, t)).flatten(1, 2)
         return out.transpose(1, 2)
 
-    return contain.attention(run, resets, window, q, *repeated(q, k, v))
+    return contain.attention(run, resets, window, q, k, v)
 
 
 def visible(t: int, l: int, window: int, resets: Tensor | None, device: torch.device) -> Tensor:

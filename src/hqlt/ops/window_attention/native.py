@@ -10,7 +10,6 @@ from torch import Tensor
 
 from hqlt import native
 from hqlt.ops.backend import register_backend
-from hqlt.ops.heads import repeated
 from hqlt.ops.second_order import differentiable_twice
 from hqlt.ops.window_attention import reference
 from hqlt.shapes import Keys, Queries, Resets, Values, at_least_float32
@@ -19,7 +18,7 @@ from hqlt.shapes import Keys, Queries, Resets, Values, at_least_float32
 @register_backend("window_attention", "native")
 def window_attention(q: Queries, k: Keys, v: Values, *, window: int, scale: float, resets: Resets | None) -> Values:
     dtype = q.dtype
-    q, k, v = (x.to(at_least_float32(x.dtype)) for x in (q, *repeated(q, k, v)))
+    q, k, v = native.cast(at_least_float32(dtype), q, k, v)
     run = _run if native.may_run(q, k, v, resets) else _forward
     return run(q, k, v, resets, window, scale).to(dtype)
 
