@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from hqlt.model.pretrained.architectures import ARCHITECTURES, config_as, config_of
-from hqlt.model.pretrained.weights import from_transformers, to_transformers
+from hqlt.model.pretrained.weights import OURS, from_transformers, renamed, to_transformers
 
-__all__ = ["ARCHITECTURES", "config_as", "config_of", "from_transformers", "to_transformers"]
+__all__ = ["ARCHITECTURES", "OURS", "config_as", "config_of", "from_transformers", "renamed", "to_transformers"]

@@ -95,7 +95,7 @@ def config_of(theirs: PreTrainedConfig) -> HQLTConfig:
             "quantization_config: expected weights that are plain numbers, got quantized ones; dequantize the model "
             "with transformers (model.dequantize()) and save it first"
         )
-    values = {ours: getattr(theirs, name, None) for ours, name in kind.fields().items()} | kind.fixed
+    values: dict[str, Any] = {ours: getattr(theirs, name, None) for ours, name in kind.fields().items()} | kind.fixed
     scaling = _rotary(theirs)
     values["rope_theta"] = scaling.pop("rope_theta", None)
     values["partial_rotary_factor"] = scaling.pop("partial_rotary_factor", 1.0)

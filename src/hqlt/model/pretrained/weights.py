@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
@@ -11,8 +12,9 @@ from transformers.utils import logging
 from hqlt.model.language_model import HQLTForCausalLM
 from hqlt.model.pretrained.architectures import config_as, config_of
 
-PARTS = {"self_attn": "memory", "input_layernorm": "memory_norm", "post_attention_layernorm": "mlp_norm"}
-"""What parts of names are called there and here; all others are the same."""
+OURS = {"self_attn": "memory", "input_layernorm": "memory_norm", "post_attention_layernorm": "mlp_norm"}
+THEIRS = {ours: theirs for theirs, ours in OURS.items()}
+"""What parts of a parameter's name are called here and there; all others are the same."""
 
 
 def from_transformers(theirs: PreTrainedModel) -> HQLTForCausalLM:
@@ -22,26 +24,27 @@ def from_transformers(theirs: PreTrainedModel) -> HQLTForCausalLM:
 
     Raises ValueError for another architecture, and for a field of its config whose value our layers do not compute.
     """
-    return _with_weights(HQLTForCausalLM, config_of(theirs.config), theirs, PARTS)
+    return _with_weights(HQLTForCausalLM, config_of(theirs.config), theirs, OURS)
 
 
 def to_transformers(ours: HQLTForCausalLM, architecture: str) -> PreTrainedModel:
     """A model of kv layers as transformers' "llama", "qwen2", "qwen3" or "mistral", from the same tensors.
 
-    Raises ValueError where anything but that architecture's attention is in the model.
+    Raises ValueError where the model has anything that the architecture does not have.
     """
     told: Any = ours.config
     config = config_as(told, architecture)
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return _with_weights(kind, config, ours, {here: there for there, here in PARTS.items()})
+    return _with_weights(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config, ours, THEIRS)
 
 
-def _with_weights(kind: Any, config: Any, source: PreTrainedModel, names: dict[str, str]) -> Any:
-    """A model of this kind and config with the source's tensors under other names."""
-    tensors = {
-        ".".join(names.get(part, part) for part in name.split(".")): tensor
-        for name, tensor in source.state_dict().items()
-    }
+def renamed(name: str, parts: Mapping[str, str]) -> str:
+    """A parameter's name here (parts: OURS) or there (THEIRS)."""
+    return ".".join(parts.get(part, part) for part in name.split("."))
+
+
+def _with_weights(kind: Any, config: Any, source: PreTrainedModel, parts: Mapping[str, str]) -> Any:
+    """A model of this kind and config with the source's tensors under their other names."""
+    tensors = {renamed(name, parts): tensor for name, tensor in source.state_dict().items()}
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
