@@ -76,13 +76,6 @@ WITHOUT_EFFECT = frozenset(
 )
 """Their fields that logits do not depend on, given the others."""
 
-ATTENTION = (
-    *SHARED, "qkv_bias", "o_bias", "mlp_bias", "qk_norm", "zero_centered_norms", "rope_theta", "partial_rotary_factor",
-    "conv_size", "output_gate",
-)  # fmt: skip
-"""Our fields that the logits of kv layers depend on; `kv_window` and `rope_scaling` come on top."""
-
-
 def config_of(theirs: PreTrainedConfig) -> HQLTConfig:
     """Our config for one of transformers', whatever version wrote it.
 
@@ -160,14 +153,18 @@ def _rotary(theirs: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _attention(config: HQLTConfig) -> dict[str, Any]:
-    """What a config says that logits of kv layers depend on, in one form."""
+    """What a config of kv layers says that logits depend on, in one form."""
+    layer = config.layer_options(0)
     rotary = Rotary.of(config.rope_theta, config.partial_rotary_factor, config.rope_scaling)
     return {
-        **{name: getattr(config, name) for name in ATTENTION},
+        **{name: getattr(config, name) for name in (*SHARED, "mlp_bias")},
+        **{name: value for name, value in layer.items() if name not in ("window", "blend")},
         "num_kv_heads": config.num_kv_heads or config.num_heads,
         "head_dim": config.head_dim or config.hidden_size // config.num_heads,
         "kv_window": _one_if_same(config.kv_window),
         "rope_scaling": None if rotary is None or rotary.scaling is None else dict(rotary.scaling),
+        "kv_activation": None if config.kv_activation == "default" else config.kv_activation,
+        "head_norm": bool(config.head_norm),
     }
 
 
