@@ -125,6 +125,8 @@ def test_configs_of_older_versions():
     config = config_of(AutoConfig.for_model(**told))
     assert (config.rope_theta, config.rope_scaling) == (500.0, {"rope_type": "linear", "factor": 2.0})
     assert (config.num_kv_heads, config.head_dim, config.qkv_bias) == (4, 4, False)
+    windows = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}
+    assert config_of(config_for(model_type="qwen2", **windows)).kv_window is None  # for layers above the last
     yarn = {"rope_type": "yarn", "factor": 8.0}
     config = config_of(config_for(model_type="llama", rope_parameters=yarn))
     assert config.rope_scaling == {**yarn, "original_max_position_embeddings": 128}

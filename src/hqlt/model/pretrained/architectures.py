@@ -70,11 +70,11 @@ WITHOUT_EFFECT = frozenset(
     {
         "attention_dropout",  # in training alone
         "pretraining_tp",  # transformers reads it no more
-        "max_window_layers",  # layer_types says it
-        "use_sliding_window",
+        "max_window_layers", "use_sliding_window",  # layer_types says it
     }
-)
+)  # fmt: skip
 """Their fields that logits do not depend on, given the others."""
+
 
 def config_of(theirs: PreTrainedConfig) -> HQLTConfig:
     """Our config for one of transformers', whatever version wrote it.
@@ -144,7 +144,11 @@ def _expressed(config: HQLTConfig, architecture: str) -> PreTrainedConfig:
 def _told(theirs: PreTrainedConfig) -> dict[str, Any]:
     """What a config says that logits depend on."""
     own = {field.name for field in fields(theirs)} - {field.name for field in fields(PreTrainedConfig)}
-    return {name: getattr(theirs, name) for name in sorted(own - WITHOUT_EFFECT)} | {"rope_parameters": _rotary(theirs)}
+    told = {name: getattr(theirs, name) for name in sorted(own - WITHOUT_EFFECT)} | {"rope_parameters": _rotary(theirs)}
+    if "layer_types" in told:
+        window = f"sliding_attention of {told.pop('sliding_window')}"
+        told["layer_types"] = [window if layer == "sliding_attention" else layer for layer in theirs.layer_types]
+    return told
 
 
 def _rotary(theirs: PreTrainedConfig) -> dict[str, Any]:
