@@ -42,7 +42,7 @@ COMMANDS = {
     "data": About("prepare and check folders of tokens"),
     "tokenizer": About("train a tokenizer", ("tokenizers",)),
     "export": About("write a model as a folder that transformers loads", ("transformers",)),
-    "convert": About("convert a checkpoint of the paper's code", ("transformers",)),
+    "convert": About("convert a pretrained model, or a checkpoint of the paper's code", ("transformers",)),
     "rl": About("train and watch agents with a memory", ("gymnasium", *PAGES)),
     "demo": About("train five small models on three tasks, in minutes", ("transformers", *PAGES)),
     "reproduce": About("reproduce a table of the paper, or run a study of your own", ("transformers", *PAGES)),

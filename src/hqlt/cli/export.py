@@ -8,7 +8,12 @@ from typing import Literal
 from rich.console import Console
 
 
-def export(model: Path, folder: Path, dtype: Literal["float32", "bfloat16", "float16"] | None = None) -> None:
+def export(
+    model: Path,
+    folder: Path,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    as_: Literal["llama", "qwen2", "qwen3", "mistral"] | None = None,
+) -> None:
     """Write a model with its tokenizer, code and card to a folder that transformers loads, ready to be shared.
 
     It loads with AutoModelForCausalLM after `import hqlt`, and with `trust_remote_code=True` without.
@@ -17,10 +22,11 @@ def export(model: Path, folder: Path, dtype: Literal["float32", "bfloat16", "flo
         model: a model's folder, or the run that trained it.
         folder: where to write; new or empty.
         dtype: of the weights; as they are by default.
+        as_: write it as a model of transformers, which needs no hqlt; for models of attention alone.
     """
     import torch
 
     from hqlt.language import export as writer
 
-    writer.export(model, folder, getattr(torch, dtype) if dtype else None)
+    writer.export(model, folder, getattr(torch, dtype) if dtype else None, as_)
     Console().print(f"{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}", highlight=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import keyword
 import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -114,6 +115,7 @@ def canonical(arguments: Sequence[str], parser: Parser) -> list[str]:
     --top-p 0.9             --top_p 0.9
     --greedy                --greedy=true
     --betas=0.9,0.99        --betas=[0.9,0.99]
+    --as=llama              --as_=llama               (a word of Python's)
     --steps=3 --config=a    --config=a --steps=3      (the command line goes before a file, in whatever order)
     """
     defaults = parser.get_defaults()
@@ -128,7 +130,7 @@ def canonical(arguments: Sequence[str], parser: Parser) -> list[str]:
             others.append(argument)
             continue
         name, equals, value = argument.partition("=")
-        name = "--" + name[2:].replace("-", "_")
+        name = "--" + name[2:].replace("-", "_") + "_" * keyword.iskeyword(name[2:])
         default = defaults.get(name[2:])
         if not equals and isinstance(default, bool):
             equals, value = "=", rest.pop(0) if rest[:1] in (["true"], ["false"]) else "true"
@@ -220,5 +222,5 @@ def _share_words(one: str, other: str) -> bool:
 
 
 def dashed(name: str) -> str:
-    """As it is shown: --top-p for top_p."""
-    return name.replace("_", "-")
+    """As it is shown: --top-p for top_p, --as for as_."""
+    return name.removesuffix("_").replace("_", "-")

@@ -11,12 +11,13 @@ import torch
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from hqlt.data import Tokenizer as OurTokenizer
 from hqlt.disk import new_in
 from hqlt.language.folder import find_model, load_model, read_config, tokenizer_of
 from hqlt.model import HQLTForCausalLM
+from hqlt.model.pretrained import config_as, to_transformers
 
 CODE = "modeling_hqlt"
 CLASSES = {"AutoConfig": "HQLTConfig", "AutoModel": "HQLTModel", "AutoModelForCausalLM": "HQLTForCausalLM"}
@@ -32,27 +33,44 @@ MEMORIES = {
 """What a layer of each kind holds, as the card says it."""
 
 
-def export(where: str | Path, folder: Path, dtype: torch.dtype | None = None) -> None:
+def export(where: str | Path, folder: Path, dtype: torch.dtype | None = None, architecture: str | None = None) -> None:
     """Write the model in `where` to a new folder, in another dtype if wanted.
 
     It loads with transformers' Auto classes after `import hqlt`, and with `trust_remote_code=True` without. A byte
-    model gets a tokenizer of 256 tokens that AutoTokenizer loads.
+    model gets a tokenizer of 256 tokens that AutoTokenizer loads. architecture: "llama", "qwen2", "qwen3" or "mistral"
+    writes transformers' own model instead, for which hqlt is not needed.
 
-    Raises FileExistsError where the folder holds something, OSError where it cannot be written, and what `load_model`
-    and `tokenizer_of` raise.
+    Raises FileExistsError where the folder holds something, OSError where it cannot be written, ValueError where the
+    architecture cannot express the model, and what `load_model` and `tokenizer_of` raise.
     """
-    tokenizer = tokenizer_of(where, read_config(where).vocab_size)
+    config = read_config(where)
+    if architecture is not None:
+        config_as(config, architecture)
+    tokenizer = tokenizer_of(where, config.vocab_size)
     with new_in(folder):
-        model = load_model(where)
+        model, source = load_model(where), str(find_model(where))
         if dtype is not None:
             nn.Module.to(model, dtype)
-        save(model, tokenizer, str(find_model(where)), folder)
+        if architecture is None:
+            save(model, tokenizer, source, folder)
+        else:
+            save_weights(to_transformers(model, architecture), tokenizer, source, folder)
 
 
 def save(model: HQLTForCausalLM, tokenizer: OurTokenizer | None, source: str | None, folder: Path) -> None:
-    """All that a folder holds. source: where the tokenizer's files are; its own are made for bytes, none for None."""
+    """All that a folder of ours holds: what `save_weights` writes, code, card."""
     config: Any = model.config
     config.auto_map = {auto: f"{CODE}.{name}" for auto, name in CLASSES.items()}
+    save_weights(model, tokenizer, source, folder)
+    package = resources.files("hqlt.language")
+    shutil.copyfile(str(package / f"{CODE}.py"), folder / f"{CODE}.py")
+    card = (package / "model_card.md").read_text(encoding="utf-8")
+    (folder / "README.md").write_text(card.format(**facts_of(model, tokenizer, folder)), encoding="utf-8")
+
+
+def save_weights(model: PreTrainedModel, tokenizer: OurTokenizer | None, source: str | None, folder: Path) -> None:
+    """Weights, configs and the tokenizer's files. source: where those are; bytes get some, and None none."""
+    config: Any = model.config
     generation: Any = model.generation_config
     if config.eos_token_id is None and tokenizer is not None and tokenizer.eos_id is not None:
         config.eos_token_id = generation.eos_token_id = tokenizer.eos_id
@@ -67,10 +85,6 @@ def save(model: HQLTForCausalLM, tokenizer: OurTokenizer | None, source: str | N
         model.save_pretrained(folder)
     except SafetensorError as error:
         raise OSError(f"{folder} could not be written: {error}") from error
-    package = resources.files("hqlt.language")
-    shutil.copyfile(str(package / f"{CODE}.py"), folder / f"{CODE}.py")
-    card = (package / "model_card.md").read_text(encoding="utf-8")
-    (folder / "README.md").write_text(card.format(**facts_of(model, tokenizer, folder)), encoding="utf-8")
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

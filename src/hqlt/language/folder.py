@@ -80,18 +80,22 @@ def load_model(where: str | Path, device: torch.device | str = "cpu") -> HQLTFor
     Raises ValueError for a broken file, and for weights that are not those of the config: too few, too many, of other
     shapes.
     """
-    from transformers.utils import logging
-
     from hqlt.model import HQLTForCausalLM
 
-    folder, config = find_model(where), read_config(where)
-    untyped: Any = HQLTForCausalLM
+    model: HQLTForCausalLM = load_whole(HQLTForCausalLM, find_model(where), read_config(where))
+    nn.Module.to(model, device)
+    return model
+
+
+def load_whole(kind: Any, folder: Path, config: Any) -> Any:
+    """The model of a class of transformers with the weights in a folder; raises ValueError as `load_model` does."""
+    from transformers.utils import logging
+
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what it reports is an error below
     try:
-        model: HQLTForCausalLM
-        model, report = untyped.from_pretrained(
+        model, report = kind.from_pretrained(
             folder, config=config, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
         )
     except (SafetensorError, KeyError) as error:
@@ -99,7 +103,6 @@ def load_model(where: str | Path, device: torch.device | str = "cpu") -> HQLTFor
     finally:
         logging.set_verbosity(verbosity)
     refuse_other_weights(folder, report)
-    nn.Module.to(model, device)
     return model.eval()
 
 

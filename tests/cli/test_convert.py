@@ -1,0 +1,145 @@
+"""`hqlt convert` of a pretrained model's folder, `hqlt export --as` back to one that is the same."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+
+from hqlt.cli import main
+from tests.model.pretrained.conftest import MODELS, model_for
+
+LETTERS = ["<pad>", "<s>", "<|endoftext|>", "Ġ", *"abcdefghijklmnopqrstuvwxyz0123456"]
+
+
+@pytest.fixture
+def source(tmp_path):
+    """The folder of a Qwen3, sharded, with a tokenizer and settings of generation of its own."""
+    return saved(tmp_path, "qwen3, all of it")
+
+
+def saved(tmp_path, name):
+    folder = tmp_path / "theirs"
+    model = model_for(**MODELS[name])
+    model.generation_config = GenerationConfig(
+        bos_token_id=1, eos_token_id=[2, 5], pad_token_id=0, do_sample=True, top_k=7
+    )
+    model.save_pretrained(folder, max_shard_size="5KB")
+    backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(LETTERS)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="<|endoftext|>",
+        padding_side="left",
+        chat_template="{{ messages[0].content }}",
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if "all of it" in name or name == "qwen2, windows above"])
+def test_converted_loaded_generated_and_exported_back(tmp_path, name, capsys):
+    source = saved(tmp_path, name)
+    theirs = AutoModelForCausalLM.from_pretrained(source)
+    tensors = len(theirs.state_dict())
+    main(["convert", str(source), str(tmp_path / "ours")])
+    assert f"{tensors} tensors became {tensors}: " in capsys.readouterr().out
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert ours.config.model_type == "hqlt"
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ours")
+    texts = {"text": ["a longer text", "text 2"], "return_tensors": "pt", "padding": True}
+    batch = tokenizer(**texts)
+    assert torch.equal(batch["input_ids"], AutoTokenizer.from_pretrained(source)(**texts)["input_ids"])
+    assert batch["attention_mask"].sum(1).tolist() == [13, 6]
+    options = {"max_new_tokens": 10, "do_sample": False, "top_k": None}
+    expected = theirs.generate(batch["input_ids"], attention_mask=batch["attention_mask"], **options)
+    assert torch.equal(ours.generate(batch["input_ids"], attention_mask=batch["attention_mask"], **options), expected)
+    main(["export", str(tmp_path / "ours"), str(tmp_path / "back"), "--as", theirs.config.model_type])
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert type(back) is type(theirs)
+    assert all(torch.equal(back.state_dict()[name], tensor) for name, tensor in theirs.state_dict().items())
+    for folder, model in (("ours", ours), ("back", back)):
+        assert AutoTokenizer.from_pretrained(tmp_path / folder).chat_template == "{{ messages[0].content }}"
+        assert (model.generation_config.eos_token_id, model.generation_config.top_k) == ([2, 5], 7)
+    assert not {"auto_map", "layer_kinds"} & json.loads((tmp_path / "back" / "config.json").read_text()).keys()
+
+
+def test_in_another_dtype(source, tmp_path):
+    main(["convert", str(source), str(tmp_path / "ours")])
+    main(["export", str(tmp_path / "ours"), str(tmp_path / "back"), "--as=qwen3", "--dtype=bfloat16"])
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype="auto").dtype == torch.bfloat16
+
+
+def test_a_model_that_was_made_here(tmp_path, capsys):
+    """Bytes get a tokenizer; what is not attention alone is refused before anything is loaded, and leaves nothing."""
+    from tests.language.conftest import build
+
+    build(layer_kinds=["kv", "kv"]).float().save_pretrained(tmp_path / "kv")
+    main(["export", str(tmp_path / "kv"), str(tmp_path / "llama"), "--as=llama"])
+    text = AutoTokenizer.from_pretrained(tmp_path / "llama")("a text β", return_tensors="pt")
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("kv", "llama"))
+    torch.testing.assert_close(theirs(**text).logits, ours(**text).logits, rtol=0, atol=1e-5)
+    build().save_pretrained(tmp_path / "hybrid")
+    for folder, architecture, message in (
+        ("hybrid", "llama", "layer_kinds: expected only 'kv', because a llama is all attention"),
+        ("kv", "qwen2", "qkv_bias: expected True, which is what a qwen2 has, got False"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(["export", str(tmp_path / folder), str(tmp_path / "out"), f"--as={architecture}"])
+        assert not (tmp_path / "out").exists()
+
+
+def change_config(**fields):
+    def change(folder):
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+    return change
+
+
+def as_pickles(folder):
+    for file in folder.glob("model*"):
+        file.unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+
+
+def without_a_tensor(folder):
+    file = min(folder.glob("*.safetensors"))
+    tensors = load_file(file)
+    tensors.popitem()
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def cut(folder):
+    file = min(folder.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:50])
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (change_config(model_type="gpt2"), [], "model_type: expected one of 'llama', .*'hybrid_qlt', .* got 'gpt2'"),
+        (change_config(model_type="qwen3_moe"), [], "model_type: expected .* got 'qwen3_moe'; did you mean 'qwen3'"),
+        (change_config(hidden_act="gelu"), [], "hidden_act: expected 'silu', which is what our layers have, got"),
+        (change_config(hidden_size="wide"), [], r"config\.json: expected the config of a qwen3, got .*hidden_size"),
+        (change_config(rope_parameters={"rope_type": "llama3"}), [], r"config\.json: expected the config of a qwen3"),
+        (change_config(intermediate_size=25), [], "weights that its config.json describes, got 6 of another"),
+        (change_config(vocab_size=20), [], "tokenizer: expected at most 20 tokens, as many as the checkpoint knows"),
+        (without_a_tensor, [], "expected the weights that its config.json describes, got 1 missing"),
+        (cut, [], "expected whole files of weights, got SafetensorError"),
+        (as_pickles, [], r"expected safetensors, got pytorch_model\.bin, which are pickles and may run code"),
+        (lambda folder: None, ["--map=map.yaml"], "--settings, --map: expected neither for a qwen3"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_converted_leaves_nothing(source, tmp_path, monkeypatch, change, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "map.yaml").write_text("a: b")
+    change(source)
+    with pytest.raises(SystemExit, match=message):
+        main(["convert", str(source), str(tmp_path / "ours"), *options])
+    assert not (tmp_path / "ours").exists()
