@@ -86,6 +86,12 @@ def options_of(cls: type) -> dict[str, Any]:
     return {argument.name: argument.default for argument in arguments if argument.kind is argument.KEYWORD_ONLY}
 
 
+def outside() -> list[str]:
+    """The modules beyond this package whose import registered something: what another process must import, too."""
+    known = {cls.__module__ for classes in _known.values() for cls in classes.values()}
+    return sorted(module for module in known if module.partition(".")[0] != __package__)
+
+
 def build(kind: str, name: str, **options: Any) -> Any:
     """An object of the class of this name.
 
