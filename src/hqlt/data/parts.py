@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hqlt.data.holdout import Holdout, check_shares, hash_of
+from hqlt.data.holdout import Holdout, check_shares
 from hqlt.data.hub import Hub
 from hqlt.data.local import NAMED_KINDS, LocalFormat, TextFiles, kind_of, require
 from hqlt.data.source import Source
+from hqlt.seeds import hashed
 from hqlt.task.task import Split
 from hqlt.task.text import library_files
 
@@ -47,7 +48,7 @@ class Part:
     def without(self, elsewhere: Collection[int], texts: Iterable[str]) -> Iterator[str]:
         """The source's documents but for those that are held out by files of one's own."""
         unknown = not elsewhere or isinstance(self.split, str)
-        return (text for text in texts if unknown or hash_of(text.strip()) not in elsewhere)
+        return (text for text in texts if unknown or hashed(text.strip()) not in elsewhere)
 
     def identity(self) -> dict[str, Any]:
         return {**self.source.identity(), "for": self.split}
@@ -113,7 +114,7 @@ def held_out_documents(parts: Sequence[Part]) -> frozenset[int]:
     if all(isinstance(part.split, str) for part in parts):  # the splits of one source, which has its own rule
         return frozenset()
     own = (part for part in parts if isinstance(part.split, str))
-    return frozenset(hash_of(text.strip()) for part in own for text in copy.copy(part.source))
+    return frozenset(hashed(text.strip()) for part in own for text in copy.copy(part.source))
 
 
 def training_texts(parts: Sequence[Part]) -> Iterator[str]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from hqlt.data.files import TokenFiles
 from hqlt.data.permutation import permute
+from hqlt.seeds import hashed
 from hqlt.task.task import IGNORE, Batch
 
 
@@ -51,9 +50,8 @@ class Windows:
         epochs, slots = np.divmod(places, len(self))
         windows = np.empty_like(slots)
         for epoch in np.unique(epochs):
-            digest = hashlib.sha256(f"windows/{self.seed}/{epoch}".encode()).digest()
             here = epochs == epoch
-            windows[here] = permute(slots[here], len(self), key=int.from_bytes(digest[:8], "little"))
+            windows[here] = permute(slots[here], len(self), key=hashed("windows", self.seed, epoch))
         return windows
 
 
