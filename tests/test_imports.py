@@ -129,6 +129,19 @@ def test_a_cycle_is_seen(tmp_path):
     assert set(cycle_in(import_graph(package)) or ()) == {"p.b", "p.q", "p.q.a"}
 
 
+def test_private_members_of_jsonargparse_are_left_alone():
+    using = {str(file): file.read_text() for file in SOURCE.rglob("*.py") if "from jsonargparse" in file.read_text()}
+    assert len(using) > 1
+    for name, text in using.items():
+        private = [
+            node.attr if isinstance(node, ast.Attribute) else node.module
+            for node in ast.walk(ast.parse(text))
+            if (isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"))
+            or (isinstance(node, ast.ImportFrom) and str(node.module).startswith("jsonargparse."))
+        ]
+        assert not private, name
+
+
 def test_importing_hqlt_is_light():
     def loaded_by(modules: str) -> set[str]:
         code = f"import sys, {modules}; print(*{{name.partition('.')[0] for name in sys.modules}})"
