@@ -27,8 +27,7 @@ class Hub(Source):
         self.rows = 1
 
     def identity(self) -> dict[str, Any]:
-        told = {"name": self.name, "subset": self.subset, "split": self.split, "text_field": self.text_field}
-        return {"kind": "Hub", **told}
+        return {**super().identity(), "name": self.name}
 
     def __iter__(self) -> Iterator[str]:
         self.dataset = self._load()

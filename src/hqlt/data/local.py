@@ -19,13 +19,6 @@ class TextFiles(Files):
 
     options = frozenset({"separator"})
 
-    def __init__(self, files: Sequence[Path], root: Path, separator: str | None = None) -> None:
-        super().__init__(files, root)
-        self.separator = separator
-
-    def identity(self) -> dict[str, Any]:
-        return {**super().identity(), "separator": self.separator}
-
     def texts_of(self, file: Path) -> Iterator[tuple[str, int]]:
         border = None if self.separator is None else self.separator.strip().encode()
         with opened(file) as (content, position):
@@ -49,42 +42,26 @@ class JsonLines(Files):
 
     options = frozenset({"text_field"})
 
-    def __init__(self, files: Sequence[Path], root: Path, text_field: str = "text") -> None:
-        super().__init__(files, root)
-        self.text_field = text_field
-
-    def identity(self) -> dict[str, Any]:
-        return {**super().identity(), "text_field": self.text_field}
-
     def texts_of(self, file: Path) -> Iterator[tuple[str, int]]:
         with opened(file) as (content, position):
             for number, line in enumerate(content, start=1):
                 row = line if number > 1 else without_mark(line, file)
-                if row.strip():
-                    yield text_of(_row_of(row, file, number), self.text_field, f"{file}, line {number}"), position()
-
-
-def _row_of(line: bytes, file: Path, number: int) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{file}, line {number}: expected a JSON object, got {error}; each line is to be one (`jq -c '.[]'` makes "
-            f"lines of an array)"
-        ) from error
+                if not row.strip():
+                    continue
+                try:
+                    told = json.loads(row)
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(
+                        f"{file}, line {number}: expected a JSON object, got {error}; each line is to be one "
+                        f"(`jq -c '.[]'` makes lines of an array)"
+                    ) from error
+                yield text_of(told, self.text_field, f"{file}, line {number}"), position()
 
 
 class Parquet(Files):
     """A row is a document, in one of its columns."""
 
     options = frozenset({"text_field"})
-
-    def __init__(self, files: Sequence[Path], root: Path, text_field: str = "text") -> None:
-        super().__init__(files, root)
-        self.text_field = text_field
-
-    def identity(self) -> dict[str, Any]:
-        return {**super().identity(), "text_field": self.text_field}
 
     def texts_of(self, file: Path) -> Iterator[tuple[str, int]]:
         import pyarrow.parquet as parquet
@@ -96,23 +73,18 @@ class Parquet(Files):
                 columns = opened.schema_arrow.names
                 if self.text_field not in columns:
                     raise ValueError(_no_such_field(str(file), self.text_field, columns))
-                rows = 0
-                for batch in opened.iter_batches(columns=[self.text_field], batch_size=1024):
-                    for row in batch.to_pylist():
-                        rows += 1
-                        text = text_of(row, self.text_field, f"{file}, row {rows}")
-                        yield text, size * rows // opened.metadata.num_rows
+                batches = opened.iter_batches(columns=[self.text_field], batch_size=1024)
+                rows = (row for batch in batches for row in batch.to_pylist())
+                for number, row in enumerate(rows, start=1):
+                    text = text_of(row, self.text_field, f"{file}, row {number}")
+                    yield text, size * number // opened.metadata.num_rows
         except (ArrowException, OSError) as error:
             raise ValueError(f"{file}: expected a whole Parquet file, got {error}") from error
 
 
-KINDS: dict[str, type[TextFiles | JsonLines | Parquet]] = {
-    ".txt": TextFiles,
-    ".md": TextFiles,
-    ".jsonl": JsonLines,
-    ".ndjson": JsonLines,
-    ".parquet": Parquet,
-}
+KINDS: dict[str, type[Files]] = {
+    ".txt": TextFiles, ".md": TextFiles, ".jsonl": JsonLines, ".ndjson": JsonLines, ".parquet": Parquet,
+}  # fmt: skip
 """By a file's ending in lower case; of text and JSON lines also behind it one of COMPRESSIONS."""
 NAMED_KINDS = {**KINDS, ".json": JsonLines}
 """Those of files that are named, by themselves or by a pattern: in a folder a .json mostly describes the data."""
@@ -161,8 +133,7 @@ class LocalFormat:
         (kind,) = kinds
         if kind is Parquet or any(ending_of(file)[1] == ".zst" for file in files):
             require("pyarrow")
-        how = {"separator": self.separator} if kind is TextFiles else {"text_field": self.text_field}
-        source: Files = kind(files, root, **how)
+        source: Files = kind(files, root, text_field=self.text_field, separator=self.separator)
         source.skipped = names
         return source
 
