@@ -133,7 +133,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, request, capsys):
         os.kill(process.pid, signal.SIGINT)
         assert process.wait(timeout=60) == 130
     said = log.read_text()
-    assert "tokens in finished shards; go on with: hqlt data prepare" in said
+    assert "tokens in finished shards; resume with: hqlt data prepare" in said
     assert "Traceback" not in said
     main(command)
     assert "tokens of an earlier start" in capsys.readouterr().out

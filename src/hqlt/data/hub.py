@@ -33,12 +33,6 @@ class Hub(Source):
         self.dataset = self._load()
         if self.state is not None:
             self.dataset.load_state_dict(self.state)
-        for row in self._rows():
-            self.seen += 1
-            self.passed = self.size * self.seen // self.rows if self.size is not None else 0
-            yield text_of(row, self.text_field, f"{self.name}, row {self.seen}")
-
-    def _rows(self) -> Iterator[Any]:
         rows = iter(self.dataset)
         while True:
             try:
@@ -48,9 +42,11 @@ class Hub(Source):
             except Exception as error:  # of many libraries below: network, hub, file formats
                 raise OSError(
                     f"{self.name}: reading stopped after row {self.seen} ({type(error).__name__}: {error}); the same "
-                    f"command goes on from the last finished shards"
+                    f"command resumes from the last finished shards"
                 ) from error
-            yield row
+            self.seen += 1
+            self.passed = self.size * self.seen // self.rows if self.size is not None else 0
+            yield text_of(row, self.text_field, f"{self.name}, row {self.seen}")
 
     def state_dict(self) -> dict[str, Any]:
         return {"seen": self.seen, "dataset": self.dataset.state_dict()}

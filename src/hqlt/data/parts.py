@@ -67,11 +67,26 @@ def parts_of(
     validation_share: float | None = None,
     test_share: float | None = None,
 ) -> list[Part]:
-    """The parts in the order in which they are read.
+    """What is prepared: the parts in the order in which they are read.
 
-    source: "python-library", a file, a folder, the name of a dataset on the hub, or a Source. Its files' kinds say how
-    they are read: text, JSON lines, Parquet. The arguments are those of `prepare`. Raises ValueError for those of them
-    that the source has no use for: other documents than were meant would be read.
+    Args:
+        source: python-library, a file, a folder, the name of a dataset on the hub, or a Source. Files are read as their
+            endings say: text, JSON lines, Parquet.
+        text_field: the field or column with the text, in JSON lines, Parquet and datasets; text by default.
+        subset: of a dataset on the hub, such as sample-100BT.
+        split: of a dataset on the hub; train by default.
+        separator: a line that stands between two documents of a text file, "" for blank lines; by default a file is one
+            document.
+        pattern: which files of a folder, such as "*.py"; text, JSON lines or Parquet files by default.
+        validation: a file or folder for validation, whose documents are skipped in the source; by default documents are
+            held out.
+        test: a file or folder for the test split, in the same way.
+        validation_share: of the documents; 0.005 by default, and at least one.
+        test_share: of the documents; 0.005 by default, and at least one.
+
+    Raises:
+        ValueError: for a wrong source, and for an option that it has no use for: other documents than were meant would
+            be read.
     """
     told = {"text_field": text_field, "subset": subset, "split": split, "separator": separator, "pattern": pattern}
     given = {name for name, value in told.items() if value is not None}

@@ -47,19 +47,23 @@ def prepare(
     """Write the documents of a source as tokens into a folder that `TokenFiles` reads.
 
     A finished folder of the same settings is left as it is. An unfinished one (after Ctrl-C, a kill or a full disk) is
-    gone on with from its last finished shards, and ends up the same as if nothing had happened.
+    resumed from its last finished shards, and ends up the same as if nothing had happened.
 
-    source: "python-library", a file of text, JSON lines or Parquet, a folder of such files, the name of a
-        dataset on the Hugging Face hub, or a Source.
-    tokenizer: what `load_tokenizer` takes; a copy goes into the folder. A document begins with the special tokens that
-        it puts before every text, and ends with its eos token, if it has such.
-    limit_tokens: stop after the document with which the training split has as many tokens, and no split is empty.
-    shard_tokens: a round of shards, one for each split, is finished after the batch with which it has as many.
-    how: what `parts_of` takes: text_field; subset and split of a dataset; separator between the documents of a text
-        file; pattern of the files in a folder; validation and test files, or validation_share and test_share. Documents
-        that also stand in such files are skipped in the source; `Manifest.skipped` counts them.
-    Raises ValueError for a wrong source, and for a folder with other data, in which nothing is touched; OSError where
-    the folder cannot be written.
+    Args:
+        source: what `parts_of` takes.
+        folder: where the tokens go.
+        tokenizer: bytes, a tokenizer.json, a folder that holds one, or a name on the hub. A copy goes into the folder.
+            A document begins with the special tokens that it puts before every text, and ends with its eos token, if it
+            has such.
+        limit_tokens: stop after the document with which there are as many tokens for training, and no split is empty.
+        shard_tokens: tokens in a file; what is lost by an interrupt is less.
+        on_progress: called after each batch.
+        how: what else `parts_of` takes. Documents that also stand in its validation and test files are skipped in the
+            source; `Manifest.skipped` counts them.
+
+    Raises:
+        ValueError: for a wrong source, and for a folder with other data, in which nothing is touched.
+        OSError: where the folder cannot be written.
     """
     folder = Path(folder)
     if shard_tokens < 1 or (limit_tokens is not None and limit_tokens < 1):
