@@ -14,12 +14,7 @@ from torch import Tensor
 
 from hqlt.errors import is_out_of_memory
 
-WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+WEIGHTS = [f"{name}{index}" for name in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")]
 WRAPPERS = ("model", "state_dict")
 """Keys under which training scripts keep the weights beside other things."""
 
@@ -99,11 +94,9 @@ def weight_files(where: Path) -> list[Path]:
             f"{where}: expected safetensors or PyTorch weights, got a distributed checkpoint, whose index is a pickle; "
             f"convert it where it was made (torch.distributed.checkpoint.format_utils.dcp_to_torch_save)"
         )
-    for name in WEIGHTS:
-        if (where / name).is_file() and name.endswith(".index.json"):
-            return shards_of(where / name)
-        if (where / name).is_file():
-            return [where / name]
+    for file in (where / name for name in WEIGHTS):
+        if file.is_file():
+            return shards_of(file) if file.suffix == ".json" else [file]
     raise FileNotFoundError(f"{where}: expected one of {', '.join(WEIGHTS)}, found none")
 
 
@@ -125,10 +118,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             return load_file(file)
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # a file of something else can fail anywhere
-        if is_out_of_memory(error):
+        if isinstance(error, OSError) or is_out_of_memory(error):
             raise
         raise ValueError(f"{file}: expected safetensors, or a PyTorch file of tensors alone, got {error}") from error
     for wrapper in WRAPPERS:
