@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from hqlt.data import Tokenizer
     from hqlt.evaluate.retrieval import Haystack
     from hqlt.model import HQLTForCausalLM
-    from hqlt.report.table import Table
 
+PARTS = {"Tasks": "tasks", "Far beyond training": "lengths", "A key in a long text": "passkey"}
+"""By the title of each part: its name in results.json."""
 NEEDLE_FILLER = 200_000
 """Characters of real text that the needle's haystack is made of."""
 
@@ -169,8 +170,16 @@ class Job:
     def unit(self) -> str:
         return "byte" if self.tokenizer.name == "bytes" else "token"
 
-    def add(self, title: str, name: str, results: Any, table: Table, plot: str | None = None) -> None:
-        """Show it, and leave all there is so far: what comes next may fail, or be interrupted."""
+    def add(
+        self, title: str, results: Any, columns: list[str], rows: list[list[str]], caption: str, figure: Any = None
+    ) -> None:
+        """Show a table, and leave all there is so far: what comes next may fail, or be interrupted."""
+        from hqlt.report.plots import save
+        from hqlt.report.table import Table, TableCell
+
+        name = PARTS[title]
+        table = Table(columns, [list(map(TableCell, row)) for row in rows], caption)
+        plot = None if figure is None else save(figure, self.folder / f"{name}.png")
         self.results[name] = results
         self.sections.append({"title": title, "table": table, "plot": plot})
         self.console.print(f"[bold]{title}[/bold]")
@@ -199,13 +208,8 @@ class Job:
     @contextmanager
     def progress(self, what: str, total: int) -> Iterator[Any]:
         """Gives told(tokens)."""
-        columns = (
-            TextColumn(what),
-            BarColumn(),
-            TextColumn("{task.completed:,}/{task.total:,}"),
-            TimeRemainingColumn(),
-        )
-        notes = Console(stderr=True)
+        amount = TextColumn("{task.completed:,}/{task.total:,}")
+        columns, notes = (TextColumn(what), BarColumn(), amount, TimeRemainingColumn()), Console(stderr=True)
         with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as progress:
             bar = progress.add_task("", total=total)
             yield lambda tokens: progress.advance(bar, tokens)
@@ -229,7 +233,6 @@ def tasks_of(suite: str | None, tasks: str | None, local: Path | None) -> list[A
 def on_tasks(job: Job, tasks: list[Any]) -> None:
     from hqlt.evaluate.harness import HarnessModel, run_tasks
     from hqlt.evaluate.paper import PERCENT, compare, counterpart
-    from hqlt.report.table import Table, TableCell
 
     given, limit = job.options, job.options["limit"]
     model = HarnessModel(job.model, job.tokenizer, given["batch_size"], given["max_length"])
@@ -246,31 +249,25 @@ def on_tasks(job: Job, tasks: list[Any]) -> None:
     )
     if limit:
         caption += f" The first {limit} documents only."
-    table = Table(["task", "metric", "ours", "error", "paper"], [list(map(TableCell, row)) for row in rows], caption)
-    job.add("Tasks", "tasks", results, table)
+    job.add("Tasks", results, ["task", "metric", "ours", "error", "paper"], rows, caption)
 
 
 def on_lengths(job: Job, name: str, tokens: list[int], every: int) -> None:
     from hqlt.evaluate.lengths import bits_by_position
     from hqlt.report.evaluation import figure_of_lengths
-    from hqlt.report.plots import save
-    from hqlt.report.table import Table, TableCell
 
     with job.progress("reading", len(tokens)) as told:
         bins = bits_by_position(job.model, tokens, every, told)
     rows = [[f"{part.begin:,} – {part.end:,}", f"{part.carried:.4f}", f"{part.emptied:.4f}"] for part in bins]
     caption = f"{name}, {len(tokens):,} tokens, read once, in bits per {job.unit}."
     columns = ["position", "all before", f"emptied every {every:,}"]
-    table = Table(columns, [list(map(TableCell, row)) for row in rows], caption)
-    plot = save(figure_of_lengths(bins, every, job.unit), job.folder / "lengths.png")
-    job.add("Far beyond training", "lengths", [part._asdict() for part in bins], table, plot)
+    figure = figure_of_lengths(bins, every, job.unit)
+    job.add("Far beyond training", [part._asdict() for part in bins], columns, rows, caption, figure)
 
 
 def on_passkey(job: Job, haystacks: list[Haystack], longest: int, trials: int) -> None:
     from hqlt.evaluate.retrieval import lengths_up_to, retrieval
     from hqlt.report.evaluation import figure_of_retrieval
-    from hqlt.report.plots import save
-    from hqlt.report.table import Table, TableCell
 
     lengths = lengths_up_to(longest)
     found = {}
@@ -287,7 +284,5 @@ def on_passkey(job: Job, haystacks: list[Haystack], longest: int, trials: int) -
         f"Needle: Python's library as filler."
     )
     columns = ["text", "depth", *(f"{length:,}" for length in lengths)]
-    table = Table(columns, [list(map(TableCell, row)) for row in rows], caption)
-    plot = save(figure_of_retrieval(found), job.folder / "passkey.png")
     written = {name: [result._asdict() for result in results] for name, results in found.items()}
-    job.add("A key in a long text", "passkey", written, table, plot)
+    job.add("A key in a long text", written, columns, rows, caption, figure_of_retrieval(found))
