@@ -91,7 +91,7 @@ def test_mistakes_end_with_one_line(tmp_path, capsys):
         (["data", "check", str(tmp_path)], "expected a folder written by `hqlt data prepare`"),
         (["tokenizer", "train", lines, "--vocabulary=12"], "vocabulary: expected at least 257"),
         (["tokenizer", "train", lines, "--limit-bytes=0"], "limit_bytes: expected at least 1, got 0"),
-        (["tokenizer", "train", lines, f"--out={tmp_path}"], "expected an empty folder or a new one"),
+        (["tokenizer", "train", lines, f"--out={tmp_path}"], "expected a new or empty folder"),
         (["data", "prepare", lines, f"--folder={lines}"], "expected a folder, found a file"),
         (["data", "prepare", lines, "--separator="], "separator: expected none, as .* leave out --separator"),
         (

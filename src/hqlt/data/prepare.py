@@ -16,7 +16,7 @@ from hqlt.data.parts import Part, held_out_documents, parts_of
 from hqlt.data.shard import ShardWriter
 from hqlt.data.source import Source
 from hqlt.data.tokenizer import Tokenizer, load_tokenizer
-from hqlt.disk import UNFINISHED, alone_in, sync_folder
+from hqlt.disk import alone_in, holds_files, sync_folder
 from hqlt.task.task import SPLITS
 
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 1024, 1 << 22
@@ -92,17 +92,12 @@ def prepare(
 
 
 class Place(NamedTuple):
-    """Where to go on."""
+    """Where to resume."""
 
     part: int = 0
     source: dict[str, Any] | None = None
     """How far the part's source was read; None: not at all."""
     holdout: Holdout | None = None
-
-    @classmethod
-    def of(cls, told: dict[str, Any]) -> Place:
-        """From JSON."""
-        return cls(told["part"], told["source"], told["holdout"] and Holdout(*told["holdout"]))
 
 
 def begun_in(folder: Path, wanted: Manifest, tokenizer: Tokenizer) -> tuple[Manifest, Place | None]:
@@ -112,8 +107,9 @@ def begun_in(folder: Path, wanted: Manifest, tokenizer: Tokenizer) -> tuple[Mani
         found, _ = read_manifest(folder)
     elif (folder / PROGRESS).exists():
         found, more = read_manifest(folder, PROGRESS)
-        place = Place.of(more["place"])
-    elif any(not path.name.endswith(UNFINISHED) for path in folder.iterdir()):
+        part, source, holdout = (more["place"][name] for name in Place._fields)
+        place = Place(part, source, holdout and Holdout(*holdout))
+    elif holds_files(folder):
         raise ValueError(f"{folder}: expected an empty folder or a new one, found other files in it")
     else:
         found, place = wanted, Place()
@@ -238,30 +234,34 @@ def batches(source: Source, most_characters: int) -> Iterator[list[str]]:
 def refuse_empty(folder: Path, manifest: Manifest, parts: Sequence[Part]) -> None:
     """Every split that was asked for has documents."""
     missing = [split for part in parts for split in part.splits if not manifest.documents(split)]
-    if missing and manifest.skipped["documents"]:
-        raise ValueError(
-            f"{folder}: expected documents in every split, found none for {' and '.join(missing)}: "
-            f"{manifest.skipped['documents']:,} of the source were skipped, as they also stand in the files given by "
-            f"--validation and --test; give other files, and remove this folder or give another"
-        )
-    if missing:
-        raise ValueError(
-            f"{folder}: expected documents in every split, found none for {' and '.join(missing)}; raise "
-            f"--validation-share or --test-share, or set them to 0, and remove this folder or give another"
-        )
+    if not missing:
+        return
+    skipped = manifest.skipped["documents"]
+    hint = (
+        f": {skipped:,} of the source were skipped, as they also stand in the files given by --validation and --test; "
+        f"give other files"
+        if skipped
+        else "; raise --validation-share or --test-share, or set them to 0"
+    )
+    raise ValueError(
+        f"{folder}: expected documents in every split, found none for {' and '.join(missing)}{hint}, and remove this "
+        f"folder or give another"
+    )
 
 
 def _difference(found: Manifest, wanted: Manifest) -> str:
     """The first settings that are not equal."""
     if found.tokenizer["digest"] != wanted.tokenizer["digest"]:
         return f"tokenizer: there {found.tokenizer['name']}, asked for {wanted.tokenizer['name']}"
-    for name in ("limit_tokens", "shard_tokens", "prefix_ids"):
-        there, asked = found.settings.get(name), wanted.settings.get(name)
-        if there != asked:
-            return f"{name}: there {there}, asked for {asked}"
-    there, asked = found.settings["parts"], wanted.settings["parts"]
-    for one, other in zip(there, asked, strict=False):
-        for key in sorted({*one, *other}):
-            if one.get(key) != other.get(key):
-                return f"source, {key}: there {one.get(key)}, asked for {other.get(key)}"
-    return f"there {len(there)} sources, asked for {len(asked)}"
+    there, asked = _facts(found.settings), _facts(wanted.settings)
+    place = next(place for place in (*there, *asked) if there.get(place) != asked.get(place))
+    return f"{place[0]}: there {there.get(place)}, asked for {asked.get(place)}"
+
+
+def _facts(settings: dict[str, Any]) -> dict[tuple[str, int], Any]:
+    """Settings, and those of the sources, by name and the source's number."""
+    facts = {(name, 0): value for name, value in settings.items() if name != "parts"}
+    facts["number of sources", 0] = len(settings["parts"])
+    return facts | {
+        (f"source, {key}", i): part[key] for i, part in enumerate(settings["parts"]) for key in sorted(part)
+    }
