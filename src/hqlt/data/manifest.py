@@ -48,16 +48,10 @@ class Manifest:
         settings: dict[str, Any] = {"parts": parts, "limit_tokens": limit_tokens, "shard_tokens": shard_tokens}
         if tokenizer.prefix_ids:
             settings["prefix_ids"] = tokenizer.prefix_ids
-        told = {
-            "name": tokenizer.name,
-            "vocab_size": tokenizer.vocab_size,
-            "eos_id": tokenizer.eos_id,
-            "digest": tokenizer.digest,
-        }
         return cls(
             source=source,
             settings=json.loads(json.dumps(settings)),  # as they are read again
-            tokenizer=told,
+            tokenizer={name: getattr(tokenizer, name) for name in ("name", "vocab_size", "eos_id", "digest")},
             dtype=dtype_for(tokenizer.vocab_size),
             skipped={"files": len(skipped_files), "names": skipped_files[:NAMES], "documents": 0},
         )

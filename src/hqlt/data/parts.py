@@ -97,7 +97,10 @@ def parts_of(
         return [_library("train"), _library("validation"), _library("test")]
     shares = [_share_of("validation", validation_share, validation), _share_of("test", test_share, test)]
     check_shares(*shares)
-    own = [_there(name, file) for name, file in zip(HELD_OUT, (validation, test), strict=True) if file is not None]
+    own = [(name, file.expanduser()) for name, file in zip(HELD_OUT, (validation, test), strict=True) if file]
+    for held, file in own:
+        if not file.exists():
+            raise ValueError(f"{held}: expected a file or a folder, found none at {file}")
     how = LocalFormat(text_field=text_field or "text", separator=separator, pattern=pattern)
     name, folders = str(source), any(file.is_dir() for _, file in own)
     if not isinstance(source, Source):
@@ -153,10 +156,3 @@ def _share_of(name: str, share: float | None, file: Path | None) -> float:
     if share:
         raise ValueError(f"{name}_share: expected none, as --{name} gives the documents, got {share}")
     return 0.0
-
-
-def _there(name: Split, file: Path) -> tuple[Split, Path]:
-    path = file.expanduser()
-    if not path.exists():
-        raise ValueError(f"{name}: expected a file or a folder, found none at {file}")
-    return name, path

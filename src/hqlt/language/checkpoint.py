@@ -36,15 +36,19 @@ def read_checkpoint(where: Path, settings: Path | None = None, renames: Mapping[
     are no expressions.
     """
     told = settings_of(where, settings)
-    patterns = compiled(renames or {})
-    tensors: dict[str, Tensor] = {}
-    for file in weight_files(where):
-        tensors |= read_tensors(file)
+    for pattern, replacement in (renames or {}).items():
+        try:
+            re.sub(pattern, replacement, "")
+        except (re.error, IndexError) as error:
+            raise ValueError(
+                f"map: expected an expression and what replaces it, got {pattern!r}: {replacement!r}: {error}"
+            ) from None
+    tensors = {name: tensor for file in weight_files(where) for name, tensor in read_tensors(file).items()}
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         new = name.removeprefix("_orig_mod.").removeprefix("module.")
-        for pattern, replacement in patterns.items():
-            new = pattern.sub(replacement, new)
+        for pattern, replacement in (renames or {}).items():
+            new = re.sub(pattern, replacement, new)
         if new in renamed:
             raise ValueError(f"{name}: expected names that stay different when renamed, got {new!r} twice")
         renamed[new] = tensor
@@ -69,20 +73,6 @@ def settings_of(where: Path, settings: Path | None = None) -> dict[str, Any]:
     if not isinstance(told, dict):
         raise ValueError(f"{file}: expected settings by name, got {type(told).__name__}")
     return told
-
-
-def compiled(renames: Mapping[str, str]) -> dict[re.Pattern[str], str]:
-    patterns = {}
-    for pattern, replacement in renames.items():
-        try:
-            expression = re.compile(pattern)
-            expression.sub(replacement, "")
-        except (re.error, IndexError) as error:
-            raise ValueError(
-                f"map: expected an expression and what replaces it, got {pattern!r}: {replacement!r}: {error}"
-            ) from None
-        patterns[expression] = replacement
-    return patterns
 
 
 def weight_files(where: Path) -> list[Path]:
