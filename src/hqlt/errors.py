@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from importlib.metadata import PackageNotFoundError, distribution
@@ -46,6 +47,13 @@ def extra_for(error: BaseException) -> str | None:
     """The extra of hqlt that brings the package that is missing; None where nothing is, or no extra does."""
     missing = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
     return EXTRAS.get(missing.partition(".")[0])
+
+
+def require(*packages: str) -> None:
+    """Raises ModuleNotFoundError for one that is missing, before anything is done that will be of no use without it."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(f"expected the package {package}", name=package)
 
 
 def how_to_install(*extras: str) -> str:

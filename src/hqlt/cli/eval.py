@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from hqlt.data.text import beginning_of
 from hqlt.disk import alone_in
+from hqlt.errors import require
 from hqlt.run_folder import COMMANDS, kind_of
 
 if TYPE_CHECKING:
@@ -107,9 +107,7 @@ def check(options: dict[str, Any], place: Path) -> None:
         raise NotADirectoryError(f"local: expected a folder, got {options['local']}")
     if place.is_dir() and (kind := kind_of(place)):
         raise ValueError(f"{place}: expected a folder for results alone, found a run of {COMMANDS[kind]}; name another")
-    for package in ["jinja2", "matplotlib", *["lm_eval"] * bool(on_tasks)]:
-        if importlib.util.find_spec(package) is None:
-            raise ModuleNotFoundError(name=package)
+    require("jinja2", "matplotlib", *["lm_eval"] * bool(on_tasks))
 
 
 def tokens_of(file: Path, tokenizer: Tokenizer, longest: int) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 from hqlt.data.source import Files, without_lone_surrogates
 from hqlt.data.text import COMPRESSIONS, decoded, opened, without_mark
 from hqlt.data.walk import files_below, hidden
+from hqlt.errors import require
 
 
 class TextFiles(Files):
@@ -110,19 +110,17 @@ class LocalFormat:
 
         Raises ValueError for a folder with no such files, or with files of several kinds, and for a table or archive.
         """
-        skipped: list[Path] = []
-        if path.is_file():
-            files, root = [path], path.parent
-        elif path.is_dir():
+        files, root, names = [path], path.parent, list[str]()
+        if path.is_dir():
             used = {other.resolve() for other in without}
-            found, skipped = files_below(path, self.pattern)
+            found, broken = files_below(path, self.pattern)
             found = [file for file in found if not used & {file.resolve(), *file.resolve().parents}]
             files, root = [file for file in found if self.pattern or kind_of(file, KINDS)], path
-            skipped = sorted([*skipped, *(file for file in found if file not in set(files))])
-        else:
+            skipped = (file.relative_to(path) for file in sorted({*broken, *found} - {*files}))
+            names = [file.as_posix() for file in skipped if not hidden(file)]
+        elif not path.is_file():
             raise ValueError(f"{path}: expected a file or a folder, got neither")
         kinds = {kind_of(file, NAMED_KINDS) or text_or_refused(file) for file in files}
-        names = [file.relative_to(root).as_posix() for file in skipped if not hidden(file.relative_to(root))]
         if len(kinds) != 1:
             others = f" (skipped, as their kind is not known: {listed(names, len(names))})" if names else ""
             what = " and ".join(sorted(kind.__name__ for kind in kinds)) or f"none{others}"
@@ -136,12 +134,6 @@ class LocalFormat:
         source: Files = kind(files, root, text_field=self.text_field, separator=self.separator)
         source.skipped = names
         return source
-
-
-def require(package: str) -> None:
-    """Raises ModuleNotFoundError for one that is missing, before anything is read that will be of no use without it."""
-    if importlib.util.find_spec(package) is None:
-        raise ModuleNotFoundError(f"expected the package {package}", name=package)
 
 
 def kind_of(file: Path, kinds: Mapping[str, type[Files]]) -> Any:

@@ -11,8 +11,9 @@ from typing import Any
 
 from hqlt.data.holdout import Holdout, check_shares
 from hqlt.data.hub import Hub
-from hqlt.data.local import NAMED_KINDS, LocalFormat, TextFiles, kind_of, require
+from hqlt.data.local import NAMED_KINDS, LocalFormat, TextFiles, kind_of
 from hqlt.data.source import Source
+from hqlt.errors import require
 from hqlt.seeds import hashed
 from hqlt.task.task import Split
 from hqlt.task.text import library_files
