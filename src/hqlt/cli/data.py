@@ -78,7 +78,7 @@ def summary(folder: Path, manifest: Manifest) -> str:
             tokens, size = manifest.tokens(split), manifest.bytes(split)
             lines.append(
                 f"{split:>12} {tokens:>15,} tokens {manifest.documents(split):>12,} documents {size:>16,} bytes of text"
-                f"  {size / tokens:.2f} bytes a token  {len(shards)} shard{'s' * (len(shards) > 1)}"
+                f"  {size / tokens:.2f} bytes per token  {len(shards)} shard{'s' * (len(shards) > 1)}"
             )
     skipped = manifest.skipped
     if skipped["documents"]:

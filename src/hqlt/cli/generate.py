@@ -46,12 +46,12 @@ def generate(
 
     A long document is read once, piece by piece: `--prompt-file BOOK --tokens 0 --save-state F` keeps what the memories
     hold of it in a file (small whatever the document's length, but for full attention), and
-    `--load-state F --prompt QUESTION` goes on from there at once, as often as wanted and on any machine that has the
+    `--load-state F --prompt QUESTION` continues from there at once, as often as wanted and on any machine that has the
     same model.
 
     Args:
         model: a model's folder, or the run that trained it.
-        prompt: the text to go on with. It begins with the special tokens that the tokenizer puts before every text, and
+        prompt: the text to continue. It begins with the special tokens that the tokenizer puts before every text, and
             those spelled out in it are special, as in transformers.
         prompt_file: a file with the text, before the prompt where both are given.
         tokens: how many to make at most; 0 only reads, to save the state.
@@ -62,7 +62,7 @@ def generate(
         batch: continuations side by side.
         greedy: always the likeliest token.
         save_state: keep what was read (the prompt, then the new text) in this file.
-        load_state: go on from what was kept in this file.
+        load_state: continue from what was kept in this file.
         device: where the model runs, such as cpu; cuda where there is one by default.
     """
     check(**locals())

@@ -14,7 +14,7 @@ from hqlt.errors import first_line
 class Hub(Source):
     """`datasets.load_dataset(name, subset, split=split, streaming=True)`, one field of each row.
 
-    Goes on by the dataset's own state: only the file that was being read is read again.
+    Resumes by the dataset's own state: only the file that was being read is read again.
     """
 
     options = frozenset({"text_field", "subset", "split"})

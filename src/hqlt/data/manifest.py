@@ -17,7 +17,7 @@ FORMAT = "hqlt-tokens-1"
 MANIFEST = "manifest.json"
 NAMES = 100
 PROGRESS = "progress.json"
-"""In the manifest's place while the folder is not whole: the shards so far, and where the source is to go on."""
+"""In the manifest's place while the folder is not whole: the shards so far, and where the source is to resume."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> tuple[Manifest, dict[st
 
 def _what_is_there(folder: Path) -> str:
     if (folder / PROGRESS).is_file():
-        return "the data is not whole yet; run the same `hqlt data prepare` again to go on"
+        return "the data is not whole yet; run the same `hqlt data prepare` again to resume"
     what = "an empty or other folder" if folder.is_dir() else "no such folder"
     return f"expected a folder written by `hqlt data prepare`, got {what}"
 

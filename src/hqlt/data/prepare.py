@@ -1,4 +1,4 @@
-"""From documents to a folder of tokens, shard by shard, going on where an earlier start was stopped."""
+"""From documents to a folder of tokens, shard by shard, resumed where an earlier start was stopped."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def prepare(
             with contextlib.closing(Writing(folder, manifest, tok, parts, on_progress)) as writing:
                 writing.write_from(place)
         except BaseException:
-            if not any(manifest.splits.values()):  # there is nothing to go on from
+            if not any(manifest.splits.values()):  # there is nothing to resume from
                 (folder / PROGRESS).unlink()
                 shutil.rmtree(folder / "tokenizer", ignore_errors=True)
             raise
@@ -101,7 +101,7 @@ class Place(NamedTuple):
 
 
 def begun_in(folder: Path, wanted: Manifest, tokenizer: Tokenizer) -> tuple[Manifest, Place | None]:
-    """The folder's data so far and where to go on; no place: it is whole. Refuses a folder with anything else in it."""
+    """The folder's data so far and where to resume; no place: it is whole. Refuses a folder with anything else in it."""
     place: Place | None = None
     if (folder / MANIFEST).exists():
         found, _ = read_manifest(folder)

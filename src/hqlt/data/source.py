@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 
 class Source:
-    """Documents in a fixed order. Once iterated, `state_dict` says how far; a new source goes on from it."""
+    """Documents in a fixed order. Once iterated, `state_dict` says how far; a new source resumes from it."""
 
     options: ClassVar[frozenset[str]] = frozenset()
     """Those of `parts_of` that say how it is read: its attributes of these names."""
