@@ -91,15 +91,20 @@ def setting_of_cpu(threads: int) -> dict[str, Any]:
 
 
 def table_of(title: str, results: list[dict[str, Any]], caption: str) -> FittingTable:
-    measured = [name for name, value in results[0].items() if isinstance(value, dict)]
-    against = ["of projections"] if "of projections" in results[0][measured[0]] else []
     columns = ["case", "shape", "implementation"]
-    columns += [column for name in measured for column in (f"{name} ms", "×", "%", "MB", *against)]
+    measured = [name for name, value in results[0].items() if isinstance(value, dict)]
+    against = "of projections" in results[0][measured[0]]
+    for name in measured:
+        columns += [f"{name} ms", "×", "%", "MB", *(["of projections"] if against else [])]
     rows = []
     for row in results:
-        cells = [row["case"], ", ".join(map(str, row["shape"])), row["implementation"]]
-        for of in (row[name] for name in measured):
+        cells = []
+        for name in measured:
+            of = row[name]
             cells += [f"{of['ms']:.3g}", f"{of['times faster']:.2f}", f"{100 * of['of ceiling']:.0f}"]
-            cells += [f"{of['peak MB']:.0f}", *(f"{of[name]:.3f}" if name in of else "" for name in against)]
-        rows.append([Text(cell) for cell in cells])
+            cells += [f"{of['peak MB']:.0f}"]
+            if against:
+                cells += [f"{of['of projections']:.3f}" if "of projections" in of else ""]
+        names = [row["case"], ", ".join(map(str, row["shape"])), row["implementation"]]
+        rows.append([Text(text) for text in (*names, *cells)])
     return FittingTable(columns, rows, caption, title, names=3)
