@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from hqlt.data import Manifest, check, prepare
-from hqlt.data.local import listed
+from hqlt.errors import listed
 from hqlt.report.preparing import PreparingDisplay
 
 

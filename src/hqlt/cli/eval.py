@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -13,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from hqlt.cli.progress import progress
 from hqlt.data.text import beginning_of
 from hqlt.disk import alone_in
 from hqlt.errors import require
@@ -203,15 +201,6 @@ class Job:
         )
         self.console.print(f"page: {self.folder / 'report.html'}", highlight=False)
 
-    @contextmanager
-    def progress(self, what: str, total: int) -> Iterator[Any]:
-        """Gives told(tokens)."""
-        amount = TextColumn("{task.completed:,}/{task.total:,}")
-        columns, notes = (TextColumn(what), BarColumn(), amount, TimeRemainingColumn()), Console(stderr=True)
-        with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as progress:
-            bar = progress.add_task("", total=total)
-            yield lambda tokens: progress.advance(bar, tokens)
-
 
 def tasks_of(suite: str | None, tasks: str | None, local: Path | None) -> list[Any]:
     """Those that are named, with their data."""
@@ -254,7 +243,7 @@ def on_lengths(job: Job, name: str, tokens: list[int], every: int) -> None:
     from hqlt.evaluate.lengths import bits_by_position
     from hqlt.report.evaluation import figure_of_lengths
 
-    with job.progress("reading", len(tokens)) as told:
+    with progress("reading", len(tokens)) as told:
         bins = bits_by_position(job.model, tokens, every, told)
     rows = [[f"{part.begin:,} – {part.end:,}", f"{part.carried:.4f}", f"{part.emptied:.4f}"] for part in bins]
     caption = f"{name}, {len(tokens):,} tokens, read once, in bits per {job.unit}."
@@ -270,7 +259,7 @@ def on_passkey(job: Job, haystacks: list[Haystack], longest: int, trials: int) -
     lengths = lengths_up_to(longest)
     found = {}
     for haystack in haystacks:
-        with job.progress(haystack.name, trials * sum(lengths)) as told:
+        with progress(haystack.name, trials * sum(lengths)) as told:
             found[haystack.name] = retrieval(job.model, job.tokenizer, haystack, lengths, trials=trials, told=told)
     rows = [
         [name, f"{depth:.0%}", *(f"{100 * one.right / trials:.0f}" for one in results if one.depth == depth)]

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from hqlt.cli.progress import progress
 from hqlt.disk import probe
 from hqlt.errors import reason
 
@@ -82,12 +82,13 @@ def generate(
         ids = [*tokenizer.prefix_ids, *ids]
     language_model = load_model(model, device_there)
     past = generation.load_past(load_state, language_model) if load_state else None
-    past = read_with_progress(language_model, ids, past, notes)
+    with progress("reading", len(ids), least=generation.PIECE) as told:
+        past = generation.read(language_model, ids, past, told)
     console = Console(soft_wrap=batch == 1)
     began = time.monotonic()
     try:
         if tokens:
-            with shown(console, text[-SHOWN:], batch) as told:
+            with shown(console, text[-SHOWN:], batch) as write:
                 made, past = generation.go_on(
                     language_model,
                     past,
@@ -99,7 +100,7 @@ def generate(
                     greedy=greedy or temperature == 0,
                     seed=seed,
                     eos=tokenizer.eos_id,
-                    streamer=generation.TextStreamer(tokenizer, batch, tokenizer.eos_id, told),
+                    streamer=generation.TextStreamer(tokenizer, batch, tokenizer.eos_id, write),
                 )
             if console.is_terminal:
                 speed = made.numel() / (time.monotonic() - began)
@@ -151,16 +152,6 @@ def keep(path: Path, past: Past, model: HQLTForCausalLM, notes: Console) -> None
         save_past(elsewhere, past, model)
         raise SystemExit(f"{path} could not be written ({reason(error)}); what was read is in {elsewhere}") from None
     notes.print(f"{path}: {path.stat().st_size / 1e6:.1f} MB", style="dim", markup=False, soft_wrap=True)
-
-
-def read_with_progress(model: HQLTForCausalLM, tokens: list[int], past: Past | None, notes: Console) -> Past:
-    from hqlt.language.generation import PIECE, read
-
-    columns = (TextColumn("reading"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn())
-    hidden = len(tokens) <= PIECE or not notes.is_terminal
-    with Progress(*columns, console=notes, transient=True, disable=hidden) as progress:
-        bar = progress.add_task("", total=len(tokens))
-        return read(model, tokens, past, lambda n: progress.advance(bar, n))
 
 
 @contextmanager

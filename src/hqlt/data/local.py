@@ -11,7 +11,7 @@ from typing import Any
 from hqlt.data.source import Files, without_lone_surrogates
 from hqlt.data.text import COMPRESSIONS, decoded, opened, without_mark
 from hqlt.data.walk import files_below, hidden
-from hqlt.errors import require
+from hqlt.errors import listed, require
 
 
 class TextFiles(Files):
@@ -92,10 +92,6 @@ NOT_TEXT = (".arrow", ".csv", ".tsv", ".zip", ".tar", ".tgz", ".7z")
 """Endings of files that hold documents in a way that is not known here."""
 
 
-SHOWN = 8
-"""Files that an error or a summary names."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class LocalFormat:
     text_field: str = "text"
@@ -122,7 +118,7 @@ class LocalFormat:
             raise ValueError(f"{path}: expected a file or a folder, got neither")
         kinds = {kind_of(file, NAMED_KINDS) or text_or_refused(file) for file in files}
         if len(kinds) != 1:
-            others = f" (skipped, as their kind is not known: {listed(names, len(names))})" if names else ""
+            others = f" (skipped, as their kind is not known: {listed(names)})" if names else ""
             what = " and ".join(sorted(kind.__name__ for kind in kinds)) or f"none{others}"
             raise ValueError(
                 f"{path}: expected files of one kind among {', '.join(KINDS)}, found {what}; choose by --pattern, "
@@ -158,12 +154,6 @@ def ending_of(file: Path) -> tuple[str, str]:
     """In lower case, without the one of a compression; and that."""
     *_, before, last = ["", "", *(suffix.lower() for suffix in file.suffixes)]
     return (before, last) if last in COMPRESSIONS else (last, "")
-
-
-def listed(names: Sequence[str], count: int) -> str:
-    """The first of some names, and how many there are beside them."""
-    shown = names[:SHOWN]
-    return ", ".join(shown) + (f" and {count - len(shown):,} more" if count > len(shown) else "")
 
 
 def text_of(row: Any, field: str, place: str) -> str:

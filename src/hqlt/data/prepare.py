@@ -101,7 +101,7 @@ class Place(NamedTuple):
 
 
 def begun_in(folder: Path, wanted: Manifest, tokenizer: Tokenizer) -> tuple[Manifest, Place | None]:
-    """The folder's data so far and where to resume; no place: it is whole. Refuses a folder with anything else in it."""
+    """The folder's data so far, and where to resume; None: it is whole. Refuses a folder with other data or files."""
     place: Place | None = None
     if (folder / MANIFEST).exists():
         found, _ = read_manifest(folder)
