@@ -47,3 +47,13 @@ def test_import_hqlt_loads_nothing_and_looking_for_transformers_neither():
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ran.stdout.strip() == "set()", ran.stderr
+
+
+def test_a_transformers_that_cannot_have_our_models_is_left_whole(tmp_path):
+    (tmp_path / "transformers").mkdir()
+    (tmp_path / "transformers" / "__init__.py").write_text("old = True\n")
+    for imports in ("import hqlt, transformers", "import transformers, hqlt"):
+        program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {imports}; print(transformers.old)"
+        ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert ran.stdout == "True\n", ran.stderr
+        assert "UserWarning: transformers' Auto classes do not know hqlt's models: cannot import name" in ran.stderr

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -28,14 +29,21 @@ class AfterTransformers:
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                importlib.import_module("hqlt.model")
+                register_models()
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
+def register_models() -> None:
+    try:
+        importlib.import_module("hqlt.model")
+    except ImportError as error:  # another version of transformers, which serves others well
+        warnings.warn(f"transformers' Auto classes do not know hqlt's models: {error}", stacklevel=2)
+
+
 def register_with_transformers() -> None:
     if sys.modules.get("transformers"):
-        importlib.import_module("hqlt.model")
+        register_models()
     elif AfterTransformers not in sys.meta_path:
         sys.meta_path.insert(0, AfterTransformers)
