@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,84 @@ def test_imports_point_down(name):
     assert {part for part in parts if height(own) < height(part) < len(LAYERS)} == set()
     if own in PARTS_THAT_KNOW_NO_MODEL:
         assert not parts & {"model", "layer", "mixer", "blend", "memory"}
+
+
+def at_module_level(body: list[ast.stmt]) -> Iterator[ast.Import | ast.ImportFrom]:
+    """The imports that run when a module is imported: not those in functions, nor those for type checkers alone."""
+    for node in body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            yield from at_module_level(node.orelse)
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            for inner in (*(getattr(node, name, []) for name in ("body", "orelse", "finalbody")),
+                          *(handler.body for handler in getattr(node, "handlers", []))):  # fmt: skip
+                yield from at_module_level(inner)
+
+
+def packages_of(module: str) -> set[str]:
+    """Those that it is in, whose import begins before its own."""
+    parts = module.split(".")
+    return {".".join(parts[:i]) for i in range(1, len(parts))}
+
+
+def import_graph(source: Path) -> dict[str, set[str]]:
+    """By module of a package: those of its modules that its import runs first, the packages that hold them included."""
+    files = {
+        ".".join((source.name, *file.relative_to(source).with_suffix("").parts)).removesuffix(".__init__"): file
+        for file in source.rglob("*.py")
+    }
+    graph = {}
+    for name, file in files.items():
+        wanted: set[str] = set()
+        for node in at_module_level(ast.parse(file.read_text()).body):
+            places = [alias.name for alias in node.names]
+            if isinstance(node, ast.ImportFrom):
+                module = str(node.module)
+                places = [f"{module}.{place}" if f"{module}.{place}" in files else module for place in places]
+            wanted |= {*places, *(package for place in places for package in packages_of(place) - packages_of(name))}
+        graph[name] = wanted & set(files) - {name}
+    return graph
+
+
+def cycle_in(graph: dict[str, set[str]]) -> tuple[str, ...] | None:
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return tuple(error.args[1])
+    return None
+
+
+def test_no_module_needs_one_that_needs_it():
+    assert cycle_in(import_graph(SOURCE)) is None
+
+
+def test_a_cycle_is_seen(tmp_path):
+    package = tmp_path / "p"
+    (package / "q").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "q" / "__init__.py").write_text("from p.q.a import f\n")
+    (package / "q" / "a.py").write_text("try:\n    from p.b import g\nexcept ImportError:\n    pass\n")
+    lazy = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import p.q.a\ndef g():\n    import p.q\n"
+    (package / "b.py").write_text(lazy)
+    assert cycle_in(import_graph(package)) is None
+    (package / "b.py").write_text("class G:\n    import p.q.a\n")
+    assert set(cycle_in(import_graph(package)) or ()) == {"p.b", "p.q.a"}
+    (package / "b.py").write_text("from p.q import f\n")
+    assert set(cycle_in(import_graph(package)) or ()) == {"p.b", "p.q", "p.q.a"}
+
+
+def test_private_members_of_jsonargparse_are_left_alone():
+    using = {str(file): file.read_text() for file in SOURCE.rglob("*.py") if "from jsonargparse" in file.read_text()}
+    assert len(using) > 1
+    for name, text in using.items():
+        private = [
+            node.attr if isinstance(node, ast.Attribute) else node.module
+            for node in ast.walk(ast.parse(text))
+            if (isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"))
+            or (isinstance(node, ast.ImportFrom) and str(node.module).startswith("jsonargparse."))
+        ]
+        assert not private, name
 
 
 def test_importing_hqlt_is_light():

@@ -23,9 +23,37 @@ def folder(tmp_path_factory):
         "from transformers import AutoModelForCausalLM; import hqlt",
         "import hqlt; from transformers import PreTrainedModel, AutoModelForCausalLM",
         "import hqlt; from transformers import AutoConfig, AutoModelForCausalLM",
+        "import transformers, hqlt; from transformers import AutoModelForCausalLM",
+        "import hqlt.model.config; from transformers import AutoModelForCausalLM",
+        "import hqlt, importlib.util as i; i.find_spec('transformers'); from transformers import AutoModelForCausalLM",
     ],
 )
 def test_auto_classes_find_our_models(imports, folder):
     program = f"{imports}\nprint(type(AutoModelForCausalLM.from_pretrained({str(folder)!r})).__name__)"
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ran.stdout.strip() == "HQLTForCausalLM", ran.stderr
+
+
+def test_transformers_has_the_names_that_configs_give_as_architectures():
+    program = "import hqlt, transformers; print(transformers.HQLTForCausalLM is hqlt.HQLTForCausalLM)"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ran.stdout.strip() == "True", ran.stderr
+
+
+def test_import_hqlt_loads_nothing_and_looking_for_transformers_neither():
+    program = (
+        "import sys, hqlt, importlib.util; importlib.util.find_spec('transformers')\n"
+        "print({'torch', 'transformers', 'hqlt.model'} & set(sys.modules))"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ran.stdout.strip() == "set()", ran.stderr
+
+
+def test_a_transformers_that_cannot_have_our_models_is_left_whole(tmp_path):
+    (tmp_path / "transformers").mkdir()
+    (tmp_path / "transformers" / "__init__.py").write_text("old = True\n")
+    for imports in ("import hqlt, transformers", "import transformers, hqlt"):
+        program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {imports}; print(transformers.old)"
+        ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert ran.stdout == "True\n", ran.stderr
+        assert "UserWarning: transformers' Auto classes do not know hqlt's models: cannot import name" in ran.stderr

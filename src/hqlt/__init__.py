@@ -2,7 +2,7 @@
 
 >>> layer = hqlt.HybridMemory(hidden_size=64, num_heads=4, window=8)
 >>> y, state = layer(x)                  # x, y: [b, t, 64]
->>> y, state = layer(more, state=state)  # goes on where the first call ended
+>>> y, state = layer(more, state=state)  # continues where the first call ended
 """
 
 from __future__ import annotations

@@ -69,9 +69,8 @@ def check_writable(path: Path, *, folder: bool = False) -> None:
     For what is written at the end of hours of work, before they begin.
     """
     if path.exists() and path.is_dir() != folder:
-        raise OSError(
-            None, f"expected a {'folder' if folder else 'file'}, found a {'file' if folder else 'folder'}", str(path)
-        )
+        wanted, found = ("folder", "file") if folder else ("file", "folder")
+        raise OSError(None, f"expected a {wanted}, found a {found}", str(path))
     there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if there != path and not there.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, f"{there} is a file, not a folder", str(path))
@@ -81,6 +80,11 @@ def check_writable(path: Path, *, folder: bool = False) -> None:
             there.open("ab").close()
     except OSError as error:
         raise OSError(error.errno, f"cannot be written there: {error.strerror}", str(path)) from None
+
+
+def holds_files(folder: Path) -> bool:
+    """Whether there is anything in it but what a kill left unfinished."""
+    return any(not path.name.endswith(UNFINISHED) for path in folder.iterdir())
 
 
 def probe(folder: Path) -> None:
@@ -100,10 +104,9 @@ def alone_in(folder: Path) -> Iterator[None]:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: expected a folder, found a file; give another name")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    with told_if_not_written(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     try:
         with told_if_not_written(folder):
+            folder.mkdir(parents=True, exist_ok=True)
             probe(folder)  # it may be there and read-only
         with _locked(folder):
             yield
@@ -120,7 +123,7 @@ def new_in(folder: Path) -> Iterator[None]:
     Raises FileExistsError where it holds something, OSError where it cannot be written.
     """
     with alone_in(folder):
-        if any(folder.iterdir()):
+        if holds_files(folder):
             raise FileExistsError(
                 f"{folder}: expected a new or empty folder, because nothing is overwritten; name another"
             )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -19,6 +21,8 @@ EXTRAS = {
 }
 """Packages that only some commands need, and the extra of hqlt that brings them."""
 
+SHOWN = 8
+"""Names that an error or a summary lists."""
 OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 """How torch says it: an error of its own for GPUs, any RuntimeError for a CPU."""
 
@@ -46,6 +50,19 @@ def extra_for(error: BaseException) -> str | None:
     """The extra of hqlt that brings the package that is missing; None where nothing is, or no extra does."""
     missing = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
     return EXTRAS.get(missing.partition(".")[0])
+
+
+def listed(names: Sequence[str], count: int | None = None) -> str:
+    """The first of some names, and how many more there are. count: of all; None: as many as are given."""
+    more = (len(names) if count is None else count) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def require(*packages: str) -> None:
+    """Raises ModuleNotFoundError for one that is missing, before anything is done that will be of no use without it."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(f"expected the package {package}", name=package)
 
 
 def how_to_install(*extras: str) -> str:

@@ -101,10 +101,28 @@ def share_out(options: dict[str, Any], takers: dict[str, type]) -> list[dict[str
     return [{name: options[name] for name in own if name in options} for own in known.values()]
 
 
+def outside() -> list[str]:
+    """The modules beyond this package whose import registered something: what another process must import, too."""
+    known = {cls.__module__ for classes in _known.values() for cls in classes.values()}
+    return sorted(module for module in known if module.partition(".")[0] != __package__)
+
+
+def build(kind: str, name: str, **options: Any) -> Any:
+    """An object of the class of this name.
+
+    Raises ValueError for a name that nobody has and for an option that the class does not use, with the nearest one.
+    """
+    cls = find(kind, name)
+    for option in options:
+        one_of(f"{kind} {name}, option", option, options_of(cls))
+    return cls(**options)
+
+
 def one_of(name: str, got: str, names: Iterable[str]) -> None:
     """Refuse a name that is not among the known ones, and offer the nearest."""
     names = list(names)
     if got not in names:
         near = difflib.get_close_matches(str(got), names, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, names))}, got {got!r}{hint}")
+        expected = f"one of {', '.join(map(repr, names))}" if names else "none"
+        raise ValueError(f"{name}: expected {expected}, got {got!r}{hint}")

@@ -91,7 +91,7 @@ def test_mistakes_end_with_one_line(tmp_path, capsys):
         (["data", "check", str(tmp_path)], "expected a folder written by `hqlt data prepare`"),
         (["tokenizer", "train", lines, "--vocabulary=12"], "vocabulary: expected at least 257"),
         (["tokenizer", "train", lines, "--limit-bytes=0"], "limit_bytes: expected at least 1, got 0"),
-        (["tokenizer", "train", lines, f"--out={tmp_path}"], "expected an empty folder or a new one"),
+        (["tokenizer", "train", lines, f"--out={tmp_path}"], "expected a new or empty folder"),
         (["data", "prepare", lines, f"--folder={lines}"], "expected a folder, found a file"),
         (["data", "prepare", lines, "--separator="], "separator: expected none, as .* leave out --separator"),
         (
@@ -133,7 +133,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, request, capsys):
         os.kill(process.pid, signal.SIGINT)
         assert process.wait(timeout=60) == 130
     said = log.read_text()
-    assert "tokens in finished shards; go on with: hqlt data prepare" in said
+    assert "tokens in finished shards; resume with: hqlt data prepare" in said
     assert "Traceback" not in said
     main(command)
     assert "tokens of an earlier start" in capsys.readouterr().out

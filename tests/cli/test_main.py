@@ -204,6 +204,60 @@ def test_what_a_user_can_mend_is_a_sentence(error, said, command, capsys):
     assert message == said
 
 
+TOY = """
+import hqlt
+from tests.toys.task import Majority
+
+@hqlt.register("task", "toy-imported")
+class Imported(Majority): pass
+"""
+STUDY = """
+title: A toy
+introduction: A task that was imported first.
+models: {FW: {layer_kinds: fw}}
+experiments:
+  toy:
+    task: toy-imported
+    options: {length: 7}
+    common: {hidden_size: 8, num_heads: 2, num_hidden_layers: 1}
+    budget: {steps: 2, batch_size: 4, validations: 1, validation_rows: 8, test_rows: 8}
+"""
+
+
+def test_what_a_module_registers_is_known_to_the_command_and_its_processes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    Path("toy_imported.py").write_text(TOY)
+    Path("study.yaml").write_text(STUDY)
+    command = ["reproduce", "study.yaml", "--workers=1", "--folder=run"]
+    assert "expected one of" in str(ends(command, capsys)[0])
+    main(["--import", "json", "--import=toy_imported", *command])
+    assert json.loads(Path("run/results.json").read_text())[0]["cell"]["task"] == "toy-imported"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--import"], "hqlt: --import: expected the name of a module, got none; see hqlt --help\n"),
+        (["--import", "--version"], "hqlt: --import: expected the name of a module, got none; see hqlt --help\n"),
+        (
+            ["--import=json", "--import=no.such", "demo"],
+            "hqlt: --import: expected a module that can be imported, got no.such: ModuleNotFoundError: No module named "
+            "'no'\n",
+        ),
+        (
+            ["--import", "toy_broken", "demo"],
+            "hqlt: --import: expected a module that can be imported, got toy_broken: KeyError: 'x' (FILE, line 2)\n",
+        ),
+    ],
+)
+def test_a_module_that_does_not_import_is_a_sentence(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "toy_broken.py").write_text("import json\n{}['x']\n")
+    assert ends(arguments, capsys) == (2, "", said.replace("FILE", str(tmp_path / "toy_broken.py")))
+
+
 def test_memory_that_is_out_names_the_commands_own_options(monkeypatch, capsys):
     def full(*arguments: object) -> None:
         raise MemoryError

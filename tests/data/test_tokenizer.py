@@ -114,7 +114,7 @@ def test_training_reads_no_more_than_it_should(tmp_path):
 def test_mistakes_are_told(bpe, tmp_path):
     with pytest.raises(ValueError, match=r"vocabulary: expected at least 257 .* got 256"):
         train_tokenizer(["a"], 256, tmp_path / "new")
-    with pytest.raises(ValueError, match="expected an empty folder or a new one"):
+    with pytest.raises(FileExistsError, match="expected a new or empty folder"):
         train_tokenizer(["a"], 300, bpe)
     with pytest.raises(ValueError, match=r"expected a folder with a tokenizer\.json"):
         load_tokenizer(tmp_path)

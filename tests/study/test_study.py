@@ -5,14 +5,14 @@ import pytest
 import torch
 import yaml
 
-from hqlt.agent import worlds
 from hqlt.model import HQLTConfig, HQLTForCausalLM
+from hqlt.registry import build
 from hqlt.study import known_studies, read_study
-from hqlt.study.study import WORLDS, config_of
-from hqlt.task import TASKS
+from hqlt.study.study import config_of
 from hqlt.train import Fit, fit
 from hqlt.train.agent.run import load_agent
 from hqlt.train.agent.settings import TEST_SEED
+from hqlt.train.fit import Budget
 from hqlt.train.grid import as_json, load_result, save_result
 
 GIVEN = {
@@ -151,9 +151,9 @@ def test_every_study_of_ours_reads_and_its_models_are_of_equal_size(name):
     assert len({cell.name for cell in study.cells()}) == len(study.cells())
     for label, experiment in study.experiments.items():
         assert set(experiment.paper) <= set(study.models)
-        if experiment.task in WORLDS:  # agents' memories differ in what they need
+        if not isinstance(experiment.budget, Budget):  # agents' memories differ in what they need
             continue
-        vocabulary = TASKS[experiment.task](**experiment.options).vocab_size
+        vocabulary = build("task", experiment.task, **experiment.options).vocab_size
         with torch.device("meta"):
             sizes = [
                 HQLTForCausalLM(HQLTConfig(**cell.config, vocab_size=vocabulary)).num_parameters()
@@ -174,7 +174,7 @@ def test_the_papers_setting_takes_a_step():
                 (20_000, 1024, 8192),
                 (100_000, 256, 8192),
             )
-            task = TASKS[cell.task](**cell.task_options)
+            task = cell.build_task()
             model = HQLTForCausalLM(HQLTConfig(**cell.config, vocab_size=task.vocab_size))
             budget = dataclasses.replace(
                 cell.budget, steps=1, batch_size=2, validations=1, validation_rows=2, test_rows=2
@@ -206,7 +206,6 @@ AGENTS = {
 
 
 def test_a_study_of_agents(tmp_path):
-    assert set(WORLDS) == set(worlds.WORLDS)
     study = read(tmp_path, AGENTS)
     for cell in study.cells():
         *events, result = cell.run(tmp_path, "cpu")

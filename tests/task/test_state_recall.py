@@ -5,25 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hqlt.task import IGNORE, StateRecall, generator_for
-
-
-def answers(tokens, switches, symbols):
-    """{position: answer} by walking through the tokens one by one."""
-    m = 2**switches
-    on, value_of, key, found = [False] * switches, {}, None, {}
-    for i, token in enumerate(tokens):
-        if 1 <= token <= m:  # a flip: the digits of token − 1 say which switches
-            for switch in range(switches):
-                if (token - 1) // 2**switch % 2:
-                    on[switch] = not on[switch]
-        elif m < token <= m + symbols:
-            setting = sum(is_on * 2**switch for switch, is_on in enumerate(on))
-            found[i] = value_of[token - 1 - m, setting]
-        elif m + symbols < token <= m + symbols + m * symbols:
-            key = divmod(token - 1 - m - symbols, m)
-        elif token:
-            value_of[key] = token
-    return found
+from tests.task.verifiers import state_recall as answers
 
 
 def rows_of(batch):
@@ -97,7 +79,7 @@ def test_a_walk_without_its_first_flip_tells_nothing():
     [
         ({"switches": 0}, "switches: expected at least 1"),
         ({"values": 31}, "values: expected at least 32, one for each of 16 symbols in each of 2 settings, got 31"),
-        ({"labels": "all"}, "labels: expected 'answer' or 'prefix'"),
+        ({"labels": "all"}, "labels: expected one of 'answer', 'prefix'"),
         ({"train_lengths": (5, 3)}, "train_lengths: expected the least and the greatest length"),
     ],
 )

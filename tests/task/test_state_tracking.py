@@ -124,11 +124,11 @@ def test_brackets_are_those_of_the_source():
     [
         (Parity, {"train_lengths": (2, 5)}, "train_lengths: expected the least and the greatest length, 3 or more"),
         (Parity, {"test_lengths": (5, 4)}, "test_lengths: expected"),
-        (Parity, {"labels": "all"}, "labels: expected 'answer' or 'prefix', got 'all'"),
+        (Parity, {"labels": "all"}, "labels: expected one of 'answer', 'prefix', got 'all'"),
         (ModularArithmetic, {"train_lengths": (4, 4)}, "expected an odd length among them, got 4 alone"),
         (BracketedArithmetic, {"labels": "prefix"}, "brackets that are open have no value"),
         (CycleNavigation, {"positions": 1}, "positions: expected at least 2"),
-        (Permutations, {"group": "A4"}, "group: expected 'S3', 'A5' or 'S5', got 'A4'"),
+        (Permutations, {"group": "A4"}, "group: expected one of 'S3', 'A5', 'S5', got 'A4'"),
     ],
 )
 def test_impossible_settings_are_refused(kind, options, message):

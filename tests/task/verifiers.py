@@ -1,6 +1,7 @@
-"""The answers of the tasks that track a state, found in another way: Python's own `eval`, and plain loops.
+"""The answers of the tasks, found in another way: Python's own `eval`, and plain loops.
 
-Each takes the tokens of a sequence and gives the token of the answer.
+Those of the tasks that track a state take the tokens of a sequence and give the token of the answer, the others give
+{position: answer}.
 """
 
 import itertools
@@ -62,3 +63,34 @@ def swaps(p):
             p[i], p[j] = p[j], p[i]
             n += 1
     return n
+
+
+def state_recall(tokens, switches, symbols):
+    """{position: answer} by walking through the tokens one by one."""
+    m = 2**switches
+    on, value_of, key, found = [False] * switches, {}, None, {}
+    for i, token in enumerate(tokens):
+        if 1 <= token <= m:  # a flip: the digits of token − 1 say which switches
+            for switch in range(switches):
+                if (token - 1) // 2**switch % 2:
+                    on[switch] = not on[switch]
+        elif m < token <= m + symbols:
+            setting = sum(is_on * 2**switch for switch, is_on in enumerate(on))
+            found[i] = value_of[token - 1 - m, setting]
+        elif m + symbols < token <= m + symbols + m * symbols:
+            key = divmod(token - 1 - m - symbols, m)
+        elif token:
+            value_of[key] = token
+    return found
+
+
+def recall(tokens, half=4096):
+    """Pairs first: as many as there are values."""
+    pairs = sum(token >= half for token in tokens)
+    value_of = dict(zip(tokens[0 : 2 * pairs : 2], tokens[1 : 2 * pairs : 2], strict=True))
+    return {i: value_of[token] for i, token in enumerate(tokens) if i >= 2 * pairs and token}
+
+
+def selective_copying(tokens):
+    kept = [token for token in tokens if token > 1]
+    return dict(zip([i for i, token in enumerate(tokens) if token == 1], kept, strict=True))

@@ -2,7 +2,7 @@
 
 A command is a function, whose arguments are the options, or a dict of commands by name: `hqlt data prepare`. It raises
 ValueError or OSError for what its user can mend; what is said about it, and the status, are the same for all commands
-and decided here.
+and decided here. `hqlt --import MODULE COMMAND` imports a module first, for what it registers (hqlt.registry).
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import os
 import re
 import select
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, NoReturn, TypeAlias
 
 from hqlt._version import version
-from hqlt.errors import EXTRAS, explanation, how_to_install, is_out_of_memory
+from hqlt.errors import EXTRAS, explanation, first_line, how_to_install, is_out_of_memory
 from hqlt.threads import Load, wait_gently_if_busy
 
 Command: TypeAlias = "Callable[..., None] | dict[str, Command]"
@@ -49,6 +50,7 @@ COMMANDS = {
     "bench": About("measure speed beside other implementations"),
 }
 
+IMPORT = "  --import MODULE  import a module of your own first, whose hqlt.register(...) adds tasks, rules, worlds, ..."
 EXAMPLES = """\
   hqlt demo                                  two memories beside one, in a few minutes
   hqlt train --data=book.txt                 a language model of a text file
@@ -101,6 +103,7 @@ def reader_left() -> bool:
 def run_command(arguments: Sequence[str], machine: Load) -> None:
     """Find the command that the first arguments name, and call it with what the others say."""
     prog, command = "hqlt", None
+    modules, arguments = modules_in(arguments)
     if arguments[:1] == ["--version"]:
         print(f"hqlt {version}")
         return
@@ -111,11 +114,14 @@ def run_command(arguments: Sequence[str], machine: Load) -> None:
             sys.exit(0 if arguments else 2)
         name, *arguments = arguments
         if name not in listed:
-            refuse(prog, name, listed)
+            near = difflib.get_close_matches(name, listed, n=1)
+            meant = f" (did you mean {near[0]}?)" if near else ""
+            refuse(f"{prog}: expected one of {', '.join(listed)}, got {name}{meant}")
         if command is None:
             from hqlt.cli.parser import dashed, parse, parser_of  # now: a list of commands needs none of it
 
             wait_gently_if_busy(machine)  # before the command loads torch
+            import_all(modules)
         prog, command = f"{prog} {name}", load(name) if command is None else command[name]
     options = parse(parser_of(command, prog), arguments)
     try:
@@ -137,12 +143,40 @@ def load(name: str) -> Command:
     return command
 
 
-def refuse(prog: str, name: str, known: Collection[str]) -> NoReturn:
-    """End with status 2, because a command is not known."""
-    near = difflib.get_close_matches(name, known, n=1)
-    meant = f" (did you mean {near[0]}?)" if near else ""
-    sys.stderr.write(f"{prog}: expected one of {', '.join(known)}, got {name}{meant}\n")
+def refuse(what: str) -> NoReturn:
+    """End with status 2, because the command line cannot be read."""
+    sys.stderr.write(f"{what}\n")
     sys.exit(2)
+
+
+def modules_in(arguments: Sequence[str]) -> tuple[list[str], Sequence[str]]:
+    """The modules that are named by --import before the command, and the arguments that follow."""
+    modules, rest = [], list(arguments)
+    while rest and rest[0].partition("=")[0] == "--import":
+        _, equals, name = rest.pop(0).partition("=")
+        name = name if equals else rest.pop(0) if rest else ""
+        if not name or name.startswith("-"):
+            refuse("hqlt: --import: expected the name of a module, got none; see hqlt --help")
+        modules.append(name)
+    return modules, rest
+
+
+def import_all(modules: Sequence[str]) -> None:
+    """Import them, from the current folder too; one that cannot be ends the program with a sentence and status 2."""
+    if modules:
+        sys.path.insert(0, os.getcwd())
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            if sys.flags.dev_mode:
+                raise
+            file, line, *_ = traceback.extract_tb(error.__traceback__)[-1]
+            where = "" if file.startswith("<frozen importlib") or file == __file__ else f" ({file}, line {line})"
+            refuse(
+                f"hqlt: --import: expected a module that can be imported, got {name}: {type(error).__name__}: "
+                f"{first_line(error)}{where}"
+            )
 
 
 def overview(prog: str, listed: Mapping[str, str]) -> str:
@@ -156,7 +190,7 @@ def overview(prog: str, listed: Mapping[str, str]) -> str:
         lines.append(f"  {name:<{width}}  {what}{missing}")
     if prog == "hqlt":
         lines[:0] = ["Hybrid memory layers: one layer, two memories.", ""]
-        lines += ["", "examples:", EXAMPLES]
+        lines += ["", "before COMMAND, as often as wanted:", IMPORT, "", "examples:", EXAMPLES]
     return "\n".join([*lines, "", f"The options of a command: {prog} COMMAND --help"])
 
 

@@ -6,33 +6,21 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from hqlt.data import Manifest, check, prepare
-from hqlt.data.local import listed
+from hqlt.errors import listed
 from hqlt.report.preparing import PreparingDisplay
 
 
 def _prepare(
-    source: str,
-    folder: Path | None = None,
-    tokenizer: str = "bytes",
-    text_field: str | None = None,
-    subset: str | None = None,
-    split: str | None = None,
-    separator: str | None = None,
-    pattern: str | None = None,
-    validation: Path | None = None,
-    test: Path | None = None,
-    validation_share: float | None = None,
-    test_share: float | None = None,
-    limit_tokens: int | None = None,
-    shard_tokens: int = 1 << 25,
+    source: str, folder: Path | None = None, tokenizer: str = "bytes", subset: str | None = None, **how: Any
 ) -> None:
     """Turn documents into a folder of tokens for training: memory-mapped shards, and a manifest with checksums.
 
-    The same command goes on where an earlier one was stopped, and leaves a finished folder as it is. Documents are held
+    The same command resumes where an earlier one was stopped, and leaves a finished folder as it is. Documents are held
     out for validation and test by a hash of their text.
 
     Args:
@@ -41,29 +29,18 @@ def _prepare(
             HuggingFaceFW/fineweb-edu, which is streamed.
         folder: where the tokens go; runs/data/SOURCE-TOKENIZER by default.
         tokenizer: bytes, a tokenizer.json, a folder that holds one, or a name on the hub.
-        text_field: the field or column with the text, in JSON lines, Parquet and datasets; text by default.
         subset: of a dataset on the hub, such as sample-100BT.
-        split: of a dataset on the hub; train by default.
-        separator: a line that stands between two documents of a text file, "" for blank lines; by default a file is one
-            document.
-        pattern: which files of a folder, such as "*.py"; text, JSON lines or Parquet files by default.
-        validation: a file or folder for validation, whose documents are skipped in the source; by default documents are
-            held out.
-        test: a file or folder for the test split, in the same way.
-        validation_share: of the documents; 0.005 by default, and at least one.
-        test_share: of the documents; 0.005 by default, and at least one.
-        limit_tokens: stop after the document with which there are as many tokens for training, and no split is empty.
-        shard_tokens: tokens in a file; what is lost by an interrupt is less.
     """
-    options = dict(locals())
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    folder = options["folder"] = folder or Path("runs/data") / slug(source, subset, tokenizer)
+    folder = folder or Path("runs/data") / slug(source, subset, tokenizer)
     with PreparingDisplay(console) as display:
         try:
-            manifest = prepare(**options, on_progress=display.on_progress)
+            manifest = prepare(
+                source, folder, tokenizer=tokenizer, subset=subset, on_progress=display.on_progress, **how
+            )
         except KeyboardInterrupt:
             again = shlex.join(["hqlt", *sys.argv[1:]])
-            console.print(f"stopped with {display.kept:,} tokens in finished shards; go on with: {again}")
+            console.print(f"stopped with {display.kept:,} tokens in finished shards; resume with: {again}")
             raise
     if not display.worked:
         console.print("finished by an earlier start:")
@@ -101,7 +78,7 @@ def summary(folder: Path, manifest: Manifest) -> str:
             tokens, size = manifest.tokens(split), manifest.bytes(split)
             lines.append(
                 f"{split:>12} {tokens:>15,} tokens {manifest.documents(split):>12,} documents {size:>16,} bytes of text"
-                f"  {size / tokens:.2f} bytes a token  {len(shards)} shard{'s' * (len(shards) > 1)}"
+                f"  {size / tokens:.2f} bytes per token  {len(shards)} shard{'s' * (len(shards) > 1)}"
             )
     skipped = manifest.skipped
     if skipped["documents"]:

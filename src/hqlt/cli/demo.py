@@ -80,6 +80,7 @@ def read_and_write(result: Result, folder: Path) -> dict[str, Any]:
     shares = memory_shares(model, batch.inputs, batch.resets)
     share = shares.fw.mean(dim=0)[0]
     least, greatest = share.min().item(), share.max().item()
+    spread = max(greatest - least, 1e-9)
     prompt, temperature, seed = "def ", 0.7, 0
     torch.manual_seed(seed)
     tokens = torch.tensor([list(prompt.encode())])
@@ -87,25 +88,11 @@ def read_and_write(result: Result, folder: Path) -> dict[str, Any]:
         tokens, attention_mask=torch.ones_like(tokens), do_sample=True, temperature=temperature, max_new_tokens=300
     )
     text = bytes(written[0, tokens.shape[1] :].tolist()).decode("utf-8", "replace")
+    facts = {"model": result.cell.model, "least": least, "greatest": greatest, "mean": share.mean().item()}
+    read = zip(batch.inputs[0].tolist(), share.tolist(), strict=True)
+    marked = [{"text": chr(byte), "share": value, "shade": (value - least) / spread} for byte, value in read]
+    how = {"model": result.cell.model, "temperature": temperature, "seed": seed}
     return {
-        "shares": {
-            "model": result.cell.model,
-            "least": least,
-            "greatest": greatest,
-            "mean": share.mean().item(),
-            "gate": shares.gate.mean().item(),
-            "bytes": [
-                {"text": chr(byte), "share": value, "shade": (value - least) / max(greatest - least, 1e-9)}
-                for byte, value in zip(batch.inputs[0].tolist(), share.tolist(), strict=True)
-            ],
-        },
-        "samples": [
-            {
-                "model": result.cell.model,
-                "temperature": temperature,
-                "seed": seed,
-                "prompt": prompt,
-                "text": text,
-            }
-        ],
+        "shares": {**facts, "gate": shares.gate.mean().item(), "bytes": marked},
+        "samples": [{**how, "prompt": prompt, "text": text}],
     }

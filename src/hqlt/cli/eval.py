@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -14,18 +11,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from hqlt.cli.progress import progress
 from hqlt.data.text import beginning_of
 from hqlt.disk import alone_in
+from hqlt.errors import require
 from hqlt.run_folder import COMMANDS, kind_of
 
 if TYPE_CHECKING:
     from hqlt.data import Tokenizer
     from hqlt.evaluate.retrieval import Haystack
     from hqlt.model import HQLTForCausalLM
-    from hqlt.report.table import Table
 
+PARTS = {"Tasks": "tasks", "Far beyond training": "lengths", "A key in a long text": "passkey"}
+"""By the title of each part: its name in results.json."""
 NEEDLE_FILLER = 200_000
 """Characters of real text that the needle's haystack is made of."""
 
@@ -106,9 +105,7 @@ def check(options: dict[str, Any], place: Path) -> None:
         raise NotADirectoryError(f"local: expected a folder, got {options['local']}")
     if place.is_dir() and (kind := kind_of(place)):
         raise ValueError(f"{place}: expected a folder for results alone, found a run of {COMMANDS[kind]}; name another")
-    for package in ["jinja2", "matplotlib", *["lm_eval"] * bool(on_tasks)]:
-        if importlib.util.find_spec(package) is None:
-            raise ModuleNotFoundError(name=package)
+    require("jinja2", "matplotlib", *["lm_eval"] * bool(on_tasks))
 
 
 def tokens_of(file: Path, tokenizer: Tokenizer, longest: int) -> list[int]:
@@ -169,8 +166,16 @@ class Job:
     def unit(self) -> str:
         return "byte" if self.tokenizer.name == "bytes" else "token"
 
-    def add(self, title: str, name: str, results: Any, table: Table, plot: str | None = None) -> None:
-        """Show it, and leave all there is so far: what comes next may fail, or be interrupted."""
+    def add(
+        self, title: str, results: Any, columns: list[str], rows: list[list[str]], caption: str, figure: Any = None
+    ) -> None:
+        """Show a table, and leave all there is so far: what comes next may fail, or be interrupted."""
+        from hqlt.report.plots import save
+        from hqlt.report.table import Table, TableCell
+
+        name = PARTS[title]
+        table = Table(columns, [list(map(TableCell, row)) for row in rows], caption)
+        plot = None if figure is None else save(figure, self.folder / f"{name}.png")
         self.results[name] = results
         self.sections.append({"title": title, "table": table, "plot": plot})
         self.console.print(f"[bold]{title}[/bold]")
@@ -196,20 +201,6 @@ class Job:
         )
         self.console.print(f"page: {self.folder / 'report.html'}", highlight=False)
 
-    @contextmanager
-    def progress(self, what: str, total: int) -> Iterator[Any]:
-        """Gives told(tokens)."""
-        columns = (
-            TextColumn(what),
-            BarColumn(),
-            TextColumn("{task.completed:,}/{task.total:,}"),
-            TimeRemainingColumn(),
-        )
-        notes = Console(stderr=True)
-        with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as progress:
-            bar = progress.add_task("", total=total)
-            yield lambda tokens: progress.advance(bar, tokens)
-
 
 def tasks_of(suite: str | None, tasks: str | None, local: Path | None) -> list[Any]:
     """Those that are named, with their data."""
@@ -229,7 +220,6 @@ def tasks_of(suite: str | None, tasks: str | None, local: Path | None) -> list[A
 def on_tasks(job: Job, tasks: list[Any]) -> None:
     from hqlt.evaluate.harness import HarnessModel, run_tasks
     from hqlt.evaluate.paper import PERCENT, compare, counterpart
-    from hqlt.report.table import Table, TableCell
 
     given, limit = job.options, job.options["limit"]
     model = HarnessModel(job.model, job.tokenizer, given["batch_size"], given["max_length"])
@@ -246,36 +236,30 @@ def on_tasks(job: Job, tasks: list[Any]) -> None:
     )
     if limit:
         caption += f" The first {limit} documents only."
-    table = Table(["task", "metric", "ours", "error", "paper"], [list(map(TableCell, row)) for row in rows], caption)
-    job.add("Tasks", "tasks", results, table)
+    job.add("Tasks", results, ["task", "metric", "ours", "error", "paper"], rows, caption)
 
 
 def on_lengths(job: Job, name: str, tokens: list[int], every: int) -> None:
     from hqlt.evaluate.lengths import bits_by_position
     from hqlt.report.evaluation import figure_of_lengths
-    from hqlt.report.plots import save
-    from hqlt.report.table import Table, TableCell
 
-    with job.progress("reading", len(tokens)) as told:
+    with progress("reading", len(tokens)) as told:
         bins = bits_by_position(job.model, tokens, every, told)
     rows = [[f"{part.begin:,} – {part.end:,}", f"{part.carried:.4f}", f"{part.emptied:.4f}"] for part in bins]
     caption = f"{name}, {len(tokens):,} tokens, read once, in bits per {job.unit}."
     columns = ["position", "all before", f"emptied every {every:,}"]
-    table = Table(columns, [list(map(TableCell, row)) for row in rows], caption)
-    plot = save(figure_of_lengths(bins, every, job.unit), job.folder / "lengths.png")
-    job.add("Far beyond training", "lengths", [part._asdict() for part in bins], table, plot)
+    figure = figure_of_lengths(bins, every, job.unit)
+    job.add("Far beyond training", [part._asdict() for part in bins], columns, rows, caption, figure)
 
 
 def on_passkey(job: Job, haystacks: list[Haystack], longest: int, trials: int) -> None:
     from hqlt.evaluate.retrieval import lengths_up_to, retrieval
     from hqlt.report.evaluation import figure_of_retrieval
-    from hqlt.report.plots import save
-    from hqlt.report.table import Table, TableCell
 
     lengths = lengths_up_to(longest)
     found = {}
     for haystack in haystacks:
-        with job.progress(haystack.name, trials * sum(lengths)) as told:
+        with progress(haystack.name, trials * sum(lengths)) as told:
             found[haystack.name] = retrieval(job.model, job.tokenizer, haystack, lengths, trials=trials, told=told)
     rows = [
         [name, f"{depth:.0%}", *(f"{100 * one.right / trials:.0f}" for one in results if one.depth == depth)]
@@ -287,7 +271,5 @@ def on_passkey(job: Job, haystacks: list[Haystack], longest: int, trials: int) -
         f"Needle: Python's library as filler."
     )
     columns = ["text", "depth", *(f"{length:,}" for length in lengths)]
-    table = Table(columns, [list(map(TableCell, row)) for row in rows], caption)
-    plot = save(figure_of_retrieval(found), job.folder / "passkey.png")
     written = {name: [result._asdict() for result in results] for name, results in found.items()}
-    job.add("A key in a long text", "passkey", written, table, plot)
+    job.add("A key in a long text", written, columns, rows, caption, figure_of_retrieval(found))

@@ -17,43 +17,42 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 MODEL_FIELDS = (
     "window", "blend", "mixer", "fast_weights", "hidden_size", "num_heads", "num_hidden_layers", "vocab_size",
 )  # fmt: skip
-SYNONYMS = {
-    word: ours.split()
-    for words, ours in {
-        "lr max_lr peak_lr": "learning_rate",
-        "epochs iterations iters updates max_steps num_steps n_steps max_iters timesteps total_timesteps": "steps",
-        "bs train_batch_size": "batch_size",
-        "context context_length seq_len sequence_length max_length block_size": "length",
-        "out output output_dir out_dir dir": "folder out",
-        "dataset train_data file input text": "data prompt_file source",
-        "gpu cuda cpu": "device",
-        "dtype bf16 fp16 amp": "precision dtype",
-        "grad_clip max_grad_norm clip_grad gradient_clip": "max_grad_norm clip",
-        "warmup_steps warmup_iters": "warmup",
-        "min_lr min_lr_ratio final_lr": "final_rate",
-        "beta1 beta2 adam_beta1 adam_beta2": "betas",
-        "wd decay": "weight_decay",
-        "grad_accum gradient_accumulation gradient_accumulation_steps": "micro_batch_size",
-        "gradient_checkpointing checkpointing": "activation_checkpointing",
-        "save_interval save_steps checkpoint_every": "save_every",
-        "eval_every eval_interval eval_steps": "validate_every evaluate_every",
-        "env environment env_id game": "world",
-        "envs num_envs n_envs": "num_envs copies",
-        "gamma": "discount",
-        "lambda gae_lambda": "trace",
-        "max_tokens max_new_tokens num_tokens n": "tokens",
-        "temp": "temperature",
-        "top_n": "top_k",
-        "num_workers processes jobs j": "workers",
-        "vocab vocabulary_size vocab_size": "vocabulary model.vocab_size",
-        "layers num_layers n_layer depth": "model.num_hidden_layers",
-        "heads n_head": "model.num_heads",
-        "width dim d_model n_embd": "model.hidden_size",
-        **{name: f"model.{name}" for name in MODEL_FIELDS if name != "vocab_size"},
-    }.items()
-    for word in words.split()
+SAME = """
+learning_rate lr max_lr peak_lr
+steps epochs iterations iters updates max_steps num_steps n_steps max_iters timesteps total_timesteps
+batch_size bs train_batch_size
+length context context_length seq_len sequence_length max_length block_size
+folder out output output_dir out_dir dir
+data prompt_file source dataset train_data file input text
+device gpu cuda cpu
+precision dtype bf16 fp16 amp
+clip max_grad_norm grad_clip clip_grad gradient_clip
+warmup warmup_steps warmup_iters
+final_rate min_lr_ratio min_lr final_lr
+betas beta1 beta2 adam_beta1 adam_beta2
+weight_decay wd decay
+micro_batch_size grad_accum gradient_accumulation gradient_accumulation_steps
+activation_checkpointing gradient_checkpointing checkpointing
+save_every save_interval save_steps checkpoint_every
+validate_every evaluate_every eval_every eval_interval eval_steps
+world env environment env_id game
+num_envs copies envs n_envs
+discount gamma
+trace lambda gae_lambda
+tokens max_tokens max_new_tokens num_tokens n
+temperature temp
+top_k top_n
+workers num_workers processes jobs j
+vocabulary model.vocab_size vocab vocabulary_size vocab_size
+model.num_hidden_layers layers num_layers n_layer depth
+model.num_heads heads n_head
+model.hidden_size width dim d_model n_embd
+"""
+"""A line an option: what it is called here, by one command or another, and in other tools."""
+SYNONYMS = {name: names.split() for names in SAME.strip().splitlines() for name in names.split()}
+SYNONYMS |= {
+    name: [f"model.{name}", *SYNONYMS.get(f"model.{name}", ())] for name in MODEL_FIELDS if name != "vocab_size"
 }
-"""By what other tools call an option: ours, the first of them that a command has."""
 
 ALIKE = 0.7
 """How alike two names must be for one to be proposed in the place of the other, from 0 to 1."""

@@ -10,9 +10,8 @@ from hqlt.data.files import TokenFiles, check
 from hqlt.data.manifest import Manifest
 from hqlt.data.parts import parts_of, training_texts
 from hqlt.data.prepare import Told, prepare
-from hqlt.data.stream import Stream
 from hqlt.data.tokenizer import Tokenizer, load_tokenizer
-from hqlt.data.windows import Windows
+from hqlt.data.windows import Stream, Windows
 
 __all__ = [
     "Manifest",

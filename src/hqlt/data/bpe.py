@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from hqlt.data.tokenizer import END_OF_TEXT, Fast, load_tokenizer
-from hqlt.disk import UNFINISHED, alone_in
+from hqlt.disk import new_in
 
 LEAST = 257
 """Every byte, and the end of a text."""
@@ -19,8 +19,8 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, folder: str | Path, l
 
     vocabulary: ids in all; fewer where the texts have not so many pairs that occur twice.
     limit_bytes: stop reading after the document with which so much was read.
-    Raises ValueError for a vocabulary below 257, and for a folder that is not empty, OSError for one that cannot be
-    written; all before anything is read.
+    Raises ValueError for a vocabulary below 257, OSError for a folder that is not empty or cannot be written; all
+    before anything is read.
     """
     folder = Path(folder)
     if vocabulary < LEAST:
@@ -30,9 +30,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, folder: str | Path, l
         )
     if limit_bytes is not None and limit_bytes < 1:
         raise ValueError(f"limit_bytes: expected at least 1, got {limit_bytes}")
-    with alone_in(folder):
-        if any(not path.name.endswith(UNFINISHED) for path in folder.iterdir()):
-            raise ValueError(f"{folder}: expected an empty folder or a new one, found files in it")
+    with new_in(folder):
         _trained(up_to(texts, limit_bytes), vocabulary, str(folder)).save(folder)
     trained = load_tokenizer(folder)
     assert isinstance(trained, Fast)

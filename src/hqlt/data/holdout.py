@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from hqlt.seeds import hashed
 from hqlt.task.task import Split
 
 FEW = 4096
@@ -23,7 +23,7 @@ class Holdout(NamedTuple):
     second: int
 
     def split_of(self, text: str) -> Split:
-        u = hash_of(text)
+        u = hashed(text)
         return "validation" if u < self.first else "test" if u < self.second else "train"
 
     @classmethod
@@ -35,7 +35,7 @@ class Holdout(NamedTuple):
         check_shares(validation, test)
         if not validation and not test:
             return cls(0, 0)
-        seen = [hash_of(text) for text in itertools.islice(filter(None, documents), FEW)]
+        seen = [hashed(text) for text in itertools.islice(filter(None, documents), FEW)]
         if len(seen) == FEW:
             return cls(round(validation * 2**64), round((validation + test) * 2**64))
         hashes = sorted(set(seen))
@@ -54,7 +54,3 @@ def check_shares(validation: float, test: float) -> None:
         raise ValueError(
             f"validation_share, test_share: expected shares that leave some for training, got {validation}, {test}"
         )
-
-
-def hash_of(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")

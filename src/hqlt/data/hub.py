@@ -14,7 +14,7 @@ from hqlt.errors import first_line
 class Hub(Source):
     """`datasets.load_dataset(name, subset, split=split, streaming=True)`, one field of each row.
 
-    Goes on by the dataset's own state: only the file that was being read is read again.
+    Resumes by the dataset's own state: only the file that was being read is read again.
     """
 
     options = frozenset({"text_field", "subset", "split"})
@@ -27,19 +27,12 @@ class Hub(Source):
         self.rows = 1
 
     def identity(self) -> dict[str, Any]:
-        told = {"name": self.name, "subset": self.subset, "split": self.split, "text_field": self.text_field}
-        return {"kind": "Hub", **told}
+        return {**super().identity(), "name": self.name}
 
     def __iter__(self) -> Iterator[str]:
         self.dataset = self._load()
         if self.state is not None:
             self.dataset.load_state_dict(self.state)
-        for row in self._rows():
-            self.seen += 1
-            self.passed = self.size * self.seen // self.rows if self.size is not None else 0
-            yield text_of(row, self.text_field, f"{self.name}, row {self.seen}")
-
-    def _rows(self) -> Iterator[Any]:
         rows = iter(self.dataset)
         while True:
             try:
@@ -49,9 +42,11 @@ class Hub(Source):
             except Exception as error:  # of many libraries below: network, hub, file formats
                 raise OSError(
                     f"{self.name}: reading stopped after row {self.seen} ({type(error).__name__}: {error}); the same "
-                    f"command goes on from the last finished shards"
+                    f"command resumes from the last finished shards"
                 ) from error
-            yield row
+            self.seen += 1
+            self.passed = self.size * self.seen // self.rows if self.size is not None else 0
+            yield text_of(row, self.text_field, f"{self.name}, row {self.seen}")
 
     def state_dict(self) -> dict[str, Any]:
         return {"seen": self.seen, "dataset": self.dataset.state_dict()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,19 +11,13 @@ from typing import Any
 from hqlt.data.source import Files, without_lone_surrogates
 from hqlt.data.text import COMPRESSIONS, decoded, opened, without_mark
 from hqlt.data.walk import files_below, hidden
+from hqlt.errors import listed, require
 
 
 class TextFiles(Files):
     """A file is a document; with a separator, what stands between two lines that equal it is one ("": blank lines)."""
 
     options = frozenset({"separator"})
-
-    def __init__(self, files: Sequence[Path], root: Path, separator: str | None = None) -> None:
-        super().__init__(files, root)
-        self.separator = separator
-
-    def identity(self) -> dict[str, Any]:
-        return {**super().identity(), "separator": self.separator}
 
     def texts_of(self, file: Path) -> Iterator[tuple[str, int]]:
         border = None if self.separator is None else self.separator.strip().encode()
@@ -49,42 +42,26 @@ class JsonLines(Files):
 
     options = frozenset({"text_field"})
 
-    def __init__(self, files: Sequence[Path], root: Path, text_field: str = "text") -> None:
-        super().__init__(files, root)
-        self.text_field = text_field
-
-    def identity(self) -> dict[str, Any]:
-        return {**super().identity(), "text_field": self.text_field}
-
     def texts_of(self, file: Path) -> Iterator[tuple[str, int]]:
         with opened(file) as (content, position):
             for number, line in enumerate(content, start=1):
                 row = line if number > 1 else without_mark(line, file)
-                if row.strip():
-                    yield text_of(_row_of(row, file, number), self.text_field, f"{file}, line {number}"), position()
-
-
-def _row_of(line: bytes, file: Path, number: int) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{file}, line {number}: expected a JSON object, got {error}; each line is to be one (`jq -c '.[]'` makes "
-            f"lines of an array)"
-        ) from error
+                if not row.strip():
+                    continue
+                try:
+                    told = json.loads(row)
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(
+                        f"{file}, line {number}: expected a JSON object, got {error}; each line is to be one "
+                        f"(`jq -c '.[]'` makes lines of an array)"
+                    ) from error
+                yield text_of(told, self.text_field, f"{file}, line {number}"), position()
 
 
 class Parquet(Files):
     """A row is a document, in one of its columns."""
 
     options = frozenset({"text_field"})
-
-    def __init__(self, files: Sequence[Path], root: Path, text_field: str = "text") -> None:
-        super().__init__(files, root)
-        self.text_field = text_field
-
-    def identity(self) -> dict[str, Any]:
-        return {**super().identity(), "text_field": self.text_field}
 
     def texts_of(self, file: Path) -> Iterator[tuple[str, int]]:
         import pyarrow.parquet as parquet
@@ -96,32 +73,23 @@ class Parquet(Files):
                 columns = opened.schema_arrow.names
                 if self.text_field not in columns:
                     raise ValueError(_no_such_field(str(file), self.text_field, columns))
-                rows = 0
-                for batch in opened.iter_batches(columns=[self.text_field], batch_size=1024):
-                    for row in batch.to_pylist():
-                        rows += 1
-                        text = text_of(row, self.text_field, f"{file}, row {rows}")
-                        yield text, size * rows // opened.metadata.num_rows
+                batches = opened.iter_batches(columns=[self.text_field], batch_size=1024)
+                rows = (row for batch in batches for row in batch.to_pylist())
+                for number, row in enumerate(rows, start=1):
+                    text = text_of(row, self.text_field, f"{file}, row {number}")
+                    yield text, size * number // opened.metadata.num_rows
         except (ArrowException, OSError) as error:
             raise ValueError(f"{file}: expected a whole Parquet file, got {error}") from error
 
 
-KINDS: dict[str, type[TextFiles | JsonLines | Parquet]] = {
-    ".txt": TextFiles,
-    ".md": TextFiles,
-    ".jsonl": JsonLines,
-    ".ndjson": JsonLines,
-    ".parquet": Parquet,
-}
+KINDS: dict[str, type[Files]] = {
+    ".txt": TextFiles, ".md": TextFiles, ".jsonl": JsonLines, ".ndjson": JsonLines, ".parquet": Parquet,
+}  # fmt: skip
 """By a file's ending in lower case; of text and JSON lines also behind it one of COMPRESSIONS."""
 NAMED_KINDS = {**KINDS, ".json": JsonLines}
 """Those of files that are named, by themselves or by a pattern: in a folder a .json mostly describes the data."""
 NOT_TEXT = (".arrow", ".csv", ".tsv", ".zip", ".tar", ".tgz", ".7z")
 """Endings of files that hold documents in a way that is not known here."""
-
-
-SHOWN = 8
-"""Files that an error or a summary names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,21 +106,19 @@ class LocalFormat:
 
         Raises ValueError for a folder with no such files, or with files of several kinds, and for a table or archive.
         """
-        skipped: list[Path] = []
-        if path.is_file():
-            files, root = [path], path.parent
-        elif path.is_dir():
+        files, root, names = [path], path.parent, list[str]()
+        if path.is_dir():
             used = {other.resolve() for other in without}
-            found, skipped = files_below(path, self.pattern)
+            found, broken = files_below(path, self.pattern)
             found = [file for file in found if not used & {file.resolve(), *file.resolve().parents}]
             files, root = [file for file in found if self.pattern or kind_of(file, KINDS)], path
-            skipped = sorted([*skipped, *(file for file in found if file not in set(files))])
-        else:
+            skipped = (file.relative_to(path) for file in sorted({*broken, *found} - {*files}))
+            names = [file.as_posix() for file in skipped if not hidden(file)]
+        elif not path.is_file():
             raise ValueError(f"{path}: expected a file or a folder, got neither")
         kinds = {kind_of(file, NAMED_KINDS) or text_or_refused(file) for file in files}
-        names = [file.relative_to(root).as_posix() for file in skipped if not hidden(file.relative_to(root))]
         if len(kinds) != 1:
-            others = f" (skipped, as their kind is not known: {listed(names, len(names))})" if names else ""
+            others = f" (skipped, as their kind is not known: {listed(names)})" if names else ""
             what = " and ".join(sorted(kind.__name__ for kind in kinds)) or f"none{others}"
             raise ValueError(
                 f"{path}: expected files of one kind among {', '.join(KINDS)}, found {what}; choose by --pattern, "
@@ -161,16 +127,9 @@ class LocalFormat:
         (kind,) = kinds
         if kind is Parquet or any(ending_of(file)[1] == ".zst" for file in files):
             require("pyarrow")
-        how = {"separator": self.separator} if kind is TextFiles else {"text_field": self.text_field}
-        source: Files = kind(files, root, **how)
+        source: Files = kind(files, root, text_field=self.text_field, separator=self.separator)
         source.skipped = names
         return source
-
-
-def require(package: str) -> None:
-    """Raises ModuleNotFoundError for one that is missing, before anything is read that will be of no use without it."""
-    if importlib.util.find_spec(package) is None:
-        raise ModuleNotFoundError(f"expected the package {package}", name=package)
 
 
 def kind_of(file: Path, kinds: Mapping[str, type[Files]]) -> Any:
@@ -195,12 +154,6 @@ def ending_of(file: Path) -> tuple[str, str]:
     """In lower case, without the one of a compression; and that."""
     *_, before, last = ["", "", *(suffix.lower() for suffix in file.suffixes)]
     return (before, last) if last in COMPRESSIONS else (last, "")
-
-
-def listed(names: Sequence[str], count: int) -> str:
-    """The first of some names, and how many there are beside them."""
-    shown = names[:SHOWN]
-    return ", ".join(shown) + (f" and {count - len(shown):,} more" if count > len(shown) else "")
 
 
 def text_of(row: Any, field: str, place: str) -> str:

@@ -17,7 +17,7 @@ FORMAT = "hqlt-tokens-1"
 MANIFEST = "manifest.json"
 NAMES = 100
 PROGRESS = "progress.json"
-"""In the manifest's place while the folder is not whole: the shards so far, and where the source is to go on."""
+"""In the manifest's place while the folder is not whole: the shards so far, and where the source is to resume."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,16 +48,10 @@ class Manifest:
         settings: dict[str, Any] = {"parts": parts, "limit_tokens": limit_tokens, "shard_tokens": shard_tokens}
         if tokenizer.prefix_ids:
             settings["prefix_ids"] = tokenizer.prefix_ids
-        told = {
-            "name": tokenizer.name,
-            "vocab_size": tokenizer.vocab_size,
-            "eos_id": tokenizer.eos_id,
-            "digest": tokenizer.digest,
-        }
         return cls(
             source=source,
             settings=json.loads(json.dumps(settings)),  # as they are read again
-            tokenizer=told,
+            tokenizer={name: getattr(tokenizer, name) for name in ("name", "vocab_size", "eos_id", "digest")},
             dtype=dtype_for(tokenizer.vocab_size),
             skipped={"files": len(skipped_files), "names": skipped_files[:NAMES], "documents": 0},
         )
@@ -97,7 +91,7 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> tuple[Manifest, dict[st
 
 def _what_is_there(folder: Path) -> str:
     if (folder / PROGRESS).is_file():
-        return "the data is not whole yet; run the same `hqlt data prepare` again to go on"
+        return "the data is not whole yet; run the same `hqlt data prepare` again to resume"
     what = "an empty or other folder" if folder.is_dir() else "no such folder"
     return f"expected a folder written by `hqlt data prepare`, got {what}"
 

@@ -23,15 +23,14 @@ def hub_asked_once(name: str = "") -> Iterator[str]:
 
     if constants.HF_HUB_OFFLINE:
         yield "HF_HUB_OFFLINE is set; "
-        return
-    if answers():
+    elif answers():
         yield ""
-        return
-    with contextlib.ExitStack() as stack:
-        for settings in filter(None, (constants, sys.modules.get("datasets.config"))):
-            stack.callback(setattr, settings, "HF_HUB_OFFLINE", False)
-            setattr(settings, "HF_HUB_OFFLINE", True)  # noqa: B010
-        yield f"{constants.ENDPOINT} does not answer; "
+    else:
+        with contextlib.ExitStack() as stack:
+            for settings in filter(None, (constants, sys.modules.get("datasets.config"))):
+                stack.callback(setattr, settings, "HF_HUB_OFFLINE", False)
+                setattr(settings, "HF_HUB_OFFLINE", True)  # noqa: B010
+            yield f"{constants.ENDPOINT} does not answer; "
 
 
 def answers() -> bool:

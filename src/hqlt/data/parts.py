@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hqlt.data.holdout import Holdout, check_shares, hash_of
+from hqlt.data.holdout import Holdout, check_shares
 from hqlt.data.hub import Hub
-from hqlt.data.local import NAMED_KINDS, LocalFormat, TextFiles, kind_of, require
+from hqlt.data.local import NAMED_KINDS, LocalFormat, TextFiles, kind_of
 from hqlt.data.source import Source
+from hqlt.errors import require
+from hqlt.seeds import hashed
 from hqlt.task.task import Split
 from hqlt.task.text import library_files
 
@@ -47,7 +49,7 @@ class Part:
     def without(self, elsewhere: Collection[int], texts: Iterable[str]) -> Iterator[str]:
         """The source's documents but for those that are held out by files of one's own."""
         unknown = not elsewhere or isinstance(self.split, str)
-        return (text for text in texts if unknown or hash_of(text.strip()) not in elsewhere)
+        return (text for text in texts if unknown or hashed(text.strip()) not in elsewhere)
 
     def identity(self) -> dict[str, Any]:
         return {**self.source.identity(), "for": self.split}
@@ -66,11 +68,26 @@ def parts_of(
     validation_share: float | None = None,
     test_share: float | None = None,
 ) -> list[Part]:
-    """The parts in the order in which they are read.
+    """What is prepared: the parts in the order in which they are read.
 
-    source: "python-library", a file, a folder, the name of a dataset on the hub, or a Source. Its files' kinds say how
-    they are read: text, JSON lines, Parquet. The arguments are those of `prepare`. Raises ValueError for those of them
-    that the source has no use for: other documents than were meant would be read.
+    Args:
+        source: python-library, a file, a folder, the name of a dataset on the hub, or a Source. Files are read as their
+            endings say: text, JSON lines, Parquet.
+        text_field: the field or column with the text, in JSON lines, Parquet and datasets; text by default.
+        subset: of a dataset on the hub, such as sample-100BT.
+        split: of a dataset on the hub; train by default.
+        separator: a line that stands between two documents of a text file, "" for blank lines; by default a file is one
+            document.
+        pattern: which files of a folder, such as "*.py"; text, JSON lines or Parquet files by default.
+        validation: a file or folder for validation, whose documents are skipped in the source; by default documents are
+            held out.
+        test: a file or folder for the test split, in the same way.
+        validation_share: of the documents; 0.005 by default, and at least one.
+        test_share: of the documents; 0.005 by default, and at least one.
+
+    Raises:
+        ValueError: for a wrong source, and for an option that it has no use for: other documents than were meant would
+            be read.
     """
     told = {"text_field": text_field, "subset": subset, "split": split, "separator": separator, "pattern": pattern}
     given = {name for name, value in told.items() if value is not None}
@@ -81,7 +98,10 @@ def parts_of(
         return [_library("train"), _library("validation"), _library("test")]
     shares = [_share_of("validation", validation_share, validation), _share_of("test", test_share, test)]
     check_shares(*shares)
-    own = [_there(name, file) for name, file in zip(HELD_OUT, (validation, test), strict=True) if file is not None]
+    own = [(name, file.expanduser()) for name, file in zip(HELD_OUT, (validation, test), strict=True) if file]
+    for held, file in own:
+        if not file.exists():
+            raise ValueError(f"{held}: expected a file or a folder, found none at {file}")
     how = LocalFormat(text_field=text_field or "text", separator=separator, pattern=pattern)
     name, folders = str(source), any(file.is_dir() for _, file in own)
     if not isinstance(source, Source):
@@ -113,7 +133,7 @@ def held_out_documents(parts: Sequence[Part]) -> frozenset[int]:
     if all(isinstance(part.split, str) for part in parts):  # the splits of one source, which has its own rule
         return frozenset()
     own = (part for part in parts if isinstance(part.split, str))
-    return frozenset(hash_of(text.strip()) for part in own for text in copy.copy(part.source))
+    return frozenset(hashed(text.strip()) for part in own for text in copy.copy(part.source))
 
 
 def training_texts(parts: Sequence[Part]) -> Iterator[str]:
@@ -137,10 +157,3 @@ def _share_of(name: str, share: float | None, file: Path | None) -> float:
     if share:
         raise ValueError(f"{name}_share: expected none, as --{name} gives the documents, got {share}")
     return 0.0
-
-
-def _there(name: Split, file: Path) -> tuple[Split, Path]:
-    path = file.expanduser()
-    if not path.exists():
-        raise ValueError(f"{name}: expected a file or a folder, found none at {file}")
-    return name, path

@@ -7,8 +7,9 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from hqlt.seeds import GAMMA, mixed
+
 ROUNDS = 8
-GOLDEN = 0x9E3779B97F4A7C15
 
 
 def permute(index: NDArray[np.int64], size: int, key: int) -> NDArray[np.int64]:
@@ -28,16 +29,13 @@ def permute(index: NDArray[np.int64], size: int, key: int) -> NDArray[np.int64]:
     while outside.any():
         l, r = np.divmod(out[outside], np.uint64(b))
         for i in range(ROUNDS):
-            l = (l + _mixed(r, key, 2 * i) % np.uint64(a)) % np.uint64(a)
-            r = (r + _mixed(l, key, 2 * i + 1) % np.uint64(b)) % np.uint64(b)
+            l = (l + _hashed(r, key, 2 * i) % np.uint64(a)) % np.uint64(a)
+            r = (r + _hashed(l, key, 2 * i + 1) % np.uint64(b)) % np.uint64(b)
         out[outside] = l * np.uint64(b) + r
         outside = out >= size
     return out.astype(np.int64)
 
 
-def _mixed(x: NDArray[np.uint64], key: int, line: int) -> NDArray[np.uint64]:
-    """SplitMix64's finaliser over x, the key and the number of the line."""
-    x = x + np.uint64((key + (line + 1) * GOLDEN) % 2**64)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
-    return x ^ (x >> np.uint64(31))
+def _hashed(x: NDArray[np.uint64], key: int, line: int) -> NDArray[np.uint64]:
+    """Of x, the key and the number of the line."""
+    return mixed(x + np.uint64((key + (line + 1) * int(GAMMA)) % 2**64))

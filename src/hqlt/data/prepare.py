@@ -1,4 +1,4 @@
-"""From documents to a folder of tokens, shard by shard, going on where an earlier start was stopped."""
+"""From documents to a folder of tokens, shard by shard, resumed where an earlier start was stopped."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hqlt.data.parts import Part, held_out_documents, parts_of
 from hqlt.data.shard import ShardWriter
 from hqlt.data.source import Source
 from hqlt.data.tokenizer import Tokenizer, load_tokenizer
-from hqlt.disk import UNFINISHED, alone_in, sync_folder
+from hqlt.disk import alone_in, holds_files, sync_folder
 from hqlt.task.task import SPLITS
 
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 1024, 1 << 22
@@ -47,19 +47,23 @@ def prepare(
     """Write the documents of a source as tokens into a folder that `TokenFiles` reads.
 
     A finished folder of the same settings is left as it is. An unfinished one (after Ctrl-C, a kill or a full disk) is
-    gone on with from its last finished shards, and ends up the same as if nothing had happened.
+    resumed from its last finished shards, and ends up the same as if nothing had happened.
 
-    source: "python-library", a file of text, JSON lines or Parquet, a folder of such files, the name of a
-        dataset on the Hugging Face hub, or a Source.
-    tokenizer: what `load_tokenizer` takes; a copy goes into the folder. A document begins with the special tokens that
-        it puts before every text, and ends with its eos token, if it has such.
-    limit_tokens: stop after the document with which the training split has as many tokens, and no split is empty.
-    shard_tokens: a round of shards, one for each split, is finished after the batch with which it has as many.
-    how: what `parts_of` takes: text_field; subset and split of a dataset; separator between the documents of a text
-        file; pattern of the files in a folder; validation and test files, or validation_share and test_share. Documents
-        that also stand in such files are skipped in the source; `Manifest.skipped` counts them.
-    Raises ValueError for a wrong source, and for a folder with other data, in which nothing is touched; OSError where
-    the folder cannot be written.
+    Args:
+        source: what `parts_of` takes.
+        folder: where the tokens go.
+        tokenizer: bytes, a tokenizer.json, a folder that holds one, or a name on the hub. A copy goes into the folder.
+            A document begins with the special tokens that it puts before every text, and ends with its eos token, if it
+            has such.
+        limit_tokens: stop after the document with which there are as many tokens for training, and no split is empty.
+        shard_tokens: tokens in a file; what is lost by an interrupt is less.
+        on_progress: called after each batch.
+        how: what else `parts_of` takes. Documents that also stand in its validation and test files are skipped in the
+            source; `Manifest.skipped` counts them.
+
+    Raises:
+        ValueError: for a wrong source, and for a folder with other data, in which nothing is touched.
+        OSError: where the folder cannot be written.
     """
     folder = Path(folder)
     if shard_tokens < 1 or (limit_tokens is not None and limit_tokens < 1):
@@ -77,7 +81,7 @@ def prepare(
             with contextlib.closing(Writing(folder, manifest, tok, parts, on_progress)) as writing:
                 writing.write_from(place)
         except BaseException:
-            if not any(manifest.splits.values()):  # there is nothing to go on from
+            if not any(manifest.splits.values()):  # there is nothing to resume from
                 (folder / PROGRESS).unlink()
                 shutil.rmtree(folder / "tokenizer", ignore_errors=True)
             raise
@@ -88,28 +92,24 @@ def prepare(
 
 
 class Place(NamedTuple):
-    """Where to go on."""
+    """Where to resume."""
 
     part: int = 0
     source: dict[str, Any] | None = None
     """How far the part's source was read; None: not at all."""
     holdout: Holdout | None = None
 
-    @classmethod
-    def of(cls, told: dict[str, Any]) -> Place:
-        """From JSON."""
-        return cls(told["part"], told["source"], told["holdout"] and Holdout(*told["holdout"]))
-
 
 def begun_in(folder: Path, wanted: Manifest, tokenizer: Tokenizer) -> tuple[Manifest, Place | None]:
-    """The folder's data so far and where to go on; no place: it is whole. Refuses a folder with anything else in it."""
+    """The folder's data so far, and where to resume; None: it is whole. Refuses a folder with other data or files."""
     place: Place | None = None
     if (folder / MANIFEST).exists():
         found, _ = read_manifest(folder)
     elif (folder / PROGRESS).exists():
         found, more = read_manifest(folder, PROGRESS)
-        place = Place.of(more["place"])
-    elif any(not path.name.endswith(UNFINISHED) for path in folder.iterdir()):
+        part, source, holdout = (more["place"][name] for name in Place._fields)
+        place = Place(part, source, holdout and Holdout(*holdout))
+    elif holds_files(folder):
         raise ValueError(f"{folder}: expected an empty folder or a new one, found other files in it")
     else:
         found, place = wanted, Place()
@@ -234,30 +234,34 @@ def batches(source: Source, most_characters: int) -> Iterator[list[str]]:
 def refuse_empty(folder: Path, manifest: Manifest, parts: Sequence[Part]) -> None:
     """Every split that was asked for has documents."""
     missing = [split for part in parts for split in part.splits if not manifest.documents(split)]
-    if missing and manifest.skipped["documents"]:
-        raise ValueError(
-            f"{folder}: expected documents in every split, found none for {' and '.join(missing)}: "
-            f"{manifest.skipped['documents']:,} of the source were skipped, as they also stand in the files given by "
-            f"--validation and --test; give other files, and remove this folder or give another"
-        )
-    if missing:
-        raise ValueError(
-            f"{folder}: expected documents in every split, found none for {' and '.join(missing)}; raise "
-            f"--validation-share or --test-share, or set them to 0, and remove this folder or give another"
-        )
+    if not missing:
+        return
+    skipped = manifest.skipped["documents"]
+    hint = (
+        f": {skipped:,} of the source were skipped, as they also stand in the files given by --validation and --test; "
+        f"give other files"
+        if skipped
+        else "; raise --validation-share or --test-share, or set them to 0"
+    )
+    raise ValueError(
+        f"{folder}: expected documents in every split, found none for {' and '.join(missing)}{hint}, and remove this "
+        f"folder or give another"
+    )
 
 
 def _difference(found: Manifest, wanted: Manifest) -> str:
     """The first settings that are not equal."""
     if found.tokenizer["digest"] != wanted.tokenizer["digest"]:
         return f"tokenizer: there {found.tokenizer['name']}, asked for {wanted.tokenizer['name']}"
-    for name in ("limit_tokens", "shard_tokens", "prefix_ids"):
-        there, asked = found.settings.get(name), wanted.settings.get(name)
-        if there != asked:
-            return f"{name}: there {there}, asked for {asked}"
-    there, asked = found.settings["parts"], wanted.settings["parts"]
-    for one, other in zip(there, asked, strict=False):
-        for key in sorted({*one, *other}):
-            if one.get(key) != other.get(key):
-                return f"source, {key}: there {one.get(key)}, asked for {other.get(key)}"
-    return f"there {len(there)} sources, asked for {len(asked)}"
+    there, asked = _facts(found.settings), _facts(wanted.settings)
+    place = next(place for place in (*there, *asked) if there.get(place) != asked.get(place))
+    return f"{place[0]}: there {there.get(place)}, asked for {asked.get(place)}"
+
+
+def _facts(settings: dict[str, Any]) -> dict[tuple[str, int], Any]:
+    """Settings, and those of the sources, by name and the source's number."""
+    facts = {(name, 0): value for name, value in settings.items() if name != "parts"}
+    facts["number of sources", 0] = len(settings["parts"])
+    return facts | {
+        (f"source, {key}", i): part[key] for i, part in enumerate(settings["parts"]) for key in sorted(part)
+    }

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 
 
 class Source:
-    """Documents in a fixed order. Once iterated, `state_dict` says how far; a new source goes on from it."""
+    """Documents in a fixed order. Once iterated, `state_dict` says how far; a new source resumes from it."""
 
     options: ClassVar[frozenset[str]] = frozenset()
-    """Those of `parts_of` that say how it is read."""
+    """Those of `parts_of` that say how it is read: its attributes of these names."""
 
     def __init__(self) -> None:
         self.seen = 0
@@ -27,7 +27,7 @@ class Source:
 
     def identity(self) -> dict[str, Any]:
         """What the documents depend on, in JSON; the place of a file is not part of it, its name and size are."""
-        raise NotImplementedError
+        return {"kind": type(self).__name__, **{name: getattr(self, name) for name in self.options}}
 
     def documents(self, skip: int) -> Iterator[str]:
         """All documents but the first `skip`."""
@@ -46,26 +46,31 @@ class Source:
 
 
 class Files(Source):
-    """Documents in local files, one file after another."""
+    """Documents in local files, one file after another.
 
-    def __init__(self, files: Sequence[Path], root: Path) -> None:
+    text_field: of files that have such. separator: of text.
+    """
+
+    def __init__(
+        self, files: Sequence[Path], root: Path, *, text_field: str = "text", separator: str | None = None
+    ) -> None:
         super().__init__()
-        self.files = files
-        self.root = root
+        self.files, self.root, self.text_field, self.separator = files, root, text_field, separator
         self.sizes = [file.stat().st_size for file in files]
         self.size = sum(self.sizes)
 
     def identity(self) -> dict[str, Any]:
-        names = (f"{file.relative_to(self.root).as_posix()} {size}\n" for file, size in self._sized())
+        sized = zip(self.files, self.sizes, strict=True)
+        names = (f"{file.relative_to(self.root).as_posix()} {size}\n" for file, size in sized)
         digest = hashlib.sha256("".join(names).encode()).hexdigest()
-        return {"kind": type(self).__name__, "files": len(self.files), "names and sizes": digest}
+        return {**super().identity(), "files": len(self.files), "names and sizes": digest}
 
     def documents(self, skip: int) -> Iterator[str]:
         return itertools.islice(self._from_the_first(), skip, None)
 
     def _from_the_first(self) -> Iterator[str]:
         before = 0
-        for file, size in self._sized():
+        for file, size in zip(self.files, self.sizes, strict=True):
             for text, position in self.texts_of(file):
                 self.passed = before + position
                 yield text
@@ -74,9 +79,6 @@ class Files(Source):
     def texts_of(self, file: Path) -> Iterator[tuple[str, int]]:
         """The documents of one file, and how many of its bytes were read."""
         raise NotImplementedError
-
-    def _sized(self) -> Iterator[tuple[Path, int]]:
-        return zip(self.files, self.sizes, strict=True)
 
 
 def without_lone_surrogates(text: str) -> str:

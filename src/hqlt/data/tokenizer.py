@@ -9,7 +9,7 @@ import json
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,56 +23,84 @@ USUAL_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
 """What ends a document by name, where a lone tokenizer.json does not say."""
 
 
-class TextStream(Protocol):
-    """Tokens come one by one, text goes out as soon as its characters are whole."""
+class Tokenizer:
+    """From a text to tokens, and back."""
 
-    def add(self, id: int) -> str: ...
-
-    def end(self) -> str:
-        """What is left: an unfinished character, as U+FFFD."""
-
-
-class Tokenizer(Protocol):
     name: str
     """What `load_tokenizer` was asked for."""
     vocab_size: int
     """All ids are below."""
-    bos_id: int | None
+    bos_id: int | None = None
     """The token that begins a text; None: there is none. Whether it stands before every text, `prefix_ids` says."""
-    eos_id: int | None
+    eos_id: int | None = None
     """The token that ends a document; None: there is none."""
 
     @property
     def digest(self) -> str:
         """Names what the tokenizer does: two with the same digest give the same tokens."""
+        raise NotImplementedError
 
-    @property
+    @functools.cached_property
     def prefix_ids(self) -> list[int]:
         """The special tokens that it puts before every text, such as `bos_id`; often none."""
+        alone, whole = self.encode_prompt("a", add_special_tokens=False), self.encode_prompt("a")
+        places = range(len(whole) - len(alone) + 1)
+        return whole[: next((i for i in places if whole[i : i + len(alone)] == alone), 0)]
 
     def encode(self, text: str) -> list[int]:
         """The tokens of the text alone; special tokens that are spelled out in it are read as text."""
+        raise NotImplementedError
 
     def encode_prompt(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """As transformers tokenizes what a model is given: special tokens that are spelled out in it are special.
 
         add_special_tokens: with those that the tokenizer puts around every text.
         """
+        return self.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         """Many texts at once, in parallel where the tokenizer can."""
+        return [np.array(self.encode(text), dtype=np.uint32) for text in texts]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text, without special tokens."""
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text, without special tokens unless they are wanted."""
+        raise NotImplementedError
 
     def spelling(self, id: int) -> str:
         """A token as text; a special one, too."""
+        return self.decode([id], skip_special_tokens=False)
 
     def stream(self, after: Sequence[int] = ()) -> TextStream:
-        """after: the last token or tokens of the text that goes on, which may say whether a blank comes first."""
+        """after: the last token or tokens of the text that is continued, which may say whether a blank comes first."""
+        return TextStream(self.decode, after)
 
     def save(self, folder: Path) -> None:
         """Write what `load_tokenizer` (and AutoTokenizer) reads again; bytes need nothing."""
+        raise NotImplementedError
+
+
+class TextStream:
+    """Tokens come one by one, text goes out as soon as its characters are whole.
+
+    What a token adds to the text depends on the one before it (a space, half a character), so both are decoded.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], after: Sequence[int]) -> None:
+        self.decode = decode
+        self.told = list(after)
+        self.waiting: list[int] = []
+
+    def add(self, id: int) -> str:
+        self.waiting.append(id)
+        text = self.end()
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        self.told, self.waiting = self.waiting, []
+        return text
+
+    def end(self) -> str:
+        """What is left: an unfinished character, as U+FFFD."""
+        return self.decode(self.told + self.waiting)[len(self.decode(self.told)) :]
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
@@ -120,33 +148,20 @@ def _auto_tokenizer(name: str) -> Tokenizer:
     return Fast(name, fast, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.split_special_tokens)
 
 
-class Bytes:
+class Bytes(Tokenizer):
     """A text is its bytes in UTF-8. No id is beyond 255, so nothing ends a document but a reset."""
 
-    name = "bytes"
+    name = digest = "bytes"
     vocab_size = 256
-    bos_id: int | None = None
-    eos_id: int | None = None
-    digest = "bytes"
-
-    @property
-    def prefix_ids(self) -> list[int]:
-        return []
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
-    def encode_prompt(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return self.encode(text)
-
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return bytes(ids).decode(errors="replace")
-
-    def spelling(self, id: int) -> str:
-        return self.decode([id])
 
     def stream(self, after: Sequence[int] = ()) -> TextStream:
         return ByteStream()
@@ -155,18 +170,30 @@ class Bytes:
         pass
 
 
-class WithSpecialTokens:
-    def encode_prompt(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        raise NotImplementedError
+class ByteStream(TextStream):
+    """Bytes that are no UTF-8 wait for nothing."""
 
-    @functools.cached_property
-    def prefix_ids(self) -> list[int]:
-        alone, whole = self.encode_prompt("a", add_special_tokens=False), self.encode_prompt("a")
-        places = range(len(whole) - len(alone) + 1)
-        return whole[: next((i for i in places if whole[i : i + len(alone)] == alone), 0)]
+    def __init__(self) -> None:
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, id: int) -> str:
+        return self.decoder.decode(bytes([id]))
+
+    def end(self) -> str:
+        return self.decoder.decode(b"", final=True)
 
 
-class Fast(WithSpecialTokens):
+class OfSubwords(Tokenizer):
+    """What those of `tokenizers` and of transformers have in common."""
+
+    tokenizer: Any
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+
+class Fast(OfSubwords):
     """A tokenizer of `tokenizers`: it encodes batches in parallel."""
 
     def __init__(
@@ -219,17 +246,6 @@ class Fast(WithSpecialTokens):
         encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
-        return text
-
-    def spelling(self, id: int) -> str:
-        text: str = self.tokenizer.decode([id], skip_special_tokens=False)
-        return text
-
-    def stream(self, after: Sequence[int] = ()) -> TextStream:
-        return TokenStream(self.decode, after)
-
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "tokenizer.json", self.tokenizer.to_str(pretty=True).encode())
@@ -240,15 +256,12 @@ class Fast(WithSpecialTokens):
         write_whole(folder / "tokenizer_config.json", (json.dumps(told, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-class Slow(WithSpecialTokens):
+class Slow(OfSubwords):
     """A tokenizer of transformers that `tokenizers` does not know."""
 
     def __init__(self, name: str, tokenizer: Any) -> None:
-        self.name = name
-        self.tokenizer = tokenizer
-        self.vocab_size: int = len(tokenizer)
-        self.bos_id: int | None = tokenizer.bos_token_id
-        self.eos_id: int | None = tokenizer.eos_token_id
+        self.name, self.tokenizer, self.vocab_size = name, tokenizer, len(tokenizer)
+        self.bos_id, self.eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
 
     @functools.cached_property
     def digest(self) -> str:
@@ -267,53 +280,8 @@ class Slow(WithSpecialTokens):
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
-        return [np.array(self.encode(text), dtype=np.uint32) for text in texts]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
-        return text
-
-    def spelling(self, id: int) -> str:
-        text: str = self.tokenizer.decode([id], skip_special_tokens=False)
-        return text
-
-    def stream(self, after: Sequence[int] = ()) -> TextStream:
-        return TokenStream(self.decode, after)
-
     def save(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
-
-
-class ByteStream:
-    def __init__(self) -> None:
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def add(self, id: int) -> str:
-        return self.decoder.decode(bytes([id]))
-
-    def end(self) -> str:
-        return self.decoder.decode(b"", final=True)
-
-
-class TokenStream:
-    """What a token adds to the text depends on the one before it (a space, half a character), so both are decoded."""
-
-    def __init__(self, decode: Callable[[Sequence[int]], str], after: Sequence[int]) -> None:
-        self.decode = decode
-        self.told = list(after)
-        self.waiting: list[int] = []
-
-    def add(self, id: int) -> str:
-        self.waiting.append(id)
-        text = self.end()
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):
-            return ""
-        self.told, self.waiting = self.waiting, []
-        return text
-
-    def end(self) -> str:
-        return self.decode(self.told + self.waiting)[len(self.decode(self.told)) :]
 
 
 def _named_token(folder: Path, name: str) -> str | None:

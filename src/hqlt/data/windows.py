@@ -1,8 +1,6 @@
-"""Shuffled windows of a text, each once an epoch."""
+"""Batches of a text: shuffled windows, or contiguous for a memory that is carried from batch to batch."""
 
 from __future__ import annotations
-
-import hashlib
 
 import numpy as np
 import torch
@@ -10,6 +8,7 @@ from numpy.typing import NDArray
 
 from hqlt.data.files import TokenFiles
 from hqlt.data.permutation import permute
+from hqlt.seeds import hashed
 from hqlt.task.task import IGNORE, Batch
 
 
@@ -51,17 +50,41 @@ class Windows:
         epochs, slots = np.divmod(places, len(self))
         windows = np.empty_like(slots)
         for epoch in np.unique(epochs):
-            digest = hashlib.sha256(f"windows/{self.seed}/{epoch}".encode()).digest()
             here = epochs == epoch
-            windows[here] = permute(slots[here], len(self), key=int.from_bytes(digest[:8], "little"))
+            windows[here] = permute(slots[here], len(self), key=hashed("windows", self.seed, epoch))
         return windows
+
+
+class Stream:
+    """Row r reads the r-th of `rows` equal stretches of the data; batch i + 1 begins where batch i ended.
+
+    Resets stand where documents begin, and on the first token of an epoch, when all rows are back at the beginnings of
+    their stretches. Nothing is held between calls.
+    """
+
+    def __init__(self, files: TokenFiles, length: int = 256, rows: int = 8) -> None:
+        if rows < 1 or length < 1 or len(files) - 1 < rows * length:
+            raise ValueError(
+                f"length, rows: expected at most {len(files) - 1} tokens in a batch, as the {files.split} split of "
+                f"{files.folder} has {len(files)}, got {rows} rows of {length}"
+            )
+        self.files, self.length, self.rows = files, length, rows
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return (len(self.files) - 1) // (self.rows * self.length)
+
+    def batch(self, index: int, rank: int = 0, ranks: int = 1) -> Batch:
+        """The index-th batch: this rank's rows of it, [rows / ranks, length]."""
+        step = index % len(self)
+        row = np.array(rows_of_rank(self.rows, rank, ranks))
+        return batch_of(self.files, (row * len(self) + step) * self.length, self.length, first=step == 0)
 
 
 def batch_of(files: TokenFiles, starts: NDArray[np.int64], length: int, first: bool) -> Batch:
     """Rows of `length` tokens from these starts [b]; first: whether a row's first token is a reset in any case."""
     read = [files.read(start, start + length + 1) for start in starts.tolist()]
-    tokens = torch.stack([tokens for tokens, _ in read])
-    begins = torch.stack([begins for _, begins in read])
+    tokens, begins = map(torch.stack, zip(*read, strict=True))
     resets = begins[:, :-1].clone()
     resets[:, 0] |= first
     return Batch(
@@ -78,5 +101,4 @@ def rows_of_rank(rows: int, rank: int, ranks: int) -> range:
         raise ValueError(f"rows: expected a multiple of the {ranks} ranks, got {rows}")
     if not 0 <= rank < ranks:
         raise ValueError(f"rank: expected from 0 to {ranks - 1}, got {rank}")
-    each = rows // ranks
-    return range(rank * each, (rank + 1) * each)
+    return range(rows)[rank * rows // ranks : (rank + 1) * rows // ranks]

@@ -14,12 +14,7 @@ from torch import Tensor
 
 from hqlt.errors import is_out_of_memory
 
-WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+WEIGHTS = [f"{name}{index}" for name in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")]
 WRAPPERS = ("model", "state_dict")
 """Keys under which training scripts keep the weights beside other things."""
 
@@ -41,15 +36,19 @@ def read_checkpoint(where: Path, settings: Path | None = None, renames: Mapping[
     are no expressions.
     """
     told = settings_of(where, settings)
-    patterns = compiled(renames or {})
-    tensors: dict[str, Tensor] = {}
-    for file in weight_files(where):
-        tensors |= read_tensors(file)
+    for pattern, replacement in (renames or {}).items():
+        try:
+            re.sub(pattern, replacement, "")
+        except (re.error, IndexError) as error:
+            raise ValueError(
+                f"map: expected an expression and what replaces it, got {pattern!r}: {replacement!r}: {error}"
+            ) from None
+    tensors = {name: tensor for file in weight_files(where) for name, tensor in read_tensors(file).items()}
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         new = name.removeprefix("_orig_mod.").removeprefix("module.")
-        for pattern, replacement in patterns.items():
-            new = pattern.sub(replacement, new)
+        for pattern, replacement in (renames or {}).items():
+            new = re.sub(pattern, replacement, new)
         if new in renamed:
             raise ValueError(f"{name}: expected names that stay different when renamed, got {new!r} twice")
         renamed[new] = tensor
@@ -76,20 +75,6 @@ def settings_of(where: Path, settings: Path | None = None) -> dict[str, Any]:
     return told
 
 
-def compiled(renames: Mapping[str, str]) -> dict[re.Pattern[str], str]:
-    patterns = {}
-    for pattern, replacement in renames.items():
-        try:
-            expression = re.compile(pattern)
-            expression.sub(replacement, "")
-        except (re.error, IndexError) as error:
-            raise ValueError(
-                f"map: expected an expression and what replaces it, got {pattern!r}: {replacement!r}: {error}"
-            ) from None
-        patterns[expression] = replacement
-    return patterns
-
-
 def weight_files(where: Path) -> list[Path]:
     """The file itself, or those that a folder's weights are in."""
     if where.is_file():
@@ -99,11 +84,9 @@ def weight_files(where: Path) -> list[Path]:
             f"{where}: expected safetensors or PyTorch weights, got a distributed checkpoint, whose index is a pickle; "
             f"convert it where it was made (torch.distributed.checkpoint.format_utils.dcp_to_torch_save)"
         )
-    for name in WEIGHTS:
-        if (where / name).is_file() and name.endswith(".index.json"):
-            return shards_of(where / name)
-        if (where / name).is_file():
-            return [where / name]
+    for file in (where / name for name in WEIGHTS):
+        if file.is_file():
+            return shards_of(file) if file.suffix == ".json" else [file]
     raise FileNotFoundError(f"{where}: expected one of {', '.join(WEIGHTS)}, found none")
 
 
@@ -125,10 +108,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             return load_file(file)
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # a file of something else can fail anywhere
-        if is_out_of_memory(error):
+        if isinstance(error, OSError) or is_out_of_memory(error):
             raise
         raise ValueError(f"{file}: expected safetensors, or a PyTorch file of tensors alone, got {error}") from error
     for wrapper in WRAPPERS:

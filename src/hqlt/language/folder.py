@@ -12,13 +12,12 @@ from torch import nn
 
 from hqlt.data import Tokenizer, load_tokenizer
 from hqlt.data.tokenizer import model_tokenizer
+from hqlt.errors import listed
 
 if TYPE_CHECKING:
     from hqlt.model import HQLTConfig, HQLTForCausalLM
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-SHOWN = 8
-"""Models of a study that an error names."""
 
 
 def find_model(where: str | Path) -> Path:
@@ -50,8 +49,7 @@ def found_in(folder: Path) -> str:
         return "no such folder"
     models = [str(path) for path in sorted(folder.glob("models/*")) if holds_model(path)]
     if models:
-        more = f" and {len(models) - SHOWN} more" if len(models) > SHOWN else ""
-        return f"a study; name one of its models: {', '.join(models[:SHOWN])}{more}"
+        return f"a study; name one of its models: {listed(models)}"
     if (folder / "config.json").is_file():
         return "a config.json without model_type, as a run's is; a run has its model/ once training has ended"
     return "no config.json"

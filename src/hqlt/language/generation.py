@@ -1,4 +1,4 @@
-"""Going on with a text: read once, in pieces, and continued as often as wanted, now or from a file."""
+"""Continuing a text: it is read once, in chunks, and continued as often as wanted, now or from a file."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class Past(NamedTuple):
 def read(
     model: HQLTForCausalLM, tokens: Sequence[int], past: Past | None = None, told: Callable[[int], None] | None = None
 ) -> Past:
-    """Read a text, or go on reading where `past` ends.
+    """Read a text, or continue where `past` ends.
 
     told: called with the number of tokens read, after each piece. Raises ValueError where there is nothing to read.
     """
     tokens = [*([past.unread] if past else []), *tokens]
     if not tokens:
-        raise ValueError("expected a text of at least one token, got an empty one and no state to go on from")
+        raise ValueError("expected a text of at least one token, got an empty one and no state to continue from")
     cache = HQLTCache.from_states(past.states) if past else HQLTCache()
     *before, last = tokens
     with torch.no_grad():

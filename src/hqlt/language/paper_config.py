@@ -14,79 +14,38 @@ from huggingface_hub.errors import StrictDataclassError
 from hqlt.model import HQLTConfig
 from hqlt.registry import one_of
 
-COMMON: dict[str, Any] = {
-    "hidden_size": 2048,
-    "num_hidden_layers": 24,
-    "hidden_ratio": 4,
-    "intermediate_size": None,
-    "hidden_act": "swish",
-    "norm_eps": 1e-6,
-    "vocab_size": 32_000,
-    "tie_word_embeddings": False,
-    "initializer_range": 0.02,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": None,
-}
+COPIED: dict[str, Any] = {
+    "hidden_size": 2048, "num_hidden_layers": 24, "norm_eps": 1e-6, "vocab_size": 32_000, "tie_word_embeddings": False,
+    "initializer_range": 0.02, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
+}  # fmt: skip
+"""Settings that mean here what they mean there, with their defaults there."""
+COMMON: dict[str, Any] = {**COPIED, "hidden_ratio": 4, "intermediate_size": None, "hidden_act": "swish"}
 LINEAR: dict[str, Any] = {
-    **COMMON,
-    "attn_mode": "chunk",
-    "expand_k": 1,
-    "expand_v": 1,
-    "use_beta": True,
-    "use_short_conv": True,
-    "conv_size": 4,
-    "qk_norm": "l2",
-    "qk_activation": "silu",
-    "attn": None,
-}
+    **COMMON, "attn_mode": "chunk", "expand_k": 1, "expand_v": 1, "use_beta": True, "use_short_conv": True,
+    "conv_size": 4, "qk_norm": "l2", "qk_activation": "silu", "attn": None,
+}  # fmt: skip
 DEFAULTS: dict[str, dict[str, Any]] = {
     "hybrid_qlt": {
-        **LINEAR,
-        "num_heads": 6,
-        "use_gate": True,
-        "allow_neg_eigval": True,
-        "chunk_size": 64,
-        "use_local_pos_encoding": False,
-        "use_memory_gate": False,
-        "use_memory_gate_separate": False,
-        "use_memory_scaler": False,
-        "use_memory_dynamic_scaler": False,
+        **LINEAR, "num_heads": 6, "use_gate": True, "allow_neg_eigval": True, "chunk_size": 64,
+        "use_local_pos_encoding": False, "use_memory_gate": False, "use_memory_gate_separate": False,
+        "use_memory_scaler": False, "use_memory_dynamic_scaler": False,
     },
     "delta_net": {**LINEAR, "num_heads": 16, "use_gate": False},
     "transformer": {
-        **COMMON,
-        "num_heads": 32,
-        "num_kv_heads": None,
-        "qkv_bias": False,
-        "qk_norm": False,
-        "window_size": None,
+        **COMMON, "num_heads": 32, "num_kv_heads": None, "qkv_bias": False, "qk_norm": False, "window_size": None,
         "rope_theta": 10_000.0,
     },
-}
+}  # fmt: skip
 """By model type: the settings that matter, and their defaults there."""
 
+LINEAR_MUST: dict[str, Any] = {"expand_k": 1, "expand_v": 1, "use_beta": True, "qk_norm": "l2", "hidden_act": "swish"}
 MUST_BE: dict[str, dict[str, Any]] = {
     "hybrid_qlt": {
-        "expand_k": 1,
-        "expand_v": 1,
-        "use_beta": True,
-        "qk_norm": "l2",
-        "qk_activation": "identity",
-        "hidden_act": "swish",
-        "use_memory_gate_separate": False,
-        "use_memory_scaler": False,
+        **LINEAR_MUST, "qk_activation": "identity", "use_memory_gate_separate": False, "use_memory_scaler": False,
     },
-    "delta_net": {
-        "expand_k": 1,
-        "expand_v": 1,
-        "use_beta": True,
-        "qk_norm": "l2",
-        "qk_activation": "silu",
-        "hidden_act": "swish",
-    },
+    "delta_net": {**LINEAR_MUST, "qk_activation": "silu"},
     "transformer": {"qkv_bias": False, "qk_norm": False, "hidden_act": "swish"},
-}
+}  # fmt: skip
 """What our layer computes; a model with another value of these has no counterpart here."""
 
 MODES = {
@@ -119,22 +78,12 @@ def _read(given: Mapping[str, Any]) -> Settings:
     for name, value in MUST_BE[kind].items():
         if theirs[name] != value:
             raise ValueError(f"{name}: expected {value!r}, which our layer computes, got {theirs[name]!r}")
-    fields = {
-        name: theirs[name]
-        for name in COMMON
-        if name not in ("hidden_ratio", "hidden_act", "intermediate_size") and name in theirs
-    }
-    fields["num_heads"] = theirs["num_heads"]
+    fields = {name: theirs[name] for name in (*COPIED, "num_heads")}
     fields["intermediate_size"] = theirs["intermediate_size"] or 256 * -(
         -int(theirs["hidden_size"] * (theirs["hidden_ratio"] or 4) * 2 / 3) // 256
     )
-    match kind:
-        case "hybrid_qlt":
-            return Settings(HQLTConfig(**fields, **_hybrid(theirs)), notes_on(theirs))
-        case "delta_net":
-            return Settings(HQLTConfig(**fields, **_delta_net(theirs)), [])
-        case _:
-            return Settings(HQLTConfig(**fields, **_transformer(theirs)), [])
+    of_layers = {"hybrid_qlt": _hybrid, "delta_net": _delta_net, "transformer": _transformer}[kind]
+    return Settings(HQLTConfig(**fields, **of_layers(theirs)), notes_on(theirs) if kind == "hybrid_qlt" else [])
 
 
 def _hybrid(theirs: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+import sys
 
-if TYPE_CHECKING:
-    from hqlt.model.cache import HQLTCache, register_cache_for_export
-    from hqlt.model.config import HQLTConfig
-    from hqlt.model.language_model import HQLTForCausalLM, HQLTModel
-    from hqlt.model.presets import preset
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-HOME = {
-    "HQLTCache": "cache",
-    "HQLTConfig": "config",
-    "HQLTForCausalLM": "language_model",
-    "HQLTModel": "language_model",
-    "preset": "presets",
-    "register_cache_for_export": "cache",
-}
+from hqlt.model.cache import HQLTCache, register_cache_for_export
+from hqlt.model.config import HQLTConfig
+from hqlt.model.language_model import HQLTForCausalLM, HQLTModel
+from hqlt.model.presets import preset
 
 __all__ = ["HQLTCache", "HQLTConfig", "HQLTForCausalLM", "HQLTModel", "preset", "register_cache_for_export"]
 
+AutoConfig.register(HQLTConfig.model_type, HQLTConfig, exist_ok=True)
+AutoModel.register(HQLTConfig, HQLTModel, exist_ok=True)
+AutoModelForCausalLM.register(HQLTConfig, HQLTForCausalLM, exist_ok=True)
 
-def __getattr__(name: str) -> Any:
-    """Loaded when asked for: the configuration must be there before transformers can load the models (registration)."""
-    if name in HOME:
-        return getattr(importlib.import_module(f"hqlt.model.{HOME[name]}"), name)
-    raise AttributeError(f"module 'hqlt.model' has no attribute {name!r}")
+# `transformers serve` and pipelines look among transformers' attributes for the architecture that a config names, and
+# transformers loads itself twice (transformers.processing_utils), so that some of its modules hold an older one.
+_parts = [vars(part) for name, part in list(sys.modules.items()) if name.partition(".")[0] == "transformers"]
+for _transformers in (
+    sys.modules["transformers"],
+    *(part["transformers"] for part in _parts if "transformers" in part),
+):
+    for _class in (HQLTModel, HQLTForCausalLM):
+        setattr(_transformers, _class.__name__, _class)

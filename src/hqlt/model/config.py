@@ -3,7 +3,6 @@
 # No `from __future__ import annotations` here: the type checks of transformers' configs read the types themselves.
 
 import difflib
-import importlib
 from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
-from transformers.models.auto.configuration_auto import AutoConfig
 
 from hqlt.layer import HybridMemory, arguments_of, layer_arguments
 from hqlt.registry import one_of
@@ -144,7 +142,6 @@ class HQLTConfig(PreTrainedConfig):
     """The token that fills up batches, if there is one. Its embedding is a token's like any other."""
 
     def __post_init__(self, **kwargs: Any) -> None:
-        importlib.import_module("hqlt.model.language_model")  # who has a config may ask the Auto classes for its model
         self._refuse_unknown(kwargs)
         if self.intermediate_size is None:
             self.intermediate_size = 256 * -(-8 * self.hidden_size // (3 * 256))
@@ -255,6 +252,3 @@ class HQLTConfig(PreTrainedConfig):
                 raise ValueError(
                     f"{cls.__name__}: expected fields of this config, got unknown {name!r}; did you mean {near[0]!r}?"
                 )
-
-
-AutoConfig.register("hqlt", HQLTConfig, exist_ok=True)

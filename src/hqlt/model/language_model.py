@@ -9,13 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    Cache,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from hqlt.layer import HybridMemory, RMSNorm, ShortConvolution, SwiGLU, ZeroCenteredRMSNorm
@@ -26,7 +20,6 @@ from hqlt.model.cache import CACHE, HQLTCache, one_cache
 from hqlt.model.config import HQLTConfig
 from hqlt.model.generation import HQLTGenerationMixin
 from hqlt.model.segments import Segments, read_rows, read_segments
-from hqlt.registration import name_in_transformers
 from hqlt.shapes import Hidden, Positions, Resets
 
 ARGUMENTS = (
@@ -276,8 +269,3 @@ def refuse_misspelt(kwargs: dict[str, Any], packed: bool) -> None:
 
 def _as_dict(return_dict: bool | None, config: PreTrainedConfig) -> bool:
     return bool(config.return_dict if return_dict is None else return_dict)
-
-
-AutoModel.register(HQLTConfig, HQLTModel, exist_ok=True)
-AutoModelForCausalLM.register(HQLTConfig, HQLTForCausalLM, exist_ok=True)
-name_in_transformers(HQLTModel, HQLTForCausalLM)

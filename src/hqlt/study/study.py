@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import dataclasses
+import inspect
 import json
 import re
 import types
 import typing
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -19,16 +22,12 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from hqlt.errors import reason
-from hqlt.registry import one_of
-from hqlt.task import TASKS
+from hqlt.registry import find, names, one_of, options_of
 from hqlt.train.fit import Budget
 from hqlt.train.grid import Cell
 from hqlt.train.task_cell import TaskCell
 
 T = TypeVar("T")
-
-WORLDS = ("TMazePassive", "TMazeActive", "KeyToDoor", "VisualMatch")
-"""For agents: hqlt.agent.worlds.WORLDS, which needs gymnasium."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,20 +107,25 @@ class Study:
 
 def cell_of(given: Experiment, own: dict[str, Any], /, **of_both: Any) -> Cell:
     """A cell of the kind that the budget is for."""
-    if isinstance(given.budget, Budget):
-        try:
+    with at(f"{of_both['model']} in {of_both['experiment']}"):
+        if isinstance(given.budget, Budget):
             return TaskCell(config=config_of(given.common, own), **of_both)
-        except ValueError as error:
-            raise ValueError(f"{of_both['model']} in {of_both['experiment']}: {error}") from None
-    from hqlt.train.agent.cell import AgentCell
+        from hqlt.train.agent.cell import AgentCell
 
-    config = {**given.common, **own}
-    if "memory" not in config:
-        raise ValueError(
-            f"{of_both['model']} in {of_both['experiment']}: expected the key 'memory', got "
-            f"{', '.join(map(repr, config)) or 'nothing'}"
-        )
-    return AgentCell(config=config, **of_both)
+        config = {**given.common, **own}
+        if "memory" not in config:
+            got = ", ".join(map(repr, config)) or "nothing"
+            raise ValueError(f"expected the key 'memory', got {got}")
+        return AgentCell(config=config, **of_both)
+
+
+@contextlib.contextmanager
+def at(place: object) -> Iterator[None]:
+    """Within this context a ValueError, and a package that is missing, is told with its place before it."""
+    try:
+        yield
+    except (ValueError, ModuleNotFoundError) as error:
+        raise ValueError(f"{place}: {reason(error)}") from None
 
 
 def quick(budget: Any) -> Any:
@@ -194,59 +198,77 @@ def read_study(path: Path) -> Study:
 
     Raises ValueError that says where a key is unknown (with the nearest that is known), missing or of a wrong type.
     """
-    try:
-        given = _keys(Study, yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: expected a study in YAML: {error}") from None
-    for label, model in _mapping(given["models"], f"{path}: models").items():
-        _mapping(model, f"{path}: models.{label}")
-    experiments = {}
-    for label, experiment in _mapping(given["experiments"], f"{path}: experiments").items():
-        where = f"{path}: experiments.{label}"
-        experiment = _keys(Experiment, experiment, where)
-        for part in ("common", "options", "paper"):
-            _mapping(experiment.get(part, {}), f"{where}.{part}")
+    with at(path):
         try:
-            world = experiment["task"] in WORLDS
-            one_of("task", experiment["task"], [*TASKS, *WORLDS])
-        except ValueError as error:
-            raise ValueError(f"{where}.{error}") from None
-        budget = _build(agent_budget() if world else Budget, experiment["budget"], f"{where}.budget")
-        experiments[label] = _build(Experiment, experiment | {"budget": budget}, where)
-        if not world:
-            _build(TASKS[experiments[label].task], experiments[label].options, f"{where}.options")
-    study = _build(Study, given | {"experiments": experiments}, str(path))
-    for label, experiment in study.experiments.items():
-        named = {"models": experiment.models or (), "paper": experiment.paper}
-        for name, model in [(name, model) for name, models in named.items() for model in models]:
-            try:
-                one_of(name, model, study.models)
-            except ValueError as error:
-                raise ValueError(f"{path}: experiments.{label}.{error}") from None
-    try:
-        cells = study.cells()
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    if not cells:
-        raise ValueError(f"{path}: expected at least one model, experiment and seed, got none of one of them")
-    names = Counter(cell.name for cell in cells)
-    for cell in cells:
-        if names[cell.name] > 1:
-            raise ValueError(
-                f"{path}: {cell.model} in {cell.column}, seed {cell.seed}: expected labels that differ in letters or "
-                f"digits, and each seed once, got two cells that are both called {cell.name!r}"
-            )
-        _try(cell, f"{path}: {cell.model} in {cell.column}")
+            given = _keys(Study, yaml.safe_load(path.read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ValueError(f"expected a study in YAML: {error}") from None
+        for label, model in _mapping(given["models"], "models").items():
+            _mapping(model, f"models.{label}")
+        experiments = {
+            label: _experiment(experiment, f"experiments.{label}")
+            for label, experiment in _mapping(given["experiments"], "experiments").items()
+        }
+        study = _build(Study, given | {"experiments": experiments})
+        for label, experiment in experiments.items():
+            for name, labels in (("models", experiment.models or ()), ("paper", experiment.paper)):
+                for model in labels:
+                    one_of(f"experiments.{label}.{name}", model, study.models)
+        _check(study.cells())
     return study
 
 
-def _build(kind: type[T], given: Any, where: str) -> T:
+def _experiment(given: Any, where: str) -> Experiment:
+    with at(where):
+        given = _keys(Experiment, given)
+    for part in ("common", "options", "paper"):
+        _mapping(given.get(part, {}), f"{where}.{part}")
+    kind = _kind(f"{where}.task", given["task"])
+    with at(f"{where}.budget"):
+        budget = _build(Budget if kind == "task" else agent_budget(), given["budget"])
+    with at(where):
+        experiment = _build(Experiment, given | {"budget": budget})
+    if kind == "task":
+        with at(f"{where}.options"):
+            _build(find(kind, experiment.task), experiment.options)
+    return experiment
+
+
+def _kind(where: str, name: Any) -> str:
+    """Whether this is a "task" or a "world". Raises ValueError, with the nearest, where it is neither."""
+    for kind in ("task", "world"):
+        with contextlib.suppress(ValueError, ModuleNotFoundError):
+            find(kind, name)
+            return kind
+    known = names("task")
+    with contextlib.suppress(ModuleNotFoundError):  # worlds need gymnasium
+        known += names("world")
+    one_of(where, name, known)
+    raise AssertionError
+
+
+def _check(cells: Sequence[Cell]) -> None:
+    """Raises ValueError where there are none, two have one name, or one cannot be built."""
+    if not cells:
+        raise ValueError("expected at least one model, experiment and seed, got none of one of them")
+    count = Counter(cell.name for cell in cells)
+    for cell in cells:
+        with at(f"{cell.model} in {cell.column}"):
+            if count[cell.name] > 1:
+                raise ValueError(
+                    f"seed {cell.seed}: expected labels that differ in letters or digits, and each seed once, got two "
+                    f"cells that are both called {cell.name!r}"
+                )
+            _try(cell)
+
+
+def _build(kind: type[T], given: Any) -> T:
     """kind(**given), with keys and types checked. What is built already is taken as it is."""
-    given = _keys(kind, given, where)
+    given = _keys(kind, given)
     hints = get_type_hints(kind)
     for name, value in given.items():
         if value is None and name in hints and type(None) not in (hints[name], *get_args(hints[name])):
-            raise ValueError(f"{where}: {name}: expected {words(hints[name])}, got nothing")
+            raise ValueError(f"{name}: expected {words(hints[name])}, got nothing")
     built = {name: value for name, value in given.items() if _is_built(value)}
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
     parser.add_class_arguments(kind, skip=set(built))
@@ -256,11 +278,11 @@ def _build(kind: type[T], given: Any, where: str) -> T:
     except ArgumentError as error:
         found = re.search(r'Parser key "(\w+)', str(error))
         if found is None:
-            raise ValueError(f"{where}: {error}") from None
+            raise ValueError(str(error)) from None
         name = found[1]
-        raise ValueError(f"{where}: {name}: expected {words(hints[name])}, got {given[name]!r}") from None
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise ValueError(f"{name}: expected {words(hints[name])}, got {given[name]!r}") from None
+    except TypeError as error:
+        raise ValueError(str(error)) from None
 
 
 WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
@@ -286,46 +308,36 @@ def _is_built(value: Any) -> bool:
     return dataclasses.is_dataclass(value) or (isinstance(value, dict) and any(map(_is_built, value.values())))
 
 
-def _keys(kind: Any, given: Any, where: str) -> dict[str, Any]:
-    """The mapping, with no key that is not a field and none missing that has no default."""
-    fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
-    for name in _mapping(given, where):
-        try:
-            one_of("key", name, fields)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-    for name, known in fields.items():
-        required = known.default is dataclasses.MISSING and known.default_factory is dataclasses.MISSING
-        if required and name not in given:
-            raise ValueError(f"{where}: expected the key {name!r}, got {', '.join(map(repr, given)) or 'nothing'}")
+def _keys(kind: type, given: Any) -> dict[str, Any]:
+    """The mapping, with no key that is not an option and none missing that has no default."""
+    options = options_of(kind)
+    for name in _mapping(given):
+        one_of("key", name, options)
+    for name, default in options.items():
+        if default is inspect.Parameter.empty and name not in given:
+            raise ValueError(f"expected the key {name!r}, got {', '.join(map(repr, given)) or 'nothing'}")
     return dict(given)
 
 
-def _mapping(given: Any, where: str) -> dict[str, Any]:
+def _mapping(given: Any, where: str = "") -> dict[str, Any]:
+    place = f"{where}: " if where else ""
     if not isinstance(given, dict):
-        raise ValueError(f"{where}: expected keys with values, got {given!r}")
+        raise ValueError(f"{place}expected keys with values, got {given!r}")
     for name in given:
         if not isinstance(name, str):
-            raise ValueError(f"{where}: expected text as keys, got {name!r}; put it in quotes")
+            raise ValueError(f"{place}expected text as keys, got {name!r}; put it in quotes")
     return given
 
 
 def agent_budget() -> Any:
-    """AgentBudget, which needs gymnasium.
+    """AgentBudget. Raises ModuleNotFoundError without gymnasium."""
+    from hqlt.train.agent.cell import AgentBudget
 
-    Raises ValueError where that is missing.
-    """
-    try:
-        from hqlt.train.agent.cell import AgentBudget
-    except ModuleNotFoundError as error:
-        if error.name != "gymnasium":
-            raise
-        raise ValueError(reason(error)) from None
     return AgentBudget
 
 
-def _try(cell: Cell, where: str) -> None:
-    """Build its model, on a device that costs nothing; for agents the world too."""
+def _try(cell: Cell) -> None:
+    """Build its model, on a device that costs nothing, and its task or world. Raises ValueError where that fails."""
     from hqlt.model import HQLTConfig
 
     try:
@@ -334,15 +346,13 @@ def _try(cell: Cell, where: str) -> None:
                 task = cell.build_task()
                 HQLTConfig(**cell.config, vocab_size=task.vocab_size)
                 cell.budget.task_at(task, 0)
-                return
-        _try_agent(cell)
-    except ModuleNotFoundError as error:
-        raise ValueError(reason(error)) from None
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+            else:
+                _try_agent(cell)
+    except (ValueError, ModuleNotFoundError):
+        raise
     except Exception as error:  # what a library says of a wrong type
         given = json.dumps({**cell.config, **cell.task_options}, default=str, ensure_ascii=False)
-        raise ValueError(f"{where}: expected values that it can be built with, got {given}: {error}") from None
+        raise ValueError(f"expected values that it can be built with, got {given}: {error}") from None
 
 
 def _try_agent(cell: Any) -> None:

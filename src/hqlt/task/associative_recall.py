@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hqlt.task.task import IGNORE, Batch, Split
+from hqlt.registry import register
+from hqlt.task.task import IGNORE, Batch, Split, Task
 
 
+@register("task", "recall")
 @dataclass(frozen=True, kw_only=True)
-class AssociativeRecall:
+class AssociativeRecall(Task):
     """Keys are drawn without repetition from the lower half of the vocabulary, values from the upper half.
 
         two pairs of vocabulary 8       the keys asked for, at gaps drawn by a power law
@@ -38,9 +40,6 @@ class AssociativeRecall:
     """The gap after the pairs has a density ∝ gap^(power − 1): most keys are asked for soon."""
     against: Literal["distance", "pairs"] = "distance"
     """What the scores are drawn against: the tokens between a pair and its query, or the sequence's pairs."""
-
-    name = "recall"
-    metric: Literal["accuracy"] = "accuracy"
 
     def __post_init__(self) -> None:
         most = self.vocabulary // 2 - 1

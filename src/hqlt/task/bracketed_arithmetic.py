@@ -7,12 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hqlt.registry import register
 from hqlt.task.modular_arithmetic import EQUALS, MINUS, MODULUS, PLUS, ZERO
 from hqlt.task.state_tracking import StateTracking
 
 OPEN, CLOSE = ZERO + MODULUS, ZERO + MODULUS + 1
 
 
+@register("task", "bracketed-arithmetic")
 @dataclass(frozen=True, kw_only=True)
 class BracketedArithmetic(StateTracking):
     """A random expression of n − 2 characters, then `=`, where its value modulo 5 is asked for.
@@ -27,7 +29,6 @@ class BracketedArithmetic(StateTracking):
     Source: Delétang et al. 2023, "Neural Networks and the Chomsky Hierarchy", appendix A.
     """
 
-    name = "bracketed-arithmetic"
     vocab_size = 12
     chance = 1 / MODULUS
 

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hqlt.registry import register
 from hqlt.task.state_tracking import StateTracking
 
 MOVES = (0, 1, -1)
 
 
+@register("task", "cycle")
 @dataclass(frozen=True, kw_only=True)
 class CycleNavigation(StateTracking):
     """n − 1 moves 0, +1 and −1 on a ring, from position 0; at the last one, the position.
@@ -27,8 +29,6 @@ class CycleNavigation(StateTracking):
 
     positions: int = 6
     """Of the ring."""
-
-    name = "cycle"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hqlt.registry import register
 from hqlt.task.state_tracking import StateTracking
 
 
+@register("task", "even-pairs")
 @dataclass(frozen=True, kw_only=True)
 class EvenPairs(StateTracking):
     """n − 1 letters a and b; is the number of pairs ab and ba even? It is where the last letter equals the first.
@@ -21,7 +23,6 @@ class EvenPairs(StateTracking):
     Source: Delétang et al. 2023, "Neural Networks and the Chomsky Hierarchy", appendix A.
     """
 
-    name = "even-pairs"
     vocab_size = 3
     chance = 0.5
 

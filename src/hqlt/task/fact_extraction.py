@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hqlt.task.task import IGNORE, SPLITS, Batch, Split
+from hqlt.registry import one_of, register
+from hqlt.task.task import IGNORE, SPLITS, Batch, Split, Task
 from hqlt.task.text import files_of
 
 FACT = re.compile(rb"^[ \t]*([A-Za-z_][A-Za-z0-9_.]*) = ([^\n#]{4,24})\n", re.MULTILINE)
@@ -34,8 +35,9 @@ class Facts(NamedTuple):
     """Where the file ends, or a line gives the name another value: the question may not come later."""
 
 
+@register("task", "fact-extraction")
 @dataclass(frozen=True, kw_only=True)
-class FactExtraction:
+class FactExtraction(Task):
     r"""A passage of Python source, byte by byte, and a question about one of its lines, which holds the answer.
 
         passage     …width = 0.5*scale\nheight = rows - 1\nfor row in…
@@ -58,17 +60,15 @@ class FactExtraction:
     labels: Literal["text", "answer"] = "text"
     """What training scores: every byte, as in a language model, or the answer alone. Tests score the answer alone."""
 
-    name = "fact-extraction"
     vocab_size = 256
-    metric: Literal["exact"] = "exact"
+    metric = "exact"
     chance = 0.0
     coordinate_name = "bytes between fact and question"
 
     def __post_init__(self) -> None:
         if self.length < 64:
             raise ValueError(f"length: expected at least 64 bytes, got {self.length}")
-        if self.labels not in ("text", "answer"):
-            raise ValueError(f"labels: expected 'text' or 'answer', got {self.labels!r}")
+        one_of("labels", self.labels, ("text", "answer"))
 
     def sample(self, generator: torch.Generator, rows: int, split: Split) -> Batch:
         source, facts = files_of(split)[0].numpy(), facts_of(split)

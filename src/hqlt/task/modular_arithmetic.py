@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hqlt.registry import register
 from hqlt.task.state_tracking import StateTracking
 
 MODULUS = 5
@@ -15,6 +16,7 @@ ZERO = 5
 """The token of the digit 0; the other digits follow it."""
 
 
+@register("task", "arithmetic")
 @dataclass(frozen=True, kw_only=True)
 class ModularArithmetic(StateTracking):
     """Digits and operators in turn, then `=`, where the value modulo 5 is asked for. `*` binds tighter than + and −.
@@ -28,7 +30,6 @@ class ModularArithmetic(StateTracking):
     Source: Delétang et al. 2023, "Neural Networks and the Chomsky Hierarchy"; the paper, section 4.2, table 2.
     """
 
-    name = "arithmetic"
     vocab_size = 10
     chance = 1 / MODULUS
 

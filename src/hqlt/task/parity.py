@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hqlt.registry import register
 from hqlt.task.state_tracking import StateTracking
 
 
+@register("task", "parity")
 @dataclass(frozen=True, kw_only=True)
 class Parity(StateTracking):
     """n − 1 random bits; at the last one, the parity of them all.
@@ -21,7 +23,6 @@ class Parity(StateTracking):
     Source: Delétang et al. 2023, "Neural Networks and the Chomsky Hierarchy"; the paper, section 4.2, table 2.
     """
 
-    name = "parity"
     vocab_size = 3
     chance = 0.5
 

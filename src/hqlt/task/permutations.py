@@ -10,9 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hqlt.registry import one_of, register
 from hqlt.task.state_tracking import StateTracking
 
 
+@register("task", "permutations")
 @dataclass(frozen=True, kw_only=True)
 class Permutations(StateTracking):
     """n − 1 random elements of a group; at the last one, the permutation that they make, the first applied first.
@@ -31,12 +33,9 @@ class Permutations(StateTracking):
     group: Literal["S3", "A5", "S5"] = "S3"
     """All permutations of three or five, or the even ones of five."""
 
-    name = "permutations"
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.group not in ("S3", "A5", "S5"):
-            raise ValueError(f"group: expected 'S3', 'A5' or 'S5', got {self.group!r}")
+        one_of("group", self.group, ("S3", "A5", "S5"))
 
     @property
     def vocab_size(self) -> int:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
-from hqlt.task.task import IGNORE, Batch, Split
+from hqlt.registry import register
+from hqlt.task.task import IGNORE, Batch, Split, Task
 
 
+@register("task", "selective-copying")
 @dataclass(frozen=True, kw_only=True)
-class SelectiveCopying:
+class SelectiveCopying(Task):
     """A few tokens at random places among blanks; then marks, at each of which the next token is to be named.
 
         inputs    0 5 0 0 3 7 0    1 1 1    (0 blank, 1 mark)
@@ -29,8 +30,6 @@ class SelectiveCopying:
     vocabulary: int = 16
     """The blank and the mark counted."""
 
-    name = "selective-copying"
-    metric: Literal["accuracy"] = "accuracy"
     coordinate_name = "tokens between the token and its mark"
 
     def __post_init__(self) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
+from hqlt.registry import register
+from hqlt.task.state_tracking import Growing
 from hqlt.task.task import IGNORE, Batch, Split
 
 
+@register("task", "state-recall")
 @dataclass(frozen=True, kw_only=True)
-class StateRecall:
+class StateRecall(Growing):
     """Switches are flipped in a long walk; then every symbol gets a value for every setting of theirs; then symbols are
     asked for, each after one more flip: what is its value in the setting that the switches are in?
 
@@ -38,18 +40,11 @@ class StateRecall:
     """Different values that there are, at least as many as pairs."""
     questions: int = 16
     """Flips and symbols after the pairs."""
-    train_lengths: tuple[int, int] = (3, 40)
-    """Least and greatest length of the walk in training."""
-    test_lengths: tuple[int, int] = (40, 256)
-    """Least and greatest length of the walk in validation and test."""
-    labels: Literal["answer", "prefix"] = "answer"
-    """What training scores: the answers alone, or after every flip the setting as well."""
 
-    name = "state-recall"
-    metric: Literal["accuracy"] = "accuracy"
     coordinate_name = "length of the walk"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("switches", "symbols", "questions"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -58,11 +53,6 @@ class StateRecall:
                 f"values: expected at least {self.pairs}, one for each of {self.symbols} symbols in each of "
                 f"{self.settings} settings, got {self.values}"
             )
-        if self.labels not in ("answer", "prefix"):
-            raise ValueError(f"labels: expected 'answer' or 'prefix', got {self.labels!r}")
-        for name, lengths in (("train_lengths", self.train_lengths), ("test_lengths", self.test_lengths)):
-            if len(lengths) != 2 or not 1 <= lengths[0] <= lengths[1]:
-                raise ValueError(f"{name}: expected the least and the greatest length, 1 or more, got {lengths}")
 
     @property
     def settings(self) -> int:
@@ -82,7 +72,7 @@ class StateRecall:
         return 1 / self.values
 
     def sample(self, generator: torch.Generator, rows: int, split: Split) -> Batch:
-        shortest, longest = self.train_lengths if split == "train" else self.test_lengths
+        shortest, longest = self.lengths(split)
         n, first_symbol = self.pairs, 1 + self.settings
         first_key = first_symbol + self.symbols
         walk = torch.randint(shortest, longest + 1, (rows, 1), generator=generator)
@@ -106,7 +96,7 @@ class StateRecall:
         inputs.scatter_(1, walk + 2 * n + torch.arange(2 * self.questions), questions)
         targets = torch.full_like(inputs, IGNORE)
         asked = walk + 2 * n + 1 + 2 * torch.arange(self.questions)
-        if split == "train" and self.labels == "prefix":
+        if self.scores_prefixes(split):
             targets[:, : flips.shape[1]] = torch.where(walking, 1 + setting, IGNORE)
             targets.scatter_(1, asked - 1, 1 + setting.gather(1, asking))
         targets.scatter_(1, asked, answers)

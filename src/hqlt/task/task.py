@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-from typing import Literal, NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from hqlt.seeds import hashed
 from hqlt.shapes import Resets
 
 Split = Literal["train", "validation", "test"]
@@ -28,8 +29,7 @@ class Batch(NamedTuple):
     """Bool [b, t], True where a token begins a new segment."""
 
     def to(self, device: torch.device | str) -> Batch:
-        resets = None if self.resets is None else self.resets.to(device)
-        return Batch(self.inputs.to(device), self.targets.to(device), self.coordinate.to(device), resets)
+        return Batch(*(None if part is None else part.to(device) for part in self))  # type: ignore[arg-type]
 
     def packed(self) -> Batch:
         """Two sequences a row, the shortest behind the longest, a reset between them: less padding, the same loss.
@@ -57,31 +57,35 @@ class Batch(NamedTuple):
         )
 
 
-class Task(Protocol):
-    """Adding a task is adding one file with a frozen dataclass of this form, and its name in `task/__init__.py`."""
+class Task(ABC):
+    """A task is one file: a frozen dataclass, whose fields are its options, under `@hqlt.register("task", NAME)`.
+
+    Its docstring shows one worked example. docs/extending.md has a recipe; tests/task/laws.py is what every task obeys.
+    """
+
+    metric: Literal["accuracy", "exact", "bits"] = "accuracy"
+    """accuracy: share of scored tokens named right, stretched so that chance is 0; exact: share of sequences in which
+    all of them are; bits: mean −log₂ p(target)."""
 
     @property
-    def name(self) -> str: ...
-
-    @property
+    @abstractmethod
     def vocab_size(self) -> int: ...
 
     @property
-    def metric(self) -> Literal["accuracy", "exact", "bits"]:
-        """accuracy: share of scored tokens named right, stretched so that chance is 0; exact: share of sequences in
-        which all of them are; bits: mean −log₂ p(target)."""
-
-    @property
+    @abstractmethod
     def chance(self) -> float:
         """Accuracy of guessing."""
 
     @property
-    def coordinate_name(self) -> str: ...
+    @abstractmethod
+    def coordinate_name(self) -> str:
+        """What `Batch.coordinate` is."""
 
-    def sample(self, generator: torch.Generator, rows: int, split: Split) -> Batch: ...
+    @abstractmethod
+    def sample(self, generator: torch.Generator, rows: int, split: Split) -> Batch:
+        """Sequences that follow from the generator alone, as all that is random comes from it."""
 
 
 def generator_for(split: Split, seed: int) -> torch.Generator:
     """A source of randomness that no other split or seed shares."""
-    digest = hashlib.sha256(f"{split}/{seed}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator().manual_seed(hashed(split, seed) >> 1)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hqlt.task.task import Batch, Split
+from hqlt.registry import register
+from hqlt.seeds import hashed
+from hqlt.task.task import Batch, Split, Task
 
 LEFT_OUT = {
     *("site-packages", "dist-packages", "lib2to3", "ensurepip"),  # other people's packages, or copies of others'
@@ -22,8 +22,9 @@ LEFT_OUT = {
 """Folders that are not read: what stands in a test file should not stand in a training file as well."""
 
 
+@register("task", "text")
 @dataclass(frozen=True, kw_only=True)
-class StandardLibrary:
+class StandardLibrary(Task):
     """Name the next byte of Python source. One file in twenty is held out for validation, and one for test.
 
         inputs    d e f _ f
@@ -36,9 +37,8 @@ class StandardLibrary:
 
     length: int = 256
 
-    name = "text"
     vocab_size = 256
-    metric: Literal["bits"] = "bits"
+    metric = "bits"
     chance = 1 / 256
     coordinate_name = "position in the window"
 
@@ -75,13 +75,13 @@ def library_files(split: Split) -> list[Path]:
             f"{library}: expected the source files of Python's standard library, found none for the {split} split; "
             f"some minimal installations leave them out: install Python's full package"
         )
-    return [files[name] for name in sorted(names, key=_digest)]
+    return [files[name] for name in sorted(names, key=_hash)]
 
 
-def _digest(path: Path) -> bytes:
-    return hashlib.sha256(path.as_posix().encode()).digest()
+def _hash(path: Path) -> bytes:
+    return hashed(path.as_posix()).to_bytes(8, "little")
 
 
 def _split_of(path: Path) -> Split:
-    twentieth = _digest(path)[0] % 20
+    twentieth = _hash(path)[0] % 20
     return "test" if twentieth == 0 else "validation" if twentieth == 1 else "train"

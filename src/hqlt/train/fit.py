@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hqlt.evaluate.scores import Score, evaluate
-from hqlt.task import IGNORE, Batch, StateRecall, StateTracking, Task, generator_for
+from hqlt.task import IGNORE, Batch, Growing, Task, generator_for
 from hqlt.train.schedule import warmup_then_cosine
 
 
@@ -75,10 +75,8 @@ class Budget:
         grows_until = round(self.curriculum * self.steps)
         if step >= grows_until:
             return task
-        if not isinstance(task, StateTracking | StateRecall):
-            raise ValueError(
-                f"curriculum: expected 0 for {task.name}, whose lengths do not grow, got {self.curriculum}"
-            )
+        if not isinstance(task, Growing):
+            raise ValueError(f"curriculum: expected 0 for a task whose lengths do not grow, got {self.curriculum}")
         shortest, longest = task.train_lengths
         reached = shortest + math.ceil((longest - shortest) * (step + 1) / grows_until)
         return dataclasses.replace(task, train_lengths=(shortest, reached))

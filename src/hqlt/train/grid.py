@@ -6,6 +6,7 @@ takes those as they are and runs the rest. A worker that dies costs its own cell
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -25,6 +26,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from hqlt.disk import write_whole
+from hqlt.registry import outside
 from hqlt.signals import stopping
 from hqlt.train.fit import Fit, Progress
 
@@ -214,7 +216,9 @@ class Workers:
 
     def start(self, cell: Cell) -> None:
         ours, theirs = self.context.Pipe(duplex=False)
-        process = self.context.Process(target=_work, args=(cell, self.folder, self.device, theirs), daemon=True)
+        process = self.context.Process(
+            target=_work, args=(cell, self.folder, self.device, theirs, outside()), daemon=True
+        )
         process.start()
         theirs.close()
         self.running[ours] = process, cell
@@ -232,12 +236,14 @@ class Workers:
                 yield cell, Ended(process.exitcode)
 
 
-def _work(cell: Cell, folder: Path, device: str, pipe: Connection) -> None:
-    """One cell, in a process of its own with one thread."""
+def _work(cell: Cell, folder: Path, device: str, pipe: Connection, modules: Sequence[str]) -> None:
+    """One cell, in a process of its own with one thread. modules: to be imported first, for what they register."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     try:
+        for module in modules:
+            importlib.import_module(module)
         for told in cell.run(folder, device):
             pipe.send(told)
     except BrokenPipeError:

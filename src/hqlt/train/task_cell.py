@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from hqlt.task import TASKS
+from hqlt.registry import build
+from hqlt.task import Task
 from hqlt.train.fit import Budget, Progress, fit
 from hqlt.train.grid import Cell, Event, Result
 
@@ -25,14 +25,15 @@ class TaskCell(Cell):
 
     @property
     def metric(self) -> str:
-        return str(self.build_task().metric)
+        return self.build_task().metric
 
     @property
     def coordinate_name(self) -> str | None:
-        return str(self.build_task().coordinate_name)
+        return self.build_task().coordinate_name
 
-    def build_task(self) -> Any:
-        return TASKS[self.task](**self.task_options)
+    def build_task(self) -> Task:
+        task: Task = build("task", self.task, **self.task_options)
+        return task
 
     def run(self, folder: Path, device: str = "cpu") -> Iterator[Event | Result]:
         from transformers.utils import logging

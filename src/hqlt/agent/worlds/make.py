@@ -18,7 +18,7 @@ from hqlt.agent.worlds.t_maze import TMaze
 from hqlt.agent.worlds.visual_match import VisualMatch
 from hqlt.agent.worlds.world import World
 from hqlt.errors import how_to_install
-from hqlt.registry import one_of
+from hqlt.registry import one_of, register
 
 WORLDS: dict[str, tuple[type[World], dict[str, Any]]] = {
     "TMazePassive": (TMaze, {"oracle": 0}),
@@ -27,6 +27,8 @@ WORLDS: dict[str, tuple[type[World], dict[str, Any]]] = {
     "VisualMatch": (VisualMatch, {}),
 }
 """Ours, and what sets them apart; in gymnasium, NAME is hqlt/NAME-v0."""
+for _name, (_world, _) in WORLDS.items():
+    register("world", _name)(_world)
 
 EXTRAS = {"popgym-": "popgym", "MiniGrid-": "minigrid", "BabyAI-": "minigrid"}
 """How ids begin, and the package (and extra of hqlt) that registers them when it is imported."""

@@ -7,12 +7,10 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from hqlt.seeds import GAMMA, mixed
+
 Indices: TypeAlias = NDArray[np.intp]
 """Which copies, [m]."""
-
-GAMMA = np.uint64(0x9E3779B97F4A7C15)
-FIRST, SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-A, B, C = np.uint64(30), np.uint64(27), np.uint64(31)
 
 
 class Streams:
@@ -43,10 +41,3 @@ class Streams:
     def order(self, copies: Indices, k: int) -> Indices:
         """[m, k] the numbers 0 … k − 1 in an order in which all are as likely."""
         return self.bits(copies, k).argsort(axis=1)
-
-
-def mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """A bijection of 64 bits in which every bit of x turns about half of the bits."""
-    x = (x ^ (x >> A)) * FIRST
-    x = (x ^ (x >> B)) * SECOND
-    return x ^ (x >> C)

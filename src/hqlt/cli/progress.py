@@ -1,0 +1,20 @@
+"""How far a command has read, on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+@contextmanager
+def progress(what: str, total: int, least: int = 0) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr for a total of more than `least` tokens. Gives told(tokens): so many more were read."""
+    notes, amount = Console(stderr=True), TextColumn("{task.completed:,}/{task.total:,} tokens")
+    columns = (TextColumn(what), BarColumn(), amount, TimeRemainingColumn())
+    hidden = total <= least or not notes.is_terminal
+    with Progress(*columns, console=notes, transient=True, disable=hidden) as shown:
+        bar = shown.add_task("", total=total)
+        yield lambda tokens: shown.advance(bar, tokens)

@@ -1,0 +1,26 @@
+"""Where chance comes from: numbers that follow from what they are for, and from nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+GAMMA = np.uint64(0x9E3779B97F4A7C15)
+"""2⁶⁴ divided by the golden ratio: numbers this far apart, mixed, are SplitMix64."""
+
+
+def hashed(*parts: object) -> int:
+    """64 bits of the SHA-256 of the parts, a slash between them: hashed("train", 0) is of "train/0"."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "little")
+
+
+def mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """A bijection of 64 bits in which every bit of x flips about half of the bits: SplitMix64's finaliser.
+
+    Source: Steele, Lea, Flood 2014, "Fast Splittable Pseudorandom Number Generators", figure 16.
+    """
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    return x ^ (x >> np.uint64(31))

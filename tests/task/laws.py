@@ -1,0 +1,164 @@
+"""The laws of a task, written once and inherited by every task.
+
+A class of tests inherits `Laws` and gives one fixture, `case`: a `Case`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+import yaml
+
+from hqlt.evaluate import evaluate
+from hqlt.registry import build, find, name_of, options_of
+from hqlt.study import read_study
+from hqlt.task import IGNORE, generator_for
+from hqlt.task.task import SPLITS
+from hqlt.train.grid import as_json, load_result, save_result
+
+
+class Case(NamedTuple):
+    name: str
+    """In the registry."""
+    verifier: Callable[[list[int]], dict[int, int]] | None = None
+    """The tokens of a row → {position: what is to be named there in tests}, found in another way."""
+
+    @property
+    def task(self):
+        return build("task", self.name)
+
+    def batch(self, split="train", seed=0, rows=6):
+        return self.task.sample(generator_for(split, seed), rows, split)
+
+
+class Laws:
+    def test_its_name_means_it(self, case):
+        assert type(case.task) is find("task", case.name)
+        assert name_of("task", type(case.task)) == case.name
+
+    def test_an_option_that_it_has_not_is_refused_with_the_nearest(self, case):
+        for option in options_of(type(case.task)):
+            with pytest.raises(ValueError, match=rf"task {case.name}, option: expected .* did you mean '{option}'\?"):
+                build("task", case.name, **{f"{option}s": 1})
+        with pytest.raises(ValueError, match=r"option: expected .*, got 'metric'"):
+            build("task", case.name, metric="accuracy")
+
+    def test_it_cannot_be_changed(self, case):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            case.task.metric = "bits"
+
+    @pytest.mark.parametrize("split", SPLITS)
+    def test_a_batch_has_the_shapes_and_tokens_that_it_says(self, case, split):
+        task, batch = case.task, case.batch(split, rows=7)
+        assert batch.inputs.shape == batch.targets.shape == batch.coordinate.shape
+        assert batch.inputs.dtype == batch.targets.dtype == torch.long
+        assert batch.resets is None or (batch.resets.shape == batch.inputs.shape and batch.resets.dtype == torch.bool)
+        assert len(batch.inputs) == 7 or (split == "train" and len(batch.inputs) > 7)
+        assert 0 <= batch.inputs.min() <= batch.inputs.max() < task.vocab_size
+        asked = batch.targets != IGNORE
+        assert asked.any(dim=1).all()
+        assert 0 <= batch.targets[asked].min() <= batch.targets[asked].max() < task.vocab_size
+
+    def test_a_seed_gives_the_same_batches_and_another_one_others(self, case):
+        first, again, other = (case.batch(seed=seed) for seed in (0, 0, 1))
+        assert all(map(torch.equal, first[:3], again[:3]))
+        assert sequences(first).isdisjoint(sequences(other))
+
+    def test_all_chance_comes_from_the_generator(self, case):
+        before = torch.get_rng_state()
+        first = case.batch()
+        assert torch.equal(torch.get_rng_state(), before)
+        torch.manual_seed(1)
+        assert torch.equal(case.batch().inputs, first.inputs)
+
+    def test_no_sequence_is_in_two_splits(self, case):
+        drawn = [sequences(case.batch(split, rows=12)) for split in SPLITS]
+        assert all(one.isdisjoint(other) for one, other in itertools.combinations(drawn, 2))
+
+    def test_the_answers_are_those_that_were_found_in_another_way(self, case):
+        if case.verifier is None:
+            pytest.skip("by tests of its own")
+        for split in ("validation", "test"):
+            batch = case.batch(split, rows=12)
+            for inputs, targets in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True):
+                asked = {i: target for i, target in enumerate(targets) if target != IGNORE}
+                assert asked == case.verifier(inputs)
+
+    def test_who_knows_every_answer_scores_best(self, case):
+        task, batch = case.task, case.batch("test")
+        logits = 100 * torch.nn.functional.one_hot(batch.targets.clamp(min=0), task.vocab_size).double()
+        score = evaluate(Told(logits), task, batch)
+        assert score.metric == task.metric
+        assert score.value == pytest.approx(0.0 if task.metric == "bits" else 1.0, abs=1e-9)
+
+    @pytest.mark.parametrize("rows", [5, 6])
+    def test_packed_rows_hold_the_same_sequences(self, case, rows):
+        batch = case.batch(rows=rows)
+        if batch.resets is not None:
+            assert batch.packed() is batch
+            return
+        packed = batch.packed()
+        assert len(packed.inputs) == (len(batch.inputs) + 1) // 2
+        found = []
+        for row in range(len(packed.inputs)):
+            begins = [*packed.resets[row].nonzero()[:, 0].tolist(), packed.inputs.shape[1]]
+            for start, end in itertools.pairwise(begins):
+                found.append([part[row, start:end].tolist() for part in packed[:3]])
+        found = [sequence for sequence in found if set(sequence[1]) != {IGNORE}]  # an odd row out is alone
+        given = [[part[row].tolist() for part in batch[:3]] for row in range(len(batch.inputs))]
+        assert sorted(map(until_the_last_target, found)) == sorted(map(until_the_last_target, given))
+
+    def test_a_study_names_it_with_all_its_options_and_trains_it(self, case, tmp_path):
+        study = {
+            "title": "t",
+            "introduction": "i",
+            "models": {"Synchronous": {}},
+            "experiments": {
+                "it": {
+                    "task": case.name,
+                    "options": json.loads(json.dumps(dataclasses.asdict(case.task))),
+                    "common": {"hidden_size": 8, "num_heads": 2, "num_hidden_layers": 1, "window": 4},
+                    "budget": {"steps": 2, "batch_size": 2, "validations": 1, "validation_rows": 7, "test_rows": 7},
+                }
+            },
+        }
+        (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+        (cell,) = read_study(tmp_path / "study.yaml").cells()
+        drawn = cell.build_task().sample(generator_for("train", 0), 6, "train")
+        assert torch.equal(drawn.inputs, case.batch().inputs)
+        *_, result = cell.run(tmp_path)
+        (tmp_path / "cells").mkdir()
+        save_result(tmp_path, result)
+        assert json.dumps(as_json(load_result(tmp_path, cell))) == json.dumps(as_json(result))
+        assert result.fit.test.metric == case.task.metric
+
+
+class Told(torch.nn.Module):
+    """A model whose answers are given."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits, self.row = logits, 0
+
+    def forward(self, inputs, **_):
+        rows = self.logits[self.row : self.row + len(inputs), : inputs.shape[1]]
+        self.row += len(inputs)
+        return SimpleNamespace(logits=rows)
+
+
+def sequences(batch):
+    """The rows' tokens."""
+    return set(map(tuple, batch.inputs.tolist()))
+
+
+def until_the_last_target(sequence):
+    inputs, targets, coordinate = sequence
+    end = max(i for i, target in enumerate(targets) if target != IGNORE) + 1
+    return inputs[:end], targets[:end], coordinate[:end]
