@@ -43,27 +43,11 @@ from hqlt.ops.features import rotated, unit_silu
 delta_rule, synchronous = (importlib.import_module(f"hqlt.ops.{op}") for op in ("delta_rule", "synchronous"))
 
 ONLY = ("memories", "train")
+SHAPE = (8, 2048, 8, 128)
 CAPTION = "bfloat16; ×: times faster than the first; %: of the measured dense rate of matrix products"
 TOLERANCE = 4e-2
 T = TypeVar("T")
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def setting() -> dict[str, Any]:
-    """What the figures hold for."""
-    if not torch.cuda.is_available():
-        raise SystemExit(
-            "hqlt bench gpu: expected a CUDA GPU and a build of torch that sees it, found none; the other benchmarks "
-            "run on a CPU, and `make test-triton` checks the GPU kernels on one"
-        )
-    if importlib.util.find_spec("fla") is None:
-        raise SystemExit(f"hqlt bench gpu: expected the peer, fla-core, found none; {how_to_install('gpu')}")
-    return {
-        "GPU": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "copied TB/s": round(copy_rate(2**29, meter=CUDA, device="cuda") / 1e12, 2),
-        "dense TFLOP/s": round(_dense_rate(False) / 1e12),
-    }
 
 
 class Place(NamedTuple):
@@ -77,18 +61,37 @@ class Place(NamedTuple):
 GPU = Place()
 
 
+def setting() -> dict[str, Any]:
+    """What the figures hold for."""
+    if not torch.cuda.is_available():
+        raise SystemExit(
+            "hqlt bench gpu: expected a CUDA GPU and a build of torch that sees it, found none; the other benchmarks "
+            "run on a CPU, and `make test-triton` checks the GPU kernels on one"
+        )
+    if importlib.util.find_spec("fla") is None:
+        raise SystemExit(f"hqlt bench gpu: expected the peer, fla-core, found none; {how_to_install('gpu')}")
+    measured = {name: f"{rate:.3g}" for name, rate in rates(GPU).items()}
+    return {"GPU": torch.cuda.get_device_name(), "torch": torch.__version__, **measured}
+
+
+def rates(place: Place) -> dict[str, float]:
+    """How fast this copies and multiplies."""
+    copied = copy_rate(2**29 if place is GPU else 2**10, meter=place.meter, device=place.device)
+    return {"copied TB/s": copied / 1e12, "dense TFLOP/s": _dense_rate(place is not GPU, place) / 1e12}
+
+
 def run(rounds: int, quick: bool, only: str | None, place: Place = GPU) -> list[Row]:
     ceiling = _dense_rate(quick, place)
     results: list[Row] = []
     if only in (None, "memories"):
-        results += memories_race((1, 70, 2, 16) if quick else (8, 2048, 8, 128), 64, rounds, ceiling, place)
+        results += memories_race((1, 70, 2, 16) if quick else SHAPE, 64, rounds, ceiling, place)
     if only in (None, "train"):
         results += training_race(1 if quick else 8, 70 if quick else 2048, quick, rounds, ceiling, place)
     return results
 
 
-def _dense_rate(quick: bool, place: Place = GPU) -> float:
-    return matrix_product_rate(512 if quick else 8192, 20, place.meter, dtype=place.dtype, device=place.device)
+def _dense_rate(quick: bool, place: Place) -> float:
+    return matrix_product_rate(128 if quick else 8192, 20, place.meter, dtype=place.dtype, device=place.device)
 
 
 def inputs(b: int, t: int, h: int, d: int, **kind: Any) -> list[Tensor]:
@@ -178,20 +181,11 @@ def memories_race(
     }
     expected = _both_ways(ours["composed: chunked, blocked"], leaves)
     contestants = taking_part(peers_of(leaves, window) | ours, lambda run: _both_ways(run, leaves), expected)
-    unit = b * t * h * d
-    count = unit * (6 * d + 4 * window), unit * (14 * d + 10 * window)
-    # Full attention computes something else: a measure beside the contestants, not one to be equal to.
     whole = {"fla, FlashAttention over all": partial(one_by_one, *leaves, attention=flash_full)}
     whole = taking_part(whole, lambda run: _both_ways(run, leaves))
-    measured: dict[str, dict[str, Row]] = {"forward": {}, "forward + backward": {}}
-    for some in (whole, contestants):
-        if some:
-            for what, row in forward_and_backward(some, leaves, count, ceiling, rounds, place.meter, TOLERANCE).items():
-                measured[what] |= row
-    for row in measured.values():
-        first = next(iter(row.values()))["ms"]
-        for of in row.values():
-            of["times faster"] = first / of["ms"]
+    unit = b * t * h * d
+    count = unit * (6 * d + 4 * window), unit * (14 * d + 10 * window)
+    measured = forward_and_backward(contestants, leaves, count, ceiling, rounds, place.meter, TOLERANCE, beside=whole)
     return rows(f"memories, mixer, norm; window {window}", shape, measured)
 
 

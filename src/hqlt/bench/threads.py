@@ -16,10 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from rich.text import Text
-
 from hqlt.bench.race import Row
-from hqlt.report.terminal import FittingTable
 from hqlt.threads import PREFIXES
 
 ONLY = ("quiet", "busy")
@@ -108,20 +105,3 @@ def busy_core() -> Iterator[None]:
     finally:
         other.kill()
         other.wait()
-
-
-def table_of(title: str, results: list[Row], caption: str) -> FittingTable:
-    machines = [name for name in results[0] if name != "implementation"]
-    columns = ["threads wait", *(f"{machine}, {what}" for machine in machines for what in ("steps/s", "%"))]
-    rows = [
-        [
-            Text(row["implementation"]),
-            *(
-                Text(text)
-                for machine in machines
-                for text in (f"{row[machine]['steps/s']:.2f}", f"{100 * row[machine]['share']:.0f}")
-            ),
-        ]
-        for row in results
-    ]
-    return FittingTable(columns, rows, caption, title, names=1)
