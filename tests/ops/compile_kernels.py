@@ -20,7 +20,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from hqlt.bench.gpu_compile import Launched, Shape, launches_of, warm_up
+from hqlt.bench.gpu_kernels import Launched, Shape, launches_of, warm_up
 
 LENGTHS, HELD, WINDOWS = (1, 16, 35, 64, 100), (0, 1, 16, 9), (1, 7, 16, 64)
 

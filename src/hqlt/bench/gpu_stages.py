@@ -44,7 +44,7 @@ def setting() -> Answer:
     here |= {name: installed.get(name) for name in PACKAGES}
     here["native library"] = native.why_not() or "built"
     if importlib.util.find_spec("triton"):
-        from hqlt.bench.gpu_right import assembler
+        from hqlt.bench.gpu_kernels import assembler
 
         here["assembler"] = assembler()
     if torch.cuda.is_available():
@@ -65,20 +65,19 @@ def card(place: Place, folder: Path, rounds: int) -> Answer:
 
 def right(place: Place, folder: Path, rounds: int) -> Answer:
     """Ours against the reference, in every type; a second assembler's answers are added to the first's."""
-    from hqlt.bench import gpu_right
+    from hqlt.bench import gpu_kernels
 
     before = folder / file_of("right", place)
     assembled = json.loads(before.read_text())["by assembler"] if before.exists() else {}
-    return {"by assembler": assembled | {gpu_right.assembler(): gpu_right.run(place)}}
+    return {"by assembler": assembled | {gpu_kernels.assembler(): gpu_kernels.check(place)}}
 
 
 def memcheck(place: Place, folder: Path, rounds: int) -> Answer:
     """One small call of each type, to be run under compute-sanitizer."""
-    from hqlt.bench import gpu_right
+    from hqlt.bench.gpu_kernels import SHAPES, TINY, compare
 
-    shape = gpu_right.SHAPES[1] if place is GPU else gpu_right.TINY[0]  # which `right` has compiled
-    dtypes = [torch.bfloat16, torch.float32] if place is GPU else [torch.float32]
-    return {"results": [gpu_right.compare(shape, dtype, place.device, again=0) for dtype in dtypes]}
+    shape, dtypes = (SHAPES[1], (torch.bfloat16, torch.float32)) if place is GPU else (TINY, (torch.float32,))
+    return {str(dtype): compare(shape, dtype, place.device, again=0) for dtype in dtypes}
 
 
 def warm_peer(place: Place, folder: Path, rounds: int) -> Answer:
@@ -101,12 +100,10 @@ def train(place: Place, folder: Path, rounds: int) -> Answer:
 
 def sweep(place: Place, folder: Path, rounds: int) -> Answer:
     """Warps, stages and blocks of each kernel, checked and timed."""
-    from hqlt.bench import gpu_sweep
-    from hqlt.bench.gpu_compile import Shape
+    from hqlt.bench.gpu_kernels import Shape, sweep
 
-    if place is GPU:
-        return {"results": gpu_sweep.run(place, Shape(8, 2048, 8, 128, 128), rounds)}
-    return {"results": gpu_sweep.run(place, Shape(1, 33, 1, 4, 20, window=3), 1, quick=True)}
+    shape = Shape(*gpu.SHAPE, 128) if place is GPU else Shape(1, 33, 1, 4, 20, window=3)
+    return {"results": sweep(place, shape, rounds, quick=place is not GPU)}
 
 
 def demo(place: Place, folder: Path, rounds: int) -> Answer:
