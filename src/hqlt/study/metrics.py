@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TextIO
 
 from hqlt.disk import write_whole
 from hqlt.train.grid import Event
@@ -18,39 +17,33 @@ class StudyMetrics:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.lines: list[tuple[str, int, str]] = []
-        """Cell, step and text."""
+        self.lines: dict[tuple[str, int], str] = {}
+        """By cell and step."""
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         for i, line in enumerate(lines, start=1):
             if line.endswith("\n"):  # the last one may have been cut by a kill
-                self.lines.append(self._read(line, i))
-        self.reached = {cell: step for cell, step, _ in self.lines}
-        self.file = self._rewrite()
+                try:
+                    told = json.loads(line)
+                    self.lines[str(told["cell"]), int(told["step"])] = line
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ValueError(
+                        f"{path}, line {i}: expected JSON with a cell and a step, got {error}; remove the line, or the "
+                        f"file"
+                    ) from None
+        self._rewrite()
 
     def write(self, event: Event) -> None:
         cell, step = event.cell.name, event.progress.step
-        if step <= self.reached.get(cell, 0):
+        if (cell, step) in self.lines:
             self.file.close()
-            self.lines = [line for line in self.lines if line[0] != cell or line[1] < step]
-            self.file = self._rewrite()
-        line = json.dumps({"cell": cell, **event.progress._asdict()}) + "\n"
-        self.file.write(line)
-        self.lines.append((cell, step, line))
-        self.reached[cell] = step
+            self.lines = {(of, at): line for (of, at), line in self.lines.items() if of != cell or at < step}
+            self._rewrite()
+        self.lines[cell, step] = json.dumps({"cell": cell, **event.progress._asdict()}) + "\n"
+        self.file.write(self.lines[cell, step])
 
     def close(self) -> None:
         self.file.close()
 
-    def _rewrite(self) -> TextIO:
-        write_whole(self.path, "".join(text for _, _, text in self.lines).encode())
-        return self.path.open("a", buffering=1)
-
-    def _read(self, line: str, number: int) -> tuple[str, int, str]:
-        try:
-            told = json.loads(line)
-            return str(told["cell"]), int(told["step"]), line
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{self.path}, line {number}: expected JSON with a cell and a step, got {error}; remove the line, or "
-                f"the file"
-            ) from None
+    def _rewrite(self) -> None:
+        write_whole(self.path, "".join(self.lines.values()).encode())
+        self.file = self.path.open("a", buffering=1)
