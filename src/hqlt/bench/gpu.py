@@ -112,12 +112,6 @@ def one_by_one(
     return F.rms_norm(gamma * fw + (1 - gamma) * kv, norm_weight.shape, norm_weight, 1e-6)
 
 
-def flash_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    from flash_attn import flash_attn_func
-
-    return flash_attn_func(q, k, v, causal=True, window_size=(window - 1, 0))
-
-
 def varlen_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """PyTorch's FlashAttention of sequences laid end to end, which knows windows."""
     from torch.nn.attention.varlen import varlen_attn
@@ -155,16 +149,17 @@ def peers_of(leaves: list[Tensor], window: int) -> dict[str, Callable[[], Tensor
     """The same operation as others run it: each as coded, and compiled."""
     t, device = leaves[0].shape[1], leaves[0].device
     attentions: dict[str, Attention] = {
-        "flash-attn": partial(flash_window, window=window),
         "varlen": partial(varlen_window, window=window),
         "FlexAttention": flex_window(window, t, device),
     }
-    contestants: dict[str, Callable[[], Tensor]] = {}
-    for name, attention in attentions.items():
-        if name != "flash-attn" or importlib.util.find_spec("flash_attn"):
-            contestants[f"fla, {name}"] = partial(one_by_one, *leaves, attention=attention)
-            contestants[f"fla, {name}, compiled"] = partial(torch.compile(one_by_one), *leaves, attention=attention)
-    return contestants
+    if importlib.util.find_spec("flash_attn"):
+        flash_attn = importlib.import_module("flash_attn").flash_attn_func
+        attentions["flash-attn"] = partial(flash_attn, causal=True, window_size=(window - 1, 0))
+    return {
+        f"fla, {name}{suffix}": partial(layer, *leaves, attention=attention)
+        for name, attention in attentions.items()
+        for suffix, layer in (("", one_by_one), (", compiled", torch.compile(one_by_one)))
+    }
 
 
 def memories_race(
