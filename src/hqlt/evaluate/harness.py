@@ -52,11 +52,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     """
 
     def __init__(
-        self,
-        model: HQLTForCausalLM,
-        tokenizer: Tokenizer,
-        batch_size: int = 8,
-        max_length: int | None = None,
+        self, model: HQLTForCausalLM, tokenizer: Tokenizer, batch_size: int = 8, max_length: int | None = None
     ) -> None:
         super().__init__()
         self.model = model

@@ -27,10 +27,7 @@ class Bin(NamedTuple):
 
 
 def bits_by_position(
-    model: HQLTForCausalLM,
-    tokens: Sequence[int],
-    every: int = 2048,
-    told: Callable[[int], None] | None = None,
+    model: HQLTForCausalLM, tokens: Sequence[int], every: int = 2048, told: Callable[[int], None] | None = None
 ) -> list[Bin]:
     """Read a text once from its beginning, in pieces; bins grow with the position.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import dataclasses
+import functools
 import inspect
 import json
 import re
@@ -154,10 +155,10 @@ def config_of(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """A model's fields of HQLTConfig: the shared ones, and its own over them.
 
     `layer_kinds` may be one kind for all layers. Where `intermediate_size` is not given, the MLPs are three times as
-    wide as the model, and wider for each layer without a vector mixer: all models are equal in size. Where
-    `initializer_range` is not given, it is 1/(2√hidden_size).
+    wide as the model, and wider by what its mixers have fewer weights than vector mixers in all layers: all models are
+    equal in size. Where `initializer_range` is not given, it is 1/(2√hidden_size).
 
-    Raises ValueError where the sizes are missing or no numbers, and for an unknown mixer.
+    Raises ValueError where the sizes are missing or no numbers.
     """
     config = {**common, **own}
     for name in ("hidden_size", "num_heads", "num_hidden_layers"):
@@ -165,13 +166,25 @@ def config_of(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{name}: expected a number of at least 1, got {config.get(name, 'nothing')!r}")
     hidden, layers = config["hidden_size"], config["num_hidden_layers"]
     if isinstance(kinds := config.get("layer_kinds"), str):
-        config["layer_kinds"] = kinds = [kinds] * layers
-    gates = {"vector": hidden, "scalar": 2 * config["num_heads"], "sum": 0}
-    one_of("mixer", config.get("mixer", "vector"), gates)
-    hybrids = kinds.count("hybrid") if isinstance(kinds, list) else layers
-    # rows of the mixers' matrices; an MLP has three matrices
-    missing = hidden - gates[config.get("mixer", "vector")] * hybrids / layers
-    return {"initializer_range": hidden**-0.5 / 2, "intermediate_size": 3 * hidden + round(missing / 3)} | config
+        config["layer_kinds"] = [kinds] * layers
+    added = {"initializer_range": hidden**-0.5 / 2}
+    if "intermediate_size" not in config:
+        missing = hidden - mixer_weights(json.dumps(config, default=str)) / layers / hidden  # rows of a matrix
+        added["intermediate_size"] = 3 * hidden + round(missing / 3)  # an MLP has three
+    return added | config
+
+
+@functools.cache
+def mixer_weights(config: str) -> int:
+    """How many weights the mixers of a model with these fields (JSON) have; 0 where it cannot be built."""
+    from hqlt.model import HQLTConfig, HQLTForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = HQLTForCausalLM(HQLTConfig(**json.loads(config), vocab_size=1))
+    except Exception:  # `_try` says why
+        return 0
+    return sum(weight.numel() for name, weight in model.named_parameters() if ".mixer." in name)
 
 
 def known_studies() -> dict[str, Path]:
