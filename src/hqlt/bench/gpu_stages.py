@@ -58,11 +58,6 @@ def setting() -> Answer:
     return here
 
 
-def card(place: Place, folder: Path, rounds: int) -> Answer:
-    """What is here, and how fast it copies and multiplies."""
-    return gpu.rates(place)
-
-
 def right(place: Place, folder: Path, rounds: int) -> Answer:
     """Ours against the reference, in every type; a second assembler's answers are added to the first's."""
     from hqlt.bench import gpu_kernels
@@ -86,16 +81,6 @@ def warm_peer(place: Place, folder: Path, rounds: int) -> Answer:
     begun = time.monotonic()
     gpu.one_by_one(*leaves, attention=lambda q, k, v: v).float().sum().backward()
     return {"seconds": time.monotonic() - begun}
-
-
-def race(place: Place, folder: Path, rounds: int) -> Answer:
-    """The middle of a layer beside the peers', as `hqlt bench gpu --only=memories`."""
-    return {"results": gpu.run(rounds, place is not GPU, "memories", place)}
-
-
-def train(place: Place, folder: Path, rounds: int) -> Answer:
-    """One training step of hqlt-340m, as `hqlt bench gpu --only=train`."""
-    return {"results": gpu.run(rounds, place is not GPU, "train", place)}
 
 
 def sweep(place: Place, folder: Path, rounds: int) -> Answer:
@@ -122,14 +107,21 @@ def demo(place: Place, folder: Path, rounds: int) -> Answer:
 
 
 STAGES: dict[str, Callable[[Place, Path, int], Answer]] = {
-    stage.__name__: stage for stage in (card, right, memcheck, warm_peer, race, sweep, train, demo)
+    "card": lambda place, folder, rounds: gpu.rates(place),
+    "right": right,
+    "memcheck": memcheck,
+    "warm_peer": warm_peer,
+    "race": lambda place, folder, rounds: {"results": gpu.run(rounds, place is not GPU, "memories", place)},
+    "train": lambda place, folder, rounds: {"results": gpu.run(rounds, place is not GPU, "train", place)},
+    "sweep": sweep,
+    "demo": demo,
 }
 UNKEPT = ("memcheck", "warm_peer")
 """Stages of which only the log tells."""
 
 
-def file_of(stage: str, place: Place, suffix: str = ".json") -> str:
-    return ("" if place is GPU else "rehearsal-") + stage + suffix
+def file_of(stage: str, place: Place) -> str:
+    return f"{'' if place is GPU else 'rehearsal-'}{stage}.json"
 
 
 def without_nan(x: Any) -> Any:
