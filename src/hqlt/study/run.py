@@ -100,8 +100,7 @@ def train(
 
         def on_event(event: Event | Result) -> None:
             display.on_event(event)
-            if isinstance(event, Event) and event.kept:
-                metrics.write(event)
+            metrics.on_event(event)
 
         return run_grid(cells, folder, workers, on_event, device)
 
