@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 from unittest import mock
@@ -168,12 +168,11 @@ def memories_race(
     b, t, h, d = shape
     leaves = inputs(*shape, dtype=place.dtype, device=place.device)
     rotary = rotary_table(t, d, 10_000.0, leaves[0].device, torch.float32)
-    ours: dict[str, Callable[[], Tensor]] = {
-        name: lambda backend=backend: ops.synchronous(  # type: ignore[misc]
-            *leaves, window=window, rotary=rotary, backend=backend
-        )[0]
-        for name, backend in {"composed: chunked, blocked": "composed", "triton": "triton"}.items()
-    }
+
+    def layer(backend: str) -> Tensor:
+        return ops.synchronous(*leaves, window=window, rotary=rotary, backend=backend)[0]
+
+    ours = {"composed: chunked, blocked": partial(layer, "composed"), "triton": partial(layer, "triton")}
     expected = _both_ways(ours["composed: chunked, blocked"], leaves)
     contestants = taking_part(peers_of(leaves, window) | ours, lambda run: _both_ways(run, leaves), expected)
     whole = {"fla, FlashAttention over all": partial(one_by_one, *leaves, attention=flash_full)}
@@ -218,25 +217,26 @@ def training_race(b: int, t: int, quick: bool, rounds: int, ceiling: float, plac
     tokens = torch.randint(0, config.vocab_size, (b, t), device=place.device)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
-    def loss() -> Tensor:
-        return model(tokens, labels=tokens).loss
+    def loss(backend: str | None = None) -> Tensor:
+        with ops.use_backend(backend) if backend else nullcontext():
+            return model(tokens, labels=tokens).loss
 
-    def step(backend: str | None) -> None:
+    def step(backend: str) -> list[Tensor]:
         with ops.use_backend(backend):
             optimiser.zero_grad()
             loss().backward()
             optimiser.step()
+        return []
 
     backends = {"chunked, blocked": "chunked", "fla, blocked": "fla", "triton": "triton"}
     with torch.no_grad():
-        expected = [_under("chunked", loss)]
+        expected = [loss("chunked")]
         names = {name: backend for name, backend in backends.items() if takes_part(backend, loss)}
-        names = taking_part(names, lambda backend: [_under(backend, loss)], expected)
-    names = taking_part(names, lambda backend: step(backend) or [])  # type: ignore[func-returns-value]
+        names = taking_part(names, lambda backend: [loss(backend)], expected)
+    works: dict[str, Work] = {name: partial(step, backend) for name, backend in taking_part(names, step).items()}
     multiplied = sum(p.numel() for p in model.parameters()) - config.vocab_size * config.hidden_size
     window, d = config.window or t, config.hidden_size // config.num_heads
     own = config.num_hidden_layers * config.hidden_size * (20 * d + 14 * window)
-    works: dict[str, Work] = {name: partial(step, backend) for name, backend in names.items()}
     measured = race(works, b * t * (6.0 * multiplied + own), ceiling, rounds, place.meter)
     return rows("training step, hqlt-340m", (b, t, config.hidden_size, config.num_heads), {"step": measured})
 
@@ -257,8 +257,3 @@ def takes_part(backend: str, work: Work) -> bool:
         with suppress(Exception):  # `taking_part` says why
             work()
     return calls.called
-
-
-def _under(backend: str, work: Callable[[], Tensor]) -> Tensor:
-    with ops.use_backend(backend):
-        return work()

@@ -185,24 +185,14 @@ FIGURES = {
 
 def table_of(title: str, results: list[Row], caption: str) -> FittingTable:
     names = [name for name in ("case", "shape", "implementation") if name in results[0]]
-    measured = [name for name, value in results[0].items() if isinstance(value, dict)]
-    figures = [
-        (what, name) for what in measured for name in FIGURES if any(name in row.get(what, {}) for row in results)
-    ]
-    headings = [
-        f"{what} {FIGURES[name][0]}" if name == next(n for w, n in figures if w == what) else FIGURES[name][0]
-        for what, name in figures
-    ]
-
-    def text(row: Row, what: str, name: str) -> Text:
-        _, factor, form = FIGURES[name]
-        return Text(format(factor * row[what][name], form) if name in row.get(what, {}) else "")
-
-    cells = [
-        [
-            *(Text(", ".join(map(str, row[name])) if name == "shape" else row[name]) for name in names),
-            *(text(row, *figure) for figure in figures),
-        ]
-        for row in results
-    ]
-    return FittingTable([*names, *headings], cells, caption, title, names=len(names))
+    columns: list[str] = [*names]
+    rows = [[Text(str(row[name]).strip("(,)")) for name in names] for row in results]
+    for what in (name for name, value in results[0].items() if isinstance(value, dict)):
+        measured = [row.get(what, {}) for row in results]
+        there = [figure for figure in FIGURES if any(figure in of for of in measured)]
+        for figure in there:
+            heading, factor, form = FIGURES[figure]
+            columns.append(f"{what} {heading}" if figure == there[0] else heading)
+            for row, of in zip(rows, measured, strict=True):
+                row.append(Text(format(factor * of[figure], form) if figure in of else ""))
+    return FittingTable(columns, rows, caption, title, names=len(names))

@@ -97,13 +97,8 @@ class Study:
 
     def quick(self) -> Study:
         """Budgets too small to learn, to see that everything runs."""
-        return dataclasses.replace(
-            self,
-            experiments={
-                label: dataclasses.replace(experiment, budget=quick(experiment.budget))
-                for label, experiment in self.experiments.items()
-            },
-        )
+        few = {label: dataclasses.replace(e, budget=quick(e.budget)) for label, e in self.experiments.items()}
+        return dataclasses.replace(self, experiments=few)
 
 
 def cell_of(given: Experiment, own: dict[str, Any], /, **of_both: Any) -> Cell:
@@ -130,25 +125,13 @@ def at(place: object) -> Iterator[None]:
 
 
 def quick(budget: Any) -> Any:
-    if not isinstance(budget, Budget):
-        few = {"sac": {"batch_episodes": 2, "random_episodes": 2, "updates_per_step": 0.001}}.get(budget.algorithm, {})
-        return dataclasses.replace(
-            budget,
-            steps=min(budget.steps, 2000),
-            settings={**budget.settings, **few},
-            copies=min(budget.copies, 8),
-            evaluations=2,
-            episodes=4,
-            test_episodes=8,
-        )
-    return dataclasses.replace(
-        budget,
-        steps=min(budget.steps, 15),
-        batch_size=min(budget.batch_size, 32),
-        validations=2,
-        validation_rows=16,
-        test_rows=64,
-    )
+    if isinstance(budget, Budget):
+        most, new = {"steps": 15, "batch_size": 32}, {"validations": 2, "validation_rows": 16, "test_rows": 64}
+    else:
+        most, new = {"steps": 2000, "copies": 8}, {"evaluations": 2, "episodes": 4, "test_episodes": 8}
+        few = {"sac": {"batch_episodes": 2, "random_episodes": 2, "updates_per_step": 0.001}}
+        budget = dataclasses.replace(budget, settings={**budget.settings, **few.get(budget.algorithm, {})})
+    return dataclasses.replace(budget, **new, **{name: min(getattr(budget, name), n) for name, n in most.items()})
 
 
 def config_of(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
@@ -238,7 +221,10 @@ def _experiment(given: Any, where: str) -> Experiment:
         _mapping(given.get(part, {}), f"{where}.{part}")
     kind = _kind(f"{where}.task", given["task"])
     with at(f"{where}.budget"):
-        budget = _build(Budget if kind == "task" else agent_budget(), given["budget"])
+        budget_of: Any = Budget
+        if kind == "world":
+            from hqlt.train.agent.cell import AgentBudget as budget_of
+        budget = _build(budget_of, given["budget"])
     with at(where):
         experiment = _build(Experiment, given | {"budget": budget})
     if kind == "task":
@@ -342,15 +328,11 @@ def _mapping(given: Any, where: str = "") -> dict[str, Any]:
     return given
 
 
-def agent_budget() -> Any:
-    """AgentBudget. Raises ModuleNotFoundError without gymnasium."""
-    from hqlt.train.agent.cell import AgentBudget
+def _try(cell: Any) -> None:
+    """Build its model, on a device that costs nothing, and its task or world, at each value that it is tested along.
 
-    return AgentBudget
-
-
-def _try(cell: Cell) -> None:
-    """Build its model, on a device that costs nothing, and its task or world. Raises ValueError where that fails."""
+    Raises ValueError where that fails.
+    """
     from hqlt.model import HQLTConfig
 
     try:
@@ -359,22 +341,17 @@ def _try(cell: Cell) -> None:
                 task = cell.build_task()
                 HQLTConfig(**cell.config, vocab_size=task.vocab_size)
                 cell.budget.task_at(task, 0)
-            else:
-                _try_agent(cell)
+                return
+            from hqlt.agent import build_memory
+            from hqlt.agent.worlds import make_worlds
+
+            settings = cell.settings
+            tested = [{name: value} for name, values in cell.budget.along.items() for value in values]
+            for options in ({}, *tested):
+                make_worlds(settings.world, 1, 0, **settings.options | options)
+            build_memory(settings.memory, **settings.model)
     except (ValueError, ModuleNotFoundError):
         raise
     except Exception as error:  # what a library says of a wrong type
         given = json.dumps({**cell.config, **cell.task_options}, default=str, ensure_ascii=False)
         raise ValueError(f"expected values that it can be built with, got {given}: {error}") from None
-
-
-def _try_agent(cell: Any) -> None:
-    """Raises what building its world, at each value of the argument that it is tested along, or its memory raises."""
-    from hqlt.agent import build_memory
-    from hqlt.agent.worlds import make_worlds
-
-    settings = cell.settings
-    for name, values in {"": [None], **cell.budget.along}.items():
-        for value in values:
-            make_worlds(settings.world, 1, 0, **settings.options | ({name: value} if name else {}))
-    build_memory(settings.memory, **settings.model)
