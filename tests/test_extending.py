@@ -25,7 +25,10 @@ def test_recipes_are_short():
 
 
 def test_the_study_of_the_recipe_is_read(tmp_path):
-    exec(compile(next(recipe for recipe in RECIPES if "class Majority" in recipe), "<documentation>", "exec"), {})
+    exec(
+        compile(next(recipe for recipe in RECIPES if "class Majority" in recipe), "<documentation>", "exec"),
+        {"__name__": "__main__"},
+    )
     (study,) = re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)
     (tmp_path / "study.yaml").write_text(study)
     assert {cell.task for cell in read_study(tmp_path / "study.yaml").cells()} == {"majority"}

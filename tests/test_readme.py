@@ -16,7 +16,7 @@ BLOCKS = [
 @pytest.mark.parametrize("block", BLOCKS)
 def test_code_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, "<documentation>", "exec"), {})
+    exec(compile(block, "<documentation>", "exec"), {"__name__": "__main__"})
 
 
 def test_links_lead_somewhere():

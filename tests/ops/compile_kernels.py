@@ -4,15 +4,94 @@
 it. "variants": how often each kernel is compiled over calls of many lengths, windows and numbers of KV entries.
 """
 
+from __future__ import annotations
+
+import contextlib
 import itertools
 import json
 import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
 
-from hqlt.bench.gpu_compile import Shape, compile_all, compiling_for, launches_of, resources_of, variants
+from hqlt.bench.gpu_kernels import Launched, Shape, launches_of, warm_up
 
 LENGTHS, HELD, WINDOWS = (1, 16, 35, 64, 100), (0, 1, 16, 9), (1, 7, 16, 64)
+
+
+class AbsentGPU:
+    """In the place of triton's driver: a GPU to compile for."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def compiling_for(capability: int = 90) -> Iterator[None]:
+    """Within this context triton compiles for a GPU of this compute capability, 9.0 by default (Hopper)."""
+    before = triton.runtime.driver._active
+    triton.runtime.driver.set_active(AbsentGPU(capability))
+    try:
+        yield
+    finally:
+        triton.runtime.driver.set_active(before)
+
+
+def compile_all(launches: list[Launched]) -> list[Any]:
+    """→ each launch's compiled kernel."""
+    return [kernel.result() if hasattr(kernel, "result") else kernel for kernel in warm_up(launches)]
+
+
+class Resources(NamedTuple):
+    """What a program of a compiled kernel takes."""
+
+    registers: int
+    spilled: int
+    """Bytes a thread that did not fit into registers."""
+    shared: int
+    """Bytes of shared memory."""
+    uses_tensor_cores: bool
+
+
+def resources_of(compiled: Any) -> Resources:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{field}:(\d+)", printed)[1]) for field in ("REG", "STACK"))  # type: ignore[index]
+    return Resources(registers, stack, compiled.metadata.shared, "wgmma" in compiled.asm["ptx"])
+
+
+def variants(calls: list[tuple[Shape, torch.dtype]]) -> dict[str, int]:
+    """How often each kernel would be compiled over these calls."""
+    keys: dict[str, set[str]] = {}
+
+    def note(*, key: str, fn: Any, **_: Any) -> bool:
+        keys.setdefault(fn.name.split(".")[-1], set()).add(str(key))
+        return True  # as if it were compiled
+
+    with mock.patch.object(triton.knobs.runtime, "jit_cache_hook", note):
+        for shape, dtype in calls:
+            for call in launches_of(shape, dtype):
+                call.warm_up()
+    return {name: len(of) for name, of in keys.items()}
+
 
 if __name__ == "__main__":
     with compiling_for(90):

@@ -3,38 +3,49 @@ import json
 
 import pytest
 
+from hqlt.evaluate import Score
 from hqlt.study.metrics import StudyMetrics
-from hqlt.train.fit import Budget, Progress
-from hqlt.train.grid import Event
+from hqlt.train.fit import Budget, Fit, Progress
+from hqlt.train.grid import Event, Result
 from hqlt.train.task_cell import TaskCell
 
 CELL = TaskCell(model="A", config={}, task="parity", task_options={}, budget=Budget(steps=9, batch_size=1))
 OTHER = dataclasses.replace(CELL, model="B")
+A, B = CELL.name, OTHER.name
 
 
-def write(path, *steps):
-    metrics = StudyMetrics(path)
-    for cell, step in steps:
-        metrics.write(Event(cell, Progress(step, 1.0, 1.0, 1.0, step, None)))
+def progress(step):
+    return Progress(step, 1.0, 1.0, 1.0, step, None)
+
+
+@pytest.fixture
+def metrics(tmp_path):
+    (tmp_path / "m").write_text("what an earlier start left, cut by a ki")
+    metrics = StudyMetrics(tmp_path / "m")
+    yield metrics
     metrics.close()
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [(line["cell"], line["step"]) for line in lines]
 
 
-def test_no_step_stands_in_the_file_twice(tmp_path):
-    """Neither of a cell that starts anew in a later start, nor of one that is tried again in the same."""
-    a, b = CELL.name, OTHER.name
-    assert write(tmp_path / "m", (CELL, 1), (OTHER, 1), (CELL, 2)) == [(a, 1), (b, 1), (a, 2)]
-    assert write(tmp_path / "m", (CELL, 1)) == [(b, 1), (a, 1)]
-    assert write(tmp_path / "m", (CELL, 2), (CELL, 3), (CELL, 2)) == [(b, 1), (a, 1), (a, 2)]
-    assert write(tmp_path / "m", (OTHER, 5)) == [(b, 1), (a, 1), (a, 2), (b, 5)], "resumed from a checkpoint"
+def lines(metrics):
+    return [(told["cell"], told["step"]) for told in map(json.loads, metrics.path.read_text().splitlines())]
 
 
-def test_a_line_cut_by_a_kill_is_dropped_and_another_that_cannot_be_read_is_named(tmp_path):
-    write(tmp_path / "m", (CELL, 1))
-    whole = (tmp_path / "m").read_text()
-    (tmp_path / "m").write_text(whole + whole[:10])
-    assert write(tmp_path / "m") == [(CELL.name, 1)]
-    (tmp_path / "m").write_text(whole + "{}\n")
-    with pytest.raises(ValueError, match="m, line 2: expected JSON with a cell and a step, got 'cell'; remove the"):
-        StudyMetrics(tmp_path / "m")
+def test_lines_come_as_cells_are_trained(metrics):
+    for cell, step in ((CELL, 1), (OTHER, 1), (CELL, 2)):
+        metrics.on_event(Event(cell, progress(step)))
+    assert lines(metrics) == [(A, 1), (B, 1), (A, 2)]
+
+
+def test_a_cell_that_is_tried_again_begins_anew(metrics):
+    for cell, step in ((CELL, 1), (OTHER, 1), (CELL, 2), (CELL, 1)):
+        metrics.on_event(Event(cell, progress(step)))
+    assert lines(metrics) == [(B, 1), (A, 1)]
+
+
+def test_a_cell_that_ended_has_its_whole_history(metrics):
+    """What was trained before an earlier start was killed, too."""
+    score = Score("accuracy", 1.0, [])
+    metrics.on_event(Event(CELL, progress(3)))
+    metrics.on_event(Result(CELL, 1, 1.0, Fit(3, score, score), [progress(step) for step in (1, 2, 3)]))
+    metrics.on_event(Event(OTHER, progress(1)))
+    assert lines(metrics) == [(A, 1), (A, 2), (A, 3), (B, 1)]

@@ -102,7 +102,7 @@ def test_a_curriculum_begins_short_and_ends_at_the_tasks_own_lengths():
     assert longest[49:] == [40] * 51
     assert all(0 <= b - a <= 1 for a, b in itertools.pairwise(longest))
     assert Budget(steps=100, batch_size=1).task_at(task, 0) is task
-    with pytest.raises(ValueError, match="curriculum: expected 0 for text"):
+    with pytest.raises(ValueError, match="curriculum: expected 0 for a task whose lengths do not grow"):
         budget.task_at(StandardLibrary(), 0)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 from unittest import mock
@@ -41,27 +41,11 @@ from hqlt.ops.backend import IMPLEMENTATIONS
 from hqlt.ops.features import rotated, unit_silu
 
 ONLY = ("memories", "train")
+SHAPE = (8, 2048, 8, 128)
 CAPTION = "bfloat16; ×: times faster than the first; %: of the measured dense rate of matrix products"
 TOLERANCE = 4e-2
 T = TypeVar("T")
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def setting() -> dict[str, Any]:
-    """What the figures hold for."""
-    if not torch.cuda.is_available():
-        raise SystemExit(
-            "hqlt bench gpu: expected a CUDA GPU and a build of torch that sees it, found none; the other benchmarks "
-            "run on a CPU, and `make test-triton` checks the GPU kernels on one"
-        )
-    if importlib.util.find_spec("fla") is None:
-        raise SystemExit(f"hqlt bench gpu: expected the peer, fla-core, found none; {how_to_install('gpu')}")
-    return {
-        "GPU": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "copied TB/s": round(copy_rate(2**29, meter=CUDA, device="cuda") / 1e12, 2),
-        "dense TFLOP/s": round(_dense_rate(False) / 1e12),
-    }
 
 
 class Place(NamedTuple):
@@ -75,18 +59,37 @@ class Place(NamedTuple):
 GPU = Place()
 
 
+def setting() -> dict[str, Any]:
+    """What the figures hold for."""
+    if not torch.cuda.is_available():
+        raise SystemExit(
+            "hqlt bench gpu: expected a CUDA GPU and a build of torch that sees it, found none; the other benchmarks "
+            "run on a CPU, and `make test-triton` checks the GPU kernels on one"
+        )
+    if importlib.util.find_spec("fla") is None:
+        raise SystemExit(f"hqlt bench gpu: expected the peer, fla-core, found none; {how_to_install('gpu')}")
+    measured = {name: f"{rate:.3g}" for name, rate in rates(GPU).items()}
+    return {"GPU": torch.cuda.get_device_name(), "torch": torch.__version__, **measured}
+
+
+def rates(place: Place) -> dict[str, float]:
+    """How fast this copies and multiplies."""
+    copied = copy_rate(2**29 if place is GPU else 2**10, meter=place.meter, device=place.device)
+    return {"copied TB/s": copied / 1e12, "dense TFLOP/s": _dense_rate(place is not GPU, place) / 1e12}
+
+
 def run(rounds: int, quick: bool, only: str | None, place: Place = GPU) -> list[Row]:
     ceiling = _dense_rate(quick, place)
     results: list[Row] = []
     if only in (None, "memories"):
-        results += memories_race((1, 70, 2, 16) if quick else (8, 2048, 8, 128), 64, rounds, ceiling, place)
+        results += memories_race((1, 70, 2, 16) if quick else SHAPE, 64, rounds, ceiling, place)
     if only in (None, "train"):
         results += training_race(1 if quick else 8, 70 if quick else 2048, quick, rounds, ceiling, place)
     return results
 
 
-def _dense_rate(quick: bool, place: Place = GPU) -> float:
-    return matrix_product_rate(512 if quick else 8192, 20, place.meter, dtype=place.dtype, device=place.device)
+def _dense_rate(quick: bool, place: Place) -> float:
+    return matrix_product_rate(128 if quick else 8192, 20, place.meter, dtype=place.dtype, device=place.device)
 
 
 def inputs(b: int, t: int, h: int, d: int, **kind: Any) -> list[Tensor]:
@@ -105,12 +108,6 @@ def one_by_one(
     kv = attention(rotated(q, cos, sin), rotated(k, cos, sin), v)
     gamma = gate.sigmoid()
     return F.rms_norm(gamma * fw + (1 - gamma) * kv, norm_weight.shape, norm_weight, 1e-6)
-
-
-def flash_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    from flash_attn import flash_attn_func
-
-    return flash_attn_func(q, k, v, causal=True, window_size=(window - 1, 0))
 
 
 def varlen_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
@@ -150,16 +147,17 @@ def peers_of(leaves: list[Tensor], window: int) -> dict[str, Callable[[], Tensor
     """The same operation as others run it: each as coded, and compiled."""
     t, device = leaves[0].shape[1], leaves[0].device
     attentions: dict[str, Attention] = {
-        "flash-attn": partial(flash_window, window=window),
         "varlen": partial(varlen_window, window=window),
         "FlexAttention": flex_window(window, t, device),
     }
-    contestants: dict[str, Callable[[], Tensor]] = {}
-    for name, attention in attentions.items():
-        if name != "flash-attn" or importlib.util.find_spec("flash_attn"):
-            contestants[f"fla, {name}"] = partial(one_by_one, *leaves, attention=attention)
-            contestants[f"fla, {name}, compiled"] = partial(torch.compile(one_by_one), *leaves, attention=attention)
-    return contestants
+    if importlib.util.find_spec("flash_attn"):
+        flash_attn = importlib.import_module("flash_attn").flash_attn_func
+        attentions["flash-attn"] = partial(flash_attn, causal=True, window_size=(window - 1, 0))
+    return {
+        f"fla, {name}{suffix}": partial(layer, *leaves, attention=attention)
+        for name, attention in attentions.items()
+        for suffix, layer in (("", one_by_one), (", compiled", torch.compile(one_by_one)))
+    }
 
 
 def memories_race(
@@ -168,28 +166,18 @@ def memories_race(
     b, t, h, d = shape
     leaves = inputs(*shape, dtype=place.dtype, device=place.device)
     rotary = Rotary(10_000.0).table(t, d, leaves[0].device, torch.float32)
-    ours: dict[str, Callable[[], Tensor]] = {
-        name: lambda backend=backend: ops.synchronous(  # type: ignore[misc]
-            *leaves, window=window, rotary=rotary, backend=backend
-        )[0]
-        for name, backend in {"composed: chunked, blocked": "composed", "triton": "triton"}.items()
-    }
+
+    def layer(backend: str) -> Tensor:
+        return ops.synchronous(*leaves, window=window, rotary=rotary, backend=backend)[0]
+
+    ours = {"composed: chunked, blocked": partial(layer, "composed"), "triton": partial(layer, "triton")}
     expected = _both_ways(ours["composed: chunked, blocked"], leaves)
     contestants = taking_part(peers_of(leaves, window) | ours, lambda run: _both_ways(run, leaves), expected)
-    unit = b * t * h * d
-    count = unit * (6 * d + 4 * window), unit * (14 * d + 10 * window)
-    # Full attention computes something else: a measure beside the contestants, not one to be equal to.
     whole = {"fla, FlashAttention over all": partial(one_by_one, *leaves, attention=flash_full)}
     whole = taking_part(whole, lambda run: _both_ways(run, leaves))
-    measured: dict[str, dict[str, Row]] = {"forward": {}, "forward + backward": {}}
-    for some in (whole, contestants):
-        if some:
-            for what, row in forward_and_backward(some, leaves, count, ceiling, rounds, place.meter, TOLERANCE).items():
-                measured[what] |= row
-    for row in measured.values():
-        first = next(iter(row.values()))["ms"]
-        for of in row.values():
-            of["times faster"] = first / of["ms"]
+    unit = b * t * h * d
+    count = unit * (6 * d + 4 * window), unit * (14 * d + 10 * window)
+    measured = forward_and_backward(contestants, leaves, count, ceiling, rounds, place.meter, TOLERANCE, beside=whole)
     return rows(f"memories, mixer, norm; window {window}", shape, measured)
 
 
@@ -227,25 +215,26 @@ def training_race(b: int, t: int, quick: bool, rounds: int, ceiling: float, plac
     tokens = torch.randint(0, config.vocab_size, (b, t), device=place.device)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
-    def loss() -> Tensor:
-        return model(tokens, labels=tokens).loss
+    def loss(backend: str | None = None) -> Tensor:
+        with ops.use_backend(backend) if backend else nullcontext():
+            return model(tokens, labels=tokens).loss
 
-    def step(backend: str | None) -> None:
+    def step(backend: str) -> list[Tensor]:
         with ops.use_backend(backend):
             optimiser.zero_grad()
             loss().backward()
             optimiser.step()
+        return []
 
     backends = {"chunked, blocked": "chunked", "fla, blocked": "fla", "triton": "triton"}
     with torch.no_grad():
-        expected = [_under("chunked", loss)]
+        expected = [loss("chunked")]
         names = {name: backend for name, backend in backends.items() if takes_part(backend, loss)}
-        names = taking_part(names, lambda backend: [_under(backend, loss)], expected)
-    names = taking_part(names, lambda backend: step(backend) or [])  # type: ignore[func-returns-value]
+        names = taking_part(names, lambda backend: [loss(backend)], expected)
+    works: dict[str, Work] = {name: partial(step, backend) for name, backend in taking_part(names, step).items()}
     multiplied = sum(p.numel() for p in model.parameters()) - config.vocab_size * config.hidden_size
     window, d = config.window or t, config.hidden_size // config.num_heads
     own = config.num_hidden_layers * config.hidden_size * (20 * d + 14 * window)
-    works: dict[str, Work] = {name: partial(step, backend) for name, backend in names.items()}
     measured = race(works, b * t * (6.0 * multiplied + own), ceiling, rounds, place.meter)
     return rows("training step, hqlt-340m", (b, t, config.hidden_size, config.num_heads), {"step": measured})
 
@@ -265,8 +254,3 @@ def takes_part(backend: str, work: Work) -> bool:
         with suppress(Exception):  # `taking_part` says why
             work()
     return calls.called
-
-
-def _under(backend: str, work: Callable[[], Tensor]) -> Tensor:
-    with ops.use_backend(backend):
-        return work()

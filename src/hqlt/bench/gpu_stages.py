@@ -9,6 +9,7 @@ no clock: every time and rate in what it leaves is null, and its files are calle
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -23,10 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from hqlt import native
-from hqlt.bench.gpu import GPU, Place
-from hqlt.bench.race import Meter
+from hqlt.bench import gpu
+from hqlt.bench.gpu import CAPTION, GPU, Place
+from hqlt.bench.race import Meter, table_of
 
 Answer = dict[str, Any]
 NO_CLOCK = Meter(lambda work: (work(), math.nan)[1], lambda work: (work(), math.nan)[1])
@@ -37,101 +40,61 @@ PACKAGES = ("torch", "triton", "fla-core", "flash-attn", "transformers", "numpy"
 def setting() -> Answer:
     """What all figures hold for."""
     here: Answer = {"python": platform.python_version(), "machine": platform.machine(), "processors": os.cpu_count()}
-    here |= {name: version_of(name) for name in PACKAGES}
+    installed = {found.name: found.version for found in importlib.metadata.distributions()}
+    here |= {name: installed.get(name) for name in PACKAGES}
     here["native library"] = native.why_not() or "built"
     if importlib.util.find_spec("triton"):
-        from hqlt.bench.gpu_right import assembler
+        from hqlt.bench.gpu_kernels import assembler
 
         here["assembler"] = assembler()
     if torch.cuda.is_available():
         card = torch.cuda.get_device_properties(0)
         here |= {"GPU": card.name, "compute capability": f"{card.major}.{card.minor}", "CUDA": torch.version.cuda}
         here |= {"multiprocessors": card.multi_processor_count, "memory GB": round(card.total_memory / 1e9, 1)}
-        here["driver"] = _printed("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            done = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True)
+            here["driver"] = done.stdout.strip()
     return here
-
-
-def version_of(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _printed(*command: str) -> str | None:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def card(place: Place, folder: Path, rounds: int) -> Answer:
-    """What is here, and how fast it copies and multiplies."""
-    from hqlt.bench.race import copy_rate, matrix_product_rate
-
-    large = place is GPU
-    kind = {"dtype": place.dtype, "device": place.device}
-    copied = copy_rate(2**29 if large else 2**10, meter=place.meter, device=place.device)
-    dense = matrix_product_rate(8192 if large else 64, 20, place.meter, **kind)
-    return {"copied TB/s": copied / 1e12, "dense TFLOP/s": dense / 1e12}
 
 
 def right(place: Place, folder: Path, rounds: int) -> Answer:
     """Ours against the reference, in every type; a second assembler's answers are added to the first's."""
-    from hqlt.bench import gpu_right
+    from hqlt.bench import gpu_kernels
 
     before = folder / file_of("right", place)
     assembled = json.loads(before.read_text())["by assembler"] if before.exists() else {}
-    return {"by assembler": assembled | {gpu_right.assembler(): gpu_right.run(place)}}
+    return {"by assembler": assembled | {gpu_kernels.assembler(): gpu_kernels.check(place)}}
 
 
 def memcheck(place: Place, folder: Path, rounds: int) -> Answer:
     """One small call of each type, to be run under compute-sanitizer."""
-    from hqlt.bench import gpu_right
+    from hqlt.bench.gpu_kernels import SHAPES, TINY, compare
 
-    shape = gpu_right.SHAPES[1] if place is GPU else gpu_right.TINY[0]  # which `right` has compiled
-    dtypes = [torch.bfloat16, torch.float32] if place is GPU else [torch.float32]
-    return {"results": [gpu_right.compare(shape, dtype, place.device, again=0) for dtype in dtypes]}
+    shape, dtypes = (SHAPES[1], (torch.bfloat16, torch.float32)) if place is GPU else (TINY, (torch.float32,))
+    return {str(dtype): compare(shape, dtype, place.device, again=0) for dtype in dtypes}
 
 
 def warm_peer(place: Place, folder: Path, rounds: int) -> Answer:
     """Compile fla's variants, of which there are many, one after the other: in the background, before the race."""
-    from hqlt.bench.gpu import inputs, one_by_one
-
-    leaves = inputs(*((8, 2048, 8, 128) if place is GPU else (1, 64, 1, 16)), dtype=place.dtype, device=place.device)
+    leaves = gpu.inputs(*(gpu.SHAPE if place is GPU else (1, 64, 1, 16)), dtype=place.dtype, device=place.device)
     begun = time.monotonic()
-    one_by_one(*leaves, attention=lambda q, k, v: v).float().sum().backward()
+    gpu.one_by_one(*leaves, attention=lambda q, k, v: v).float().sum().backward()
     return {"seconds": time.monotonic() - begun}
-
-
-def race(place: Place, folder: Path, rounds: int) -> Answer:
-    """The middle of a layer beside the peers', as `hqlt bench gpu --only=memories`."""
-    from hqlt.bench import gpu
-
-    return {"results": gpu.run(rounds, place is not GPU, "memories", place)}
-
-
-def train(place: Place, folder: Path, rounds: int) -> Answer:
-    """One training step of hqlt-340m, as `hqlt bench gpu --only=train`."""
-    from hqlt.bench import gpu
-
-    return {"results": gpu.run(rounds, place is not GPU, "train", place)}
 
 
 def sweep(place: Place, folder: Path, rounds: int) -> Answer:
     """Warps, stages and blocks of each kernel, checked and timed."""
-    from hqlt.bench import gpu_sweep
-    from hqlt.bench.gpu_compile import Shape
+    from hqlt.bench.gpu_kernels import Shape, sweep
 
-    if place is GPU:
-        return {"results": gpu_sweep.run(place, Shape(8, 2048, 8, 128, 128), rounds)}
-    return {"results": gpu_sweep.run(place, Shape(1, 33, 1, 4, 20, window=3), 1, quick=True)}
+    shape = Shape(*gpu.SHAPE, 128) if place is GPU else Shape(1, 33, 1, 4, 20, window=3)
+    return {"results": sweep(place, shape, rounds, quick=place is not GPU)}
 
 
 def demo(place: Place, folder: Path, rounds: int) -> Answer:
     """The models of `hqlt demo`, trained on the card: what they reach, and how long each took."""
     from hqlt.study import known_studies, read_study
-    from hqlt.train.grid import run_grid
+    from hqlt.train.grid import as_json, run_grid
 
     study = read_study(known_studies()["demo"])
     if place is not GPU:
@@ -139,27 +102,26 @@ def demo(place: Place, folder: Path, rounds: int) -> Answer:
     with tempfile.TemporaryDirectory() as scratch:
         workers = min(os.cpu_count() or 1, 8)
         results = run_grid(study.cells(), Path(scratch), workers, lambda event: None, place.device)
-    clock = (lambda seconds: seconds) if place is GPU else lambda seconds: math.nan
-    return {
-        "results": [
-            {
-                "experiment": result.cell.experiment, "model": result.cell.model, "parameters": result.parameters,
-                "seconds": clock(result.seconds), "test": result.fit.test._asdict(),
-            }
-            for result in results
-        ]
-    }  # fmt: skip
+    kept = ("cell", "parameters", "test", *(["seconds"] if place is GPU else []))
+    return {"results": [{name: as_json(result)[name] for name in kept} for result in results]}
 
 
 STAGES: dict[str, Callable[[Place, Path, int], Answer]] = {
-    stage.__name__: stage for stage in (card, right, memcheck, warm_peer, race, sweep, train, demo)
+    "card": lambda place, folder, rounds: gpu.rates(place),
+    "right": right,
+    "memcheck": memcheck,
+    "warm_peer": warm_peer,
+    "race": lambda place, folder, rounds: {"results": gpu.run(rounds, place is not GPU, "memories", place)},
+    "train": lambda place, folder, rounds: {"results": gpu.run(rounds, place is not GPU, "train", place)},
+    "sweep": sweep,
+    "demo": demo,
 }
 UNKEPT = ("memcheck", "warm_peer")
 """Stages of which only the log tells."""
 
 
-def file_of(stage: str, place: Place, suffix: str = ".json") -> str:
-    return ("" if place is GPU else "rehearsal-") + stage + suffix
+def file_of(stage: str, place: Place) -> str:
+    return f"{'' if place is GPU else 'rehearsal-'}{stage}.json"
 
 
 def without_nan(x: Any) -> Any:
@@ -195,17 +157,8 @@ def main(arguments: list[str] | None = None) -> None:
     text = json.dumps(without_nan(answer), indent=1, ensure_ascii=False, default=str)
     (given.folder / file_of(given.stage, place)).write_text(text + "\n")
     if given.stage in ("race", "train"):
-        show(given.stage, answer, place, given.folder)
-
-
-def show(stage: str, answer: Answer, place: Place, folder: Path) -> None:
-    """A table; of the race also a plot."""
-    from hqlt.bench.gpu_plot import plot, table
-
-    title = f"{stage}, {answer['setting'].get('GPU', 'REHEARSAL: no GPU, nothing was measured')}"
-    table(title, answer["results"])
-    if stage == "race":
-        plot(title, answer["results"], folder / file_of(stage, place, ".png"))
+        title = f"{given.stage}, {answer['setting'].get('GPU', 'REHEARSAL: no GPU, nothing was measured')}"
+        Console(width=160).print(table_of(title, answer["results"], CAPTION))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Counted are the layer's own operations: 10·d² a token for the projections, and
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor
 from hqlt import HybridMemory
 from hqlt.bench import peers
 from hqlt.bench.race import Row, forward_and_backward, matrix_product_rate, rows
-from hqlt.ops import delta_rule, window_attention
 
 SHAPES = {"340m": (1, 2048, 1024, 8), "tiny": (8, 512, 192, 6)}
 ONLY = tuple(SHAPES)
@@ -23,11 +23,8 @@ ONLY = tuple(SHAPES)
 def run(rounds: int, quick: bool, only: str | None) -> list[Row]:
     ceiling = matrix_product_rate(256 if quick else 1536)
     shapes = {"tiny": (1, 70, 16, 2)} if quick else SHAPES
-    results: list[Row] = []
-    for name, shape in shapes.items():
-        if only in (None, name):
-            results += layer_race(name, shape, 8 if quick else 64, rounds, ceiling)
-    return results
+    chosen = {name: shape for name, shape in shapes.items() if only in (None, name)}
+    return [row for case in chosen.items() for row in layer_race(*case, 8 if quick else 64, rounds, ceiling)]
 
 
 def layer_race(name: str, shape: tuple[int, int, int, int], window: int, rounds: int, ceiling: float) -> list[Row]:
@@ -35,23 +32,13 @@ def layer_race(name: str, shape: tuple[int, int, int, int], window: int, rounds:
     layer = HybridMemory(d, h, window)
     x = torch.randn(b, t, d, requires_grad=True)
 
-    def with_memories(delta: Callable[..., object], attention: Callable[..., object]) -> Callable[[], Tensor]:
-        def forward() -> Tensor:
-            with peers.memories(delta, attention):
-                y: Tensor = layer(x)[0]
-            return y
+    def forward(memories: Callable[[], AbstractContextManager[None]]) -> Tensor:
+        with memories():
+            y: Tensor = layer(x)[0]
+        return y
 
-        return forward
-
-    contestants = {
-        "peer delta, SDPA band": with_memories(peers.delta_rule, peers.band_attention),
-        "chunked, blocked": with_memories(
-            partial(delta_rule, backend="chunked"), partial(window_attention, backend="blocked")
-        ),
-        "native": with_memories(delta_rule, window_attention),
-    }
+    contestants = {name: partial(forward, memories) for name, memories in peers.MEMORIES.items()}
     tokens, k = b * t, d // h
-    forward, backward = 10 * tokens * d * d, 20 * tokens * d * d
-    count = forward + tokens * d * (6 * k + 4 * window), backward + tokens * d * (14 * k + 10 * window)
+    count = tokens * d * (10 * d + 6 * k + 4 * window), tokens * d * (20 * d + 14 * k + 10 * window)
     leaves = [x, *layer.parameters()]
     return rows(f"layer, {name}", shape, forward_and_backward(contestants, leaves, count, ceiling, rounds))

@@ -6,6 +6,7 @@ the delta rule, 4 and 10 for linear attention; 4 and 10 a pair and channel for a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -22,17 +23,15 @@ ONLY = ("delta", "linear", "window")
 
 def run(rounds: int, quick: bool, only: str | None) -> list[Row]:
     ceiling = matrix_product_rate(256 if quick else 1536)
-    results: list[Row] = []
-    for shape in [(1, 70, 2, 8, 8)] if quick else DELTA_SHAPES:
-        if only in (None, "delta"):
-            results += delta_race(shape, rounds, ceiling)
-    for shape in [(1, 70, 2, 8, 8)] if quick else DELTA_SHAPES[:1] + DELTA_SHAPES[-1:]:
-        if only in (None, "linear"):
-            results += linear_race(shape, rounds, ceiling)
-    for b, t, h, d in [(1, 70, 2, 8)] if quick else WINDOW_SHAPES:
-        if only in (None, "window"):
-            results += window_race(b, t, h, d, 8 if quick else 64, rounds, ceiling)
-    return results
+    small = [(1, 70, 2, 8, 8)]
+    races: dict[str, list[Callable[[int, float], list[Row]]]] = {
+        "delta": [partial(delta_race, shape) for shape in (small if quick else DELTA_SHAPES)],
+        "linear": [partial(linear_race, shape) for shape in (small if quick else DELTA_SHAPES[::3])],
+        "window": [partial(window_race, 8, (1, 70, 2, 8))]
+        if quick
+        else [partial(window_race, 64, shape) for shape in WINDOW_SHAPES],
+    }
+    return [row for name in ONLY if only in (None, name) for race in races[name] for row in race(rounds, ceiling)]
 
 
 def delta_race(shape: tuple[int, int, int, int, int], rounds: int, ceiling: float) -> list[Row]:
@@ -50,26 +49,22 @@ def linear_race(shape: tuple[int, int, int, int, int], rounds: int, ceiling: flo
     b, t, h, k, v = shape
     x = [(F.elu(torch.randn(b, t, h, k)) + 1).requires_grad_() for _ in range(2)]
     x.append(torch.randn(b, t, h, v, requires_grad=True))
-    contestants = {}
-    for backend in ("chunked", "native"):
-        contestants[backend] = lambda backend=backend: linear_attention(*x, backend=backend)[0]
+    contestants = {
+        backend: lambda backend=backend: linear_attention(*x, backend=backend)[0] for backend in ("chunked", "native")
+    }
     unit = b * t * h * k * v
     measured = forward_and_backward(contestants, x, (4 * unit, 10 * unit), ceiling, rounds)
     return rows("linear attention", shape, measured)
 
 
-def window_race(b: int, t: int, h: int, d: int, window: int, rounds: int, ceiling: float) -> list[Row]:
+def window_race(window: int, shape: tuple[int, int, int, int], rounds: int, ceiling: float) -> list[Row]:
+    b, t, h, d = shape
     x = [torch.randn(b, t, h, d, requires_grad=True) for _ in range(3)]
     contestants = {"SDPA, band mask": partial(peers.band_attention, *x, window=window)}
     for backend in ("blocked", "native"):
         contestants[backend] = partial(window_attention, *x, window=window, backend=backend)
     unit = b * t * h * d
-    measured = forward_and_backward(contestants, x, (4 * unit * window, 10 * unit * window), ceiling, rounds)
-    full = {"SDPA, full causal": partial(peers.full_attention, *x)}
-    # Full attention computes something else: the measure, not a contestant to be equal to.
-    for what, row in forward_and_backward(full, x, (2 * unit * t, 5 * unit * t), ceiling, rounds).items():
-        measured[what] = row | measured[what]
-        slowest = row["SDPA, full causal"]["ms"]
-        for of in measured[what].values():
-            of["times faster"] = slowest / of["ms"]
-    return rows(f"attention, window {window}", (b, t, h, d), measured)
+    full, of_full = {"SDPA, full causal": partial(peers.full_attention, *x)}, (2.0 * unit * t, 5.0 * unit * t)
+    count = 4 * unit * window, 10 * unit * window
+    measured = forward_and_backward(contestants, x, count, ceiling, rounds, beside=full, its_count=of_full)
+    return rows(f"attention, window {window}", shape, measured)

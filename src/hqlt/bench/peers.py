@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -49,6 +51,16 @@ def memories(delta: Callable[..., Any], window: Callable[..., Any]) -> Iterator[
     """Within this context every layer's memories are these two operations."""
     with mock.patch.object(ops, "delta_rule", delta), mock.patch.object(ops, "window_attention", window):
         yield
+
+
+MEMORIES: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "peer delta, SDPA band": partial(memories, delta_rule, band_attention),
+    "chunked, blocked": partial(
+        memories, partial(ops.delta_rule, backend="chunked"), partial(ops.window_attention, backend="blocked")
+    ),
+    "native": contextlib.nullcontext,
+}
+"""The contestants of a layer and of a training step."""
 
 
 @contextlib.contextmanager

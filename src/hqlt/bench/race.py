@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from rich.text import Text
 from torch import Tensor
+
+from hqlt.report.terminal import FittingTable
 
 Work = Callable[[], Any]
 Row = dict[str, Any]
@@ -103,7 +106,7 @@ def _tensors(x: Tensor | Iterable[Tensor]) -> list[Tensor]:
 
 
 def race(
-    contestants: dict[str, Work], count: dict[str, float] | float, ceiling: float, rounds: int, meter: Meter = CPU
+    contestants: Mapping[str, Work], count: dict[str, float] | float, ceiling: float, rounds: int, meter: Meter = CPU
 ) -> dict[str, Row]:
     """Time them in turns. count: operations (or bytes) of each, or of all; ceiling: how many of them a second.
 
@@ -130,10 +133,9 @@ def race(
 
 def rows(case: str, shape: tuple[int, ...], measured: dict[str, dict[str, Row]]) -> list[Row]:
     """One row an implementation, from {what was measured: race's answer}."""
-    names = list(dict.fromkeys(name for of in measured.values() for name in of))
+    names = next(iter(measured.values()))
     return [
-        {"case": case, "shape": shape, "implementation": name}
-        | {what: of[name] for what, of in measured.items() if name in of}
+        {"case": case, "shape": shape, "implementation": name} | {what: of[name] for what, of in measured.items()}
         for name in names
     ]
 
@@ -146,8 +148,14 @@ def forward_and_backward(
     rounds: int,
     meter: Meter = CPU,
     tolerance: float = 1e-3,
+    beside: Mapping[str, Callable[[], Tensor]] | None = None,
+    its_count: tuple[float, float] | None = None,
 ) -> dict[str, dict[str, Row]]:
-    """Both directions: without gradients, and with those of a fixed random direction. count: forward, backward."""
+    """Both directions: without gradients, and with those of a fixed random direction. count: forward, backward.
+
+    beside: what computes something else, and is a measure beside the contestants, not one to be equal to.
+    """
+    beside = beside or {}
     with torch.no_grad():
         direction = torch.randn_like(next(iter(contestants.values()))())
 
@@ -158,8 +166,33 @@ def forward_and_backward(
         return lambda: torch.autograd.grad(run(), leaves, direction)
 
     measured = {}
-    for what, prepare, total in (("forward", forward, count[0]), ("forward + backward", both, sum(count))):
+    for what, prepare, of in (("forward", forward, lambda n: n[0]), ("forward + backward", both, sum)):
         works = {name: prepare(run) for name, run in contestants.items()}
         check_equal({name: work() for name, work in works.items()}, tolerance)
+        works = {name: prepare(run) for name, run in beside.items()} | works
+        total = {name: float(of(its_count if name in beside and its_count else count)) for name in works}
         measured[what] = race(works, total, ceiling, rounds, meter)
     return measured
+
+
+FIGURES = {
+    "ms": ("ms", 1, ".3g"), "times faster": ("×", 1, ".2f"), "of ceiling": ("%", 100, ".0f"),
+    "peak MB": ("MB", 1, ".0f"), "of projections": ("of projections", 1, ".3f"), "steps/s": ("steps/s", 1, ".2f"),
+    "share": ("%", 100, ".0f"), **{rate: (rate, 1, ",.0f") for rate in ("median", "slowest", "fastest")},
+}  # fmt: skip
+"""What is measured: its heading, its factor and its format in a table."""
+
+
+def table_of(title: str, results: list[Row], caption: str) -> FittingTable:
+    names = [name for name in ("case", "shape", "implementation") if name in results[0]]
+    columns: list[str] = [*names]
+    rows = [[Text(str(row[name]).strip("(,)")) for name in names] for row in results]
+    for what in (name for name, value in results[0].items() if isinstance(value, dict)):
+        measured = [row.get(what, {}) for row in results]
+        there = [figure for figure in FIGURES if any(figure in of for of in measured)]
+        for figure in there:
+            heading, factor, form = FIGURES[figure]
+            columns.append(f"{what} {heading}" if figure == there[0] else heading)
+            for row, of in zip(rows, measured, strict=True):
+                row.append(Text(format(factor * of[figure], form) if figure in of else ""))
+    return FittingTable(columns, rows, caption, title, names=len(names))

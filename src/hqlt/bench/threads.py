@@ -16,10 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from rich.text import Text
-
 from hqlt.bench.race import Row
-from hqlt.report.terminal import FittingTable
 from hqlt.threads import PREFIXES
 
 ONLY = ("quiet", "busy")
@@ -66,26 +63,18 @@ print(json.dumps(steps / (time.perf_counter() - begun)))
 def run(rounds: int, quick: bool, only: str | None) -> list[Row]:
     """rounds: processes of each contestant, in turns. `--threads` plays no part: it is what is measured."""
     arguments = ["0.1", "1", "8"] if quick else ["3", "8", "256"]
-    speeds: dict[tuple[str, str], list[float]] = {}
+    machines = [machine for machine in ONLY if only in (None, machine)]
+    speeds: dict[str, dict[str, list[float]]] = {name: {machine: [] for machine in machines} for name in CONTESTANTS}
     for _ in range(rounds):
-        for machine in ONLY:
-            if only not in (None, machine):
-                continue
+        for machine in machines:
             with busy_core() if machine == "busy" else contextlib.nullcontext():
                 for name, variables in CONTESTANTS.items():
-                    speeds.setdefault((machine, name), []).append(steps_per_second(variables, arguments))
-    median = {key: statistics.median(of) for key, of in speeds.items()}
-    first = next(iter(median.values()))
+                    speeds[name][machine].append(steps_per_second(variables, arguments))
+    median = {name: {machine: statistics.median(of) for machine, of in its.items()} for name, its in speeds.items()}
+    first = median[next(iter(CONTESTANTS))][machines[0]]
     return [
-        {
-            "implementation": name,
-            **{
-                machine: {"steps/s": median[machine, name], "share": median[machine, name] / first}
-                for machine in ONLY
-                if (machine, name) in median
-            },
-        }
-        for name in CONTESTANTS
+        {"implementation": name} | {machine: {"steps/s": of, "share": of / first} for machine, of in its.items()}
+        for name, its in median.items()
     ]
 
 
@@ -108,20 +97,3 @@ def busy_core() -> Iterator[None]:
     finally:
         other.kill()
         other.wait()
-
-
-def table_of(title: str, results: list[Row], caption: str) -> FittingTable:
-    machines = [name for name in results[0] if name != "implementation"]
-    columns = ["threads wait", *(f"{machine}, {what}" for machine in machines for what in ("steps/s", "%"))]
-    rows = [
-        [
-            Text(row["implementation"]),
-            *(
-                Text(text)
-                for machine in machines
-                for text in (f"{row[machine]['steps/s']:.2f}", f"{100 * row[machine]['share']:.0f}")
-            ),
-        ]
-        for row in results
-    ]
-    return FittingTable(columns, rows, caption, title, names=1)

@@ -6,18 +6,13 @@ Where the memories are removed, the rest of the model remains: no memory can mak
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from hqlt.bench import peers
 from hqlt.bench.race import Row, Work, check_equal, matrix_product_rate, race, rows
-from hqlt.ops import delta_rule, window_attention
 
 ONLY = ("256", "512")
 """Tokens in a row."""
@@ -25,11 +20,9 @@ ONLY = ("256", "512")
 
 def run(rounds: int, quick: bool, only: str | None) -> list[Row]:
     ceiling = matrix_product_rate(256 if quick else 1536)
-    results: list[Row] = []
-    for t in [70] if quick else [256, 512]:
-        if only in (None, str(t)):
-            results += training_race(1 if quick else 8, t, quick, rounds, ceiling)
-    return results
+    lengths = [70] if quick else [256, 512]
+    chosen = [t for t in lengths if only in (None, str(t))]
+    return [row for t in chosen for row in training_race(1 if quick else 8, t, quick, rounds, ceiling)]
 
 
 def training_race(b: int, t: int, quick: bool, rounds: int, ceiling: float) -> list[Row]:
@@ -38,20 +31,14 @@ def training_race(b: int, t: int, quick: bool, rounds: int, ceiling: float) -> l
     small = {"hidden_size": 16, "num_heads": 2, "num_hidden_layers": 1, "window": 8} if quick else {}
     model = HQLTForCausalLM(preset("tiny", **small))
     config, tokens = model.config, torch.randint(0, model.config.vocab_size, (b, t))
-    blocked = partial(window_attention, backend="blocked")
-    settings: dict[str, Callable[[], AbstractContextManager[None]]] = {
-        "peer delta, SDPA band": partial(peers.memories, peers.delta_rule, peers.band_attention),
-        "chunked, blocked": partial(peers.memories, partial(delta_rule, backend="chunked"), blocked),
-        "native": contextlib.nullcontext,
-        "memories removed: the limit": peers.no_memories,
-    }
+    settings = peers.MEMORIES | {"memories removed: the limit": peers.no_memories}
 
     def gradients(name: str) -> list[Tensor]:
         with settings[name]():
             loss = model(tokens, labels=tokens).loss
             return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
 
-    check_equal({name: gradients(name) for name in settings if "removed" not in name}, 1e-3)
+    check_equal({name: gradients(name) for name in peers.MEMORIES}, 1e-3)
 
     def training(name: str) -> Work:
         trained = copy.deepcopy(model)

@@ -14,7 +14,6 @@ import time
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from hqlt.bench.race import Row
 
@@ -96,13 +95,3 @@ def check_equal(name: str, n: int = 3, steps: int = 100) -> None:
         pairs = zip(together.step(), one_by_one.step(), strict=True)
         if not all(np.array_equal(a, b) for a, b in pairs):
             raise SystemExit(f"{name}: {n} copies at once differ from single ones at step {step}: nothing to compare")
-
-
-def table_of(title: str, results: list[Row], caption: str) -> Table:
-    table = Table(title=title, caption=caption)
-    for column in ("world", "copies", "", "median", "slowest", "fastest"):
-        table.add_column(column, justify="left" if column in ("world", "") else "right")
-    for row in results:
-        rates = [f"{row['steps a second'][which]:,.0f}" for which in ("median", "slowest", "fastest")]
-        table.add_row(row["case"], f"{row['shape'][0]:,}", row["implementation"], *rates)
-    return table

@@ -12,12 +12,11 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from rich.text import Text
 
 from hqlt import native
+from hqlt.bench.race import table_of
 from hqlt.disk import check_writable, write_whole
 from hqlt.registry import one_of
-from hqlt.report.terminal import FittingTable
 
 CAPTION = "float32; ×: times faster than the first; %: of the measured ceiling"
 
@@ -59,11 +58,10 @@ def bench(
     finally:
         torch.set_num_threads(before)
     title = f"hqlt bench {what}: " + ", ".join(f"{name} {value}" for name, value in setting.items())
-    in_table = getattr(module, "table_of", table_of)
     console = Console()
     if not console.is_terminal:  # rich cannot know how wide a log may be
         console.width = 160
-    console.print(in_table(title, results, getattr(module, "CAPTION", CAPTION)))
+    console.print(table_of(title, results, getattr(module, "CAPTION", CAPTION)))
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, (json_format.dumps({"setting": setting, "results": results}, indent=1) + "\n").encode())
 
@@ -88,23 +86,3 @@ def setting_of_cpu(threads: int) -> dict[str, Any]:
         "torch": torch.__version__,
         "instruction set": native.instruction_set(),
     }
-
-
-def table_of(title: str, results: list[dict[str, Any]], caption: str) -> FittingTable:
-    columns = ["case", "shape", "implementation"]
-    measured = [name for name, value in results[0].items() if isinstance(value, dict)]
-    against = "of projections" in results[0][measured[0]]
-    for name in measured:
-        columns += [f"{name} ms", "×", "%", "MB", *(["of projections"] if against else [])]
-    rows = []
-    for row in results:
-        cells = []
-        for name in measured:
-            of = row[name]
-            cells += [f"{of['ms']:.3g}", f"{of['times faster']:.2f}", f"{100 * of['of ceiling']:.0f}"]
-            cells += [f"{of['peak MB']:.0f}"]
-            if against:
-                cells += [f"{of['of projections']:.3f}" if "of projections" in of else ""]
-        names = [row["case"], ", ".join(map(str, row["shape"])), row["implementation"]]
-        rows.append([Text(text) for text in (*names, *cells)])
-    return FittingTable(columns, rows, caption, title, names=3)

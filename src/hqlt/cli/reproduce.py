@@ -46,34 +46,26 @@ def reproduce(
         quick: budgets too small to learn, to see that everything runs.
         export: a folder for what is worth committing, such as results/expressivity.
     """
+    given = {"folder": folder, "workers": workers, "device": device, "export": export}
     if scale == "paper" and what in TABLES:
-        given = {"folder": folder, "workers": workers, "device": device, "quick": quick or None, "export": export}
-        if refused := [f"--{name}" for name, value in given.items() if value is not None]:
+        if refused := [f"--{name}" for name, value in {**given, "quick": quick or None}.items() if value is not None]:
             raise SystemExit(
                 f"{', '.join(refused)}: expected at most --only with {what} at the paper's scale, which is commands "
                 f"for all GPUs with folders of their own under runs/"
             )
         print_and_run(what, only, Console(highlight=False))
         return
-    device = device or "cpu"
+    given["device"] = device = device or "cpu"
     usable_device(device)
     name, file = find(what, scale)
     study = read_study(file).only(only)
-    if quick:
-        study, name = study.quick(), f"{name}-quick"
-    folder = folder or Path("runs") / name
-    options = {"scale": scale, "only": only, "folder": folder, "workers": workers, "device": device, "export": export}
+    study = study.quick() if quick else study
+    given["folder"] = folder = folder or Path("runs") / (f"{name}-quick" if quick else name)
+    options = {"scale": scale, "only": only, **given}
     again = ["hqlt", "reproduce", what, *(f"--{key}={value}" for key, value in options.items() if value is not None)]
-    again += ["--quick"] * quick
+    resume = shlex.join([*again, *["--quick"] * quick])
     run_study(
-        study,
-        folder,
-        again=shlex.join(again),
-        workers=workers,
-        device=device,
-        console=Console(),
-        quick=quick,
-        export=export,
+        study, folder, again=resume, workers=workers, device=device, console=Console(), quick=quick, export=export
     )
 
 

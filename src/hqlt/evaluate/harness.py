@@ -52,11 +52,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     """
 
     def __init__(
-        self,
-        model: HQLTForCausalLM,
-        tokenizer: Tokenizer,
-        batch_size: int = 8,
-        max_length: int | None = None,
+        self, model: HQLTForCausalLM, tokenizer: Tokenizer, batch_size: int = 8, max_length: int | None = None
     ) -> None:
         super().__init__()
         self.model = model
@@ -113,9 +109,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        for asked, _, continuation in requests:
-            if not continuation:
-                raise ValueError(f"continuation: expected at least one token, got none for {asked!r}")
+        if empty := [asked for asked, _, continuation in requests if not continuation]:
+            raise ValueError(f"continuation: expected at least one token, got none for {empty[0]!r}")
         pairs = [(self.cut(context, len(continuation)), continuation) for _, context, continuation in requests]
         lengths = [len(context) + len(continuation) for context, continuation in pairs]
         for some in self.batches(range(len(requests)), lengths, disable_tqdm):
@@ -230,41 +225,29 @@ def load_tasks(names: Sequence[str], local: Path | None = None) -> list[Any]:
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
+    sources = [] if local is None else [(OURS, local), (local, local)]
+    unknown, silent, hint = list[str](), "", f"see the files in {local}"
     with tempfile.TemporaryDirectory() as filled, contextlib.ExitStack() as stack:
-        places = (
-            []
-            if local is None
-            else [fill(Path(filled) / "ours", OURS, local), fill(Path(filled) / "local", local, local)]
-        )
-        hint, silent = f"see the files in {local}", ""
         try:
-            manager = here = TaskManager(include_path=places, include_defaults=False)
-            if not set(names) <= set(here.all_tasks):
+            places = [fill(Path(filled) / str(i), *each) for i, each in enumerate(sources)]
+            manager = TaskManager(include_path=places, include_defaults=False)
+            here = manager.all_tasks
+            if not set(names) <= set(here):
                 manager = TaskManager(include_path=places)
-                refuse_unknown(names, manager, here.all_tasks)
                 hint = "tasks on files of your own need no network: --local FOLDER --tasks lambada_local, for one"
                 silent = stack.enter_context(hub_asked_once())
-            loaded = manager.load(list(names))
-        except UnknownTask:
-            raise
+            unknown = [name for name in names if name not in manager.all_tasks]
+            loaded = {} if unknown else manager.load(list(names))
         except ImportError as error:  # of a package that a task needs, or of a Python file that it names
             raise ValueError(f"tasks: {error}") from error
         except Exception as error:  # of many libraries below: network, hub, file formats, YAML
             why = f"{silent}{type(error).__name__}: {first_line(error)}"
             raise ValueError(f"tasks: expected tasks whose data can be loaded, got {why}; {hint}") from error
+    if unknown:
+        own = f"local ones are {', '.join(here)}" if here else "local ones need --local"
+        raise ValueError(f"tasks: expected the harness's names, got unknown {', '.join(unknown)}; {own}")
     below = {name for members in loaded["group_map"].values() for name in members}
     return [task for name, task in (loaded["groups"] | loaded["tasks"]).items() if name not in below]
-
-
-class UnknownTask(ValueError):
-    pass
-
-
-def refuse_unknown(names: Sequence[str], manager: TaskManager, local: Sequence[str]) -> None:
-    unknown = [name for name in names if name not in manager.all_tasks]
-    if unknown:
-        own = f"; local ones are {', '.join(local)}" if local else "; local ones need --local"
-        raise UnknownTask(f"tasks: expected the harness's names, got unknown {', '.join(unknown)}{own}")
 
 
 def run_tasks(model: HarnessModel, tasks: Sequence[Any], limit: int | None = None) -> dict[str, Any]:

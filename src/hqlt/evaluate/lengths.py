@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,6 @@ from hqlt.evaluate.likelihood import scores
 from hqlt.model import HQLTCache, HQLTForCausalLM
 
 PIECE = 1024
-BINS_PER_DOUBLING = 2
 
 
 class Bin(NamedTuple):
@@ -27,10 +26,7 @@ class Bin(NamedTuple):
 
 
 def bits_by_position(
-    model: HQLTForCausalLM,
-    tokens: Sequence[int],
-    every: int = 2048,
-    told: Callable[[int], None] | None = None,
+    model: HQLTForCausalLM, tokens: Sequence[int], every: int = 2048, told: Callable[[int], None] | None = None
 ) -> list[Bin]:
     """Read a text once from its beginning, in pieces; bins grow with the position.
 
@@ -62,17 +58,12 @@ def bits_by_position(
         if told is not None:
             told(t)
     return [
-        Bin(first, last, *(sums[:, i] / (last - first)).tolist()) for i, (first, last) in enumerate(pairwise(edges))
+        Bin(first, last, *(sums[:, i] / (last - first)).tolist())
+        for i, (first, last) in enumerate(itertools.pairwise(edges))
     ]
 
 
 def bin_edges(positions: int) -> list[int]:
-    """0, then powers of two and what lies halfway between them, up to the number of positions."""
-    first = 5 * BINS_PER_DOUBLING
-    inner = (round(2 ** (i / BINS_PER_DOUBLING)) for i in range(first, first + 64 * BINS_PER_DOUBLING))
-    edges = [0]
-    for edge in inner:
-        if edge >= positions:
-            break
-        edges.append(edge)
-    return [*edges, positions]
+    """0, then powers of two from 32 on and what lies halfway between them, up to the number of positions."""
+    inner = (round(2 ** (i / 2)) for i in range(10, 128))
+    return [0, *itertools.takewhile(lambda edge: edge < positions, inner), positions]

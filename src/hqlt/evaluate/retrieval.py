@@ -71,24 +71,21 @@ def retrieval(
     key has five digits. told: called with the number of columns read, after each piece.
     """
     filler, question = tokenizer.encode(haystack.filler), tokenizer.encode(haystack.question)
-    results = []
-    chance = random.Random(seed)
+    results, chance = [], random.Random(seed)
     for length in lengths:
-        right, shares = [0] * len(depths), [0.0] * len(depths)
+        found: list[list[tuple[bool, float]]] = [[] for _ in depths]
         for _ in range(trials):
             keys = [f"{chance.randrange(10**5):05d}" for _ in depths]
-            texts = [
-                text_of(tokenizer, haystack, filler, key, length, depth)
-                for key, depth in zip(keys, depths, strict=True)
-            ]
+            places = zip(keys, depths, strict=True)
+            texts = [text_of(tokenizer, haystack, filler, key, length, depth) for key, depth in places]
             # as it goes on from the question: by itself it might begin with another blank
             answers = [tokenizer.encode(f"{haystack.question} {key}")[len(question) :] for key in keys]
-            hits = answer(model, texts, answers, told)
-            for i, (ids, hit) in enumerate(zip(answers, hits, strict=True)):
+            for of_depth, ids, hit in zip(found, answers, answer(model, texts, answers, told), strict=True):
                 of_key = [named for token, named in zip(ids, hit, strict=True) if tokenizer.decode([token]).strip()]
-                right[i] += all(hit)
-                shares[i] += sum(of_key) / len(of_key) / trials
-        results += [Found(length, depth, trials, right[i], shares[i]) for i, depth in enumerate(depths)]
+                of_depth.append((all(hit), sum(of_key) / len(of_key)))
+        for depth, of_depth in zip(depths, found, strict=True):
+            right, shares = map(sum, zip(*of_depth, strict=True))
+            results.append(Found(length, depth, trials, int(right), shares / trials))
     return results
 
 

@@ -71,28 +71,27 @@ def figure_of(results: Sequence[Result]) -> Figure:
         if (of_column := [r for r in results if r.cell.column == label and r.cell.model in group])
     ]
     beside = min(len(columns), COLUMNS)
-    rows = [columns[i : i + beside] for i in range(0, len(columns), beside)]
-    heights = [2 if any(has_coordinate(of_column) for of_column, _ in row) else 1 for row in rows]
-    width = WIDTH * beside
-    in_legend = (
-        max(map(len, groups)) if len(groups) > 1 else math.ceil(len(groups[0]) / entries_beside(groups[0], width))
-    )
-    figure = pyplot.figure(figsize=(width, HEIGHT * sum(heights) + 0.22 * in_legend), layout="constrained")
-    grid = figure.add_gridspec(sum(heights), beside)
-    for i, row in enumerate(rows):
-        begin, end = sum(heights[:i]), sum(heights[: i + 1])
-        for j, (of_column, group) in enumerate(row):
-            split = (
-                [slice(begin, begin + 1), slice(begin + 1, end)] if has_coordinate(of_column) else [slice(begin, end)]
-            )
-            panels = [figure.add_subplot(grid[place, j]) for place in split]
-            draw_experiment(panels, of_column, styles_of(group))
-            if len(groups) > 1:
-                panels[-1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
-    if len(groups) == 1:
+    mosaic: list[Any] = []
+    for i in range(0, len(columns), beside):
+        row = range(i, min(i + beside, len(columns)))
+        blank = ["."] * (beside - len(row))
+        tested = [has_coordinate(columns[j][0]) for j in row]
+        if any(tested):
+            mosaic.append([f"test {j}" if has else f"learning {j}" for j, has in zip(row, tested, strict=True)] + blank)
+        mosaic.append([f"learning {j}" for j in row] + blank)
+    width, together = WIDTH * beside, len(groups) == 1
+    fit = entries_beside(groups[0], width)
+    in_legend = math.ceil(len(groups[0]) / fit) if together else max(map(len, groups))
+    figure = pyplot.figure(figsize=(width, HEIGHT * len(mosaic) + 0.22 * in_legend), layout="constrained")
+    panels = figure.subplot_mosaic(mosaic)
+    for j, (of_column, group) in enumerate(columns):
+        own = [panels[name] for name in (f"test {j}", f"learning {j}") if name in panels]
+        draw_experiment(own, of_column, styles_of(group))
+        if not together:
+            own[-1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
+    if together:
         handles = [Line2D([], [], markersize=4, **style) for style in styles_of(groups[0]).values()]
-        beside = entries_beside(groups[0], width)
-        figure.legend(handles=handles, loc="outside lower center", ncols=beside, frameon=False)
+        figure.legend(handles=handles, loc="outside lower center", ncols=fit, frameon=False)
     return figure
 
 

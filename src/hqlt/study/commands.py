@@ -11,30 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
+from hqlt.evaluate.paper import tables
 from hqlt.registry import one_of
 
 if TYPE_CHECKING:
     from hqlt.train.language.settings import TrainSettings
 
-MODELS = ("transformer-{}", "deltanet-{}", "hqlt-{}-delayed-streaming", "hqlt-{}-delayed-chunk", "hqlt-{}")
-TABLES: Mapping[str, list[tuple[str, Mapping[str, Any]]]] = {
-    "language": [(model.format(size), {}) for size in ("340m", "1.3b") for model in MODELS],
-    "language-ablations": [
-        ("hqlt-340m", {}),
-        ("hqlt-340m", {"fast_weights": "linear"}),
-        ("hqlt-340m", {"mixer": "sum"}),
-        *(("hqlt-340m", {"window": window}) for window in (128, 256, 512)),
-    ],
-    "recall": [
-        ("transformer-340m", {}),
-        ("transformer-340m", {"kv_window": 1024}),
-        ("deltanet-340m", {}),
-        ("hqlt-340m", {}),
-        *(("hqlt-340m", {"mixer": mixer}) for mixer in ("sum", "scalar")),
-        *(("hqlt-340m", {"window": window}) for window in (128, 256, 512, 1024)),
-    ],
-}
-"""The models of each table: presets, and the fields that differ. One that stands in two tables is trained once."""
+TABLES = ("language", "language-ablations", "recall")
+"""A run that stands in two of them is trained once."""
 DATA = (
     "hqlt", "data", "prepare", "HuggingFaceFW/fineweb-edu", "--subset=sample-100BT",
     "--tokenizer=fla-hub/transformer-1.3B-100B", "--limit-tokens=16000000000",
@@ -61,8 +45,19 @@ class Run(NamedTuple):
 
 
 def runs_of(what: str, gpus: int) -> list[Run]:
-    """The runs of a table. Raises FileNotFoundError and ValueError where their recipe is missing or none."""
-    return [run_of(preset, changes, gpus) for preset, changes in TABLES[what]]
+    """The runs of a table: the models of the paper's, as in `hqlt/evaluate/paper.yaml`.
+
+    Raises FileNotFoundError and ValueError where their recipe is missing or none.
+    """
+    models = [(row["preset"], row.get("changes", {}), row) for row in tables()["models"].values()]
+    of_table = {
+        "language": [(name, changes) for name, changes, row in models if "language" in row and not changes],
+        "language-ablations": [
+            (name, changes) for name, changes, row in models if "language" in row and (changes or name == "hqlt-340m")
+        ],
+        "recall": [(name, changes) for name, changes, row in models if "recall" in row and "340m" in name],
+    }
+    return [run_of(name, changes, gpus) for name, changes in of_table[what]]
 
 
 def run_of(preset: str, changes: Mapping[str, Any], gpus: int) -> Run:
@@ -114,30 +109,26 @@ def print_and_run(what: str, only: str | None, console: Console) -> None:
     if only is not None:
         one_of("only", only, [run.name for run in runs])
         runs = [run for run in runs if run.name == only]
-    hours = sum(run.hours for run in runs)
-    console.print(f"By estimate {hours:,.0f} hours of one {GPU} in all, at {USED:.0%} of its peak.")
-    console.print("\n# data, once")
+    console.print(
+        f"By estimate {sum(r.hours for r in runs):,.0f} hours of one {GPU} in all, at {USED:.0%} of its peak."
+    )
     data = {run.data: [*DATA, f"--folder={run.data}"] for run in runs}
-    for command in data.values():
-        console.print(shlex.join(command), soft_wrap=True)
+    blocks = [("data, once", list(data.values()))]
     for run in runs:
         there = ", finished by an earlier start" if run.finished else ""
-        console.print(f"\n# {run.name}: {run.hours:,.0f} hours of one {GPU}{there}")
-        for command in run.commands:
+        blocks.append((f"{run.name}: {run.hours:,.0f} hours of one {GPU}{there}", run.commands))
+    for title, commands in blocks:
+        console.print(f"\n# {title}")
+        for command in commands:
             console.print(shlex.join(command), soft_wrap=True)
     if not found:
         console.print("\nNo GPU here: nothing was run.")
         return
-    commands = [command for folder, command in data.items() if not (folder / MANIFEST).is_file()]
-    commands += [command for run in runs if not run.finished for command in run.commands]
-    for command in commands:
-        carry_out(command)
-
-
-def carry_out(command: list[str]) -> None:
-    status = subprocess.run([sys.executable, *PROGRAMS[command[0]], *command[1:]], check=False).returncode
-    if status:
-        raise ChildProcessError(
-            f"{shlex.join(command)}: expected it to end well, got status {status}, for the reason above; the same "
-            f"hqlt reproduce goes on from there"
-        )
+    waiting = [command for folder, command in data.items() if not (folder / MANIFEST).is_file()]
+    for command in waiting + [command for run in runs if not run.finished for command in run.commands]:
+        status = subprocess.run([sys.executable, *PROGRAMS[command[0]], *command[1:]], check=False).returncode
+        if status:
+            raise ChildProcessError(
+                f"{shlex.join(command)}: expected it to end well, got status {status}, for the reason above; the same "
+                f"hqlt reproduce goes on from there"
+            )

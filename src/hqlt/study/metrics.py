@@ -4,53 +4,42 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TextIO
 
 from hqlt.disk import write_whole
-from hqlt.train.grid import Event
+from hqlt.train.fit import Progress
+from hqlt.train.grid import Event, Result
 
 
 class StudyMetrics:
-    """A cell that starts again takes back its lines from there on, so that no step stands in the file twice.
-
-    Raises ValueError where a line of an earlier start cannot be read.
-    """
+    """Lines come as cells are trained. One that is tried again begins anew; one that ended has its whole history."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.lines: list[tuple[str, int, str]] = []
-        """Cell, step and text."""
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        for i, line in enumerate(lines, start=1):
-            if line.endswith("\n"):  # the last one may have been cut by a kill
-                self.lines.append(self._read(line, i))
-        self.reached = {cell: step for cell, step, _ in self.lines}
-        self.file = self._rewrite()
+        self.cells: dict[str, list[Progress]] = {}
+        write_whole(path, b"")
+        self.file = path.open("a", buffering=1)
 
-    def write(self, event: Event) -> None:
-        cell, step = event.cell.name, event.progress.step
-        if step <= self.reached.get(cell, 0):
-            self.file.close()
-            self.lines = [line for line in self.lines if line[0] != cell or line[1] < step]
-            self.file = self._rewrite()
-        line = json.dumps({"cell": cell, **event.progress._asdict()}) + "\n"
-        self.file.write(line)
-        self.lines.append((cell, step, line))
-        self.reached[cell] = step
+    def on_event(self, event: Event | Result) -> None:
+        name = event.cell.name
+        if isinstance(event, Result):
+            self.cells[name] = event.history
+            self._rewrite()
+        elif event.kept:
+            told = self.cells.setdefault(name, [])
+            if told and told[-1].step >= event.progress.step:
+                told.clear()
+                self._rewrite()
+            told.append(event.progress)
+            self.file.write(line(name, event.progress))
 
     def close(self) -> None:
         self.file.close()
 
-    def _rewrite(self) -> TextIO:
-        write_whole(self.path, "".join(text for _, _, text in self.lines).encode())
-        return self.path.open("a", buffering=1)
+    def _rewrite(self) -> None:
+        self.close()
+        write_whole(self.path, "".join(line(name, one) for name, told in self.cells.items() for one in told).encode())
+        self.file = self.path.open("a", buffering=1)
 
-    def _read(self, line: str, number: int) -> tuple[str, int, str]:
-        try:
-            told = json.loads(line)
-            return str(told["cell"]), int(told["step"]), line
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{self.path}, line {number}: expected JSON with a cell and a step, got {error}; remove the line, or "
-                f"the file"
-            ) from None
+
+def line(cell: str, progress: Progress) -> str:
+    return json.dumps({"cell": cell, **progress._asdict()}) + "\n"

@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -52,8 +53,7 @@ def run_study(
     """Train every cell that the folder does not hold yet, and leave the report of all in it.
 
     again: the command that resumes after an interrupt. workers: None takes all cores. quick: the budgets are too small
-    to learn, and the report says so. export: where what is worth committing is copied. Writes config.json and
-    metrics.jsonl beside what the grid and the report write.
+    to learn, and the report says so. export: where what is worth committing is copied.
 
     The first Ctrl-C or SIGTERM leaves the report of what is finished, and ends with SystemExit 130 or 143. Raises
     ModuleNotFoundError, ValueError or OSError before anything is trained or written, for a package that is missing,
@@ -61,39 +61,33 @@ def run_study(
     """
     from hqlt.report import page, plots  # noqa: F401  needed at the end: a package that they miss is told now
 
-    cells = study.cells()
-    workers = os.cpu_count() or 1 if workers is None else workers
+    cells, workers = study.cells(), os.cpu_count() or 1 if workers is None else workers
     if workers < 1:
         raise ValueError(f"workers: expected at least 1, got {workers}")
     if export is not None:
         check_writable(export, folder=True)
-    settings = {"study": study.title, **settings_of(cells, workers, device)}
+    settings = {"study": study.title, **settings_of(workers, device)}
+    report = partial(leave_report, study, folder=folder, settings=settings, console=console, quick=quick)
     with run_folder(folder, "study"):
         check_same_study(study, folder)
         finished_results(folder, cells)
         metrics = StudyMetrics(folder / "metrics.jsonl")
-        write_whole(folder / "config.json", json.dumps(settings, indent=1).encode())
+        told = json.dumps(settings | {"cells": [dataclasses.asdict(cell) for cell in cells]}, indent=1)
+        write_whole(folder / "config.json", told.encode())
         console.print(f"{len(cells)} cells on {workers} processes → {folder}", highlight=False, soft_wrap=True)
         begun = time.monotonic()
-
-        def report(results: Sequence[Result], **content: Any) -> None:
-            leave_report(study, results, folder, settings, console, quick=quick, content=content)
-
         try:
             results = train(cells, folder, workers, device, metrics, console)
         except (Stopped, CellsFailed) as error:
-            finished = list(finished_results(folder, cells).values())
-            if finished:
+            if finished := list(finished_results(folder, cells).values()):
                 report(finished)
-            if isinstance(error, CellsFailed):
-                raise SystemExit(f"{error}\ntry these again with: {again}") from None
-            told = f"stopped with {len(finished)} of {len(cells)} cells finished; resume with: {again}"
-            console.print(told, highlight=False, soft_wrap=True)
-            raise SystemExit(128 + error.number) from None
+            raise ended(error, f"{len(finished)} of {len(cells)}", again, console) from None
         console.print(f"{time.monotonic() - begun:.0f} s in all", highlight=False)
         report(results, **(additions(results) if additions else {}))
-        if export is not None:
-            copy_results(folder, export)
+        if export is not None:  # what is worth committing: no weights and no logs
+            export.mkdir(parents=True, exist_ok=True)
+            for name in EXPORTED:
+                shutil.copyfile(folder / name, export / name)
 
 
 def train(
@@ -106,26 +100,31 @@ def train(
 
         def on_event(event: Event | Result) -> None:
             display.on_event(event)
-            if isinstance(event, Event) and event.kept:
-                metrics.write(event)
+            metrics.on_event(event)
 
         return run_grid(cells, folder, workers, on_event, device)
+
+
+def ended(error: Stopped | CellsFailed, finished: str, again: str, console: Console) -> SystemExit:
+    """What a study that was stopped, or of which cells failed, ends with."""
+    if isinstance(error, CellsFailed):
+        return SystemExit(f"{error}\ntry these again with: {again}")
+    console.print(f"stopped with {finished} cells finished; resume with: {again}", highlight=False, soft_wrap=True)
+    return SystemExit(128 + error.number)
 
 
 def check_same_study(study: Study, folder: Path) -> None:
     """Raises ValueError where the folder holds a study of another title: its report would be overwritten."""
     config = folder / "config.json"
-    if not config.exists():
-        return
     try:
-        title = json.loads(config.read_text()).get("study", study.title)
+        title = json.loads(config.read_text()).get("study", study.title) if config.exists() else study.title
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{config}: expected the settings of a study as JSON, got {error}; remove the file") from None
     if title != study.title:
         raise ValueError(f"{folder}: expected a run of {study.title!r}, found one of {title!r}; give another folder")
 
 
-def settings_of(cells: Sequence[Cell], workers: int, device: str) -> dict[str, Any]:
+def settings_of(workers: int, device: str) -> dict[str, Any]:
     return {
         "command": shlex.join(["hqlt", *sys.argv[1:]]),
         "workers": workers,
@@ -134,19 +133,18 @@ def settings_of(cells: Sequence[Cell], workers: int, device: str) -> dict[str, A
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": f"{os.cpu_count()} × {platform.machine()}",
-        "cells": [dataclasses.asdict(cell) for cell in cells],
     }
 
 
 def leave_report(
     study: Study,
     results: Sequence[Result],
+    *,
     folder: Path,
     settings: Mapping[str, Any],
     console: Console,
-    *,
     quick: bool = False,
-    content: Mapping[str, Any] | None = None,
+    **content: Any,
 ) -> None:
     """One table (also as Markdown, README.md), one plot, one page, one JSON file.
 
@@ -156,18 +154,15 @@ def leave_report(
     from hqlt.report.plots import figure_of, save
     from hqlt.report.table import table_of
 
-    title = study.title
-    if len(results) < (wanted := len(study.cells())):
-        title += f" ({len(results)} of {wanted} runs)"
-    paper = {label: experiment.paper for label, experiment in study.experiments.items()}
-    table = table_of(results, paper, quick=quick)
-    budgets = [
-        f"{label}: {json.dumps(e.options)} {json.dumps(e.common)} {e.budget}" for label, e in study.experiments.items()
-    ]
-    how = "\n".join(
-        [json.dumps({k: v for k, v in settings.items() if k != "cells"}, indent=1, ensure_ascii=False), *budgets]
-    )
-    (folder / "results.json").write_text(lines_of(as_json(with_few_points(result)) for result in results))
+    wanted = len(study.cells())
+    title = study.title + (f" ({len(results)} of {wanted} runs)" if len(results) < wanted else "")
+    table = table_of(results, {label: e.paper for label, e in study.experiments.items()}, quick=quick)
+    how = json.dumps(settings, indent=1, ensure_ascii=False)
+    for label, e in study.experiments.items():
+        how += f"\n{label}: {json.dumps(e.options)} {json.dumps(e.common)} {e.budget}"
+    validated = (r._replace(history=[told for told in r.history if told.validation is not None]) for r in results)
+    kept = ",\n".join(json.dumps(as_json(result)) for result in validated)
+    (folder / "results.json").write_text(f"[\n{kept}\n]\n")
     (folder / "README.md").write_text(
         f"# {title}\n\n{study.introduction.strip()}\n\n{table.as_markdown()}\n![Curves](curves.png)\n\n"
         f"{PROTOCOL}\n\n```\n{how}\n```\n",
@@ -180,26 +175,9 @@ def leave_report(
         table=table,
         plot=save(figure_of(results), folder / "curves.png"),
         protocol=PROTOCOL,
-        settings=how + "\n" + "\n".join(f"{r.cell.name}: best update {r.fit.best_step}" for r in results),
-        **(content or {}),
+        settings="\n".join([how, *(f"{r.cell.name}: best update {r.fit.best_step}" for r in results)]),
+        **content,
     )
     console.print(table.for_terminal())
-    console.print(f"page: {folder / 'report.html'}", highlight=False, soft_wrap=True)
-    console.print(f"plot: {folder / 'curves.png'}", highlight=False, soft_wrap=True)
-
-
-def with_few_points(result: Result) -> Result:
-    """The result with the validations alone of its history."""
-    return result._replace(history=[told for told in result.history if told.validation is not None])
-
-
-def lines_of(items: Any) -> str:
-    """A JSON list with an item a line."""
-    return "[\n" + ",\n".join(json.dumps(item) for item in items) + "\n]\n"
-
-
-def copy_results(folder: Path, to: Path) -> None:
-    """Copy what is worth committing: the table, the results and the plot, but no weights and no logs."""
-    to.mkdir(parents=True, exist_ok=True)
-    for name in EXPORTED:
-        shutil.copyfile(folder / name, to / name)
+    for what, name in (("page", "report.html"), ("plot", "curves.png")):
+        console.print(f"{what}: {folder / name}", highlight=False, soft_wrap=True)

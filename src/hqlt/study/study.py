@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import dataclasses
+import functools
 import inspect
 import json
 import re
@@ -96,13 +97,8 @@ class Study:
 
     def quick(self) -> Study:
         """Budgets too small to learn, to see that everything runs."""
-        return dataclasses.replace(
-            self,
-            experiments={
-                label: dataclasses.replace(experiment, budget=quick(experiment.budget))
-                for label, experiment in self.experiments.items()
-            },
-        )
+        few = {label: dataclasses.replace(e, budget=quick(e.budget)) for label, e in self.experiments.items()}
+        return dataclasses.replace(self, experiments=few)
 
 
 def cell_of(given: Experiment, own: dict[str, Any], /, **of_both: Any) -> Cell:
@@ -129,35 +125,23 @@ def at(place: object) -> Iterator[None]:
 
 
 def quick(budget: Any) -> Any:
-    if not isinstance(budget, Budget):
-        few = {"sac": {"batch_episodes": 2, "random_episodes": 2, "updates_per_step": 0.001}}.get(budget.algorithm, {})
-        return dataclasses.replace(
-            budget,
-            steps=min(budget.steps, 2000),
-            settings={**budget.settings, **few},
-            copies=min(budget.copies, 8),
-            evaluations=2,
-            episodes=4,
-            test_episodes=8,
-        )
-    return dataclasses.replace(
-        budget,
-        steps=min(budget.steps, 15),
-        batch_size=min(budget.batch_size, 32),
-        validations=2,
-        validation_rows=16,
-        test_rows=64,
-    )
+    if isinstance(budget, Budget):
+        most, new = {"steps": 15, "batch_size": 32}, {"validations": 2, "validation_rows": 16, "test_rows": 64}
+    else:
+        most, new = {"steps": 2000, "copies": 8}, {"evaluations": 2, "episodes": 4, "test_episodes": 8}
+        few = {"sac": {"batch_episodes": 2, "random_episodes": 2, "updates_per_step": 0.001}}
+        budget = dataclasses.replace(budget, settings={**budget.settings, **few.get(budget.algorithm, {})})
+    return dataclasses.replace(budget, **new, **{name: min(getattr(budget, name), n) for name, n in most.items()})
 
 
 def config_of(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """A model's fields of HQLTConfig: the shared ones, and its own over them.
 
     `layer_kinds` may be one kind for all layers. Where `intermediate_size` is not given, the MLPs are three times as
-    wide as the model, and wider for each layer without a vector mixer: all models are equal in size. Where
-    `initializer_range` is not given, it is 1/(2√hidden_size).
+    wide as the model, and wider by what its mixers have fewer weights than vector mixers in all layers: all models are
+    equal in size. Where `initializer_range` is not given, it is 1/(2√hidden_size).
 
-    Raises ValueError where the sizes are missing or no numbers, and for an unknown mixer.
+    Raises ValueError where the sizes are missing or no numbers.
     """
     config = {**common, **own}
     for name in ("hidden_size", "num_heads", "num_hidden_layers"):
@@ -165,13 +149,25 @@ def config_of(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{name}: expected a number of at least 1, got {config.get(name, 'nothing')!r}")
     hidden, layers = config["hidden_size"], config["num_hidden_layers"]
     if isinstance(kinds := config.get("layer_kinds"), str):
-        config["layer_kinds"] = kinds = [kinds] * layers
-    gates = {"vector": hidden, "scalar": 2 * config["num_heads"], "sum": 0}
-    one_of("mixer", config.get("mixer", "vector"), gates)
-    hybrids = kinds.count("hybrid") if isinstance(kinds, list) else layers
-    # rows of the mixers' matrices; an MLP has three matrices
-    missing = hidden - gates[config.get("mixer", "vector")] * hybrids / layers
-    return {"initializer_range": hidden**-0.5 / 2, "intermediate_size": 3 * hidden + round(missing / 3)} | config
+        config["layer_kinds"] = [kinds] * layers
+    added = {"initializer_range": hidden**-0.5 / 2}
+    if "intermediate_size" not in config:
+        missing = hidden - mixer_weights(json.dumps(config, default=str)) / layers / hidden  # rows of a matrix
+        added["intermediate_size"] = 3 * hidden + round(missing / 3)  # an MLP has three
+    return added | config
+
+
+@functools.cache
+def mixer_weights(config: str) -> int:
+    """How many weights the mixers of a model with these fields (JSON) have; 0 where it cannot be built."""
+    from hqlt.model import HQLTConfig, HQLTForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = HQLTForCausalLM(HQLTConfig(**json.loads(config), vocab_size=1))
+    except Exception:  # `_try` says why
+        return 0
+    return sum(weight.numel() for name, weight in model.named_parameters() if ".mixer." in name)
 
 
 def known_studies() -> dict[str, Path]:
@@ -225,7 +221,10 @@ def _experiment(given: Any, where: str) -> Experiment:
         _mapping(given.get(part, {}), f"{where}.{part}")
     kind = _kind(f"{where}.task", given["task"])
     with at(f"{where}.budget"):
-        budget = _build(Budget if kind == "task" else agent_budget(), given["budget"])
+        budget_of: Any = Budget
+        if kind == "world":
+            from hqlt.train.agent.cell import AgentBudget as budget_of
+        budget = _build(budget_of, given["budget"])
     with at(where):
         experiment = _build(Experiment, given | {"budget": budget})
     if kind == "task":
@@ -329,15 +328,11 @@ def _mapping(given: Any, where: str = "") -> dict[str, Any]:
     return given
 
 
-def agent_budget() -> Any:
-    """AgentBudget. Raises ModuleNotFoundError without gymnasium."""
-    from hqlt.train.agent.cell import AgentBudget
+def _try(cell: Any) -> None:
+    """Build its model, on a device that costs nothing, and its task or world, at each value that it is tested along.
 
-    return AgentBudget
-
-
-def _try(cell: Cell) -> None:
-    """Build its model, on a device that costs nothing, and its task or world. Raises ValueError where that fails."""
+    Raises ValueError where that fails.
+    """
     from hqlt.model import HQLTConfig
 
     try:
@@ -346,22 +341,17 @@ def _try(cell: Cell) -> None:
                 task = cell.build_task()
                 HQLTConfig(**cell.config, vocab_size=task.vocab_size)
                 cell.budget.task_at(task, 0)
-            else:
-                _try_agent(cell)
+                return
+            from hqlt.agent import build_memory
+            from hqlt.agent.worlds import make_worlds
+
+            settings = cell.settings
+            tested = [{name: value} for name, values in cell.budget.along.items() for value in values]
+            for options in ({}, *tested):
+                make_worlds(settings.world, 1, 0, **settings.options | options)
+            build_memory(settings.memory, **settings.model)
     except (ValueError, ModuleNotFoundError):
         raise
     except Exception as error:  # what a library says of a wrong type
         given = json.dumps({**cell.config, **cell.task_options}, default=str, ensure_ascii=False)
         raise ValueError(f"expected values that it can be built with, got {given}: {error}") from None
-
-
-def _try_agent(cell: Any) -> None:
-    """Raises what building its world, at each value of the argument that it is tested along, or its memory raises."""
-    from hqlt.agent import build_memory
-    from hqlt.agent.worlds import make_worlds
-
-    settings = cell.settings
-    for name, values in {"": [None], **cell.budget.along}.items():
-        for value in values:
-            make_worlds(settings.world, 1, 0, **settings.options | ({name: value} if name else {}))
-    build_memory(settings.memory, **settings.model)

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from hqlt.registry import register
 from hqlt.task.task import IGNORE, Batch, Split, Task
@@ -72,20 +70,18 @@ class AssociativeRecall(Task):
         """A training batch of fewer pairs has as many more rows, so that it asks for as many values."""
         if split == "train":
             tokens, pairs = self.train_sizes[int(torch.randint(len(self.train_sizes), (), generator=generator))]
-            return self._sequences(generator, rows * max(n for _, n in self.train_sizes) // pairs, tokens, pairs)
+            rows = rows * max(n for _, n in self.train_sizes) // pairs
+            return self._sequences(generator, rows, tokens, pairs, tokens)
         longest = max(tokens for tokens, _ in self.test_sizes)
         each = [len(part) for part in torch.arange(rows).tensor_split(len(self.test_sizes))]
-        batches = [
-            self._sequences(generator, n, tokens, pairs)
+        parts = [
+            self._sequences(generator, n, tokens, pairs, longest)[:3]
             for n, (tokens, pairs) in zip(each, self.test_sizes, strict=True)
         ]
-        return Batch(
-            inputs=torch.cat([_fill(batch.inputs, longest, 0) for batch in batches]),
-            targets=torch.cat([_fill(batch.targets, longest, IGNORE) for batch in batches]),
-            coordinate=torch.cat([_fill(batch.coordinate, longest, 0) for batch in batches]),
-        )
+        return Batch(*map(torch.cat, zip(*parts, strict=True)))
 
-    def _sequences(self, generator: torch.Generator, rows: int, t: int, n: int) -> Batch:
+    def _sequences(self, generator: torch.Generator, rows: int, t: int, n: int, filled: int) -> Batch:
+        """Of t tokens and n pairs each, and 0 up to `filled` tokens."""
         half = self.vocabulary // 2
         keys = 1 + torch.rand(rows, half - 1, generator=generator).argsort(dim=1)[:, :n]
         values = torch.randint(half, self.vocabulary, (rows, n), generator=generator)
@@ -94,7 +90,7 @@ class AssociativeRecall(Task):
         slot = torch.multinomial(density.expand(rows, slots), n, generator=generator)  # without repetition
         where = 2 * n + 2 * slot
 
-        inputs = torch.zeros(rows, t, dtype=torch.long)
+        inputs = torch.zeros(rows, filled, dtype=torch.long)
         inputs[:, : 2 * n] = torch.stack([keys, values], dim=2).flatten(1)
         inputs.scatter_(1, where, keys)
         distance = where - (2 * torch.arange(n) + 1)
@@ -104,7 +100,3 @@ class AssociativeRecall(Task):
             targets=torch.full_like(inputs, IGNORE).scatter_(1, where, values),
             coordinate=torch.zeros_like(inputs).scatter_(1, where, coordinate),
         )
-
-
-def _fill(x: Tensor, length: int, value: int) -> Tensor:
-    return F.pad(x, (0, length - x.shape[1]), value=value)

@@ -32,7 +32,7 @@ WIDE: Table = {
     "query_backward": Launch(8), "key_backward": Launch(8), "read_backward": Launch(8),
     "carry_backward": Launch(4, stages=2), "write_backward": Launch(8), "step": Launch(8),
 }  # fmt: skip
-"""Heads of up to 128. `hqlt.bench.gpu_sweep` exchanges entries of these two tables and measures."""
+"""Heads of up to 128. `hqlt.bench.gpu_kernels.sweep` exchanges entries of these two tables and measures."""
 CHUNK = {2: 64, 4: 32, 8: 32}
 """Tokens in a chunk, by the bytes of a number."""
 
