@@ -11,8 +11,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hqlt.agent.observation import Space, entries, readable
-from hqlt.agent.tree import Tree
+from hqlt.agent.observation import Space, Tree, entries, readable
 
 OWN = "PPO(…, encoder=Encoder(observation=YOUR_MODULE, observation_width=…, actions=…, hidden_size=…))"
 

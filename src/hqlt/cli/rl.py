@@ -41,7 +41,7 @@ def play(
 
     from rich.console import Console
 
-    from hqlt.agent.settings import COUNT, SEED, in_range
+    from hqlt.ranges import COUNT, SEED, in_range
     from hqlt.train.agent.run import load_agent
 
     console = Console(highlight=False, soft_wrap=True)
