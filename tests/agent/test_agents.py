@@ -8,8 +8,6 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file as load_arrays
-from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
 from hqlt.agent import PPO, SAC, Batch, Episode, MemoryModel, PPOSettings, SACSettings, build_memory, evaluate, play
@@ -73,7 +71,7 @@ def test_only_the_heads_have_targets_and_they_follow_slowly():
     agent = sac()
     assert not any(p.requires_grad for p in agent.targets.parameters())
     before = [p.clone() for p in agent.targets.parameters()]
-    agent.learn(Batch.of(episodes()))
+    agent.update(Batch.of(episodes()))
     for old, average, weight in zip(before, agent.targets.parameters(), agent.critics.parameters(), strict=True):
         torch.testing.assert_close(average, 0.995 * old + 0.005 * weight)
     assert sum(p.numel() for p in agent.targets.parameters()) == sum(p.numel() for p in agent.critics.parameters())
@@ -82,7 +80,7 @@ def test_only_the_heads_have_targets_and_they_follow_slowly():
 @pytest.mark.parametrize("share", [None, 0.1])
 def test_the_temperature_is_fixed_or_learned(share):
     agent = sac(SACSettings(entropy_share=share))
-    told = [agent.learn(Batch.of(episodes())) for _ in range(3)]
+    told = [agent.update(Batch.of(episodes())) for _ in range(3)]
     assert math.isclose(told[0]["alpha"], 0.1, rel_tol=1e-6)
     assert (told[-1]["alpha"] < 0.09999) == (share is not None)  # more random than wanted: α falls
     assert (told[0]["temperature"] != 0) == (share is not None)
@@ -104,10 +102,8 @@ def test_sac_goes_on_exactly(tmp_path, make):
     for progress in first.train_in(envs(), 60):
         assert progress.steps == first.steps
     save_file(first.checkpoint(), tmp_path / "agent.safetensors")
-    save_arrays(first.replay.state_dict(), tmp_path / "replay.safetensors")
     second = sac(seed=5, make=make)
     second.restore(load_file(tmp_path / "agent.safetensors"))
-    second.replay.load_state_dict(load_arrays(tmp_path / "replay.safetensors"))
     for _ in second.train_in(envs(), 150):
         pass
     assert second.updates == straight.updates > 50

@@ -5,8 +5,8 @@ import pytest
 import torch
 import yaml
 
-from hqlt.agent import worlds
 from hqlt.model import HQLTConfig, HQLTForCausalLM
+from hqlt.registry import names
 from hqlt.study import known_studies, read_study
 from hqlt.study.study import WORLDS, config_of
 from hqlt.task import TASKS
@@ -206,7 +206,7 @@ AGENTS = {
 
 
 def test_a_study_of_agents(tmp_path):
-    assert set(WORLDS) == set(worlds.WORLDS)
+    assert set(WORLDS) == set(names("world"))
     study = read(tmp_path, AGENTS)
     for cell in study.cells():
         *events, result = cell.run(tmp_path, "cpu")

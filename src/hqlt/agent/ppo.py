@@ -157,8 +157,10 @@ class PPO(Agent):
         But where the agent was restored from a checkpoint of within a call, the episodes of that call are resumed.
         """
         self.collector = None
-        yield from super().train_in(envs, steps, stopped=stopped)
-        self.collector = None
+        for progress in super().train_in(envs, steps, stopped=stopped):
+            if progress.steps >= steps:
+                self.collector = None
+            yield progress
 
     def carried(self) -> dict[str, Tensor]:
         return dict(self._before or {}) if self.collector is None else self.collector.carried()

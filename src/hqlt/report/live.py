@@ -30,7 +30,7 @@ class GridDisplay(Display):
     """
 
     def __init__(self, cells: Sequence[Cell], console: Console | None = None) -> None:
-        console = console or Console()
+        self.console = console or Console()
         self.cells = len(cells)
         self.wide = [max((len(name) for name in names), default=0) for names in zip(*map(names_of, cells), strict=True)]
         self.done = 0
@@ -38,9 +38,8 @@ class GridDisplay(Display):
         """Replaced at each event and never changed: the thread that draws reads it at any time."""
         self.fresh = 0
         """Cells that finished in this start."""
-        super().__init__(
-            console, Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=True)
-        )
+        live = Live(get_renderable=self._render, console=self.console, refresh_per_second=4, transient=True)
+        super().__init__(self.console, live)
 
     def on_event(self, event: Event | Result) -> None:
         name = event.cell.name

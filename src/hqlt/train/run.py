@@ -162,7 +162,7 @@ def run(kind: str, folder: Path, build: Callable[[Console], T], finish: Finish[T
         console = Console(highlight=False, soft_wrap=True, quiet=not first)
         trainer = build(console)
         resumed = trainer.resume()
-        told = {**made_by(trainer), **trainer.about()}
+        told = made_by(trainer)
         if first:
             write_whole(folder / "config.json", json.dumps(told, indent=1).encode())
         since = f", resuming after step {resumed:,}" if resumed else ""
@@ -198,10 +198,11 @@ def follow(trainer: Trainer[Any], folder: Path, console: Console, first: bool) -
 
 
 def made_by(trainer: Trainer[Any]) -> dict[str, Any]:
-    """The command, and what it ran on."""
+    """What made a run, as JSON: its command and settings, and what it ran on."""
     device = trainer.device
     return {
         "command": shlex.join(["hqlt", *sys.argv[1:]]),
+        **trainer.about(),
         "parameters": trainer.size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "hqlt": version,

@@ -11,7 +11,8 @@ from gymnasium.vector import AutoresetMode
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hqlt.agent.worlds import WORLDS, KeyToDoor, OneCopy, TMaze, VisualMatch, make_worlds
+from hqlt.agent.worlds import KeyToDoor, OneCopy, TMaze, VisualMatch, make_worlds
+from hqlt.registry import names
 
 SHORT = {
     "TMazePassive": {"corridor": 4},
@@ -191,7 +192,7 @@ def test_thousands_of_copies_are_small():
     assert state < 300
 
 
-@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize("name", names("world"))
 def test_begun_anew_in_the_middle_of_an_episode_nothing_is_left_of_it(name):
     worlds, fresh, draw = make_worlds(name, 32, seed=0), make_worlds(name, 32, seed=1), np.random.default_rng(0)
     worlds.reset(seed=3)

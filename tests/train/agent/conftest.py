@@ -21,9 +21,9 @@ def settings(request):
     """A run of a second, by each algorithm."""
     if request.param == "ppo":
         ppo = PPOSettings(rollout=7, heads=(8,), minibatches=2, epochs=2)
-        return AgentSettings(**SMALL, algorithm="ppo", copies=4, ppo=ppo)
+        return AgentSettings(**SMALL, algorithm="ppo", copies=4, hyperparameters=ppo)
     sac = SACSettings(heads=(8,), batch_episodes=4, random_episodes=4)
-    return AgentSettings(**SMALL, algorithm="sac", copies=2, sac=sac)
+    return AgentSettings(**SMALL, algorithm="sac", copies=2, hyperparameters=sac)
 
 
 class Waiting(gymnasium.Env):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hqlt.train.agent.checkpoints import AgentCheckpoints
 from PIL import Image
 
 import hqlt
@@ -23,7 +24,6 @@ from hqlt.errors import how_to_install
 from hqlt.report.episode import film
 from hqlt.run_folder import run_folder
 from hqlt.train.agent import AgentSettings, AgentTrainer
-from hqlt.train.agent.checkpoints import AgentCheckpoints
 from hqlt.train.agent.run import keep_agent, load_agent
 
 COMMAND = [

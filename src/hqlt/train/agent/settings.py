@@ -82,7 +82,8 @@ class AgentSettings:
     def as_json(self) -> dict[str, Any]:
         """What `of` takes."""
         fields = dataclasses.asdict(self)
-        return dict(json.loads(json.dumps({**fields, option_of(self.algorithm): fields.pop("hyperparameters")})))
+        fields[option_of(self.algorithm)] = fields.pop("hyperparameters")
+        return dict(json.loads(json.dumps(fields)))
 
 
 def option_of(algorithm: str) -> str:
