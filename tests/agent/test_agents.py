@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from hqlt.agent import PPO, SAC, Batch, Episode, MemoryModel, PPOSettings, SACSettings, build_memory, evaluate, play
 from tests.agent.worlds_of_one_cue import Cue, Told, copies
+from tests.toys.agents import Reinforce, ReinforceSettings
 
 SMALL = SACSettings(heads=(16,), batch_episodes=4, random_episodes=4, updates_per_step=0.5)
 
@@ -163,7 +164,7 @@ class Painted(Cue):
         return np.zeros((3, 4, 4), np.uint8)
 
 
-@pytest.mark.parametrize("kind", [SAC, PPO])
+@pytest.mark.parametrize("kind", [SAC, PPO, Reinforce])
 def test_images_are_kept_as_they_are_and_learned_from(kind):
     envs = copies(Painted, 4)
     agent = kind(envs, build_memory("synchronous", hidden_size=8, num_layers=1, window=2), seed=1)
@@ -181,6 +182,7 @@ def trained(kind, memory, steps, seed=0, make=Cue):
     settings = {
         SAC: SACSettings(learning_rate=3e-3, batch_episodes=32, heads=(32,), updates_per_step=0.1),
         PPO: PPOSettings(learning_rate=3e-3, rollout=32, minibatches=2),
+        Reinforce: ReinforceSettings(),
     }[kind]
     agent = kind(envs, memory, settings, seed=seed)
     for _ in agent.train_in(envs, steps):
@@ -193,7 +195,7 @@ def success(agent):
 
 
 @pytest.mark.parametrize("name", ["synchronous", "lstm"])
-@pytest.mark.parametrize("kind", [SAC, PPO])
+@pytest.mark.parametrize("kind", [SAC, PPO, Reinforce])
 def test_a_memory_solves_what_none_can(kind, name):
     """Once trained it names the cue always; with its state wiped at each step, half of the time, trained or not."""
     agent = trained(kind, build_memory(name, hidden_size=16, num_layers=1, window=2), 12_000)
@@ -207,6 +209,6 @@ def test_a_cue_among_the_entries_of_a_dictionary_is_remembered():
     assert evaluate(agent, copies(Told, 16), 100, seed=1000).success == 1
 
 
-@pytest.mark.parametrize("kind", [SAC, PPO])
+@pytest.mark.parametrize("kind", [SAC, PPO, Reinforce])
 def test_without_a_memory_it_is_a_guess(kind):
     assert success(trained(kind, Wiped(build_memory("synchronous", hidden_size=16, num_layers=1)), 4_000)) < 0.65

@@ -4,8 +4,8 @@ import pytest
 from rich.console import Console
 
 from hqlt.data import Told
-from hqlt.train import live
 from hqlt.report.preparing import PreparingDisplay
+from hqlt.train import live
 
 
 def told(tokens, done, kept=0):

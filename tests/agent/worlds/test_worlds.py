@@ -11,14 +11,18 @@ from gymnasium.vector import AutoresetMode
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hqlt.agent.worlds import KeyToDoor, OneCopy, TMaze, VisualMatch, make_worlds
+import tests.toys.agents  # noqa: F401  registers a world from outside
+from hqlt.agent.worlds import KeyToDoor, OneCopy, TMaze, VisualMatch, make_worlds, register_with_gymnasium
 from hqlt.registry import names
+
+register_with_gymnasium()
 
 SHORT = {
     "TMazePassive": {"corridor": 4},
     "TMazeActive": {"corridor": 3},
     "KeyToDoor": {"explore": 5, "distractor": 9, "reward": 4, "respawn": 3, "apple_reward": (1.0, 10.0)},
     "VisualMatch": {"explore": 2, "distractor": 9, "reward": 7, "respawn": 3, "colours": "shuffled"},
+    "Bell": {"wait": 6},
 }
 every_world = pytest.mark.parametrize("name", SHORT)
 
