@@ -31,8 +31,17 @@ U = TypeVar("U", bound=Any)
 class Trainer(ABC, Generic[U]):
     """What is trained, and all that this depends on: a trainer that is restored does what this one would have done.
 
-    Its updates are of a kind of its own, with `step`; `units`, what is counted for the speed; and `as_line()`, flat,
-    for metrics.jsonl and trackers.
+    A kind of run says what follows; all the rest is here.
+
+        updates()          train to the end; whoever iterates may stop, and save, after any update. Raises Stopped where
+                           `stopped` says so, and may be saved then too. An update has `step`, `units` (what is counted
+                           for the speed) and `as_line()`, flat, for metrics.jsonl and trackers
+        due(update)        whether a checkpoint is due after it
+        tensors(), told()  what a checkpoint holds: tensors, and JSON beside them
+        identity()         what must be the same for a checkpoint to be resumed from, as JSON
+        restore(…)         take the tensors of a checkpoint, and what was told with them
+        title(), about()   what is trained, in a line; what made it, as JSON: `settings`, and what is worth knowing
+        words(…), news(…)  for the live line, the most important first; what is worth a line that stays
     """
 
     kind: ClassVar[str]
@@ -46,9 +55,7 @@ class Trainer(ABC, Generic[U]):
     size: int
     """Parameters."""
     stopped: Sequence[int] = ()
-    """Looked at now and then while it trains; once there is anything in it, Stopped is raised."""
-    first: bool = True
-    """Whether this is the process that prints and writes."""
+    """Looked at now and then; once there is anything in it, Stopped is raised."""
     kept: dict[str, Any]
     """Whatever else is to go into checkpoints, as JSON."""
     _saved: dict[str, Any] | None = None
@@ -64,46 +71,25 @@ class Trainer(ABC, Generic[U]):
         return self.step
 
     @abstractmethod
-    def updates(self) -> Iterator[U]:
-        """Train to the end. Whoever iterates may stop, and save, after any update.
-
-        Raises Stopped where `stopped` says so; a checkpoint may then be saved too.
-        """
-
+    def updates(self) -> Iterator[U]: ...
     @abstractmethod
-    def due(self, told: U) -> bool:
-        """Whether a checkpoint is due after this update."""
-
+    def due(self, told: U) -> bool: ...
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]: ...
-
     @abstractmethod
-    def told(self) -> dict[str, Any]:
-        """What a checkpoint holds beside tensors, as JSON."""
-
+    def told(self) -> dict[str, Any]: ...
     @abstractmethod
-    def identity(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to be resumed from, as JSON."""
-
+    def identity(self) -> dict[str, Any]: ...
     @abstractmethod
-    def restore(self, place: Path, told: Mapping[str, Any]) -> None:
-        """Take tensors from a checkpoint, and what was told with them."""
-
+    def restore(self, place: Path, told: Mapping[str, Any]) -> None: ...
     @abstractmethod
-    def title(self) -> str:
-        """What is trained, in a line."""
-
+    def title(self) -> str: ...
     @abstractmethod
-    def about(self) -> dict[str, Any]:
-        """What made it, as JSON: `settings`, and what is worth knowing beside them."""
-
+    def about(self) -> dict[str, Any]: ...
     @abstractmethod
-    def words(self, told: U, speed: float) -> list[str]:
-        """For the live line, the most important first. speed: units a second."""
-
+    def words(self, told: U, speed: float) -> list[str]: ...
     @abstractmethod
-    def news(self, told: U) -> str | None:
-        """What is worth a line that stays."""
+    def news(self, told: U) -> str | None: ...
 
     def train(self) -> Iterator[U]:
         """The updates, with checkpoints as they are due."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
+from torch.utils._pytree import tree_leaves, tree_structure, tree_unflatten
 
 from hqlt.data import Stream, TokenFiles, Windows
 from hqlt.data.windows import rows_of_rank
@@ -78,7 +79,7 @@ class Trainer(Base[Update]):
 
     def __init__(self, settings: TrainSettings, config: HQLTConfig, data: Path, folder: Path, ranks: Ranks) -> None:
         self.settings, self.config, self.ranks = settings, config, ranks
-        self.device, self.first, self.kept = ranks.device, ranks.first, {}
+        self.device, self.kept = ranks.device, {}
         train = TokenFiles(data, "train")
         if len(train) <= train.documents:
             raise ValueError(
@@ -272,12 +273,13 @@ class Trainer(Base[Update]):
 
     def _memories(self) -> dict[str, Tensor]:
         """Carried memories, [rows of all processes, …]; nothing where none are carried."""
-        tensors: dict[str, Tensor] = {}
-        if self.caches:
-            for layer, states in enumerate(zip(*(cache.states for cache in self.caches), strict=True)):
-                for part, value in MemoryState.concatenate(states)._asdict().items():
-                    tensors[f"memory.{layer}.{part}"] = self._of_all_ranks(value.detach())
-        return tensors
+        of_layers = zip(*(cache.states for cache in self.caches), strict=True)
+        leaves = [tree_leaves(MemoryState.concatenate(states)) for states in of_layers]
+        return {
+            f"memory.{layer}.{i}": self._of_all_ranks(leaf.detach())
+            for layer, of_layer in enumerate(leaves)
+            for i, leaf in enumerate(of_layer)
+        }
 
     def _of_all_ranks(self, rows: Tensor) -> Tensor:
         mesh = self.ranks.mesh
@@ -285,24 +287,22 @@ class Trainer(Base[Update]):
             return rows.contiguous()
         return DTensor.from_local(rows.contiguous(), mesh, [Shard(0)] * mesh.ndim, run_check=False)
 
+    @torch.no_grad()
     def _begin_caches(self) -> None:
         """Memories of the right shapes, to be filled."""
-        batches = self._batches(0)
         self.model.eval()
-        with torch.no_grad():
-            for batch in batches:
-                cache = HQLTCache()
-                self.model(batch.inputs, resets=batch.resets, past_key_values=cache, use_cache=True)
-                self.caches.append(cache)
+        for batch in self._batches(0):
+            self.caches.append(HQLTCache())
+            self.model(batch.inputs, resets=batch.resets, past_key_values=self.caches[-1], use_cache=True)
 
     def _take_caches(self, tensors: dict[str, Tensor]) -> None:
         """The loaded memories, each micro-batch its rows."""
-        layers = len(self.caches[0].states)
         for i, cache in enumerate(self.caches):
             rows = slice(i * self.micro_rows, (i + 1) * self.micro_rows)
+            of_layers = [tree_structure(state) for state in cache.states]
             cache.states = tuple(
-                MemoryState(**{part: local(tensors[f"memory.{n}.{part}"])[rows] for part in MemoryState._fields})
-                for n in range(layers)
+                tree_unflatten([local(tensors[f"memory.{n}.{j}"])[rows] for j in range(of.num_leaves)], of)
+                for n, of in enumerate(of_layers)
             )
 
     # What is said of it.
