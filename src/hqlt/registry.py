@@ -69,10 +69,15 @@ def find(kind: str, name: str, argument: str | None = None) -> Any:
     Raises ValueError for a name that nobody has, with the nearest one.
     """
     if name not in names(kind):
-        for plugin in entry_points(group="hqlt"):
-            plugin.load()
+        load_plugins()
     one_of(argument or kind, name, _known[kind])
     return _known[kind][name]
+
+
+def load_plugins() -> None:
+    """Import what other packages name in the entry-point group "hqlt"."""
+    for plugin in entry_points(group="hqlt"):
+        plugin.load()
 
 
 def name_of(kind: str, cls: type) -> str:

@@ -5,10 +5,24 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal of this number asked for a stop, and what was under way has come to one."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+def stop_if_asked(noted: Sequence[int]) -> None:
+    """Raises Stopped once `stopping` has noted a signal."""
+    if noted:
+        raise Stopped(noted[0])
 
 
 @contextlib.contextmanager

@@ -8,12 +8,11 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file as load_arrays
-from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
 from hqlt.agent import PPO, SAC, Batch, Episode, MemoryModel, PPOSettings, SACSettings, build_memory, evaluate, play
 from tests.agent.worlds_of_one_cue import Cue, Told, copies
+from tests.toys.agents import Reinforce, ReinforceSettings
 
 SMALL = SACSettings(heads=(16,), batch_episodes=4, random_episodes=4, updates_per_step=0.5)
 
@@ -73,7 +72,7 @@ def test_only_the_heads_have_targets_and_they_follow_slowly():
     agent = sac()
     assert not any(p.requires_grad for p in agent.targets.parameters())
     before = [p.clone() for p in agent.targets.parameters()]
-    agent.learn(Batch.of(episodes()))
+    agent.update(Batch.of(episodes()))
     for old, average, weight in zip(before, agent.targets.parameters(), agent.critics.parameters(), strict=True):
         torch.testing.assert_close(average, 0.995 * old + 0.005 * weight)
     assert sum(p.numel() for p in agent.targets.parameters()) == sum(p.numel() for p in agent.critics.parameters())
@@ -82,7 +81,7 @@ def test_only_the_heads_have_targets_and_they_follow_slowly():
 @pytest.mark.parametrize("share", [None, 0.1])
 def test_the_temperature_is_fixed_or_learned(share):
     agent = sac(SACSettings(entropy_share=share))
-    told = [agent.learn(Batch.of(episodes())) for _ in range(3)]
+    told = [agent.update(Batch.of(episodes())) for _ in range(3)]
     assert math.isclose(told[0]["alpha"], 0.1, rel_tol=1e-6)
     assert (told[-1]["alpha"] < 0.09999) == (share is not None)  # more random than wanted: α falls
     assert (told[0]["temperature"] != 0) == (share is not None)
@@ -104,10 +103,8 @@ def test_sac_goes_on_exactly(tmp_path, make):
     for progress in first.train_in(envs(), 60):
         assert progress.steps == first.steps
     save_file(first.checkpoint(), tmp_path / "agent.safetensors")
-    save_arrays(first.replay.state_dict(), tmp_path / "replay.safetensors")
     second = sac(seed=5, make=make)
     second.restore(load_file(tmp_path / "agent.safetensors"))
-    second.replay.load_state_dict(load_arrays(tmp_path / "replay.safetensors"))
     for _ in second.train_in(envs(), 150):
         pass
     assert second.updates == straight.updates > 50
@@ -167,7 +164,7 @@ class Painted(Cue):
         return np.zeros((3, 4, 4), np.uint8)
 
 
-@pytest.mark.parametrize("kind", [SAC, PPO])
+@pytest.mark.parametrize("kind", [SAC, PPO, Reinforce])
 def test_images_are_kept_as_they_are_and_learned_from(kind):
     envs = copies(Painted, 4)
     agent = kind(envs, build_memory("synchronous", hidden_size=8, num_layers=1, window=2), seed=1)
@@ -185,6 +182,7 @@ def trained(kind, memory, steps, seed=0, make=Cue):
     settings = {
         SAC: SACSettings(learning_rate=3e-3, batch_episodes=32, heads=(32,), updates_per_step=0.1),
         PPO: PPOSettings(learning_rate=3e-3, rollout=32, minibatches=2),
+        Reinforce: ReinforceSettings(),
     }[kind]
     agent = kind(envs, memory, settings, seed=seed)
     for _ in agent.train_in(envs, steps):
@@ -197,7 +195,7 @@ def success(agent):
 
 
 @pytest.mark.parametrize("name", ["synchronous", "lstm"])
-@pytest.mark.parametrize("kind", [SAC, PPO])
+@pytest.mark.parametrize("kind", [SAC, PPO, Reinforce])
 def test_a_memory_solves_what_none_can(kind, name):
     """Once trained it names the cue always; with its state wiped at each step, half of the time, trained or not."""
     agent = trained(kind, build_memory(name, hidden_size=16, num_layers=1, window=2), 12_000)
@@ -211,6 +209,6 @@ def test_a_cue_among_the_entries_of_a_dictionary_is_remembered():
     assert evaluate(agent, copies(Told, 16), 100, seed=1000).success == 1
 
 
-@pytest.mark.parametrize("kind", [SAC, PPO])
+@pytest.mark.parametrize("kind", [SAC, PPO, Reinforce])
 def test_without_a_memory_it_is_a_guess(kind):
     assert success(trained(kind, Wiped(build_memory("synchronous", hidden_size=16, num_layers=1)), 4_000)) < 0.65

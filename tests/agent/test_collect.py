@@ -11,10 +11,11 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorWrapper
 
 from hqlt.agent import PPO, SAC, Batch, Inputs, build_memory, evaluate, play
-from hqlt.agent.collect import Player, Stopped, UniformPolicy, _play
+from hqlt.agent.collect import Player, UniformPolicy, _play
 from hqlt.agent.memory_model import MODELS
 from hqlt.agent.rollout import Collector
 from hqlt.report.shares import shares_during
+from hqlt.signals import Stopped
 from tests.agent.worlds_of_one_cue import Counter, Cue, Told, copies
 
 MODES = list(AutoresetMode)

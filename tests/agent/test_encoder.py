@@ -7,10 +7,10 @@ import pytest
 import torch
 from gymnasium import spaces
 from gymnasium.vector.utils import batch_space
+from torch.utils._pytree import tree_leaves, tree_map
 
 from hqlt.agent import PPO, SAC, build_memory, evaluate
 from hqlt.agent.encoder import Encoder, build_encoder, observation_encoder
-from hqlt.agent.tree import tree_leaves, tree_map
 from tests.agent.worlds_of_one_cue import Cue, Told, copies
 
 ACTIONS = spaces.Discrete(4)

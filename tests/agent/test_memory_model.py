@@ -6,9 +6,9 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 from hqlt.agent.memory_model import MODELS, build_memory
-from hqlt.agent.tree import tree_map
 
 B, T, D = 3, 13, 8
 VARIANTS = {name: {"window": 4} for name in MODELS} | {

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from gymnasium.vector.utils import batch_space
+from torch.utils._pytree import tree_leaves
 
 from hqlt.agent.observation import BadObservation, observed, readable
-from hqlt.agent.tree import tree_leaves, tree_map
 
 IMAGE = spaces.Box(0, 255, (3, 4, 4), np.uint8)
 NESTED = spaces.Dict(
@@ -86,11 +86,3 @@ def test_spaces_without_arrays_are_refused_by_the_name_of_the_entry():
         readable(spaces.Dict({"seen": IMAGE, "said": spaces.Tuple([IMAGE, spaces.Text(5)])}))
     with pytest.raises(ValueError, match=r"observation_space: expected at least one entry"):
         readable(spaces.Dict({}))
-
-
-def test_trees():
-    tree = {"a": (np.arange(3), {"b": np.ones(2)}), "c": np.zeros(1)}
-    doubled = tree_map(np.add, tree, tree)
-    assert doubled["a"][0].tolist() == [0, 2, 4] and doubled["a"][1]["b"].tolist() == [2, 2]
-    assert [leaf.shape for leaf in tree_leaves(tree)] == [(3,), (2,), (1,)]
-    assert tree_map(np.copy, ()) == ()

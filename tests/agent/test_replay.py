@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from torch.utils._pytree import tree_map
 
 from hqlt.agent import Batch, Episode, Replay
-from hqlt.agent.tree import tree_map
 
 
 def episode(length, number=0, terminated=True):
@@ -79,10 +79,3 @@ def test_restored_exactly(tmp_path, episodes, kind, episode):
         got, expected = restored.sample(4), replay.sample(4)
         tree_map(lambda one, other: torch.testing.assert_close(one, other, rtol=0, atol=0), got, expected)
     assert [kept.outcome for kept in restored.episodes] == [kept.outcome for kept in replay.episodes]
-
-
-def test_a_replay_that_was_written_before_observations_had_entries_is_read():
-    replay, restored = Replay(capacity=20), Replay(capacity=20)
-    replay.add(episode(3, 5))
-    restored.load_state_dict({name: array for name, array in replay.state_dict().items() if name != "structure"})
-    assert np.array_equal(restored.episodes[0].observations, replay.episodes[0].observations)

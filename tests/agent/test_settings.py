@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hqlt.agent import PPOSettings, SACSettings
-from hqlt.agent.settings import COUNT, PART, POSITIVE, SHARE, Range
+from hqlt.ranges import COUNT, PART, POSITIVE, SHARE, Range
 from hqlt.train.agent import AgentSettings
 from hqlt.train.agent.cell import AgentBudget
 

@@ -248,7 +248,7 @@ def test_names_of_environments():
     for envs, name in (
         (make_worlds("CartPole-v1", 2, 0), "CartPole-v1"),
         (gymnasium.make_vec("hqlt/TMazePassive-v0", 2), "hqlt/TMazePassive-v0"),
-        (make_worlds("TMazePassive", 2, 0), "TMaze"),
+        (make_worlds("TMazePassive", 2, 0), "TMazePassive"),
         (copies(Cue, 2), "Cue"),
     ):
         assert Stream(envs).name == name

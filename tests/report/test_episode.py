@@ -70,7 +70,9 @@ def test_a_long_episode_is_filmed_in_frames_evenly_apart(monkeypatch):
     """No more of them are held than twice what a film shows; the first and the last are there."""
     monkeypatch.setattr(episode, "FILMED", 5)
     ppo = PPOSettings(rollout=8, heads=(8,))
-    trainer = AgentTrainer(AgentSettings(options={"corridor": 69}, model={"hidden_size": 8}, copies=1, ppo=ppo))
+    trainer = AgentTrainer(
+        AgentSettings(options={"corridor": 69}, model={"hidden_size": 8}, copies=1, hyperparameters=ppo)
+    )
     filmed = film(trainer, seed=0)
     assert len(filmed.rewards) == 70
     assert list(filmed.frames) == [0, 8, 16, 24, 32, 40, 48, 56, 64, 70]

@@ -4,8 +4,8 @@ import pytest
 from rich.console import Console
 
 from hqlt.data import Told
-from hqlt.report import preparing
 from hqlt.report.preparing import PreparingDisplay
+from hqlt.train import live
 
 
 def told(tokens, done, kept=0):
@@ -20,7 +20,7 @@ def test_a_line_says_how_fast_and_how_long():
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_log_gets_lines_and_a_terminal_one_that_goes_away(terminal, monkeypatch):
-    monkeypatch.setattr(preparing, "LOG_SECONDS", -1)
+    monkeypatch.setattr(live, "LOG_SECONDS", -1)
     out = io.StringIO()
     with PreparingDisplay(Console(file=out, force_terminal=terminal, highlight=False)) as display:
         assert not display.worked

@@ -16,7 +16,7 @@ if find_spec("gymnasium") is None:
         f"hqlt.agent: expected the package gymnasium, found none; {how_to_install('rl')}", name="gymnasium"
     )
 
-from hqlt.agent.agent import Agent, Progress
+from hqlt.agent.agent import Agent, Collected, Progress
 from hqlt.agent.collect import Evaluation, evaluate, play
 from hqlt.agent.core import Core, Inputs
 from hqlt.agent.encoder import Encoder, build_encoder
@@ -33,6 +33,7 @@ __all__ = [
     "SAC",
     "Agent",
     "Batch",
+    "Collected",
     "Core",
     "Encoder",
     "Episode",

@@ -1,10 +1,10 @@
-"""What the agents here share: a core, a way to act, and to be put aside and gone on with exactly."""
+"""What every algorithm is: a core and heads that act, a way to collect, a way to learn, and all of it as tensors."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from hqlt.agent.collect import Evaluation
 from hqlt.agent.core import Core, Inputs
 from hqlt.agent.encoder import Encoder, build_encoder, discrete
+from hqlt.agent.episode import Outcome
 from hqlt.agent.memory_model import MemoryModel, State
 from hqlt.agent.observation import readable
 from hqlt.agent.stream import vector_envs
 from hqlt.shapes import Hidden
+from hqlt.signals import Stopped
 
 
 class Progress(NamedTuple):
@@ -31,40 +33,101 @@ class Progress(NamedTuple):
     """Means over the updates since the last time; empty if there were none."""
 
 
-class Agent(nn.Module):
-    """An encoder and a memory, and heads on top of them."""
+class Collected(NamedTuple):
+    """What was played, as `Agent.collect` leaves it."""
 
+    experience: Any
+    """What `Agent.learn` takes."""
+    outcomes: Sequence[Outcome]
+    """Of the episodes that ended."""
+    steps: int
+    """That the environments took, of all copies."""
+
+
+class Agent(nn.Module):
+    """An algorithm. A subclass with five names is one, and `hqlt.register("algorithm", NAME)` lets it be chosen:
+
+        Settings             a dataclass of its options, each with a default
+        build(width)         make the heads, from `self.settings` and `self.actions` → the optimiser
+        logits(features)     the policy: [..., d] → [..., a]
+        collect(envs, …)     play → Collected
+        learn(experience)    the updates that this calls for → what to report of them
+
+    One with more to keep than weights, optimiser and generator has `carried` and `carry` as well.
+
+    envs: of any number of copies, for their spaces alone. settings: an instance of Settings; None: its defaults.
+    encoder: another one than `build_encoder` makes.
+    """
+
+    Settings: ClassVar[type[Any]]
+    in_runs: ClassVar[Mapping[str, Any]] = {}
+    """Settings that `hqlt rl train` begins with in place of their defaults."""
+    settings: Any
     seed: Tensor
     """What the environments that it trains in are seeded from."""
     steps: Tensor
     """Steps of the environment so far, of all copies."""
     left_out: Tensor
     """Updates whose gradient was not finite, which were not made."""
-    optimiser: torch.optim.Optimizer
-    goes_on_between_rounds: ClassVar[bool]
-    """Whether a checkpoint may be taken at any Progress, and not only at the end of `train_in`, to go on exactly."""
 
-    def __init__(self, envs: VectorEnv, memory: MemoryModel, encoder: Encoder | None, seed: int) -> None:
+    def __init__(
+        self,
+        envs: VectorEnv,
+        memory: MemoryModel,
+        settings: Any = None,
+        *,
+        encoder: Encoder | None = None,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
         seen, acted = vector_envs(envs).single_observation_space, envs.single_action_space
         readable(seen)
         self.actions = int(discrete(acted).n)
         self.core = Core(encoder or build_encoder(seen, acted, memory.hidden_size), memory)
         self.generator = torch.Generator().manual_seed(seed)
-        self.register_buffer("seed", torch.tensor(seed))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
-        self.register_buffer("left_out", torch.zeros((), dtype=torch.long))
+        self.settings = self.Settings() if settings is None else settings
+        for name, count in (("seed", seed), ("steps", 0), ("left_out", 0)):
+            self.register_buffer(name, torch.tensor(count))
+        self.optimiser = self.build(memory.hidden_size)
+
+    def build(self, width: int) -> torch.optim.Optimizer:
+        raise NotImplementedError
 
     def logits(self, features: Hidden) -> Tensor:
-        """[..., d] → [..., a]."""
         raise NotImplementedError
+
+    def collect(self, envs: VectorEnv, *, stopped: Sequence[int] = ()) -> Collected:
+        """stopped: looked at before each step, as by `play`; raises Stopped."""
+        raise NotImplementedError
+
+    def learn(self, experience: Any) -> dict[str, float]:
+        """→ means of losses and the like, by name; "gradient" is the norm. Empty: there was no update."""
+        raise NotImplementedError
+
+    def carried(self) -> dict[str, Tensor]:
+        """What is carried from one collection to the next."""
+        return {}
+
+    def carry(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take what `carried` gave."""
 
     def train_in(self, envs: VectorEnv, steps: int, *, stopped: Sequence[int] = ()) -> Iterator[Progress]:
-        """Collect and learn until `steps` steps of the environment are done, in all, and report now and then.
+        """Collect and learn until `steps` steps of the environment are done, in all, and report each time.
 
-        stopped: looked at before each step, as by `play`.
+        A checkpoint may be taken at any Progress. It may be taken too where Stopped is raised: the agent is then what
+        it was before it collected. An agent that is restored from it does here what this one would have done, in any
+        environment whose chance `reset(seed=…)` decides.
         """
-        raise NotImplementedError
+        while self.steps < steps:
+            before = self.generator.get_state()
+            try:
+                collected = self.collect(envs, stopped=stopped)
+            except Stopped:
+                self.generator.set_state(before)
+                raise
+            self.steps += collected.steps
+            losses = self.learn(collected.experience)
+            yield Progress(int(self.steps), Evaluation(tuple(collected.outcomes)), losses)
 
     def seed_of(self, count: Tensor) -> int:
         """A seed for environments that follows from the agent's own and a count, and from nothing else.
@@ -108,29 +171,32 @@ class Agent(nn.Module):
         return norm.item()
 
     def checkpoint(self) -> dict[str, Tensor]:
-        """Weights, the optimiser's averages and the generator, as tensors: for safetensors.torch.save_file."""
+        """All that it is, as tensors: for safetensors.torch.save_file."""
         state = self.optimiser.state_dict()["state"]
         averages = {
             f"optimiser.{i}.{name}": tensor for i, of_weight in state.items() for name, tensor in of_weight.items()
         }
-        return {**self.state_dict(prefix="agent."), **averages, "generator": self.generator.get_state()}
+        carried = {f"carried.{name}": tensor for name, tensor in self.carried().items()}
+        return {**self.state_dict(prefix="agent."), **averages, **carried, "generator": self.generator.get_state()}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from a checkpoint of an agent built alike.
+        """Resume from a checkpoint of an agent built alike.
 
-        Raises RuntimeError for weights that do not fit, as load_state_dict does.
+        Raises RuntimeError for weights that do not fit, as load_state_dict does, and KeyError for what is missing.
         """
-        weights, averages = dict[str, Tensor](), dict[int, dict[str, Tensor]]()
+        parts: dict[str, dict[str, Tensor]] = {"agent": {}, "optimiser": {}, "carried": {}}
         for key, tensor in tensors.items():
             part, _, name = key.partition(".")
-            if part == "agent":
-                weights[name] = tensor
-            elif part == "optimiser":
-                weight, _, name = name.partition(".")
-                averages.setdefault(int(weight), {})[name] = tensor.clone()
-        self.load_state_dict(weights)
+            if part in parts:
+                parts[part][name] = tensor
+        averages = dict[int, dict[str, Tensor]]()
+        for key, tensor in parts["optimiser"].items():
+            weight, _, name = key.partition(".")
+            averages.setdefault(int(weight), {})[name] = tensor.clone()
+        self.load_state_dict(parts["agent"])
         self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": averages})
         self.generator.set_state(tensors["generator"].cpu())
+        self.carry(parts["carried"])
 
 
 def means(told: list[dict[str, float]]) -> dict[str, float]:

@@ -8,13 +8,16 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from hqlt.agent.core import Inputs
 from hqlt.agent.episode import Episode, Outcome
 from hqlt.agent.memory_model import State
+from hqlt.agent.observation import Tree
 from hqlt.agent.stream import Step, Stream
-from hqlt.agent.tree import Tree, tree_map
+from hqlt.signals import stop_if_asked
 
 
 class Policy(Protocol):
@@ -39,10 +42,6 @@ class UniformPolicy:
         return torch.randint(self.actions, inputs.resets.shape, generator=self.generator), state
 
 
-class Stopped(Exception):
-    """Play was asked to stop, between two steps."""
-
-
 class Player:
     """A policy in all copies: what it reads next, and what it remembers.
 
@@ -62,13 +61,15 @@ class Player:
 
     def step(self, policy: Policy, *, greedy: bool = False) -> tuple[Tensor, Step]:
         """One action in every copy → actions [n], what they led to."""
-        if self.stopped:
-            raise Stopped
+        stop_if_asked(self.stopped)
         actions, self.state = policy.act(self.inputs, self.state, greedy=greedy)
-        taken = actions.cpu().numpy()
-        step = self.stream.step(taken)
-        self.inputs = read(step.observation, taken, step.reward, step.first)
-        return actions, step
+        return actions, self.take(actions.cpu().numpy())
+
+    def take(self, actions: NDArray[np.int64]) -> Step:
+        """What these actions [n] lead to; the memory stays as it is."""
+        step = self.stream.step(actions)
+        self.inputs = read(step.observation, actions, step.reward, step.first)
+        return step
 
 
 def read(observation: Tree, action: np.ndarray, reward: np.ndarray, first: np.ndarray) -> Inputs:

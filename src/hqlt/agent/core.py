@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from hqlt.agent.encoder import Encoder
 from hqlt.agent.memory_model import MemoryModel, State
-from hqlt.agent.tree import Tree, tree_map
+from hqlt.agent.observation import Tree
 from hqlt.shapes import Hidden
 
 

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium import spaces
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from hqlt.agent.observation import Space, entries, readable
-from hqlt.agent.tree import Tree
+from hqlt.agent.observation import Space, Tree, entries, readable
 
 OWN = "PPO(…, encoder=Encoder(observation=YOUR_MODULE, observation_width=…, actions=…, hidden_size=…))"
 
@@ -59,39 +58,28 @@ class VectorEncoder(nn.Module):
         self.linear = nn.Linear(int(np.prod(shape)), width)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_shape(x, self.shape)
-        flat = x.flatten(x.dim() - len(self.shape)) if self.shape else x[..., None]
-        return torch.relu(self.linear(flat.to(self.linear.weight.dtype)))
+        return torch.relu(self.linear(flattened(x, self.shape).to(self.linear.weight.dtype)))
 
 
 class SymbolEncoder(nn.Module):
-    """One learned vector a symbol, of those from `start` on."""
+    """One learned vector a symbol; of several numbers the sum of one for each, from a table of its own.
 
-    def __init__(self, symbols: int, start: int, width: int) -> None:
-        super().__init__()
-        self.start, self.width = start, width
-        self.embedding = nn.Embedding(symbols, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.embedding(x.long() - self.start)
-
-
-class SymbolsEncoder(nn.Module):
-    """Σ_i of one learned vector for each symbol that the i-th of several numbers may be."""
+    symbols, start: how many symbols each number may be, and the first of them.
+    """
 
     offsets: Tensor
     """[k] what makes symbols of different numbers, and of different starts, different rows of one table."""
 
-    def __init__(self, symbols: NDArray[np.integer], start: NDArray[np.integer], width: int) -> None:
+    def __init__(self, symbols: ArrayLike, start: ArrayLike, width: int) -> None:
         super().__init__()
-        self.shape, self.width = symbols.shape, width
-        self.embedding = nn.Embedding(int(symbols.sum()), width)
-        offsets = symbols.cumsum() - symbols.ravel() - start.ravel()
+        counts = np.asarray(symbols)
+        self.shape, self.width = counts.shape, width
+        self.embedding = nn.Embedding(int(counts.sum()), width)
+        offsets = counts.cumsum() - counts.ravel() - np.asarray(start).ravel()
         self.register_buffer("offsets", torch.from_numpy(offsets.astype(np.int64)), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_shape(x, self.shape)
-        return self.embedding(x.flatten(x.dim() - len(self.shape)).long() + self.offsets).sum(dim=-2)
+        return self.embedding(flattened(x, self.shape).long() + self.offsets).sum(dim=-2)
 
 
 class EntriesEncoder(nn.Module):
@@ -110,6 +98,12 @@ class EntriesEncoder(nn.Module):
 def width_of(encoder: nn.Module) -> int:
     """Of what an encoder of observations puts out."""
     return int(encoder.width)  # type: ignore[arg-type]
+
+
+def flattened(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """[..., *shape] → [..., numbers]."""
+    check_shape(x, shape)
+    return x.flatten(x.dim() - len(shape)) if shape else x[..., None]
 
 
 def check_shape(x: Tensor, shape: tuple[int, ...]) -> None:
@@ -138,10 +132,8 @@ def observation_encoder(space: Space, width: int, name: str = "observation_space
                 return ImageEncoder((first, second, third), width)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
-        case spaces.Discrete(n=n, start=start):
-            return SymbolEncoder(int(n), int(start), width)
-        case spaces.MultiDiscrete(nvec=symbols, start=start):
-            return SymbolsEncoder(symbols, start, width)
+        case spaces.Discrete(n=symbols, start=start) | spaces.MultiDiscrete(nvec=symbols, start=start):
+            return SymbolEncoder(symbols, start, width)
         case _:
             return VectorEncoder(tuple(space.shape or ()), width)
 

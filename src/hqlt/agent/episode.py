@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from hqlt.agent.core import Inputs
-from hqlt.agent.tree import Tree, tree_map
+from hqlt.agent.observation import Tree
 
 
 class Outcome(NamedTuple):

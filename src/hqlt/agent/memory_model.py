@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_map
 
-from hqlt.agent.settings import COUNT, in_range
 from hqlt.layer import Block, HybridMemory, RMSNorm, SwiGLU, layer_arguments
 from hqlt.memory import MemoryState
-from hqlt.registry import one_of
+from hqlt.ranges import COUNT, in_range
+from hqlt.registry import names, one_of
 from hqlt.shapes import Hidden, Resets
 
 State: TypeAlias = tuple[Any, ...]
@@ -135,6 +135,13 @@ BLENDS = {
     "delayed-chunk": "delayed-chunk",
 }
 MODELS = (*BLENDS, "lstm", "none")
+
+
+def names_of_memories() -> list[str]:
+    """Ours, and the blends that others registered."""
+    return list(dict.fromkeys((*MODELS, *names("blend"))))
+
+
 LAYER = [name for name in layer_arguments() if name not in ("hidden_size", "num_heads", "window", "blend")]
 """Arguments of a layer that `build_memory` passes on."""
 
@@ -147,17 +154,17 @@ def build_memory(
     window: steps that the KV-memory reaches (None: the whole episode, for "transformer" and "synchronous"); what has no
     window, heads or layers does without. layer: other arguments of `hqlt.HybridMemory`, for the first five.
     """
-    one_of("memory", name, MODELS)
+    one_of("memory", name, names_of_memories())
     own = ("hidden_size", "num_heads", "num_layers", "window")
     for option in layer:
         one_of("argument", option, (*own, *LAYER))
     for option, value in zip(own, (hidden_size, num_heads, num_layers, window), strict=True):
         if value is not None or option != "window":
             in_range(option, value, COUNT)
-    if name in BLENDS:
+    if name not in ("lstm", "none"):
         blocks = [
             Block(
-                HybridMemory(hidden_size, num_heads, window, BLENDS[name], **layer),
+                HybridMemory(hidden_size, num_heads, window, BLENDS.get(name, name), **layer),
                 SwiGLU(hidden_size, 2 * hidden_size),
                 norm_eps=1e-6,
             )
@@ -165,5 +172,5 @@ def build_memory(
         ]
         return HybridModel(blocks, RMSNorm(hidden_size, eps=1e-6))
     if layer:
-        raise ValueError(f"{', '.join(layer)}: expected for {', '.join(BLENDS)} alone, got with {name!r}")
+        raise ValueError(f"{', '.join(layer)}: expected with a blend of memories alone, got with {name!r}")
     return LSTM(hidden_size, num_layers) if name == "lstm" else NoMemory(hidden_size)

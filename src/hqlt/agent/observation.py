@@ -9,9 +9,9 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from hqlt.agent.tree import Tree
-
 Space: TypeAlias = spaces.Space[Any]
+Tree: TypeAlias = Any
+"""An array or a tensor, or a dictionary or tuple of such, at any depth."""
 
 ADVICE = "gymnasium.wrappers.FilterObservation drops entries, gymnasium.wrappers.TransformObservation changes them"
 

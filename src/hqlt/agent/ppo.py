@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
-from hqlt.agent.agent import Agent, Progress, means
-from hqlt.agent.collect import Evaluation
+from hqlt.agent.agent import Agent, Collected, Progress, means
 from hqlt.agent.core import Inputs, mlp
-from hqlt.agent.encoder import Encoder
 from hqlt.agent.losses import (
     centred,
     clipped_policy_loss,
@@ -24,10 +22,10 @@ from hqlt.agent.losses import (
     standardised,
     value_loss,
 )
-from hqlt.agent.memory_model import MemoryModel, State
+from hqlt.agent.memory_model import State
 from hqlt.agent.rollout import Collector, Rollout
-from hqlt.agent.settings import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, all_in_range
-from hqlt.registry import one_of
+from hqlt.ranges import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, all_in_range
+from hqlt.registry import one_of, register
 from hqlt.shapes import Hidden
 
 
@@ -69,6 +67,7 @@ class PPOSettings:
         all_in_range(self, "ppo.", discount=SHARE, trace=SHARE, entropy_weight=NOT_NEGATIVE, value_weight=NOT_NEGATIVE)
 
 
+@register("algorithm", "ppo")
 class PPO(Agent):
     """PPO: one shared encoder and memory, an actor and a critic on top.
 
@@ -77,26 +76,20 @@ class PPO(Agent):
     A rollout begins with the memories that the copies had then, and is learned from in whole sequences from these:
     resets within them are where they were in play. What played is π_before of the first pass over the rollout; in later
     passes the carried memories are those of the older weights, as in all recurrent PPO.
-
-    envs: of any number of copies, for their spaces alone. encoder: another one than `build_encoder` makes.
     """
 
-    goes_on_between_rounds = False
+    Settings = PPOSettings
+    in_runs: ClassVar = {"learning_rate": 5e-4, "rollout": 64, "advantages": "centred"}
+    settings: PPOSettings
+    collector: Collector | None = None
+    """Of the call of `train_in` that is under way."""
+    _before: Mapping[str, Tensor] | None = None
+    """What `collector` carried when the checkpoint was taken that this agent was restored from."""
 
-    def __init__(
-        self,
-        envs: VectorEnv,
-        memory: MemoryModel,
-        settings: PPOSettings | None = None,
-        *,
-        encoder: Encoder | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(envs, memory, encoder, seed)
-        self.settings = settings = settings or PPOSettings()
-        self.actor = mlp(memory.hidden_size, settings.heads, self.actions)
-        self.critic = mlp(memory.hidden_size, settings.heads, 1)
-        self.optimiser = torch.optim.Adam(self.parameters(), settings.learning_rate, eps=1e-5)
+    def build(self, width: int) -> torch.optim.Optimizer:
+        self.actor = mlp(width, self.settings.heads, self.actions)
+        self.critic = mlp(width, self.settings.heads, 1)
+        return torch.optim.Adam(self.parameters(), self.settings.learning_rate, eps=1e-5)
 
     def logits(self, features: Hidden) -> Tensor:
         return self.actor(features)
@@ -148,16 +141,29 @@ class PPO(Agent):
         loss = policy + settings.value_weight * value - settings.entropy_weight * spread
         return {"loss": loss, "policy": policy, "value": value, "entropy": spread}
 
-    def train_in(self, envs: VectorEnv, steps: int, *, stopped: Sequence[int] = ()) -> Iterator[Progress]:
-        """Rollouts of all copies, each learned from at once.
+    def collect(self, envs: VectorEnv, *, stopped: Sequence[int] = ()) -> Collected:
+        """A rollout of all copies. Memories and unfinished episodes are carried from one to the next."""
+        if self.collector is None:
+            self.collector = Collector.resumed(envs, self, self._before or {}, stopped=stopped)
+            self._before = None
+        if self.collector is None:
+            self.collector = Collector(envs, self, self.seed_of(self.steps), stopped=stopped)
+        rollout, ended = self.collector.rollout(self, self.settings.rollout)
+        return Collected(rollout, ended, int(rollout.mask.sum()))
 
-        Memories and unfinished episodes go on from rollout to rollout. Each call begins new episodes, by a seed that
-        follows from the agent's own and its steps, because gymnasium has no way to put an environment aside. So one
-        that is restored between two calls goes on as if nothing had happened.
+    def train_in(self, envs: VectorEnv, steps: int, *, stopped: Sequence[int] = ()) -> Iterator[Progress]:
+        """Each call begins new episodes, by a seed that follows from the agent's own and its steps.
+
+        But where the agent was restored from a checkpoint of within a call, the episodes of that call are resumed.
         """
-        collector = Collector(envs, self, self.seed_of(self.steps), stopped=stopped)
-        while self.steps < steps:
-            rollout, ended = collector.rollout(self, self.settings.rollout)
-            losses = self.learn(rollout)
-            self.steps += int(rollout.mask.sum())
-            yield Progress(int(self.steps), Evaluation(tuple(ended)), losses)
+        self.collector = None
+        for progress in super().train_in(envs, steps, stopped=stopped):
+            if progress.steps >= steps:
+                self.collector = None
+            yield progress
+
+    def carried(self) -> dict[str, Tensor]:
+        return dict(self._before or {}) if self.collector is None else self.collector.carried()
+
+    def carry(self, tensors: Mapping[str, Tensor]) -> None:
+        self.collector, self._before = None, tensors

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections import deque
 from collections.abc import Mapping
@@ -10,9 +9,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten, treespec_dumps, treespec_loads
 
 from hqlt.agent.episode import Batch, Episode
-from hqlt.agent.tree import Tree, tree_leaves, tree_map
+from hqlt.agent.observation import Tree
 
 
 class Replay:
@@ -50,7 +50,7 @@ class Replay:
         """Arrays, for numpy.savez or safetensors.numpy.save_file; no episodes, no "observations"."""
         bits = json.dumps(self.generator.bit_generator.state).encode()
         arrays: dict[str, NDArray[Any]] = {
-            "generator": np.frombuffer(bits, dtype=np.uint8),
+            "generator": np.frombuffer(bits, dtype=np.uint8).copy(),
             "lengths": np.array([episode.length for episode in self.episodes], dtype=np.int64),
             "terminated": np.array([episode.terminated for episode in self.episodes], dtype=bool),
             "success": np.array([episode.success for episode in self.episodes], dtype=np.float32),
@@ -59,19 +59,20 @@ class Replay:
             for name in ("actions", "rewards"):
                 arrays[name] = np.concatenate([getattr(episode, name) for episode in self.episodes])
             of_each = [episode.observations for episode in self.episodes]
-            observations = tree_map(lambda *parts: np.concatenate(parts), *of_each)
-            arrays |= {leaf_name(i): leaf for i, leaf in enumerate(tree_leaves(observations))}
-            numbers = itertools.count()
-            structure = json.dumps(tree_map(lambda _: next(numbers), observations))
-            arrays["structure"] = np.frombuffer(structure.encode(), dtype=np.uint8)
+            leaves, structure = tree_flatten(tree_map(lambda *parts: np.concatenate(parts), *of_each))
+            arrays |= {leaf_name(i): leaf for i, leaf in enumerate(leaves)}
+            arrays["structure"] = np.frombuffer(treespec_dumps(structure).encode(), dtype=np.uint8).copy()
         return arrays
 
     def load_state_dict(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         self.generator.bit_generator.state = json.loads(bytes(arrays["generator"]))
         self.episodes.clear()
         self.steps = 0
-        structure = json.loads(bytes(arrays["structure"])) if "structure" in arrays else 0
-        everything = tree_of(structure, arrays) if len(arrays["lengths"]) else ()
+        everything: Tree = ()
+        if len(arrays["lengths"]):
+            structure = treespec_loads(bytes(arrays["structure"]).decode())
+            leaves = [arrays[leaf_name(i)] for i in range(structure.num_leaves)]
+            everything = tree_unflatten(leaves, structure)
         ends = arrays["lengths"].cumsum()
         for i, (end, n) in enumerate(zip(ends.tolist(), arrays["lengths"].tolist(), strict=True)):
             # i episodes stand before this one, each with one observation more than steps
@@ -86,12 +87,3 @@ class Replay:
 def leaf_name(i: int) -> str:
     """Of the i-th array of a nested observation; a plain one has number 0."""
     return f"observations.{i}" if i else "observations"
-
-
-def tree_of(structure: Any, arrays: Mapping[str, NDArray[Any]]) -> Tree:
-    """The tree whose leaves are the arrays that a structure of numbers, read from JSON, stands for."""
-    if isinstance(structure, dict):
-        return {key: tree_of(part, arrays) for key, part in structure.items()}
-    if isinstance(structure, list):
-        return tuple(tree_of(part, arrays) for part in structure)
-    return arrays[leaf_name(structure)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from gymnasium.vector import VectorEnv
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from hqlt.agent.collect import Player, Policy
 from hqlt.agent.core import Inputs
 from hqlt.agent.episode import Outcome
 from hqlt.agent.memory_model import State
 from hqlt.agent.stream import Step
-from hqlt.agent.tree import tree_map
+from hqlt.signals import stop_if_asked
 
 
 class Judge(Policy, Protocol):
@@ -65,12 +66,42 @@ class Rollout(NamedTuple):
 
 
 class Collector:
-    """Plays without end: memories and unfinished episodes are carried from rollout to rollout."""
+    """Plays without end: memories and unfinished episodes are carried from rollout to rollout.
 
-    def __init__(self, envs: VectorEnv, policy: Judge, seed: int | None = None, *, stopped: Sequence[int] = ()) -> None:
+    gymnasium cannot put an environment aside. So what is carried (`carried`, `resumed`) is the seed of its reset, and
+    all actions since: taken again, they lead to where it was.
+    """
+
+    def __init__(self, envs: VectorEnv, policy: Judge, seed: int, *, stopped: Sequence[int] = ()) -> None:
         self.player = Player(envs, policy, seed, stopped=stopped)
         self.total = np.zeros(envs.num_envs)
         self.length = np.zeros(envs.num_envs, dtype=np.int64)
+        self.seed, self.actions = seed, [torch.empty(0, envs.num_envs, dtype=torch.int64)]
+        self.between = self.player.inputs, self.player.state
+        """What is read next, and what is remembered, between two rollouts."""
+
+    def carried(self) -> dict[str, Tensor]:
+        """Of the moment between two rollouts, as tensors."""
+        leaves = {f"{i}": leaf.contiguous().clone() for i, leaf in enumerate(tree_leaves(self.between))}
+        return {**leaves, "seed": torch.tensor(self.seed), "actions": torch.cat(self.actions)}
+
+    @classmethod
+    def resumed(
+        cls, envs: VectorEnv, policy: Judge, carried: Mapping[str, Tensor], *, stopped: Sequence[int] = ()
+    ) -> Collector | None:
+        """One that resumes from what another carried; None where the environments do not come to the same place."""
+        if not carried:
+            return None
+        self = cls(envs, policy, int(carried["seed"]), stopped=stopped)
+        for actions in carried["actions"].numpy():
+            stop_if_asked(stopped)
+            self.count(self.player.take(actions))
+        leaves, structure = tree_flatten(self.between)
+        read, state = tree_unflatten([carried[f"{i}"].to(leaf.device) for i, leaf in enumerate(leaves)], structure)
+        if not all(map(torch.equal, tree_leaves(read), tree_leaves(self.player.inputs))):
+            return None
+        self.player.state, self.between, self.actions = state, (read, state), [carried["actions"]]
+        return self
 
     def rollout(self, policy: Judge, steps: int) -> tuple[Rollout, list[Outcome]]:
         player, before = self.player, self.player.state
@@ -94,6 +125,8 @@ class Collector:
             columns.append((actions.cpu(), *map(torch.from_numpy, arrays), beyond))
             ended += self.count(step)
         inputs = tree_map(lambda *parts: torch.stack(parts, dim=1), *read)
+        self.actions.append(torch.stack([actions for actions, *_ in columns]))
+        self.between = player.inputs, player.state
         return Rollout(inputs, before, *(torch.stack(parts, dim=1) for parts in zip(*columns, strict=True))), ended
 
     def count(self, step: Step) -> list[Outcome]:

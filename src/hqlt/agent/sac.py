@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 
-from hqlt.agent.agent import Agent, Progress, means
-from hqlt.agent.collect import Evaluation, Stopped, UniformPolicy, play
+from hqlt.agent.agent import Agent, Collected, means
+from hqlt.agent.collect import UniformPolicy, play
 from hqlt.agent.core import mlp
-from hqlt.agent.encoder import Encoder
-from hqlt.agent.episode import Batch
+from hqlt.agent.episode import Batch, Episode
 from hqlt.agent.losses import actor_loss, entropy, masked_mean, q_loss, soft_target, temperature_loss
-from hqlt.agent.memory_model import MemoryModel
 from hqlt.agent.replay import Replay
-from hqlt.agent.settings import COUNT, INDEX, PART, POSITIVE, SHARE, all_in_range
+from hqlt.ranges import COUNT, INDEX, PART, POSITIVE, SHARE, all_in_range
+from hqlt.registry import register
 from hqlt.shapes import Hidden
 
 
@@ -68,6 +68,7 @@ class TwinCritics(nn.Module):
         return torch.stack([critic(features) for critic in self.critics])
 
 
+@register("algorithm", "sac")
 class SAC(Agent):
     """SAC-Discrete: one shared encoder and memory, an actor and two critics on top.
 
@@ -77,43 +78,64 @@ class SAC(Agent):
     h_t is what the core says after everything up to t. Critics' and actor's losses both train the core; the actor's
     trains no critic. V̄ is the soft value by the targets, which are averages of the critics' heads alone: they read the
     same h as the critics (Ni et al. 2023, "When Do Transformers Shine in RL?").
-
-    envs: of any number of copies, for their spaces alone. encoder: another one than `build_encoder` makes.
     """
 
-    goes_on_between_rounds = True
+    Settings = SACSettings
+    in_runs: ClassVar = {"batch_episodes": 16}
+    settings: SACSettings
     rounds: Tensor
-    """How often `train_in` has collected."""
+    """How often it has collected."""
     updates: Tensor
-    """How often `learn` was called."""
+    """How often `update` was called."""
 
-    def __init__(
-        self,
-        envs: VectorEnv,
-        memory: MemoryModel,
-        settings: SACSettings | None = None,
-        *,
-        encoder: Encoder | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(envs, memory, encoder, seed)
-        self.settings = settings = settings or SACSettings()
-        self.actor = mlp(memory.hidden_size, settings.heads, self.actions)
-        self.critics = TwinCritics(memory.hidden_size, settings.heads, self.actions)
-        self.targets = TwinCritics(memory.hidden_size, settings.heads, self.actions).requires_grad_(False)
+    def build(self, width: int) -> torch.optim.Optimizer:
+        settings = self.settings
+        self.actor = mlp(width, settings.heads, self.actions)
+        self.critics = TwinCritics(width, settings.heads, self.actions)
+        self.targets = TwinCritics(width, settings.heads, self.actions).requires_grad_(False)
         self.targets.load_state_dict(self.critics.state_dict())
         learned = settings.entropy_share is not None
         self.log_temperature = nn.Parameter(torch.tensor(math.log(settings.temperature)), requires_grad=learned)
-        self.optimiser = torch.optim.Adam([p for p in self.parameters() if p.requires_grad], settings.learning_rate)
-        self.replay = Replay(settings.capacity, seed)
-        self.register_buffer("rounds", torch.zeros((), dtype=torch.long))
-        self.register_buffer("updates", torch.zeros((), dtype=torch.long))
+        self.replay = Replay(settings.capacity, int(self.seed))
+        for name in ("rounds", "updates"):
+            self.register_buffer(name, torch.tensor(0))
+        return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], settings.learning_rate)
 
     def logits(self, features: Hidden) -> Tensor:
         return self.actor(features)
 
-    def learn(self, batch: Batch) -> dict[str, float]:
-        """One update from a batch of whole episodes."""
+    def collect(self, envs: VectorEnv, *, stopped: Sequence[int] = ()) -> Collected:
+        """A round: each copy plays one episode from its beginning.
+
+        What it plays depends on the round's number, the seed and the agent alone.
+        """
+        policy = self if self.knows(int(self.rounds) * envs.num_envs) else UniformPolicy(self.actions, self.generator)
+        episodes = play(policy, envs, envs.num_envs, seed=self.seed_of(self.rounds), stopped=stopped)
+        self.rounds += 1
+        outcomes = [episode.outcome for episode in episodes]
+        return Collected(episodes, outcomes, sum(episode.length for episode in episodes))
+
+    def learn(self, episodes: Sequence[Episode]) -> dict[str, float]:
+        """Keep the episodes, and make the updates due for the steps so far."""
+        for episode in episodes:
+            self.replay.add(episode)
+        if not self.knows(int(self.rounds) * len(episodes)):
+            return {}
+        due = int(self.settings.updates_per_step * self.steps) - int(self.updates)
+        return means([self.update(self.replay.sample(self.settings.batch_episodes)) for _ in range(due)])
+
+    def knows(self, episodes: int) -> bool:
+        """Whether so many were enough at random."""
+        return episodes >= self.settings.random_episodes
+
+    def carried(self) -> dict[str, Tensor]:
+        return {name: torch.from_numpy(array) for name, array in self.replay.state_dict().items()}
+
+    def carry(self, tensors: Mapping[str, Tensor]) -> None:
+        self.replay.load_state_dict({name: tensor.numpy() for name, tensor in tensors.items()})
+
+    def update(self, batch: Batch) -> dict[str, float]:
+        """One, from a batch of whole episodes."""
         losses = self.losses(batch.to(self.device))
         norm = self.descend(losses["critic"] + losses["actor"] + losses["temperature"], self.settings.clip)
         self.track()
@@ -152,31 +174,3 @@ class SAC(Agent):
         """Q̄ ← (1 − τ) Q̄ + τ Q."""
         for average, weight in zip(self.targets.parameters(), self.critics.parameters(), strict=True):
             average.lerp_(weight, self.settings.target_rate)
-
-    def train_in(self, envs: VectorEnv, steps: int, *, stopped: Sequence[int] = ()) -> Iterator[Progress]:
-        """Rounds: each copy plays one episode from its beginning, then come the updates due for their steps.
-
-        What a round plays depends on its number, the seed and the agent alone, so one that is restored between two
-        rounds, with its replay, goes on as if nothing had happened. Where Stopped is raised, the agent is what it was
-        before the round.
-        """
-        settings = self.settings
-        random = UniformPolicy(self.actions, self.generator)
-        while self.steps < steps:
-            known = int(self.rounds) * envs.num_envs >= settings.random_episodes
-            before = self.generator.get_state()
-            seed = self.seed_of(self.rounds)
-            try:
-                episodes = play(self if known else random, envs, envs.num_envs, seed=seed, stopped=stopped)
-            except Stopped:
-                self.generator.set_state(before)
-                raise
-            for episode in episodes:
-                self.replay.add(episode)
-            self.rounds += 1
-            self.steps += sum(episode.length for episode in episodes)
-            told = []
-            if int(self.rounds) * envs.num_envs >= settings.random_episodes:
-                due = int(settings.updates_per_step * self.steps) - int(self.updates)
-                told = [self.learn(self.replay.sample(settings.batch_episodes)) for _ in range(due)]
-            yield Progress(int(self.steps), Evaluation(tuple(episode.outcome for episode in episodes)), means(told))

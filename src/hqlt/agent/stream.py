@@ -10,10 +10,10 @@ import gymnasium
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import NDArray
+from torch.utils._pytree import tree_map
 
 from hqlt.agent.encoder import discrete
-from hqlt.agent.observation import BadObservation, observed
-from hqlt.agent.tree import Tree, tree_map
+from hqlt.agent.observation import BadObservation, Tree, observed
 
 LONGEST = 100_000
 """Steps within which an episode must end, unless the environment says that it may take more."""
@@ -111,7 +111,11 @@ class Stream:
         successor = tree_map(np.copy, observation)
         space = self.envs.single_observation_space
         for row in np.flatnonzero(ended).tolist():
-            last = tree_map(lambda part: np.asarray(part)[None], infos["final_obs"][row])
+            last = tree_map(
+                lambda part: np.asarray(part)[None],
+                infos["final_obs"][row],
+                is_leaf=lambda part: isinstance(part, list),
+            )
             try:
                 last = observed(space, last, 1, "final_obs")
             except BadObservation as error:

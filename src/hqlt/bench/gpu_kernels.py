@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hqlt.bench.gpu import Place
 from hqlt.errors import first_line
-from hqlt.memory.kv import rotary_table
+from hqlt.memory.rotary import Rotary
 from hqlt.ops import synchronous
 from hqlt.ops.synchronous.kernels import launch, operators
 from hqlt.ops.synchronous.kernels.launch import Launch
@@ -139,7 +139,7 @@ def answers(given: list[Tensor], shape: Shape, resets: Tensor, backend: str = "t
     """Outputs, final matrix, and all gradients of a fixed direction."""
     *inputs, state = (x.detach().requires_grad_() for x in given)
     device, wide = given[0].device, at_least_float32(given[0].dtype)
-    rotary = None if shape.k % 2 else rotary_table(shape.held + shape.t, shape.k, 1e4, device, wide)
+    rotary = None if shape.k % 2 else Rotary(1e4).table(shape.held + shape.t, shape.k, device, wide)
     options: dict[str, Any] = {
         "window": shape.window,
         "rotary": rotary,

@@ -78,7 +78,10 @@ class Parser(ArgumentParser):
 
 
 def parser_of(command: Callable[..., None], prog: str) -> Parser:
-    """A parser with an option for each argument of the function, explained by its docstring."""
+    """A parser with an option for each argument of the function, explained by its docstring.
+
+    A command with an attribute `more_options` has as many groups more: what they begin with, dataclasses, by name.
+    """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     needed = [
         name.upper()
@@ -93,6 +96,8 @@ def parser_of(command: Callable[..., None], prog: str) -> Parser:
     )
     parser.add_argument("--config", action="config", help="a YAML or JSON file with options, or a run's config.json")
     parser.add_function_arguments(command, as_positional=True, as_group=False)
+    for name, begins_with in getattr(command, "more_options", dict)().items():
+        parser.add_argument(f"--{name}", type=type(begins_with), default=begins_with)
     return parser
 
 

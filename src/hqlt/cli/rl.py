@@ -7,14 +7,15 @@ from typing import Any
 
 from hqlt.cli import Command
 from hqlt.disk import check_writable
-from hqlt.train.agent.settings import AgentSettings
+from hqlt.registry import find, load_plugins, names
+from hqlt.train.agent.settings import AgentSettings, option_of
 
 
 def train(folder: Path | None = None, device: str = "cpu", **settings: Any) -> None:
-    """Train an agent with a memory. The same command goes on where an earlier one stopped, exactly.
+    """Train an agent with a memory. The same command resumes where an earlier one stopped, exactly.
 
     Without options: a T-maze, whose corridor is longer than the memory's window. Any argument of the world can be given
-    by `--options.NAME`, of the memory by `--model.NAME`, of the algorithm by `--ppo.NAME` or `--sac.NAME`.
+    by `--options.NAME`, of the memory by `--model.NAME`, of an algorithm by `--ppo.NAME`, `--sac.NAME` and the like.
 
     Args:
         folder: where everything goes; runs/WORLD-MEMORY by default.
@@ -22,7 +23,24 @@ def train(folder: Path | None = None, device: str = "cpu", **settings: Any) -> N
     """
     from hqlt.train.agent.run import run
 
-    run(AgentSettings(**settings), folder, device)
+    chosen = take_hyperparameters(settings)
+    run(AgentSettings(**settings, hyperparameters=chosen), folder, device)
+
+
+def hyperparameters() -> dict[str, Any]:
+    """By algorithm: what its options begin with in a run."""
+    load_plugins()
+    kinds = {option_of(name): find("algorithm", name) for name in names("algorithm")}
+    return {name: kind.Settings(**kind.in_runs) for name, kind in kinds.items()}
+
+
+def take_hyperparameters(settings: dict[str, Any]) -> Any:
+    """Of the chosen algorithm; those of all are taken out of the settings."""
+    taken = {name: settings.pop(name, None) for name in hyperparameters()}
+    return taken[option_of(settings["algorithm"])] if settings["algorithm"] in names("algorithm") else None
+
+
+train.__dict__["more_options"] = hyperparameters
 
 
 def play(
@@ -41,7 +59,7 @@ def play(
 
     from rich.console import Console
 
-    from hqlt.agent.settings import COUNT, SEED, in_range
+    from hqlt.ranges import COUNT, SEED, in_range
     from hqlt.train.agent.run import load_agent
 
     console = Console(highlight=False, soft_wrap=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,8 @@ from rich.console import Console
 
 from hqlt.agent.collect import Evaluation
 from hqlt.report.episode import film, leave_film
-from hqlt.report.page import write_page
-from hqlt.report.plots import save
 from hqlt.report.table import Table, TableCell
+from hqlt.report.training import history_of, leave_report
 from hqlt.train.agent.settings import TEST_SEED
 from hqlt.train.agent.trainer import AgentTrainer
 from hqlt.train.metrics import known
@@ -34,7 +32,7 @@ def leave_agent_report(
     told: how the run was made; the curves come from the folder's metrics.jsonl.
     """
     settings = trainer.settings
-    history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    history = history_of(folder)
     results = {
         "test_return": tested.mean_return,
         "test_success": known(tested.success),
@@ -44,36 +42,27 @@ def leave_agent_report(
         "updates_left_out": history[-1]["left_out"],
     }
     filmed = film(trainer, TEST_SEED - 1)
-    (folder / "results.json").write_text(json.dumps({**results, "run": told}, indent=1))
-    table = table_of_agent(trainer, tested, history[-1]["step"])
-    title = f"{settings.memory} memory in {settings.world}"
-    how = json.dumps(told, indent=1, ensure_ascii=False)
-    protocol = (
-        f"Every {settings.evaluate_every:,} steps the same {settings.episodes} greedy episodes were played. The "
-        f"weights that did best there are kept, and were tested once, in {len(tested.outcomes)} other episodes."
-    )
-    curves = save(figure_of_agent(history), folder / "curves.png")
     pictured = leave_film(filmed, folder)
+    title = f"{settings.memory} memory in {settings.world}"
     titles = ("An episode", FILM), ("The same episode as a film", "Step by step; also as episode.gif.")
-    (folder / "README.md").write_text(
-        f"# {title}\n\n{table.as_markdown()}\n![Curves](curves.png)\n\n![An episode](episode.png)\n\n{FILM}\n\n"
-        + ("![The same episode as a film](episode.gif)\n\n" if filmed.frames else "")
-        + f"{protocol}\n\n```\n{how}\n```\n"
-    )
-    write_page(
-        folder / "report.html",
+    film_there = "![The same episode as a film](episode.gif)\n\n" if filmed.frames else ""
+    leave_report(
+        folder,
+        told,
+        results,
+        console,
         title=title,
         introduction=f"An agent of {told['parameters']:,} parameters, trained by {settings.algorithm.upper()}.",
-        table=table,
-        plot=curves,
+        table=table_of_agent(trainer, tested, history[-1]["step"]),
+        figure=figure_of_agent(history),
+        protocol=f"Every {settings.evaluate_every:,} steps the same {settings.episodes} greedy episodes were played. "
+        f"The weights that did best there are kept, and were tested once, in {len(tested.outcomes)} other episodes.",
+        shown=f"![An episode](episode.png)\n\n{FILM}\n\n{film_there}",
         pictures=[
-            {"title": title, "caption": caption, "data": data}
-            for (title, caption), data in zip(titles, pictured, strict=False)
+            {"title": heading, "caption": caption, "data": data}
+            for (heading, caption), data in zip(titles, pictured, strict=False)
         ],
-        protocol=protocol,
-        settings=how,
     )
-    console.print(table.for_terminal())
     console.print(f"page: {folder / 'report.html'}" + (f"    film: {folder / 'episode.gif'}" if filmed.frames else ""))
 
 

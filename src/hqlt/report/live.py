@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 
 from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
@@ -14,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hqlt.train.grid import Cell, Event, Result
+from hqlt.train.live import Display, clock
 
 COLUMNS = ("task", "model", "seed", "step", "loss", "gradient", "validation", "skipped", "speed", "left")
 NAMES = ("task", "model")
@@ -22,7 +22,7 @@ DISPENSABLE = ("gradient", "seed", "skipped", "speed", "validation", "left", "lo
 """Columns that a narrow terminal does without, the first to go first."""
 
 
-class GridDisplay:
+class GridDisplay(Display):
     """A live table on a terminal; elsewhere (a log, CI) a line for each finished cell.
 
     >>> with GridDisplay(cells) as display:
@@ -36,21 +36,10 @@ class GridDisplay:
         self.done = 0
         self.running: Mapping[str, Event] = {}
         """Replaced at each event and never changed: the thread that draws reads it at any time."""
-        self.begun = time.monotonic()
         self.fresh = 0
         """Cells that finished in this start."""
-        self.live = Live(get_renderable=self._render, console=self.console, refresh_per_second=4, transient=True)
-
-    def __enter__(self) -> GridDisplay:
-        if self.console.is_terminal:
-            self.live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.console.is_terminal:
-            self.live.stop()
+        live = Live(get_renderable=self._render, console=self.console, refresh_per_second=4, transient=True)
+        super().__init__(self.console, live)
 
     def on_event(self, event: Event | Result) -> None:
         name = event.cell.name
@@ -136,8 +125,3 @@ def score_text(metric: str, value: float) -> str:
     if metric == "bits":
         return f"{value:.3f} bits/byte"
     return f"{100 * value:.1f} % {'exact' if metric == 'exact' else 'success' if metric == 'success' else 'accuracy'}"
-
-
-def clock(seconds: float) -> str:
-    seconds = max(seconds, 0)
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

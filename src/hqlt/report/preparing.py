@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
 
 from rich.console import Console
 from rich.live import Live
 
 from hqlt.data import Told
-from hqlt.report.live import clock
-
-LOG_SECONDS = 30
+from hqlt.train.live import Display, clock
 
 
-class PreparingDisplay:
+class PreparingDisplay(Display):
     """One live line on a terminal; elsewhere (a log, CI) a line every half minute."""
 
     def __init__(self, console: Console) -> None:
-        self.console = console
-        self.live = Live(console=console, refresh_per_second=4, transient=True)
-        self.begun = self.logged = time.monotonic()
+        super().__init__(console, Live(console=console, refresh_per_second=4, transient=True))
         self.first: Told | None = None
         """Where this start began."""
         self.kept = 0
@@ -30,31 +25,16 @@ class PreparingDisplay:
         """Whether there was anything to do."""
         return self.first is not None
 
-    def __enter__(self) -> PreparingDisplay:
-        if self.console.is_terminal:
-            self.live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.console.is_terminal:
-            self.live.stop()
-
     def on_progress(self, told: Told) -> None:
-        now = time.monotonic()
         self.kept = told.kept
         if self.first is None:
             self.first = told
             if told.tokens:
                 self.console.print(f"going on after {told.tokens:,} tokens of an earlier start")
             return
-        line = self.line_of(told, self.first, max(now - self.begun, 1e-9))
-        if self.console.is_terminal:
-            self.live.update(line)
-        elif now - self.logged > LOG_SECONDS:
-            self.console.print(line)
-            self.logged = now
+        line = self.line_of(told, self.first, max(time.monotonic() - self.begun, 1e-9))
+        self.live.update(line)
+        self.log(line)
 
     @staticmethod
     def line_of(told: Told, first: Told, seconds: float) -> str:

@@ -30,31 +30,57 @@ def leave_training_report(
     told: how the run was made, with its settings; the curves come from the folder's metrics.jsonl. sample: what the
     model generated, as `sample_of` gives it.
     """
-    history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    (folder / "results.json").write_text(json.dumps({**results, "run": told}, indent=1))
+    history = history_of(folder)
     table = table_of_run(told, results, history)
-    title = f"{told['settings']['preset']} on {Path(told['settings']['data']).name}"
-    how = json.dumps(told, indent=1, ensure_ascii=False)
-    protocol = "Validation text was scored now and then, the test text once, at the end. The last weights are kept."
-    (folder / "README.md").write_text(
-        f"# {title}\n\n{table.as_markdown()}\n![Curves](curves.png)\n\n{protocol}\n\n```\n{how}\n```\n",
-        encoding="utf-8",
-    )
-    write_page(
-        folder / "report.html",
-        title=title,
+    leave_report(
+        folder,
+        told,
+        results,
+        console,
+        title=f"{told['settings']['preset']} on {Path(told['settings']['data']).name}",
         introduction=f"A language model of {told['parameters']:,} parameters, trained from scratch.",
         table=table,
-        plot=save(figure_of_run(history, told["data"]["bytes_per_token"]), folder / "curves.png"),
+        figure=figure_of_run(history, told["data"]["bytes_per_token"]),
+        protocol="Validation text was scored now and then, the test text once, at the end. The last weights are kept.",
         samples=(sample,),
-        protocol=protocol,
-        settings=how,
     )
-    console.print(table.for_terminal())
     console.print(Text.assemble((sample["prompt"], "dim"), sample["text"], "\n"))
     console.print(f"page: {folder / 'report.html'}", markup=False)
     prompt = " ".join(sample["prompt"].split())[:SHOWN] or "A"
     console.print(f"next: {shlex.join(['hqlt', 'generate', str(folder), f'--prompt={prompt}'])}", markup=False)
+
+
+def history_of(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def leave_report(
+    folder: Path,
+    told: dict[str, Any],
+    results: dict[str, Any],
+    console: Console,
+    *,
+    title: str,
+    table: Table,
+    figure: Figure,
+    protocol: str,
+    shown: str = "",
+    **page: Any,
+) -> None:
+    """Write results.json, curves.png, README.md and report.html into a run's folder, and print the table.
+
+    shown: what README.md shows below the curves. page: what else `write_page` takes.
+    """
+    how = json.dumps(told, indent=1, ensure_ascii=False)
+    (folder / "results.json").write_text(json.dumps({**results, "run": told}, indent=1))
+    plot = save(figure, folder / "curves.png")
+    (folder / "README.md").write_text(
+        f"# {title}\n\n{table.as_markdown()}\n![Curves](curves.png)\n\n{shown}{protocol}\n\n```\n{how}\n```\n",
+        encoding="utf-8",
+    )
+    write_page(folder / "report.html", title=title, table=table, plot=plot, protocol=protocol, settings=how, **page)
+    console.print(table.for_terminal())
 
 
 def table_of_run(told: dict[str, Any], results: dict[str, Any], history: Sequence[dict[str, Any]]) -> Table:

@@ -22,9 +22,10 @@ from rich.console import Console
 from hqlt._version import version
 from hqlt.disk import check_writable, write_whole
 from hqlt.run_folder import run_folder
+from hqlt.signals import Stopped
 from hqlt.study.metrics import StudyMetrics
 from hqlt.study.study import Study
-from hqlt.train.grid import Cell, CellsFailed, Event, Result, Stopped, as_json, finished_results, run_grid
+from hqlt.train.grid import Cell, CellsFailed, Event, Result, as_json, finished_results, run_grid
 
 EXPORTED = ("README.md", "results.json", "curves.png")
 PROTOCOL = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import time
@@ -13,8 +12,10 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from hqlt.evaluate.scores import Score, evaluate
+from hqlt.ranges import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, all_in_range
 from hqlt.task import IGNORE, Batch, Growing, Task, generator_for
 from hqlt.train.schedule import warmup_then_cosine
 
@@ -53,17 +54,9 @@ class Budget:
     """Sequences in the test set."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "validations", "validation_rows", "test_rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
-        for name in ("warmup", "final_rate", "average", "curriculum"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a share from 0 to 1, got {getattr(self, name)}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay: expected a number of at least 0, got {self.weight_decay}")
+        all_in_range(self, steps=COUNT, batch_size=COUNT, validations=COUNT, validation_rows=COUNT, test_rows=COUNT)
+        all_in_range(self, learning_rate=POSITIVE, clip=POSITIVE, weight_decay=NOT_NEGATIVE)
+        all_in_range(self, warmup=SHARE, final_rate=SHARE, average=SHARE, curriculum=SHARE)
 
     def learning_rate_at(self, step: int) -> float:
         """step counts from 0."""
@@ -122,7 +115,8 @@ def fit(model: nn.Module, task: Task, budget: Budget, seed: int) -> Iterator[Pro
     source = generator_for("train", seed)
     validation_set = task.sample(generator_for("validation", 0), budget.validation_rows, "validation")
     validate_at = {round(budget.steps * (i + 1) / budget.validations) for i in range(budget.validations)}
-    scored = copy.deepcopy(model) if budget.average else model
+    average = averaged(model, budget) if budget.average else None
+    scored = average.module if average else model
     best_step, best, best_weights = 0, None, dict[str, Tensor]()
     tokens, skipped, begun = 0, 0, time.perf_counter()
     for step in range(budget.steps):
@@ -139,8 +133,8 @@ def fit(model: nn.Module, task: Task, budget: Budget, seed: int) -> Iterator[Pro
             optimiser.step()
         else:
             skipped += 1
-        if budget.average:
-            average_into(scored, model, budget.average_decay_at(step))
+        if average:
+            average.update_parameters(model)
         tokens += batch.inputs.numel()
         score = None
         if step + 1 in validate_at:
@@ -156,11 +150,13 @@ def fit(model: nn.Module, task: Task, budget: Budget, seed: int) -> Iterator[Pro
     yield Fit(best_step, best, evaluate(model, task, test_set))
 
 
-@torch.no_grad()
-def average_into(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """average ← decay · average + (1 − decay) · model, weight by weight."""
-    for kept, weight in zip(average.parameters(), model.parameters(), strict=True):
-        kept.lerp_(weight, 1 - decay)
+def averaged(model: nn.Module, budget: Budget) -> AveragedModel:
+    """ā ← decay · ā + (1 − decay) · a at each update, from the first weights on."""
+    average = AveragedModel(
+        model, avg_fn=lambda kept, weight, n: kept.lerp(weight, 1 - budget.average_decay_at(int(n) - 1))
+    )
+    average.n_averaged += 1  # otherwise the first update would be copied
+    return average
 
 
 def loss_of(model: nn.Module, batch: Batch, precision: str = "float32") -> Tensor:

@@ -27,7 +27,7 @@ import torch
 
 from hqlt.disk import write_whole
 from hqlt.registry import outside
-from hqlt.signals import stopping
+from hqlt.signals import stop_if_asked, stopping
 from hqlt.train.fit import Fit, Progress
 
 TRIES = 2
@@ -121,14 +121,6 @@ class Ended(NamedTuple):
     exitcode: int | None
 
 
-class Stopped(KeyboardInterrupt):
-    """A signal asked the grid to stop, and its workers have ended."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
-
-
 class CellsFailed(RuntimeError):
     """Some cells have no result, whatever was tried."""
 
@@ -159,8 +151,7 @@ def run_grid(
     reasons: dict[str, str] = {}
     with stopping() as signals, Workers(folder, device) as at_work:
         while waiting or at_work.running:
-            if signals:
-                raise Stopped(signals[0])
+            stop_if_asked(signals)
             while waiting and len(at_work.running) < workers:
                 tries[waiting[0].name] += 1
                 at_work.start(waiting.pop(0))

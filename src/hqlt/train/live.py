@@ -7,10 +7,11 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
-from types import TracebackType
+from typing import Self
 
 import torch
 from rich.console import Console
+from rich.live import Live
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
@@ -20,44 +21,53 @@ SPEED_OVER = 20
 """Times that the shown speed is a mean of."""
 
 
-class LiveLine:
-    """How far a run is, in words, and the time left: a line that moves on a terminal, or one now and then in a log."""
+class Display:
+    """What moves on a terminal while a context lasts, and in a log is a line now and then."""
+
+    def __init__(self, console: Console, live: Live) -> None:
+        self.console, self.live = console, live
+        self.begun = self.spoke = time.monotonic()
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.live.stop()
+
+    def log(self, line: str, *, at_once: bool = False) -> None:
+        """Print a line that stays: at once, or in a log where none came for a while."""
+        if at_once or (not self.console.is_terminal and time.monotonic() - self.spoke > LOG_SECONDS):
+            self.console.print(line, highlight=False)
+            self.spoke = time.monotonic()
+
+
+class LiveLine(Display):
+    """How far a run is, in words, and the time left."""
 
     def __init__(self, console: Console, total: int, done: int) -> None:
-        self.console, self.total, self.begun_at = console, total, done
+        self.total, self.begun_at = total, done
+        whole = Column(no_wrap=True)
         self.bar = Progress(
-            TextColumn("{task.completed:.0f}/{task.total:.0f}", table_column=Column(no_wrap=True)),
-            TimeRemainingColumn(table_column=Column(no_wrap=True)),
-            TextColumn("left", table_column=Column(no_wrap=True)),
-            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}", table_column=whole),
+            TimeRemainingColumn(table_column=whole.copy()),
+            TextColumn("left", table_column=whole.copy()),
+            TextColumn("{task.description}", table_column=whole.copy()),
             console=console,
             transient=True,
-            disable=not console.is_terminal,
             speed_estimate_period=60,
         )
         self.task = self.bar.add_task("", total=total, completed=done)
-        self.begun = self.spoke = time.monotonic()
-
-    def __enter__(self) -> LiveLine:
-        self.bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.bar.stop()
+        super().__init__(console, self.bar.live)
 
     def show(self, done: int, words: Sequence[str], news: str | None = None) -> None:
         """words: of now, the most important first; a narrow terminal shows only those. news: a line that stays."""
-        now = time.monotonic()
         room = self.console.width - len(f"{self.total}/{self.total} 0:00:00 left ")
         self.bar.update(self.task, completed=done, description=as_many_as_fit(words, room))
-        late = now - self.spoke > LOG_SECONDS and not self.console.is_terminal
-        if news or late:
-            left = (now - self.begun) / max(done - self.begun_at, 1) * max(self.total - done, 0)
-            line = "  ".join([*words, *filter(None, [news])])
-            self.console.print(f"{done:>7}  {line}  {left:,.0f} s left", highlight=False)
-            self.spoke = now
+        left = (time.monotonic() - self.begun) / max(done - self.begun_at, 1) * max(self.total - done, 0)
+        line = "  ".join([*words, *filter(None, [news])])
+        self.log(f"{done:>7}  {line}  {left:,.0f} s left", at_once=news is not None)
 
 
 def as_many_as_fit(words: Sequence[str], room: int) -> str:
@@ -77,6 +87,11 @@ class Speed:
         self.times = [*self.times[-SPEED_OVER:], (now, count)]
         then, before = self.times[0]
         return (count - before) / (now - then) if now > then else 0.0
+
+
+def clock(seconds: float) -> str:
+    seconds = max(seconds, 0)
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 def memory_in_use(device: torch.device) -> int:

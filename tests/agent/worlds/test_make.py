@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from gymnasium.vector import SyncVectorEnv, VectorEnv
 
-from hqlt.agent.worlds import WORLDS, TMaze, VisualMatch, make_worlds
+from hqlt.agent.worlds import TMaze, VisualMatch, make_worlds
 from hqlt.errors import how_to_install
+from hqlt.registry import find, names
 
 
-@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize("name", names("world"))
 def test_ours_by_name(name):
     worlds = make_worlds(name, 3, seed=5)
-    assert type(worlds) is WORLDS[name][0] and worlds.num_envs == 3
+    assert type(worlds) is find("world", name) and worlds.num_envs == 3
     again = make_worlds(f"hqlt/{name}-v0", 3, seed=5)
     assert np.array_equal(worlds.reset()[0], again.reset()[0])
     assert np.array_equal(worlds.action_space.sample(), again.action_space.sample())

@@ -11,13 +11,18 @@ from gymnasium.vector import AutoresetMode
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hqlt.agent.worlds import WORLDS, KeyToDoor, OneCopy, TMaze, VisualMatch, make_worlds
+import tests.toys.agents  # noqa: F401  registers a world from outside
+from hqlt.agent.worlds import KeyToDoor, OneCopy, TMaze, VisualMatch, make_worlds, register_with_gymnasium
+from hqlt.registry import names
+
+register_with_gymnasium()
 
 SHORT = {
     "TMazePassive": {"corridor": 4},
     "TMazeActive": {"corridor": 3},
     "KeyToDoor": {"explore": 5, "distractor": 9, "reward": 4, "respawn": 3, "apple_reward": (1.0, 10.0)},
     "VisualMatch": {"explore": 2, "distractor": 9, "reward": 7, "respawn": 3, "colours": "shuffled"},
+    "Bell": {"wait": 6},
 }
 every_world = pytest.mark.parametrize("name", SHORT)
 
@@ -191,7 +196,7 @@ def test_thousands_of_copies_are_small():
     assert state < 300
 
 
-@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize("name", names("world"))
 def test_begun_anew_in_the_middle_of_an_episode_nothing_is_left_of_it(name):
     worlds, fresh, draw = make_worlds(name, 32, seed=0), make_worlds(name, 32, seed=1), np.random.default_rng(0)
     worlds.reset(seed=3)

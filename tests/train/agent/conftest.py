@@ -6,6 +6,7 @@ import pytest
 
 from hqlt.agent import PPOSettings, SACSettings
 from hqlt.train.agent import AgentSettings
+from tests.toys import agents  # noqa: F401  registers a world and an algorithm from outside
 
 SMALL = {
     "options": {"corridor": 3},
@@ -16,14 +17,17 @@ SMALL = {
 }
 
 
-@pytest.fixture(params=["ppo", "sac"])
+@pytest.fixture(params=["ppo", "sac", "toy-reinforce"])
 def settings(request):
     """A run of a second, by each algorithm."""
+    if request.param == "toy-reinforce":
+        options = {**SMALL, "world": "Bell", "options": {"wait": 2}, "steps": 100, "evaluate_every": 40}
+        return AgentSettings(**options, algorithm=request.param, copies=3)
     if request.param == "ppo":
         ppo = PPOSettings(rollout=7, heads=(8,), minibatches=2, epochs=2)
-        return AgentSettings(**SMALL, algorithm="ppo", copies=4, ppo=ppo)
+        return AgentSettings(**SMALL, algorithm="ppo", copies=4, hyperparameters=ppo)
     sac = SACSettings(heads=(8,), batch_episodes=4, random_episodes=4)
-    return AgentSettings(**SMALL, algorithm="sac", copies=2, sac=sac)
+    return AgentSettings(**SMALL, algorithm="sac", copies=2, hyperparameters=sac)
 
 
 class Waiting(gymnasium.Env):

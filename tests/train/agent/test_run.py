@@ -23,8 +23,8 @@ from hqlt.errors import how_to_install
 from hqlt.report.episode import film
 from hqlt.run_folder import run_folder
 from hqlt.train.agent import AgentSettings, AgentTrainer
-from hqlt.train.agent.checkpoints import AgentCheckpoints
 from hqlt.train.agent.run import keep_agent, load_agent
+from hqlt.train.checkpoints import Checkpoints
 
 COMMAND = [
     "rl", "train", "--options.corridor=6", "--model.hidden_size=8", "--copies=8", "--steps=6000", "--ppo.rollout=10",
@@ -42,6 +42,10 @@ def start(folder, command=COMMAND):
         [sys.executable, "-m", "hqlt", *command, f"--folder={folder}"],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
+
+
+def newest(folder):
+    return Checkpoints(folder / "checkpoints", 1).newest()
 
 
 def wait_for_steps(process, folder, steps):
@@ -75,7 +79,9 @@ def test_killed_and_stopped_it_ends_as_if_nothing_had_happened(finished, tmp_pat
         said = process.communicate()[0]
         assert process.returncode == (-9 if number == signal.SIGKILL else 130), said
         if process.returncode == 130:
-            assert "stopped; the same command goes on from step-" in said
+            assert "stopped and saved after step " in said
+            kept = json.loads((newest(tmp_path) / "trainer.json").read_text())["step"]
+            assert kept >= steps, "nothing that was reported is lost"
     process = start(tmp_path, command)
     said = process.communicate()[0]
     assert process.returncode == 0, said
@@ -104,8 +110,8 @@ def test_the_first_signal_in_an_evaluation_stops_and_saves(tmp_path, number):
     said = process.communicate()[0]
     assert process.returncode == 128 + number, said
     (place,) = (tmp_path / "checkpoints").iterdir()
-    assert f"stopped; the same command goes on from {place.name}" in said
     told = json.loads((place / "trainer.json").read_text())
+    assert f"stopped and saved after step {told['step']}; the same command resumes" in said
     assert 20 <= told["unscored"]["step"] == told["step"] < 25 and told["best_score"] is None
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert 10 <= lines[-1]["step"] < 20
@@ -225,9 +231,8 @@ def test_a_damaged_agent_is_reported(finished, tmp_path):
 
 
 def test_options_that_change_what_is_seen_are_refused(tmp_path):
-    told = {"settings": dataclasses.asdict(AgentSettings(model={"hidden_size": 8}, copies=2))}
     trainer = AgentTrainer(AgentSettings(model={"hidden_size": 8}, copies=2))
-    keep_agent(trainer, tmp_path, told)
+    keep_agent(trainer, tmp_path)
     assert "did you mean 'corridor'" in refused(["rl", "play", str(tmp_path), '--options={"coridor": 9}'])
     played = load_agent(tmp_path)
     played.settings = dataclasses.replace(played.settings, world="CartPole-v1")
@@ -250,7 +255,7 @@ def test_what_is_left(finished):
     results = json.loads((folder / "results.json").read_text())
     assert results["test_episodes"] == 4
     assert results["run"]["settings"]["options"] == {"corridor": 6}
-    assert [path.name for path in sorted((folder / "checkpoints").iterdir())][-1] == f"step-{results['steps']:09d}"
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())][-1] == f"step-{results['steps']:08d}"
     page = (folder / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2 and page.count("data:image/gif;base64,") == 1
     readme = (folder / "README.md").read_text()
@@ -293,12 +298,12 @@ def test_any_environment_and_a_memory_that_cannot_be_told_apart(tmp_path, capsys
 def test_another_run_or_a_damaged_checkpoint_is_refused_and_left_alone(finished, tmp_path):
     shutil.copytree(finished["sac"], tmp_path / "run")
     command = [*SAC, f"--folder={tmp_path / 'run'}"]
-    with pytest.raises(SystemExit, match=r"options: expected \{'corridor': 4\}, as .* was trained with"):
+    with pytest.raises(SystemExit, match=r"is of a run with another options.corridor: 4, not 5"):
         main([*command, "--options.corridor=5"])
-    place = AgentCheckpoints(tmp_path / "run" / "checkpoints", 1).newest()
-    damaged = place / "replay.safetensors"
+    place = newest(tmp_path / "run")
+    damaged = place / "tensors.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:100])
-    with pytest.raises(SystemExit, match=rf"expected a whole checkpoint: .*remove {place.name} to go on"):
+    with pytest.raises(SystemExit, match=rf"could not be read .*remove {place.name} to go on"):
         main(command)
     assert place.exists()
     with pytest.raises(SystemExit):
@@ -306,16 +311,17 @@ def test_another_run_or_a_damaged_checkpoint_is_refused_and_left_alone(finished,
 
 
 def test_a_full_disk_leaves_the_checkpoints_from_before(settings, tmp_path, monkeypatch):
-    trainer, checkpoints = AgentTrainer(settings), AgentCheckpoints(tmp_path, keep=2)
-    checkpoints.save(trainer)
+    trainer = AgentTrainer(settings, folder=tmp_path)
+    trainer.save()
+    trainer.best_step = 1
 
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hqlt.train.agent.checkpoints.save_file", full)
-    with pytest.raises(OSError, match=r"No space left on device.*checkpoints from before are whole"):
-        checkpoints.save(trainer)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-000000000"]
+    monkeypatch.setattr("hqlt.train.checkpoints.save_file", full)
+    with pytest.raises(OSError, match=r"No space left on device.*step-00000000 is whole"):
+        trainer.save()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000000"]
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ import torch
 from rich.console import Console
 
 from hqlt.agent import PPOSettings
-from hqlt.agent.collect import Evaluation, Stopped
+from hqlt.agent.collect import Evaluation
 from hqlt.agent.episode import Outcome
 from hqlt.report.agent import leave_agent_report
+from hqlt.signals import Stopped
 from hqlt.train.agent import AgentSettings, AgentTrainer, Update
-from hqlt.train.agent.checkpoints import AgentCheckpoints
 from hqlt.train.agent.settings import TEST_SEED, VALIDATION_SEED
 from hqlt.train.metrics import Metrics
 
@@ -29,21 +29,17 @@ def assert_same_agent(one, other):
 
 
 def test_a_run_goes_on_from_every_checkpoint_as_if_it_had_never_stopped(settings, tmp_path):
-    whole = AgentTrainer(settings)
-    told, checkpoints = [], AgentCheckpoints(tmp_path, keep=100)
+    whole, told = AgentTrainer(dataclasses.replace(settings, keep=100), folder=tmp_path), []
     for update in whole.updates():
         told.append(update.as_line())
-        if update.evaluated_return is not None or whole.agent.goes_on_between_rounds:
-            checkpoints.save(whole)
-    places = sorted(tmp_path.glob("step-*"))
-    assert len(places) >= 3
+        whole.save()
+    places = whole.checkpoints.whole()
+    assert len(places) == len(told) >= 3
     for place in places[:-1]:
-        again = AgentTrainer(settings)
-        alone = AgentCheckpoints(tmp_path / "alone" / place.name, keep=1)
-        alone.folder.mkdir(parents=True)
-        (alone.folder / place.name).symlink_to(place)
-        assert alone.resume(again)
-        step = again.steps
+        again = AgentTrainer(settings, folder=tmp_path / "alone" / place.name)
+        again.checkpoints.folder.mkdir(parents=True)
+        (again.checkpoints.folder / place.name).symlink_to(place)
+        step = again.resume()
         assert step == int(place.name.removeprefix("step-"))
         assert lines(again.updates()) == [line for line in told if line["step"] > step]
         assert_same_agent(again, whole)
@@ -64,38 +60,33 @@ class StoppedAt(list):
 
 @pytest.mark.parametrize("look", [5, 17, 22, 23, 40, 50])
 def test_stopped_anywhere_it_ends_as_if_it_had_never_been(settings, tmp_path, look):
-    """In a round, a rollout or an evaluation; saved wherever it is resumable, otherwise from the checkpoint before."""
+    """In a round, a rollout or an evaluation; what is lost is the round or the rollout that was begun."""
     whole = AgentTrainer(settings)
     told = lines(whole.updates())
-    trainer, checkpoints, got = AgentTrainer(settings), AgentCheckpoints(tmp_path, keep=9), []
+    trainer, got = AgentTrainer(settings, folder=tmp_path), []
     trainer.stopped = StoppedAt(look)
     with contextlib.suppress(Stopped):
-        for update in trainer.updates():
+        for update in trainer.train():
             got.append(update.as_line())
-            if update.evaluated_return is not None:
-                checkpoints.save(trainer)
-    assert not trainer.finished
-    if trainer.resumable:
-        checkpoints.save(trainer)
-    again = AgentTrainer(settings)
-    checkpoints.resume(again)
-    pending = again.unscored is not None
-    got = [line for line in got if line["step"] <= again.steps - pending]
+    assert trainer.step < settings.steps
+    trainer.save()
+    again = AgentTrainer(settings, folder=tmp_path)
+    assert again.resume() == trainer.step
     assert got + lines(again.updates()) == told
     assert again.unscored is None
     assert_same_agent(again, whole)
 
 
 def test_stopped_in_an_evaluation_nothing_of_the_training_before_is_lost(settings, tmp_path):
-    trainer, checkpoints = AgentTrainer(settings), AgentCheckpoints(tmp_path, keep=9)
+    trainer = AgentTrainer(settings, folder=tmp_path)
     score, trainer.score = trainer.score, lambda *arguments: setattr(trainer, "stopped", [2]) or score(*arguments)
     with pytest.raises(Stopped):
         list(trainer.updates())
-    assert trainer.resumable and trainer.steps >= settings.evaluate_every and trainer.unscored.step == trainer.steps
-    checkpoints.save(trainer)
-    again = AgentTrainer(settings)
-    checkpoints.resume(again)
-    assert next(again.updates()).step == trainer.steps
+    assert trainer.step >= settings.evaluate_every and trainer.unscored.step == trainer.step
+    trainer.save()
+    again = AgentTrainer(settings, folder=tmp_path)
+    assert again.resume() == trainer.step == again.reported + 1
+    assert next(again.updates()).step == trainer.step
 
 
 def test_more_steps_begin_as_fewer_did(settings):
@@ -144,17 +135,19 @@ def test_a_test_by_the_first_weights_counts_all_steps(settings, tmp_path):
 
 
 def test_where_no_episode_can_end_before_an_evaluation_it_says_so():
-    ppo = PPOSettings(rollout=8)
-    settings = AgentSettings(world="KeyToDoor", model={"hidden_size": 8}, copies=4, ppo=ppo, evaluate_every=200)
+    ppo = {"rollout": 8}
+    settings = AgentSettings(
+        world="KeyToDoor", model={"hidden_size": 8}, copies=4, hyperparameters=ppo, evaluate_every=200
+    )
     with pytest.raises(ValueError, match="evaluate_every: expected more than 4 copies × the longest episode"):
         list(AgentTrainer(settings).updates())
 
 
 def test_a_last_stretch_too_short_for_an_episode_is_no_mistake():
-    ppo = PPOSettings(rollout=8)
+    ppo = {"rollout": 8}
     settings = AgentSettings(
-        world="KeyToDoor", options={"distractor": 5}, model={"hidden_size": 8}, copies=2, ppo=ppo, steps=110,
-        evaluate_every=100, episodes=1,
+        world="KeyToDoor", options={"distractor": 5}, model={"hidden_size": 8}, copies=2, hyperparameters=ppo,
+        steps=110, evaluate_every=100, episodes=1,
     )  # fmt: skip
     assert list(AgentTrainer(settings).updates())[-1].evaluated_return is not None
 
@@ -164,16 +157,15 @@ def test_a_run_goes_on_exactly_where_episodes_are_cut(tmp_path):
     options, model = {"explore": 3, "distractor": 30, "reward": 4}, {"hidden_size": 8, "num_layers": 1, "window": 2}
     settings = AgentSettings(
         world="VisualMatch", options=options, model=model, copies=4, steps=900, evaluate_every=300, episodes=2,
-        ppo=PPOSettings(rollout=11, heads=(8,), minibatches=1, epochs=1),
+        hyperparameters=PPOSettings(rollout=11, heads=(8,), minibatches=1, epochs=1),
     )  # fmt: skip
-    whole, checkpoints, told = AgentTrainer(settings), AgentCheckpoints(tmp_path, keep=1), []
+    whole, told = AgentTrainer(settings, folder=tmp_path), []
     for update in whole.updates():
         told.append(update.as_line())
-        if update.evaluated_return is not None and not checkpoints.newest():
-            checkpoints.save(whole)
-    again = AgentTrainer(settings)
-    assert checkpoints.resume(again)
-    step = again.steps
+        if update.evaluated_return is not None and not whole.checkpoints.newest():
+            whole.save()
+    again = AgentTrainer(settings, folder=tmp_path)
+    step = again.resume()
     assert 0 < step < 900
     assert lines(again.updates()) == [line for line in told if line["step"] > step]
 
@@ -197,10 +189,10 @@ def test_neighbouring_seeds_meet_other_worlds(settings):
 
 
 def test_pruning_leaves_what_is_whole(settings, tmp_path):
-    checkpoints = AgentCheckpoints(tmp_path, keep=1)
-    (tmp_path / "step-000000900.unfinished").mkdir()
-    checkpoints.save(AgentTrainer(settings))
-    assert checkpoints.newest().name == "step-000000000"
+    (tmp_path / "step-00000900.unfinished").mkdir()
+    trainer = AgentTrainer(settings, folder=tmp_path)
+    trainer.save()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000000"]
 
 
 def test_an_evaluation_changes_nothing(settings):
@@ -262,27 +254,27 @@ def test_an_episode_that_does_not_end_is_an_error(algorithm, monkeypatch):
     assert limited.score(2, seed=0).mean_length == 50
 
 
-@pytest.mark.parametrize("name", ["agent.safetensors", "trainer.json", "replay.safetensors"])
+@pytest.mark.parametrize("name", ["tensors.safetensors", "trainer.json"])
 @pytest.mark.parametrize("share", [0, 0.3, 0.99])
 def test_a_truncated_checkpoint_is_reported(settings, tmp_path, name, share):
-    trainer, checkpoints = AgentTrainer(settings), AgentCheckpoints(tmp_path, keep=1)
+    trainer = AgentTrainer(settings, folder=tmp_path)
     next(trainer.updates())
-    checkpoints.save(trainer)
-    path = checkpoints.newest() / name
-    if not path.exists():
-        pytest.skip("PPO has no replay")
+    trainer.save()
+    path = trainer.checkpoints.newest() / name
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with pytest.raises(ValueError, match=r"expected a (whole checkpoint|checkpoint of this agent): .* remove step-"):
-        checkpoints.resume(AgentTrainer(settings))
+    with pytest.raises(ValueError, match=r"(expected a checkpoint|could not be read) .* remove step-"):
+        AgentTrainer(settings, folder=tmp_path).resume()
 
 
-@pytest.mark.parametrize("content", ["[]", "3", "{}", '{"settings": 3}', '{"settings": {}}', '{"best_score": 1}'])
+@pytest.mark.parametrize(
+    "content", ["[]", "3", "{}", '{"step": 0, "run": 3}', '{"step": 0, "run": {}}', '{"best_score": 1}']
+)
 def test_a_damaged_description_of_a_checkpoint_is_reported(settings, tmp_path, content):
-    trainer, checkpoints = AgentTrainer(settings), AgentCheckpoints(tmp_path, keep=1)
-    checkpoints.save(trainer)
-    (checkpoints.newest() / "trainer.json").write_text(content)
-    with pytest.raises(ValueError, match="step-000000000"):
-        checkpoints.resume(AgentTrainer(settings))
+    trainer = AgentTrainer(settings, folder=tmp_path)
+    trainer.save()
+    (trainer.checkpoints.newest() / "trainer.json").write_text(content)
+    with pytest.raises(ValueError, match="step-00000000"):
+        AgentTrainer(settings, folder=tmp_path).resume()
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99"])

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from hqlt.data import prepare
 from hqlt.disk import alone_in
@@ -35,7 +36,7 @@ def trainer(text, folder, changes=None, **settings) -> Trainer:
 @pytest.fixture
 def run(text, tmp_path):
     """A folder with two checkpoints, after 4 and 6 updates."""
-    for _ in trainer(text, tmp_path).updates():
+    for _ in trainer(text, tmp_path).train():
         pass
     return tmp_path
 
@@ -64,12 +65,7 @@ def test_a_memory_that_met_a_number_too_great_is_not_carried(text, tmp_path):
     hook = training.model.model.layers[0].register_forward_hook(lambda *call: (call[2][0] * math.nan, *call[2][1:]))
     assert training.update().skipped == 1
     hook.remove()
-    assert all(
-        part.isfinite().all()
-        for state in training.caches[0].states
-        for part in state.leaves()
-        if part.is_floating_point()
-    )
+    assert all(part.isfinite().all() for part in tree_leaves(training.caches[0].states) if part.is_floating_point())
     assert training.update().skipped == 1
 
 
@@ -216,20 +212,20 @@ def test_carried_memory_is_one_long_sequence(text, tmp_path):
     [
         ({"batch_size": 3}, "multiple of the 2 processes"),
         ({"micro_batch_size": 3}, "divisor of the 8 rows"),
-        ({"steps": 0}, "steps: expected at least 1"),
+        ({"steps": 0}, "steps: expected a whole number of at least 1"),
         ({"learning_rate": 0.0}, "learning_rate: expected a number above 0"),
         ({"learning_rate": -1.0}, "learning_rate: expected a number above 0"),
         ({"learning_rate": math.inf}, "learning_rate: expected a number above 0"),
         ({"eps": math.nan}, "eps: expected a number above 0"),
-        ({"batch_size": 0}, "batch_size: expected at least 1"),
-        ({"weight_decay": math.nan}, "weight_decay: expected 0 or more"),
-        ({"final_rate": -1.0}, "final_rate: expected a share from 0 to 1"),
-        ({"final_rate": 2.0}, "final_rate: expected a share from 0 to 1"),
+        ({"batch_size": 0}, "batch_size: expected a whole number of at least 1"),
+        ({"weight_decay": math.nan}, "weight_decay: expected a number of at least 0"),
+        ({"final_rate": -1.0}, "final_rate: expected a number from 0 to 1"),
+        ({"final_rate": 2.0}, "final_rate: expected a number from 0 to 1"),
         ({"betas": (0.9, 1.0)}, "betas: expected two numbers from 0 to below 1"),
-        ({"seed": -1}, "seed: expected from 0"),
-        ({"warmup": 7, "steps": 6}, "warmup: expected from 0 to the 6 steps, got 7"),
-        ({"micro_batch_size": 0}, "micro_batch_size: expected at least 1, or none"),
-        ({"shard_over": -1}, "shard_over: expected at least 1, or none"),
+        ({"seed": -1}, "seed: expected a whole number from 0"),
+        ({"warmup": 7, "steps": 6}, "warmup: expected a whole number from 0 to 6, got 7"),
+        ({"micro_batch_size": 0}, "micro_batch_size: expected a whole number of at least 1"),
+        ({"shard_over": -1}, "shard_over: expected a whole number of at least 1"),
     ],
 )
 def test_settings_that_cannot_be(settings, message):

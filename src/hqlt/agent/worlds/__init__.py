@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from hqlt.agent.worlds.key_to_door import KeyToDoor
-from hqlt.agent.worlds.make import WORLDS, make_worlds, register_with_gymnasium
-from hqlt.agent.worlds.t_maze import TMaze
+from hqlt.agent.worlds.make import make_worlds, register_with_gymnasium
+from hqlt.agent.worlds.t_maze import TMaze, TMazeActive, TMazePassive
 from hqlt.agent.worlds.visual_match import VisualMatch
 from hqlt.agent.worlds.world import ACTIONS, OneCopy, World
 
 __all__ = [
     "ACTIONS",
-    "WORLDS",
     "KeyToDoor",
     "OneCopy",
     "TMaze",
+    "TMazeActive",
+    "TMazePassive",
     "VisualMatch",
     "World",
     "make_worlds",

@@ -10,9 +10,9 @@ import numpy as np
 from gymnasium.spaces import Box
 from numpy.typing import NDArray
 
-from hqlt.agent.settings import COUNT, INDEX, Range, in_range
 from hqlt.agent.worlds.streams import Indices
 from hqlt.agent.worlds.world import Observations, Rewards, World
+from hqlt.ranges import COUNT, INDEX, Range, in_range
 
 Places: TypeAlias = NDArray[np.int16]
 """Cells of a board with its margin, row · WIDTH + column."""

@@ -7,7 +7,8 @@ from numpy.typing import NDArray
 
 from hqlt.agent.worlds.grid import OPEN_DOOR, WALL, ThreePhases, cells, place, places
 from hqlt.agent.worlds.streams import Indices
-from hqlt.agent.worlds.world import OneCopy, Rewards
+from hqlt.agent.worlds.world import Rewards
+from hqlt.registry import register
 
 ROOMS = (
     "  #######  ",
@@ -34,6 +35,7 @@ LAMP = place(0, 5)
 """In the first place's upper wall."""
 
 
+@register("world", "KeyToDoor")
 class KeyToDoor(ThreePhases):
     """A key can be taken, apples are eaten, and a door opens for those who took the key.
 
@@ -63,6 +65,7 @@ class KeyToDoor(ThreePhases):
     def __init__(
         self,
         num_envs: int = 1,
+        *,
         explore: int = 15,
         distractor: int = 60,
         reward: int = 10,
@@ -96,7 +99,3 @@ class KeyToDoor(ThreePhases):
         lamps[lamps == LIT] = WALL
         lamps[takes] = LIT
         return np.where(opens, self.final_reward, 0.0)
-
-
-class KeyToDoorEnv(OneCopy):
-    World = KeyToDoor

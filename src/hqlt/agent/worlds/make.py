@@ -13,22 +13,9 @@ import numpy as np
 from gymnasium.envs.registration import load_env_creator
 from gymnasium.vector import SyncVectorEnv, VectorEnv
 
-from hqlt.agent.worlds.key_to_door import KeyToDoor
-from hqlt.agent.worlds.t_maze import TMaze
-from hqlt.agent.worlds.visual_match import VisualMatch
-from hqlt.agent.worlds.world import World
+from hqlt.agent.worlds.world import OneCopy
 from hqlt.errors import how_to_install
-from hqlt.registry import one_of, register
-
-WORLDS: dict[str, tuple[type[World], dict[str, Any]]] = {
-    "TMazePassive": (TMaze, {"oracle": 0}),
-    "TMazeActive": (TMaze, {"oracle": 1}),
-    "KeyToDoor": (KeyToDoor, {}),
-    "VisualMatch": (VisualMatch, {}),
-}
-"""Ours, and what sets them apart; in gymnasium, NAME is hqlt/NAME-v0."""
-for _name, (_world, _) in WORLDS.items():
-    register("world", _name)(_world)
+from hqlt.registry import find, load_plugins, names, one_of
 
 EXTRAS = {"popgym-": "popgym", "MiniGrid-": "minigrid", "BabyAI-": "minigrid"}
 """How ids begin, and the package (and extra of hqlt) that registers them when it is imported."""
@@ -37,9 +24,9 @@ EXTRAS = {"popgym-": "popgym", "MiniGrid-": "minigrid", "BabyAI-": "minigrid"}
 def make_worlds(name: str, n: int, seed: int, **options: Any) -> VectorEnv[Any, Any, Any]:
     """n copies of a world, seeded: the first reset() needs no seed, and copy i's episodes follow from seed + i.
 
-    name: one of WORLDS, with or without hqlt/ and -v0, or any id that gymnasium knows: popgym's and minigrid's, whose
-        packages are imported for it, or one that you registered (MODULE:ID imports
-        the module first). Those are stepped one by one, in a SyncVectorEnv.
+    name: a registered world's, with or without hqlt/ and -v0; or any id that gymnasium knows: popgym's and minigrid's,
+        whose packages are imported for it, or one that you registered there. Those are stepped one by one, in a
+        SyncVectorEnv. MODULE:NAME imports the module first, in either case.
     options: the world's arguments; of ids of gymnasium's also those of `gymnasium.make`, such as max_episode_steps.
 
     MiniGrid's dictionaries become their images, uint8 [3, 7, 7] of kinds, colours and states, channels first; direction
@@ -54,11 +41,19 @@ def make_worlds(name: str, n: int, seed: int, **options: Any) -> VectorEnv[Any, 
 
 
 def _worlds(name: str, n: int, options: dict[str, Any]) -> VectorEnv[Any, Any, Any]:
-    own = name.removeprefix("hqlt/").removesuffix("-v0")
-    if own in WORLDS:
-        world, defaults = WORLDS[own]
+    module, _, id_there = name.rpartition(":")  # as in gymnasium.make: a module that registers it
+    if module:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"{name}: expected a module that can be imported before the colon: {error}") from error
+    own = id_there.removeprefix("hqlt/").removesuffix("-v0")
+    if own not in names("world") and id_there not in gymnasium.registry:
+        load_plugins()
+    if own in names("world"):
+        world = find("world", own)
         check_names(options, world)
-        return world(num_envs=n, **{**defaults, **options})
+        return world(num_envs=n, **options)
     package = next((package for start, package in EXTRAS.items() if name.startswith(start)), None)
     if package is not None:
         try:
@@ -68,16 +63,10 @@ def _worlds(name: str, n: int, options: dict[str, Any]) -> VectorEnv[Any, Any, A
                 f"{name}: expected the package {package}, which did not import ({error}); {how_to_install(package)}",
                 name=package,
             ) from error
-    module, _, id_there = name.rpartition(":")  # as in gymnasium.make: a module that registers it
-    if module:
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            raise ValueError(f"{name}: expected a module that can be imported before the colon: {error}") from error
     if id_there not in gymnasium.registry:
-        near = difflib.get_close_matches(id_there, [*WORLDS, *gymnasium.registry], n=1, cutoff=0.5)
+        near = difflib.get_close_matches(id_there, [*names("world"), *gymnasium.registry], n=1, cutoff=0.5)
         raise ValueError(
-            f"expected a world ({', '.join(WORLDS)}) or an id that gymnasium knows, got {name!r}"
+            f"expected a world ({', '.join(names('world'))}) or an id that gymnasium knows, got {name!r}"
             + (f"; did you mean {near[0]!r}?" if near else "")
         )
     creator = gymnasium.spec(id_there).entry_point
@@ -91,9 +80,9 @@ def check_names(options: dict[str, Any], world: Any, *others: Any) -> None:
     takers = [inspect.signature(taker).parameters for taker in (world, *others)]
     if any(parameter.kind == parameter.VAR_KEYWORD for parameter in takers[0].values()):
         return
-    names = [name for taker in takers for name in taker if name not in ("num_envs", "id", "kwargs")]
+    known = [name for taker in takers for name in taker if name not in ("num_envs", "id", "kwargs")]
     for name in options:
-        one_of("options", name, names)
+        one_of("options", name, known)
 
 
 def _image_of_minigrid(name: str, options: dict[str, Any]) -> gymnasium.Env[Any, Any]:
@@ -108,8 +97,9 @@ def _image_of_minigrid(name: str, options: dict[str, Any]) -> gymnasium.Env[Any,
 
 
 def register_with_gymnasium() -> None:
-    """Make gymnasium.make and make_vec know our worlds."""
-    for name, (world, defaults) in WORLDS.items():
+    """Make gymnasium.make and make_vec know our worlds: NAME is hqlt/NAME-v0 there."""
+    for name in names("world"):
         if f"hqlt/{name}-v0" not in gymnasium.registry:
-            at = f"{world.__module__}:{world.__name__}"
-            gymnasium.register(f"hqlt/{name}-v0", f"{at}Env", vector_entry_point=at, kwargs=defaults)
+            world = find("world", name)
+            one: Any = type(f"{name}Env", (OneCopy,), {"World": world})
+            gymnasium.register(f"hqlt/{name}-v0", one, vector_entry_point=world)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 from gymnasium.spaces import Box
 from numpy.typing import NDArray
 
-from hqlt.agent.settings import COUNT, INDEX, in_range
 from hqlt.agent.worlds.streams import Indices
-from hqlt.agent.worlds.world import Observations, OneCopy, Rewards, World
+from hqlt.agent.worlds.world import Observations, Rewards, World
+from hqlt.ranges import COUNT, INDEX, in_range
+from hqlt.registry import register
 
 ACROSS, ALONG = np.array([1, -1, 0, 0]), np.array([0, 0, -1, 1])
 """How y and x change by an action."""
@@ -42,15 +45,20 @@ class TMaze(World):
     another order; after Bakker 2001, "Reinforcement Learning with Long Short-Term Memory".
     """
 
+    ORACLE: ClassVar[int] = 0
+    """o where not given."""
+
     def __init__(
         self,
         num_envs: int = 1,
+        *,
         corridor: int = 10,
-        oracle: int = 0,
+        oracle: int | None = None,
         goal_reward: float = 1.0,
         penalty: float | None = None,
         render_mode: str | None = None,
     ) -> None:
+        oracle = self.ORACLE if oracle is None else oracle
         in_range("corridor", corridor, COUNT)
         in_range("oracle", oracle, INDEX)
         self.corridor, self.oracle, self.junction = corridor, oracle, corridor + oracle
@@ -95,5 +103,13 @@ class TMaze(World):
         return frames
 
 
-class TMazeEnv(OneCopy):
-    World = TMaze
+@register("world", "TMazePassive")
+class TMazePassive(TMaze):
+    """The agent begins at the oracle."""
+
+
+@register("world", "TMazeActive")
+class TMazeActive(TMaze):
+    """The agent must fetch the cue first."""
+
+    ORACLE = 1

@@ -7,7 +7,8 @@ from numpy.typing import NDArray
 
 from hqlt.agent.worlds.grid import FLOOR, ThreePhases, cells, place, places
 from hqlt.agent.worlds.streams import Indices
-from hqlt.agent.worlds.world import OneCopy, Rewards
+from hqlt.agent.worlds.world import Rewards
+from hqlt.registry import register
 
 BOX = (
     "           ",
@@ -33,6 +34,7 @@ HALL, ENTRANCE = cells(DOORS, **dict.fromkeys("012+", ".")), place(5, 5)
 SQUARES = np.concatenate([places(DOORS, symbol) for symbol in "012"])
 
 
+@register("world", "VisualMatch")
 class VisualMatch(ThreePhases):
     """A colour is shown, apples are eaten, and of three coloured squares the one of that colour should be touched.
 
@@ -62,6 +64,7 @@ class VisualMatch(ThreePhases):
     def __init__(
         self,
         num_envs: int = 1,
+        *,
         explore: int = 15,
         distractor: int = 750,
         reward: int = 15,
@@ -102,7 +105,3 @@ class VisualMatch(ThreePhases):
         self._success |= right
         self._board[np.flatnonzero(decided)[:, None], SQUARES] = FLOOR
         return np.where(right, self.final_reward, self.wrong_reward * decided)
-
-
-class VisualMatchEnv(OneCopy):
-    World = VisualMatch

@@ -13,8 +13,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from hqlt.agent.settings import COUNT, in_range
 from hqlt.agent.worlds.streams import Indices, Streams
+from hqlt.ranges import COUNT, in_range
 
 Observations: TypeAlias = NDArray[Any]
 """[n, …] one a copy."""

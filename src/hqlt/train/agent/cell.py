@@ -7,13 +7,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from hqlt.agent.ppo import PPOSettings
-from hqlt.agent.sac import SACSettings
-from hqlt.agent.settings import COUNT, all_in_range
 from hqlt.evaluate import Score
-from hqlt.train.agent.checkpoints import AgentCheckpoints
+from hqlt.ranges import COUNT, all_in_range
 from hqlt.train.agent.run import keep_agent
 from hqlt.train.agent.settings import AgentSettings
 from hqlt.train.agent.trainer import AgentTrainer, Update
@@ -28,9 +25,9 @@ class AgentBudget:
 
     steps: int
     """Of the environment, of all copies together."""
-    algorithm: Literal["ppo", "sac"] = "ppo"
+    algorithm: str = "ppo"
     settings: dict[str, Any] = field(default_factory=dict)
-    """Fields of PPOSettings or SACSettings."""
+    """Fields of its Settings."""
     copies: int = 64
     """Of the environment, played side by side."""
     evaluations: int = 20
@@ -65,34 +62,32 @@ class AgentCell(Cell):
     def settings(self) -> AgentSettings:
         """Raises ValueError or TypeError for what cannot be built."""
         budget = self.budget
-        own = {"ppo": PPOSettings, "sac": SACSettings}[budget.algorithm](**budget.settings)
         return AgentSettings(
             world=self.task,
             options=self.task_options,
             memory=self.config["memory"],
             model={name: value for name, value in self.config.items() if name != "memory"},
             algorithm=budget.algorithm,
+            hyperparameters=budget.settings,
             copies=budget.copies,
             steps=budget.steps,
             seed=self.seed,
             evaluate_every=max(budget.steps // budget.evaluations, 1),
             episodes=budget.episodes,
-            **{budget.algorithm: own},
         )
 
     def run(self, folder: Path, device: str = "cpu") -> Iterator[Event | Result]:
         """Checkpoints are kept while it runs: a cell that was killed goes on from its last evaluation, exactly."""
-        trainer = AgentTrainer(self.settings, device)
-        checkpoints = AgentCheckpoints(folder / "checkpoints" / self.name, keep=1)
-        resumed = checkpoints.resume(trainer) or {"history": []}
-        history = [Progress(**told) for told in resumed["history"]]
+        trainer = AgentTrainer(self.settings, device, folder / "checkpoints" / self.name)
+        trainer.kept = {"history": []}
+        trainer.resume()
+        history = [Progress(*told) for told in trainer.kept["history"]]
         begun = time.perf_counter() - (history[-1].seconds if history else 0.0)
-        for told in trainer.updates():
+        for told in trainer.train():
             event = Event(self, progress_of(told, time.perf_counter() - begun))
             if event.kept:
                 history.append(event.progress)
-            if told.evaluated_return is not None:
-                checkpoints.save(trainer, history=[progress._asdict() for progress in history])
+            trainer.kept["history"] = list(history)
             yield event
         tested = trainer.test(self.budget.test_episodes).success
         keep_agent(trainer, folder / "models" / self.name)
@@ -101,7 +96,7 @@ class AgentCell(Cell):
             for name, values in self.budget.along.items()
             for value in values
         ]
-        shutil.rmtree(checkpoints.folder, ignore_errors=True)
+        shutil.rmtree(trainer.checkpoints.folder, ignore_errors=True)
         fit = Fit(trainer.best_step, Score("success", trainer.best_score[0], []), Score("success", tested, curve))
         yield Result(self, trainer.size, history[-1].seconds, fit, history)
 

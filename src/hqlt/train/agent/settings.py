@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-from hqlt.agent.memory_model import MODELS
-from hqlt.agent.ppo import PPOSettings
-from hqlt.agent.sac import SACSettings
-from hqlt.agent.settings import COUNT, SEED, all_in_range
-from hqlt.registry import one_of
+from hqlt.agent import Agent
+from hqlt.agent.memory_model import names_of_memories
+from hqlt.ranges import COUNT, SEED, all_in_range
+from hqlt.registry import find, names, one_of
 
 VALIDATION_SEED, TEST_SEED = 2**32, 2**33
 """Of the episodes that are scored; copy i adds i. Those of training lie below 2³¹."""
@@ -27,12 +29,10 @@ class AgentSettings:
     """transformer, deltanet, synchronous, delayed-streaming, delayed-chunk, lstm, or none."""
     model: dict[str, Any] = field(default_factory=lambda: {"hidden_size": 32, "num_layers": 1, "window": 4})
     """Arguments of hqlt.agent.build_memory: --model.window=16."""
-    algorithm: Literal["ppo", "sac"] = "ppo"
-    """ppo for many copies, sac for few and for all that can be learned from an episode."""
-    ppo: PPOSettings = field(default_factory=lambda: PPOSettings(learning_rate=5e-4, rollout=64, advantages="centred"))
-    """If algorithm is ppo: --ppo.rollout=128."""
-    sac: SACSettings = field(default_factory=lambda: SACSettings(batch_episodes=16))
-    """If algorithm is sac: --sac.temperature=0.05."""
+    algorithm: str = "ppo"
+    """ppo for many copies, sac for few and for all that can be learned from an episode; or one that was registered."""
+    hyperparameters: Any = None
+    """The algorithm's Settings, or a mapping of some of their fields; None: those that it has in runs."""
     copies: int = 64
     """Of the environment, played side by side."""
     steps: int = 200_000
@@ -50,5 +50,42 @@ class AgentSettings:
     def __post_init__(self) -> None:
         all_in_range(self, copies=COUNT, steps=COUNT, seed=SEED)
         all_in_range(self, evaluate_every=COUNT, episodes=COUNT, keep=COUNT)
-        one_of("memory", self.memory, MODELS)
-        one_of("algorithm", self.algorithm, ("ppo", "sac"))
+        one_of("memory", self.memory, names_of_memories())
+        given = self.agent.in_runs if self.hyperparameters is None else self.hyperparameters
+        if isinstance(given, Mapping):
+            for name in given:
+                one_of(self.algorithm, name, [field.name for field in dataclasses.fields(self.agent.Settings)])
+            given = self.agent.Settings(**given)
+        if not isinstance(given, self.agent.Settings):
+            raise ValueError(
+                f"hyperparameters: expected {self.agent.Settings.__name__}, for {self.algorithm}, got {given!r}"
+            )
+        object.__setattr__(self, "hyperparameters", given)
+
+    @property
+    def agent(self) -> type[Agent]:
+        """The class of the algorithm. Raises ValueError for one that nobody registered."""
+        kind: type[Agent] = find("algorithm", self.algorithm)
+        return kind
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> AgentSettings:
+        """From the fields as they are typed: hyperparameters under the name of their algorithm.
+
+        Those of other algorithms are left alone.
+        """
+        groups = {option_of(name) for name in names("algorithm")}
+        own = {name: value for name, value in given.items() if name not in groups}
+        asked = option_of(own.get("algorithm", cls.algorithm))
+        return cls(**own, hyperparameters=given.get(asked))
+
+    def as_json(self) -> dict[str, Any]:
+        """What `of` takes."""
+        fields = dataclasses.asdict(self)
+        fields[option_of(self.algorithm)] = fields.pop("hyperparameters")
+        return dict(json.loads(json.dumps(fields)))
+
+
+def option_of(algorithm: str) -> str:
+    """What stands before its hyperparameters where they are typed: --ppo.rollout=64."""
+    return algorithm.replace("-", "_")

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import gymnasium
 import torch
 from gymnasium.vector import VectorEnv
-from numpy.typing import NDArray
 from torch import Tensor
 
-from hqlt.agent import PPO, SAC, build_memory, evaluate
-from hqlt.agent.agent import Agent, Progress
+from hqlt.agent import Progress, build_memory, evaluate
 from hqlt.agent.collect import Evaluation
 from hqlt.agent.worlds import make_worlds
 from hqlt.device import usable_device
 from hqlt.train.agent.settings import TEST_SEED, VALIDATION_SEED, AgentSettings
+from hqlt.train.checkpoints import Checkpoints
 from hqlt.train.metrics import known
+from hqlt.train.run import Trainer
 
 BEST = "best."
+FREE = ("steps", "keep")
+"""Settings that may change when a run is resumed."""
 
 
 class Update(NamedTuple):
@@ -44,39 +47,41 @@ class Update(NamedTuple):
     """Of greedy episodes, where they were played."""
     evaluated_success: float | None = None
 
+    @property
+    def units(self) -> int:
+        return self.step
+
     def as_line(self) -> dict[str, Any]:
         """Flat, for metrics.jsonl and trackers."""
         told = self._asdict()
         return told | told.pop("losses")
 
 
-class AgentTrainer:
+class AgentTrainer(Trainer[Update]):
     """An agent, the environments it lives in, and the best that it has been.
 
-    Between two evaluations PPO's episodes go on; at each, all copies begin anew. So a run that goes on from the
-    checkpoint made there is, bit for bit, the one that was never stopped, in any environment whose chance
-    `reset(seed=…)` decides. SAC goes on exactly from any Update.
+    At each evaluation of an algorithm whose episodes go on, all copies begin anew. A run that is resumed is, bit for
+    bit, the one that was never stopped, in any environment whose chance `reset(seed=…)` decides.
 
-    Raises ValueError for an environment that agents here cannot live in.
+    folder: of its checkpoints. Raises ValueError for an environment that agents here cannot live in.
     """
 
-    def __init__(self, settings: AgentSettings, device: str = "cpu") -> None:
-        self.settings = settings
-        self.stopped: Sequence[int] = ()
-        """Looked at before each step; once there is anything in it, what plays raises Stopped."""
-        place = usable_device(device)
+    kind, unit = "agent", "steps"
+
+    def __init__(self, settings: AgentSettings, device: str = "cpu", folder: Path = Path("checkpoints")) -> None:
+        self.settings, self.device = settings, usable_device(device)
         torch.manual_seed(settings.seed)
         self.envs = self.worlds(settings.copies, settings.seed)
         try:
             memory = build_memory(settings.memory, **settings.model)
         except (TypeError, ValueError) as error:
             raise ValueError(f"model: {error}") from None
-        if settings.algorithm == "ppo":
-            self.agent: Agent = PPO(self.envs, memory, settings.ppo, seed=settings.seed)
-        else:
-            self.agent = SAC(self.envs, memory, settings.sac, seed=settings.seed)
-        torch.nn.Module.to(self.agent, place)
+        self.agent = settings.agent(self.envs, memory, settings.hyperparameters, seed=settings.seed)
+        torch.nn.Module.to(self.agent, self.device)
         self.size = sum(parameter.numel() for parameter in self.agent.parameters())
+        self.checkpoints, self.kept = Checkpoints(folder, settings.keep), {}
+        self.ended = 0
+        """Episodes since the last evaluation."""
         self.unscored: Update | None = None
         """What is to be reported once the evaluation that is due is done."""
         self.best: dict[str, Tensor] = {}
@@ -85,30 +90,26 @@ class AgentTrainer:
         self.best_score: tuple[float, float] = (-math.inf, -math.inf)
 
     @property
-    def steps(self) -> int:
+    def step(self) -> int:
         return int(self.agent.steps)
 
     @property
-    def finished(self) -> bool:
-        return self.steps >= self.settings.steps
+    def reported(self) -> int:
+        return self.step - (self.unscored is not None)  # its line comes with the evaluation that is due
 
     def updates(self) -> Iterator[Update]:
-        """Train until the settings' steps are done; an evaluation ends each stretch of `evaluate_every` steps.
-
-        Raises Stopped where `stopped` says so; where the trainer is then `resumable`, what goes on from a checkpoint of
-        it is what would have come.
-        """
-        settings, ended = self.settings, 0
+        """Train until the settings' steps are done; an evaluation ends each stretch of `evaluate_every` steps."""
+        settings = self.settings
         if self.unscored is not None:
             yield self.scored(self.unscored)
-        while not self.finished:
-            until = (self.steps // settings.evaluate_every + 1) * settings.evaluate_every
+        while self.step < settings.steps:
+            until = (self.step // settings.evaluate_every + 1) * settings.evaluate_every
             until = min(until, settings.steps)
             for progress in self.agent.train_in(self.envs, until, stopped=self.stopped):
                 told = update_of(progress, int(self.agent.left_out))
-                ended += told.episodes
+                self.ended += told.episodes
                 if progress.steps >= until:
-                    if not ended and until < settings.steps:  # the last stretch may be short
+                    if not self.ended and until < settings.steps:  # the last stretch may be short
                         raise ValueError(
                             f"evaluate_every: expected more than {settings.copies} copies × the longest episode, so "
                             f"that episodes end, got {settings.evaluate_every}: by step {progress.steps} none had"
@@ -121,13 +122,11 @@ class AgentTrainer:
         self.unscored = told
         scored = self.score(self.settings.episodes, VALIDATION_SEED)
         self.keep_the_best(scored)
-        self.unscored = None
+        self.unscored, self.ended = None, 0
         return told._replace(evaluated_return=scored.mean_return, evaluated_success=known(scored.success))
 
-    @property
-    def resumable(self) -> bool:
-        """Whether training goes on exactly from a checkpoint of now."""
-        return self.agent.goes_on_between_rounds or self.unscored is not None
+    def due(self, told: Update) -> bool:
+        return told.evaluated_return is not None
 
     def score(self, episodes: int, seed: int, **options: Any) -> Evaluation:
         """Greedy episodes in the same world, or in one with other options."""
@@ -151,7 +150,7 @@ class AgentTrainer:
         """By success, then by return; the later of equals, which has learned for longer."""
         score = (known(scored.success) or 0.0, scored.mean_return)
         if score >= self.best_score:
-            self.best_step, self.best_score = self.steps, score
+            self.best_step, self.best_score = self.step, score
             self.best = {name: weight.clone() for name, weight in self.agent.state_dict().items()}
 
     def test(self, episodes: int | None = None, **options: Any) -> Evaluation:
@@ -162,35 +161,60 @@ class AgentTrainer:
         return self.score(episodes or self.settings.episodes, TEST_SEED, **options)
 
     def tensors(self) -> dict[str, Tensor]:
-        """For a checkpoint, with `arrays` and `told`."""
         return self.agent.checkpoint() | {BEST + name: weight for name, weight in self.best.items()}
-
-    def arrays(self) -> dict[str, NDArray[Any]] | None:
-        """The replay's; None: there is none."""
-        return self.agent.replay.state_dict() if isinstance(self.agent, SAC) else None
 
     def told(self) -> dict[str, Any]:
         return {
-            "step": self.steps,
+            "ended": self.ended,
             "best_step": self.best_step,
-            "best_score": self.best_score if self.best else None,
+            "best_score": list(self.best_score) if self.best else None,
             "unscored": self.unscored and self.unscored._asdict(),
         }
 
-    def restore(
-        self, tensors: Mapping[str, Tensor], arrays: Mapping[str, NDArray[Any]] | None, told: Mapping[str, Any]
-    ) -> None:
+    def identity(self) -> dict[str, Any]:
+        return {name: value for name, value in self.settings.as_json().items() if name not in FREE}
+
+    def restore(self, place: Path, told: Mapping[str, Any]) -> None:
+        tensors = self.checkpoints.load(place)
         self.agent.restore({name: tensor for name, tensor in tensors.items() if not name.startswith(BEST)})
-        if isinstance(self.agent, SAC):
-            if arrays is None:
-                raise ValueError("expected the replay, found none")
-            self.agent.replay.load_state_dict(arrays)
-        unscored = told.get("unscored")
-        self.unscored = unscored and Update(**unscored)
+        self.ended = told["ended"]
+        self.unscored = told["unscored"] and Update(**told["unscored"])
         if told["best_score"] is not None:
             success, mean_return = told["best_score"]
             self.best_step, self.best_score = told["best_step"], (success, mean_return)
             self.best = {name.removeprefix(BEST): t for name, t in tensors.items() if name.startswith(BEST)}
+
+    def title(self) -> str:
+        settings = self.settings
+        return (
+            f"{settings.algorithm.upper()} in {settings.copies} × {settings.world}, {settings.memory} memory, "
+            f"{self.size:,} parameters"
+        )
+
+    def about(self) -> dict[str, Any]:
+        return {"settings": self.settings.as_json()}
+
+    def words(self, told: Update, speed: float) -> list[str]:
+        """Return, success, what the losses are, steps a second."""
+        words = [] if told.mean_return is None else [f"return {told.mean_return:.2f}"]
+        if told.success is not None:
+            words.append(f"success {100 * told.success:.0f}%")
+        words += [f"{name} {loss:.3f}" for name, loss in told.losses.items() if name in SHOWN]
+        if told.left_out:
+            words.append(f"{told.left_out} updates skipped")
+        return [*words, f"{speed:,.0f} steps/s"]
+
+    def news(self, told: Update) -> str | None:
+        if told.evaluated_return is None:
+            return None
+        success = told.evaluated_success
+        return f"greedy: return {told.evaluated_return:.2f}" + (
+            "" if success is None else f", success {100 * success:.0f}%"
+        )
+
+
+SHOWN = ("loss", "critic", "actor", "entropy")
+"""Of the losses, in the live line."""
 
 
 def update_of(progress: Progress, left_out: int) -> Update:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from hqlt.ranges import COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE, Range, all_in_range
 from hqlt.train.schedule import warmup_then_cosine
 
 
@@ -67,26 +67,12 @@ class TrainSettings:
     """Sequences in the validation set; as many are tested, once, at the end."""
 
     def __post_init__(self) -> None:
-        for name in ("length", "batch_size", "steps", "save_every", "keep", "validate_every", "validation_rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("micro_batch_size", "shard_over"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, or none, got {value}")
-        for name in ("learning_rate", "eps", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay: expected 0 or more, got {self.weight_decay}")
-        if not 0 <= self.final_rate <= 1:
-            raise ValueError(f"final_rate: expected a share from 0 to 1, got {self.final_rate}")
+        all_in_range(self, length=COUNT, batch_size=COUNT, steps=COUNT, micro_batch_size=COUNT, shard_over=COUNT)
+        all_in_range(self, save_every=COUNT, keep=COUNT, validate_every=COUNT, validation_rows=COUNT, seed=SEED)
+        all_in_range(self, learning_rate=POSITIVE, eps=POSITIVE, clip=POSITIVE, weight_decay=NOT_NEGATIVE)
+        all_in_range(self, final_rate=SHARE, warmup=Range(0, self.steps, whole=True))
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas: expected two numbers from 0 to below 1, got {self.betas}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed: expected from 0 to 2**63 - 1, got {self.seed}")
-        if not 0 <= self.warmup_updates <= self.steps:
-            raise ValueError(f"warmup: expected from 0 to the {self.steps} steps, got {self.warmup}")
 
     @property
     def warmup_updates(self) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -17,15 +19,21 @@ from hqlt.data import Stream, TokenFiles, Windows
 from hqlt.data.windows import rows_of_rank
 from hqlt.memory import MemoryState
 from hqlt.model import HQLTCache, HQLTConfig, HQLTForCausalLM
+from hqlt.signals import stop_if_asked
 from hqlt.task.task import IGNORE, SPLITS, Batch, Split
 from hqlt.train.fit import parameter_groups
-from hqlt.train.language.checkpoints import Checkpoints, load_into, read_told
+from hqlt.train.language.checkpoints import SharedCheckpoints
+from hqlt.train.language.cost import flops_per_token, peak_flops
 from hqlt.train.language.ranks import Ranks, spread, without_communication
 from hqlt.train.language.settings import TrainSettings
+from hqlt.train.live import memory_in_use
+from hqlt.train.run import Trainer as Base
 
 FIXED = ("length", "batch_size", "seed", "carry_state")
 """Settings that a checkpoint's place in the data depends on; others may change when a run goes on."""
 
+PATIENCE = 50
+"""Updates in a row with gradients that are not finite, after which training ends."""
 KEPT = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps of each weight."""
 
@@ -47,18 +55,30 @@ class Update(NamedTuple):
     validation: float | None = None
     """Bits per byte of the validation text, where it was measured."""
 
+    @property
+    def units(self) -> int:
+        return self.tokens
 
-class Trainer:
+    def as_line(self) -> dict[str, Any]:
+        return self._asdict()
+
+
+class Trainer(Base[Update]):
     """A model, its optimiser and its place in the data.
 
-    Everything that a run depends on is in its checkpoints, and nothing in them depends on how many processes wrote
-    them: batch i holds the same rows for any number of ranks, and weights are whole once loaded.
+    Nothing in its checkpoints depends on how many processes wrote them: batch i holds the same rows for any number of
+    ranks, and weights are whole once loaded.
 
     Raises ValueError for data that do not suit the model, and for a checkpoint of another run.
     """
 
+    kind, unit = "language", "tokens"
+    checkpoints: SharedCheckpoints
+    step = 0
+
     def __init__(self, settings: TrainSettings, config: HQLTConfig, data: Path, folder: Path, ranks: Ranks) -> None:
         self.settings, self.config, self.ranks = settings, config, ranks
+        self.device, self.kept = ranks.device, {}
         train = TokenFiles(data, "train")
         if len(train) <= train.documents:
             raise ValueError(
@@ -93,27 +113,38 @@ class Trainer:
         for parameter in self.parameters.values():  # as AdamW itself does at its first step: all is there to be loaded
             kept = {name: torch.zeros_like(parameter) for name in KEPT}
             self.optimiser.state[parameter] = {"step": torch.tensor(0.0), **kept}
-        self.step, self.skipped = 0, 0
+        self.skipped, self.skipped_in_a_row = 0, 0
         self.loss: float | None = None
         """Of the last update; None before the first one here."""
         self.caches: list[HQLTCache] = []
         """The memories of each micro-batch's rows, where they are carried."""
-        self.checkpoints = Checkpoints(folder / "checkpoints", settings.keep, ranks)
-        self._saved_at: int | None = None
+        self.checkpoints = SharedCheckpoints(folder / "checkpoints", settings.keep, ranks)
+        self._peak: float | None = None
+        self._flops = 0.0
 
     def updates(self) -> Iterator[Update]:
-        """Train to the end. Whoever iterates may stop, and save, after any update."""
-        settings = self.settings
-        while self.step < settings.steps:
+        """Raises ValueError too, once training diverged."""
+        while self.step < self.settings.steps:
             told = self.update()
-            last = self.step == settings.steps
-            if self.step % settings.validate_every == 0 or last:
+            if self.every(self.settings.validate_every):
                 told = told._replace(validation=self.bits_per_byte("validation"))
-            if self.step % settings.save_every == 0 or last:
-                self.save()
             yield told
-            self.checkpoints.poll()
-        self.checkpoints.wait()
+            if self.skipped_in_a_row == PATIENCE:
+                self.refuse_diverged(None, math.nan)
+            if self.step < self.settings.steps:
+                self.stop_if_asked()
+
+    def every(self, steps: int) -> bool:
+        """Whether now is one of every so many steps, or the last of all."""
+        return self.step % steps == 0 or self.step == self.settings.steps
+
+    def due(self, told: Update) -> bool:
+        return self.every(self.settings.save_every)
+
+    def stop_if_asked(self) -> None:
+        """Raises Stopped where a signal reached any process."""
+        if self.ranks.sum([float(bool(self.stopped))])[0] > 0:
+            stop_if_asked(self.stopped or [signal.SIGTERM])  # none here: another process got it
 
     def update(self) -> Update:
         """One batch: its loss is the mean over all scored tokens of all processes.
@@ -141,8 +172,10 @@ class Trainer:
         self.loss = loss = ranks.sum([loss])[0]
         if scored and norm.isfinite():
             self.optimiser.step()
+            self.skipped_in_a_row = 0
         else:
             self.skipped += 1
+            self.skipped_in_a_row += 1
             self.caches = memories
         self.step += 1
         tokens = self.step * settings.batch_size * settings.length
@@ -205,45 +238,28 @@ class Trainer:
 
     # Checkpoints.
 
-    def save(self) -> None:
-        """Begin a checkpoint of this moment, unless there is one."""
-        if self._saved_at == self.step:
-            return
-        self._saved_at = self.step
-        tensors = self._weights() | self._memories()
-        self.checkpoints.save(self.step, tensors, {"skipped": self.skipped, "run": self._identity()})
+    def tensors(self) -> dict[str, Tensor]:
+        return self._weights() | self._memories()
 
-    def resume(self) -> int | None:
-        """Go on from the newest checkpoint; → its step, None where there is none.
+    def told(self) -> dict[str, Any]:
+        return {"skipped": self.skipped}
 
-        Raises ValueError where it is damaged, or of another model, data or order; nothing is changed then.
-        """
-        place = self.checkpoints.newest()
-        if place is None:
-            return None
-        told = read_told(place)
-        there, asked = flat(told.get("run", {})), flat(self._identity())
-        for name in [name for name in there | asked if there.get(name) != asked.get(name)]:
-            raise ValueError(
-                f"{place}: is of a run with another {name}: {there.get(name)!r}, not {asked.get(name)!r}. "
-                f"Give another folder for a new run, or the settings of the old one to go on with it."
-            )
-        load_into(place, self._weights(), self.ranks)
-        if self.settings.carry_state:
-            self._begin_caches()  # with the weights loaded: FSDP keeps some of them gathered after a call
-            memories = self._memories()
-            load_into(place, memories, self.ranks)
-            self._take_caches(memories)
-        for parameter in self.parameters.values():
-            self.optimiser.state[parameter]["step"].fill_(told["step"] - told["skipped"])
-        self.step, self.skipped, self._saved_at = told["step"], told["skipped"], told["step"]
-        return self.step
-
-    def _identity(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to be gone on from."""
+    def identity(self) -> dict[str, Any]:
         files = self.splits["train"]
         settings = {name: getattr(self.settings, name) for name in FIXED}
         return {"model": model_fields(self.config), "data": files.digest, **settings}
+
+    def restore(self, place: Path, told: Mapping[str, Any]) -> None:
+        step, skipped = int(told["step"]), int(told["skipped"])
+        self.checkpoints.fill(place, self._weights())
+        if self.settings.carry_state:
+            self._begin_caches()  # with the weights loaded: FSDP keeps some of them gathered after a call
+            memories = self._memories()
+            self.checkpoints.fill(place, memories)
+            self._take_caches(memories)
+        for parameter in self.parameters.values():
+            self.optimiser.state[parameter]["step"].fill_(step - skipped)
+        self.step, self.skipped = step, skipped
 
     def _weights(self) -> dict[str, Tensor]:
         """Weights, and what the optimiser keeps of each."""
@@ -269,15 +285,13 @@ class Trainer:
             return rows.contiguous()
         return DTensor.from_local(rows.contiguous(), mesh, [Shard(0)] * mesh.ndim, run_check=False)
 
+    @torch.no_grad()
     def _begin_caches(self) -> None:
         """Memories of the right shapes, to be filled."""
-        batches = self._batches(0)
         self.model.eval()
-        with torch.no_grad():
-            for batch in batches:
-                cache = HQLTCache()
-                self.model(batch.inputs, resets=batch.resets, past_key_values=cache, use_cache=True)
-                self.caches.append(cache)
+        for batch in self._batches(0):
+            self.caches.append(HQLTCache())
+            self.model(batch.inputs, resets=batch.resets, past_key_values=self.caches[-1], use_cache=True)
 
     def _take_caches(self, tensors: dict[str, Tensor]) -> None:
         """The loaded memories, each micro-batch its rows."""
@@ -287,6 +301,50 @@ class Trainer:
                 block.memory.state_of(local(tensors[f"memory.{n}.{name}"])[rows] for name in state.named_leaves())
                 for n, (block, state) in enumerate(zip(self.model.model.layers, cache.states, strict=True))
             )
+
+    # What is said of it.
+
+    def title(self) -> str:
+        count = self.ranks.count
+        return (
+            f"{self.settings.preset}: {self.size:,} parameters, {len(self.splits['train']):,} tokens, "
+            f"{count} process{'es' * (count > 1)} on {self.device.type}"
+        )
+
+    def about(self) -> dict[str, Any]:
+        files = self.splits["train"]
+        return {
+            "settings": dataclasses.asdict(self.settings),
+            "model": self.config.to_diff_dict(),
+            "data": {"folder": str(files.folder), "digest": files.digest, "bytes_per_token": files.bytes / len(files)},
+            "processes": self.ranks.count,
+        }
+
+    def words(self, told: Update, speed: float) -> list[str]:
+        """Loss, speed, share of the processors' peak, gradient, memory."""
+        words = [f"loss {told.loss:.3f} nats/token", f"{speed:,.0f} tokens/s"]
+        if not self._flops:
+            self._flops, self._peak = flops_per_token(self.config, self.settings.length), peak_flops(self.device)
+        if self._peak:
+            words.append(f"{100 * speed * self._flops / (self._peak * self.ranks.count):.0f}% of peak")
+        words += [f"gradient {told.gradient_norm:.2f}", f"{memory_in_use(self.device) / 2**20:,.0f} MiB"]
+        if told.skipped:
+            words.insert(1, f"{told.skipped} updates skipped")
+        return words
+
+    def news(self, told: Update) -> str | None:
+        return None if told.validation is None else f"validation {told.validation:.4f} bits/byte"
+
+    def refuse_diverged(self, loss: float | None, validation: float | None) -> None:
+        """Raises ValueError where all updates were skipped, or the score (the loss, without one) is not finite."""
+        score = loss if validation is None else validation
+        if self.skipped < self.step and (score is None or math.isfinite(score)):
+            return
+        raise ValueError(
+            f"training diverged: {self.skipped} of {self.step} updates were skipped, because their gradients were not "
+            f"finite, and the loss no longer is; give a smaller --learning-rate than {self.settings.learning_rate:g} "
+            f"or a longer --warmup, and another --folder"
+        )
 
     def export(self, folder: Path) -> None:
         """The model as a Hugging Face folder, whole, with its tokenizer. Raises OSError where it cannot be written."""
@@ -337,15 +395,6 @@ def refuse_unbounded(config: HQLTConfig) -> None:
                 f"carry_state: expected a model whose KV-memory has an end, got {field} none; set model.{field}, for "
                 f"one to the length of a sequence"
             )
-
-
-def flat(told: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a mapping and of those in it: {"model": {"window": 4}} has model.window."""
-    fields: dict[str, Any] = {}
-    for name, value in told.items():
-        inner = flat(value) if isinstance(value, Mapping) else None
-        fields |= {name: value} if inner is None else {f"{name}.{field}": inner[field] for field in inner}
-    return fields
 
 
 def model_fields(config: HQLTConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What settings of agents and worlds may be: a range for every number."""
+"""What numbers in settings may be: a range for each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A strip of frames: `python -m hqlt.agent.worlds.strip TMazeActive lrrrrrrrru maze.png --show=[0,1,5,9,10]`."""
+"""A strip of frames: `python docs/strip.py TMazeActive lrrrrrrrru maze.png --show=[0,1,5,9,10]`."""
 
 from __future__ import annotations
 
