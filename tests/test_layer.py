@@ -314,6 +314,18 @@ class TestErrors:
         layer(x)
 
 
+def test_a_layer_explains_how_a_token_runs():
+    assert HybridMemory(8, 2, 4).explain().name in ("native", "parts")
+    for missing, options in {
+        "blend": {"write_gates": "own", "blend": "delayed-streaming"},
+        "kv": {"partial_rotary_factor": 0.5},
+        "mixer, v_activation": {"mixer": "add"},
+        "grouped heads": {"num_kv_heads": 1},
+    }.items():
+        why = HybridMemory(8, 2, 4, **options).explain().why
+        assert why == f"one by one, each by its fastest operation: no native form of {missing}"
+
+
 @pytest.mark.parametrize("choice", ONE_OF_EACH_BLEND)
 class TestGraphs:
     """A step has static shapes, so that it compiles and exports whole; a sequence exports for any batch and length."""

@@ -14,7 +14,6 @@ from torch import nn
 from hqlt import native, ops
 from hqlt.blend import Synchronous
 from hqlt.layer import fused
-from hqlt.layer.parts import native_form
 from hqlt.memory.rotary import Rotary
 from hqlt.mixer import VectorMixer
 from hqlt.ops.step import NOTHING, Given, Schedule, layout_of, plan
@@ -35,12 +34,7 @@ def counted():
 
 
 def has_native_form(layer):
-    """Whether each of its parts has a native form."""
-    heads = layer.sizes
-    forms = [native_form(part) for part in (layer.blend, layer.mixer, layer.kv, layer.fw) if part is not None]
-    same = heads.queries == heads.pairs
-    usual = type(layer.v_activation) is (torch.nn.SiLU if layer.fw else torch.nn.Identity)
-    return all(forms) and same and usual
+    return not fused.without_native_form(layer.parts())
 
 
 def alike(got, expected, tolerance):

@@ -71,20 +71,30 @@ def numbers_of(parts: Parts) -> tuple[Rotary | None, float, float]:
 
 def plan_of(parts: Parts, numbers: tuple[Rotary | None, float, float], layouts: tuple[Layout, ...]) -> Plan | None:
     """How the kernel runs these parts on tensors of these layouts; None where one of them is not known to it."""
-    (activation, kv, fw, blend, mixer, norm), (positions, beta_max, norm_eps) = parts, numbers
-    writes, mixed = native_form(blend), native_form(mixer)
-    memories = (kv is None or native_form(kv)) and (fw is None or native_form(fw))
-    usual = type(activation) is (nn.SiLU if fw else nn.Identity) and (native_form(norm) or type(norm) is nn.Identity)
-    if not (writes and mixed and memories and usual) or not (fw is None or type(fw.v_activation) is nn.Identity):
+    if without_native_form(parts):
         return None
+    (_, kv, fw, blend, mixer, _), (positions, beta_max, norm_eps) = parts, numbers
     rotary = (NOTHING, NOTHING)
     if positions is not None:
         (_, (*_, width), dtype, _), (_, keys, _, _) = layouts[0], layouts[7]
         rows = 1 << keys[1].bit_length()  # one for each age, and few tables where pairs grow in number
         rotary = positions.table(rows, width, torch.device("cpu"), dtype)
-    rule = "delta" if fw is None else native_form(fw) or ""
+    writes, rule, mixed = native_form(blend) or "", native_form(fw) or "delta", native_form(mixer) or ""
     schedule = Schedule(writes, kv is not None, blend.window, rule, mixed)
     return plan(schedule, layouts, beta_max=beta_max, norm_eps=norm_eps, rotary=rotary)
+
+
+def without_native_form(parts: Parts) -> list[str]:
+    """The names of the parts that `hqlt.ops.step` does not know, so that they run one by one."""
+    activation, kv, fw, blend, mixer, norm = parts
+    named = {"kv": kv, "fw": fw, "blend": blend, "mixer": mixer}
+    unknown = [name for name, part in named.items() if part is not None and native_form(part) is None]
+    usual = type(activation) is (nn.SiLU if fw else nn.Identity) and (
+        fw is None or type(fw.v_activation) is nn.Identity
+    )
+    unknown += [] if usual else ["v_activation"]
+    unknown += [] if native_form(norm) or type(norm) is nn.Identity else ["o_norm"]
+    return unknown + (["grouped heads"] if mixer.heads.queries != mixer.heads.pairs else [])
 
 
 class InOneOperation:

@@ -11,15 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from hqlt import registry
+from hqlt import native, registry
 from hqlt.blend import Blend
 from hqlt.layer.convolution import ShortConvolution
-from hqlt.layer.fused import FUSED
+from hqlt.layer.fused import FUSED, without_native_form
 from hqlt.layer.norm import RMSNorm, ZeroCenteredRMSNorm
 from hqlt.layer.parts import Parts, Projected
 from hqlt.memory import Entry, FWMemory, Heads, Held, KVMemory, MemoryState
 from hqlt.memory.state import leaves, named
 from hqlt.mixer import Alone, Mixer
+from hqlt.ops import Choice
 from hqlt.registry import one_of
 from hqlt.shapes import Hidden, Keys, Queries, Resets, Values, check_resets, match
 
@@ -243,6 +244,19 @@ class HybridMemory(nn.Module):
     def parts(self) -> Parts:
         modules: dict[str, Any] = self._modules  # nn.Module's look-up of self.mixer takes as long as one token's mixing
         return Parts._make(map(modules.get, ("v_activation", "kv", "fw", "blend", "mixer", "o_norm")))
+
+    def explain(self) -> Choice:
+        """How a token by itself, without gradients, runs on a CPU between the projections, and why.
+
+        >>> hqlt.HybridMemory(64, 4, mixer="add").explain()
+        Choice(name='parts', why='one by one, each by its fastest operation: no native form of mixer, v_activation')
+        """
+        if unknown := without_native_form(self.parts()):
+            missing = ", ".join(unknown)
+            return Choice("parts", f"one by one, each by its fastest operation: no native form of {missing}")
+        if native.why_not():
+            return Choice("parts", f"one by one, each by its fastest operation: {native.why_not()}")
+        return Choice("native", "memories, mixer and norm in one call of C++")
 
     def init_state(self, batch_size: int, device: torch.device | str | None = None) -> MemoryState:
         """The state of empty memories, as `state=None` means it; on the layer's device where none is given."""
