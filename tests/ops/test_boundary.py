@@ -188,3 +188,10 @@ except (MemoryError, RuntimeError) as error:
 def test_no_memory_is_an_error_and_not_the_end():
     done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "Error" in done.stdout, done.stderr[-2000:]
+
+
+@needs_native
+def test_query_heads_in_no_multiple_do_not_reach_the_kernel():
+    q, k = torch.ones(1, 2, 3, 4), torch.ones(1, 2, 2, 4)
+    with pytest.raises(ValueError, match="expected query heads in a multiple of the heads of k"):
+        native.run("window_attention_forward", 1.0, (q, k, k, None, torch.empty_like(q)), 1)
