@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 
 import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium.vector import AutoresetMode
 from safetensors.torch import load_file, save_file
 
 from hqlt.agent import PPO, SAC, Batch, Episode, MemoryModel, PPOSettings, SACSettings, build_memory, evaluate, play
@@ -127,6 +129,51 @@ def test_ppo_is_put_aside_exactly(make):
         for _ in agent.train_in(copies(make, 4), 128):
             pass
     assert torch.equal(weights(first), weights(second))
+
+
+def ppo_of(make, seed=0):
+    torch.manual_seed(seed)
+    memory = build_memory("synchronous", hidden_size=8, num_layers=1, window=2)
+    return PPO(copies(make, 1), memory, PPOSettings(rollout=5, epochs=1, minibatches=2), seed=seed)
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+@pytest.mark.parametrize("make", [Cue, Told])
+def test_ppo_resumes_episodes_that_were_under_way(tmp_path, make, mode):
+    """gymnasium cannot put an environment aside: the actions since its reset, taken again, bring it back."""
+
+    def envs():
+        return copies(lambda: make((2, 9)), 3, mode)
+
+    whole = ppo_of(make)
+    told = []
+    for i, progress in enumerate(whole.train_in(envs(), 90)):
+        told.append(progress)
+        if i == 2:
+            save_file(whole.checkpoint(), tmp_path / "agent.safetensors")
+    resumed = ppo_of(make, seed=1)
+    resumed.restore(load_file(tmp_path / "agent.safetensors"))
+    again = resumed.checkpoint()
+    assert all(torch.equal(again[name], kept) for name, kept in load_file(tmp_path / "agent.safetensors").items())
+    assert list(resumed.train_in(envs(), 90)) == told[3:]
+    assert torch.equal(weights(resumed), weights(whole))
+    assert not whole.carried(), "the next call begins new episodes"
+
+
+class Lottery(Cue):
+    """Its chance follows from nothing."""
+
+    def reset(self, *, seed=None, options=None):
+        return super().reset(seed=int.from_bytes(os.urandom(4)))
+
+
+def test_where_an_environment_cannot_be_brought_back_new_episodes_begin():
+    first, second = ppo_of(Lottery), ppo_of(Lottery, seed=1)
+    next(first.train_in(copies(lambda: Lottery((20, 90)), 32), 10_000))
+    second.restore(first.checkpoint())
+    steps = second.steps.clone()
+    next(second.train_in(copies(lambda: Lottery((20, 90)), 32), 10_000))
+    assert second.collector.seed == second.seed_of(steps)
 
 
 class Wiped(MemoryModel):

@@ -61,9 +61,14 @@ class Player:
 
     def step(self, policy: Policy, *, greedy: bool = False) -> tuple[Tensor, Step]:
         """One action in every copy → actions [n], what they led to."""
+        actions = self.act(policy, greedy=greedy)
+        return actions, self.take(actions.cpu().numpy())
+
+    def act(self, policy: Policy, *, greedy: bool = False) -> Tensor:
+        """The policy's actions [n], and the memory after what they were chosen from."""
         stop_if_asked(self.stopped)
         actions, self.state = policy.act(self.inputs, self.state, greedy=greedy)
-        return actions, self.take(actions.cpu().numpy())
+        return actions
 
     def take(self, actions: NDArray[np.int64]) -> Step:
         """What these actions [n] lead to; the memory stays as it is."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -49,14 +51,10 @@ class Rollout(NamedTuple):
 
     def select(self, rows: Tensor) -> Rollout:
         """Whole sequences, with the memories that they began with."""
-        return self.map(lambda x: x[rows])
+        return tree_map(lambda x: x[rows], self)
 
     def to(self, device: torch.device) -> Rollout:
-        return self.map(lambda x: x.to(device))
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Rollout:
-        """The same change to every tensor."""
-        return tree_map(change, self)
+        return tree_map(lambda x: x.to(device), self)
 
     def next_values(self, values: Tensor) -> Tensor:
         """V of what each action led to, from V of what each was chosen from."""
@@ -77,30 +75,42 @@ class Collector:
         self.total = np.zeros(envs.num_envs)
         self.length = np.zeros(envs.num_envs, dtype=np.int64)
         self.seed, self.actions = seed, [torch.empty(0, envs.num_envs, dtype=torch.int64)]
-        self.between = self.player.inputs, self.player.state
-        """What is read next, and what is remembered, between two rollouts."""
+        self.digest = digest_of(self.player.inputs, 0)
+        """Of all that was read."""
+        self.between = self.player.state, self.digest
+        """Between two rollouts."""
+
+    def take(self, actions: Tensor) -> Step:
+        """What these actions lead to, noted."""
+        step = self.player.take(actions.cpu().numpy())
+        self.digest = digest_of(self.player.inputs, self.digest)
+        return step
 
     def carried(self) -> dict[str, Tensor]:
         """Of the moment between two rollouts, as tensors."""
-        leaves = {f"{i}": leaf.contiguous().clone() for i, leaf in enumerate(tree_leaves(self.between))}
-        return {**leaves, "seed": torch.tensor(self.seed), "actions": torch.cat(self.actions)}
+        state, digest = self.between
+        leaves = {f"{i}": leaf.contiguous().clone() for i, leaf in enumerate(tree_leaves(state))}
+        numbers = {"seed": torch.tensor(self.seed), "digest": torch.tensor(digest)}
+        return {**leaves, **numbers, "actions": torch.cat(self.actions)}
 
     @classmethod
     def resumed(
         cls, envs: VectorEnv, policy: Judge, carried: Mapping[str, Tensor], *, stopped: Sequence[int] = ()
     ) -> Collector | None:
-        """One that resumes from what another carried; None where the environments do not come to the same place."""
+        """One that resumes from what another carried; None where the environments do not do the same again."""
         if not carried:
             return None
         self = cls(envs, policy, int(carried["seed"]), stopped=stopped)
-        for actions in carried["actions"].numpy():
+        for actions in carried["actions"]:
             stop_if_asked(stopped)
-            self.count(self.player.take(actions))
-        leaves, structure = tree_flatten(self.between)
-        read, state = tree_unflatten([carried[f"{i}"].to(leaf.device) for i, leaf in enumerate(leaves)], structure)
-        if not all(map(torch.equal, tree_leaves(read), tree_leaves(self.player.inputs))):
+            self.count(self.take(actions))
+        if self.digest != carried["digest"]:
             return None
-        self.player.state, self.between, self.actions = state, (read, state), [carried["actions"]]
+        leaves, structure = tree_flatten(self.player.state)
+        self.player.state = tree_unflatten(
+            [carried[f"{i}"].to(leaf.device) for i, leaf in enumerate(leaves)], structure
+        )
+        self.between, self.actions = (self.player.state, self.digest), [carried["actions"]]
         return self
 
     def rollout(self, policy: Judge, steps: int) -> tuple[Rollout, list[Outcome]]:
@@ -110,7 +120,8 @@ class Collector:
         ended: list[Outcome] = []
         for t in range(steps):
             read.append(player.inputs)
-            actions, step = player.step(policy)
+            actions = player.act(policy)
+            step = self.take(actions)
             beyond = torch.zeros(len(actions))
             cut = torch.from_numpy(step.truncated & ~step.terminated)
             if cut.any() or t == steps - 1:
@@ -126,7 +137,7 @@ class Collector:
             ended += self.count(step)
         inputs = tree_map(lambda *parts: torch.stack(parts, dim=1), *read)
         self.actions.append(torch.stack([actions for actions, *_ in columns]))
-        self.between = player.inputs, player.state
+        self.between = player.state, self.digest
         return Rollout(inputs, before, *(torch.stack(parts, dim=1) for parts in zip(*columns, strict=True))), ended
 
     def count(self, step: Step) -> list[Outcome]:
@@ -137,3 +148,8 @@ class Collector:
         told = [Outcome(float(self.total[i]), int(self.length[i]), float(step.success[i])) for i in rows]
         self.total[rows], self.length[rows] = 0, 0
         return told
+
+
+def digest_of(tree: Inputs, before: int) -> int:
+    """Of a tree of tensors, and of those before."""
+    return reduce(lambda digest, leaf: zlib.crc32(leaf.numpy().tobytes(), digest), tree_leaves(tree), before)

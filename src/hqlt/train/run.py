@@ -124,9 +124,9 @@ class Trainer(ABC, Generic[U]):
             )
         try:
             self.restore(place, told)
+            self.kept = {name: told[name] for name in self.kept}
         except (RuntimeError, KeyError, TypeError) as error:
             raise ValueError(f"{place}: expected a checkpoint of this run: {error}; {advice(place)}") from error
-        self.kept = {name: told[name] for name in self.kept}
         self._saved = {"step": self.step, **self.kept, **self.told()}
         return self.step
 
