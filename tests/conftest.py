@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from hqlt import registry
 
 pytest.register_assert_rewrite("tests.laws")
 
@@ -34,6 +37,16 @@ settings.load_profile("fast")
 def pytest_configure(config: pytest.Config) -> None:
     """Warnings are errors, but a machine without a compiler runs what needs none: GPU kernels, plain torch."""
     config.addinivalue_line("filterwarnings", "ignore:hqlt. .*slower torch implementations run instead:RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def names_of_this_test_alone() -> Iterator[None]:
+    """What a test registers, nobody knows after it."""
+    known = {kind: dict(classes) for kind, classes in registry._known.items()}
+    yield
+    for kind, classes in known.items():
+        registry._known[kind].clear()
+        registry._known[kind].update(classes)
 
 
 @pytest.fixture(autouse=True)

@@ -81,8 +81,8 @@ def load_plugins() -> None:
 
 
 def name_of(kind: str, cls: type) -> str:
-    """The name under which a class was registered."""
-    return next(name for name, known in _known[kind].items() if known is cls)
+    """The name under which a class was registered; its own where it was not."""
+    return next((name for name, known in _known[kind].items() if known is cls), cls.__name__)
 
 
 def options_of(cls: type) -> dict[str, Any]:

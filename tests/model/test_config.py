@@ -10,7 +10,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig, PreTrainedModel
 
-from hqlt.layer import HybridMemory
+from hqlt.layer import HybridMemory, layer_arguments
 from hqlt.model import HQLTConfig, HQLTForCausalLM
 
 
@@ -18,8 +18,10 @@ def test_fields_of_the_layer_have_its_names_and_defaults():
     config = HQLTConfig()
     for name, parameter in inspect.signature(HybridMemory).parameters.items():
         assert hasattr(config, name)
-        if parameter.default is not parameter.empty:
+        if parameter.default not in (parameter.empty, None):  # a mixer or rule left out is the config's
             assert getattr(config, name) == parameter.default, name
+    for name in layer_arguments():
+        assert hasattr(config, name)
 
 
 @pytest.mark.parametrize(("hidden_size", "width"), [(1024, 2816), (2048, 5632), (96, 256), (97, 512)])

@@ -14,12 +14,7 @@ from hqlt.memory import Write
 class OneBehind(Blend):
     """The KV-memory holds tokens t−S+1 … t; the FW-memory 1 … t−1: a pair is written one token late, as itself."""
 
-    keeps_gates = True
-
-    def __init__(self, window) -> None:
-        super().__init__(window)
-        if window is None:
-            raise ValueError("window: expected a number of tokens, got None")
+    keeps_gates = needs_window = True
 
     @property
     def slots(self) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 from hqlt import HybridMemory, ops
 from hqlt.bench.race import Row, Work, check_equal, copy_rate, race, rows
 from hqlt.memory import MemoryState
+from hqlt.memory.state import leaves
 
 ONLY = ("synchronous", "delayed-streaming", "delayed-chunk", "full attention")
 
@@ -52,11 +53,11 @@ def blend_race(layer: HybridMemory, d: int, h: int, rounds: int, ceiling: float)
                 linear(x)
 
     def copied() -> None:
-        for part, given in zip(copy, young, strict=True):
+        for part, given in zip(copy.leaves(), young.leaves(), strict=True):
             part.copy_(given)
 
     def numbers(out: Tensor, after: MemoryState) -> list[Tensor]:
-        return [out, *after.leaves()]
+        return [out, *leaves((after.kv, after.fw))]
 
     with ops.use_backend("reference"):
         expected = numbers(*memories())

@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from hqlt.memory import FWMemory, Held, KVMemory, MemoryState, Tree
 from hqlt.ops.segments import positions
+from hqlt.registry import name_of
 from hqlt.shapes import Keys, Positions, Queries, Resets, Values, is_symbolic
 
 
@@ -67,6 +68,8 @@ class Blend(nn.Module):
 
     has_kv, has_fw = True, True
     """Which memories it blends."""
+    needs_window = False
+    """Whether there must be an end to what the KV-memory reaches."""
     keeps_gates = False
     """Whether a pair's own gates are held with it, because it is written later and with them."""
     native: str | None = None
@@ -74,6 +77,9 @@ class Blend(nn.Module):
 
     def __init__(self, window: int | None) -> None:
         super().__init__()
+        if window is None and self.needs_window:
+            name = name_of("blend", type(self))
+            raise ValueError(f"window: expected a number of tokens, because {name} writes what leaves it, got None")
         self.window = window
 
     @property
@@ -132,7 +138,7 @@ class Blend(nn.Module):
         keys, values, gates, position, _ = timeline
         count = position[:, -1] + 1
         kv = () if memories.kv is None else self.latest(Held(keys, values, gates), count)
-        return MemoryState(kv, fw, keys.new_zeros(len(keys), 0, 0), count)
+        return MemoryState(kv, fw, keys.new_zeros(keys.shape[0], 0, 0), count)
 
     def extra_repr(self) -> str:
         return f"window={self.window}"

@@ -31,11 +31,12 @@ class DelayedChunk(Blend):
     """
 
     native = "chunk"
+    needs_window = True
     keeps_gates = True
 
     @property
     def slots(self) -> int:
-        assert self.window is not None, "the layer refuses it"
+        assert self.window is not None
         return self.window
 
     def held(self, count: Tensor) -> Tensor:
@@ -89,7 +90,7 @@ class DelayedChunk(Blend):
             x = chunks(x)
             return torch.cat([torch.zeros_like(x), x], dim=2).flatten(1, 2)[:, :events]
 
-        live = (torch.arange(events, device=q.device) // S % 2 == 1).expand(len(q), -1)
+        live = (torch.arange(events, device=q.device) // S % 2 == 1).expand(q.shape[0], -1)
         keys, values, gates = pytree.tree_map(writes, timeline[:3])
         out, after = fw(reads(q), Write(keys, values, gates, live), None, None)
         out = F.pad(out, (0, 0, 0, 0, 0, S)).unflatten(1, (n, 2, S))[:, :, 0]

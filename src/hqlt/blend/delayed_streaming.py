@@ -24,6 +24,8 @@ class DelayedStreaming(Blend):
     Source: the paper, section 3, "Delayed-Streaming blending"; there with the current gates.
     """
 
+    needs_window = True
+
     def __init__(self, window: int | None, *, write_gates: str = "current") -> None:
         super().__init__(window)
         one_of("write_gates", write_gates, WRITE_GATES)
@@ -35,7 +37,7 @@ class DelayedStreaming(Blend):
 
     @property
     def slots(self) -> int:
-        assert self.window is not None, "the layer refuses it"
+        assert self.window is not None
         return self.window
 
     def read(

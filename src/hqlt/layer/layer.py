@@ -204,7 +204,7 @@ class HybridMemory(nn.Module):
     def project(self, x: Hidden, state: MemoryState | None, resets: Resets | None) -> tuple[Projected, Tensor]:
         """What the heads are made of, and the latest inputs of the convolution."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        latest = x.new_zeros(len(x), 0, self.channels) if state is None else state.convolution
+        latest = x.new_zeros(x.shape[0], 0, self.channels) if state is None else state.convolution
         if self.conv is not None:
             held = None if state is None else (state.convolution, state.position)
             convolved, latest = self.conv(torch.cat([q, k, v], dim=-1), held, resets)
@@ -270,7 +270,7 @@ class HybridMemory(nn.Module):
 
     def check_state(self, state: MemoryState, x: Hidden) -> None:
         """Refuse a state of another layer, batch or device."""
-        b, device = len(x), x.device
+        b, device = x.shape[0], x.device
         if [(part.shape, part.device) for part in leaves(state)] == [
             ((b, *sizes), device) for sizes in self.sizes_held
         ]:
@@ -282,8 +282,9 @@ class HybridMemory(nn.Module):
                 f"is it the state of another layer?"
             )
         for (name, part), entry in zip(given.items(), expected.values(), strict=True):
-            if len(part.shape) != 1 + len(entry.sizes) or any(
-                size is not None and size != got for size, got in zip((len(x), *entry.sizes), part.shape, strict=True)
+            sizes = x.shape[0], *entry.sizes
+            if len(part.shape) != len(sizes) or any(
+                size not in (None, got) for size, got in zip(sizes, part.shape, strict=True)
             ):
                 raise ValueError(
                     f"state.{name}: expected shape {_shape((len(x), *entry.sizes))} for this layer "

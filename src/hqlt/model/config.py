@@ -38,6 +38,29 @@ MISSPELT = 0.85
 """How like a field a key in a file must be to count as that field misspelt. (unk_token_id is not bos_token_id.)"""
 
 
+def choices_of(kind: str, blend: str, mixer: str, fast_weights: str) -> dict[str, Any]:
+    """What is chosen by name in a layer of this kind."""
+    hybrid = {"blend": blend, "mixer": mixer, "fast_weights": fast_weights}
+    alone = {"blend": f"{kind}-only", "mixer": None, "fast_weights": fast_weights if kind == "fw" else None}
+    return hybrid if kind == "hybrid" else alone
+
+
+def without_unused(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """The fields that several models share, without those that a model with these fields of its own has no use for.
+
+    Raises ValueError for an unknown name.
+    """
+    fields = {"blend": "synchronous", "mixer": "vector", "fast_weights": "delta", **shared, **own}
+    kinds = fields.get("layer_kinds") or "hybrid"
+    names = [fields[name] for name in ("blend", "mixer", "fast_weights")]
+    used = {
+        name
+        for kind in {*([kinds] if isinstance(kinds, str) else kinds)}
+        for name in arguments_of(**choices_of(kind, *names))
+    }
+    return {name: value for name, value in shared.items() if name in used or name not in layer_arguments()}
+
+
 @strict
 class HQLTConfig(PreTrainedConfig):
     """What `HQLTForCausalLM` is built from. The defaults are the paper's 340M model.
@@ -171,15 +194,11 @@ class HQLTConfig(PreTrainedConfig):
         """What `HybridMemory` is built with for this layer: its kind's choices, and the options that they use."""
         kind = self.kinds[layer]
         kv_window = self.kv_window[layer] if isinstance(self.kv_window, list) else self.kv_window
-        of_kinds: dict[str, dict[str, Any]] = {
-            "hybrid": {name: getattr(self, name) for name in ("blend", "window", "mixer", "fast_weights")},
-            "kv": {"blend": "kv-only", "window": kv_window},
-            "fw": {"blend": "fw-only", "window": None, "fast_weights": self.fast_weights},
-        }
-        choice = of_kinds[kind]
-        used = arguments_of(choice["blend"], choice.get("mixer"), choice.get("fast_weights"))
+        choices = choices_of(kind, self.blend, self.mixer, self.fast_weights)
+        window = {"hybrid": self.window, "kv": kv_window, "fw": None}[kind]
+        used = arguments_of(**choices)
         given = {name: getattr(self, name) for name in layer_arguments() if hasattr(self, name)} | (self.options or {})
-        return {name: value for name, value in given.items() if name in used} | choice
+        return {name: value for name, value in given.items() if name in used} | choices | {"window": window}
 
     def check(self) -> None:
         """Raise ValueError, saying what was expected and what came, where no model can be built from these values."""

@@ -135,7 +135,7 @@ def quick(budget: Any) -> Any:
 
 
 def config_of(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """A model's fields of HQLTConfig: the shared ones, and its own over them.
+    """A model's fields of HQLTConfig: the shared ones that it has a use for, and its own over them.
 
     `layer_kinds` may be one kind for all layers. Where `intermediate_size` is not given, the MLPs are three times as
     wide as the model, and wider by what its mixers have fewer weights than vector mixers in all layers: all models are
@@ -143,7 +143,9 @@ def config_of(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
     Raises ValueError where the sizes are missing or no numbers.
     """
-    config = {**common, **own}
+    from hqlt.model.config import without_unused
+
+    config = {**without_unused(common, own), **own}
     for name in ("hidden_size", "num_heads", "num_hidden_layers"):
         if not isinstance(config.get(name), int) or config[name] < 1:
             raise ValueError(f"{name}: expected a number of at least 1, got {config.get(name, 'nothing')!r}")
