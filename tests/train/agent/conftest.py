@@ -21,7 +21,7 @@ SMALL = {
 def settings(request):
     """A run of a second, by each algorithm."""
     if request.param == "toy-reinforce":
-        options = {**SMALL, "world": "Bell", "options": {"wait": 2}, "steps": 100, "evaluate_every": 40}
+        options = {**SMALL, "world": "Bell", "options": {"wait": 2}, "steps": 400, "evaluate_every": 150}
         return AgentSettings(**options, algorithm=request.param, copies=3)
     if request.param == "ppo":
         ppo = PPOSettings(rollout=7, heads=(8,), minibatches=2, epochs=2)

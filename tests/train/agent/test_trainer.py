@@ -205,7 +205,8 @@ def test_a_test_may_be_in_a_world_of_other_options(settings):
     trainer = AgentTrainer(settings)
     for _ in trainer.updates():
         pass
-    assert trainer.test(2, corridor=9).mean_length == 10
+    length = {"Bell": "wait"}.get(settings.world, "corridor")
+    assert trainer.test(2, **{length: 9}).mean_length == 10
 
 
 @pytest.mark.parametrize(
