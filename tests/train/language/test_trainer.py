@@ -169,7 +169,7 @@ def test_a_full_disk_is_told_and_the_last_checkpoint_stands(text, run):
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
         with pytest.raises(OSError, match=r"step-00000008: could not be written .*step-00000006 is whole"):
-            for _ in training.updates():
+            for _ in training.train():
                 pass
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
