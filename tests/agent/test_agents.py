@@ -242,7 +242,7 @@ def success(agent):
 
 
 @pytest.mark.parametrize("name", ["synchronous", "lstm"])
-@pytest.mark.parametrize("kind", [SAC, PPO, Reinforce])
+@pytest.mark.parametrize("kind", [SAC, PPO])
 def test_a_memory_solves_what_none_can(kind, name):
     """Once trained it names the cue always; with its state wiped at each step, half of the time, trained or not."""
     agent = trained(kind, build_memory(name, hidden_size=16, num_layers=1, window=2), 12_000)

@@ -172,7 +172,8 @@ def test_two_prices_of_apples():
 def test_any_episode_is_its_plain_twins(world, seed, phases, apples, respawn):
     """Walls, apples eaten and grown again, keys, doors and squares: rewards and images, step by step."""
     n, (explore, distractor, _) = 3, phases
-    worlds = world(n, *phases, apples=apples, apple_reward=2.0, final_reward=7.0, respawn=respawn)
+    times = dict(zip(("explore", "distractor", "reward"), phases, strict=True))
+    worlds = world(n, **times, apples=apples, apple_reward=2.0, final_reward=7.0, respawn=respawn)
     worlds.reset(seed=seed)
     target = [chr(symbol) for symbol in getattr(worlds, "_target", np.zeros(n, int))]
     twins = [Twin(board_of(worlds, i), at(worlds, i), respawn) for i in range(n)]
