@@ -69,6 +69,10 @@ class HQLTConfig(PreTrainedConfig):
     """How a hybrid layer's two reads become one: "vector", "scalar", "sum", "add"."""
     fast_weights: str = "delta"
     """The FW-memory's write rule: "delta", or "linear" for the additive one."""
+    retention: str = "recent"
+    """Which entries stay visible beyond a KV-memory's window: "recent" for none, "value-norm", "random"."""
+    kept: int = 0
+    """Entries that a KV head keeps beyond its window, with another retention than "recent"."""
     beta_max: float | int = 2.0
     """The largest write strength: 2.0 lets the delta rule track state, 1.0 is DeltaNet's."""
     beta_bias: float | int | None = None
@@ -175,12 +179,12 @@ class HQLTConfig(PreTrainedConfig):
         kind = self.kinds[layer]
         kv_window = self.kv_window[layer] if isinstance(self.kv_window, list) else self.kv_window
         of_kinds: dict[str, dict[str, Any]] = {
-            "hybrid": {name: getattr(self, name) for name in ("blend", "window", "mixer", "fast_weights")},
-            "kv": {"blend": "kv-only", "window": kv_window},
+            "hybrid": {name: getattr(self, name) for name in ("blend", "window", "mixer", "fast_weights", "retention")},
+            "kv": {"blend": "kv-only", "window": kv_window, "retention": self.retention if kv_window else "recent"},
             "fw": {"blend": "fw-only", "window": None, "fast_weights": self.fast_weights},
         }
         choice = of_kinds[kind]
-        used = arguments_of(choice["blend"], choice.get("mixer"), choice.get("fast_weights"))
+        used = arguments_of(choice["blend"], choice.get("mixer"), choice.get("fast_weights"), choice.get("retention"))
         given = {name: getattr(self, name) for name in layer_arguments() if hasattr(self, name)} | (self.options or {})
         return {name: value for name, value in given.items() if name in used} | choice
 
@@ -223,7 +227,8 @@ class HQLTConfig(PreTrainedConfig):
             if name not in used and name not in ("window", "blend"):
                 raise ValueError(
                     f"{name}: expected an option that a layer uses (layer_kinds {sorted(set(self.kinds))}, "
-                    f"blend={self.blend!r}, mixer={self.mixer!r}, fast_weights={self.fast_weights!r}), got one that "
+                    f"blend={self.blend!r}, mixer={self.mixer!r}, fast_weights={self.fast_weights!r}, "
+                    f"retention={self.retention!r}), got one that "
                     f"none does; leave it out"
                 )
 
