@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from hqlt import HQLTConfig, HQLTForCausalLM, HybridMemory, registry
 from hqlt.memory import Kept
-from hqlt.memory.kv import Recent
 from tests.laws import Laws, close, in_pieces, segments, stories
 from tests.layers import GROUPED, HEADS, HIDDEN, HYBRIDS, as_memory, build_layer, tokens
 
@@ -135,7 +134,7 @@ def test_random_is_a_hash_of_head_and_position():
 
 def test_recent_costs_nothing():
     layer = build_layer("synchronous-vector-delta-plain")
-    assert type(layer.kv.retention) is Recent
+    assert layer.kv.retention is None
     assert layer.init_state(1).kv.kept == ()
     assert layer.kv.native == "window"
     assert build_layer("kv-only", retention="value-norm", kept=2).kv.native is None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from hqlt.memory import Candidates, FWMemory, Held, KVMemory, MemoryState, Tree
+from hqlt.memory import Candidates, FWMemory, Held, KVMemory, MemoryState, Retention, Tree
 from hqlt.ops.segments import positions
 from hqlt.shapes import Keys, Positions, Queries, Resets, Values, is_symbolic
 
@@ -99,8 +99,8 @@ class Blend(nn.Module):
         self, memories: Memories, new: Tokens, state: MemoryState | None, resets: Resets | None
     ) -> tuple[Reads, MemoryState]:
         timeline = self.timeline(new, state, resets)
-        if memories.kv is not None and memories.kv.kept:
-            timeline = timeline._replace(candidates=self.candidates(memories.kv, timeline, state))
+        if memories.kv is not None and memories.kv.retention is not None:
+            timeline = timeline._replace(candidates=self.candidates(memories.kv.retention, timeline, state))
         reads, fw = self.read(memories, new, timeline, None if state is None else state.fw, resets)
         return reads, self.state_after(memories, timeline, fw)
 
@@ -130,7 +130,7 @@ class Blend(nn.Module):
         assert self.window is not None, "the layer refuses a retention that keeps more"
         return position + self.window
 
-    def candidates(self, kv: KVMemory, timeline: Timeline, state: MemoryState | None) -> Candidates:
+    def candidates(self, retention: Retention, timeline: Timeline, state: MemoryState | None) -> Candidates:
         """The timeline's pairs, behind those that the retention kept."""
         keys, values, _, position, _, _ = timeline
         past, count, used = None, torch.zeros_like(position[:, 0]), torch.zeros_like(position[:, 0])
@@ -139,7 +139,7 @@ class Blend(nn.Module):
             used = count - self.held(count)
             held = torch.arange(position.shape[1], device=position.device) < state.slots
             position = position.masked_fill(held & (position < used[:, None]), -1)  # of a slot that is unused
-        return kv.retention.candidates(keys, values, position, self.leaves(position), past, count, used)
+        return retention.candidates(keys, values, position, self.leaves(position), past, count, used)
 
     def attend(self, kv: KVMemory, q: Queries, timeline: Timeline) -> Values:
         """What the queries read from the KV-memory."""
@@ -159,10 +159,10 @@ class Blend(nn.Module):
         if memories.kv is not None:
             recent_scores = candidates.scores[:, memories.kv.kept :] if candidates else ()
             kv = self.latest(Held(keys, values, gates, recent_scores), count)
-            if candidates:
+            if candidates and memories.kv.retention is not None:
                 used = count - self.held(count)
-                left = self.leaves(used - 1)
-                kv = kv._replace(kept=memories.kv.retention.after(candidates, kv.kept, used, left))
+                kept = memories.kv.retention.after(candidates, kv.kept, used, self.leaves(used - 1))
+                kv = kv._replace(kept=kept)
         return MemoryState(kv, fw, keys.new_zeros(len(keys), 0, 0), count)
 
     def latest(self, pairs: Held, count: Tensor) -> Held:

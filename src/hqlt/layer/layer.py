@@ -170,7 +170,7 @@ class HybridMemory(nn.Module):
             gates = self.fw.gate_entries() if self.fw is not None and self.blend.keeps_gates else ()
             gates = pytree.tree_map(lambda entry: Entry((s, *entry.sizes), entry.dtype), gates)
             keys, values = (Entry((s, heads.pairs, width), "narrow") for width in (heads.k, heads.v))
-            kv = Held(keys, values, gates, self.kv.retention.entries(s or 0))  # type: ignore[arg-type]
+            kv = Held(keys, values, gates, self.kv.kept_entries(s or 0))  # type: ignore[arg-type]
         taps = self.conv.size - 1 if self.conv else 0
         fw = () if self.fw is None else self.fw.state_entries()
         return MemoryState(kv, fw, Entry((taps, self.channels), "narrow"), Entry((), "int64"))  # type: ignore[arg-type]

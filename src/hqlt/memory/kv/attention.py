@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hqlt import ops
 from hqlt.memory.heads import Heads
-from hqlt.memory.kv.retention import Candidates, Recent, Retention
+from hqlt.memory.kv.retention import Candidates, Kept, Retention
 from hqlt.memory.rotary import Rotary, apply_rotary
 from hqlt.ops import contain
 from hqlt.ops.heads import group, repeated
@@ -25,7 +25,7 @@ class KVMemory(nn.Module):
     Rotary positions act on differences alone, so a pair is held unrotated and its angle counted from wherever the
     call's timeline begins: no token counter grows, and nothing loses precision after a million tokens.
 
-    retention: what stays visible beyond the window, at its true distance; None: nothing.
+    retention: which entries stay visible beyond the window, at their true distance; None: none, as with "recent".
 
     Source: the paper, section 2.1; Su et al. 2021, "RoFormer", eq. 15 (whole head, halves rotated).
     """
@@ -41,8 +41,8 @@ class KVMemory(nn.Module):
     ) -> None:
         super().__init__()
         self.heads = heads
-        self.retention = Recent(heads) if retention is None else retention
-        self.kept = self.retention.kept
+        self.kept = 0 if retention is None else retention.kept
+        self.retention = retention if self.kept else None
         self.positions = Rotary.of(rope_theta, partial_rotary_factor, rope_scaling)
         if self.positions is not None:
             self.positions.width(heads.k)  # refuses what cannot be turned
@@ -101,6 +101,10 @@ class KVMemory(nn.Module):
         assert self.positions is not None
         cos, sin = self.positions.waves(positions.flatten(), self.heads.k, x.dtype)
         return apply_rotary(x.reshape(1, len(cos), -1, x.shape[3]), cos, sin).view_as(x)
+
+    def kept_entries(self, s: int) -> Kept | tuple[()]:
+        """What the state holds beside s recent entries, without b; () where nothing is kept."""
+        return () if self.retention is None else self.retention.entries(s)
 
     def rotary(self, l: int, q: Queries) -> tuple[Tensor, Tensor] | None:
         """cos and sin for a timeline of l pairs; None without positions."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hqlt.memory.heads import Heads
-from hqlt.memory.state import Entry, Tree
+from hqlt.memory.state import Entry
 from hqlt.registry import register
 from hqlt.shapes import Keys, Positions, Values, at_least_float32
 
@@ -91,11 +91,14 @@ class Retention(nn.Module):
         """
         raise NotImplementedError
 
-    def entries(self, s: int) -> Tree:
-        """What is held, without b, beside s recent entries; () where nothing is kept."""
+    def forward(self, keys: Keys, values: Values, positions: Positions) -> Tensor:
+        """The scores as they are compared and held: detached, in at least float32, without NaN."""
+        scores = self.score(keys, values, positions).detach().to(at_least_float32(keys.dtype))
+        return scores.masked_fill(scores.isnan(), -torch.inf)
+
+    def entries(self, s: int) -> Kept:
+        """What is held, without b, beside s recent entries."""
         h, K = self.heads.pairs, self.kept
-        if not K:
-            return ()
         keys, values = (Entry((K, h, width), "narrow") for width in (self.heads.k, self.heads.v))
         return Kept(keys, values, Entry((K, h), "int64"), Entry((K + s, h)))  # type: ignore[arg-type]
 
@@ -113,14 +116,13 @@ class Retention(nn.Module):
 
         leaves: the position at which an entry leaves the window. past: what was kept after `count` [b] tokens of a
         segment, with the last min(K, used) [b] slots in use; None: nothing.
-        """  # fmt: skip
+        """
         (b, l), h, K, device = keys.shape[:2], self.heads.pairs, self.kept, keys.device
-        wide = at_least_float32(keys.dtype)
         if past is None:
             past = pytree.tree_map(lambda entry: entry.zeros(b, keys, None), self.entries(0))
         s = past.scores.shape[1] - K
-        new = self.score(keys[:, s:], values[:, s:], positions[:, s:]).detach().to(wide)
-        scores = torch.cat([past.scores.detach().to(wide), new.masked_fill(new.isnan(), -torch.inf)], dim=1)
+        new = self(keys[:, s:], values[:, s:], positions[:, s:])
+        scores = torch.cat([past.scores.detach().to(new.dtype), new], dim=1)
         unused = torch.arange(K, 0, -1, device=device) > used[:, None]
         begin = torch.arange(l, device=device) - positions
         segment = torch.cat([(s - count)[:, None].expand(-1, K), begin], dim=1)
@@ -152,7 +154,7 @@ class Retention(nn.Module):
         return Kept(taken(keys), taken(values), taken(positions), torch.cat([taken(scores), recent_scores], dim=1))
 
     def extra_repr(self) -> str:
-        return f"kept={self.kept}" if self.kept else ""
+        return f"kept={self.kept}"
 
 
 @register("retention", "recent")
