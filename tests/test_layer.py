@@ -209,6 +209,8 @@ def test_state_dtypes(choice, dtype):
     wide = torch.promote_types(dtype, torch.float32)
     expected = dict.fromkeys(("kv.keys", "kv.values", "convolution"), dtype)
     expected |= dict.fromkeys(("kv.gates.beta", "fw.matrix", "fw.key_sum"), wide) | {"position": torch.int64}
+    expected |= {"kv.kept.keys": dtype, "kv.kept.values": dtype}
+    expected |= {"kv.kept.positions": torch.int64, "kv.kept.scores": wide}
     _, state = layer(tokens(2, 6, dtype=dtype))
     for each in (layer.init_state(2), state, layer(tokens(2, 1, dtype=dtype), state=state)[1]):
         for name, part in each.named_leaves().items():

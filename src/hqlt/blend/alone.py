@@ -19,7 +19,7 @@ class KVOnly(Blend):
         self, memories: Memories, new: Tokens, timeline: Timeline, past: Tree | None, resets: Resets | None
     ) -> tuple[Reads, Tree]:
         assert memories.kv is not None
-        return Reads(None, memories.kv(new.q, timeline.keys, timeline.values, self.window, timeline.resets)), ()
+        return Reads(None, self.attend(memories.kv, new.q, timeline)), ()
 
 
 @register("blend", "fw-only")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from hqlt.memory import FWMemory, Held, KVMemory, MemoryState, Tree
+from hqlt.memory import Candidates, FWMemory, Held, KVMemory, MemoryState, Retention, Tree
 from hqlt.ops.segments import positions
 from hqlt.registry import name_of
 from hqlt.shapes import Keys, Positions, Queries, Resets, Values, is_symbolic
@@ -54,6 +54,7 @@ class Timeline(NamedTuple):
     gates: Tree  # [b, l, …] each; () for a blend that does not keep them
     position: Positions  # [b, l] of each pair's token in its segment, negative for an unused slot
     resets: Resets | None  # Bool [b, l], None where no segment begins after the timeline's first pair
+    candidates: Candidates | tuple[()] = ()  # the same pairs and those kept beyond the window; () where none are
 
 
 class Blend(nn.Module):
@@ -104,6 +105,8 @@ class Blend(nn.Module):
         self, memories: Memories, new: Tokens, state: MemoryState | None, resets: Resets | None
     ) -> tuple[Reads, MemoryState]:
         timeline = self.timeline(new, state, resets)
+        if memories.kv is not None and memories.kv.retention is not None:
+            timeline = timeline._replace(candidates=self.candidates(memories.kv.retention, timeline, state))
         reads, fw = self.read(memories, new, timeline, None if state is None else state.fw, resets)
         return reads, self.state_after(memories, timeline, fw)
 
@@ -128,6 +131,27 @@ class Blend(nn.Module):
         keys, values = behind(state.kv.keys, keys), behind(state.kv.values, values)
         return Timeline(keys, values, pytree.tree_map(behind, state.kv.gates, gates), position, position == 0)
 
+    def leaves(self, position: Tensor) -> Tensor:
+        """The position at which a pair leaves the window, from its own."""
+        assert self.window is not None, "the layer refuses a retention that keeps more"
+        return position + self.window
+
+    def candidates(self, retention: Retention, timeline: Timeline, state: MemoryState | None) -> Candidates:
+        """The timeline's pairs, behind those that the retention kept."""
+        keys, values, _, position, _, _ = timeline
+        past, count, used = None, torch.zeros_like(position[:, 0]), torch.zeros_like(position[:, 0])
+        if state is not None and isinstance(state.kv, Held):
+            past, count = state.kv.kept, state.position
+            used = count - self.held(count)
+            held = torch.arange(position.shape[1], device=position.device) < state.slots
+            position = position.masked_fill(held & (position < used[:, None]), -1)  # of a slot that is unused
+        return retention.candidates(keys, values, position, self.leaves(position), past, count, used)
+
+    def attend(self, kv: KVMemory, q: Queries, timeline: Timeline) -> Values:
+        """What the queries read from the KV-memory."""
+        out: Values = kv(q, timeline.keys, timeline.values, self.window, timeline.resets, timeline.candidates)
+        return out
+
     @staticmethod
     def alive(x: Tree, live: Tensor) -> Tree:
         """Zeros in place of what is not live, [b, t, …] each: whatever it held then reaches nobody."""
@@ -135,9 +159,16 @@ class Blend(nn.Module):
 
     def state_after(self, memories: Memories, timeline: Timeline, fw: Tree) -> MemoryState:
         """What to hold of the timeline, and the FW-memory after it."""
-        keys, values, gates, position, _ = timeline
+        keys, values, gates, position, _, candidates = timeline
         count = position[:, -1] + 1
-        kv = () if memories.kv is None else self.latest(Held(keys, values, gates), count)
+        kv: Held | tuple[()] = ()
+        if memories.kv is not None:
+            recent_scores = candidates.scores[:, memories.kv.kept :] if candidates else ()
+            kv = self.latest(Held(keys, values, gates, recent_scores), count)
+            if candidates and memories.kv.retention is not None:
+                used = count - self.held(count)
+                kept = memories.kv.retention.after(candidates, kv.kept, used, self.leaves(used - 1))
+                kv = kv._replace(kept=kept)
         return MemoryState(kv, fw, keys.new_zeros(keys.shape[0], 0, 0), count)
 
     def extra_repr(self) -> str:

@@ -42,13 +42,16 @@ class DelayedChunk(Blend):
     def held(self, count: Tensor) -> Tensor:
         return torch.where(count > 0, (count - 1) % self.slots + 1, 0)
 
+    def leaves(self, position: Tensor) -> Tensor:
+        return (position // self.slots + 1) * self.slots
+
     def read(
         self, memories: Memories, new: Tokens, timeline: Timeline, past: Tree | None, resets: Resets | None
     ) -> tuple[Reads, Tree]:
         kv, fw = memories.both()
         q = new.q
         begins_chunk = timeline.position % self.slots == 0
-        attended = kv(q, timeline.keys, timeline.values, self.window, begins_chunk)
+        attended = self.attend(kv, q, timeline._replace(resets=begins_chunk))
         if past is None and resets is None and not is_symbolic(q.shape[1]):
             read, after = self._scan_aligned(fw, q, timeline)
         elif past is not None and self._known_not(begins_chunk[:, -q.shape[1] :].any()):

@@ -55,7 +55,7 @@ class DelayedStreaming(Blend):
         keys, values, gates = self.alive((keys, values, gates if self.keeps_gates else new.gates), live)
         write = Write(keys, values, gates, live)
         written, after = fw(new.q, write, past, resets)
-        return Reads(written, kv(new.q, timeline.keys, timeline.values, self.window, timeline.resets)), after
+        return Reads(written, self.attend(kv, new.q, timeline)), after
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, write_gates={WRITE_GATES[self.keeps_gates]!r}"

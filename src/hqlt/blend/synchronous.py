@@ -22,4 +22,4 @@ class Synchronous(Blend):
     ) -> tuple[Reads, Tree]:
         kv, fw = memories.both()
         written, after = fw(new.q, Write(new.keys, new.values, new.gates, None), past, resets)
-        return Reads(written, kv(new.q, timeline.keys, timeline.values, self.window, timeline.resets)), after
+        return Reads(written, self.attend(kv, new.q, timeline)), after

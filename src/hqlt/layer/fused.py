@@ -42,7 +42,7 @@ class OneToken:
             return None
         q, k, v, beta, gate = projected
         kv, fw, norm = state.kv, state.fw, parts.norm
-        keys, values, gates = kv or (NOTHING, NOTHING, ())
+        keys, values, gates, _ = kv or (NOTHING, NOTHING, (), ())
         beta, betas = beta if isinstance(beta, Tensor) else NOTHING, gates[0] if gates else NOTHING
         matrix, key_sum = (*fw, NOTHING, NOTHING)[:2]
         weight = norm.weight if type(norm) is RMSNorm else NOTHING
@@ -106,7 +106,7 @@ class InOneOperation:
         _, kv, fw, blend, mixer, norm = parts
         if type(blend) is not Synchronous or type(mixer) is not VectorMixer or type(norm) is not RMSNorm:
             return None
-        if type(kv) is not KVMemory or type(fw) is not DeltaMemory or kv.heads.queries != kv.heads.pairs:
+        if type(kv) is not KVMemory or kv.kept or type(fw) is not DeltaMemory or kv.heads.queries != kv.heads.pairs:
             return None
         if explain("synchronous", projected.q).name != "triton":
             return None

@@ -41,8 +41,10 @@ class HybridMemory(nn.Module):
     blend: when a token reaches each memory: "synchronous", "delayed-streaming" (write_gates="current" or "own"),
     "delayed-chunk"; "kv-only" and "fw-only" are the baselines from the same parts ("kv-only" as in Transformer++: v
     without SiLU, no norm). mixer: "vector" (where None), "scalar", "sum", "add" (gate_bias). fast_weights: how a pair
-    is written: "delta" (where None; beta_max, beta_bias) or "linear". The KV-memory takes rope_theta (base of its
-    rotary positions, 10000 unless given, None for none), partial_rotary_factor and rope_scaling (`hqlt.memory.rotary`).
+    is written: "delta" (where None; beta_max, beta_bias) or "linear". retention: which entries stay visible beyond the
+    window: none with "recent" (where None), `kept` a KV head with "value-norm" and "random". The KV-memory takes
+    rope_theta (base of its rotary positions, 10000 unless given, None for none), partial_rotary_factor and rope_scaling
+    (`hqlt.memory.rotary`).
 
     Heads: num_kv_heads (None: num_heads) share pairs and matrix among query heads; head_dim (None: hidden_size /
     num_heads) of q and k; "fw-only" has value heads of their own number (num_value_heads) and width (value_dim).
@@ -70,6 +72,7 @@ class HybridMemory(nn.Module):
         mixer: str | None = None,
         fast_weights: str | None = None,
         *,
+        retention: str | None = None,
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         num_value_heads: int | None = None,
@@ -87,7 +90,7 @@ class HybridMemory(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        chosen = choices(blend, mixer, fast_weights)
+        chosen = choices(blend, mixer, fast_weights, retention)
         takers = {f"{kind}={name!r}": cls for kind, (name, cls) in chosen.items()}
         own = dict(zip(chosen, registry.share_out(options, takers), strict=True))
         built = {kind: cls for kind, (_, cls) in chosen.items()}
@@ -101,7 +104,13 @@ class HybridMemory(nn.Module):
         self.hidden_size, self.num_heads = hidden_size, num_heads
 
         self.blend: Blend = built["blend"](window, **own["blend"])
-        self.kv: KVMemory | None = KVMemory(heads, **own["memory"]) if has_kv else None
+        self.kv: KVMemory | None = None
+        if has_kv:
+            self.kv = KVMemory(heads, built["retention"](heads, **own["retention"]), **own["memory"])
+            if self.kv.kept and window is None:
+                raise ValueError(
+                    f"retention: expected 'recent' with window=None, which holds every entry, got {retention!r}"
+                )
         self.fw: FWMemory | None = built["fast_weights"](heads, **own["fast_weights"]) if has_fw else None
         self.mixer: Mixer = built["mixer"](heads, **own["mixer"]) if has_kv and has_fw else Alone(heads)
         self._activations(kv_activation, fw_activation)
@@ -163,7 +172,7 @@ class HybridMemory(nn.Module):
             gates = self.fw.gate_entries() if self.fw is not None and self.blend.keeps_gates else ()
             gates = pytree.tree_map(lambda entry: Entry((s, *entry.sizes), entry.dtype), gates)
             keys, values = (Entry((s, heads.pairs, width), "narrow") for width in (heads.k, heads.v))
-            kv = Held(keys, values, gates)  # type: ignore[arg-type]
+            kv = Held(keys, values, gates, self.kv.kept_entries(s or 0))  # type: ignore[arg-type]
         taps = self.conv.size - 1 if self.conv else 0
         fw = () if self.fw is None else self.fw.state_entries()
         return MemoryState(kv, fw, Entry((taps, self.channels), "narrow"), Entry((), "int64"))  # type: ignore[arg-type]
@@ -301,14 +310,20 @@ class HybridMemory(nn.Module):
         return f"hidden_size={self.hidden_size}, num_heads={self.num_heads}"
 
 
-def choices(blend: str, mixer: str | None, fast_weights: str | None) -> dict[str, tuple[str, Any]]:
+def choices(
+    blend: str, mixer: str | None, fast_weights: str | None, retention: str | None = None
+) -> dict[str, tuple[str, Any]]:
     """By argument: the name that is chosen, and its class; of a layer with one memory, what that memory needs.
 
     Raises ValueError for an unknown name, and for a name where there is nothing to choose.
     """
     chosen: dict[str, tuple[str, Any]] = {"blend": (blend, registry.find("blend", blend))}
     cls = chosen["blend"][1]
-    named = {"mixer": (mixer, "vector", cls.has_kv and cls.has_fw), "fast_weights": (fast_weights, "delta", cls.has_fw)}
+    named = {
+        "mixer": (mixer, "vector", cls.has_kv and cls.has_fw),
+        "fast_weights": (fast_weights, "delta", cls.has_fw),
+        "retention": (retention, "recent", cls.has_kv),
+    }
     for argument, (name, default, used) in named.items():
         if used:
             name = default if name is None else name
@@ -323,10 +338,10 @@ def choices(blend: str, mixer: str | None, fast_weights: str | None) -> dict[str
 OF_FW_ONLY = ("num_value_heads", "value_dim")
 
 
-def arguments_of(blend: str, mixer: str | None, fast_weights: str | None) -> list[str]:
+def arguments_of(blend: str, mixer: str | None, fast_weights: str | None, retention: str | None = None) -> list[str]:
     """The names of the arguments that a layer of these choices uses."""
-    chosen = choices(blend, mixer, fast_weights)
-    unused = {name for name in ("mixer", "fast_weights") if name not in chosen}
+    chosen = choices(blend, mixer, fast_weights, retention)
+    unused = {name for name in ("mixer", "fast_weights", "retention") if name not in chosen}
     unused |= set(OF_FW_ONLY) if "memory" in chosen else set()
     own = [name for name in _own_arguments() if name not in unused]
     return [*own, *_options(cls for _, cls in chosen.values())]
@@ -334,7 +349,7 @@ def arguments_of(blend: str, mixer: str | None, fast_weights: str | None) -> lis
 
 def layer_arguments() -> list[str]:
     """The names of all arguments that some layer understands, those of registered choices included."""
-    kinds = ("blend", "mixer", "rule")
+    kinds = ("blend", "mixer", "rule", "retention")
     classes = [registry.find(kind, name) for kind in kinds for name in registry.names(kind)]
     return [*_own_arguments(), *_options([KVMemory, *classes])]
 

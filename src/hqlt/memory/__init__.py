@@ -2,19 +2,22 @@
 
 from hqlt.memory.fw import DeltaMemory, FWMemory, LinearMemory, Write
 from hqlt.memory.heads import Heads
-from hqlt.memory.kv import KVMemory
+from hqlt.memory.kv import Candidates, Kept, KVMemory, Retention
 from hqlt.memory.state import Entry, Held, MemoryState, Tree
 from hqlt.memory.storage import fingerprint, load_state, save_state
 
 __all__ = [
+    "Candidates",
     "DeltaMemory",
     "Entry",
     "FWMemory",
     "Heads",
     "Held",
     "KVMemory",
+    "Kept",
     "LinearMemory",
     "MemoryState",
+    "Retention",
     "Tree",
     "Write",
     "fingerprint",

@@ -87,6 +87,13 @@ class Rotary(NamedTuple):
         """
         return (_new_table if is_traced() else _kept_table)(self, l, k, device, dtype)
 
+    def waves(self, positions: Tensor, k: int, dtype: torch.dtype) -> Table:
+        """cos and sin of the angles at these positions, Int[l]: [l, 1, width/2] each. The angles are float64."""
+        f, factor = self.frequencies(k)
+        angle = positions.double()[:, None, None] * f.to(positions.device)
+        dtype = at_least_float32(dtype)
+        return (factor * angle.cos()).to(dtype), (factor * angle.sin()).to(dtype)
+
     def frequencies(self, k: int) -> tuple[Tensor, float]:
         """f [width/2] in float64 on the CPU, and the factor of cos and sin."""
         width = self.width(k)
@@ -210,11 +217,8 @@ def _read(rope_scaling: Mapping[str, Any] | None) -> tuple[tuple[str, Any], ...]
 
 
 def _new_table(rotary: Rotary, l: int, k: int, device: torch.device, dtype: torch.dtype) -> Table:
-    f, factor = rotary.frequencies(k)
-    angle = torch.arange(l, dtype=torch.float64, device="cpu")[:, None] * f
-    dtype = at_least_float32(dtype)
-    cos, sin = ((factor * wave)[:, None].to(device, dtype) for wave in (angle.cos(), angle.sin()))
-    return cos, sin
+    cos, sin = rotary.waves(torch.arange(l, device="cpu"), k, dtype)
+    return cos.to(device), sin.to(device)
 
 
 @functools.lru_cache(maxsize=64)

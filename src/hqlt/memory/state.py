@@ -48,12 +48,15 @@ class Held(NamedTuple):
     gates: Tree
     """[b, s, …] each: how a pair will be written, for the blends that write it later with its own gates; () for the
     others."""
+    kept: Tree = ()
+    """What a retention keeps beyond the window, of a fixed number of slots; () where it keeps nothing."""
 
     def with_slots(self, s: int) -> Held:
         """The same pairs in a buffer of s ≥ the present number of slots; the new, unused ones come first."""
         more = s - self.keys.shape[1]
         pad: Callable[[Tensor], Tensor] = lambda x: torch.cat([x.new_zeros(x.shape[0], more, *x.shape[2:]), x], dim=1)  # noqa: E731
-        return pytree.tree_map(pad, self)
+        keys, values, gates = pytree.tree_map(pad, (self.keys, self.values, self.gates))
+        return Held(keys, values, gates, self.kept)
 
 
 class MemoryState(NamedTuple):
@@ -140,8 +143,11 @@ class MemoryState(NamedTuple):
 
         moved = self.map(lambda x: move(x, dtype and at_least_float32(dtype)))
         if isinstance(self.kv, Held) and isinstance(moved.kv, Held):
-            held = moved.kv._replace(keys=move(self.kv.keys, dtype), values=move(self.kv.values, dtype))
-            moved = moved._replace(kv=held)
+            held, kept = self.kv, moved.kv.kept
+            if kept:
+                kept = kept._replace(keys=move(held.kept.keys, dtype), values=move(held.kept.values, dtype))
+            keys, values = move(held.keys, dtype), move(held.values, dtype)
+            moved = moved._replace(kv=moved.kv._replace(keys=keys, values=values, kept=kept))
         return moved._replace(convolution=move(self.convolution, dtype))
 
     def bytes_per_row(self) -> int:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from hqlt.memory import Held, MemoryState
+from hqlt.memory import Held, Kept, MemoryState
 from hqlt.memory.fw import DeltaGates, DeltaState
 from hqlt.ops import LinearState
 
@@ -237,7 +237,7 @@ def register_cache_for_export() -> None:
     into a model: a cache given to such a model would not be brought up to date, only the one that it returns.
     """
     if HQLTCache not in pytree.SUPPORTED_NODES:
-        for cls in (MemoryState, Held, DeltaState, DeltaGates, LinearState):
+        for cls in (MemoryState, Held, Kept, DeltaState, DeltaGates, LinearState):
             pytree._register_namedtuple(cls, serialized_type_name=f"hqlt.{cls.__name__}")
         pytree.register_pytree_node(
             HQLTCache,

@@ -38,11 +38,14 @@ MISSPELT = 0.85
 """How like a field a key in a file must be to count as that field misspelt. (unk_token_id is not bos_token_id.)"""
 
 
-def choices_of(kind: str, blend: str, mixer: str, fast_weights: str) -> dict[str, Any]:
+def choices_of(kind: str, blend: str, mixer: str, fast_weights: str, retention: str) -> dict[str, Any]:
     """What is chosen by name in a layer of this kind."""
-    hybrid = {"blend": blend, "mixer": mixer, "fast_weights": fast_weights}
-    alone = {"blend": f"{kind}-only", "mixer": None, "fast_weights": fast_weights if kind == "fw" else None}
-    return hybrid if kind == "hybrid" else alone
+    return {
+        "blend": blend if kind == "hybrid" else f"{kind}-only",
+        "mixer": mixer if kind == "hybrid" else None,
+        "fast_weights": None if kind == "kv" else fast_weights,
+        "retention": None if kind == "fw" else retention,
+    }
 
 
 def without_unused(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
@@ -50,9 +53,16 @@ def without_unused(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any
 
     Raises ValueError for an unknown name.
     """
-    fields = {"blend": "synchronous", "mixer": "vector", "fast_weights": "delta", **shared, **own}
+    fields = {
+        "blend": "synchronous",
+        "mixer": "vector",
+        "fast_weights": "delta",
+        "retention": "recent",
+        **shared,
+        **own,
+    }
     kinds = fields.get("layer_kinds") or "hybrid"
-    names = [fields[name] for name in ("blend", "mixer", "fast_weights")]
+    names = [fields[name] for name in ("blend", "mixer", "fast_weights", "retention")]
     used = {
         name
         for kind in {*([kinds] if isinstance(kinds, str) else kinds)}
@@ -90,6 +100,10 @@ class HQLTConfig(PreTrainedConfig):
     """How a hybrid layer's two reads become one: "vector", "scalar", "sum", "add"."""
     fast_weights: str = "delta"
     """The FW-memory's write rule: "delta", or "linear" for the additive one."""
+    retention: str = "recent"
+    """Which entries stay visible beyond a KV-memory's window: "recent" for none, "value-norm", "random"."""
+    kept: int = 0
+    """Entries that a KV head keeps beyond its window, with another retention than "recent"."""
     beta_max: float | int = 2.0
     """The largest write strength: 2.0 lets the delta rule track state, 1.0 is DeltaNet's."""
     beta_bias: float | int | None = None
@@ -194,8 +208,10 @@ class HQLTConfig(PreTrainedConfig):
         """What `HybridMemory` is built with for this layer: its kind's choices, and the options that they use."""
         kind = self.kinds[layer]
         kv_window = self.kv_window[layer] if isinstance(self.kv_window, list) else self.kv_window
-        choices = choices_of(kind, self.blend, self.mixer, self.fast_weights)
         window = {"hybrid": self.window, "kv": kv_window, "fw": None}[kind]
+        choices = choices_of(kind, self.blend, self.mixer, self.fast_weights, self.retention)
+        if kind == "kv" and kv_window is None:
+            choices["retention"] = "recent"  # which is all of them
         used = arguments_of(**choices)
         given = {name: getattr(self, name) for name in layer_arguments() if hasattr(self, name)} | (self.options or {})
         return {name: value for name, value in given.items() if name in used} | choices | {"window": window}
@@ -239,7 +255,8 @@ class HQLTConfig(PreTrainedConfig):
             if name not in used and name not in ("window", "blend"):
                 raise ValueError(
                     f"{name}: expected an option that a layer uses (layer_kinds {sorted(set(self.kinds))}, "
-                    f"blend={self.blend!r}, mixer={self.mixer!r}, fast_weights={self.fast_weights!r}), got one that "
+                    f"blend={self.blend!r}, mixer={self.mixer!r}, fast_weights={self.fast_weights!r}, "
+                    f"retention={self.retention!r}), got one that "
                     f"none does; leave it out"
                 )
 

@@ -33,4 +33,4 @@ class OneBehind(Blend):
 
         write = Write(*tree_map(earlier, timeline[:3]), before)
         read, after = fw(new.q, write, past, resets)
-        return Reads(read, kv(new.q, timeline.keys, timeline.values, self.window, timeline.resets)), after
+        return Reads(read, self.attend(kv, new.q, timeline)), after

@@ -1,0 +1,205 @@
+"""Which entries a retention keeps: by a loop over tokens that keeps them in a list, and by the laws of a memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hqlt import HQLTConfig, HQLTForCausalLM, HybridMemory, registry
+from hqlt.memory import Kept
+from tests.laws import Laws, close, in_pieces, segments, stories
+from tests.layers import GROUPED, HEADS, HIDDEN, HYBRIDS, as_memory, build_layer, tokens
+
+CHOICES = {
+    "kv-only": {"blend": "kv-only", "retention": "random", "kept": 1},
+    "delayed-streaming": {"blend": "delayed-streaming", "retention": "value-norm", "kept": 2},
+    "own gates": {"blend": "delayed-streaming", "write_gates": "own", "retention": "random", "kept": 2},
+    "grouped": {"blend": "synchronous", "retention": "value-norm", "kept": 2, "partial_rotary_factor": 0.5, **GROUPED},
+    "no positions": {"blend": "kv-only", "retention": "value-norm", "kept": 4, "rope_theta": None, "conv_size": 3},
+}
+
+
+class TestLaws(Laws):
+    longest = 12
+
+    @pytest.fixture(params=CHOICES)
+    def build(self, request):
+        return lambda window: as_memory(build_layer("", window, **CHOICES[request.param]))
+
+
+def seen_by_hand(scores, window, kept, chunks):
+    """scores: of the tokens of a segment. For each of them the tokens that it sees."""
+    stay, recent = [], []
+    for t in range(len(scores)):
+        before, recent = recent, list(range(t // window * window if chunks else max(t - window + 1, 0), t + 1))
+        stay = sorted([*stay, *(j for j in before if j not in recent)], key=lambda j: (-scores[j], j))[:kept]
+        yield [*stay, *recent]
+
+
+def read_by_hand(q, k, v, seen, theta):
+    """Softmax attention of the last token over those that are seen, each key turned by its distance."""
+    half, t = q.shape[0] // 2, k.shape[0] - 1
+    turn = torch.arange(half, dtype=torch.float64) * (-2 / (2 * half))
+    as_complex = lambda x: torch.complex(x[..., :half], x[..., half:])  # noqa: E731
+    distance = t - torch.tensor(seen, dtype=torch.float64)
+    turned = as_complex(k[seen]) * torch.polar(torch.ones(1, dtype=torch.float64), -distance[:, None] * theta**turn)
+    logits = (as_complex(q).conj() * turned).real.sum(-1) / (2 * half) ** 0.5
+    return logits.softmax(0) @ v[seen]
+
+
+def coarse(keys, values, positions):
+    """Scores of which many are the same."""
+    return values.sum(dim=-1).round()
+
+
+@pytest.mark.parametrize("blend", [*HYBRIDS, "kv-only"])
+@given(story=stories(16), kept=st.integers(1, 4), ties=st.booleans(), g=st.sampled_from([1, 2]))
+def test_what_is_read_is_what_a_loop_over_tokens_keeps(blend, story, kept, ties, g):
+    heads = {"num_heads": HEADS * g, "num_kv_heads": HEADS, "head_dim": 4}
+    layer = build_layer("", story.window, blend=blend, retention="value-norm", kept=kept, **heads)
+    if ties:
+        layer.kv.retention.score = coarse
+    reads = []
+    layer.kv.register_forward_hook(lambda kv, given, out: reads.append(out))
+    x = tokens(story.b, story.t)
+    in_pieces(lambda given, state, resets: layer(*given, state, resets), (x,), story.resets, story.cuts)
+    q, k, v = layer.split(layer.q_proj(x), layer.k_proj(x), layer.v_proj(x))
+    v = layer.v_activation(v)
+    scores = layer.kv.retention.score(k, v, None)
+    got = torch.cat(reads, dim=1) if reads else None
+    for row in range(story.b):
+        for begin, end in segments(story.resets, row, story.t):
+            for head in range(HEADS * g):
+                pair = head // g
+                marks = scores[row, begin:end, pair].tolist()
+                for t, seen in enumerate(seen_by_hand(marks, story.window, kept, blend == "delayed-chunk")):
+                    of_head = k[row, begin : begin + t + 1, pair], v[row, begin : begin + t + 1, pair]
+                    expected = read_by_hand(q[row, begin + t, head], *of_head, seen, 10_000.0)
+                    close(got[row, begin + t, head], expected)
+
+
+def test_a_hand_made_example():
+    """Window 2, one entry kept: token 0 leaves at 2 and stays; 1 leaves at 3 and loses; 2 leaves at 4 and wins."""
+    seen = list(seen_by_hand([5.0, 3.0, 7.0, 1.0, 7.0, 0.0, 0.0], window=2, kept=1, chunks=False))
+    assert seen == [[0], [0, 1], [0, 1, 2], [0, 2, 3], [2, 3, 4], [2, 4, 5], [2, 5, 6]]
+
+
+def test_the_state_holds_what_stays_oldest_first():
+    layer = build_layer("", 2, blend="kv-only", retention="value-norm", kept=3)
+    layer.kv.retention.score = lambda keys, values, positions: (
+        -(positions[..., None].double() % 3).expand(-1, -1, HEADS)
+    )
+    _, state = layer(tokens(1, 9))
+    assert state.kv.kept.positions[0, :, 0].tolist() == [0, 3, 6]
+    assert state.kv.kept.scores[0, :, 0].tolist() == [0, 0, 0, -2]  # the last: of token 8, in the window
+    close(
+        state.kv.kept.values[:, :, 0], layer.v_activation(layer.v_proj(tokens(1, 9)))[:, [0, 3, 6], : HIDDEN // HEADS]
+    )
+    _, state = layer(tokens(1, 3), state, torch.tensor([[False, False, True]]))
+    assert not any(x.any() for x in state.kv.kept._replace(scores=state.kv.kept.scores[:, :3]))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-8), (torch.float32, 1e-5)])
+def test_a_token_of_a_long_segment_is_read_as_one_of_a_short(dtype, tolerance):
+    """Only distances matter, ten million tokens on as well."""
+    layer = build_layer("", 3, dtype, blend="kv-only", retention="value-norm", kept=2)
+    _, state = layer(tokens(2, 9, dtype=dtype))
+    far = 10_000_000
+    kept = state.kv.kept._replace(positions=state.kv.kept.positions + far)
+    later = state._replace(kv=state.kv._replace(kept=kept), position=state.position + far)
+    x = tokens(2, 4, seed=1, dtype=dtype)
+    close(layer(x, later)[0], layer(x, state)[0], tolerance)
+
+
+def test_random_is_a_hash_of_head_and_position():
+    retention = registry.find("retention", "random")(build_layer("kv-only").sizes, kept=1)
+    positions = torch.tensor([[0, 1, 2, 1_000_003]])
+    got = retention.score(None, torch.zeros(1), positions)
+
+    def lowbias32(x):
+        x = ((x ^ (x >> 16)) * 0x21F0AAAD) % 2**32
+        x = ((x ^ (x >> 15)) * 0x735A2D97) % 2**32
+        return x ^ (x >> 15)
+
+    expected = [
+        [lowbias32(HEADS * position + head) >> 8 for head in range(HEADS)] for position in positions[0].tolist()
+    ]
+    assert got[0].tolist() == expected
+    many = retention.score(None, torch.zeros(1), torch.arange(10_000)[None]) / 2**24
+    assert abs(many.mean() - 0.5) < 0.01
+    assert abs(torch.corrcoef(many[0].T)[0, 1]) < 0.03
+
+
+def test_recent_costs_nothing():
+    layer = build_layer("synchronous-vector-delta-plain")
+    assert layer.kv.retention is None
+    assert layer.init_state(1).kv.kept == ()
+    assert layer.kv.native == "window"
+    assert build_layer("kv-only", retention="value-norm", kept=2).kv.native is None
+
+
+def test_narrow_states():
+    layer = build_layer("", 2, torch.bfloat16, blend="synchronous", retention="value-norm", kept=2)
+    _, state = layer(tokens(2, 7, dtype=torch.bfloat16))
+    for held in (state, state.to(dtype=torch.float32).to(dtype=torch.bfloat16), layer.init_state(2)):
+        kinds = torch.bfloat16, torch.bfloat16, torch.int64, torch.float32
+        assert tuple(x.dtype for x in held.kv.kept) == kinds
+        assert layer(tokens(2, 3, dtype=torch.bfloat16), held)[0].isfinite().all()
+
+
+def test_what_users_do_with_a_state():
+    layer = build_layer("", 2, blend="delayed-streaming", retention="value-norm", kept=2)
+    x, y = tokens(2, 7), tokens(2, 5, seed=1)
+    (_, a), (_, b) = layer(x), layer(x[:, :4])
+    expected = torch.cat([layer(y, a)[0][1:], layer(y, b)[0][:1]])
+    joined = a.concatenate([a.select([1]), b.select([0])])
+    close(layer(y.flip(0), joined)[0], expected)
+    mixed = a.where(torch.tensor([False, True]), b)
+    close(layer(y.flip(0), mixed.select([1, 0]))[0], expected)
+    assert isinstance(joined.repeat(2).detach().kv.kept, Kept)
+
+
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        ({"retention": "value-norm"}, "kept: expected at least 1, .* got 0"),
+        ({"retention": "recent", "kept": 3}, "kept: expected an option of what was chosen"),
+        ({"kept": 3}, r"kept: expected an option of what was chosen \(.*retention='recent' uses none"),
+        (
+            {"retention": "surprising"},
+            "retention: expected one of 'recent', 'value-norm', 'random'.*, got 'surprising'",
+        ),
+        ({"retention": "random", "kept": 2, "window": None}, "retention: expected 'recent' with window=None"),
+        ({"blend": "fw-only", "retention": "recent"}, "retention: expected none for blend 'fw-only'"),
+    ],
+)
+def test_what_does_not_fit_is_refused(options, refused):
+    with pytest.raises(ValueError, match=refused):
+        HybridMemory(**{"hidden_size": 8, "num_heads": 2, "window": 4, **options})
+
+
+def test_a_blend_that_reads_past_the_kept_ones_is_refused():
+    layer = build_layer("kv-only", retention="value-norm", kept=2)
+    q = torch.zeros(1, 3, HEADS, HIDDEN // HEADS, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"candidates: .* by Blend\.attend"):
+        layer.kv(q, q, q, 4, None)
+
+
+SMALL = {"hidden_size": 16, "num_heads": 2, "window": 3, "num_hidden_layers": 2, "vocab_size": 11}
+
+
+def test_a_model_generates_with_it():
+    model = HQLTForCausalLM(HQLTConfig(**SMALL, retention="value-norm", kept=4)).double()
+    assert [block.memory.kv.kept for block in model.model.layers] == [4, 4]
+    text = torch.randint(1, 11, (2, 9))
+    continued = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(text, **continued), model.generate(text, use_cache=False, **continued))
+
+
+def test_layers_of_full_attention_keep_everything_already():
+    config = HQLTConfig(**SMALL, layer_kinds=["kv", "hybrid"], retention="random", kept=4)
+    assert [config.layer_options(layer)["retention"] for layer in range(2)] == ["recent", "random"]
+    with pytest.raises(ValueError, match="kept: expected an option that a layer uses"):
+        HQLTConfig(**SMALL, layer_kinds=["kv", "kv"], retention="random", kept=4)
