@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations, prune
 
 from hqlt import HybridMemory, ops
 from hqlt.layer import RMSNorm
+from hqlt.memory.state import leaves
 from tests.laws import close
 from tests.layers import HEADS, HIDDEN, ONE_OF_EACH_BLEND, build_layer, tokens
 
@@ -31,7 +32,7 @@ def case(choice, t):
 
 def same(got, expected):
     close(got[0], expected[0])
-    for mine, theirs in zip(got[1].leaves(), expected[1].leaves(), strict=True):
+    for mine, theirs in zip(leaves(got[1]), leaves(expected[1]), strict=True):
         close(mine, theirs)
 
 
