@@ -242,7 +242,10 @@ class TestErrors:
             ({"mixer": "vectors"}, "mixer: .* got 'vectors'; did you mean 'vector'"),
             ({"fast_weights": "deltas"}, "fast_weights: .* did you mean 'delta'"),
             ({"beta_max": 2.5}, r"beta_max: expected a number in \(0, 2\].* got 2.5"),
-            ({"num_heads": 8}, "even head width for rotary positions, got 1; .*rope_theta=None"),
+            (
+                {"num_heads": 8},
+                "expected an even number of at least 2, because rotary positions .* = 1; .*rope_theta=None",
+            ),
             ({"conv_size": -1}, "conv_size: .* got -1"),
         ],
     )

@@ -10,7 +10,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig, PreTrainedModel
 
-from hqlt.layer import HybridMemory, layer_arguments
+from hqlt.layer import HybridMemory
 from hqlt.model import HQLTConfig, HQLTForCausalLM
 
 
@@ -20,8 +20,6 @@ def test_fields_of_the_layer_have_its_names_and_defaults():
         assert hasattr(config, name)
         if parameter.default not in (parameter.empty, None):  # a mixer or rule left out is the config's
             assert getattr(config, name) == parameter.default, name
-    for name in layer_arguments():
-        assert hasattr(config, name)
 
 
 @pytest.mark.parametrize(("hidden_size", "width"), [(1024, 2816), (2048, 5632), (96, 256), (97, 512)])
@@ -126,7 +124,7 @@ def test_what_transformers_adds_is_accepted(small):
         ({"window": None, "blend": "delayed-chunk"}, "window: expected a number of tokens"),
         ({"blend": "delayed-chunks"}, "did you mean 'delayed-chunk'"),
         ({"mixer": "vektor"}, "did you mean 'vector'"),
-        ({"fast_weights": "gated"}, "fast_weights: expected one of 'delta', 'linear', got 'gated'"),
+        ({"fast_weights": "gated"}, "fast_weights: expected one of 'delta', 'linear'.* got 'gated'"),
         ({"beta_max": 3.0}, r"beta_max: expected a number in \(0, 2\]"),
         ({"conv_size": -1}, "conv_size"),
         ({"conv_init": "identical"}, "conv_init: .* did you mean 'identity'"),

@@ -31,6 +31,6 @@ class OneBehind(Blend):
         def earlier(x):
             return F.pad(x, (*(0, 0) * (x.dim() - 2), 1, 0))[:, -t - 1 : -1]
 
-        write = Write(*tree_map(earlier, timeline[:3]), before)
+        write = Write(*self.alive(tree_map(earlier, timeline[:3]), before), before)
         read, after = fw(new.q, write, past, resets)
         return Reads(read, self.attend(kv, new.q, timeline)), after

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import dataclasses
+import difflib
 import functools
 import inspect
 import json
@@ -242,8 +243,11 @@ def _kind(where: str, name: Any) -> str:
             find(kind, name)
             return kind
     known = names("task")
-    with contextlib.suppress(ModuleNotFoundError):  # worlds need gymnasium
+    try:
         known += names("world")
+    except ModuleNotFoundError:  # of gymnasium, without which a name that is like no task's may be a world's
+        if not difflib.get_close_matches(str(name), known, n=1):
+            raise
     one_of(where, name, known)
     raise AssertionError
 
