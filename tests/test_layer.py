@@ -244,7 +244,7 @@ class TestErrors:
             ({"beta_max": 2.5}, r"beta_max: expected a number in \(0, 2\].* got 2.5"),
             (
                 {"num_heads": 8},
-                "expected an even number of at least 2, because rotary positions .* = 1; .*rope_theta=None",
+                "an even number of at least 2, because rotary positions .* = 1; .*rope_theta=None",
             ),
             ({"conv_size": -1}, "conv_size: .* got -1"),
         ],

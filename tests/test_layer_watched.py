@@ -287,9 +287,7 @@ def test_a_traced_layer_is_the_layer(choice, t):
 @pytest.mark.parametrize("choice", ONE_OF_EACH_BLEND)
 class TestModes:
     def test_fake_tensors_leave_no_trace(self, choice, t):
-        layer = build_layer(choice, **with_theta(choice, 1_234.0 + t)).requires_grad_(
-            False
-        )  # whose table nobody made before
+        layer = build_layer(choice, **with_theta(choice, 1_234.0 + t)).requires_grad_(False)
         before, x = tokens(2, 6, seed=1), tokens(2, t)
         with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
             fake = layer(mode.from_tensor(before))[1]

@@ -92,7 +92,7 @@ def test_an_experiment_may_name_the_models_that_take_part(tmp_path):
         (
             [*PARITY, "budget", "validations"],
             0,
-            "parity.budget: validations: expected a whole number of at least 1, got 0$",
+            "validations: expected a whole number of at least 1, got 0$",
         ),
         ([*PARITY, "budget", "learning_rate"], -1, "parity.budget: learning_rate: expected a number above 0, got -1"),
         ([*PARITY, "budget", "clip"], float("nan"), "parity.budget: clip: expected a number above 0, got nan$"),
@@ -232,7 +232,7 @@ def test_a_cell_of_an_agent_that_was_killed_goes_on_exactly(tmp_path):
     cell = read(tmp_path, AGENTS).cells()[1]
     *_, whole = cell.run(tmp_path / "whole", "cpu")
     evaluated = (told.progress.step for told in cell.run(tmp_path / "killed", "cpu") if told.kept)
-    first, _ = next(evaluated), next(evaluated)
+    first, *_ = itertools.islice(evaluated, 3)
     evaluated.close()
     *events, again = cell.run(tmp_path / "killed", "cpu")
     assert events[0].progress.step > first

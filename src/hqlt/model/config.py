@@ -53,21 +53,13 @@ def without_unused(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any
 
     Raises ValueError for an unknown name.
     """
-    fields = {
-        "blend": "synchronous",
-        "mixer": "vector",
-        "fast_weights": "delta",
-        "retention": "recent",
-        **shared,
-        **own,
-    }
+    defaults = {"blend": "synchronous", "mixer": "vector", "fast_weights": "delta", "retention": "recent"}
+    fields = defaults | shared | own
+    names = [fields[name] for name in defaults]
     kinds = fields.get("layer_kinds") or "hybrid"
-    names = [fields[name] for name in ("blend", "mixer", "fast_weights", "retention")]
-    used = {
-        name
-        for kind in {*([kinds] if isinstance(kinds, str) else kinds)}
-        for name in arguments_of(**choices_of(kind, *names))
-    }
+    several = kinds if isinstance(kinds, list) else [kinds]
+    choices = [choices_of(kind, *names) for kind in LAYER_KINDS if kind in several]
+    used = {name for choice in choices for name in arguments_of(**choice)}
     return {name: value for name, value in shared.items() if name in used or name not in layer_arguments()}
 
 

@@ -100,9 +100,7 @@ class KVMemory(nn.Module):
         """x: [b, l, h, k], at positions [b, l, h or 1] in its segment."""
         assert self.positions is not None
         cos, sin = self.positions.waves(positions.flatten(), self.heads.k, x.dtype)
-        return apply_rotary(
-            x.reshape(1, len(cos), x.shape[2] * x.shape[1] * x.shape[0] // max(len(cos), 1), x.shape[3]), cos, sin
-        ).view_as(x)
+        return apply_rotary(x.reshape(1, len(cos), heads, x.shape[3]), cos, sin).view_as(x)
 
     def kept_entries(self, s: int) -> Kept | tuple[()]:
         """What the state holds beside s recent entries, without b; () where nothing is kept."""
