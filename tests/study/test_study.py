@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 
 import pytest
