@@ -100,6 +100,7 @@ class KVMemory(nn.Module):
         """x: [b, l, h, k], at positions [b, l, h or 1] in its segment."""
         assert self.positions is not None
         cos, sin = self.positions.waves(positions.flatten(), self.heads.k, x.dtype)
+        heads = x.shape[2] if positions.shape[2] == 1 else 1  # that share a position
         return apply_rotary(x.reshape(1, len(cos), heads, x.shape[3]), cos, sin).view_as(x)
 
     def kept_entries(self, s: int) -> Kept | tuple[()]:
