@@ -59,6 +59,8 @@ def without_unused(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any
     kinds = fields.get("layer_kinds") or "hybrid"
     several = kinds if isinstance(kinds, list) else [kinds]
     choices = [choices_of(kind, *names) for kind in LAYER_KINDS if kind in several]
+    if not choices:  # none of those kinds is one: the config says so
+        return shared
     used = {name for choice in choices for name in arguments_of(**choice)}
     return {name: value for name, value in shared.items() if name in used or name not in layer_arguments()}
 
