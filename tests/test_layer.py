@@ -46,6 +46,12 @@ class TestParameters:
             expected = expected | {"mixer.gate_proj.weight": (gate, HIDDEN)}
         assert self.shapes(blend=blend, mixer=mixer) == expected
 
+    def test_the_order_in_which_seeds_draw_weights(self):
+        """Published figures hang on it."""
+        names = [name for name, _ in HybridMemory(8, 2, 4, conv_size=2, output_gate=True).named_parameters()]
+        order = ("mixer.gate_proj", "q_proj", "k_proj", "v_proj", "fw.beta_proj", "conv", "o_norm", "g_proj", "o_proj")
+        assert names == [f"{name}.weight" for name in order]
+
     def test_linear_attention_has_no_beta(self):
         assert "fw.beta_proj.weight" not in self.shapes(fast_weights="linear")
 

@@ -111,15 +111,16 @@ class HybridMemory(nn.Module):
                 raise ValueError(
                     f"retention: expected 'recent' with window=None, which holds every entry, got {retention!r}"
                 )
-        self.fw: FWMemory | None = built["fast_weights"](heads, **own["fast_weights"]) if has_fw else None
         self.mixer: Mixer = built["mixer"](heads, **own["mixer"]) if has_kv and has_fw else Alone(heads)
-        self._activations(kv_activation, fw_activation)
 
         def linear(outputs: int, bias: bool) -> nn.Linear:
             return nn.Linear(hidden_size, outputs, bias=bias)
 
         widths = heads.queries * heads.k, heads.pairs * heads.k, heads.matrices * heads.v
         self.q_proj, self.k_proj, self.v_proj = (linear(width, qkv_bias) for width in widths)
+        # After the projections: seeds draw weights in this order, and published figures hang on it.
+        self.fw: FWMemory | None = built["fast_weights"](heads, **own["fast_weights"]) if has_fw else None
+        self._activations(kv_activation, fw_activation)
         self.conv = ShortConvolution(sum(widths), conv_size) if conv_size else None
         self.q_norm, self.k_norm = self._qk_norms(qk_norm, norm_eps, zero_centered_norms)
         normed = has_fw if head_norm is None else head_norm
