@@ -4,9 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from hqlt.registry import HOME
 from hqlt.study import read_study
+from tests.laws import close, normal
 
 PAGE = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
 RECIPES = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
@@ -38,3 +40,17 @@ def test_the_study_of_the_recipe_is_read(tmp_path):
         ValueError, match=r"options: key: expected one of 'length', got 'lenght'; did you mean 'length'\?"
     ):
         read_study(tmp_path / "study.yaml")
+
+
+@torch.no_grad()
+def test_the_rule_of_the_recipe_in_pieces_is_at_once():
+    """Its gates are one tensor, which no fused form may look into."""
+    code = next(recipe for recipe in RECIPES if "class Fading" in recipe)
+    names = {"__name__": "__main__"}
+    exec(compile(code, "<documentation>", "exec"), names)
+    layer, x, state, steps = names["layer"].double(), normal(2, 20, 64), None, []
+    whole, _ = layer(x)
+    for token in x.split(1, dim=1):
+        y, state = layer(token, state)
+        steps.append(y)
+    close(torch.cat(steps, dim=1), whole)

@@ -100,8 +100,9 @@ def test_cells_that_fail_are_told_and_the_others_reported(tmp_path, monkeypatch,
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("hqlt.study.run.run_grid", fail)
+    monkeypatch.setattr("hqlt.cli.reproduce.outside", lambda: ["mine"])  # whose module registered something
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(STUDY))
-    with pytest.raises(SystemExit, match=r"(?s)parity: why.*try these again with: hqlt reproduce mine.yaml"):
+    with pytest.raises(SystemExit, match=r"(?s)parity: why.*again with: hqlt --import=mine reproduce mine.yaml"):
         main(["reproduce", "mine.yaml"])
 
 

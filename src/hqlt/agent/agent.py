@@ -62,6 +62,8 @@ class Agent(nn.Module):
     Settings: ClassVar[type[Any]]
     in_runs: ClassVar[Mapping[str, Any]] = {}
     """Settings that `hqlt rl train` begins with in place of their defaults."""
+    in_quick_runs: ClassVar[Mapping[str, Any]] = {}
+    """Settings with which it learns little, soon: for a look at a study."""
     settings: Any
     seed: Tensor
     """What the environments that it trains in are seeded from."""

@@ -142,10 +142,6 @@ def names_of_memories() -> list[str]:
     return list(dict.fromkeys((*MODELS, *names("blend"))))
 
 
-LAYER = [name for name in layer_arguments() if name not in ("hidden_size", "num_heads", "window", "blend")]
-"""Arguments of a layer that `build_memory` passes on."""
-
-
 def build_memory(
     name: str, *, hidden_size: int = 100, num_heads: int = 2, num_layers: int = 2, window: int | None = 64, **layer: Any
 ) -> MemoryModel:
@@ -157,7 +153,7 @@ def build_memory(
     one_of("memory", name, names_of_memories())
     own = ("hidden_size", "num_heads", "num_layers", "window")
     for option in layer:
-        one_of("argument", option, (*own, *LAYER))
+        one_of("argument", option, sorted({*own, *layer_arguments()} - {"blend"}))
     for option, value in zip(own, (hidden_size, num_heads, num_layers, window), strict=True):
         if value is not None or option != "window":
             in_range(option, value, COUNT)

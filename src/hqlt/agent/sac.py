@@ -82,6 +82,7 @@ class SAC(Agent):
 
     Settings = SACSettings
     in_runs: ClassVar = {"batch_episodes": 16}
+    in_quick_runs: ClassVar = {"batch_episodes": 2, "random_episodes": 2, "updates_per_step": 0.001}
     settings: SACSettings
     rounds: Tensor
     """How often it has collected."""

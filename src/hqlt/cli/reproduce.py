@@ -9,7 +9,7 @@ from typing import Literal
 from rich.console import Console
 
 from hqlt.device import usable_device
-from hqlt.registry import one_of
+from hqlt.registry import one_of, outside
 from hqlt.study import known_studies, read_study
 from hqlt.study.commands import TABLES, print_and_run
 from hqlt.study.run import run_study
@@ -62,7 +62,14 @@ def reproduce(
     study = study.quick() if quick else study
     given["folder"] = folder = folder or Path("runs") / (f"{name}-quick" if quick else name)
     options = {"scale": scale, "only": only, **given}
-    again = ["hqlt", "reproduce", what, *(f"--{key}={value}" for key, value in options.items() if value is not None)]
+    imported = [f"--import={module}" for module in outside()]
+    again = [
+        "hqlt",
+        *imported,
+        "reproduce",
+        what,
+        *(f"--{key}={value}" for key, value in options.items() if value is not None),
+    ]
     resume = shlex.join([*again, *["--quick"] * quick])
     run_study(
         study, folder, again=resume, workers=workers, device=device, console=Console(), quick=quick, export=export

@@ -6,7 +6,7 @@ Each part says itself whether and as what it is known here (`native`, of `hqlt.o
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +22,18 @@ from hqlt.ops import explain, mix, synchronous
 from hqlt.ops.step import NOTHING, Given, Layout, Plan, Schedule, layout_of, may_run, plan, run
 from hqlt.shapes import Resets, Values
 
+Numbers: TypeAlias = tuple[Rotary | None, float, float]
+
 
 class OneToken:
     """One token by `hqlt.ops.step`, where all parts have a native form.
 
-    It remembers how the last call looked, and what that meant: as long as calls look the same, comparing is all.
+    It remembers which parts it was asked about, and how the last call looked and what that meant: as long as both are
+    the same, comparing is all.
     """
 
     def __init__(self) -> None:
+        self.known: tuple[Any, bool] = (None, False)
         self.last: tuple[Any, Plan | None] = (None, None)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -38,7 +42,7 @@ class OneToken:
     def __call__(
         self, parts: Parts, projected: Projected, state: MemoryState | None, resets: Resets | None
     ) -> tuple[Values, MemoryState] | None:
-        if state is None or projected.q.shape[1] != 1:
+        if state is None or projected.q.shape[1] != 1 or not self.knows(asked := (parts, numbers_of(parts))):
             return None
         q, k, v, beta, gate = projected
         kv, fw, norm = state.kv, state.fw, parts.norm
@@ -50,7 +54,7 @@ class OneToken:
         given = Given(q, k, v, beta, gate, weight, resets, keys, values, betas, matrix, key_sum, state.position)
         if not may_run(given):
             return None
-        look = parts, numbers_of(parts), tuple(map(layout_of, given))
+        look = *asked, tuple(map(layout_of, given))
         seen, plan = self.last
         if look != seen:
             plan = plan_of(*look)
@@ -62,17 +66,23 @@ class OneToken:
         written = type(fw)._make((matrix, key_sum)[: len(fw)]) if fw else ()
         return out, MemoryState(held, written, state.convolution, position)
 
+    def knows(self, asked: tuple[Parts, Numbers]) -> bool:
+        """Whether each part has a native form: else gates and states may be of any kind."""
+        before, known = self.known
+        if before != asked:
+            known = not without_native_form(asked[0])
+            self.known = asked, known
+        return known
 
-def numbers_of(parts: Parts) -> tuple[Rotary | None, float, float]:
+
+def numbers_of(parts: Parts) -> Numbers:
     """Rotary positions, β's maximum, ε of the norm: what a part is used with, and may change in its lifetime."""
     _, kv, fw, _, _, norm = (part.__dict__ if part is not None else {} for part in parts)
     return kv.get("positions"), fw.get("beta_max", 1.0), norm.get("eps", 0.0)
 
 
-def plan_of(parts: Parts, numbers: tuple[Rotary | None, float, float], layouts: tuple[Layout, ...]) -> Plan | None:
-    """How the kernel runs these parts on tensors of these layouts; None where one of them is not known to it."""
-    if without_native_form(parts):
-        return None
+def plan_of(parts: Parts, numbers: Numbers, layouts: tuple[Layout, ...]) -> Plan | None:
+    """How the kernel runs these parts on tensors of these layouts; None where it does not serve those."""
     (_, kv, fw, blend, mixer, _), (positions, beta_max, norm_eps) = parts, numbers
     rotary = (NOTHING, NOTHING)
     if positions is not None:

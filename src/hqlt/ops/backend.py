@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hqlt import native
 from hqlt.context import Setting
-from hqlt.registry import one_of
+from hqlt.registry import load_plugins, one_of
 from hqlt.shapes import is_symbolic
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -136,7 +136,8 @@ def use_backend(name: str | None) -> AbstractContextManager[None]:
 
     Raises ValueError for a name that no operation has.
     """
-    if name is not None:
+    if name is not None and not any(name in names for names in IMPLEMENTATIONS.values()):
+        load_plugins()
         one_of("backend", name, sorted({name for names in IMPLEMENTATIONS.values() for name in names}))
     return _forced.set(name)
 
@@ -172,6 +173,7 @@ def explain(op: str, x: Tensor, *, backend: str | None = None, **options: Any) -
         choice = next(rule.choice for rule in RULES[op] if rule.holds(x, **options))
     else:
         if name not in known:
+            load_plugins()
             one_of(f"{op}: backend", name, known)
         choice = Choice(name, "forced by hqlt.ops.use_backend" if backend is None else "named by the caller")
     watcher = _not_served(choice.name)

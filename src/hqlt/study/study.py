@@ -130,8 +130,8 @@ def quick(budget: Any) -> Any:
         most, new = {"steps": 15, "batch_size": 32}, {"validations": 2, "validation_rows": 16, "test_rows": 64}
     else:
         most, new = {"steps": 2000, "copies": 8}, {"evaluations": 2, "episodes": 4, "test_episodes": 8}
-        few = {"sac": {"batch_episodes": 2, "random_episodes": 2, "updates_per_step": 0.001}}
-        budget = dataclasses.replace(budget, settings={**budget.settings, **few.get(budget.algorithm, {})})
+        few = find("algorithm", budget.algorithm).in_quick_runs
+        budget = dataclasses.replace(budget, settings={**budget.settings, **few})
     return dataclasses.replace(budget, **new, **{name: min(getattr(budget, name), n) for name, n in most.items()})
 
 
