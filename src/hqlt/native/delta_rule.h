@@ -40,13 +40,14 @@ struct DeltaRule {
     Pass<T, N, write, read, read, read> one;
     Pass<T, N, write, read, write, read, read, read> two;
     Pass<T, N, read> more;
-    look.w[0] = key_of(at, 0), look.w[1] = key_of(at, t > 1);
+    const T* next[2] = {key_of(at, 0), key_of(at, t > 1)};
+    look.w[0] = next[0], look.w[1] = next[1];
     look(W.M, k);
     for (int64_t i = 0; i < t;) {
       const bool pair = g == 1 && i + 1 < t && !at.reset(i + 1);
       const int64_t after = i + 1 + pair, first = at.query(i), second = at.query(i + pair);
-      const T *now[2] = {key_of(at, i), key_of(at, i + pair)};
-      const T *next[2] = {key_of(at, after < t ? after : i), key_of(at, after + 1 < t ? after + 1 : i)};
+      const T* now[2] = {next[0], next[1]};
+      next[0] = key_of(at, after < t ? after : i), next[1] = key_of(at, after + 1 < t ? after + 1 : i);
       for (int64_t soon = after + 2; soon < after + 4 && soon < t; ++soon) {
         const int64_t token = at.token(soon);
         prefetch(q + at.query(soon) * k, g * k), prefetch(key + token * k, k), prefetch(value + token * v, v);
