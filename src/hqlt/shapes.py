@@ -5,6 +5,7 @@
     h  heads                 s  pairs held by a KV-memory between two calls, at most its window
     g  query heads a head    (query head i reads the pairs and the matrix of head i // g; 1 where none share)
     n  chunks                c  tokens in a chunk
+    m  writes of a token
     d  hidden size           l  length of a key timeline: the held pairs, then the new ones (s + t)
     a  actions of an agent
 

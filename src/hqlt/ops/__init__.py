@@ -9,6 +9,7 @@ from typing import Any
 from hqlt.errors import how_to_install
 from hqlt.ops.backend import Choice, explain, register_backend, use_backend
 from hqlt.ops.delta_rule import delta_rule
+from hqlt.ops.fast_weights import fast_weights
 from hqlt.ops.features import rotated, unit_silu
 from hqlt.ops.linear_attention import LinearState, linear_attention
 from hqlt.ops.norm import mix, rms_norm
@@ -20,6 +21,7 @@ __all__ = [
     "LinearState",
     "delta_rule",
     "explain",
+    "fast_weights",
     "linear_attention",
     "mix",
     "onnx_translations",
