@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hqlt import HybridMemory, ops
 from hqlt.blend import Memories, Tokens
-from hqlt.memory.fw import DeltaGates, DeltaState
+from hqlt.memory.fw import DeltaGates, MatrixState
 from hqlt.memory.rotary import Rotary
 from hqlt.ops import synchronous
 from hqlt.ops.backend import IMPLEMENTATIONS
@@ -125,7 +125,7 @@ class TestLaws(Laws):
                         q, timeline.keys, timeline.values, beta, gate, weight.to(q.device), window=window,
                         rotary=table, state=state and state.fw.matrix, resets=timeline.resets, backend=backend,
                     )  # fmt: skip
-                    after = layer.blend.state_after(Memories(layer.kv, layer.fw), timeline, DeltaState(W))
+                    after = layer.blend.state_after(Memories(layer.kv, layer.fw), timeline, MatrixState(W))
                     return y.cpu(), tuple(after.to("cpu").leaves())
 
                 return run

@@ -8,7 +8,7 @@ import torch
 from hqlt import MemoryState
 from hqlt.blend import Memories, Synchronous, Tokens
 from hqlt.memory import Heads, Held, KVMemory
-from hqlt.memory.fw import DeltaGates, DeltaState
+from hqlt.memory.fw import DeltaGates, MatrixState
 from hqlt.memory.rotary import Rotary
 from hqlt.ops import synchronous
 from hqlt.ops.synchronous.step import step
@@ -27,7 +27,7 @@ def empty_state(b, window, key, value, dtype):
     wide = torch.promote_types(dtype, torch.float32)
     return MemoryState(
         kv=Held(zeros(window - 1, HEADS, key), zeros(window - 1, HEADS, value), ()),
-        fw=DeltaState(zeros(HEADS, key, value, dtype=wide)), convolution=zeros(0, 0), position=zeros(dtype=torch.long),
+        fw=MatrixState(zeros(HEADS, key, value, dtype=wide)), convolution=zeros(0, 0), position=zeros(dtype=torch.long),
     )  # fmt: skip
 
 
@@ -38,7 +38,7 @@ def twin(q, k, v, beta, gate, weight, state, window, rotary, resets):
         q, timeline.keys, timeline.values, beta, gate, weight, window=window, rotary=rotary,
         state=state.fw.matrix, resets=timeline.resets, backend="reference",
     )  # fmt: skip
-    return y, blend.state_after(Memories(KVMemory(heads), None), timeline, DeltaState(W))
+    return y, blend.state_after(Memories(KVMemory(heads), None), timeline, MatrixState(W))
 
 
 def follow(window, key=KEY, value=VALUE, dtype=torch.float64, rotated=True, arranged=lambda x: x):

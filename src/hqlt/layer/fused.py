@@ -15,7 +15,7 @@ from hqlt.blend import Memories, Synchronous
 from hqlt.layer.norm import RMSNorm
 from hqlt.layer.parts import Fused, Parts, Projected, native_form
 from hqlt.memory import DeltaMemory, Held, KVMemory, MemoryState
-from hqlt.memory.fw import DeltaState
+from hqlt.memory.fw import MatrixState
 from hqlt.memory.rotary import Rotary
 from hqlt.mixer import VectorMixer
 from hqlt.ops import explain, mix, synchronous
@@ -128,7 +128,7 @@ class InOneOperation:
             window=blend.window, rotary=kv.rotary(timeline.keys.shape[1], new.q), norm_eps=norm.eps,
             state=None if state is None else state.fw.matrix, resets=timeline.resets,
         )  # fmt: skip
-        return y, blend.state_after(Memories(kv, fw), timeline, DeltaState(matrix))
+        return y, blend.state_after(Memories(kv, fw), timeline, MatrixState(matrix))
 
 
 class MixedAndNormed:

@@ -14,7 +14,7 @@ from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from hqlt.memory import Held, Kept, MemoryState
-from hqlt.memory.fw import DeltaGates, DeltaState
+from hqlt.memory.fw import DeltaGates, MatrixState
 from hqlt.ops import LinearState
 
 CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
@@ -237,7 +237,7 @@ def register_cache_for_export() -> None:
     into a model: a cache given to such a model would not be brought up to date, only the one that it returns.
     """
     if HQLTCache not in pytree.SUPPORTED_NODES:
-        for cls in (MemoryState, Held, Kept, DeltaState, DeltaGates, LinearState):
+        for cls in (MemoryState, Held, Kept, MatrixState, DeltaGates, LinearState):
             pytree._register_namedtuple(cls, serialized_type_name=f"hqlt.{cls.__name__}")
         pytree.register_pytree_node(
             HQLTCache,

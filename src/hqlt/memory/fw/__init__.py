@@ -1,7 +1,21 @@
 """Write rules: how a pair is written."""
 
-from hqlt.memory.fw.delta import DeltaGates, DeltaMemory, DeltaState
+from hqlt.memory.fw.delta import DeltaGates, DeltaMemory
+from hqlt.memory.fw.gated_delta import GatedDeltaMemory
 from hqlt.memory.fw.linear import LinearMemory
-from hqlt.memory.fw.rule import FWMemory, Write, gate_projection
+from hqlt.memory.fw.recurrence import MatrixState, Recurrence, Terms
+from hqlt.memory.fw.rule import FWMemory, Write, begin_at, gate_projection
 
-__all__ = ["DeltaGates", "DeltaMemory", "DeltaState", "FWMemory", "LinearMemory", "Write", "gate_projection"]
+__all__ = [
+    "DeltaGates",
+    "DeltaMemory",
+    "FWMemory",
+    "GatedDeltaMemory",
+    "LinearMemory",
+    "MatrixState",
+    "Recurrence",
+    "Terms",
+    "Write",
+    "begin_at",
+    "gate_projection",
+]

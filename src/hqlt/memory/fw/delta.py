@@ -7,21 +7,17 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from hqlt import ops
+from hqlt.memory.fw.recurrence import MatrixState
 from hqlt.memory.fw.rule import FWMemory, Write, gate_projection
 from hqlt.memory.heads import Heads
 from hqlt.memory.state import Entry
 from hqlt.registry import register
-from hqlt.shapes import Hidden, Matrix, Queries, Resets, Strengths, Values, at_least_float32
+from hqlt.shapes import Hidden, Queries, Resets, Strengths, Values, at_least_float32
 
 
 class DeltaGates(NamedTuple):
     beta: Strengths
     """[b, t, h] write strengths, in at least float32."""
-
-
-class DeltaState(NamedTuple):
-    matrix: Matrix
-    """[b, h, k, v]"""
 
 
 @register("rule", "delta")
@@ -57,12 +53,12 @@ class DeltaMemory(FWMemory):
     def gate_entries(self) -> DeltaGates:
         return DeltaGates(Entry((self.heads.matrices,)))  # type: ignore[arg-type]
 
-    def state_entries(self) -> DeltaState:
-        return DeltaState(Entry((self.heads.matrices, self.heads.k, self.heads.v)))  # type: ignore[arg-type]
+    def state_entries(self) -> MatrixState:
+        return MatrixState(Entry((self.heads.matrices, self.heads.k, self.heads.v)))  # type: ignore[arg-type]
 
     def forward(
-        self, q: Queries, write: Write, past: DeltaState | None, resets: Resets | None
-    ) -> tuple[Values, DeltaState]:
+        self, q: Queries, write: Write, past: MatrixState | None, resets: Resets | None
+    ) -> tuple[Values, MatrixState]:
         out, matrix = ops.delta_rule(
             ops.unit_silu(q),
             ops.unit_silu(write.keys),
@@ -72,7 +68,7 @@ class DeltaMemory(FWMemory):
             resets=resets,
             live=write.live,
         )
-        return out, DeltaState(matrix)
+        return out, MatrixState(matrix)
 
     def extra_repr(self) -> str:
         return f"beta_max={self.beta_max}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hqlt.memory.heads import Heads
@@ -85,3 +85,10 @@ def gate_projection(hidden_size: int, outputs: int, bias: float | None) -> nn.Li
     if bias is not None:
         nn.init.constant_(projection.bias, bias)
     return projection
+
+
+def begin_at(parameter: Tensor, values: Tensor) -> None:
+    """Where a gate's parameter begins, unless it was read from a file."""
+    if not getattr(parameter, "_is_hf_initialized", False):
+        with torch.no_grad():
+            parameter.copy_(values)

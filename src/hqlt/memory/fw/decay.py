@@ -1,0 +1,30 @@
+"""A decay that a token chooses for each matrix, as Mamba-2 parameterises it; others took it over."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hqlt.memory.fw.rule import begin_at
+from hqlt.shapes import Strengths, at_least_float32
+
+STEPS = 1e-3, 0.1
+"""Where softplus(dt_bias) begins: log-uniform between these."""
+
+
+def log_decay(logits: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Strengths, Strengths]:
+    """→ log α = −exp(A_log) · dt, and dt = softplus(logits + dt_bias); both in at least float32."""
+    wide = at_least_float32(logits.dtype)
+    dt = F.softplus(logits.to(wide) + dt_bias.to(wide))
+    return -A_log.to(wide).exp() * dt, dt
+
+
+def begin_decay(A_log: nn.Parameter, dt_bias: nn.Parameter, slowest: float = 1.0) -> None:
+    """exp(A_log) uniform in (slowest, 16), softplus(dt_bias) log-uniform in (1e-3, 0.1)."""
+    begin_at(A_log, torch.empty_like(A_log).uniform_(slowest, 16).clamp(min=1e-4).log())
+    low, high = map(math.log, STEPS)
+    dt = torch.empty_like(dt_bias).uniform_(low, high).exp().clamp(min=1e-4)
+    begin_at(dt_bias, dt + (-torch.expm1(-dt)).log())  # softplus⁻¹(dt)

@@ -1,0 +1,49 @@
+"""Every rule of the family obeys the laws of a memory in every blend, alone and beside a KV-memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hqlt import registry
+from tests.laws import Laws
+from tests.layers import as_memory, build_layer
+
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "fw-only": {"blend": "fw-only"},
+    "synchronous": {"blend": "synchronous"},
+    "delayed-streaming": {"blend": "delayed-streaming"},
+    "own-gates": {"blend": "delayed-streaming", "write_gates": "own"},
+    "delayed-chunk": {"blend": "delayed-chunk"},
+}
+
+FAMILY: dict[str, dict[str, Any]] = {
+    "gated-delta": {"fast_weights": "gated-delta", "beta_max": 2.0},
+}
+"""Layers by name: rules with options that matter to the laws. `tests/layers.py` has delta and linear."""
+
+REFUSED: dict[tuple[str, str], str] = {}
+"""By layer and schedule: what the refusal says."""
+
+COMBINATIONS = [(rule, schedule) for rule in FAMILY for schedule in SCHEDULES if (rule, schedule) not in REFUSED]
+
+
+class TestLaws(Laws):
+    longest = 14
+
+    @pytest.fixture(params=COMBINATIONS, ids="-".join)
+    def build(self, request):
+        rule, schedule = request.param
+        return lambda window: as_memory(build_layer("", window, **SCHEDULES[schedule], **FAMILY[rule]))
+
+
+@pytest.mark.parametrize(("rule", "schedule"), REFUSED)
+def test_what_has_no_meaning_is_refused_with_the_reason(rule, schedule):
+    with pytest.raises(ValueError, match=REFUSED[rule, schedule]):
+        build_layer("", **SCHEDULES[schedule], **FAMILY[rule])
+
+
+def test_every_rule_is_here():
+    ours = {name for name in registry.names("rule") if registry.find("rule", name).__module__.startswith("hqlt.")}
+    assert {options["fast_weights"] for options in FAMILY.values()} == ours - {"delta", "linear"}
