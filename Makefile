@@ -42,8 +42,8 @@ bench-gpu: $(TRITON)/ready   ## right or wrong, ours beside the peers' kernels, 
 # Export to ONNX has an environment of its own too.
 ONNX := .venv-onnx
 
-test-onnx: $(ONNX)/ready     ## layers and language models exported to ONNX, run by onnxruntime
-	$(ONNX)/bin/pytest -n 2 tests/ops/test_onnx.py tests/model/test_onnx.py
+test-onnx: $(ONNX)/ready     ## layers and language models exported to ONNX, run by onnxruntime; its reference of our operation
+	$(ONNX)/bin/pytest -n 2 tests/ops/test_onnx.py tests/model/test_onnx.py tests/ops/test_fast_weights_oracles.py
 
 test-sanitizers: $(VENV)/ready ## hostile arguments for the native library, under AddressSanitizer and UBSan
 	PYTHON=$(BIN)/python sh tests/ops/sanitize.sh
