@@ -47,7 +47,7 @@ def theirs(monkeypatch):
 
 
 def gates(*more: int) -> tuple[Tensor, Tensor]:
-    """log α as Mamba-2 and its heirs make it, −exp(A_log) · softplus(· + dt_bias), and softplus(…): [b, t, h, *more]."""
+    """log α as Mamba-2 makes it, −exp(A_log) · softplus(· + dt_bias), and softplus(…): [b, t, h, *more]."""
     rate = 1 + 15 * normal(HEADS, *[1] * len(more), seed=30).sigmoid()
     dt = F.softplus(normal(BATCH, LENGTH, HEADS, *more, seed=31) + normal(HEADS, *more, seed=32) - 3)
     return -rate * dt, dt
