@@ -20,6 +20,8 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 
 FAMILY: dict[str, dict[str, Any]] = {
     "gated-delta": {"fast_weights": "gated-delta", "beta_max": 2.0},
+    "kda": {"fast_weights": "kda", "beta_max": 2.0, "decay_rank": 3},
+    "kda-bounded": {"fast_weights": "kda", "decay_floor": -5.0},
 }
 """Layers by name: rules with options that matter to the laws. `tests/layers.py` has delta and linear."""
 

@@ -2,16 +2,20 @@
 
 from hqlt.memory.fw.delta import DeltaGates, DeltaMemory
 from hqlt.memory.fw.gated_delta import GatedDeltaMemory
+from hqlt.memory.fw.kda import KDAMemory
 from hqlt.memory.fw.linear import LinearMemory
-from hqlt.memory.fw.recurrence import MatrixState, Recurrence, Terms
-from hqlt.memory.fw.rule import FWMemory, Write, begin_at, gate_projection
+from hqlt.memory.fw.recurrence import Erasing, MatrixState, Recurrence, Terms
+from hqlt.memory.fw.rule import FWMemory, LowRank, Write, begin_at, gate_projection
 
 __all__ = [
     "DeltaGates",
     "DeltaMemory",
+    "Erasing",
     "FWMemory",
     "GatedDeltaMemory",
+    "KDAMemory",
     "LinearMemory",
+    "LowRank",
     "MatrixState",
     "Recurrence",
     "Terms",

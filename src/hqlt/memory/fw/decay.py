@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hqlt.memory.fw.rule import begin_at
+from hqlt.memory.fw.rule import FWMemory, begin_at, gate_projection
 from hqlt.shapes import Strengths, at_least_float32
 
 STEPS = 1e-3, 0.1
@@ -28,3 +28,25 @@ def begin_decay(A_log: nn.Parameter, dt_bias: nn.Parameter, slowest: float = 1.0
     low, high = map(math.log, STEPS)
     dt = torch.empty_like(dt_bias).uniform_(low, high).exp().clamp(min=1e-4)
     begin_at(dt_bias, dt + (-torch.expm1(-dt)).log())  # softplus⁻¹(dt)
+
+
+class MatrixDecay(FWMemory):
+    """A part of a rule: log α = −exp(A_log) · softplus(W_α x + dt_bias), one for each matrix.
+
+    At the start exp(A_log) is uniform in (`slowest`, 16) and softplus(dt_bias) log-uniform in (1e-3, 0.1).
+    """
+
+    slowest = 1.0
+
+    def add_decay(self) -> None:
+        """Its parameters, where the rule's constructor wants them."""
+        self.decay_proj: nn.Module = gate_projection(self.heads.hidden_size, self.heads.matrices, None)
+        self.A_log, self.dt_bias = (nn.Parameter(torch.empty(self.heads.matrices)) for _ in range(2))
+
+    def begin(self) -> None:
+        super().begin()
+        begin_decay(self.A_log, self.dt_bias, self.slowest)
+
+    def log_decay(self, logits: Tensor) -> Strengths:
+        """log α from W_α x, in at least float32."""
+        return log_decay(logits, self.A_log, self.dt_bias)[0]

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hqlt import ops
-from hqlt.memory.fw.decay import begin_decay, log_decay
-from hqlt.memory.fw.recurrence import Recurrence, Terms
-from hqlt.memory.fw.rule import Write, gate_projection
+from hqlt.memory.fw.decay import MatrixDecay
+from hqlt.memory.fw.recurrence import Erasing, Terms
+from hqlt.memory.fw.rule import Write
 from hqlt.memory.heads import Heads
 from hqlt.memory.state import Entry
 from hqlt.registry import register
-from hqlt.shapes import Hidden, Queries, Strengths, at_least_float32
+from hqlt.shapes import Hidden, Queries, Strengths
 
 
 class GatedDeltaGates(NamedTuple):
@@ -25,7 +24,7 @@ class GatedDeltaGates(NamedTuple):
 
 
 @register("rule", "gated-delta")
-class GatedDeltaMemory(Recurrence):
+class GatedDeltaMemory(MatrixDecay, Erasing):
     """S ← α S      S ← S + φ(k) ⊗ β (v − Sᵀ φ(k))    read: Sᵀ φ(q) / √k    φ(x) = SiLU(x) / √(‖SiLU(x)‖² + 1e-6)
 
     β = beta_max · σ(W_β x), log α = −exp(A_log) · softplus(W_α x + dt_bias); at the start exp(A_log) is uniform in
@@ -35,25 +34,16 @@ class GatedDeltaMemory(Recurrence):
     """
 
     def __init__(self, heads: Heads, *, beta_max: float = 1.0) -> None:
-        super().__init__(heads)
-        if not 0 < beta_max <= 2:
-            raise ValueError(f"beta_max: expected a number in (0, 2] (above 2 the delta rule diverges), got {beta_max}")
-        self.beta_max = beta_max
-        self.beta_proj: nn.Module = gate_projection(heads.hidden_size, heads.matrices, None)
-        self.decay_proj: nn.Module = gate_projection(heads.hidden_size, heads.matrices, None)
-        self.A_log, self.dt_bias = (nn.Parameter(torch.empty(heads.matrices)) for _ in range(2))
+        super().__init__(heads, beta_max)
+        self.add_decay()
         self.begin()
-
-    def begin(self) -> None:
-        begin_decay(self.A_log, self.dt_bias)
 
     def logits(self, x: Hidden) -> tuple[Tensor, Tensor]:
         return self.beta_proj(x), self.decay_proj(x)
 
     def gates(self, logits: tuple[Tensor, Tensor]) -> GatedDeltaGates:
         beta, decay = logits
-        wide = at_least_float32(beta.dtype)
-        return GatedDeltaGates(self.beta_max * beta.to(wide).sigmoid(), log_decay(decay, self.A_log, self.dt_bias)[0])
+        return GatedDeltaGates(self.strengths(beta), self.log_decay(decay))
 
     def gate_entries(self) -> GatedDeltaGates:
         return GatedDeltaGates(*[Entry((self.heads.matrices,))] * 2)  # type: ignore[arg-type]
@@ -61,6 +51,3 @@ class GatedDeltaMemory(Recurrence):
     def terms(self, q: Queries, write: Write) -> Terms:
         beta, decay = write.gates
         return Terms(ops.unit_silu(q), ops.unit_silu(write.keys), self.v_activation(write.values), beta, decay)
-
-    def extra_repr(self) -> str:
-        return f"beta_max={self.beta_max}"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hqlt import ops
-from hqlt.memory.fw.rule import FWMemory, Write
+from hqlt.memory.fw.rule import FWMemory, Write, gate_projection
+from hqlt.memory.heads import Heads
 from hqlt.memory.state import Entry
 from hqlt.ops.fast_weights import Decay, Erase
-from hqlt.shapes import Keys, Matrix, Queries, Resets, Strengths, Values
+from hqlt.shapes import Keys, Matrix, Queries, Resets, Strengths, Values, at_least_float32
 
 
 class MatrixState(NamedTuple):
@@ -49,3 +50,28 @@ class Recurrence(FWMemory):
         state: Tensor | None = None if past is None else past.matrix
         out, matrix = ops.fast_weights(**given, state=state, resets=resets, live=write.live)
         return out, MatrixState(matrix)
+
+
+class Erasing(Recurrence):
+    """A rule with write strengths, `writes` for each matrix: β = beta_max · σ(W_β x).
+
+    beta_max: at most 2, with which a rule tracks state. beta_bias: where W_β's bias begins (None: there is none).
+    """
+
+    def __init__(self, heads: Heads, beta_max: float, beta_bias: float | None = None, writes: int = 1) -> None:
+        super().__init__(heads)
+        if not 0 < beta_max <= 2:
+            raise ValueError(f"beta_max: expected a number in (0, 2] (above 2 the delta rule diverges), got {beta_max}")
+        self.beta_max, self.beta_bias = beta_max, beta_bias
+        self.beta_proj: nn.Module = gate_projection(heads.hidden_size, writes * heads.matrices, beta_bias)
+
+    def begin(self) -> None:
+        if self.beta_bias is not None:
+            nn.init.constant_(self.beta_proj.bias, self.beta_bias)  # type: ignore[arg-type]
+
+    def strengths(self, logits: Tensor) -> Strengths:
+        """β, in at least float32."""
+        return self.beta_max * logits.to(at_least_float32(logits.dtype)).sigmoid()
+
+    def extra_repr(self) -> str:
+        return f"beta_max={self.beta_max}"

@@ -87,6 +87,24 @@ def gate_projection(hidden_size: int, outputs: int, bias: float | None) -> nn.Li
     return projection
 
 
+class LowRank(nn.Module):
+    """W↑ activation(W↓ x): [b, t, d] → [b, t, outputs], through `rank` numbers a token. bias: whether W↑ has one."""
+
+    def __init__(
+        self, hidden_size: int, rank: int, outputs: int, *, bias: bool = False, activation: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        if rank < 1:
+            raise ValueError(f"rank: expected at least 1, got {rank}")
+        self.down = nn.Linear(hidden_size, rank, bias=False)
+        self.activation = nn.Identity() if activation is None else activation
+        self.up = nn.Linear(rank, outputs, bias=bias)
+
+    def forward(self, x: Hidden) -> Tensor:
+        out: Tensor = self.up(self.activation(self.down(x)))
+        return out
+
+
 def begin_at(parameter: Tensor, values: Tensor) -> None:
     """Where a gate's parameter begins, unless it was read from a file."""
     if not getattr(parameter, "_is_hf_initialized", False):

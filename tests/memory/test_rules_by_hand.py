@@ -1,0 +1,101 @@
+"""Each rule is its authors' equation, computed here token by token and head by head from the rule's weights."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from hqlt import registry
+from hqlt.memory import Heads, Write
+from tests.laws import close, normal
+
+D, PAIRS, GROUP, K, V = 10, 2, 2, 4, 3
+HEADS = Heads(hidden_size=D, queries=GROUP * PAIRS, pairs=PAIRS, matrices=PAIRS, k=K, v=V)
+
+
+def build(name, **options):
+    rule = registry.find("rule", name)(HEADS, **options).double()
+    rule.own_v_activation = torch.nn.SiLU()
+    with torch.no_grad():
+        for i, weight in enumerate(rule.parameters()):
+            weight.copy_(0.7 * normal(*weight.shape, seed=i))
+    return rule, dict(rule.named_parameters())
+
+
+def agrees(rule, by_hand, t=9):
+    """by_hand: (x [t, d], keys [t, k], values [t, v], queries [group][t, k], head) → reads [group][t, v]."""
+    x, q = normal(2, t, D, seed=50), normal(2, t, GROUP * PAIRS, K, seed=51)
+    keys, values = normal(2, t, PAIRS, K, seed=52), normal(2, t, PAIRS, V, seed=53)
+    out, _ = rule(q, Write(keys, values, rule.gates(rule.logits(x)), None), None, None)
+    for row in range(2):
+        for h in range(PAIRS):
+            queries = [q[row, :, GROUP * h + g] for g in range(GROUP)]
+            for g, reads in enumerate(by_hand(x[row], keys[row, :, h], values[row, :, h], queries, h)):
+                close(out[row, :, GROUP * h + g], torch.stack(reads))
+
+
+def unit(x):
+    return x / (x @ x + 1e-6).sqrt()
+
+
+def phi(x):
+    return unit(F.silu(x))
+
+
+def softplus(x):
+    return (1 + x.exp()).log()
+
+
+def sigmoid(x):
+    return 1 / (1 + (-x).exp())
+
+
+def deltas(S, alpha, writes):
+    """S ← Diag(α) S, then S ← (I − β k kᵀ) S + β k vᵀ for each (k, v, β)."""
+    S = torch.diag(alpha) @ S
+    for k, v, beta in writes:
+        S = S - beta * torch.outer(k, k @ S) + beta * torch.outer(k, v)
+    return S
+
+
+def scan(t, step, queries):
+    """step: (S, token) → S after it, read by each group's φ(q) / √k."""
+    S, reads = torch.zeros(K, V, dtype=torch.float64), [[] for _ in queries]
+    for i in range(t):
+        S = step(S, i)
+        for q, read in zip(queries, reads, strict=True):
+            read.append(S.T @ phi(q[i]) / math.sqrt(K))
+    return reads
+
+
+def test_gated_delta():
+    rule, w = build("gated-delta", beta_max=2.0)
+
+    def by_hand(x, keys, values, queries, h):
+        def step(S, i):
+            beta = 2 * sigmoid(w["beta_proj.weight"][h] @ x[i])
+            decay = -w["A_log"][h].exp() * softplus(w["decay_proj.weight"][h] @ x[i] + w["dt_bias"][h])
+            return deltas(S, decay.exp().expand(K), [(phi(keys[i]), values[i], beta)])
+
+        return scan(len(x), step, queries)
+
+    agrees(rule, by_hand)
+
+
+def test_kda():
+    """Kimi Linear, eq. 1; the bounded decay is lower_bound · σ(exp(A_log) (f + dt_bias))."""
+    for floor in (None, -5.0):
+        rule, w = build("kda", decay_rank=2, decay_floor=floor)
+
+        def by_hand(x, keys, values, queries, h, w=w, floor=floor):
+            def step(S, i):
+                f = (w["decay_proj.up.weight"] @ w["decay_proj.down.weight"] @ x[i] + w["dt_bias"])[K * h : K * h + K]
+                sharp = w["A_log"][h].exp()
+                decay = -sharp * softplus(f) if floor is None else floor * sigmoid(sharp * f)
+                return deltas(S, decay.exp(), [(phi(keys[i]), values[i], sigmoid(w["beta_proj.weight"][h] @ x[i]))])
+
+            return scan(len(x), step, queries)
+
+        agrees(rule, by_hand)
