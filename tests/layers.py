@@ -43,6 +43,7 @@ CHOICES: dict[str, dict[str, Any]] = (
             "qkv_bias": True,
             "o_bias": True,
             "partial_rotary_factor": 0.5,
+            "output_gate": "sigmoid",
         },
         "fw-only-wide-values": {"blend": "fw-only", "num_value_heads": 4, "value_dim": 3, "beta_bias": 0.5},
         "synchronous-add-grouped": {"blend": "synchronous", "mixer": "add", **GROUPED},

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from hqlt.layer import Block, SwiGLU
-from tests.laws import close
+from tests.laws import close, normal
 from tests.layers import HIDDEN, ONE_OF_EACH_BLEND, build_layer, tokens
 
 
@@ -33,3 +34,22 @@ def test_nothing_in_gives_nothing_out_and_gradients_of_zero(choice, b, t):
     y.sum().backward()
     assert y.shape == x.grad.shape == x.shape
     assert not any(weight.grad.any() for weight in layer.parameters())
+
+
+@pytest.mark.parametrize("zero_centered", [False, True])
+def test_where_the_norms_stand(zero_centered):
+    """With what each part reads and adds in front of us."""
+    for norms, (before, after) in {"before": (True, False), "after": (False, True), "both": (True, True)}.items():
+        layer = Block(build_layer(""), SwiGLU(HIDDEN, 12), 1e-6, norms=norms, zero_centered=zero_centered).double()
+        with torch.no_grad():
+            for i, (name, weight) in enumerate(layer.named_parameters()):
+                weight.copy_(weight if "_norm" not in name else normal(*weight.shape, seed=i))
+
+        def normed(x, norm, wanted, shift=float(zero_centered)):
+            return x if not wanted else (shift + norm.weight) * F.rms_norm(x, x.shape[-1:], eps=1e-6)
+
+        x = tokens(2, 5)
+        read = layer.memory(normed(x, layer.memory_norm, before))[0]
+        between = x + normed(read, layer.memory_out_norm, after)
+        added = layer.mlp(normed(between, layer.mlp_norm, before))
+        close(layer(x)[0], between + normed(added, layer.mlp_out_norm, after))

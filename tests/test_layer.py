@@ -63,6 +63,15 @@ class TestParameters:
         added = self.shapes(conv_size=3, output_gate=True).items() - self.shapes().items()
         assert dict(added) == {"conv.weight": (3 * HIDDEN, 3), "g_proj.weight": (HIDDEN, HIDDEN)}
 
+    def test_output_gates(self):
+        """σ(0) of a shut projection halves what the same layer without a gate gives; SiLU(0) leaves nothing."""
+        x = tokens(1, 5)
+        plain = build_layer("", output_gate=False)
+        for name, share in {"sigmoid": 0.5, "silu": 0.0, True: 0.0}.items():
+            gated = build_layer("", output_gate=name)
+            gated.load_state_dict({**plain.state_dict(), "g_proj.weight": torch.zeros(HIDDEN, HIDDEN)})
+            close(gated(x)[0], share * plain(x)[0])
+
     def test_scalar_mixers_rows_are_fw_heads_then_kv_heads(self):
         """Gates shut by weights of −∞ silence one memory: rows 0, 1 (FW) leave the KV-memory's read of token 0, v."""
         layer = build_layer("synchronous-scalar-delta-plain")
@@ -311,6 +320,10 @@ class TestErrors:
             ({"blend": "fw-only", "num_value_heads": 3}, "num_value_heads: expected a multiple of num_heads = 2"),
             ({"zero_centered_norms": True}, "zero_centered_norms: expected together with qk_norm"),
             ({"fw_activation": None}, "kv_activation: expected None as fw_activation"),
+            (
+                {"output_gate": "silly"},
+                "output_gate: expected one of 'silu', 'sigmoid', got 'silly'; did you mean 'silu'",
+            ),
         ],
     )
     def test_an_option_that_nothing_uses_is_refused(self, options, message):

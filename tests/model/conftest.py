@@ -25,8 +25,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "linear": {"fast_weights": "linear", "mixer": "scalar", "rope_theta": None},
     "convolution": {"blend": "delayed-streaming", "mixer": "sum", "conv_size": 3, "output_gate": True},
     "transformer": {"layer_kinds": ["kv", "kv"]},
+    "own fields": {
+        "layer_kinds": ["fw", "kv"], "zero_centered_block_norms": True,
+        "of_kind": {
+            "fw": {"fast_weights": "gated-delta", "num_value_heads": 4, "conv_size": 3, "output_gate": "silu"},
+            "kv": {"num_kv_heads": 1, "output_gate": "sigmoid", "block_norms": "after"},
+        },
+    },
     "alternating": {"layer_kinds": ["fw", "kv", "hybrid"], "num_hidden_layers": 3, "kv_window": 3, "beta_max": 1.0},
-}
+}  # fmt: skip
 
 
 @pytest.fixture

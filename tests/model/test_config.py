@@ -10,7 +10,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig, PreTrainedModel
 
-from hqlt.layer import HybridMemory
+from hqlt.layer import HybridMemory, RMSNorm
 from hqlt.model import HQLTConfig, HQLTForCausalLM
 
 
@@ -91,7 +91,10 @@ def test_what_loaders_pass_on_is_none_of_the_configs_business(small, tmp_path):
 
 
 def test_round_trips(small, tmp_path):
-    config = HQLTConfig(**{**small, "num_hidden_layers": 3}, layer_kinds=["fw", "kv", "hybrid"], eos_token_id=[1, 2])
+    config = HQLTConfig(
+        **{**small, "num_hidden_layers": 3}, layer_kinds=["fw", "kv", "hybrid"], eos_token_id=[1, 2],
+        of_kind={"fw": {"num_heads": 4, "fast_weights": "linear"}, "kv": {"rope_theta": None, "block_norms": "both"}},
+    )  # fmt: skip
     config.save_pretrained(tmp_path)
     for other in (
         HQLTConfig(**config.to_dict()),
@@ -124,7 +127,7 @@ def test_what_transformers_adds_is_accepted(small):
         ({"window": None, "blend": "delayed-chunk"}, "window: expected a number of tokens"),
         ({"blend": "delayed-chunks"}, "did you mean 'delayed-chunk'"),
         ({"mixer": "vektor"}, "did you mean 'vector'"),
-        ({"fast_weights": "gated"}, "fast_weights: expected one of 'delta', 'linear'.* got 'gated'"),
+        ({"fast_weights": "gated"}, "fast_weights: expected one of 'delta', .* got 'gated'"),
         ({"beta_max": 3.0}, r"beta_max: expected a number in \(0, 2\]"),
         ({"conv_size": -1}, "conv_size"),
         ({"conv_init": "identical"}, "conv_init: .* did you mean 'identity'"),
@@ -134,11 +137,29 @@ def test_what_transformers_adds_is_accepted(small):
         ({"layer_kinds": ["kv"]}, "expected one entry for each of the 24 layers .* got 1"),
         ({"layer_kinds": ["kw"], "num_hidden_layers": 1}, "layer_kinds: .* got 'kw'"),
         ({"layer_kinds": ["kv"], "kv_window": 0, "num_hidden_layers": 1}, "window: expected at least 1"),
+        ({"block_norms": "befor"}, "block_norms: expected one of 'before', 'after', 'both', got 'befor'"),
+        ({"of_kind": {"fw": {}}}, "of_kind: expected one of 'hybrid', got 'fw'"),
+        ({"of_kind": {"hybrid": {"num_head": 4}}}, r"of_kind\['hybrid'\]: .* got 'num_head'; did you mean 'num_heads'"),
+        ({"of_kind": {"hybrid": {"hidden_size": 8}}}, r"of_kind\['hybrid'\]: expected one of .* got 'hidden_size'"),
+        (
+            {"of_kind": {"hybrid": {"mixer": "sum"}}, "gate_bias": 1.0},
+            "gate_bias: expected an option that a layer uses",
+        ),
     ],
 )
 def test_values_that_do_not_fit(fields, message):
     with pytest.raises(ValueError, match=message):
         HQLTConfig(**fields)
+
+
+def test_what_a_kind_of_layer_has_otherwise(small):
+    own = {"fw": {"num_heads": 4, "fast_weights": "linear"}, "kv": {"rope_theta": None, "block_norms": "both"}}
+    model = HQLTForCausalLM(HQLTConfig(**small, layer_kinds=["fw", "kv"], of_kind=own, conv_size=2))
+    fw, kv = model.model.layers
+    assert (fw.memory.num_heads, kv.memory.num_heads, fw.memory.conv.size, kv.memory.conv.size) == (4, 2, 2, 2)
+    assert (type(fw.memory.fw).__name__, kv.memory.kv.positions) == ("LinearMemory", None)
+    norms = [[name for name, part in block.named_children() if isinstance(part, RMSNorm)] for block in (fw, kv)]
+    assert norms == [["memory_norm", "mlp_norm"], ["memory_norm", "memory_out_norm", "mlp_norm", "mlp_out_norm"]]
 
 
 def test_wrong_types_are_refused_also_when_assigned():

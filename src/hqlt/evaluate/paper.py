@@ -42,7 +42,7 @@ def counterpart(config: HQLTConfig) -> Counterpart | None:
 
 def parts_of(config: HQLTConfig) -> tuple[Any, ...]:
     """What makes a model what it is."""
-    layers = [config.layer_options(layer) for layer in range(config.num_hidden_layers)]
+    layers = [(config.layer_options(layer), config.block_options(layer)) for layer in range(config.num_hidden_layers)]
     return config.intermediate_size, layers
 
 

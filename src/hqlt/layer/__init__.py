@@ -1,11 +1,12 @@
 """The layer, and what is around it in a model."""
 
-from hqlt.layer.block import Block, SwiGLU
+from hqlt.layer.block import BLOCK_NORMS, Block, SwiGLU
 from hqlt.layer.convolution import ShortConvolution
 from hqlt.layer.layer import HybridMemory, arguments_of, layer_arguments
 from hqlt.layer.norm import RMSNorm, ZeroCenteredRMSNorm
 
 __all__ = [
+    "BLOCK_NORMS",
     "Block",
     "HybridMemory",
     "RMSNorm",

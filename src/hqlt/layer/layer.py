@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from hqlt.registry import one_of
 from hqlt.shapes import Hidden, Keys, Queries, Resets, Values, check_resets, match
 
 ACTIVATIONS = {"silu": nn.SiLU}
+OUTPUT_GATES: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
 QK_NORMS = ("head", "full")
 
 
@@ -53,7 +54,7 @@ class HybridMemory(nn.Module):
     or None; unless given, both "silu", but none for an attention that stays itself ("kv-only", mixer "add").
     head_norm: RMSNorm over each head of the mix (of the FW read, with mixer "add"); unless given, where there is an
     FW-memory. norm_eps: of all of them. conv_size: taps of a short convolution on q, k, v before anything else (0:
-    none). output_gate: multiply the normed heads by SiLU(W_g x).
+    none). output_gate: multiply the normed heads by SiLU(W_g x) ("silu" or True) or by σ(W_g x) ("sigmoid").
 
     Parameters: q_proj, k_proj, v_proj, mixer.gate_proj, o_norm, o_proj, the rule's own such as fw.beta_proj, each
     `.weight`; with their options `.bias`, q_norm, k_norm, conv.weight and g_proj.weight.
@@ -86,7 +87,7 @@ class HybridMemory(nn.Module):
         head_norm: bool | None = None,
         norm_eps: float = 1e-6,
         conv_size: int = 0,
-        output_gate: bool = False,
+        output_gate: bool | str = False,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -126,6 +127,7 @@ class HybridMemory(nn.Module):
         normed = has_fw if head_norm is None else head_norm
         self.o_norm: nn.Module = RMSNorm(heads.v, eps=norm_eps) if normed else nn.Identity()
         self.g_proj = linear(heads.reads * heads.v, False) if output_gate else None
+        self.output_gate = _output_gate(output_gate)
         self.o_proj = nn.Linear(heads.reads * heads.v, hidden_size, bias=o_bias)
 
         self.channels = sum(widths)
@@ -203,7 +205,7 @@ class HybridMemory(nn.Module):
         heads, (kv, fw, _, position) = self.heads(projected, state, resets)
         y = heads.flatten(2)
         if self.g_proj is not None:
-            y = y * F.silu(self.g_proj(x))
+            y = y * self.output_gate(self.g_proj(x))
         return self.o_proj(y), MemoryState(kv, fw, convolution, position)
 
     def no_tokens(self, x: Hidden) -> Hidden:
@@ -365,6 +367,12 @@ def _options(classes: Iterable[type]) -> list[str]:
 
 def _activation(name: str | None) -> nn.Module:
     return nn.Identity() if name is None else ACTIVATIONS[name]()
+
+
+def _output_gate(name: bool | str) -> Callable[[Tensor], Tensor]:
+    name = "silu" if isinstance(name, bool) else name
+    one_of("output_gate", name, OUTPUT_GATES)
+    return OUTPUT_GATES[name]
 
 
 def _shape(sizes: Iterable[int | None]) -> str:

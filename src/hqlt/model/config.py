@@ -3,7 +3,7 @@
 # No `from __future__ import annotations` here: the type checks of transformers' configs read the types themselves.
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from hqlt.layer import HybridMemory, arguments_of, layer_arguments
+from hqlt.layer import BLOCK_NORMS, HybridMemory, arguments_of, layer_arguments
 from hqlt.registry import one_of
 
 LAYER_KINDS = ("hybrid", "kv", "fw")
@@ -38,13 +38,18 @@ MISSPELT = 0.85
 """How like a field a key in a file must be to count as that field misspelt. (unk_token_id is not bos_token_id.)"""
 
 
-def choices_of(kind: str, blend: str, mixer: str, fast_weights: str, retention: str) -> dict[str, Any]:
+def fields_of(kind: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What layers of this kind are built from: the fields that all share, `options`, and the kind's own (`of_kind`)."""
+    return {**fields, **(fields.get("options") or {}), **(fields.get("of_kind") or {}).get(kind, {})}
+
+
+def choices_of(kind: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     """What is chosen by name in a layer of this kind."""
     return {
-        "blend": blend if kind == "hybrid" else f"{kind}-only",
-        "mixer": mixer if kind == "hybrid" else None,
-        "fast_weights": None if kind == "kv" else fast_weights,
-        "retention": None if kind == "fw" else retention,
+        "blend": fields["blend"] if kind == "hybrid" else f"{kind}-only",
+        "mixer": fields["mixer"] if kind == "hybrid" else None,
+        "fast_weights": None if kind == "kv" else fields["fast_weights"],
+        "retention": None if kind == "fw" else fields["retention"],
     }
 
 
@@ -55,10 +60,9 @@ def without_unused(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any
     """
     defaults = {"blend": "synchronous", "mixer": "vector", "fast_weights": "delta", "retention": "recent"}
     fields = defaults | shared | own
-    names = [fields[name] for name in defaults]
     kinds = fields.get("layer_kinds") or "hybrid"
     several = kinds if isinstance(kinds, list) else [kinds]
-    choices = [choices_of(kind, *names) for kind in LAYER_KINDS if kind in several]
+    choices = [choices_of(kind, fields_of(kind, fields)) for kind in LAYER_KINDS if kind in several]
     if not choices:  # none of those kinds is one: the config says so
         return shared
     used = {name for choice in choices for name in arguments_of(**choice)}
@@ -138,8 +142,8 @@ class HQLTConfig(PreTrainedConfig):
     """Added under the root of every RMSNorm."""
     conv_size: int = 0
     """Taps of a short convolution on q, k and v; 0: none."""
-    output_gate: bool = False
-    """Whether a layer's normed heads are multiplied by SiLU(W_g x)."""
+    output_gate: bool | str = False
+    """What a layer's normed heads are multiplied by: "silu" (or True) of W_g x, "sigmoid" of it; False: nothing."""
 
     options: dict[str, Any] | None = None
     """Options of registered rules, mixers and blends that have no field here, by name."""
@@ -148,6 +152,12 @@ class HQLTConfig(PreTrainedConfig):
     """One of "hybrid", "kv" (KV-memory alone) and "fw" (FW-memory alone) for each layer; None: all hybrid."""
     kv_window: int | list[int | None] | None = None
     """Tokens that a "kv" layer reaches, or a list with an entry for each layer; None: all, full attention."""
+    of_kind: dict[str, dict[str, Any]] | None = None
+    """What layers of one kind have otherwise than these fields: {"fw": {"num_heads": 16, "conv_size": 4}}."""
+    block_norms: str = "before"
+    """Where a block has norms: "before" its memory and its MLP, "after" them (of what they add), or "both"."""
+    zero_centered_block_norms: bool = False
+    """Whether the weight of the blocks' norms, and of the last one, is 1 + w."""
     num_hidden_layers: int = 24
     """Blocks of the model."""
     intermediate_size: int | None = None
@@ -203,12 +213,21 @@ class HQLTConfig(PreTrainedConfig):
         kind = self.kinds[layer]
         kv_window = self.kv_window[layer] if isinstance(self.kv_window, list) else self.kv_window
         window = {"hybrid": self.window, "kv": kv_window, "fw": None}[kind]
-        choices = choices_of(kind, self.blend, self.mixer, self.fast_weights, self.retention)
+        given = self._fields_of(kind)
+        choices = choices_of(kind, given)
         if kind == "kv" and kv_window is None:
             choices["retention"] = "recent"  # which is all of them
         used = arguments_of(**choices)
-        given = {name: getattr(self, name) for name in layer_arguments() if hasattr(self, name)} | (self.options or {})
-        return {name: value for name, value in given.items() if name in used} | choices | {"window": window}
+        return {name: given[name] for name in used if name in given} | choices | {"window": window}
+
+    def block_options(self, layer: int) -> dict[str, Any]:
+        """What this layer's `Block` is built with beside its parts."""
+        norms = self._fields_of(self.kinds[layer])["block_norms"]
+        return {"norm_eps": self.norm_eps, "norms": norms, "zero_centered": self.zero_centered_block_norms}
+
+    def _fields_of(self, kind: str) -> dict[str, Any]:
+        shared = ("block_norms", "options", "of_kind", *layer_arguments())
+        return fields_of(kind, {name: getattr(self, name) for name in shared if hasattr(self, name)})
 
     def check(self) -> None:
         """Raise ValueError, saying what was expected and what came, where no model can be built from these values."""
@@ -226,6 +245,10 @@ class HQLTConfig(PreTrainedConfig):
         for kind in self.kinds:
             one_of("layer_kinds", kind, LAYER_KINDS)
         one_of("conv_init", self.conv_init, CONV_INITS)
+        for kind, own in (self.of_kind or {}).items():
+            self._check_kind(kind, own)
+        for layer in range(self.num_hidden_layers):
+            one_of("block_norms", self.block_options(layer)["norms"], BLOCK_NORMS)
         if isinstance(self.kv_window, list) and len(self.kv_window) != self.num_hidden_layers:
             raise ValueError(
                 f"kv_window: expected one number, or an entry for each of the {self.num_hidden_layers} layers, got "
@@ -236,6 +259,12 @@ class HQLTConfig(PreTrainedConfig):
         with torch.device("meta"):  # the layer knows what it refuses, and on this device costs nothing
             for options in {repr(options): options for options in layers}.values():
                 HybridMemory(**options)
+
+    def _check_kind(self, kind: str, own: dict[str, Any]) -> None:
+        one_of("of_kind", kind, dict.fromkeys(self.kinds))
+        used = self.layer_options(self.kinds.index(kind))
+        for name in own:
+            one_of(f"of_kind[{kind!r}]", name, sorted({"block_norms", *used} - {"hidden_size", "window", "blend"}))
 
     def _refuse_unused(self, layers: list[dict[str, Any]]) -> None:
         """An option that was changed, and that no layer uses."""

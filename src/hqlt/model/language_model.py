@@ -73,7 +73,8 @@ class HQLTModel(HQLTPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(build_block(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        norm = ZeroCenteredRMSNorm if config.zero_centered_block_norms else RMSNorm
+        self.norm = norm(config.hidden_size, eps=config.norm_eps)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -249,7 +250,7 @@ def build_block(config: HQLTConfig, layer: int) -> HQLTBlock:
     """The block of a layer, whose memories are of its kind."""
     assert config.intermediate_size is not None, "the config sets it"
     mlp = SwiGLU(config.hidden_size, config.intermediate_size, config.mlp_bias)
-    return HQLTBlock(HybridMemory(**config.layer_options(layer)), mlp, config.norm_eps)
+    return HQLTBlock(HybridMemory(**config.layer_options(layer)), mlp, **config.block_options(layer))
 
 
 def refuse_misspelt(kwargs: dict[str, Any], packed: bool) -> None:
