@@ -22,10 +22,15 @@ FAMILY: dict[str, dict[str, Any]] = {
     "gated-delta": {"fast_weights": "gated-delta", "beta_max": 2.0},
     "kda": {"fast_weights": "kda", "beta_max": 2.0, "decay_rank": 3},
     "kda-bounded": {"fast_weights": "kda", "decay_floor": -5.0},
+    "delta-product": {"fast_weights": "delta-product", "conv_size": 2},
+    "gated-delta-product": {"fast_weights": "gated-delta-product", "num_householder": 3},
 }
 """Layers by name: rules with options that matter to the laws. `tests/layers.py` has delta and linear."""
 
-REFUSED: dict[tuple[str, str], str] = {}
+REFUSED: dict[tuple[str, str], str] = {
+    (name, "delayed-streaming"): f"write_gates: expected 'own' with fast_weights='{name}', whose gates hold keys"
+    for name in ("delta-product", "gated-delta-product")
+}
 """By layer and schedule: what the refusal says."""
 
 COMBINATIONS = [(rule, schedule) for rule in FAMILY for schedule in SCHEDULES if (rule, schedule) not in REFUSED]

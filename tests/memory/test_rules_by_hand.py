@@ -99,3 +99,25 @@ def test_kda():
             return scan(len(x), step, queries)
 
         agrees(rule, by_hand)
+
+
+def test_delta_product_and_gated_delta_product():
+    """The authors' pairs lie one below another, first pairs first; ours has the last of them from the layer."""
+    for name, m in (("delta-product", 2), ("gated-delta-product", 3)):
+        rule, w = build(name, num_householder=m)
+
+        def by_hand(x, keys, values, queries, h, w=w, m=m):
+            def step(S, i):
+                extra_k = (w["k_proj.weight"] @ x[i]).view(m - 1, PAIRS, K)[:, h]
+                extra_v = F.silu(w["v_proj.weight"] @ x[i]).view(m - 1, PAIRS, V)[:, h]
+                betas = 2 * sigmoid(w["beta_proj.weight"] @ x[i]).view(m, PAIRS)[:, h]
+                pairs = [*zip(extra_k, extra_v, strict=True), (keys[i], values[i])]
+                alpha = torch.ones(K, dtype=torch.float64)
+                if "A_log" in w:
+                    a = w["decay_proj.weight"][h] @ x[i] + w["dt_bias"][h]
+                    alpha = (-w["A_log"][h].exp() * softplus(a)).exp().expand(K)
+                return deltas(S, alpha, [(phi(k), v, beta) for (k, v), beta in zip(pairs, betas, strict=True)])
+
+            return scan(len(x), step, queries)
+
+        agrees(rule, by_hand)

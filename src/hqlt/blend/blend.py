@@ -88,6 +88,9 @@ class Blend(nn.Module):
         """Pairs held between calls at most; None: all of them. Here: the next token brings the window's last pair."""
         return None if self.window is None else self.window - 1
 
+    def check(self, fw: FWMemory) -> None:
+        """Refuse, by a ValueError, a rule that has no meaning in this schedule."""
+
     def held(self, count: Tensor) -> Tensor:
         """How many of a segment's latest pairs the KV-memory holds on to after `count` tokens: [b]."""
         return count if self.slots is None else count.clamp(max=self.slots)

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hqlt.blend.blend import Blend, Memories, Reads, Timeline, Tokens
-from hqlt.memory import Tree, Write
-from hqlt.registry import one_of, register
+from hqlt.memory import FWMemory, Tree, Write
+from hqlt.registry import name_of, one_of, register
 from hqlt.shapes import Resets
 
 WRITE_GATES = ("current", "own")
@@ -39,6 +39,14 @@ class DelayedStreaming(Blend):
     def slots(self) -> int:
         assert self.window is not None
         return self.window
+
+    def check(self, fw: FWMemory) -> None:
+        if fw.gates_hold_pairs and not self.keeps_gates:
+            raise ValueError(
+                f"write_gates: expected 'own' with fast_weights={name_of('rule', type(fw))!r}, whose gates hold keys "
+                f"and values of their own token, which the current token does not have for the one that it writes; "
+                f"got 'current'"
+            )
 
     def read(
         self, memories: Memories, new: Tokens, timeline: Timeline, past: Tree | None, resets: Resets | None

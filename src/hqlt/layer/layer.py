@@ -53,8 +53,9 @@ class HybridMemory(nn.Module):
     zero_centered_norms: its weight is 1 + w. kv_activation, fw_activation: of the values that each memory sees, "silu"
     or None; unless given, both "silu", but none for an attention that stays itself ("kv-only", mixer "add").
     head_norm: RMSNorm over each head of the mix (of the FW read, with mixer "add"); unless given, where there is an
-    FW-memory. norm_eps: of all of them. conv_size: taps of a short convolution on q, k, v before anything else (0:
-    none). output_gate: multiply the normed heads by SiLU(W_g x) ("silu" or True) or by σ(W_g x) ("sigmoid").
+    FW-memory. norm_eps: of all of them. conv_size: taps of a short convolution on q, k, v, and on the keys and
+    values that a rule projects itself, before anything else (0: none). output_gate: multiply the normed heads by
+    SiLU(W_g x) ("silu" or True) or by σ(W_g x) ("sigmoid").
 
     Parameters: q_proj, k_proj, v_proj, mixer.gate_proj, o_norm, o_proj, the rule's own such as fw.beta_proj, each
     `.weight`; with their options `.bias`, q_norm, k_norm, conv.weight and g_proj.weight.
@@ -121,8 +122,12 @@ class HybridMemory(nn.Module):
         self.q_proj, self.k_proj, self.v_proj = (linear(width, qkv_bias) for width in widths)
         # After the projections: seeds draw weights in this order, and published figures hang on it.
         self.fw: FWMemory | None = built["fast_weights"](heads, **own["fast_weights"]) if has_fw else None
+        if self.fw is not None:
+            self.blend.check(self.fw)
+            widths += (*self.fw.convolved.values(),)
         self._activations(kv_activation, fw_activation)
-        self.conv = ShortConvolution(sum(widths), conv_size) if conv_size else None
+        self.channels = sum(widths)
+        self.conv = ShortConvolution(self.channels, conv_size) if conv_size else None
         self.q_norm, self.k_norm = self._qk_norms(qk_norm, norm_eps, zero_centered_norms)
         normed = has_fw if head_norm is None else head_norm
         self.o_norm: nn.Module = RMSNorm(heads.v, eps=norm_eps) if normed else nn.Identity()
@@ -130,7 +135,6 @@ class HybridMemory(nn.Module):
         self.output_gate = _output_gate(output_gate)
         self.o_proj = nn.Linear(heads.reads * heads.v, hidden_size, bias=o_bias)
 
-        self.channels = sum(widths)
         self.entries = self._entries()
         self.sizes_held = [entry.sizes for entry in leaves(self.entries)]
         self.fused = tuple(make() for make in FUSED)
@@ -153,6 +157,8 @@ class HybridMemory(nn.Module):
                     f"see are held once; got {kv!r}"
                 )
             self.fw.v_activation = _activation(fw)
+        if self.fw is not None:
+            self.fw.own_v_activation = _activation(fw)
         self.v_activation: nn.Module = _activation(shared)
 
     def _qk_norms(self, kind: str | None, eps: float, zero_centered: bool) -> tuple[RMSNorm | None, RMSNorm | None]:
@@ -216,13 +222,16 @@ class HybridMemory(nn.Module):
     def project(self, x: Hidden, state: MemoryState | None, resets: Resets | None) -> tuple[Projected, Tensor]:
         """What the heads are made of, and the latest inputs of the convolution."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        write: Any = () if self.fw is None else self.fw.logits(x)
         latest = x.new_zeros(x.shape[0], 0, self.channels) if state is None else state.convolution
         if self.conv is not None:
             held = None if state is None else (state.convolution, state.position)
-            convolved, latest = self.conv(torch.cat([q, k, v], dim=-1), held, resets)
-            q, k, v = convolved.split([q.shape[-1], k.shape[-1], v.shape[-1]], dim=-1)
+            own = {} if self.fw is None else {name: getattr(write, name) for name in self.fw.convolved}
+            given = [q, k, v, *own.values()]
+            convolved, latest = self.conv(torch.cat(given, dim=-1), held, resets)
+            q, k, v, *others = convolved.split([x.shape[-1] for x in given], dim=-1)
+            write = write._replace(**dict(zip(own, others, strict=True))) if own else write
         q, k, v = self.split(q, k, v)
-        write = () if self.fw is None else self.fw.logits(x)
         return Projected(q, k, v, write, self.mixer.logits(x)), latest
 
     def split(self, q: Hidden, k: Hidden, v: Hidden) -> tuple[Queries, Keys, Values]:

@@ -1,7 +1,9 @@
 """Write rules: how a pair is written."""
 
 from hqlt.memory.fw.delta import DeltaGates, DeltaMemory
+from hqlt.memory.fw.delta_product import DeltaProductMemory
 from hqlt.memory.fw.gated_delta import GatedDeltaMemory
+from hqlt.memory.fw.gated_delta_product import GatedDeltaProductMemory
 from hqlt.memory.fw.kda import KDAMemory
 from hqlt.memory.fw.linear import LinearMemory
 from hqlt.memory.fw.recurrence import Erasing, MatrixState, Recurrence, Terms
@@ -10,9 +12,11 @@ from hqlt.memory.fw.rule import FWMemory, LowRank, Write, begin_at, gate_project
 __all__ = [
     "DeltaGates",
     "DeltaMemory",
+    "DeltaProductMemory",
     "Erasing",
     "FWMemory",
     "GatedDeltaMemory",
+    "GatedDeltaProductMemory",
     "KDAMemory",
     "LinearMemory",
     "LowRank",

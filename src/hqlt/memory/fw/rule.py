@@ -36,12 +36,18 @@ class FWMemory(nn.Module):
 
     native: str | None = None
     """What `hqlt.ops.step` calls this rule, where it runs it; a subclass says so anew."""
+    gates_hold_pairs = False
+    """Whether the gates hold keys and values of their own token, so that they serve to write no other token's pair."""
 
     def __init__(self, heads: Heads) -> None:
         super().__init__()
         self.heads = heads
         self.v_activation: nn.Module = nn.Identity()
         """Of values that reach this memory alone; the layer sets it (`HybridMemory.fw_activation`)."""
+        self.own_v_activation: nn.Module = nn.Identity()
+        """Of values that the rule itself projects: what the layer's own are activated by before they are written."""
+        self.convolved: dict[str, int] = {}
+        """Fields of the logits that pass through the layer's short convolution, as q, k and v do: their widths."""
 
     def logits(self, x: Hidden) -> Tree:
         """What the rule's projections make of the layer's input x [b, t, d], [b, t, …] each."""

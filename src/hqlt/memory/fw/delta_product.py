@@ -1,0 +1,89 @@
+"""DeltaProduct: several steps of the delta rule for each token."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hqlt import ops
+from hqlt.memory.fw.recurrence import Erasing, Terms
+from hqlt.memory.fw.rule import Write
+from hqlt.memory.heads import Heads
+from hqlt.memory.state import Entry
+from hqlt.registry import register
+from hqlt.shapes import Hidden, Queries, Strengths
+
+
+class ProductGates(NamedTuple):
+    beta: Strengths
+    """[b, t, m, h] write strengths in the order of the writes, in at least float32."""
+    keys: Tensor
+    """[b, t, m − 1, h, k] of the first m − 1 writes, raw."""
+    values: Tensor
+    """[b, t, m − 1, h, v]"""
+
+
+@register("rule", "delta-product")
+class DeltaProductMemory(Erasing):
+    """m times S ← S + φ(k_i) ⊗ β_i (v_i − Sᵀ φ(k_i)), then the read; read and φ as of the delta rule.
+
+    m = num_householder, at least 2. The layer's own pair, which a KV-memory holds too, is the last of the m, which
+    nothing of the same token erases; those before it are the rule's own, k_i = W_k,i x and v_i = W_v,i x, with the
+    layer's short convolution and the activation of its values. β_i = beta_max · σ(W_β,i x). beta_max: at most 2, the
+    authors'.
+
+    Rows of `k_proj`, `v_proj` and `beta_proj` are ordered by write, then head. So of a DeltaProduct checkpoint's
+    stacked `k_proj` the first m − 1 of m blocks are `fw.k_proj` here, and the last is the layer's `k_proj`; `v_proj`
+    likewise, and `b_proj` is `fw.beta_proj`. A layer's `qk_norm` norms its own keys alone.
+
+    Source: Siems et al. 2025, "DeltaProduct: Improving State-Tracking in Linear RNNs via Householder Products", eq. 4.
+    """
+
+    gates_hold_pairs = True
+
+    def __init__(self, heads: Heads, *, num_householder: int = 2, beta_max: float = 2.0) -> None:
+        if num_householder < 2:
+            raise ValueError(
+                f"num_householder: expected at least 2 writes for each token, got {num_householder}; with 1 the rule "
+                f"is 'delta' or 'gated-delta'"
+            )
+        super().__init__(heads, beta_max, writes=num_householder)
+        self.writes = num_householder
+        extra = num_householder - 1
+        widths = extra * heads.pairs * heads.k, extra * heads.matrices * heads.v
+        self.k_proj, self.v_proj = (nn.Linear(heads.hidden_size, width, bias=False) for width in widths)
+        self.convolved = dict(zip(("keys", "values"), widths, strict=True))
+
+    def logits(self, x: Hidden) -> ProductGates:
+        return ProductGates(self.beta_proj(x), self.k_proj(x), self.v_proj(x))
+
+    def gates(self, logits: ProductGates) -> ProductGates:
+        heads, m = self.heads, self.writes
+        beta, keys, values = logits
+        return ProductGates(
+            self.strengths(beta).unflatten(-1, (m, heads.matrices)),
+            keys.unflatten(-1, (m - 1, heads.pairs, heads.k)),
+            self.own_v_activation(values).unflatten(-1, (m - 1, heads.matrices, heads.v)),
+        )
+
+    def gate_entries(self) -> ProductGates:
+        heads, m = self.heads, self.writes
+        beta = Entry((m, heads.matrices))
+        keys = Entry((m - 1, heads.pairs, heads.k), "narrow")
+        values = Entry((m - 1, heads.matrices, heads.v), "narrow")
+        return ProductGates(beta, keys, values)  # type: ignore[arg-type]
+
+    def terms(self, q: Queries, write: Write) -> Terms:
+        beta, keys, values = write.gates[:3]
+        own_values = self.v_activation(write.values)
+        keys = keys.repeat_interleave(self.heads.matrices // self.heads.pairs, dim=3)
+        k, v = (
+            torch.cat([extra, own[:, :, None]], dim=2).flatten(1, 2)
+            for extra, own in ((keys, write.keys), (values, own_values))
+        )
+        return Terms(ops.unit_silu(q), ops.unit_silu(k), v, beta.flatten(1, 2))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, num_householder={self.writes}"
