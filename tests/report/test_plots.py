@@ -85,6 +85,15 @@ def test_more_models_than_can_be_told_apart_take_columns_by_family():
     assert [axes.get_legend() is not None for axes in panels] == [False, False, True, True]
 
 
+def test_families_stand_side_by_side_an_experiment_a_row():
+    names = [f"{family}, {i}" for family in ("A", "B", "C") for i in range(MANY)]
+    panels = panels_of([r for j in range(2) for r in of_experiment(f"e{j}", [result(n, "text", 2.0) for n in names])])
+    titles = [axes.get_title() for axes in panels if axes.get_title()]
+    assert titles == [f"e{j}, {family}" for j in range(2) for family in "ABC"]
+    left = [[round(axes.get_position().x0, 3) for axes in panels if axes.get_title().startswith(f"e{j}")] for j in (0, 1)]
+    assert left[0] == left[1] == sorted(set(left[0]))
+
+
 def test_an_experiment_without_a_coordinate_has_one_panel(monkeypatch):
     """As agents have that are not tested along anything."""
     cell = type(RESULTS[0].cell)

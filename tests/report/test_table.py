@@ -44,6 +44,16 @@ def test_quick_scores_are_not_compared():
     assert TOO_SMALL not in table_of(RESULTS).caption
 
 
+def test_sizes_stand_beside_every_score():
+    """Parameters, and what is held of a sequence; a dash where that grows, as in full attention."""
+    results = [r._replace(state_bytes=4096 if r.cell.model == "DeltaNet" else None) for r in RESULTS]
+    table = table_of(results, sizes=True)
+    beside = ["parameters", "state bytes"]
+    assert table.columns == ["model", "parity, accuracy %", *beside, "text, bits/byte", *beside, "seconds"]
+    assert [[cell.text for cell in row[2:4]] for row in table.rows] == [["1,000", "4,096"], ["1,000", "–"]]
+    assert "State bytes: " in table.caption and "Parameters: " not in table.caption
+
+
 def test_skipped_updates_are_counted():
     assert "updates skipped" not in table_of(RESULTS).columns
     bad = result("DeltaNet", "parity", 0.5, seed=3)

@@ -140,6 +140,15 @@ def test_mlps_make_up_for_each_layer_without_a_mixer(own, width):
     assert sizes[0] == pytest.approx(sizes[1], rel=0.02)
 
 
+@pytest.mark.parametrize("kinds", ["hybrid", "fw"])
+@pytest.mark.parametrize("rule", ["linear", "gated-delta", "kda"])
+def test_mlps_make_up_for_what_a_write_rule_brings(rule, kinds):
+    sizes = {"hidden_size": 32, "num_heads": 4, "num_hidden_layers": 2}
+    config = config_of(sizes, {"layer_kinds": kinds, "fast_weights": rule})
+    ours, delta = (HQLTForCausalLM(HQLTConfig(**one, vocab_size=3)).num_parameters() for one in (config, FULL))
+    assert ours == pytest.approx(delta, rel=0.01)
+
+
 def test_what_is_no_yaml_or_not_there_is_refused(tmp_path):
     with pytest.raises(ValueError, match="expected a study in YAML"):
         read(tmp_path, "a: [")

@@ -25,6 +25,7 @@ CASES = {
     "arithmetic": (ModularArithmetic, {}, verifiers.arithmetic),
     "brackets": (BracketedArithmetic, {}, verifiers.arithmetic),
     "S3": (Permutations, {"group": "S3"}, verifiers.permutations_of("S3")),
+    "S4": (Permutations, {"group": "S4"}, verifiers.permutations_of("S4")),
     "A5": (Permutations, {"group": "A5"}, verifiers.permutations_of("A5")),
     "S5": (Permutations, {"group": "S5"}, verifiers.permutations_of("S5")),
 }
@@ -87,7 +88,7 @@ def test_every_length_and_every_answer_comes(name):
         assert answers.max() < 1.5 * 5000 * task.chance + 20
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in ("A5", "S5")])  # the example is in S3
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("S4", "A5", "S5")])  # the example is in S3
 def test_the_worked_example(name):
     """As the docstring shows it: inputs, the answer, and the labels at every prefix."""
     kind, _, answer = CASES[name]
@@ -128,7 +129,7 @@ def test_brackets_are_those_of_the_source():
         (ModularArithmetic, {"train_lengths": (4, 4)}, "expected an odd length among them, got 4 alone"),
         (BracketedArithmetic, {"labels": "prefix"}, "brackets that are open have no value"),
         (CycleNavigation, {"positions": 1}, "positions: expected at least 2"),
-        (Permutations, {"group": "A4"}, "group: expected one of 'S3', 'A5', 'S5', got 'A4'"),
+        (Permutations, {"group": "A4"}, "group: expected one of 'S3', 'S4', 'A5', 'S5', got 'A4'"),
     ],
 )
 def test_impossible_settings_are_refused(kind, options, message):

@@ -7,7 +7,7 @@ import pytest
 
 from hqlt.model import HQLTForCausalLM
 from hqlt.train import Budget
-from hqlt.train.grid import Event, Result, run_grid
+from hqlt.train.grid import Event, Result, load_result, run_grid
 from hqlt.train.task_cell import TaskCell
 
 CELL = TaskCell(
@@ -36,6 +36,16 @@ def test_a_grid_runs_in_parallel_and_a_finished_cell_never_again(tmp_path):
     assert {t.cell.seed for t in more if isinstance(t, Event)} == {2}
     assert [result.fit.test.value for result in again[:2]] == [result.fit.test.value for result in first]
     assert again[0].history[0]._asdict() == first[0].history[0]._asdict()
+
+
+def test_a_result_knows_what_is_held_of_a_sequence(tmp_path):
+    """Two matrices of 8 × 8, three pairs and the position; with full attention it has no bound."""
+    grows = others(model="Transformer", config={**CELL.config, "layer_kinds": ["kv"]})
+    first, second = run_grid([CELL, grows], tmp_path, 2, lambda told: None)
+    assert first.state_bytes == 4 * (2 * 8 * 8 + 3 * 2 * 16) + 8
+    assert second.state_bytes is None
+    for result in (first, second):
+        assert load_result(tmp_path, result.cell).state_bytes == result.state_bytes
 
 
 def test_a_result_does_not_depend_on_its_neighbours(tmp_path):

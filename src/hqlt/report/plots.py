@@ -61,7 +61,7 @@ def figure_of(results: Sequence[Result]) -> Figure:
     """Two panels an experiment, one above the other: the test score along the task's coordinate, and learning curves.
 
     Where there are several seeds, each is a thin line and their median a thick one. Where curves coincide, each is seen
-    in turn. More models than MANY take several columns.
+    in turn. More models than MANY take several columns, side by side.
     """
     groups = grouped(list(dict.fromkeys(result.cell.model for result in results)))
     columns = [
@@ -70,7 +70,7 @@ def figure_of(results: Sequence[Result]) -> Figure:
         for group in groups
         if (of_column := [r for r in results if r.cell.column == label and r.cell.model in group])
     ]
-    beside = min(len(columns), COLUMNS)
+    beside = min(len(columns), COLUMNS // len(groups) * len(groups) or COLUMNS)
     mosaic: list[Any] = []
     for i in range(0, len(columns), beside):
         row = range(i, min(i + beside, len(columns)))
@@ -81,13 +81,17 @@ def figure_of(results: Sequence[Result]) -> Figure:
         mosaic.append([f"learning {j}" for j in row] + blank)
     width, together = WIDTH * beside, len(groups) == 1
     fit = entries_beside(groups[0], width)
-    in_legend = math.ceil(len(groups[0]) / fit) if together else max(map(len, groups))
-    figure = pyplot.figure(figsize=(width, HEIGHT * len(mosaic) + 0.22 * in_legend), layout="constrained")
+    in_legends = (
+        math.ceil(len(groups[0]) / fit) if together else max(map(len, groups)) * math.ceil(len(columns) / beside)
+    )
+    figure = pyplot.figure(figsize=(width, HEIGHT * len(mosaic) + 0.22 * in_legends), layout="constrained")
     panels = figure.subplot_mosaic(mosaic)
     for j, (of_column, group) in enumerate(columns):
         own = [panels[name] for name in (f"test {j}", f"learning {j}") if name in panels]
         draw_experiment(own, of_column, styles_of(group))
         if not together:
+            if len(family := {model.partition(",")[0] for model in group}) == 1:
+                own[0].set_title(f"{own[0].get_title()}, {family.pop()}")
             own[-1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
     if together:
         handles = [Line2D([], [], markersize=4, **style) for style in styles_of(groups[0]).values()]

@@ -44,54 +44,60 @@ class Table(NamedTuple):
 
 
 def table_of(
-    results: Sequence[Result], paper: Mapping[str, Mapping[str, float]] | None = None, *, quick: bool = False
+    results: Sequence[Result],
+    paper: Mapping[str, Mapping[str, float]] | None = None,
+    *,
+    quick: bool = False,
+    sizes: bool = False,
 ) -> Table:
     """Test scores by model and experiment; the median over seeds, with all of them behind it where there are several.
 
     paper: by experiment and model, what the paper reports: a column of its own beside ours. quick: the budgets were
-    too small to learn: no score is marked as the best, and the caption says why. Where updates were skipped, because
-    their gradient was not finite, a column counts them.
+    too small to learn: no score is marked as the best, and the caption says why. sizes: parameters and the bytes of
+    the state stand beside every score. Where updates were skipped, because their gradient was not finite, a column
+    counts them.
     """
     experiments = list(dict.fromkeys(result.cell.column for result in results))
     models = list(dict.fromkeys(result.cell.model for result in results))
-    reported = {label: values for label, values in (paper or {}).items() if values and label in experiments}
-    values = {
-        (model, label): [
-            result.fit.test.value for result in results if (result.cell.model, result.cell.column) == (model, label)
-        ]
-        for model in models
-        for label in experiments
-    }
-    metric = {result.cell.column: result.fit.test.metric for result in results}
-    columns = ["model"]
+    columns: list[tuple[str, Sequence[str | TableCell]]] = [("model", models)]
     for label in experiments:
-        columns.append(f"{label}, {UNITS[metric[label]]}")
-        columns += ["paper"] * (label in reported)
-    skipped = {model: sum(skipped_in(result) for result in results if result.cell.model == model) for model in models}
-    columns += ["seconds", *["updates skipped"] * any(skipped.values())]
-    rows = []
-    for model in models:
-        row = [TableCell(model)]
-        for label in experiments:
-            known = [statistics.median(values[other, label]) for other in models if values[other, label]]
-            best = (min if metric[label] == "bits" else max)(known)
-            row.append(_score(values[model, label], metric[label], None if quick else best))
-            if label in reported:
-                theirs = reported[label].get(model)
-                row.append(TableCell("–" if theirs is None else f"{theirs:.1f}"))
-        own = [result for result in results if result.cell.model == model]
-        row.append(TableCell(f"{sum(result.seconds for result in own):.0f}"))
-        row += [TableCell(f"{skipped[model]:,}")] * any(skipped.values())
-        rows.append(row)
+        of_models = [[r for r in results if (r.cell.model, r.cell.column) == (model, label)] for model in models]
+        columns.append(_scores(label, of_models, quick))
+        if theirs := (paper or {}).get(label):
+            columns.append(("paper", [f"{theirs[model]:.1f}" if model in theirs else "–" for model in models]))
+        if sizes:
+            first = [of_model[0] if of_model else None for of_model in of_models]
+            columns.append(("parameters", [f"{r.parameters:,}" if r else "–" for r in first]))
+            columns.append(("state bytes", [f"{r.state_bytes:,}" if r and r.state_bytes else "–" for r in first]))
+    own = [[result for result in results if result.cell.model == model] for model in models]
+    columns.append(("seconds", [f"{sum(result.seconds for result in of_model):.0f}" for of_model in own]))
+    skipped = [sum(map(skipped_in, of_model)) for of_model in own]
+    if any(skipped):
+        columns.append(("updates skipped", [f"{count:,}" for count in skipped]))
+    rows = zip(*(cells for _, cells in columns), strict=True)
+    cells = [[cell if isinstance(cell, TableCell) else TableCell(cell) for cell in row] for row in rows]
+    return Table([name for name, _ in columns], cells, caption_of(results, experiments, quick, sizes))
+
+
+def caption_of(results: Sequence[Result], experiments: Sequence[str], quick: bool, sizes: bool) -> str:
     one_seed = len(results) == len({(result.cell.column, result.cell.model) for result in results})
     seeds = "One seed" if one_seed else "Median over seeds, all of them from worst to best in brackets"
-    meanings = " ".join(dict.fromkeys(MEANING[name] for name in metric.values()))
-    caption = f"{TOO_SMALL} " * quick + (
-        f"Test scores of the checkpoint chosen on validation. {meanings} {seeds}. "
-        f"Parameters: {'; '.join(f'{label} {_sizes(results, label)}' for label in experiments)}. "
+    meanings = " ".join(dict.fromkeys(MEANING[result.fit.test.metric] for result in results))
+    told = "; ".join(f"{label} {_sizes(results, label)}" for label in experiments)
+    size = "State bytes: what is held of a sequence between two calls." if sizes else f"Parameters: {told}."
+    return f"{TOO_SMALL} " * quick + (
+        f"Test scores of the checkpoint chosen on validation. {meanings} {seeds}. {size} "
         f"Seconds: of training, all tasks{'' if one_seed else ' and seeds'}."
     )
-    return Table(columns, rows, caption)
+
+
+def _scores(label: str, of_models: Sequence[Sequence[Result]], quick: bool) -> tuple[str, list[TableCell]]:
+    """An experiment's column. Where the budget was quick, none is marked as the best."""
+    metric = next(result.fit.test.metric for of_model in of_models for result in of_model)
+    values = [[result.fit.test.value for result in of_model] for of_model in of_models]
+    best = (min if metric == "bits" else max)(statistics.median(of_model) for of_model in values if of_model)
+    cells = [_score(of_model, metric, None if quick else best) for of_model in values]
+    return f"{label}, {UNITS[metric]}", cells
 
 
 def _sizes(results: Sequence[Result], label: str) -> str:

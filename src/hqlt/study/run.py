@@ -157,7 +157,9 @@ def leave_report(
 
     wanted = len(study.cells())
     title = study.title + (f" ({len(results)} of {wanted} runs)" if len(results) < wanted else "")
-    table = table_of(results, {label: e.paper for label, e in study.experiments.items()}, quick=quick)
+    table = table_of(
+        results, {label: e.paper for label, e in study.experiments.items()}, quick=quick, sizes=study.sizes
+    )
     how = json.dumps(settings, indent=1, ensure_ascii=False)
     for label, e in study.experiments.items():
         how += f"\n{label}: {json.dumps(e.options)} {json.dumps(e.common)} {e.budget}"

@@ -65,6 +65,8 @@ class Study:
     """By the label of their column."""
     seeds: tuple[int, ...] = (0,)
     """Of weights and training data, for experiments that name none."""
+    sizes: bool = False
+    """Whether parameters and the bytes of the state stand beside every score, not only under the table."""
 
     def __post_init__(self) -> None:
         for seed in (*self.seeds, *(seed for e in self.experiments.values() for seed in e.seeds or ())):
@@ -139,8 +141,9 @@ def config_of(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """A model's fields of HQLTConfig: the shared ones that it has a use for, and its own over them.
 
     `layer_kinds` may be one kind for all layers. Where `intermediate_size` is not given, the MLPs are three times as
-    wide as the model, and wider by what its mixers have fewer weights than vector mixers in all layers: all models are
-    equal in size. Where `initializer_range` is not given, it is 1/(2√hidden_size).
+    wide as the model, wider by what its mixers have fewer weights than vector mixers in all layers, and narrower by
+    what its write rules have beyond one gate a head: all models are equal in size. Where `initializer_range` is not
+    given, it is 1/(2√hidden_size).
 
     Raises ValueError where the sizes are missing or no numbers.
     """
@@ -155,14 +158,15 @@ def config_of(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         config["layer_kinds"] = [kinds] * layers
     added = {"initializer_range": hidden**-0.5 / 2}
     if "intermediate_size" not in config:
-        missing = hidden - mixer_weights(json.dumps(config, default=str)) / layers / hidden  # rows of a matrix
+        missing = hidden - own_weights(json.dumps(config, default=str)) / layers / hidden  # rows of a matrix
         added["intermediate_size"] = 3 * hidden + round(missing / 3)  # an MLP has three
     return added | config
 
 
 @functools.cache
-def mixer_weights(config: str) -> int:
-    """How many weights the mixers of a model with these fields (JSON) have; 0 where it cannot be built."""
+def own_weights(config: str) -> int:
+    """How many weights a model with these fields (JSON) has in its mixers, and in its write rules beyond one gate a
+    head; 0 where it cannot be built."""
     from hqlt.model import HQLTConfig, HQLTForCausalLM
 
     try:
@@ -170,7 +174,15 @@ def mixer_weights(config: str) -> int:
             model = HQLTForCausalLM(HQLTConfig(**json.loads(config), vocab_size=1))
     except Exception:  # `_try` says why
         return 0
-    return sum(weight.numel() for name, weight in model.named_parameters() if ".mixer." in name)
+    own = 0
+    for layer in (block.memory for block in model.model.layers):
+        mixer, rule = (count_of(part) for part in (layer.mixer, layer.fw))
+        own += mixer + max(rule - layer.sizes.matrices * layer.hidden_size, 0)
+    return own
+
+
+def count_of(part: torch.nn.Module | None) -> int:
+    return 0 if part is None else sum(weight.numel() for weight in part.parameters())
 
 
 def known_studies() -> dict[str, Path]:

@@ -24,18 +24,18 @@ class Permutations(StateTracking):
         inputs       2   3   4    (1 + the place in lexicographic order: 012 021 102 120 201 210)
         targets      ·   ·   5    (labels "prefix": 2 4 5)
 
-    S3 is solvable; A5, and S5 with it, is not: no circuit of constant depth composes its elements, and neither does a
-    transformer or a linear memory whose transitions commute.
+    S3 and S4 are solvable; A5, and S5 with it, is not: no circuit of constant depth composes its elements, and neither
+    does a transformer or a linear memory whose transitions commute.
 
     Source: Merrill, Petty, Sabharwal 2024, "The Illusion of State in State-Space Models", section 5.
     """
 
-    group: Literal["S3", "A5", "S5"] = "S3"
-    """All permutations of three or five, or the even ones of five."""
+    group: Literal["S3", "S4", "A5", "S5"] = "S3"
+    """All permutations of three, four or five, or the even ones of five."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("group", self.group, ("S3", "A5", "S5"))
+        one_of("group", self.group, ("S3", "S4", "A5", "S5"))
 
     @property
     def vocab_size(self) -> int:

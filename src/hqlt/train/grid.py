@@ -90,6 +90,8 @@ class Result(NamedTuple):
     fit: Fit
     history: list[Progress]
     """Of the events that are kept."""
+    state_bytes: int | None = None
+    """What the model holds of one sequence between two calls; None: as much as there is context, or unknown."""
 
 
 class Event(NamedTuple):
@@ -300,6 +302,7 @@ def result_of(cell: Cell, kept: Mapping[str, Any]) -> Result:
         kept["seconds"],
         Fit(kept["best_step"], validation, test),
         [Progress(**progress) for progress in kept["history"]],
+        kept.get("state_bytes"),
     )
 
 
@@ -307,6 +310,7 @@ def as_json(result: Result) -> dict[str, Any]:
     return {
         "cell": asdict(result.cell),
         "parameters": result.parameters,
+        "state_bytes": result.state_bytes,
         "seconds": result.seconds,
         "best_step": result.fit.best_step,
         "validation": result.fit.validation._asdict(),

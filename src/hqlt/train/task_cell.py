@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from hqlt.layer import HybridMemory
 from hqlt.registry import build
 from hqlt.task import Task
 from hqlt.train.fit import Budget, Progress, fit
@@ -54,4 +55,12 @@ class TaskCell(Cell):
                 yield event
             else:
                 model.save_pretrained(folder / "models" / self.name)
-                yield Result(self, model.num_parameters(), history[-1].seconds, told, history)
+                size, state = model.num_parameters(), state_bytes([block.memory for block in model.model.layers])
+                yield Result(self, size, history[-1].seconds, told, history, state)
+
+
+def state_bytes(layers: Sequence[HybridMemory]) -> int | None:
+    """What these layers hold of one sequence between two calls; None where that grows with the context."""
+    if any(None in sizes for layer in layers for sizes in layer.sizes_held):
+        return None
+    return sum(layer.init_state(1).bytes_per_row() for layer in layers)
