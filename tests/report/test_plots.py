@@ -90,7 +90,9 @@ def test_families_stand_side_by_side_an_experiment_a_row():
     panels = panels_of([r for j in range(2) for r in of_experiment(f"e{j}", [result(n, "text", 2.0) for n in names])])
     titles = [axes.get_title() for axes in panels if axes.get_title()]
     assert titles == [f"e{j}, {family}" for j in range(2) for family in "ABC"]
-    left = [[round(axes.get_position().x0, 3) for axes in panels if axes.get_title().startswith(f"e{j}")] for j in (0, 1)]
+    left = [
+        [round(axes.get_position().x0, 3) for axes in panels if axes.get_title().startswith(f"e{j}")] for j in (0, 1)
+    ]
     assert left[0] == left[1] == sorted(set(left[0]))
 
 
