@@ -24,6 +24,8 @@ FAMILY: dict[str, dict[str, Any]] = {
     "kda-bounded": {"fast_weights": "kda", "decay_floor": -5.0},
     "delta-product": {"fast_weights": "delta-product", "conv_size": 2},
     "gated-delta-product": {"fast_weights": "gated-delta-product", "num_householder": 3},
+    "gla": {"fast_weights": "gla", "decay_rank": 3, "decay_temperature": 2.0},
+    "mamba2": {"fast_weights": "mamba2"},
 }
 """Layers by name: rules with options that matter to the laws. `tests/layers.py` has delta and linear."""
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hqlt.memory import Candidates, FWMemory, Held, KVMemory, MemoryState, Retention, Tree
+from hqlt.ops.heads import repeated
 from hqlt.ops.segments import positions
 from hqlt.registry import name_of
 from hqlt.shapes import Keys, Positions, Queries, Resets, Values, is_symbolic
@@ -111,6 +112,9 @@ class Blend(nn.Module):
         if memories.kv is not None and memories.kv.retention is not None:
             timeline = timeline._replace(candidates=self.candidates(memories.kv.retention, timeline, state))
         reads, fw = self.read(memories, new, timeline, None if state is None else state.fw, resets)
+        own = None if memories.fw is None else memories.fw.skip(new.values)
+        if own is not None and reads.fw is not None:
+            reads = reads._replace(fw=reads.fw + repeated(new.q, own)[0])
         return reads, self.state_after(memories, timeline, fw)
 
     def timeline(self, new: Tokens, state: MemoryState | None, resets: Resets | None) -> Timeline:

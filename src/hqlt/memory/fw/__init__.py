@@ -4,8 +4,10 @@ from hqlt.memory.fw.delta import DeltaGates, DeltaMemory
 from hqlt.memory.fw.delta_product import DeltaProductMemory
 from hqlt.memory.fw.gated_delta import GatedDeltaMemory
 from hqlt.memory.fw.gated_delta_product import GatedDeltaProductMemory
+from hqlt.memory.fw.gla import GLAMemory
 from hqlt.memory.fw.kda import KDAMemory
 from hqlt.memory.fw.linear import LinearMemory
+from hqlt.memory.fw.mamba2 import Mamba2Memory
 from hqlt.memory.fw.recurrence import Erasing, MatrixState, Recurrence, Terms
 from hqlt.memory.fw.rule import FWMemory, LowRank, Write, begin_at, gate_projection
 
@@ -15,11 +17,13 @@ __all__ = [
     "DeltaProductMemory",
     "Erasing",
     "FWMemory",
+    "GLAMemory",
     "GatedDeltaMemory",
     "GatedDeltaProductMemory",
     "KDAMemory",
     "LinearMemory",
     "LowRank",
+    "Mamba2Memory",
     "MatrixState",
     "Recurrence",
     "Terms",

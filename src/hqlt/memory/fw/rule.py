@@ -75,6 +75,10 @@ class FWMemory(nn.Module):
         """
         raise NotImplementedError
 
+    def skip(self, values: Values) -> Values | None:
+        """What a token's own values add to what it reads, whenever they are written: [b, t, h, v]; None: nothing."""
+        return None
+
     def read(self, q: Queries, past: Tree) -> Values:
         """Read without writing."""
         (b, t), heads = q.shape[:2], self.heads
