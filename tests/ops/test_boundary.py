@@ -28,6 +28,13 @@ def case(op, b, t, h, k, v, held):
     if op == "delta_rule":
         run = lambda backend, *x: ops.delta_rule(*x[:-1], state=x[-1], resets=resets[:, :t], backend=backend)  # noqa: E731
         return [q, key, value, beta, normal(b, h, k, v)], run, [(b, t, h, v), (b, h, k, v)]
+    if op == "fast_weights":
+
+        def run(backend, q, k, v, beta, decay, erase, state):
+            options = {"beta": beta, "erase": erase, "state": state, "resets": resets[:, :t], "backend": backend}
+            return ops.fast_weights(q, k, v, decay=-decay.square(), **options)
+
+        return [q, key, value, beta, beta, key + 1, normal(b, h, k, v)], run, [(b, t, h, v), (b, h, k, v)]
     if op == "linear_attention":
 
         def run(backend, *x):
