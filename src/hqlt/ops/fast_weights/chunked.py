@@ -287,14 +287,16 @@ class _Chunked(torch.autograd.Function):
 
         def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
             *given, d_out, d_final = tensors
-            grads = _gradients(*all_inputs(given), d_out, d_final, resets=resets, scale=ctx.scale, c=ctx.c)
+            grads = _gradients(*all_inputs(given), d_out, d_final, resets, ctx.scale, ctx.c)
             return tuple(x for x in grads if x is not None)
 
         def equation(*given: Tensor) -> tuple[Tensor, Tensor]:
-            q, k, v, beta, decay, a, state = all_inputs(given)
-            k, v, beta, a = (x if x is None else _by_writes(x) for x in (k, v, beta, a))
-            options = {"scale": ctx.scale, "state": state, "resets": resets, "live": None}
-            return reference.fast_weights(q, k, v, beta, decay, False if a is None else a, **options)
+            q, *written, decay, a, state = all_inputs(given)
+            k, v, beta = (_by_writes(x) for x in written)
+            erase, scale = False if a is None else _by_writes(a), ctx.scale
+            return reference.fast_weights(
+                q, k, v, beta, decay, erase, scale=scale, state=state, resets=resets, live=None
+            )
 
         tensors = (*(x for x in inputs if x is not None), d_out, d_final)
         if torch.is_grad_enabled():
@@ -306,7 +308,7 @@ class _Chunked(torch.autograd.Function):
 
 def _gradients(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None, a: Tensor | None, state: Tensor,
-    d_out: Tensor, d_final: Tensor, *, resets: Tensor | None, scale: float, c: int,
+    d_out: Tensor, d_final: Tensor, resets: Tensor | None, scale: float, c: int,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """→ the gradients of q, k, v, β, log α, a and of the initial state."""
     x = _chunks(q, k, v, beta, decay, a, resets, c)
