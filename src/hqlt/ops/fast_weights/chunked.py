@@ -287,7 +287,7 @@ class _Chunked(torch.autograd.Function):
 
         def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
             *given, d_out, d_final = tensors
-            grads = _gradients(*all_inputs(given), d_out, d_final, resets, ctx.scale, ctx.c)
+            grads = _gradients(all_inputs(given), d_out, d_final, resets, ctx.scale, ctx.c)
             return tuple(x for x in grads if x is not None)
 
         def equation(*given: Tensor) -> tuple[Tensor, Tensor]:
@@ -307,10 +307,10 @@ class _Chunked(torch.autograd.Function):
 
 
 def _gradients(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor | None, a: Tensor | None, state: Tensor,
-    d_out: Tensor, d_final: Tensor, resets: Tensor | None, scale: float, c: int,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+    inputs: list[Any], d_out: Tensor, d_final: Tensor, resets: Tensor | None, scale: float, c: int
+) -> tuple[Tensor | None, ...]:
     """→ the gradients of q, k, v, β, log α, a and of the initial state."""
+    q, k, v, beta, decay, a, state = inputs
     x = _chunks(q, k, v, beta, decay, a, resets, c)
     scan, masks = _run(x, state), x.masks
     R, S = scan.corrections, scan.starts
