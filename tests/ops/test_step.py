@@ -93,7 +93,7 @@ def test_many_steps_are_the_twins(choice, window, dtype):
 
 @pytest.mark.parametrize("rope_theta", [10_000.0, None])
 @pytest.mark.parametrize("width", [2, 6, 16, 50, 64, 128])
-@pytest.mark.parametrize("fast_weights", ["delta", "linear"])
+@pytest.mark.parametrize("fast_weights", ["delta", "linear", "gated-delta"])
 @pytest.mark.parametrize("blend", ["synchronous", "delayed-streaming", "delayed-chunk"])
 def test_widths(blend, fast_weights, width, rope_theta):
     """Heads narrower than a vector, no multiple of one, and many; a buffer that just fills up and one that is full."""
@@ -248,7 +248,21 @@ def test_what_does_not_fit_is_left_to_the_twin():
     x, beta, gate = normal(2, 1, HEADS, width), torch.ones(2, 1, HEADS, **double), normal(2, 1, HIDDEN)
     norm, table = torch.ones(width, **double), torch.ones(4, 1, width // 2, **double)
     given, usual = (
-        Given(x, x, x, beta, gate, norm, NOTHING, *state.kv[:2], NOTHING, state.fw.matrix, NOTHING, state.position),
+        Given(
+            x,
+            x,
+            x,
+            beta,
+            *[NOTHING] * 3,
+            gate,
+            norm,
+            NOTHING,
+            *state.kv[:2],
+            NOTHING,
+            state.fw.matrix,
+            NOTHING,
+            state.position,
+        ),
         Schedule("own", True, 4, "delta", "vector"),
     )
 

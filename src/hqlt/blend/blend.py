@@ -82,6 +82,8 @@ class Blend(nn.Module):
         if window is None and self.needs_window:
             name = name_of("blend", type(self))
             raise ValueError(f"window: expected a number of tokens, because {name} writes what leaves it, got None")
+        if window is not None and window < 1:
+            raise ValueError(f"window: expected at least 1 (the token itself) or None for all, got {window}")
         self.window = window
 
     @property

@@ -19,6 +19,8 @@ class ShortConvolution(nn.Module):
 
     def __init__(self, channels: int, size: int) -> None:
         super().__init__()
+        if size < 1:
+            raise ValueError(f"conv_size: expected 0 (none) or a number of taps, got {size}")
         self.size = size
         self.weight = nn.Parameter(torch.empty(channels, size))
         nn.init.uniform_(self.weight, -1 / math.sqrt(size), 1 / math.sqrt(size))

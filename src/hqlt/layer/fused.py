@@ -19,7 +19,7 @@ from hqlt.memory.fw import MatrixState
 from hqlt.memory.rotary import Rotary
 from hqlt.mixer import VectorMixer
 from hqlt.ops import explain, mix, synchronous
-from hqlt.ops.step import NOTHING, Given, Layout, Plan, Schedule, layout_of, may_run, plan, run
+from hqlt.ops.step import FIRST_HELD, NOTHING, Given, Layout, Plan, Schedule, layout_of, may_run, plan, run
 from hqlt.shapes import Resets, Values
 
 Numbers: TypeAlias = tuple[Rotary | None, float, float]
@@ -44,14 +44,18 @@ class OneToken:
     ) -> tuple[Values, MemoryState] | None:
         if state is None or projected.q.shape[1] != 1 or not self.knows(asked := (parts, numbers_of(parts))):
             return None
-        q, k, v, beta, gate = projected
+        q, k, v, write, gate = projected
         kv, fw, norm = state.kv, state.fw, parts.norm
         keys, values, gates, _ = kv or (NOTHING, NOTHING, (), ())
-        beta, betas = beta if isinstance(beta, Tensor) else NOTHING, gates[0] if gates else NOTHING
+        beta, decay = (write, NOTHING) if isinstance(write, Tensor) else (*write, NOTHING, NOTHING)[:2]
+        weights: dict[str, Any] = {} if parts.fw is None else parts.fw._parameters
+        A_log, dt_bias = weights.get("A_log", NOTHING), weights.get("dt_bias", NOTHING)
+        betas = gates[0] if gates else NOTHING
         matrix, key_sum = (*fw, NOTHING, NOTHING)[:2]
         weight = norm.weight if type(norm) is RMSNorm else NOTHING
         gate, resets = NOTHING if gate is None else gate, NOTHING if resets is None else resets
-        given = Given(q, k, v, beta, gate, weight, resets, keys, values, betas, matrix, key_sum, state.position)
+        own = q, k, v, beta, decay, A_log, dt_bias, gate, weight, resets
+        given = Given(*own, keys, values, betas, matrix, key_sum, state.position)
         if not may_run(given):
             return None
         look = *asked, tuple(map(layout_of, given))
@@ -86,7 +90,7 @@ def plan_of(parts: Parts, numbers: Numbers, layouts: tuple[Layout, ...]) -> Plan
     (_, kv, fw, blend, mixer, _), (positions, beta_max, norm_eps) = parts, numbers
     rotary = (NOTHING, NOTHING)
     if positions is not None:
-        (_, (*_, width), dtype, _), (_, keys, _, _) = layouts[0], layouts[7]
+        (_, (*_, width), dtype, _), (_, keys, _, _) = layouts[0], layouts[FIRST_HELD]
         rows = 1 << keys[1].bit_length()  # one for each age, and few tables where pairs grow in number
         rotary = positions.table(rows, width, torch.device("cpu"), dtype)
     writes, rule, mixed = native_form(blend) or "", native_form(fw) or "delta", native_form(mixer) or ""

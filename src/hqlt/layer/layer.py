@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,36 +93,17 @@ class HybridMemory(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        chosen = choices(blend, mixer, fast_weights, retention)
-        takers = {f"{kind}={name!r}": cls for kind, (name, cls) in chosen.items()}
-        own = dict(zip(chosen, registry.share_out(options, takers), strict=True))
-        built = {kind: cls for kind, (_, cls) in chosen.items()}
-        has_kv, has_fw = built["blend"].has_kv, built["blend"].has_fw
-        if window is not None and window < 1:
-            raise ValueError(f"window: expected at least 1 (the token itself) or None for all, got {window}")
-        if conv_size < 0:
-            raise ValueError(f"conv_size: expected 0 (none) or a number of taps, got {conv_size}")
-        sizes = hidden_size, num_heads, num_kv_heads, head_dim, num_value_heads, value_dim
-        self.sizes = heads = Heads.of(*sizes, alone=not has_kv)
         self.hidden_size, self.num_heads = hidden_size, num_heads
-
-        self.blend: Blend = built["blend"](window, **own["blend"])
-        self.kv: KVMemory | None = None
-        if has_kv:
-            self.kv = KVMemory(heads, built["retention"](heads, **own["retention"]), **own["memory"])
-            if self.kv.kept and window is None:
-                raise ValueError(
-                    f"retention: expected 'recent' with window=None, which holds every entry, got {retention!r}"
-                )
-        self.mixer: Mixer = built["mixer"](heads, **own["mixer"]) if has_kv and has_fw else Alone(heads)
-
-        def linear(outputs: int, bias: bool) -> nn.Linear:
-            return nn.Linear(hidden_size, outputs, bias=bias)
-
+        parts = parts_of(blend, mixer, fast_weights, retention, options)
+        self.blend: Blend = parts["blend"](window)
+        alone = not self.blend.has_kv
+        self.sizes = heads = Heads.of(hidden_size, num_heads, num_kv_heads, head_dim, num_value_heads, value_dim, alone)
+        self.kv: KVMemory | None = None if alone else self._kv(parts)
+        self.mixer: Mixer = parts["mixer"](heads) if "mixer" in parts else Alone(heads)
         widths = heads.queries * heads.k, heads.pairs * heads.k, heads.matrices * heads.v
-        self.q_proj, self.k_proj, self.v_proj = (linear(width, qkv_bias) for width in widths)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(hidden_size, width, bias=qkv_bias) for width in widths)
         # After the projections: seeds draw weights in this order, and published figures hang on it.
-        self.fw: FWMemory | None = built["fast_weights"](heads, **own["fast_weights"]) if has_fw else None
+        self.fw: FWMemory | None = parts["fast_weights"](heads) if "fast_weights" in parts else None
         if self.fw is not None:
             self.blend.check(self.fw)
             widths += (*self.fw.convolved.values(),)
@@ -129,12 +111,22 @@ class HybridMemory(nn.Module):
         self.channels = sum(widths)
         self.conv = ShortConvolution(self.channels, conv_size) if conv_size else None
         self.q_norm, self.k_norm = self._qk_norms(qk_norm, norm_eps, zero_centered_norms)
-        normed = has_fw if head_norm is None else head_norm
+        normed = self.blend.has_fw if head_norm is None else head_norm
         self.o_norm: nn.Module = RMSNorm(heads.v, eps=norm_eps) if normed else nn.Identity()
-        self.g_proj = linear(heads.reads * heads.v, False) if output_gate else None
+        self.g_proj = nn.Linear(hidden_size, heads.reads * heads.v, bias=False) if output_gate else None
         self.output_gate = _output_gate(output_gate)
         self.o_proj = nn.Linear(heads.reads * heads.v, hidden_size, bias=o_bias)
+        self._remember()
 
+    def _kv(self, parts: dict[str, Callable[..., Any]]) -> KVMemory:
+        kv: KVMemory = parts["memory"](self.sizes, parts["retention"](self.sizes))
+        if kv.kept and self.blend.window is None:
+            name = registry.name_of("retention", type(kv.retention))
+            raise ValueError(f"retention: expected 'recent' with window=None, which holds every entry, got {name!r}")
+        return kv
+
+    def _remember(self) -> None:
+        """What every call looks at, and is the same for all of them."""
         self.entries = self._entries()
         self.sizes_held = [entry.sizes for entry in leaves(self.entries)]
         self.fused = tuple(make() for make in FUSED)
@@ -345,6 +337,18 @@ def choices(
     if cls.has_kv:
         chosen["memory"] = "KV", KVMemory
     return chosen
+
+
+def parts_of(
+    blend: str, mixer: str | None, fast_weights: str | None, retention: str | None, options: dict[str, Any]
+) -> dict[str, Callable[..., Any]]:
+    """By argument: what builds the choice, with those of the options that are its own.
+
+    Raises ValueError as `choices` does, and for an option that none of them uses.
+    """
+    chosen = choices(blend, mixer, fast_weights, retention)
+    own = registry.share_out(options, {f"{argument}={name!r}": cls for argument, (name, cls) in chosen.items()})
+    return {argument: partial(cls, **given) for (argument, (_, cls)), given in zip(chosen.items(), own, strict=True)}
 
 
 OF_FW_ONLY = ("num_value_heads", "value_dim")

@@ -37,7 +37,7 @@ using Kernel = void(int threads, const int64_t* sizes, double scale, void* const
 struct OneTokenJob {
   int64_t sizes[11];
   double factors[2];
-  void* tensors[22];
+  void* tensors[25];
 };
 
 struct Kernels {

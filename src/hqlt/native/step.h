@@ -1,7 +1,9 @@
 // One token through everything between a layer's projections, and the state after it.
 //
 //     own pair:   k, SiLU(v), β = beta_max · σ(β)      (SiLU where there is an FW-memory, β where its rule has one)
-//     FW-memory:  write what the schedule says (the own pair, the one that leaves the window, a whole chunk), read φ(q)
+//     decay:      α = exp(−exp(A_log) · softplus(decay + dt_bias)), of the gated delta rule
+//     FW-memory:  decay, write what the schedule says (the own pair, the one that leaves the window, a whole chunk), read
+//                 φ(q); where nothing is written nothing decays
 //     KV-memory:  softmax over the held pairs within reach and the own one
 //     out:        RMSNorm(mix(FW read, KV read)) of each head
 //     state:      the pairs, one slot older, the own pair in the last slot; zeros in unused slots
@@ -34,12 +36,14 @@ INLINE void stream(T* to, Lanes<T> x) {
 template <class T>
 struct OneToken {
   enum Writes { nothing, own, leaving, chunk };
+  enum Rule { delta, linear, gated_delta };
   enum Mixer { alone, sum, scalar, vector };
   static constexpr T epsilon = T(1e-10);  // of linear attention's normaliser
 
-  int64_t b, h, k, v, s, s_after, window, writes, attends, is_linear, mixer;
+  int64_t b, h, k, v, s, s_after, window, writes, attends, rule, mixer;
   T beta_max, norm_epsilon;
-  const T *q, *key, *value, *beta, *gate, *norm;  // beta, gate: logits; beta, gate, norm: null where there are none
+  const T *q, *key, *value, *beta, *decay, *A_log, *dt_bias;  // beta, decay: logits, null where the rule has none
+  const T *gate, *norm;                                       // gate: logits; null where there are none
   const uint8_t* resets;                          // [b] or null
   const T *keys, *values, *betas, *state, *key_sum;
   const int64_t* position;
@@ -56,18 +60,26 @@ struct OneToken {
   // What would end the process: an address of what is not there or of no whole number, a size of 0.
   void check(void* const* tensors) const {
     int64_t misaligned = int64_t(position) % 8 | int64_t(position_after) % 8;
-    for (int i = 0; i < 22; ++i)
+    for (int i = 0; i < 25; ++i)
       if (tensors[i] != resets) misaligned |= int64_t(tensors[i]) % int64_t(sizeof(T));
     if (misaligned) throw std::invalid_argument("tensors aligned to their numbers; clone() them");
     const bool fits = b > 0 && h > 0 && k > 0 && v > 0 && s >= 0 && s_after >= 0 && window > 0;
     const bool held = !attends || ((!s || (keys && values)) && (!s_after || (keys_after && values_after)));
-    const bool written = writes == nothing || (state && final_state && (!is_linear || (key_sum && final_key_sum)));
-    const bool weighed = (!holds_betas() || ((!s || betas) && (!s_after || betas_after))) && (mixer <= sum || gate);
+    const bool written = writes == nothing || (state && final_state && (rule != linear || (key_sum && final_key_sum)));
+    const bool weighed = (!holds_betas() || ((!s || betas) && (!s_after || betas_after))) && (mixer <= sum || gate) &&
+                         (rule != gated_delta || (decay && A_log && dt_bias && writes != chunk));
     if (!(fits && held && written && weighed && q && key && value && position && out && position_after))
       throw std::invalid_argument("sizes of at least 1, and tensors with memory");
   }
 
-  bool holds_betas() const { return writes == chunk && !is_linear; }
+  bool holds_betas() const { return writes == chunk && rule == delta; }
+
+  // α of a head, where its pair is written at once.
+  T kept(int64_t row, int64_t head) const {
+    if (rule != gated_delta) return T(1);
+    const T logit = decay[row * h + head] + dt_bias[head], softplus = std::max(logit, T(0)) + std::log1p(std::exp(-std::abs(logit)));
+    return std::exp(-std::exp(A_log[head]) * softplus);
+  }
 
   void prepare() {
     const auto aligned = [](int64_t address) { return address % LANE_BYTES == 0; };
@@ -139,7 +151,7 @@ struct OneToken {
     feature(q + mine * k, reader);
 
     T factor = scale;
-    if (is_linear) {
+    if (rule == linear) {
       const T* phi = reinterpret_cast<const T*>(features);
       T* z = final_key_sum + mine * k;
       for (int64_t i = 0; i < k; ++i) z[i] = empty ? T(0) : key_sum[mine * k + i];
@@ -147,29 +159,31 @@ struct OneToken {
         for (int64_t i = 0; i < k; ++i) z[i] += pairs.beta[j * pairs.apart] * phi[j * width * L<T> + i];
       factor = T(1) / (dot(z, reinterpret_cast<const T*>(reader), k) + epsilon);
     }
+    const T alpha = n == 1 ? kept(row, first + head) : T(1);
     const T* before = state + mine * k * v;
     T* after = final_state + mine * k * v;
     constexpr int wide = LANE_BYTES == 64 ? 8 : 4;
     if (n == 1 && !empty && v % (wide * L<T>) == 0) {
       for (int64_t slice = 0; slice < v / (wide * L<T>); ++slice)
-        one_write<wide>({v, slice}, before, after, pairs, features, factor, fw);
+        one_write<wide>({v, slice}, before, after, pairs, features, alpha, factor, fw);
       return;
     }
     const Slicing cut = slicing<T>(k, v, 1, 1);
     for (int64_t slice = 0; slice < cut.count; ++slice) {
-      if (cut.vectors == 1) columns<1>({v, slice}, before, after, pairs, memory, features, empty, factor, fw);
-      else if (cut.vectors == 2) columns<2>({v, slice}, before, after, pairs, memory, features, empty, factor, fw);
-      else if constexpr (widest_slice<T> == 4) columns<4>({v, slice}, before, after, pairs, memory, features, empty, factor, fw);
+      if (cut.vectors == 1) columns<1>({v, slice}, before, after, pairs, memory, features, empty, alpha, factor, fw);
+      else if (cut.vectors == 2) columns<2>({v, slice}, before, after, pairs, memory, features, empty, alpha, factor, fw);
+      else if constexpr (widest_slice<T> == 4) columns<4>({v, slice}, before, after, pairs, memory, features, empty, alpha, factor, fw);
     }
   }
 
   // The writes, each predicted while the one before is written, and the read: over a slice of the matrix's columns.
   template <int N>
   void columns(Columns<T, N> at, const T* before, T* after, Written pairs, Lanes<T>* memory, const Lanes<T>* features,
-               bool empty, T factor, T* fw) const {
+               bool empty, T alpha, T factor, T* fw) const {
     Slice<T, N> W{at, k, memory};
     if (empty) W.clear();
     else W.read(before);
+    for (int64_t i = 0; alpha != T(1) && i < k * N; ++i) W.M[i] *= alpha;
     Pass<T, N, read> look;
     look.w[0] = reinterpret_cast<const T*>(features);
     look(W.M, k);
@@ -178,7 +192,7 @@ struct OneToken {
     for (int64_t j = 0; j < pairs.n; ++j) {
       UNROLL for (int n = 0; n < N; ++n) {
         const Lanes<T> value = at.load(pairs.value + j * h * v, n);
-        pass.x[0][n] = pairs.beta[j * pairs.apart] * (is_linear ? value : value - pass.x[1][n]);
+        pass.x[0][n] = pairs.beta[j * pairs.apart] * (rule == linear ? value : value - pass.x[1][n]);
       }
       pass.w[0] = reinterpret_cast<const T*>(features + j * whole(k)), pass.w[1] = pass.w[0] + whole(k) * L<T>;
       pass(W.M, k);
@@ -189,22 +203,23 @@ struct OneToken {
 
   // The same for a single write: whole rows in the order of memory, once to predict, once to write and read.
   template <int N>
-  void one_write(Columns<T, N> at, const T* before, T* after, Written pairs, const Lanes<T>* features, T factor, T* fw) const {
+  void one_write(Columns<T, N> at, const T* before, T* after, Written pairs, const Lanes<T>* features, T alpha, T factor,
+                 T* fw) const {
     const T *phi_k = reinterpret_cast<const T*>(features), *phi_q = reinterpret_cast<const T*>(features + whole(k));
     const T* W = before + at.begin(0);
     T* to = after + at.begin(0);
     Lanes<T> sum[N] = {}, correction[N];
-    if (!is_linear)
+    if (rule != linear)
       for (int64_t i = 0; i < k; ++i)
         UNROLL for (int n = 0; n < N; ++n) sum[n] += phi_k[i] * load(W + i * v + n * L<T>);
     UNROLL for (int n = 0; n < N; ++n) {
-      correction[n] = pairs.beta[0] * (load(pairs.value + at.begin(n)) - sum[n]);
+      correction[n] = pairs.beta[0] * (load(pairs.value + at.begin(n)) - alpha * sum[n]);
       sum[n] = Lanes<T>{};
     }
     for (int64_t i = 0; i < k; ++i) {
       prefetch(W + (k + i) * v, N * L<T>);  // the next head's matrix
       UNROLL for (int n = 0; n < N; ++n) {
-        const Lanes<T> w = load(W + i * v + n * L<T>) + phi_k[i] * correction[n];
+        const Lanes<T> w = alpha * load(W + i * v + n * L<T>) + phi_k[i] * correction[n];
         put(to + i * v + n * L<T>, w);
         sum[n] += phi_q[i] * w;
       }
@@ -294,10 +309,10 @@ struct OneToken {
     std::fill_n(x + k, whole(k) * L<T> - k, T(0));
     for (int64_t n = 0; n < whole(k); ++n) {
       const Lanes<T> at = to[n];
-      if (is_linear) to[n] = at > T(0) ? at + T(1) : exponential<T>(at);
+      if (rule == linear) to[n] = at > T(0) ? at + T(1) : exponential<T>(at);
       else to[n] = at * sigmoid<T>(at);
     }
-    if (is_linear) return;
+    if (rule == linear) return;
     const T inverse = T(1) / std::sqrt(dot(x, x, k) + T(1e-6));
     for (int64_t n = 0; n < whole(k); ++n) to[n] *= inverse;
   }
@@ -340,8 +355,8 @@ void one_token(int threads, const OneTokenJob& packed) {
   const int64_t* n = packed.sizes;
   const double* factor = packed.factors;
   OneToken<T> job = {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], T(factor[0]), T(factor[1])};
-  from(packed.tensors, job.q, job.key, job.value, job.beta, job.gate, job.norm, job.resets, job.keys, job.values, job.betas,
-       job.state, job.key_sum, job.position, job.cos, job.sin, job.out, job.keys_after, job.values_after, job.betas_after,
+  from(packed.tensors, job.q, job.key, job.value, job.beta, job.decay, job.A_log, job.dt_bias, job.gate, job.norm,
+       job.resets, job.keys, job.values, job.betas, job.state, job.key_sum, job.position, job.cos, job.sin, job.out, job.keys_after, job.values_after, job.betas_after,
        job.final_state, job.final_key_sum, job.position_after);
   job.check(packed.tensors);
   job.prepare();

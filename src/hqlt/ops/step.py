@@ -1,6 +1,7 @@
 """One token through everything between a layer's projections, in C++ (`hqlt/native/step.h`).
 
-    v ← SiLU(v), where there is an FW-memory      β = beta_max · σ(beta), for the delta rule
+    v ← SiLU(v), where there is an FW-memory      β = beta_max · σ(beta), for the delta rules
+    log α = −exp(A_log) · softplus(decay + dt_bias), for the gated one
     out = RMSNorm(mix(FW read of q, KV read of q))
 
 Its readable twins are the parts one by one: the blends and mixers of `hqlt.blend`, and RMSNorm. So little is computed
@@ -22,13 +23,13 @@ from hqlt.ops import backend
 from hqlt.shapes import Keys, KeySum, Matrix, Queries, Resets, Strengths, Values
 
 WRITES = ("nothing", "own", "leaving", "chunk")
-RULES = ("delta", "linear")
+RULES = ("delta", "linear", "gated-delta")
 MIXERS = ("alone", "sum", "scalar", "vector")
 EVERYTHING = 2**62
 NOTHING = torch.empty(0, device="cpu")  # stands for what is not there; its address is 0
 
 # OneTokenJob of native/memories.cpp.
-SIZES_AND_FACTORS, ADDRESSES = struct.Struct("11q2d"), struct.Struct("22P")
+SIZES_AND_FACTORS, ADDRESSES = struct.Struct("11q2d"), struct.Struct("25P")
 
 Layout: TypeAlias = tuple[type, tuple[int, ...], torch.dtype, bool]
 layout_of = operator.attrgetter("__class__", "shape", "dtype", "is_cpu")
@@ -37,10 +38,13 @@ layout_of = operator.attrgetter("__class__", "shape", "dtype", "is_cpu")
 class Given(NamedTuple):
     """What a token brings and what a layer holds; `NOTHING` in place of what is not there."""
 
-    q: Queries  # [b, 1, h, k], as projected, and so are k, v, beta and gate
+    q: Queries  # [b, 1, h, k], as projected, and so are k, v, beta, decay and gate
     k: Keys  # [b, 1, h, k]
     v: Values  # [b, 1, h, v]
-    beta: Strengths  # [b, 1, h], for the delta rule
+    beta: Strengths  # [b, 1, h], for the delta rules
+    decay: Strengths  # [b, 1, h], for the gated delta rule
+    A_log: Tensor  # [h], and so is dt_bias: its weights
+    dt_bias: Tensor
     gate: Tensor  # [b, 1, h·v] for the "vector" mixer; [b, 1, 2h] for the "scalar" one, FW heads first
     norm: Tensor  # [v], the weight of an RMSNorm over each head
     resets: Resets  # Bool[b, 1]
@@ -50,6 +54,9 @@ class Given(NamedTuple):
     matrix: Matrix  # [b, h, k, v]
     key_sum: KeySum  # [b, h, k], for linear attention
     position: Tensor  # [b]
+
+
+FIRST_HELD = Given._fields.index("keys")
 
 
 class Schedule(NamedTuple):
@@ -63,7 +70,7 @@ class Schedule(NamedTuple):
     window: int | None
     """Pairs that the KV-memory reaches, the own one included; None: all."""
     rule: str
-    """The FW-memory's write rule, and with it φ: "delta" or "linear"."""
+    """The FW-memory's write rule, and with it φ: "delta", "linear" or "gated-delta" (which writes no whole chunk)."""
     mixer: str
     """How two reads become one: "vector", "scalar" or "sum"; "alone": there is one memory."""
 
@@ -99,8 +106,13 @@ def plan(
     (b, _, h, k), v = q_shape, v_shape[3]
     writes, attends, window, rule, mixer = schedule
     has_fw, delayed = writes != "nothing", writes in ("leaving", "chunk")
-    linear = has_fw and rule == "linear"
-    if b == 0 or (delayed and (window is None or not attends)) or (mixer != "alone") != (has_fw and attends):
+    linear, gated = (has_fw and rule == name for name in ("linear", "gated-delta"))
+    if (
+        b == 0
+        or (gated and writes == "chunk")
+        or (delayed and (window is None or not attends))
+        or (mixer != "alone") != (has_fw and attends)
+    ):
         return None
     s = keys_shape[1] if attends and len(keys_shape) == 4 else 0
     nothing = layout_of(NOTHING)
@@ -108,14 +120,21 @@ def plan(
     def of(*shape: int, dtype: torch.dtype = dtype, where: bool = True) -> Layout:
         return (Tensor, shape, dtype, True) if where else nothing
 
-    weight = of(v)
+    def weight_of(name: str, size: int, where: bool = True) -> Layout:
+        """A parameter, or an ordinary tensor in its place."""
+        expected = of(size, where=where)
+        return got[name] if got[name] == (Parameter, *expected[1:]) else expected
+
     expected = {
         "q": of(b, 1, h, k),
         "k": of(b, 1, h, k),
         "v": of(b, 1, h, v),
         "beta": of(b, 1, h, where=has_fw and not linear),
+        "decay": of(b, 1, h, where=gated),
+        "A_log": weight_of("A_log", h, where=gated),
+        "dt_bias": weight_of("dt_bias", h, where=gated),
         "gate": {"vector": of(b, 1, h * v), "scalar": of(b, 1, 2 * h)}.get(mixer, nothing),
-        "norm": got["norm"] if got["norm"] in (nothing, (Parameter, *weight[1:])) else weight,
+        "norm": nothing if got["norm"] == nothing else weight_of("norm", v),
         "resets": nothing if got["resets"] == nothing else of(b, 1, dtype=torch.bool),
         "keys": of(b, s, h, k, where=attends),
         "values": of(b, s, h, v, where=attends),
@@ -147,9 +166,10 @@ def run(plan: Plan, given: Given) -> tuple[Values, list[Tensor]]:
     """→ out [b, 1, h, v], and what is held then, from keys to position, in tensors of their own."""
     if not all(map(Tensor.is_contiguous, given)):
         given = Given(*map(Tensor.contiguous, given))
-    out, after = torch.empty_like(given.v), [torch.empty_like(x) if x.numel() else x for x in given[7:]]
+    held = given[FIRST_HELD:]
+    out, after = torch.empty_like(given.v), [torch.empty_like(x) if x.numel() else x for x in held]
     if plan.grows:
-        after[:2] = [x.new_empty(len(x), x.shape[1] + 1, *x.shape[2:]) for x in given[7:9]]
+        after[:2] = [x.new_empty(len(x), x.shape[1] + 1, *x.shape[2:]) for x in held[:2]]
     addresses = map(Tensor.data_ptr, (*given, *plan.rotary, out, *after))
     native.one_token(plan.is_double, plan.head + ADDRESSES.pack(*addresses))
     return out, after

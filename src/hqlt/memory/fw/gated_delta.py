@@ -33,6 +33,8 @@ class GatedDeltaMemory(MatrixDecay, Erasing):
     Source: Yang, Kautz, Hatamizadeh 2025, "Gated Delta Networks: Improving Mamba2 with Delta Rule", eq. 10.
     """
 
+    native = "gated-delta"
+
     def __init__(self, heads: Heads, *, beta_max: float = 1.0) -> None:
         super().__init__(heads, beta_max)
         self.add_decay()
