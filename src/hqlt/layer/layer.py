@@ -96,17 +96,15 @@ class HybridMemory(nn.Module):
         self.hidden_size, self.num_heads = hidden_size, num_heads
         parts = parts_of(blend, mixer, fast_weights, retention, options)
         self.blend: Blend = parts["blend"](window)
-        alone = not self.blend.has_kv
+        alone = "memory" not in parts
         self.sizes = heads = Heads.of(hidden_size, num_heads, num_kv_heads, head_dim, num_value_heads, value_dim, alone)
         self.kv: KVMemory | None = None if alone else self._kv(parts)
         self.mixer: Mixer = parts["mixer"](heads) if "mixer" in parts else Alone(heads)
         widths = heads.queries * heads.k, heads.pairs * heads.k, heads.matrices * heads.v
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(hidden_size, width, bias=qkv_bias) for width in widths)
         # After the projections: seeds draw weights in this order, and published figures hang on it.
-        self.fw: FWMemory | None = parts["fast_weights"](heads) if "fast_weights" in parts else None
-        if self.fw is not None:
-            self.blend.check(self.fw)
-            widths += (*self.fw.convolved.values(),)
+        self.fw: FWMemory | None = self._fw(parts) if "fast_weights" in parts else None
+        widths += () if self.fw is None else (*self.fw.convolved.values(),)
         self._activations(kv_activation, fw_activation)
         self.channels = sum(widths)
         self.conv = ShortConvolution(self.channels, conv_size) if conv_size else None
@@ -124,6 +122,11 @@ class HybridMemory(nn.Module):
             name = registry.name_of("retention", type(kv.retention))
             raise ValueError(f"retention: expected 'recent' with window=None, which holds every entry, got {name!r}")
         return kv
+
+    def _fw(self, parts: dict[str, Callable[..., Any]]) -> FWMemory:
+        fw: FWMemory = parts["fast_weights"](self.sizes)
+        self.blend.check(fw)
+        return fw
 
     def _remember(self) -> None:
         """What every call looks at, and is the same for all of them."""
