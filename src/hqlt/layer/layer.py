@@ -104,9 +104,8 @@ class HybridMemory(nn.Module):
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(hidden_size, width, bias=qkv_bias) for width in widths)
         # After the projections: seeds draw weights in this order, and published figures hang on it.
         self.fw: FWMemory | None = self._fw(parts) if "fast_weights" in parts else None
-        widths += () if self.fw is None else (*self.fw.convolved.values(),)
         self._activations(kv_activation, fw_activation)
-        self.channels = sum(widths)
+        self.channels = sum(widths) + (0 if self.fw is None else sum(self.fw.convolved.values()))
         self.conv = ShortConvolution(self.channels, conv_size) if conv_size else None
         self.q_norm, self.k_norm = self._qk_norms(qk_norm, norm_eps, zero_centered_norms)
         normed = self.blend.has_fw if head_norm is None else head_norm
