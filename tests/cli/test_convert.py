@@ -8,7 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+)
 
 from hqlt.cli import main
 from tests.model.pretrained.conftest import MODELS, model_for
@@ -48,8 +55,8 @@ def test_converted_loaded_generated_and_exported_back(tmp_path, name, capsys):
     theirs = AutoModelForCausalLM.from_pretrained(source)
     tensors = len(theirs.state_dict())
     main(["convert", str(source), str(tmp_path / "ours")])
-    assert f"{tensors} tensors became {tensors}: " in capsys.readouterr().out
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert f"{tensors} tensors became {len(ours.state_dict())}: " in capsys.readouterr().out
     assert ours.config.model_type == "hqlt"
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ours")
     texts = {"text": ["a longer text", "text 2"], "return_tensors": "pt", "padding": True}
@@ -67,6 +74,23 @@ def test_converted_loaded_generated_and_exported_back(tmp_path, name, capsys):
         assert AutoTokenizer.from_pretrained(tmp_path / folder).chat_template == "{{ messages[0].content }}"
         assert (model.generation_config.eos_token_id, model.generation_config.top_k) == ([2, 5], 7)
     assert not {"auto_map", "layer_kinds"} & json.loads((tmp_path / "back" / "config.json").read_text()).keys()
+
+
+def test_the_text_layers_of_a_model_of_text_and_images(tmp_path, capsys):
+    """And what is for tokens further ahead is reported, not converted."""
+    text = model_for(**MODELS["qwen3_5_text"])
+    sees = {"depth": 1, "hidden_size": 8, "num_heads": 2, "intermediate_size": 8, "out_hidden_size": 16}
+    both = Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text.config.to_dict(), vision_config=sees))
+    both.model.language_model.load_state_dict(text.model.state_dict())
+    both.lm_head.load_state_dict(text.lm_head.state_dict())
+    both.save_pretrained(tmp_path / "theirs")
+    file = tmp_path / "theirs" / "model.safetensors"
+    save_file(load_file(file) | {"mtp.fc.weight": torch.zeros(2)}, file, metadata={"format": "pt"})
+    main(["convert", str(tmp_path / "theirs"), str(tmp_path / "ours")])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "left out: mtp.fc.weight: it predicts" in out and "model.visual.pos_embed.weight: it sees images" in out
+    ours, tokens = AutoModelForCausalLM.from_pretrained(tmp_path / "ours"), torch.arange(3, 30)[None]
+    torch.testing.assert_close(ours(tokens).logits, text(tokens).logits, rtol=0, atol=1e-4)
 
 
 def test_in_another_dtype(source, tmp_path):
@@ -124,7 +148,7 @@ def cut(folder):
     ("change", "options", "message"),
     [
         (change_config(model_type="gpt2"), [], "model_type: expected one of 'llama', .*'hybrid_qlt', .* got 'gpt2'"),
-        (change_config(model_type="qwen3_moe"), [], "model_type: expected .* got 'qwen3_moe'; did you mean 'qwen3'"),
+        (change_config(model_type="qwen3_moe"), [], "model_type: expected .* got 'qwen3_moe'; did you mean 'qwen3_5'"),
         (change_config(hidden_act="gelu"), [], "hidden_act: expected 'silu', which is what our layers have, got"),
         (change_config(hidden_size="wide"), [], r"config\.json: expected the config of a qwen3, got .*hidden_size"),
         (change_config(rope_parameters={"rope_type": "llama3"}), [], r"config\.json: expected the config of a qwen3"),

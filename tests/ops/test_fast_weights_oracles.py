@@ -6,7 +6,7 @@ run where its package is: `make test-onnx`.
 
 from __future__ import annotations
 
-import importlib
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hqlt.ops import fast_weights
 from hqlt.ops.backend import IMPLEMENTATIONS
+from tests.float64 import in_float64
 from tests.laws import close, normal
 
 BATCH, LENGTH, HEADS, KEY, VALUE, GROUP = 2, 70, 4, 8, 6, 2  # more than one chunk of 64, and no whole number of them
@@ -24,26 +25,10 @@ HERE = [name for name in IMPLEMENTATIONS["fast_weights"] if name != "fla"]  # wh
 every_backend = pytest.mark.parametrize("backend", HERE)
 
 
-class Float64:
-    """`torch`, where float32 is called float64."""
-
-    float32 = torch.float64
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-
 @pytest.fixture
 def theirs(monkeypatch):
     """A model's code of transformers, by its name, that computes in float64."""
-
-    def of(model: str) -> Any:
-        module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
-        monkeypatch.setattr(module, "torch", Float64())
-        monkeypatch.setattr(Tensor, "float", Tensor.double)
-        return module
-
-    return of
+    return partial(in_float64, monkeypatch=monkeypatch)
 
 
 def gates(*more: int) -> tuple[Tensor, Tensor]:

@@ -22,12 +22,14 @@ def convert(
     map: Path | None = None,
     tokenizer: str | None = None,
 ) -> None:
-    """Convert a model of transformers (Llama, Qwen2, Qwen3, Mistral), or a checkpoint of the paper's code.
+    """Convert a model of transformers (Llama, Qwen2, Qwen3, Qwen3-Next, Qwen3.5, Mistral, Olmo-Hybrid), or a
+    checkpoint of the paper's code.
 
-    The source is known by its config.json. Of transformers' models every layer becomes a KV-memory, with the same
-    logits; `hqlt export --as` goes back. Of the paper's code (and of flash-linear-attention: delta_net, transformer)
-    names are mapped and shapes checked; every tensor is used once, or named with the reason why it is not. Where the
-    converted model computes otherwise than that code, the report says so.
+    The source is known by its config.json. Of transformers' models attention becomes a KV-memory and linear attention
+    an FW-memory, with the same logits; `hqlt export --as` goes back. Of the paper's code (and of
+    flash-linear-attention: delta_net, transformer) names are mapped and shapes checked; every tensor is used once, or
+    named with the reason why it is not. Where the converted model computes otherwise than that code, the report says
+    so.
 
     Args:
         source: a folder (config.json and weights), or of the paper's code a file of weights.
@@ -72,13 +74,13 @@ def read_source(source: Path, settings: Path | None, map: Path | None) -> tuple[
     from hqlt.language.checkpoint import read_checkpoint, settings_of
     from hqlt.language.convert import convert as convert_checkpoint
     from hqlt.language.paper_config import DEFAULTS, read_settings
-    from hqlt.language.pretrained import convert_pretrained, read_their_config
+    from hqlt.language.pretrained import TEXT_OF, convert_pretrained, read_their_config
     from hqlt.model.pretrained import ARCHITECTURES, config_of
     from hqlt.registry import one_of
 
     told = settings_of(source, settings)
     architecture = str(told.get("model_type"))
-    one_of("model_type", architecture, (*ARCHITECTURES, *DEFAULTS))
+    one_of("model_type", architecture, (*ARCHITECTURES, *TEXT_OF, *DEFAULTS))
     renames = read_renames(map) if map else None
     if architecture in DEFAULTS:
         config, _ = read_settings(told)

@@ -12,7 +12,7 @@ def export(
     model: Path,
     folder: Path,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
-    as_: Literal["llama", "qwen2", "qwen3", "mistral"] | None = None,
+    as_: Literal["llama", "qwen2", "qwen3", "mistral", "qwen3_next", "qwen3_5_text", "olmo_hybrid"] | None = None,
 ) -> None:
     """Write a model with its tokenizer, code and card to a folder that transformers loads, ready to be shared.
 
@@ -22,7 +22,7 @@ def export(
         model: a model's folder, or the run that trained it.
         folder: where to write; new or empty.
         dtype: of the weights; as they are by default.
-        as_: write it as a model of transformers, which needs no hqlt; for models of attention alone.
+        as_: write it as a model of transformers, which needs no hqlt; for models that it can express.
     """
     import torch
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -100,6 +101,12 @@ def shards_of(index: Path) -> list[Path]:
     if missing:
         raise FileNotFoundError(f"{index}: expected the files that it names, found no {', '.join(missing)} beside it")
     return shards
+
+
+def tensor_names(file: Path) -> list[str]:
+    """Of all tensors in a file of safetensors, which are not read."""
+    with safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

@@ -37,8 +37,8 @@ def export(where: str | Path, folder: Path, dtype: torch.dtype | None = None, ar
     """Write the model in `where` to a new folder, in another dtype if wanted.
 
     It loads with transformers' Auto classes after `import hqlt`, and with `trust_remote_code=True` without. A byte
-    model gets a tokenizer of 256 tokens that AutoTokenizer loads. architecture: "llama", "qwen2", "qwen3" or "mistral"
-    writes transformers' own model instead, for which hqlt is not needed.
+    model gets a tokenizer of 256 tokens that AutoTokenizer loads. architecture: one of
+    `hqlt.model.pretrained.ARCHITECTURES` writes transformers' own model instead, for which hqlt is not needed.
 
     Raises FileExistsError where the folder holds something, OSError where it cannot be written, ValueError where the
     architecture cannot express the model, and what `load_model` and `tokenizer_of` raise.

@@ -21,6 +21,11 @@ YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 8.0, "original_ma
 LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0}
 WINDOW = {"use_sliding_window": True, "sliding_window": 5}
 
+MIXED: dict[str, Any] = {
+    "num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 5,
+}  # fmt: skip
+
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
     "llama, all of it": {
@@ -39,6 +44,17 @@ MODELS: dict[str, dict[str, Any]] = {
     "mistral, all of it": {
         "model_type": "mistral", "head_dim": 10, "num_key_value_heads": 1, "sliding_window": 3,
         "rope_parameters": LINEAR,
+    },
+    "qwen3_next": {"model_type": "qwen3_next", "num_experts": 0, **MIXED, "head_dim": 8, "num_key_value_heads": 2},
+    "qwen3_5_text": {"model_type": "qwen3_5_text", **MIXED, "head_dim": 8, "num_key_value_heads": 1},
+    "qwen3_5_text, all of it": {
+        "model_type": "qwen3_5_text", **MIXED, "linear_conv_kernel_dim": 2, "tie_word_embeddings": True,
+        "rope_parameters": {**YARN, "partial_rotary_factor": 0.5}, "head_dim": 12, "rms_norm_eps": 1e-3,
+    },
+    "olmo_hybrid": {"model_type": "olmo_hybrid", **MIXED, "rope_parameters": {"rope_theta": None}},
+    "olmo_hybrid, all of it": {
+        "model_type": "olmo_hybrid", **MIXED, "num_key_value_heads": 2, "attention_bias": True,
+        "linear_allow_neg_eigval": False, "rope_parameters": {"rope_theta": 500.0}, "tie_word_embeddings": True,
     },
 }  # fmt: skip
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
 from hqlt.memory.rotary import Rotary
 from hqlt.model import HQLTConfig
-from hqlt.model.pretrained import config_as, config_of, from_transformers, to_transformers
-from tests.model.pretrained.conftest import LINEAR, MODELS, config_for, model_for
+from hqlt.model.pretrained import config_as, config_of, from_transformers, moved, to_transformers
+from tests.float64 import in_float64
+from tests.model.pretrained.conftest import LINEAR, MIXED, MODELS, config_for, model_for
 
 TEXT = torch.randint(3, 37, (2, 40), generator=torch.Generator().manual_seed(1))
 MASK = torch.ones_like(TEXT)
@@ -35,20 +33,20 @@ def test_logits(pair, mask):
 
 @pytest.mark.parametrize("mask", [None, MASK], ids=["", "left-padded"])
 def test_logits_in_float64(pair, mask, monkeypatch):
-    """Their norms and angles are float32, whatever the model: with both in float64, nothing differs."""
+    """Their norms, recurrences and angles are float32, whatever the model: with all in float64, nothing differs."""
     theirs, ours = (model.double() for model in pair)
+    in_float64(theirs.config.model_type.removesuffix("_text"), monkeypatch)
     config = ours.config
     rotary = Rotary.of(config.rope_theta, config.partial_rotary_factor, config.rope_scaling)
 
     def angles(x: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
-        tables = rotary.table(TEXT.shape[1], theirs.model.layers[0].self_attn.head_dim, x.device, x.dtype)
-        return tuple(table[:, 0].repeat(1, 2)[position_ids] for table in tables)
+        width = config.head_dim or config.hidden_size // config.num_heads
+        tables = rotary.table(TEXT.shape[1], width, x.device, x.dtype)
+        positions = position_ids[0] if position_ids.dim() == 3 else position_ids  # of time, height and width
+        return tuple(table[:, 0].repeat(1, 2)[positions] for table in tables)
 
-    monkeypatch.setattr(theirs.model.rotary_emb, "forward", angles)
-    for norm in theirs.modules():
-        if hasattr(norm, "variance_epsilon"):
-            monkeypatch.setattr(norm, "forward", partial(F.rms_norm, normalized_shape=norm.weight.shape,
-                                                         weight=norm.weight, eps=norm.variance_epsilon))  # fmt: skip
+    if rotary is not None:
+        monkeypatch.setattr(theirs.model.rotary_emb, "forward", angles)
     expected, logits = logits_of((theirs, ours), mask)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-12 * expected.std().item())
 
@@ -91,9 +89,15 @@ def test_and_back(pair):
 
 
 def test_every_tensor_is_moved_none_copied(pair):
+    """But for those that are packed together there."""
     theirs, ours = pair
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
-    assert {p.data_ptr() for p in ours.parameters()} == {p.data_ptr() for p in theirs.parameters()}
+    held = {p.data_ptr() for p in ours.parameters()}
+    for name, p in theirs.named_parameters():
+        names, _ = moved(name, ours.config, theirs.config.model_type)
+        assert len(names) > 1 or p.data_ptr() in held, name
+    if set(ours.config.kinds) == {"kv"}:
+        assert {p.data_ptr() for p in theirs.parameters()} == held
 
 
 def test_the_config_survives_its_file(pair, tmp_path):
@@ -135,12 +139,17 @@ def test_configs_of_older_versions():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gemma"}, "model_type: expected one of 'llama', 'qwen2', 'qwen3', 'mistral', got 'gemma'"),
+        ({"model_type": "gemma"}, "model_type: expected one of 'llama', 'qwen2', .*'olmo_hybrid', got 'gemma'"),
         ({"hidden_act": "gelu"}, "hidden_act: expected 'silu', which is what our layers have, got 'gelu'"),
         ({"rope_parameters": {**LINEAR, "rope_type": "dynamic"}}, "got 'dynamic': its frequencies change"),
         ({"rope_parameters": {**LINEAR, "partial_rotary_factor": 0.5}}, "rope_parameters: expected .*0.5"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config: expected weights that are plain"),
         ({"model_type": "qwen2", "layer_types": ["full_attention", "chunked_attention"]}, "layer_types: expected"),
+        ({"model_type": "qwen3", "layer_types": ["full_attention", "linear_attention"]}, "layer_types: expected"),
+        ({"model_type": "qwen3_next", **MIXED}, "num_experts: expected 0, which is what our layers have, got 512"),
+        ({"model_type": "qwen3_next", **MIXED, "num_experts": 0, "attention_bias": True}, "attention_bias: expected F"),
+        ({"model_type": "qwen3_5_text", **MIXED, "linear_num_value_heads": 3}, "num_value_heads: expected a multiple"),
+        ({"model_type": "olmo_hybrid", **MIXED, "hidden_act": "gelu"}, "hidden_act: expected 'silu', which"),
     ],
 )  # fmt: skip
 def test_what_our_layers_do_not_compute_is_refused(changes, message):
@@ -151,12 +160,12 @@ def test_what_our_layers_do_not_compute_is_refused(changes, message):
 @pytest.mark.parametrize(
     ("architecture", "changes", "message"),
     [
-        ("gemma", {}, "architecture: expected one of 'llama', 'qwen2', 'qwen3', 'mistral', got 'gemma'"),
+        ("gemma", {}, "architecture: expected one of 'llama', 'qwen2', .*'olmo_hybrid', got 'gemma'"),
         ("llama", {"layer_kinds": ["kv", "hybrid"]}, "layer_kinds: expected only 'kv', because a llama"),
         ("llama", {"rope_theta": None}, "rope_theta: expected 10000.0, which is what a llama has, got None"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected 1.0, which"),
         ("llama", {"conv_size": 4}, "conv_size: expected 0, which is what a llama has, got 4"),
-        ("llama", {"output_gate": True}, "output_gate: expected False, which is what a llama has, got True"),
+        ("llama", {"output_gate": True}, "output_gate: expected False, which is what a llama has, got 'silu'"),
         ("llama", {"qkv_bias": True}, "qkv_bias: expected False, which is what a llama has, got True"),
         ("llama", {"qk_norm": "head"}, "qk_norm: expected None, which is what a llama has, got 'head'"),
         ("llama", {"kv_window": 7}, "kv_window: expected None, which is what a llama has, got 7"),
@@ -165,6 +174,10 @@ def test_what_our_layers_do_not_compute_is_refused(changes, message):
         ("qwen2", {}, "qkv_bias: expected True, which is what a qwen2 has, got False"),
         ("qwen3", {"qk_norm": "full"}, "qk_norm: expected 'head', which is what a qwen3 has, got 'full'"),
         ("qwen3", {"qk_norm": "head", "kv_window": [3, 4]}, r"kv_window: expected 3, .* got \[3, 4\]"),
+        ("qwen3", {"layer_kinds": ["kv", "fw"]}, "layer_kinds: expected only 'kv', because a qwen3"),
+        ("olmo_hybrid", {}, "layer_kinds: expected 'kv' and 'fw', because a olmo_hybrid is attention and linear"),
+        ("olmo_hybrid", {"layer_kinds": ["fw", "kv"]}, "fw.norm_eps: expected 1e-05, which is what a olmo"),
+        ("olmo_hybrid", {"layer_kinds": ["kv", "fw"]}, "qk_norm: expected 'full', which is what a olmo"),
     ],
 )  # fmt: skip
 def test_what_an_architecture_does_not_have_is_refused(architecture, changes, message):
@@ -176,12 +189,23 @@ def test_what_an_architecture_does_not_have_is_refused(architecture, changes, me
 def test_a_model_of_ours_becomes_each():
     """With the fields that each has always, a model that was made here is theirs; the defaults are a Llama's."""
     sizes = {"hidden_size": 16, "num_heads": 4, "num_hidden_layers": 2, "layer_kinds": ["kv", "kv"], "vocab_size": 37}
+    of_fw = {
+        "num_heads": 4, "num_kv_heads": None, "head_dim": 6, "conv_size": 4, "output_gate": "silu", "norm_eps": 1e-5,
+        "qkv_bias": False, "o_bias": False, "qk_norm": None, "block_norms": "before",
+    }  # fmt: skip
     for architecture, fields in {
         "llama": {},
         "qwen2": {"qkv_bias": True, "kv_window": [None, 3]},
         "qwen3": {"qk_norm": "head", "num_kv_heads": 2, "kv_window": 4},
         "mistral": {"kv_window": 4, "head_dim": 6},
+        "olmo_hybrid": {
+            "layer_kinds": ["fw", "kv"],
+            "fast_weights": "gated-delta",
+            "qk_norm": "full",
+            "block_norms": "after",
+            "of_kind": {"fw": of_fw},
+        },
     }.items():
-        config = HQLTConfig(**sizes, **fields)
+        config = HQLTConfig(**{**sizes, **fields})
         again = config_of(config_as(config, architecture))
         assert {name: getattr(again, name) for name in fields} == fields, architecture

@@ -1,50 +1,145 @@
-"""Weights moved between transformers' architectures and ours: names change, numbers do not."""
+"""Weights moved between transformers' architectures and ours: names change, what is packed is split, numbers stay."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.utils import logging
 
+from hqlt.model.config import HQLTConfig
 from hqlt.model.language_model import HQLTForCausalLM
 from hqlt.model.pretrained.architectures import config_as, config_of
 
-OURS = {"self_attn": "memory", "input_layernorm": "memory_norm", "post_attention_layernorm": "mlp_norm"}
-THEIRS = {ours: theirs for theirs, ours in OURS.items()}
-"""What parts of a parameter's name are called here and there; all others are the same."""
+
+class Packed(NamedTuple):
+    """Several of our tensors in one of theirs, next to each other."""
+
+    names: tuple[str, ...]
+    by_head: bool = False
+    """Within each head of a layer (`num_heads`); otherwise one after the other."""
+
+
+Parts = Mapping[str, str | Packed]
+"""What parts of a layer are called there and here."""
+
+ATTENTION: Parts = {
+    "self_attn": "memory",
+    "input_layernorm": "memory_norm",
+    "post_attention_layernorm": "mlp_norm",
+    "mlp": "mlp",
+}
+GATED_ATTENTION: Parts = {**ATTENTION, "self_attn.q_proj": Packed(("memory.q_proj", "memory.g_proj"), by_head=True)}
+POST_NORMED: Parts = {
+    "self_attn": "memory",
+    "post_attention_layernorm": "memory_out_norm",
+    "post_feedforward_layernorm": "mlp_out_norm",
+    "mlp": "mlp",
+}
+LINEAR: Parts = {
+    **ATTENTION,
+    "linear_attn": "memory",
+    "linear_attn.A_log": "memory.fw.A_log",
+    "linear_attn.dt_bias": "memory.fw.dt_bias",
+    "linear_attn.conv1d": "memory.conv",
+}
+QWEN_LINEAR: Parts = {**LINEAR, "linear_attn.norm": "memory.o_norm", "linear_attn.out_proj": "memory.o_proj"}
+QKV = "memory.q_proj", "memory.k_proj", "memory.v_proj"
+
+LAYERS: dict[str, dict[str, Parts]] = {
+    "qwen3_next": {
+        "kv": GATED_ATTENTION,
+        "fw": {
+            **QWEN_LINEAR,
+            "linear_attn.in_proj_qkvz": Packed((*QKV, "memory.g_proj"), by_head=True),
+            "linear_attn.in_proj_ba": Packed(("memory.fw.beta_proj", "memory.fw.decay_proj"), by_head=True),
+        },
+    },
+    "qwen3_5_text": {
+        "kv": GATED_ATTENTION,
+        "fw": {
+            **QWEN_LINEAR,
+            "linear_attn.in_proj_qkv": Packed(QKV),
+            "linear_attn.in_proj_z": "memory.g_proj",
+            "linear_attn.in_proj_b": "memory.fw.beta_proj",
+            "linear_attn.in_proj_a": "memory.fw.decay_proj",
+        },
+    },
+    "olmo_hybrid": {
+        "kv": POST_NORMED,
+        "fw": {
+            **LINEAR,
+            "linear_attn.b_proj": "memory.fw.beta_proj",
+            "linear_attn.a_proj": "memory.fw.decay_proj",
+        },
+    },
+}
+"""By architecture and kind of layer; where nothing is said, `ATTENTION`."""
 
 
 def from_transformers(theirs: PreTrainedModel) -> HQLTForCausalLM:
-    """A LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM or MistralForCausalLM as a model of kv layers.
+    """A model of transformers (`hqlt.model.pretrained.ARCHITECTURES`) as one of kv and fw layers.
 
-    It computes the same logits, from the same tensors: nothing is copied.
+    It computes the same logits, from the same tensors: what is not packed there is not copied.
 
     Raises ValueError for another architecture, and for a field of its config whose value our layers do not compute.
     """
-    return _with_weights(HQLTForCausalLM, config_of(theirs.config), theirs, OURS)
+    config = config_of(theirs.config)
+    shapes = shapes_of(HQLTForCausalLM, config)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in theirs.state_dict().items():
+        ours, groups = moved(name, config, theirs.config.model_type)
+        rows = [shapes[part][0] // groups for part in ours]
+        parts = [tensor] if len(ours) == 1 else tensor.unflatten(0, (groups, -1)).split(rows, dim=1)
+        tensors |= {part: piece.reshape(shapes[part]) for part, piece in zip(ours, parts, strict=True)}
+    return _with_weights(HQLTForCausalLM, config, tensors, theirs)
 
 
 def to_transformers(ours: HQLTForCausalLM, architecture: str) -> PreTrainedModel:
-    """A model of kv layers as transformers' "llama", "qwen2", "qwen3" or "mistral", from the same tensors.
+    """A model of kv and fw layers as one of transformers' architectures, from the same tensors where none is packed.
 
     Raises ValueError where the model has anything that the architecture does not have.
     """
     told: Any = ours.config
     config = config_as(told, architecture)
-    return _with_weights(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config, ours, THEIRS)
+    kind, given = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], ours.state_dict()
+    tensors: dict[str, Tensor] = {}
+    for name, shape in shapes_of(kind, config).items():
+        names, groups = moved(name, told, architecture)
+        parts = [given[part] for part in names]
+        if len(parts) > 1:
+            parts = [torch.cat([part.unflatten(0, (groups, -1)) for part in parts], dim=1)]
+        tensors[name] = parts[0].reshape(shape)
+    return _with_weights(kind, config, tensors, ours)
 
 
-def renamed(name: str, parts: Mapping[str, str]) -> str:
-    """A parameter's name here (parts: OURS) or there (THEIRS)."""
-    return ".".join(parts.get(part, part) for part in name.split("."))
+def moved(theirs: str, config: HQLTConfig, architecture: str) -> tuple[tuple[str, ...], int]:
+    """Our names of what is in a tensor of theirs, and how often these take turns in it."""
+    head, _, rest = theirs.partition("layers.")
+    if not rest:
+        return (theirs,), 1
+    index, _, name = rest.partition(".")
+    kind = config.kinds[int(index)]
+    parts = LAYERS.get(architecture, {}).get(kind, ATTENTION)
+    part = max((part for part in parts if f"{name}.".startswith(f"{part}.")), key=len)
+    ours = parts[part]
+    packed = ours if isinstance(ours, Packed) else Packed((ours,))
+    groups = config.layer_options(int(index))["num_heads"] if packed.by_head else 1
+    return tuple(f"{head}layers.{index}.{new}{name.removeprefix(part)}" for new in packed.names), groups
 
 
-def _with_weights(kind: Any, config: Any, source: PreTrainedModel, parts: Mapping[str, str]) -> Any:
-    """A model of this kind and config with the source's tensors under their other names."""
-    tensors = {renamed(name, parts): tensor for name, tensor in source.state_dict().items()}
+def shapes_of(kind: Any, config: Any) -> dict[str, torch.Size]:
+    """Of all tensors of a model, which is not built."""
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in kind(config).state_dict().items()}
+
+
+def _with_weights(kind: Any, config: Any, tensors: dict[str, Tensor], source: PreTrainedModel) -> Any:
+    """A model of this kind and config with these tensors, and what goes along with its source."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
