@@ -9,9 +9,16 @@ import torch
 import torch.nn.functional as F
 
 from hqlt import HybridMemory
+from hqlt.agent.memory_model import build_memory
 from hqlt.memory import Write
+from hqlt.memory.fw.mlstm import stabilisers
+from hqlt.model import HQLTConfig, HQLTForCausalLM
 from tests.laws import close, normal
 from tests.memory.test_rules_by_hand import GROUP, PAIRS, K, V, agrees, build, sigmoid, softplus
+
+
+def silu(x):
+    return x * sigmoid(x)
 
 
 def scan(t, step, reads):
@@ -40,12 +47,152 @@ def test_gla():
     agrees(rule, by_hand)
 
 
+def test_retnet():
+    """Sun et al. 2023, eqs. 5 and 6: Σ_m γ^(n−m) (Q_n e^{inθ}) (K_m e^{imθ})† V_m, over complex channels."""
+    for theta in (None, 100.0):
+        rule, _ = build("retnet", rope_theta=theta)
+        angles = torch.zeros(K // 2) if theta is None else theta ** (-torch.arange(0, K, 2, dtype=torch.float64) / K)
+
+        def by_hand(x, keys, values, queries, h, angles=angles):
+            n, gamma = torch.arange(len(x)), 1 - 2 ** (-5.0 - h)
+
+            def turned(z):
+                return torch.complex(z[:, : K // 2], z[:, K // 2 :]) * torch.polar(
+                    torch.ones(len(x), K // 2, dtype=torch.float64), n[:, None] * angles.double()
+                )
+
+            weights = torch.tril(gamma ** (n[:, None] - n).clamp(min=0).double())
+            scores = [(turned(q) @ turned(keys).conj().T).real * weights / math.sqrt(K) for q in queries]
+            return [list(s @ values) for s in scores]
+
+        agrees(rule, by_hand)
+
+
+def test_lightning():
+    """MiniMax-01's code: slope 2^(−8i/h), i from 1, times 1 − l / (L − 1 + 1e-5) + 1e-5; SiLU of q and k, no scale."""
+    for layer in (0, 2):
+        rule, _ = build("lightning", depth=(layer, 3))
+
+        def by_hand(x, keys, values, queries, h, layer=layer):
+            slope = (1 / 2 ** (8 / PAIRS)) ** (h + 1) * (1 - layer / (2 + 1e-5) + 1e-5)
+
+            def step(S, i):
+                return math.exp(-slope) * S + torch.outer(silu(keys[i]), values[i])
+
+            return scan(len(x), step, [lambda S, i, q=q: S.T @ silu(q[i]) for q in queries])
+
+        agrees(rule, by_hand)
+
+
+def test_hgrn2():
+    """Qin et al. 2024, eq. 5: S ← Diag(f) S + (1 − f) vᵀ, f = γ + (1 − γ) σ(k), γ = 0 in the first layer."""
+    for layer in (0, 2):
+        rule, w = build("hgrn2", depth=(layer, 3))
+
+        def by_hand(x, keys, values, queries, h, layer=layer, w=w):
+            below, above = (layer * w["lower_bound"][h].exp(), 3 - layer) if layer else (torch.zeros(K), 3)
+            gamma = below / (below + above)
+
+            def step(S, i):
+                f = gamma + (1 - gamma) * sigmoid(keys[i])
+                return torch.diag(f) @ S + torch.outer(1 - f, values[i])
+
+            return scan(len(x), step, [lambda S, i, q=q: S.T @ silu(q[i]) / math.sqrt(K) for q in queries])
+
+        agrees(rule, by_hand)
+
+
+def test_the_lower_bound_of_hgrn2_begins_as_its_authors_do():
+    """With their parameters at 0, Σ_{1…l} of a softmax over L layers: l / L."""
+    for layer in (1, 4):
+        rule = HybridMemory(8, 2, blend="fw-only", fast_weights="hgrn2", depth=(layer, 5)).fw
+        log_f, keys = rule.forget(torch.tensor([-50.0]).double().expand(1, 1, 2, 4))
+        close(log_f.exp(), torch.full((1, 1, 2, 4), layer / 5), 1e-6)
+        close(keys, 1 - log_f.exp())
+
+
+def mlstm_by_hand(w, cap=None, stabilised=False):
+    """Beck et al. 2024, eqs. 19–27, q scaled instead of k; with their stabiliser m or without."""
+
+    def by_hand(x, keys, values, queries, h):
+        def gate(name, i):
+            logit = w[f"{name}_proj.weight"][h] @ x[i] + w[f"{name}_proj.bias"][h]
+            return logit if cap is None else cap * torch.tanh(logit / cap)
+
+        C, n, m = torch.zeros(K, V, dtype=torch.float64), torch.zeros(K, dtype=torch.float64), torch.tensor(-math.inf)
+        out = [[] for _ in queries]
+        for i in range(len(x)):
+            log_i, log_f = gate("input", i), -softplus(-gate("forget", i))
+            new = torch.maximum(log_f + m, log_i) if stabilised else torch.tensor(0.0)
+            keep, add = (log_f + (m if stabilised else 0) - new).exp(), (log_i - new).exp()
+            C, n, m = keep * C + add * torch.outer(keys[i], values[i]), keep * n + add * keys[i], new
+            for q, reads in zip(queries, out, strict=True):
+                read = q[i] / math.sqrt(K)
+                reads.append(C.T @ read / torch.maximum((n @ read).abs(), (-m).exp()))
+        return out
+
+    return by_hand
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_mlstm(cap):
+    rule, w = build("mlstm", gate_cap=cap)
+    agrees(rule, mlstm_by_hand(w, cap))
+    agrees(rule, mlstm_by_hand(w, cap, stabilised=True))
+
+
+@pytest.mark.parametrize("large", [300.0, -300.0])
+def test_exponents_of_mlstm_do_not_overflow(large):
+    """e^1000 is no number in float64, nor e^100 in float32; the gates differ by hundreds from token to token."""
+    rule, w = build("mlstm", gate_cap=None)
+    w["input_proj.weight"].data.mul_(300)
+    w["input_proj.bias"].data.fill_(large)
+    agrees(rule, mlstm_by_hand(w, stabilised=True))
+    x, q, k, v = (torch.randn(2, 40, *shape).requires_grad_() for shape in ((10,), (4, K), (2, K), (2, V)))
+    rule.float()
+    out, state = rule(q, Write(k, v, rule.gates(rule.logits(x)), None), None, None)
+    given = torch.autograd.grad(out.sum() + sum(part.sum() for part in state), [x, q, k, v, *rule.parameters()])
+    assert all(part.isfinite().all() for part in (out, *state, *given))
+
+
+def test_the_stabiliser_by_doubling_is_the_one_token_by_token():
+    b, t, h = 3, 23, 2
+    before, gain = normal(b, h).abs(), 20 * normal(b, t, h, seed=1)
+    decay, marks = -normal(b, t, h, seed=2).abs(), normal(2, b, t, seed=3) > 1
+    m, expected = before, []
+    for i in range(t):
+        m = torch.where(marks[0, :, i, None], 0, m)
+        after = torch.maximum(m + decay[:, i], gain[:, i].clamp(min=0))
+        m = torch.where(marks[1, :, i, None], m, after)
+        expected.append(m)
+    live = ~marks[1]
+    given = (x.masked_fill(~live[..., None], 0) for x in (gain, decay))
+    close(stabilisers(before, *given, marks[0], live), torch.stack(expected, dim=1))
+
+
+def test_mlstm_begins_as_its_authors_do():
+    rule = HybridMemory(8, 4, blend="fw-only", fast_weights="mlstm").fw
+    assert not rule.input_proj.weight.any() and not rule.forget_proj.weight.any()
+    assert rule.input_proj.bias.tolist() == [-10.0] * 4 and rule.forget_proj.bias.tolist() == [3.0, 4.0, 5.0, 6.0]
+
+
+@pytest.mark.parametrize("name", ["lightning", "hgrn2"])
+def test_a_model_says_to_each_layer_how_deep_it_is(name):
+    config = HQLTConfig(
+        hidden_size=8, num_heads=2, num_hidden_layers=3, vocab_size=5, fast_weights=name, layer_kinds=["fw", "kv", "fw"]
+    )
+    layers = HQLTForCausalLM(config).model.layers
+    assert [layers[i].memory.fw.depth for i in (0, 2)] == [(0, 3), (2, 3)]
+    agent = build_memory("synchronous", hidden_size=8, num_layers=2, fast_weights=name)
+    assert [block.memory.fw.depth for block in agent.blocks] == [(0, 2), (1, 2)]
+    for depth in ((2, 2), (-1, 3)):
+        with pytest.raises(ValueError, match="depth: expected a layer's index from 0 and how many layers there are"):
+            build(name, depth=depth)
+
+
 def test_mamba2():
     """Dao, Gu 2024: h ← exp(dt A) h + dt B xᵀ, y = hᵀ C; D x is added by the blend."""
     rule, w = build("mamba2")
-
-    def silu(x):
-        return x * sigmoid(x)
 
     def by_hand(x, keys, values, queries, h):
         dt = softplus(x @ w["dt_proj.weight"][h] + w["dt_bias"][h])

@@ -25,7 +25,11 @@ FAMILY: dict[str, dict[str, Any]] = {
     "delta-product": {"fast_weights": "delta-product", "conv_size": 2},
     "gated-delta-product": {"fast_weights": "gated-delta-product", "num_householder": 3},
     "gla": {"fast_weights": "gla", "decay_rank": 3, "decay_temperature": 2.0},
+    "hgrn2": {"fast_weights": "hgrn2", "depth": (1, 3)},
+    "lightning": {"fast_weights": "lightning"},
     "mamba2": {"fast_weights": "mamba2"},
+    "mlstm": {"fast_weights": "mlstm", "gate_cap": None},
+    "retnet": {"fast_weights": "retnet"},
 }
 """Layers by name: rules with options that matter to the laws. `tests/layers.py` has delta and linear."""
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_map
 
-from hqlt.layer import Block, HybridMemory, RMSNorm, SwiGLU, layer_arguments
+from hqlt.layer import Block, HybridMemory, RMSNorm, SwiGLU, arguments_of, layer_arguments
 from hqlt.memory import MemoryState
 from hqlt.ranges import COUNT, in_range
 from hqlt.registry import names, one_of
@@ -158,13 +158,16 @@ def build_memory(
         if value is not None or option != "window":
             in_range(option, value, COUNT)
     if name not in ("lstm", "none"):
+        blend = BLENDS.get(name, name)
+        used = arguments_of(blend, *(layer.get(choice) for choice in ("mixer", "fast_weights", "retention")))
+        by_layer = [{"depth": (i, num_layers)} if "depth" in used else {} for i in range(num_layers)]
         blocks = [
             Block(
-                HybridMemory(hidden_size, num_heads, window, BLENDS.get(name, name), **layer),
+                HybridMemory(hidden_size, num_heads, window, blend, **{**own, **layer}),
                 SwiGLU(hidden_size, 2 * hidden_size),
                 norm_eps=1e-6,
             )
-            for _ in range(num_layers)
+            for own in by_layer
         ]
         return HybridModel(blocks, RMSNorm(hidden_size, eps=1e-6))
     if layer:

@@ -213,7 +213,7 @@ class HQLTConfig(PreTrainedConfig):
         kind = self.kinds[layer]
         kv_window = self.kv_window[layer] if isinstance(self.kv_window, list) else self.kv_window
         window = {"hybrid": self.window, "kv": kv_window, "fw": None}[kind]
-        given = self._fields_of(kind)
+        given = {"depth": (layer, self.num_hidden_layers)} | self._fields_of(kind)
         choices = choices_of(kind, given)
         if kind == "kv" and kv_window is None:
             choices["retention"] = "recent"  # which is all of them

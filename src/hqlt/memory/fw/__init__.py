@@ -5,10 +5,14 @@ from hqlt.memory.fw.delta_product import DeltaProductMemory
 from hqlt.memory.fw.gated_delta import GatedDeltaMemory
 from hqlt.memory.fw.gated_delta_product import GatedDeltaProductMemory
 from hqlt.memory.fw.gla import GLAMemory
+from hqlt.memory.fw.hgrn2 import HGRN2Memory
 from hqlt.memory.fw.kda import KDAMemory
+from hqlt.memory.fw.lightning import LightningMemory
 from hqlt.memory.fw.linear import LinearMemory
 from hqlt.memory.fw.mamba2 import Mamba2Memory
+from hqlt.memory.fw.mlstm import MLSTMMemory
 from hqlt.memory.fw.recurrence import Erasing, MatrixState, Recurrence, Terms
+from hqlt.memory.fw.retnet import RetNetMemory
 from hqlt.memory.fw.rule import FWMemory, LowRank, Write, begin_at, gate_projection
 
 __all__ = [
@@ -20,12 +24,16 @@ __all__ = [
     "GLAMemory",
     "GatedDeltaMemory",
     "GatedDeltaProductMemory",
+    "HGRN2Memory",
     "KDAMemory",
+    "LightningMemory",
     "LinearMemory",
     "LowRank",
+    "MLSTMMemory",
     "Mamba2Memory",
     "MatrixState",
     "Recurrence",
+    "RetNetMemory",
     "Terms",
     "Write",
     "begin_at",

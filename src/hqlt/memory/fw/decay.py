@@ -1,4 +1,4 @@
-"""A decay that a token chooses for each matrix, as Mamba-2 parameterises it; others took it over."""
+"""Decays: fixed, or chosen by a token for each matrix as Mamba-2 parameterises it."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ def log_decay(logits: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Strengths
     wide = at_least_float32(logits.dtype)
     dt = F.softplus(logits.to(wide) + dt_bias.to(wide))
     return -A_log.to(wide).exp() * dt, dt
+
+
+def fixed_decay(log_alpha: Tensor, like: Tensor) -> Strengths:
+    """log α [h] of every token of like [b, t, …]: [b, t, h], in at least float32."""
+    return log_alpha.to(like.device, at_least_float32(like.dtype)).expand(*like.shape[:2], -1)
 
 
 def begin_decay(A_log: nn.Parameter, dt_bias: nn.Parameter, slowest: float = 1.0) -> None:

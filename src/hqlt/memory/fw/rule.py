@@ -120,3 +120,11 @@ def begin_at(parameter: Tensor, values: Tensor) -> None:
     if not getattr(parameter, "_is_hf_initialized", False):
         with torch.no_grad():
             parameter.copy_(values)
+
+
+def check_depth(depth: tuple[int, int]) -> tuple[int, int]:
+    """(l, L): a layer's index and how many there are, for a rule that differs by layer; refused where l ∉ 0 … L−1."""
+    layer, layers = depth
+    if not 0 <= layer < layers:
+        raise ValueError(f"depth: expected a layer's index from 0 and how many layers there are, got {tuple(depth)}")
+    return layer, layers

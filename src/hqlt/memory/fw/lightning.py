@@ -1,0 +1,43 @@
+"""Lightning attention: linear attention whose heads forget at fixed rates, slower in deeper layers."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from hqlt.memory.fw.decay import fixed_decay
+from hqlt.memory.fw.recurrence import Recurrence, Terms
+from hqlt.memory.fw.rule import Write, check_depth
+from hqlt.memory.heads import Heads
+from hqlt.registry import register
+from hqlt.shapes import Queries
+
+
+@register("rule", "lightning")
+class LightningMemory(Recurrence):
+    """S ← α S      S ← S + SiLU(k) ⊗ v      read: Sᵀ SiLU(q)
+
+    log α of head i ∈ 1 … h in layer l ∈ 0 … L−1 is −2^(−8i/h) · (1 − l / (L − 1 + 1e-5) + 1e-5). depth: (l, L); a model
+    says it to each of its layers.
+
+    The authors' layer has SiLU on values too, head_norm="full" and output_gate="sigmoid".
+
+    Source: MiniMax 2025, "MiniMax-01: Scaling Foundation Models with Lightning Attention", section 2.2, and its code
+    for the decay; Qin et al. 2024, "Lightning Attention-2".
+    """
+
+    def __init__(self, heads: Heads, *, depth: tuple[int, int] = (0, 1)) -> None:
+        super().__init__(heads)
+        layer, layers = self.depth = check_depth(depth)
+        self.factor = 1 - layer / (layers - 1 + 1e-5) + 1e-5
+
+    def terms(self, q: Queries, write: Write) -> Terms:
+        h = self.heads.matrices
+        slopes = torch.exp2(-8 / h * torch.arange(1, h + 1, dtype=torch.float64, device="cpu"))
+        decay = fixed_decay(-self.factor * slopes, q)
+        return Terms(
+            F.silu(q), F.silu(write.keys), self.v_activation(write.values), decay=decay, erase=False, scale=1.0
+        )
+
+    def extra_repr(self) -> str:
+        return f"depth={self.depth}"
