@@ -37,6 +37,19 @@ class Case(NamedTuple):
     def batch(self, split="train", seed=0, rows=6):
         return self.task.sample(generator_for(split, seed), rows, split)
 
+    def study(self, folder, **changes):
+        """Of a small model on this task, with all its options in the file."""
+        experiment = {
+            "task": self.name,
+            "options": json.loads(json.dumps(dataclasses.asdict(self.task))) | changes,
+            "common": {"hidden_size": 8, "num_heads": 2, "num_hidden_layers": 1, "window": 4},
+            "budget": {"steps": 2, "batch_size": 2, "validations": 1, "validation_rows": 7, "test_rows": 7},
+        }
+        file = folder / "study.yaml"
+        study = {"title": "t", "introduction": "i", "models": {"Synchronous": {}}, "experiments": {"it": experiment}}
+        file.write_text(yaml.safe_dump(study))
+        return read_study(file)
+
 
 class Laws:
     def test_its_name_means_it(self, case):
@@ -116,21 +129,7 @@ class Laws:
         assert sorted(map(until_the_last_target, found)) == sorted(map(until_the_last_target, given))
 
     def test_a_study_names_it_with_all_its_options_and_trains_it(self, case, tmp_path):
-        study = {
-            "title": "t",
-            "introduction": "i",
-            "models": {"Synchronous": {}},
-            "experiments": {
-                "it": {
-                    "task": case.name,
-                    "options": json.loads(json.dumps(dataclasses.asdict(case.task))),
-                    "common": {"hidden_size": 8, "num_heads": 2, "num_hidden_layers": 1, "window": 4},
-                    "budget": {"steps": 2, "batch_size": 2, "validations": 1, "validation_rows": 7, "test_rows": 7},
-                }
-            },
-        }
-        (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
-        (cell,) = read_study(tmp_path / "study.yaml").cells()
+        (cell,) = case.study(tmp_path).cells()
         drawn = cell.build_task().sample(generator_for("train", 0), 6, "train")
         assert torch.equal(drawn.inputs, case.batch().inputs)
         *_, result = cell.run(tmp_path)
@@ -138,6 +137,11 @@ class Laws:
         save_result(tmp_path, result)
         assert json.dumps(as_json(load_result(tmp_path, cell))) == json.dumps(as_json(result))
         assert result.fit.test.metric == case.task.metric
+
+    def test_a_study_checks_the_types_of_its_options(self, case, tmp_path):
+        for field in dataclasses.fields(case.task):
+            with pytest.raises(ValueError, match=rf"experiments.it.options: {field.name}: expected .*, got {{'a': 1}}$"):
+                case.study(tmp_path, **{field.name: {"a": 1}})
 
 
 class Told(torch.nn.Module):

@@ -288,10 +288,11 @@ def _build(kind: type[T], given: Any) -> T:
             raise ValueError(f"{name}: expected {words(hints[name])}, got nothing")
     built = {name: value for name, value in given.items() if _is_built(value)}
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
-    parser.add_class_arguments(kind, skip=set(built))
+    plain = {name: value for name, value in given.items() if name not in built}
+    for name in plain:  # not add_class_arguments: it reads a base class's annotations in the class's own module
+        parser.add_argument(f"--{name}", type=hints.get(name, Any))
     try:
-        plain = parser.parse_object({name: value for name, value in given.items() if name not in built})
-        return kind(**parser.instantiate(plain).as_dict(), **built)
+        return kind(**parser.instantiate(parser.parse_object(plain)).as_dict(), **built)
     except ArgumentError as error:
         found = re.search(r'Parser key "(\w+)', str(error))
         if found is None:
