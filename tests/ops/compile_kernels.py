@@ -54,7 +54,7 @@ def compiling_for(capability: int = 90) -> Iterator[None]:
 
 def compile_all(launches: list[Launched]) -> list[Any]:
     """→ each launch's compiled kernel."""
-    return [kernel.result() if hasattr(kernel, "result") else kernel for kernel in warm_up(launches)]
+    return [compiling.result() for compiling in warm_up(launches)]
 
 
 class Resources(NamedTuple):

@@ -140,7 +140,9 @@ class Laws:
 
     def test_a_study_checks_the_types_of_its_options(self, case, tmp_path):
         for field in dataclasses.fields(case.task):
-            with pytest.raises(ValueError, match=rf"experiments.it.options: {field.name}: expected .*, got {{'a': 1}}$"):
+            with pytest.raises(
+                ValueError, match=rf"experiments.it.options: {field.name}: expected .*, got {{'a': 1}}$"
+            ):
                 case.study(tmp_path, **{field.name: {"a": 1}})
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
@@ -72,7 +72,7 @@ class Launched(NamedTuple):
         return self.kernel.fn.__name__
 
     def warm_up(self) -> Any:
-        """→ the compiled kernel (or what is to become it, within `triton.AsyncCompileMode`)."""
+        """→ the compiled kernel."""
         how = self.how
         return self.kernel.warmup(
             *self.tensors, **self.constants, grid=(self.programs,), num_warps=how.warps, num_stages=how.stages
@@ -116,10 +116,10 @@ def launches_of(shape: Shape, dtype: torch.dtype, resets: bool = True) -> list[L
     return list({call.name: call for call in launches}.values())
 
 
-def warm_up(launches: list[Launched]) -> list[Any]:
-    """Compile on all processors at once, and skip what does not compile: it says why when it is launched."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
-        return [call.warm_up() for call in launches]
+def warm_up(launches: list[Launched]) -> list[Future[Any]]:
+    """Compile on all processors at once. What does not compile says why in its result, and when it is launched."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [pool.submit(call.warm_up) for call in launches]
 
 
 def inputs_of(shape: Shape, dtype: torch.dtype, device: str) -> list[Tensor]:

@@ -34,12 +34,13 @@ from hqlt.bench.race import Meter, table_of
 Answer = dict[str, Any]
 NO_CLOCK = Meter(lambda work: (work(), math.nan)[1], lambda work: (work(), math.nan)[1])
 REHEARSAL = Place("cpu", torch.float32, NO_CLOCK)
-PACKAGES = ("torch", "triton", "fla-core", "flash-attn", "transformers", "numpy", "jsonargparse")
+PACKAGES = ("triton", "fla-core", "flash-attn", "transformers", "numpy", "jsonargparse")
 
 
 def setting() -> Answer:
     """What all figures hold for."""
     here: Answer = {"python": platform.python_version(), "machine": platform.machine(), "processors": os.cpu_count()}
+    here["torch"] = torch.__version__  # names the build, which the package's metadata may not
     installed = {found.name: found.version for found in importlib.metadata.distributions()}
     here |= {name: installed.get(name) for name in PACKAGES}
     here["native library"] = native.why_not() or "built"

@@ -94,7 +94,7 @@ class DelayedChunk(Blend):
             return torch.cat([torch.zeros_like(x), x], dim=2).flatten(1, 2)[:, :events]
 
         live = (torch.arange(events, device=q.device) // S % 2 == 1).expand(q.shape[0], -1)
-        keys, values, gates = pytree.tree_map(writes, timeline[:3])
+        keys, values, gates = pytree.tree_map(writes, (timeline.keys, timeline.values, timeline.gates))
         out, after = fw(reads(q), Write(keys, values, gates, live), None, None)
         out = F.pad(out, (0, 0, 0, 0, 0, S)).unflatten(1, (n, 2, S))[:, :, 0]
         return out.flatten(1, 2)[:, :t], after
@@ -120,7 +120,8 @@ class DelayedChunk(Blend):
             """[b, l, …] → [b, t + l, …] by events, zeros where they read."""
             return _take(torch.cat([x.new_zeros(x.shape[0], t, *x.shape[2:]), x], dim=1), order)
 
-        keys, values, gates, live = pytree.tree_map(writes, (*self.alive(timeline[:3], closed), closed))
+        pairs = self.alive((timeline.keys, timeline.values, timeline.gates), closed)
+        keys, values, gates, live = pytree.tree_map(writes, (*pairs, closed))
         begins = reads(timeline.position[:, l - t :] == 0)  # a segment's first read finds an empty memory
         out, after = fw(reads(q), Write(keys, values, gates, live), past, begins)
         return _take(out, order.argsort(dim=1)[:, :t]), after

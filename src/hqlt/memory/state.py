@@ -112,15 +112,17 @@ class MemoryState(NamedTuple):
     @property
     def slots(self) -> int:
         """Pairs that the buffer has room for."""
-        return self.kv.keys.shape[1] if isinstance(self.kv, Held) else 0
+        return _slots(self.kv)
 
     def with_slots(self, s: int) -> MemoryState:
         """The same memories, their pairs in a buffer of s ≥ the present number of slots."""
-        return self if s == self.slots or not isinstance(self.kv, Held) else self._replace(kv=self.kv.with_slots(s))
+        return (
+            self if s == _slots(self.kv) or not isinstance(self.kv, Held) else self._replace(kv=self.kv.with_slots(s))
+        )
 
     def where(self, rows: Tensor, other: MemoryState) -> MemoryState:
         """This state in the rows that are True, Bool[b], and the other in the rest."""
-        s = max(self.slots, other.slots)
+        s = max(_slots(self.kv), _slots(other.kv))
 
         def choose(mine: Tensor, theirs: Tensor) -> Tensor:
             return torch.where(rows.view(-1, *[1] * (mine.dim() - 1)), mine, theirs)
@@ -153,6 +155,11 @@ class MemoryState(NamedTuple):
     def bytes_per_row(self) -> int:
         """How much memory a row of this state takes."""
         return sum(x.numel() * x.element_size() for x in self.leaves()) // max(len(self.position), 1)
+
+
+def _slots(kv: Held | tuple[()]) -> int:
+    """`MemoryState.slots`, where it is compiled: torch 2.9 compiles no property of a NamedTuple."""
+    return kv.keys.shape[1] if isinstance(kv, Held) else 0
 
 
 def leaves(tree: Tree) -> list[Any]:

@@ -19,6 +19,9 @@ from hqlt.train.checkpoints import Checkpoints
 from hqlt.train.language.ranks import Ranks
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
+warnings.filterwarnings(
+    "ignore", "TypedStorage is deprecated", module="torch.distributed.checkpoint"
+)  # torch 2.9's own
 
 
 class SharedCheckpoints(Checkpoints):
