@@ -14,7 +14,7 @@ from hqlt.language.checkpoint import Checkpoint, read_checkpoint
 from hqlt.language.convert import convert
 from hqlt.language.folder import load_model
 from hqlt.model import preset
-from tests.language.their_model import DELTA_NET, HYBRID, TRANSFORMER, logits_of, random_checkpoint
+from tests.language.their_model import DELTA_NET, GATED, HYBRID, TRANSFORMER, logits_of, random_checkpoint
 
 TOKENS = torch.randint(37, (11,), generator=torch.Generator().manual_seed(1))
 BETWEEN = {"layers": [1], "num_heads": 2, "window_size": 3, "rope_theta": 10_000.0}
@@ -29,9 +29,20 @@ SETTINGS = {
     "deltanet-convolution": {**DELTA_NET, "use_short_conv": True, "conv_size": 4, "use_gate": True},
     "deltanet-between-attention": {**DELTA_NET, "attn": BETWEEN},
     "hybrid-between-attention": {**HYBRID, "attn": BETWEEN},
+    "deltanet-widths": {**DELTA_NET, "expand_k": 0.5, "expand_v": 1.5, "allow_neg_eigval": True},
+    "deltanet-between-other-heads": {
+        **DELTA_NET, "use_short_conv": True, "conv_size": 2, "use_gate": True,
+        "attn": {**BETWEEN, "num_heads": 4, "rope_theta": 500.0, "qkv_bias": True},
+    },
+    "hybrid-between-other-positions": {**HYBRID, "use_local_pos_encoding": False, "attn": BETWEEN},
+    "gated-deltanet": GATED,
+    "gated-deltanet-plain": {
+        **GATED, "use_short_conv": False, "use_gate": False, "num_v_heads": None, "allow_neg_eigval": True,
+    },
+    "gated-deltanet-between-attention": {**GATED, "output_gate_activation": "sigmoid", "attn": BETWEEN},
     "transformer": TRANSFORMER,
     "transformer-window": {**TRANSFORMER, "window_size": 5},
-}
+}  # fmt: skip
 
 
 def checkpoint(settings, tensors=None) -> Checkpoint:
@@ -106,12 +117,15 @@ def test_the_paper_s_sizes():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gla"}, "model_type: expected one of 'hybrid_qlt', 'delta_net', 'transformer', got 'gla'"),
+        (
+            {"model_type": "gla"},
+            "model_type: expected one of 'hybrid_qlt', 'delta_net', 'gated_deltanet', 'transformer', got 'gla'",
+        ),
         ({"expand_v": 2}, "expand_v: expected 1, which our layer computes, got 2"),
         ({"use_memory_scaler": True}, "use_memory_scaler: expected False"),
         ({"attn_mode": "fused_recurrent"}, "attn_mode: expected one of 'sync_chunk'"),
-        ({"attn": {**BETWEEN, "num_heads": 4}}, "attn: expected .* as in the other layers"),
-        ({"attn": {**BETWEEN, "rope_theta": 500.0}}, "attn: expected layers with the positions of the others"),
+        ({"attn": [BETWEEN]}, "attn: expected the settings of attention, the same in all its layers, got"),
+        ({"attnres_block_size": 2}, "attnres_block_size: expected None, which our layer computes, got 2"),
         ({"intermediate_size": 32}, r"mlp.gate_proj.weight: expected shape \[32, 16\] by the config, got \[24, 16\]"),
         ({"use_gate": True}, "missing: model.layers.0.attn.g_proj.weight"),
         ({"use_memory_gate": False}, "unknown: model.layers.0.attn.memory_gate_proj.weight"),

@@ -28,6 +28,11 @@ HYBRID: dict[str, Any] = {
     "max_position_embeddings": 2048,
 }
 DELTA_NET: dict[str, Any] = {**HYBRID, "model_type": "delta_net", "attn_mode": "chunk", "qk_activation": "silu"}
+GATED: dict[str, Any] = {
+    "model_type": "gated_deltanet", **{name: HYBRID[name] for name in ("hidden_size", "num_heads", "vocab_size")},
+    "num_hidden_layers": 2, "intermediate_size": 24, "head_dim": 6, "expand_v": 1.5, "num_v_heads": 4, "conv_size": 3,
+    "use_short_conv": True, "use_gate": True,
+}  # fmt: skip
 TRANSFORMER: dict[str, Any] = {
     "model_type": "transformer",
     **{name: HYBRID[name] for name in ("hidden_size", "num_heads", "num_hidden_layers", "intermediate_size")},
@@ -37,7 +42,7 @@ TRANSFORMER: dict[str, Any] = {
 
 def random_checkpoint(settings: dict[str, Any], seed: int = 0) -> Tensors:
     """Tensors of the names and shapes that its models have with these settings."""
-    d, h, i = settings["hidden_size"], settings["num_heads"], settings["intermediate_size"]
+    d, i, h = settings["hidden_size"], settings["intermediate_size"], settings["num_heads"]
     shapes: dict[str, tuple[int, ...]] = {
         "model.embeddings": (settings["vocab_size"], d),
         "model.norm": (d,),
@@ -45,24 +50,49 @@ def random_checkpoint(settings: dict[str, Any], seed: int = 0) -> Tensors:
     }
     for n in range(settings["num_hidden_layers"]):
         layer = f"model.layers.{n}"
-        shapes |= {f"{layer}.attn.{name}_proj": (d, d) for name in "qkvo"}
+        (heads, k), (value_heads, v) = widths(settings, n)
+        shapes |= {f"{layer}.attn.{name}_proj": (heads * k, d) for name in "qk"}
+        shapes |= {f"{layer}.attn.v_proj": (value_heads * v, d), f"{layer}.attn.o_proj": (d, value_heads * v)}
         shapes |= {f"{layer}.attn_norm": (d,), f"{layer}.mlp_norm": (d,), f"{layer}.mlp.down_proj": (d, i)}
         shapes |= {f"{layer}.mlp.{name}_proj": (i, d) for name in ("gate", "up")}
-        attention = settings["model_type"] == "transformer" or n in (settings.get("attn") or {}).get("layers", [])
-        if attention:
+        if attends(settings, n):
+            if (settings.get("attn") or {}).get("qkv_bias"):
+                shapes |= {f"{layer}.attn.{name}_proj.bias": (heads * k,) for name in "qkv"}
             continue
-        shapes |= {f"{layer}.attn.b_proj": (h, d), f"{layer}.attn.o_norm": (d // h,)}
+        shapes |= {f"{layer}.attn.b_proj": (value_heads, d), f"{layer}.attn.o_norm": (v,)}
+        if settings["model_type"] == "gated_deltanet":
+            shapes |= {f"{layer}.attn.{name}": (value_heads,) for name in ("A_log", "dt_bias")}
+            shapes |= {f"{layer}.attn.a_proj": (value_heads, d)}
         if settings["model_type"] == "hybrid_qlt":
             shapes |= {f"{layer}.attn.memory_gate_proj": (d, d)} if settings["use_memory_gate"] else {}
             shapes |= {f"{layer}.attn.memory_mixer": (2 * h, d)} if settings.get("use_memory_dynamic_scaler") else {}
-        shapes |= {f"{layer}.attn.g_proj": (d, d)} if settings["use_gate"] else {}
+        shapes |= {f"{layer}.attn.g_proj": (value_heads * v, d)} if settings["use_gate"] else {}
         if settings["use_short_conv"]:
-            shapes |= {f"{layer}.attn.{name}_conv1d": (d, 1, settings["conv_size"]) for name in "qkv"}
+            channels = {"q": heads * k, "k": heads * k, "v": value_heads * v}
+            shapes |= {f"{layer}.attn.{name}_conv1d": (channels[name], 1, settings["conv_size"]) for name in "qkv"}
     generator = torch.Generator().manual_seed(seed)
     return {
-        f"{name}.weight": float(len(shape) == 1) + 0.4 * torch.randn(shape, generator=generator, dtype=torch.float64)
+        name if name.endswith(("A_log", "bias")) else f"{name}.weight": float(len(shape) == 1)
+        + 0.4 * torch.randn(shape, generator=generator, dtype=torch.float64)
         for name, shape in shapes.items()
     }
+
+
+def attends(settings: dict[str, Any], n: int) -> bool:
+    """Whether a layer is plain attention."""
+    return settings["model_type"] == "transformer" or n in (settings.get("attn") or {}).get("layers", [])
+
+
+def widths(settings: dict[str, Any], n: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Heads of keys and their width, heads of values and theirs."""
+    d, h = settings["hidden_size"], settings["num_heads"]
+    if attends(settings, n):
+        heads = (settings.get("attn") or settings)["num_heads"]
+        return ((heads, d // heads),) * 2
+    if settings["model_type"] == "gated_deltanet":
+        k = settings["head_dim"]
+        return (h, k), (settings["num_v_heads"] or h, int(k * settings["expand_v"]))
+    return (h, int(d * settings.get("expand_k", 1)) // h), (h, int(d * settings.get("expand_v", 1)) // h)
 
 
 def logits_of(tensors: Tensors, settings: dict[str, Any], tokens: Tensor) -> Tensor:
@@ -78,24 +108,32 @@ def logits_of(tensors: Tensors, settings: dict[str, Any], tokens: Tensor) -> Ten
 
 
 def attend(layer: Tensors, settings: dict[str, Any], n: int, x: Tensor) -> Tensor:
-    h = settings["num_heads"]
-    q, k, v = (x @ layer[f"attn.{name}_proj.weight"].T for name in "qkv")
+    (h, k_width), (value_heads, _) = widths(settings, n)
+    q, k, v = (
+        F.linear(x, layer[f"attn.{name}_proj.weight"], layer.get(f"attn.{name}_proj.bias")) for name in "qkv"
+    )  # fmt: skip
     between = settings.get("attn") or {}
-    if settings["model_type"] == "transformer" or n in between.get("layers", []):
+    if attends(settings, n):
         q, k, v = (part.unflatten(-1, (h, -1)) for part in (q, k, v))
-        window = between.get("window_size") or settings.get("window_size")
-        return softmax_read(rotate(q), rotate(k), v, window or len(x)).flatten(1) @ layer["attn.o_proj.weight"].T
+        window, theta = between.get("window_size") or settings.get("window_size"), between.get("rope_theta", 10_000.0)
+        read = softmax_read(rotate(q, theta), rotate(k, theta), v, window or len(x))
+        return read.flatten(1) @ layer["attn.o_proj.weight"].T
     if settings["use_short_conv"]:
         q, k, v = (convolve(part, layer[f"attn.{n}_conv1d.weight"]) for n, part in zip("qkv", (q, k, v), strict=True))
-    q, k, v = (part.unflatten(-1, (h, -1)) for part in (q, k, F.silu(v)))
-    beta = (x @ layer["attn.b_proj.weight"].T).sigmoid()
+    q, k = (part.unflatten(-1, (h, k_width)).repeat_interleave(value_heads // h, dim=1) for part in (q, k))
+    v = F.silu(v).unflatten(-1, (value_heads, -1))
+    beta = (1 + settings.get("allow_neg_eigval", False)) * (x @ layer["attn.b_proj.weight"].T).sigmoid()
     if settings["model_type"] == "delta_net":
         out = delta_read(phi(q), phi(k), v, beta)
+    elif settings["model_type"] == "gated_deltanet":
+        dt = F.softplus(x @ layer["attn.a_proj.weight"].T + layer["attn.dt_bias"])
+        out = delta_read(phi(q), phi(k), v, beta, alpha=(-layer["attn.A_log"].exp() * dt).exp())
     else:
         out = blend(layer, settings, x, q, k, v, 2 * beta)
     out = norm(out, layer["attn.o_norm.weight"])
     if settings["use_gate"]:
-        out = out * F.silu(x @ layer["attn.g_proj.weight"].T).unflatten(-1, (h, -1))
+        gate = torch.sigmoid if settings.get("output_gate_activation") == "sigmoid" else F.silu
+        out = out * gate(x @ layer["attn.g_proj.weight"].T).unflatten(-1, (value_heads, -1))
     return out.flatten(1) @ layer["attn.o_proj.weight"].T
 
 
@@ -132,11 +170,15 @@ def softmax_read(q: Tensor, k: Tensor, v: Tensor, window: int, begins: Tensor | 
     return torch.einsum("htl,lhv->thv", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
 
 
-def delta_read(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, begins: Tensor | None = None) -> Tensor:
-    """After each write; where `begins` is given, with what had been written before the chunk's first token."""
+def delta_read(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, begins: Tensor | None = None, alpha: Tensor | None = None
+) -> Tensor:
+    """After each write, before which alpha decays what is held; where `begins` is given, with what had been written
+    before the chunk's first token."""
     state = torch.zeros(k.shape[1], k.shape[2], v.shape[2], dtype=q.dtype)
     states = [state]
     for t in range(len(q)):
+        state = state if alpha is None else alpha[t, :, None, None] * state
         error = v[t] - torch.einsum("hk,hkv->hv", k[t], state)
         state = state + beta[t, :, None, None] * k[t, :, :, None] * error[:, None]
         states.append(state)
@@ -158,9 +200,9 @@ def norm(x: Tensor, weight: Tensor) -> Tensor:
     return weight * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
 
-def rotate(x: Tensor) -> Tensor:
+def rotate(x: Tensor, theta: float = 10_000.0) -> Tensor:
     t, k = x.shape[0], x.shape[-1]
-    angle = torch.arange(t)[:, None] * 10_000.0 ** (-torch.arange(0, k, 2, dtype=torch.float64) / k)
+    angle = torch.arange(t)[:, None] * theta ** (-torch.arange(0, k, 2, dtype=torch.float64) / k)
     cos, sin = angle.cos()[:, None], angle.sin()[:, None]
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)

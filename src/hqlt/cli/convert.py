@@ -27,9 +27,9 @@ def convert(
 
     The source is known by its config.json. Of transformers' models attention becomes a KV-memory and linear attention
     an FW-memory, with the same logits; `hqlt export --as` goes back. Of the paper's code (and of
-    flash-linear-attention: delta_net, transformer) names are mapped and shapes checked; every tensor is used once, or
-    named with the reason why it is not. Where the converted model computes otherwise than that code, the report says
-    so.
+    flash-linear-attention: delta_net, gated_deltanet, transformer) names are mapped and shapes checked; every tensor
+    is used once, or named with the reason why it is not. Where the converted model computes otherwise than that code,
+    the report says so.
 
     Args:
         source: a folder (config.json and weights), or of the paper's code a file of weights.

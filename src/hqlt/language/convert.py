@@ -24,6 +24,9 @@ IN_A_LAYER = {
     "mlp_norm": "mlp_norm",
     **{f"memory.{name}": f"attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "g_proj", "o_proj", "o_norm")},
     "memory.fw.beta_proj": "attn.b_proj",
+    "memory.fw.decay_proj": "attn.a_proj",
+    "memory.fw.A_log": "attn.A_log",
+    "memory.fw.dt_bias": "attn.dt_bias",
     **{f"mlp.{name}": f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")},
 }
 MIXERS = {"vector": "attn.memory_gate_proj", "scalar": "attn.memory_mixer"}
@@ -70,12 +73,13 @@ def sources(ours: str, config: HQLTConfig, theirs: Mapping[str, Tensor]) -> list
         return [OUTSIDE_LAYERS["model.embed_tokens.weight"]]
     if ours in OUTSIDE_LAYERS:
         return [OUTSIDE_LAYERS[ours]]
-    layer, part = re.fullmatch(r"(model\.layers\.\d+)\.(.+)\.weight", ours).groups()  # type: ignore[union-attr]
+    found = re.fullmatch(r"(model\.layers\.\d+)\.(.+?)(\.weight|\.bias|)", ours)
+    layer, part, leaf = found.groups()  # type: ignore[union-attr]
     if part == "memory.conv":
         return [f"{layer}.{name}.weight" for name in CONVOLUTIONS]
     if part == "mlp.up_proj" and fused_mlp(ours, theirs):
         part = "mlp.gate_proj"
-    return [f"{layer}.{MIXERS[config.mixer] if part == 'memory.mixer.gate_proj' else IN_A_LAYER[part]}.weight"]
+    return [f"{layer}.{MIXERS[config.mixer] if part == 'memory.mixer.gate_proj' else IN_A_LAYER[part]}{leaf}"]
 
 
 def fused_mlp(ours: str, theirs: Mapping[str, Tensor]) -> bool:
@@ -96,9 +100,12 @@ def assemble(ours: str, parts: list[Tensor], fused: bool) -> Tensor:
 
 def not_needed(name: str, tensor: Tensor, config: HQLTConfig) -> str | None:
     """Why a tensor of theirs has no counterpart, if there is a good reason."""
-    if name.endswith("attn.rotary.inv_freq") and config.rope_theta is not None:
-        k = config.hidden_size // config.num_heads
-        expected = config.rope_theta ** (-torch.arange(0, k, 2, dtype=torch.float64) / k)
+    if found := re.fullmatch(r"model\.layers\.(\d+)\.attn\.rotary\.inv_freq", name):
+        layer = config.layer_options(int(found[1])) if int(found[1]) < config.num_hidden_layers else {}
+        if not layer.get("rope_theta"):
+            return None
+        k = layer["hidden_size"] // layer["num_heads"]
+        expected = layer["rope_theta"] ** (-torch.arange(0, k, 2, dtype=torch.float64) / k)
         if tensor.shape == expected.shape and torch.allclose(tensor.double(), expected, rtol=1e-2):
             return "computed from rope_theta"
     if name.endswith("attn.b_proj.weight") and config.fast_weights == "linear":

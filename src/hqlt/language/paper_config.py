@@ -1,7 +1,7 @@
 """The settings of the paper's code, as ours; and what a converted model computes otherwise.
 
 That code is github.com/kazuki-irie/hybrid-memory, a fork of flash-linear-attention. Its model types are `hybrid_qlt`,
-`delta_net` and `transformer`.
+`delta_net` and `transformer`; that library's own are the latter two and `gated_deltanet`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ COPIED: dict[str, Any] = {
     "initializer_range": 0.02, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
 }  # fmt: skip
 """Settings that mean here what they mean there, with their defaults there."""
-COMMON: dict[str, Any] = {**COPIED, "hidden_ratio": 4, "intermediate_size": None, "hidden_act": "swish"}
+COMMON: dict[str, Any] = {
+    **COPIED, "hidden_ratio": 4, "intermediate_size": None, "hidden_act": "swish", "attnres_block_size": None,
+}  # fmt: skip
+SHORT_CONV: dict[str, Any] = {"attn_mode": "chunk", "use_short_conv": True, "conv_size": 4, "attn": None}
 LINEAR: dict[str, Any] = {
-    **COMMON, "attn_mode": "chunk", "expand_k": 1, "expand_v": 1, "use_beta": True, "use_short_conv": True,
-    "conv_size": 4, "qk_norm": "l2", "qk_activation": "silu", "attn": None,
+    **COMMON, **SHORT_CONV, "expand_k": 1, "expand_v": 1, "use_beta": True, "qk_norm": "l2", "qk_activation": "silu",
 }  # fmt: skip
 DEFAULTS: dict[str, dict[str, Any]] = {
     "hybrid_qlt": {
@@ -30,7 +32,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "use_local_pos_encoding": False, "use_memory_gate": False, "use_memory_gate_separate": False,
         "use_memory_scaler": False, "use_memory_dynamic_scaler": False,
     },
-    "delta_net": {**LINEAR, "num_heads": 16, "use_gate": False},
+    "delta_net": {**LINEAR, "num_heads": 16, "use_gate": False, "allow_neg_eigval": False},
+    "gated_deltanet": {
+        **COMMON, **SHORT_CONV, "num_hidden_layers": 21, "num_heads": 6, "num_v_heads": None, "head_dim": 256,
+        "expand_v": 2, "use_gate": True, "output_gate_activation": "swish", "allow_neg_eigval": False,
+    },
     "transformer": {
         **COMMON, "num_heads": 32, "num_kv_heads": None, "qkv_bias": False, "qk_norm": False, "window_size": None,
         "rope_theta": 10_000.0,
@@ -38,13 +44,16 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """By model type: the settings that matter, and their defaults there."""
 
-LINEAR_MUST: dict[str, Any] = {"expand_k": 1, "expand_v": 1, "use_beta": True, "qk_norm": "l2", "hidden_act": "swish"}
+ALL_MUST: dict[str, Any] = {"hidden_act": "swish", "attnres_block_size": None}
+LINEAR_MUST: dict[str, Any] = {**ALL_MUST, "use_beta": True, "qk_norm": "l2"}
 MUST_BE: dict[str, dict[str, Any]] = {
     "hybrid_qlt": {
-        **LINEAR_MUST, "qk_activation": "identity", "use_memory_gate_separate": False, "use_memory_scaler": False,
+        **LINEAR_MUST, "expand_k": 1, "expand_v": 1, "qk_activation": "identity",
+        "use_memory_gate_separate": False, "use_memory_scaler": False,
     },
     "delta_net": {**LINEAR_MUST, "qk_activation": "silu"},
-    "transformer": {"qkv_bias": False, "qk_norm": False, "hidden_act": "swish"},
+    "gated_deltanet": ALL_MUST,
+    "transformer": {**ALL_MUST, "qkv_bias": False, "qk_norm": False},
 }  # fmt: skip
 """What our layer computes; a model with another value of these has no counterpart here."""
 
@@ -82,7 +91,9 @@ def _read(given: Mapping[str, Any]) -> Settings:
     fields["intermediate_size"] = theirs["intermediate_size"] or 256 * -(
         -int(theirs["hidden_size"] * (theirs["hidden_ratio"] or 4) * 2 / 3) // 256
     )
-    of_layers = {"hybrid_qlt": _hybrid, "delta_net": _delta_net, "transformer": _transformer}[kind]
+    of_layers = {
+        "hybrid_qlt": _hybrid, "delta_net": _delta_net, "gated_deltanet": _gated_deltanet, "transformer": _transformer
+    }[kind]  # fmt: skip
     return Settings(HQLTConfig(**fields, **of_layers(theirs)), notes_on(theirs) if kind == "hybrid_qlt" else [])
 
 
@@ -100,17 +111,40 @@ def _hybrid(theirs: Mapping[str, Any]) -> dict[str, Any]:
         "conv_size": theirs["conv_size"] if theirs["use_short_conv"] else 0,
         "output_gate": theirs["use_gate"],
     }
-    return fields | _attention_layers(theirs, "hybrid", fields)
+    return fields | _attention_layers(theirs, "hybrid")
 
 
 def _delta_net(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    fields = {
-        "beta_max": 1.0,  # its block passes no allow_neg_eigval on
-        "conv_size": theirs["conv_size"] if theirs["use_short_conv"] else 0,
+    width, heads = theirs["hidden_size"], theirs["num_heads"]
+    return {
+        "fast_weights": "delta",
+        "head_dim": round(width * theirs["expand_k"]) // heads,
+        "value_dim": round(width * theirs["expand_v"]) // heads,
         "output_gate": theirs["use_gate"],
+        **_linear(theirs),
     }
-    kinds = {"layer_kinds": ["fw"] * theirs["num_hidden_layers"]}
-    return kinds | fields | _attention_layers(theirs, "fw", fields)
+
+
+def _gated_deltanet(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    gate = theirs["output_gate_activation"]
+    return {
+        "fast_weights": "gated-delta",
+        "head_dim": theirs["head_dim"],
+        "value_dim": int(theirs["head_dim"] * theirs["expand_v"]),
+        "num_value_heads": theirs["num_v_heads"],
+        "output_gate": theirs["use_gate"] and {"swish": "silu"}.get(gate, gate),
+        **_linear(theirs),
+    }
+
+
+def _linear(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """What both of flash-linear-attention's own have."""
+    return {
+        "layer_kinds": ["fw"] * theirs["num_hidden_layers"],
+        "beta_max": 2.0 if theirs["allow_neg_eigval"] else 1.0,
+        "conv_size": theirs["conv_size"] if theirs["use_short_conv"] else 0,
+        **_attention_layers(theirs, "fw"),
+    }
 
 
 def _transformer(theirs: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,22 +157,24 @@ def _transformer(theirs: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _attention_layers(theirs: Mapping[str, Any], others: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+def _attention_layers(theirs: Mapping[str, Any], others: str) -> dict[str, Any]:
     """Layers of plain attention between those of another kind."""
     attention = theirs["attn"]
     if not attention:
         return {}
-    heads, theta = theirs["num_heads"], attention.get("rope_theta", 10_000.0)
-    same = {"num_heads": heads, "num_kv_heads": heads, "qkv_bias": False}
-    if any(attention.get(name, value) != value for name, value in same.items()):
-        raise ValueError(f"attn: expected {same} as in the other layers, got {attention}")
-    if fields["conv_size"] or fields["output_gate"] or (others == "hybrid" and fields["rope_theta"] != theta):
-        raise ValueError(
-            f"attn: expected layers with the positions of the others, and no convolution or gate in these: all layers "
-            f"of a model share them here; got {attention} beside {dict(fields)}"
-        )
+    if not isinstance(attention, Mapping):
+        raise ValueError(f"attn: expected the settings of attention, the same in all its layers, got {attention}")
+    own = {
+        "num_heads": attention.get("num_heads", theirs["num_heads"]),
+        "num_kv_heads": attention.get("num_kv_heads"),
+        "head_dim": None,
+        "qkv_bias": attention.get("qkv_bias", False),
+        "rope_theta": attention.get("rope_theta", 10_000.0),
+        "conv_size": 0,
+        "output_gate": False,
+    }
     kinds = ["kv" if i in attention["layers"] else others for i in range(theirs["num_hidden_layers"])]
-    return {"layer_kinds": kinds, "kv_window": attention.get("window_size"), "rope_theta": theta}
+    return {"layer_kinds": kinds, "kv_window": attention.get("window_size"), "of_kind": {"kv": own}}
 
 
 def notes_on(theirs: Mapping[str, Any]) -> list[str]:
