@@ -13,13 +13,18 @@ from tests.laws import Laws, Memory, close, normal
 from tests.ops.inputs import HEADS, queries, strengths, values
 
 GROUP = 3
-SCANS = ("delta_rule", "linear_attention")
+SCANS = ("delta_rule", "fast_weights", "linear_attention")
 EVERY_SCAN = [(op, name) for op in SCANS for name in IMPLEMENTATIONS[op] if name != "fla"]  # which needs a GPU
 EVERY = [*EVERY_SCAN, *(("window_attention", name) for name in IMPLEMENTATIONS["window_attention"])]
 
 
 def scan(op, backend, inputs, state=None, **options):
-    """→ out, and the state as a tuple. inputs: q, k, v and, for the delta rule, β."""
+    """→ out, and the state as a tuple. inputs: q, k, v; the delta rule has β too, the family log α and erased keys."""
+    if op == "fast_weights":
+        q, k, v, *names = inputs
+        given = dict(zip(("beta", "decay", "erase"), names, strict=True))
+        out, W = ops.fast_weights(q, k, v, **given, state=state and state[0], backend=backend, **options)
+        return out, (W,)
     if op == "delta_rule":
         out, W = ops.delta_rule(*inputs, state=state and state[0], backend=backend, **options)
         return out, (W,)
@@ -28,12 +33,14 @@ def scan(op, backend, inputs, state=None, **options):
 
 def scan_inputs(op, b, t, g=GROUP, k=4, v=3):
     q, key, value = queries(b, t, 0, k, g * HEADS), queries(b, t, 1, k), values(b, t, width=v)
+    if op == "fast_weights":
+        return q, key, value, strengths(b, t), -normal(b, t, HEADS, k, seed=33).exp(), queries(b, t, 2, k)
     return (q, key, value, strengths(b, t)) if op == "delta_rule" else (q.exp(), key.exp(), value)
 
 
 def state_of(op, b, k=4, v=3):
     matrix = normal(b, HEADS, k, v, seed=30)
-    return (matrix,) if op == "delta_rule" else (matrix, normal(b, HEADS, k, seed=31).exp())
+    return (matrix, normal(b, HEADS, k, seed=31).exp()) if op == "linear_attention" else (matrix,)
 
 
 def scan_memory(op, backend):
@@ -140,7 +147,7 @@ def test_a_group_reads_what_equal_heads_would_hold(op, backend, data):
         inputs = queries(b, t, 0, k, g * HEADS), queries(b, held + t, 1, k), values(b, held + t, width=v)
     else:
         inputs = *scan_inputs(op, b, t, g, k, v), *state_of(op, b, k, v)
-    states = {"delta_rule": 1, "linear_attention": 2}.get(op, 0)
+    states = {"delta_rule": 1, "fast_weights": 1, "linear_attention": 2}.get(op, 0)
 
     def run(backend, *x):
         if op == "window_attention":

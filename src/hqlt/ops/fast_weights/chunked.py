@@ -65,8 +65,8 @@ def fast_weights(
     def run(*x: Tensor) -> tuple[Tensor, ...]:
         q, k, v, beta, *others, state = x
         decay = others[0] if decays else None
-        a = others[-1] if own else k if erase else None
-        return _Chunked.apply(q, k, v, beta, decay, a, state, resets, scale, c)
+        a = others[-1] if own else None
+        return _Chunked.apply(q, k, v, beta, decay, a, state, resets, erase is not False, scale, c)
 
     out, state = contain.scan(run, resets, q, (k, v, beta, *decays, *own), (state,))
     return out, state
@@ -128,17 +128,18 @@ def _split(x: Tensor, c: int, erased: int) -> tuple[Tensor, Tensor]:
     return q.flatten(-3, -2), a.flatten(-3, -2)
 
 
-def _joined(q: Tensor, a: Tensor | None, c: int) -> Tensor:
+def _joined(q: Tensor, a: Tensor, c: int) -> Tensor:
     """Its opposite."""
-    if a is None:
-        return q
     return torch.cat([x.unflatten(-2, (c, -1)) for x in (q, a)], dim=-2).flatten(-3, -2)
 
 
-def _to_chunks(x: Tensor, c: int) -> Tensor:
-    """[b, t, h, r, ·] → [b, h, n, c·r, ·], in at least float32. Zeros, which write nothing, fill the last."""
-    x = F.pad(x.to(at_least_float32(x.dtype)), (0, 0, 0, 0, 0, 0, 0, -x.shape[1] % c))
-    return x.unflatten(1, (-1, c)).movedim(3, 1).flatten(3, 4)
+def _to_chunks(c: int, *tensors: Tensor) -> Tensor:
+    """[b, t, h, r, ·] each → [b, h, n, c·r, ·], a token's rows next to each other, in at least float32. Zeros, which
+    write nothing, fill the last chunk."""
+    missing = -tensors[0].shape[1] % c
+    padded = (F.pad(x, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else x for x in tensors)
+    chunks = [x.to(at_least_float32(x.dtype)).unflatten(1, (-1, c)).movedim(3, 1) for x in padded]
+    return (torch.cat(chunks, dim=-2) if len(chunks) > 1 else chunks[0].contiguous()).flatten(3, 4)
 
 
 def _from_chunks(x: Tensor, c: int, t: int) -> Tensor:
@@ -194,16 +195,19 @@ def _chunks(
     decay: Tensor | None,
     a: Tensor | None,
     resets: Tensor | None,
+    erases: bool,
     c: int,
 ) -> _Chunks:
     q = grouped(q, k)
-    g, m, erased = q.shape[3], k.shape[3], 0 if a is None else k.shape[3]
-    x = _to_chunks(q if a is None else torch.cat([q, a.to(q.dtype)], dim=3), c)
-    k, v, beta = (_to_chunks(y, c) for y in (k, v, beta[..., None]))
+    g, m = q.shape[3], k.shape[3]
+    erased = m if erases else 0
+    x = _to_chunks(c, q, k if a is None else a) if erases else _to_chunks(c, q)
+    k = _split(x, c, m)[1] if erases and a is None else _to_chunks(c, k)
+    v, beta = _to_chunks(c, v), _to_chunks(c, beta[..., None])
     if decay is not None:
-        decay = _to_chunks((decay if decay.dim() == 4 else decay[..., None])[..., None, :], c)
+        decay = _to_chunks(c, (decay if decay.dim() == 4 else decay[..., None])[..., None, :])
     masks = _masks(resets, c, g, m, erased, q.device)
-    scores = _masked(products(x, k, decay), masks.reads)
+    scores = products(x, k, decay).masked_fill_(~masks.reads, 0)
     inverse = None
     if erased:
         lower = beta * _split(scores, c, erased)[1]
@@ -266,13 +270,14 @@ class _Chunked(torch.autograd.Function):
         a: Tensor | None,
         state: Tensor,
         resets: Tensor | None,
+        erases: bool,
         scale: float,
         c: int,
     ) -> tuple[Tensor, Tensor]:
-        """q [b, t, g·h, k]; k, v, β, a [b, t, h, m, …]; a is None where nothing is erased."""
+        """q [b, t, g·h, k]; k, v, β, a [b, t, h, m, …]; a is None where k itself is erased, or nothing."""
         ctx.save_for_backward(q, k, v, beta, decay, a, state, resets)
-        ctx.scale, ctx.c = scale, c
-        x = _chunks(q, k, v, beta, decay, a, resets, c)
+        ctx.erases, ctx.scale, ctx.c = erases, scale, c
+        x = _chunks(q, k, v, beta, decay, a, resets, erases, c)
         scan = _run(x, state)
         return _from_chunks(scale * _read(x, scan, 0), c, q.shape[1]).flatten(2, 3), scan.final
 
@@ -287,13 +292,13 @@ class _Chunked(torch.autograd.Function):
 
         def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
             *given, d_out, d_final = tensors
-            grads = _gradients(all_inputs(given), d_out, d_final, resets, ctx.scale, ctx.c)
+            grads = _gradients(all_inputs(given), d_out, d_final, resets, ctx.erases, ctx.scale, ctx.c)
             return tuple(x for x in grads if x is not None)
 
         def equation(*given: Tensor) -> tuple[Tensor, Tensor]:
             q, *written, decay, a, state = all_inputs(given)
             k, v, beta = (_by_writes(x) for x in written)
-            erase, scale = False if a is None else _by_writes(a), ctx.scale
+            erase, scale = ctx.erases if a is None else _by_writes(a), ctx.scale
             return reference.fast_weights(
                 q, k, v, beta, decay, erase, scale=scale, state=state, resets=resets, live=None
             )
@@ -303,33 +308,36 @@ class _Chunked(torch.autograd.Function):
             grads = Gradients.apply(gradients, equation, len(tensors) - 2, *tensors)
         else:
             grads = gradients(*tensors)
-        return *all_inputs(grads), None, None, None
+        return *all_inputs(grads), None, None, None, None
 
 
 def _gradients(
-    inputs: list[Any], d_out: Tensor, d_final: Tensor, resets: Tensor | None, scale: float, c: int
+    inputs: list[Any], d_out: Tensor, d_final: Tensor, resets: Tensor | None, erases: bool, scale: float, c: int
 ) -> tuple[Tensor | None, ...]:
     """→ the gradients of q, k, v, β, log α, a and of the initial state."""
     q, k, v, beta, decay, a, state = inputs
-    x = _chunks(q, k, v, beta, decay, a, resets, c)
+    x = _chunks(q, k, v, beta, decay, a, resets, erases, c)
     scan, masks = _run(x, state), x.masks
     R, S = scan.corrections, scan.starts
-    dO = scale * _to_chunks(grouped(d_out, v), c)
+    dO = scale * _to_chunks(c, grouped(d_out, v))
     dR, dS_after, dS = _loop_backward(x, scan.Y, dO, d_final)
 
     # R = (I + βG)⁻¹ β(V − Â S), or βV: so what the erased keys read has the gradient −β dE, where dE is that of β(…).
-    dE, error, da_read = dR, x.v, None
+    dE, error = dR, x.v
     if x.inverse is not None:
         dE = _within(x.inverse.mT, dR, None if masks.inverse is None else masks.inverse.mT)
-        error, da_read = x.v - _read(x, scan, 1), -x.beta * dE
-    d_read = _joined(dO, da_read, c)
-    dx, dk = products_backward(_masked(d_read @ R.mT, masks.reads), x.x, x.k, x.decay)
+        error = x.v - _read(x, scan, 1)
+    dv = x.beta * dE
+    d_read = dO if x.inverse is None else _joined(dO, -dv, c)
+    dx, dk = products_backward((d_read @ R.mT).masked_fill_(~masks.reads, 0), x.x, x.k, x.decay)
     dx = dx + by_token(_masked(d_read @ S.mT, masks.sees_matrix), x.since)
     dk = dk + by_token(_masked(R @ dS_after.mT, masks.reaches_end), x.until)
     dq, da = x.split(dx)
     d_decay = dq if x.decay is None else _decay_gradient(x, scan, dx, dk, dS_after)
+    if erases and a is None:
+        dk = dk + da
     d_beta = (dE * error).sum(-1, keepdim=True)
-    pairs = ((dq, q), (dk, k), (x.beta * dE, v), (d_beta, beta), (d_decay, decay), (da, a))
+    pairs = ((dq, q), (dk, k), (dv, v), (d_beta, beta), (d_decay, decay), (da, a))
     grads = (
         None if like is None else _from_chunks(y, c, q.shape[1]).reshape(like.shape).to(like.dtype) for y, like in pairs
     )
