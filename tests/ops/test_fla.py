@@ -13,8 +13,7 @@ import torch
 from hqlt import HybridMemory
 from hqlt.bench import gpu, peers
 from hqlt.memory.rotary import Rotary
-from hqlt.ops import delta_rule, synchronous
-from hqlt.ops.delta_rule import fla
+from hqlt.ops import delta_rule, fla, synchronous
 from tests.laws import Laws, Memory, close
 from tests.ops.inputs import TOLERANCE, queries, strengths, values
 from tests.ops.test_live_and_groups import scan_memory
