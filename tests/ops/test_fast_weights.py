@@ -217,6 +217,25 @@ def test_constant_decay_over_many_tokens(backend, rows, log_alpha, erase):
 
 
 @every_backend
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("with_resets", [False, True])
+def test_everything_may_be_forgotten_at_once(backend, with_resets, rows):
+    """α = 0, log α = −∞: nothing is left of what was held, as after a reset; nothing else is lost."""
+    kind = Kind("rows" if rows else "matrix", "k")
+    q, k, v, beta, decay = kind.inputs(2, 37)
+    forgotten = normal(2, 37, seed=8) > 1
+    resets = normal(2, 37, seed=9) > 1 if with_resets else None
+    expected = kind.call((q, k, v, beta, decay), resets=forgotten if resets is None else forgotten | resets)
+    decay = decay.masked_fill(forgotten.view(2, 37, *(1,) * (decay.dim() - 2)), -torch.inf).requires_grad_()
+    out, S = kind.call((q, k, v, beta, decay), resets=resets, backend=backend)
+    close(out, expected[0])
+    close(S, expected[1])
+    (d_decay,) = torch.autograd.grad(out.square().sum() + S.sum(), decay)
+    assert d_decay.isfinite().all()
+    close(d_decay[forgotten], torch.zeros_like(d_decay[forgotten]))
+
+
+@every_backend
 @every_kind
 def test_memory_layout_does_not_matter(backend, kind):
     inputs = kind.inputs(2, 37)

@@ -60,7 +60,7 @@ def fast_weights(
     c = _chunk_length(t, q.shape[3], m)
     k, v, beta, decay, erase = live_writes(live, k, v, beta, decay, erase)
     k, v, beta, *own = (_by_tokens(x, t, m) for x in (k, v, beta, *([] if isinstance(erase, bool) else [erase])))
-    decays = [] if decay is None else [decay]
+    decays = [] if decay is None else [decay.clamp(min=torch.finfo(decay.dtype).min)]  # α = 0 is nothing to contain
 
     def run(*x: Tensor) -> tuple[Tensor, ...]:
         q, k, v, beta, *others, state = x
