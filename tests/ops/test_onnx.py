@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hqlt import ops
-from hqlt.memory import MemoryState
+from hqlt.memory.state import leaves
 from tests.laws import normal
 from tests.layers import EVERY_STATE, HIDDEN, ONE_OF_EACH_BLEND, build_layer
 from tests.onnx import ANY, Exported, check_same, needs_onnx, tensors
@@ -44,8 +44,9 @@ def test_call_by_call_with_resets(name):
     layer = build_layer(name, dtype=torch.float32).eval()
     x, resets = some_tokens(2, 5), torch.arange(10).view(2, 5) % 4 == 3
     _, state = layer(x)
-    rows = ({0: ANY} | {i: ANY for i, size in enumerate(s) if size is None} for s in layer.state_shapes(1).values())
-    exported = Exported(layer, (x, state, resets), ({0: ANY, 1: ANY}, MemoryState(*rows), {0: ANY, 1: ANY}))
+    sizes = ((None, *entry.sizes) for entry in leaves(layer.entries))
+    rows = layer.state_of({i: ANY for i, size in enumerate(axes) if size is None} for axes in sizes)
+    exported = Exported(layer, (x, state, resets), ({0: ANY, 1: ANY}, rows, {0: ANY, 1: ANY}))
     for b, t in SIZES:
         mine = theirs = layer.init_state(b)
         for piece in (t, 1, 6):
@@ -61,7 +62,7 @@ def test_call_by_call_with_resets(name):
 def test_one_token_with_its_state(name):
     layer = build_layer(name, dtype=torch.float32).eval()
     _, state = layer(some_tokens(2, 5))
-    step = Exported(layer, (some_tokens(2, 1), state), ({0: ANY}, MemoryState(*[{0: ANY}] * 7)))
+    step = Exported(layer, (some_tokens(2, 1), state), ({0: ANY}, layer.state_of([{0: ANY}] * len(leaves(state)))))
     mine = theirs = layer.init_state(3)
     for t in range(9):
         x = normal(3, 1, HIDDEN, seed=t, dtype=torch.float32)

@@ -251,12 +251,13 @@ def _in_one_form(layer: dict[str, Any], attends: bool) -> dict[str, Any]:
         "head_dim": width,
         "num_value_heads": heads,
         "value_dim": width,
-        "head_norm": not attends,
+        "head_norm": False if attends else "head",
     }
     plain = {
         "kv_activation": None if layer["kv_activation"] == "default" else layer["kv_activation"],
         "fw_activation": "silu" if layer["fw_activation"] == "default" else layer["fw_activation"],
         "output_gate": "silu" if layer["output_gate"] is True else layer["output_gate"],
+        "head_norm": "head" if layer["head_norm"] is True else layer["head_norm"],
     }
     filled = {name: value for name, value in defaults.items() if name in layer and layer[name] is None}
     return {name: value for name, value in {**layer, **plain, **filled}.items() if name not in ("window", "blend")}
