@@ -49,6 +49,14 @@ CHOICES: dict[str, dict[str, Any]] = (
         "synchronous-gated-delta": {"blend": "synchronous", "fast_weights": "gated-delta"},
         "delayed-streaming-gated-delta": {"blend": "delayed-streaming", "fast_weights": "gated-delta"},
         "fw-only-wide-values": {"blend": "fw-only", "num_value_heads": 4, "value_dim": 3, "beta_bias": 0.5},
+        "fw-only-norm-after-gate": {
+            "blend": "fw-only",
+            "num_value_heads": 4,
+            "head_norm": "group",
+            "output_gate": True,
+            "norm_after_gate": True,
+        },
+        "synchronous-full-norm": {"blend": "synchronous", "head_norm": "full", "output_gate": "sigmoid"},
         "synchronous-add-grouped": {"blend": "synchronous", "mixer": "add", **GROUPED},
         "delayed-streaming-own": {"blend": "delayed-streaming", "write_gates": "own", "gate_bias": 1.0},
         "delayed-streaming-own-linear": {

@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._pytree import tree_map
 
 import hqlt
@@ -71,6 +72,31 @@ class TestParameters:
             gated = build_layer("", output_gate=name)
             gated.load_state_dict({**plain.state_dict(), "g_proj.weight": torch.zeros(HIDDEN, HIDDEN)})
             close(gated(x)[0], share * plain(x)[0])
+
+    @pytest.mark.parametrize(("kind", "groups"), [("head", 4), ("group", 2), ("full", 1)])
+    @pytest.mark.parametrize("after", [False, True])
+    def test_norms_of_what_was_read(self, kind, groups, after):
+        """y / √(mean y² + ε) over the heads of a group, times the weight; before the gate, or after it."""
+        options = {"num_value_heads": 4, "value_dim": 3, "output_gate": True, "norm_after_gate": after}
+        layer = build_layer("fw-only-delta", head_norm=kind, **options)
+        x = tokens(2, 5)
+        y, _ = layer(x)
+        reads = []
+        layer.mixer.register_forward_hook(lambda _, __, read: reads.append(read))
+        layer(x)
+        gate, heads = F.silu(layer.g_proj(x)), reads[0].flatten(2)
+        parts = (heads * gate if after else heads).unflatten(2, (groups, -1))
+        normed = (parts / (parts.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()).flatten(2)
+        weight = (layer.g_norm if after else layer.o_norm).weight
+        normed = normed * (weight.repeat(4) if kind == "head" else weight)
+        close(y, layer.o_proj(normed if after else normed * gate))
+
+    def test_a_norm_after_the_gate_needs_both(self):
+        for options in ({}, {"output_gate": True, "head_norm": False}):
+            with pytest.raises(ValueError, match="norm_after_gate: expected together with output_gate and head_norm"):
+                HybridMemory(8, 2, 4, norm_after_gate=True, **options)
+        with pytest.raises(ValueError, match="head_norm: expected one of 'head', 'group', 'full', got 'heads'"):
+            HybridMemory(8, 2, 4, head_norm="heads")
 
     def test_scalar_mixers_rows_are_fw_heads_then_kv_heads(self):
         """Gates shut by weights of −∞ silence one memory: rows 0, 1 (FW) leave the KV-memory's read of token 0, v."""

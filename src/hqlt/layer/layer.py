@@ -16,7 +16,7 @@ from hqlt import native, registry
 from hqlt.blend import Blend
 from hqlt.layer.convolution import ShortConvolution
 from hqlt.layer.fused import FUSED, without_native_form
-from hqlt.layer.norm import RMSNorm, ZeroCenteredRMSNorm
+from hqlt.layer.norm import RMSNorm, ZeroCenteredRMSNorm, norm_of_heads
 from hqlt.layer.parts import Parts, Projected
 from hqlt.memory import Entry, FWMemory, Heads, Held, KVMemory, MemoryState
 from hqlt.memory.state import leaves, named
@@ -53,13 +53,14 @@ class HybridMemory(nn.Module):
     qkv_bias, o_bias: biases of the projections. qk_norm: RMSNorm of q and k, over each "head" or the "full" width;
     zero_centered_norms: its weight is 1 + w. kv_activation, fw_activation: of the values that each memory sees, "silu"
     or None; unless given, both "silu", but none for an attention that stays itself ("kv-only", mixer "add").
-    head_norm: RMSNorm over each head of the mix (of the FW read, with mixer "add"); unless given, where there is an
-    FW-memory. norm_eps: of all of them. conv_size: taps of a short convolution on q, k, v, and on the keys and
-    values that a rule projects itself, before anything else (0: none). output_gate: multiply the normed heads by
-    SiLU(W_g x) ("silu" or True) or by σ(W_g x) ("sigmoid").
+    head_norm: RMSNorm of the mix (of the FW read, with mixer "add") over each "head" (or True), over each "group" of
+    value heads that share a key head, or over the "full" width; unless given, over heads where there is an FW-memory.
+    norm_eps: of all norms. conv_size: taps of a short convolution on q, k, v, and on the keys and values that a rule
+    projects itself, before anything else (0: none). output_gate: multiply the normed heads by SiLU(W_g x) ("silu" or
+    True) or by σ(W_g x) ("sigmoid"). norm_after_gate: norm what the gate has multiplied instead, as Mamba-2 does.
 
     Parameters: q_proj, k_proj, v_proj, mixer.gate_proj, o_norm, o_proj, the rule's own such as fw.beta_proj, each
-    `.weight`; with their options `.bias`, q_norm, k_norm, conv.weight and g_proj.weight.
+    `.weight`; with their options `.bias`, q_norm, k_norm, conv.weight, g_proj.weight and g_norm for o_norm.
 
     Raises ValueError for what does not fit together, and for an option that no choice uses.
 
@@ -86,7 +87,8 @@ class HybridMemory(nn.Module):
         zero_centered_norms: bool = False,
         kv_activation: str | None = "default",
         fw_activation: str | None = "default",
-        head_norm: bool | None = None,
+        head_norm: bool | str | None = None,
+        norm_after_gate: bool = False,
         norm_eps: float = 1e-6,
         conv_size: int = 0,
         output_gate: bool | str = False,
@@ -108,10 +110,13 @@ class HybridMemory(nn.Module):
         self.channels = sum(widths) + (0 if self.fw is None else sum(self.fw.convolved.values()))
         self.conv = ShortConvolution(self.channels, conv_size) if conv_size else None
         self.q_norm, self.k_norm = self._qk_norms(qk_norm, norm_eps, zero_centered_norms)
-        normed = self.blend.has_fw if head_norm is None else head_norm
-        self.o_norm: nn.Module = RMSNorm(heads.v, eps=norm_eps) if normed else nn.Identity()
+        norm = norm_of_heads(self.blend.has_fw if head_norm is None else head_norm, heads, norm_eps)
+        self.o_norm: nn.Module = nn.Identity() if norm_after_gate else norm
         self.g_proj = nn.Linear(hidden_size, heads.reads * heads.v, bias=False) if output_gate else None
         self.output_gate = _output_gate(output_gate)
+        if norm_after_gate and (not output_gate or type(norm) is nn.Identity):
+            raise ValueError("norm_after_gate: expected together with output_gate and head_norm, got it without")
+        self.g_norm = norm if norm_after_gate else None
         self.o_proj = nn.Linear(heads.reads * heads.v, hidden_size, bias=o_bias)
         self._remember()
 
@@ -206,6 +211,8 @@ class HybridMemory(nn.Module):
         y = heads.flatten(2)
         if self.g_proj is not None:
             y = y * self.output_gate(self.g_proj(x))
+        if self.g_norm is not None:
+            y = self.g_norm(y.view_as(heads)).flatten(2)
         return self.o_proj(y), MemoryState(kv, fw, convolution, position)
 
     def no_tokens(self, x: Hidden) -> Hidden:

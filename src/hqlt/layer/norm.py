@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hqlt.memory import Heads
 from hqlt.ops import rms_norm
+from hqlt.registry import one_of
+from hqlt.shapes import Values
 
 
 class RMSNorm(nn.RMSNorm):
@@ -28,3 +32,34 @@ class ZeroCenteredRMSNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, 1 + self.weight, eps=self.eps)
+
+
+class GroupedRMSNorm(RMSNorm):
+    """RMSNorm over groups of neighbouring heads, in which every number has a weight of its own."""
+
+    def __init__(self, heads: int, width: int, groups: int, eps: float) -> None:
+        super().__init__(heads * width, eps)
+        self.groups = groups
+
+    def forward(self, x: Values) -> Values:
+        """[b, t, heads, width], shaped as it was."""
+        groups = x.to(self.weight.dtype).flatten(2).unflatten(2, (self.groups, -1))
+        return (F.rms_norm(groups, groups.shape[-1:], eps=self.eps).flatten(2) * self.weight).view_as(x)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, groups={self.groups}"
+
+
+HEAD_NORMS = ("head", "group", "full")
+
+
+def norm_of_heads(kind: bool | str, heads: Heads, eps: float) -> nn.Module:
+    """The norm of what was read: over each "head" (or True), which share a weight; over all heads of values that share
+    a key head ("group"), or over all ("full"), with a weight for each number; False: none."""
+    if kind is False:
+        return nn.Identity()
+    kind = "head" if kind is True else kind
+    one_of("head_norm", kind, HEAD_NORMS)
+    if kind == "head":
+        return RMSNorm(heads.v, eps=eps)
+    return GroupedRMSNorm(heads.reads, heads.v, heads.pairs if kind == "group" else 1, eps)

@@ -136,14 +136,17 @@ class HQLTConfig(PreTrainedConfig):
     """Of the values that the KV-memory sees: "silu" or None; "default": as `HybridMemory` has it."""
     fw_activation: str | None = "default"
     """Of the values that the FW-memory sees: "silu" or None; "default": as `HybridMemory` has it."""
-    head_norm: bool | None = None
-    """Whether there is an RMSNorm over each head that was read; None: where there is an FW-memory."""
+    head_norm: bool | str | None = None
+    """RMSNorm of what was read: over each "head" (or True), "group" of value heads with a common key head, or the
+    "full" width; False: none; None: over heads where there is an FW-memory."""
     norm_eps: float = 1e-6
     """Added under the root of every RMSNorm."""
     conv_size: int = 0
     """Taps of a short convolution on q, k and v; 0: none."""
     output_gate: bool | str = False
     """What a layer's normed heads are multiplied by: "silu" (or True) of W_g x, "sigmoid" of it; False: nothing."""
+    norm_after_gate: bool = False
+    """Whether what the output gate has multiplied is normed, instead of the heads before it."""
 
     options: dict[str, Any] | None = None
     """Options of registered rules, mixers and blends that have no field here, by name."""
