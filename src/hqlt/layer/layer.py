@@ -16,7 +16,7 @@ from hqlt import native, registry
 from hqlt.blend import Blend
 from hqlt.layer.convolution import ShortConvolution
 from hqlt.layer.fused import FUSED, without_native_form
-from hqlt.layer.norm import RMSNorm, ZeroCenteredRMSNorm, norm_of_heads
+from hqlt.layer.norm import RMSNorm, ZeroCenteredRMSNorm, norms_of_heads
 from hqlt.layer.parts import Parts, Projected
 from hqlt.memory import Entry, FWMemory, Heads, Held, KVMemory, MemoryState
 from hqlt.memory.state import leaves, named
@@ -110,13 +110,10 @@ class HybridMemory(nn.Module):
         self.channels = sum(widths) + (0 if self.fw is None else sum(self.fw.convolved.values()))
         self.conv = ShortConvolution(self.channels, conv_size) if conv_size else None
         self.q_norm, self.k_norm = self._qk_norms(qk_norm, norm_eps, zero_centered_norms)
-        norm = norm_of_heads(self.blend.has_fw if head_norm is None else head_norm, heads, norm_eps)
-        self.o_norm: nn.Module = nn.Identity() if norm_after_gate else norm
+        normed = self.blend.has_fw if head_norm is None else head_norm
+        self.o_norm, self.g_norm = norms_of_heads(normed, heads, norm_eps, output_gate, norm_after_gate)
         self.g_proj = nn.Linear(hidden_size, heads.reads * heads.v, bias=False) if output_gate else None
         self.output_gate = _output_gate(output_gate)
-        if norm_after_gate and (not output_gate or type(norm) is nn.Identity):
-            raise ValueError("norm_after_gate: expected together with output_gate and head_norm, got it without")
-        self.g_norm = norm if norm_after_gate else None
         self.o_proj = nn.Linear(heads.reads * heads.v, hidden_size, bias=o_bias)
         self._remember()
 

@@ -53,13 +53,20 @@ class GroupedRMSNorm(RMSNorm):
 HEAD_NORMS = ("head", "group", "full")
 
 
-def norm_of_heads(kind: bool | str, heads: Heads, eps: float) -> nn.Module:
-    """The norm of what was read: over each "head" (or True), which share a weight; over all heads of values that share
-    a key head ("group"), or over all ("full"), with a weight for each number; False: none."""
+def norms_of_heads(
+    kind: bool | str, heads: Heads, eps: float, gate: bool | str, after_gate: bool
+) -> tuple[nn.Module, nn.Module | None]:
+    """The norm before the output gate and the one after it, of which one at most does anything.
+
+    kind: over each "head" (or True), which share a weight; over all heads of values that share a key head ("group"), or
+    over all ("full"), with a weight for each number; False: none.
+    """
+    if after_gate and not (gate and kind):
+        raise ValueError("norm_after_gate: expected together with output_gate and head_norm, got it without")
     if kind is False:
-        return nn.Identity()
+        return nn.Identity(), None
     kind = "head" if kind is True else kind
     one_of("head_norm", kind, HEAD_NORMS)
-    if kind == "head":
-        return RMSNorm(heads.v, eps=eps)
-    return GroupedRMSNorm(heads.reads, heads.v, heads.pairs if kind == "group" else 1, eps)
+    groups = {"group": heads.pairs, "full": 1}
+    norm = RMSNorm(heads.v, eps) if kind == "head" else GroupedRMSNorm(heads.reads, heads.v, groups[kind], eps)
+    return (nn.Identity(), norm) if after_gate else (norm, None)
