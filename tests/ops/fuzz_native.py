@@ -16,7 +16,7 @@ from hqlt import native, ops
 
 OPERATORS = torch.ops.hqlt
 REFUSALS = (ValueError, RuntimeError, NotImplementedError, MemoryError, IndexError, TypeError)
-OPS = ["delta_rule", "linear_attention", "window_attention", "unit_silu", "rotated", "mix", "rms_norm"]
+OPS = ["delta_rule", "fast_weights", "linear_attention", "window_attention", "unit_silu", "rotated", "mix", "rms_norm"]
 SIZES = st.sampled_from([1, 0, 2, 3, 5, 16, 17, 33])
 LAYOUTS = (
     "plain",
@@ -77,6 +77,12 @@ def calls(draw):
         q, key, value, beta = tensor(b, t, queries, k), tensor(b, t, h, k), tensor(b, t, h, v), tensor(b, t, h)
         options = {"state": tensor(b, h, k, v), "resets": marks(t), "live": marks(t, 0.7)}
         return op, (q, key, value, beta), options
+    if op == "fast_weights":
+        n = t * draw(st.sampled_from([1, 1, 2, 3]))
+        arguments = tensor(b, t, queries, k), tensor(b, n, h, k), tensor(b, n, h, v)
+        given = {"beta": tensor(b, n, h), "decay": draw(st.sampled_from([None, -tensor(b, t, h), -tensor(b, t, h, k)]))}
+        given["erase"] = draw(st.sampled_from([True, False, tensor(b, n, h, k)]))
+        return op, arguments, {**given, "state": tensor(b, h, k, v), "resets": marks(t), "live": marks(t, 0.7)}
     if op == "linear_attention":
         state = ops.LinearState(tensor(b, h, k, v), tensor(b, h, k))
         inputs = tensor(b, t, queries, k), tensor(b, t, h, k), tensor(b, t, h, v)
@@ -99,9 +105,11 @@ def flat(result):
 
 
 def outcome(op, arguments, options, backend):
-    leaves = [x.detach().requires_grad_() if x.is_floating_point() else x for x in arguments]
+    count, named = len(arguments), {name: x for name, x in options.items() if isinstance(x, Tensor)}
+    leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in (*arguments, *named.values())]
+    given = options | dict(zip(named, leaves[count:], strict=True))
     try:
-        out = flat(getattr(ops, op)(*leaves, **options, backend=backend))
+        out = flat(getattr(ops, op)(*leaves[:count], **given, backend=backend))
         tracked, asked = [x for x in out if x.requires_grad], [x for x in leaves if x.requires_grad]
         grads = torch.autograd.grad(tracked, asked, [torch.ones_like(x) for x in tracked], allow_unused=True)
         with torch.no_grad():
@@ -130,7 +138,10 @@ def check_operators(call):
     op, arguments, options = call
     name = {"rotated": "rotate"}.get(op, op)
     state, resets, live = (options.get(name) for name in ("state", "resets", "live"))
+    gates, erase = [options.get(name) for name in ("beta", "decay")], options.get("erase")
+    a = erase if isinstance(erase, Tensor) else None
     rest = {
+        "fast_weights": (*gates, a, state, resets, live, erase is not False, 0.5, True),
         "delta_rule": (state, resets, live, 0.5, True),
         "linear_attention": (*(state if isinstance(state, tuple) else ()), resets, live),
         "window_attention": (resets, options.get("window") or 7, 0.5),

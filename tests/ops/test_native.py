@@ -17,6 +17,8 @@ from torch import Tensor
 from hqlt import native
 from hqlt.ops.delta_rule import native as delta_native
 from hqlt.ops.delta_rule import reference as delta_reference
+from hqlt.ops.fast_weights import native as fast_native
+from hqlt.ops.fast_weights import reference as fast_reference
 from hqlt.ops.linear_attention import LinearState
 from hqlt.ops.linear_attention import native as linear_native
 from hqlt.ops.linear_attention import reference as linear_reference
@@ -29,8 +31,17 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 DTYPES = [torch.float64, torch.float32]
 LENGTHS = [1, 2, 31, 33, 100]
 WIDTHS = [(1, 1), (3, 3), (16, 16), (50, 50), (64, 64), (128, 128), (3, 70), (50, 16), (16, 50), (128, 5)]
+RULES = {
+    # decay, erase, writes a token
+    "gated-delta": ("matrix", True, 1),
+    "kda": ("rows", True, 1),
+    "gla": ("rows", False, 1),
+    "delta-product": (None, True, 3),
+    "everything": ("rows", "other", 2),
+}
 FORMS = {
     "delta_rule": (delta_reference.delta_rule, delta_native.delta_rule),
+    **dict.fromkeys(RULES, (fast_reference.fast_weights, fast_native.fast_weights)),
     "linear_attention": (linear_reference.linear_attention, linear_native.linear_attention),
     "window_attention": (window_reference.window_attention, window_native.window_attention),
 }
@@ -55,6 +66,25 @@ def case(op: str, b: int, t: int, h: int, k: int, v: int, dtype: torch.dtype, *,
         def run(form, tensors, marked=True):
             *x, state = tensors
             return form(*x, scale=0.7, state=state, **(marks if marked else nothing))
+
+    elif op in RULES:
+        decay, erase, m = RULES[op]
+        beta = 2 * torch.rand(b, m * t, h, generator=generator, dtype=dtype)
+        inputs = [
+            unit(normal(b, t, g * h, k), dim=-1),
+            unit(normal(b, m * t, h, k), dim=-1),
+            normal(b, m * t, h, v),
+            beta,
+        ]
+        inputs += [normal(b, t, h, *((k,) if decay == "rows" else ())).abs().neg()] if decay else []
+        inputs += [unit(normal(b, m * t, h, k), dim=-1)] if erase == "other" else []
+        inputs += [normal(b, h, k, v)]
+
+        def run(form, tensors, marked=True):
+            q, key, v, beta, *x, state = tensors
+            alpha = x.pop(0) if decay else None
+            a = x.pop() if x else erase
+            return form(q, key, v, beta, alpha, a, scale=0.7, state=state, **(marks if marked else nothing))
 
     elif op == "linear_attention":
         inputs = normal(b, t, g * h, k).exp(), normal(b, t, h, k).exp(), normal(b, t, h, v)
@@ -133,7 +163,7 @@ def test_tensors_that_are_not_contiguous(op):
 def test_half_precision_gradients_keep_their_type(op, dtype):
     inputs, run = case(op, 2, 9, 3, 16, 20, torch.float32)
     halves = [x.detach().to(dtype).requires_grad_() for x in inputs]
-    states = {"delta_rule": 1, "linear_attention": 2, "window_attention": 0}[op]
+    states = {"linear_attention": 2, "window_attention": 0}.get(op, 1)
     halves = halves[: len(halves) - states] + [x.detach().requires_grad_() for x in inputs[len(inputs) - states :]]
     outputs = run(FORMS[op][1], halves)
     grads = torch.autograd.grad(outputs, halves, [torch.ones_like(o) for o in outputs])
@@ -182,6 +212,11 @@ def test_registration(op, marked):
     resets, live = torch.rand(2, 2, 5) < 0.3 if marked else (None, None)
     if op == "delta_rule":
         arguments, forward = (*inputs, resets, live, 0.5, True), delta_native._forward
+    elif op in RULES:
+        decay, erase, _ = RULES[op]
+        *x, state = inputs
+        x += [None] * (not decay) + [None] * (erase != "other")
+        arguments, forward = (*x, state, resets, live, bool(erase), 0.5, True), fast_native._forward
     elif op == "linear_attention":
         arguments, forward = (*inputs, resets, live), linear_native._forward
     else:
@@ -193,6 +228,12 @@ def test_registration(op, marked):
 def test_gradients_by_finite_differences(op):
     inputs, run = case(op, 1, 4, 1, 2, 3, torch.float64, g=2)
     assert torch.autograd.gradcheck(lambda *x: run(FORMS[op][1], x), inputs)
+
+
+@pytest.mark.parametrize("op", ["delta_rule", *RULES])
+def test_second_derivatives_by_finite_differences(op):
+    inputs, run = case(op, 1, 3, 1, 2, 2, torch.float64)
+    assert torch.autograd.gradgradcheck(lambda *x: run(FORMS[op][1], x), inputs)
 
 
 def _in_child(queue, run, inputs) -> None:

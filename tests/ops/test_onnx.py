@@ -17,6 +17,7 @@ from tests.laws import normal
 from tests.layers import EVERY_STATE, HIDDEN, ONE_OF_EACH_BLEND, build_layer
 from tests.onnx import ANY, Exported, check_same, needs_onnx, tensors
 from tests.ops.inputs import queries, strengths, values
+from tests.ops.test_fast_weights import Kind
 
 SIZES = ((2, 11), (1, 1), (3, 17))
 
@@ -151,3 +152,27 @@ def test_groups_and_tokens_that_are_not_live(op):
         names = {x.name for x in exported.session.get_inputs()}
         used = [x for name, x in zip(("q", "k", "v", "beta", "resets", "live"), inputs, strict=True) if name in names]
         check_same(exported(*used), module(*inputs))
+
+
+class Written(nn.Module):
+    """A rule of the family, with marks on its tokens."""
+
+    def __init__(self, kind: Kind) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, resets, live, *inputs):
+        return self.kind.call(inputs, resets=resets, live=live)
+
+
+@needs_onnx
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [Kind("matrix", "k"), Kind("rows", "none", 1, 3), Kind("rows", "other", 2)], ids=str)
+def test_fast_weights(kind):
+    def given(b, t):
+        return normal(b, t, seed=4) > 1, normal(b, t, seed=5) > 0, *(x.float() for x in kind.inputs(b, t))
+
+    module = Written(kind).eval()
+    exported = Exported(module, given(2, 5), ({0: ANY, 1: ANY},) * 2 + (({0: ANY, 1: ANY},) * len(kind.names),))
+    for sizes in SIZES:
+        check_same(exported(*given(*sizes)), module(*given(*sizes)))

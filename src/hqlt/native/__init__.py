@@ -35,8 +35,8 @@ MARKS = ("bt?", "bl?")
 class Kernel(NamedTuple):
     """A kernel's sizes, in the order in which C++ reads them, and the axes of its tensors, in the order of `run`.
 
-    "q" is the number of query heads, a multiple of h; "½" half of k; "*" all leading axes as one; "?" a tensor that may
-    be None.
+    "q" is the number of query heads, a multiple of h; "n" of writes, a multiple of t; "½" half of k; "*" all leading
+    axes as one; "?" a tensor that may be None.
     """
 
     sizes: str
@@ -50,6 +50,12 @@ class Kernel(NamedTuple):
 KERNELS = {
     "delta_rule_forward": Kernel.of("btqhkv", "btqk bthk bthv bth bhkv bt? bt? btqv bhkv bthv?"),
     "delta_rule_backward": Kernel.of("btqhkv", "btqk bthk bth bhkv bt? bt? bthv btqv bhkv btqk bthk bthv bth bhkv"),
+    "fast_weights_forward": Kernel.of("btnqhkv", "btqk bnhk bnhv bnh bth? bthk? bnhk? bhkv bt? bt? btqv bhkv bnhv?"),
+    "fast_weights_backward": Kernel.of(
+        "btnqhkv",
+        "btqk bnhk bnhv bnh bth? bthk? bnhk? bhkv bt? bt? bnhv? btqv? bhkv? btqv bhkv "
+        "btqk bnhk bnhv bnh bth? bthk? bnhk? bhkv",
+    ),
     "linear_attention_forward": Kernel.of("btqhkv", "btqk bthk bthv bhkv bhk bt? bt? btqv bhkv bhk"),
     "linear_attention_backward": Kernel.of(
         "btqhkv", "btqk bthk bthv bhkv bhk bt? bt? btqv btqv bhkv bhk btqk bthk bthv bhkv bhk"
@@ -186,6 +192,8 @@ def _sizes(kernel: str, more_sizes: tuple[int, ...], *shapes: torch.Size | None)
         raise ValueError(f"{kernel}: expected at least as many pairs as queries, got {bound}")
     if bound.get("q", 0) % (bound.get("h") or 1):
         raise ValueError(f"{kernel}: expected query heads in a multiple of the heads of k, got {bound}")
+    if bound.get("n", 0) % (bound.get("t") or 1):
+        raise ValueError(f"{kernel}: expected writes in a multiple of the tokens, got {bound}")
     sizes = [*(int(bound[letter]) for letter in letters), *more_sizes]
     if min(sizes) < 1:
         raise ValueError(

@@ -3,6 +3,8 @@ namespace ISA {
 #include "lanes.h"
 #include "sweep.h"
 #include "delta_rule.h"
+#include "fast_weights.h"
+#include "fast_weights_backward.h"
 #include "linear_attention.h"
 #include "window_attention.h"
 #include "rows.h"
@@ -11,6 +13,8 @@ namespace ISA {
 const Kernels kernels = {
     {delta_rule_forward<float>, delta_rule_forward<double>},
     {delta_rule_backward<float>, delta_rule_backward<double>},
+    {fast_weights_forward<float>, fast_weights_forward<double>},
+    {fast_weights_backward<float>, fast_weights_backward<double>},
     {linear_attention_forward<float>, linear_attention_forward<double>},
     {linear_attention_backward<float>, linear_attention_backward<double>},
     {window_attention_forward<float>, window_attention_forward<double>},

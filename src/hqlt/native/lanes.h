@@ -94,27 +94,30 @@ struct Columns {
   INLINE int64_t at(int n) const { return narrow() ? 0 : begin(n) < width - L<T> ? begin(n) : width - L<T>; }
   INLINE int64_t lanes() const { return narrow() ? width : L<T>; }
 
-  INLINE Lanes<T> load(const T* row, int n) const {
-    Lanes<T> x = {};
-    __builtin_memcpy(&x, row + at(n), narrow() ? width * sizeof(T) : LANE_BYTES);
-    return x;
-  }
-  INLINE void store(T* row, int n, Lanes<T> x) const {
-    __builtin_memcpy(row + at(n), &x, narrow() ? width * sizeof(T) : LANE_BYTES);
-  }
+  INLINE Lanes<T> load(const T* row, int n) const { return narrow() ? load_narrow(row, width) : ISA::load(row + at(n)); }
+  INLINE void store(T* row, int n, Lanes<T> x) const { narrow() ? store_narrow(row, width, x) : ISA::store(row + at(n), x); }
   // Those below touch each column of the row once: for sums, and where two slices meet in what they write.
   INLINE void put(T* row, int n, Lanes<T> x) const {
-    if (begin(n) == at(n)) return store(row, n, x);
-    for (int64_t lane = begin(n) - at(n); lane < L<T>; ++lane) row[at(n) + lane] = x[lane];
+    begin(n) == at(n) ? store(row, n, x) : put_last(row, begin(n), width, x);
   }
   INLINE void add(T* row, int n, Lanes<T> x) const {
-    if (begin(n) == at(n)) return store(row, n, load(row, n) + x);
-    for (int64_t lane = begin(n) - at(n); lane < L<T>; ++lane) row[at(n) + lane] += x[lane];
+    begin(n) == at(n) ? store(row, n, load(row, n) + x) : put_last(row, begin(n), width, load(row, n) + x);
   }
   INLINE Lanes<T> own(int n) const {  // 1 in the lanes that are not the neighbour's, 0 in those that are
     Lanes<T> ones = {};
     for (int64_t lane = begin(n) - at(n); lane < L<T>; ++lane) ones[lane] = 1;
     return ones;
+  }
+
+ private:  // Calls, because they are rare and would be most of what is compiled.
+  OUTLINE static Lanes<T> load_narrow(const T* row, int64_t width) {
+    Lanes<T> x = {};
+    __builtin_memcpy(&x, row, width * sizeof(T));
+    return x;
+  }
+  OUTLINE static void store_narrow(T* row, int64_t width, Lanes<T> x) { __builtin_memcpy(row, &x, width * sizeof(T)); }
+  OUTLINE static void put_last(T* row, int64_t begin, int64_t width, Lanes<T> x) {
+    for (int64_t i = begin; i < width; ++i) row[i] = x[i - (width - L<T>)];
   }
 };
 

@@ -21,6 +21,7 @@
 #include "pool.h"
 
 #define INLINE inline __attribute__((always_inline))
+#define OUTLINE __attribute__((noinline))
 #if defined(__x86_64__)
 #define IN_REGISTER(x) asm("" : "+v"(x))
 #else
@@ -45,7 +46,7 @@ struct Kernels {
   struct Types {
     Function *f32, *f64;
   };
-  Types<Kernel> delta_rule_forward, delta_rule_backward, linear_attention_forward, linear_attention_backward,
+  Types<Kernel> delta_rule_forward, delta_rule_backward, fast_weights_forward, fast_weights_backward, linear_attention_forward, linear_attention_backward,
       window_attention_forward, window_attention_backward, unit_silu_forward, unit_silu_backward, rotate_forward,
       rms_norm_forward, rms_norm_backward, mix_forward, mix_backward;
   Types<void(int threads, const OneTokenJob&)> one_token;
@@ -131,6 +132,8 @@ const char* guarded(const Call& call) {
 
 EXPORT(delta_rule_forward)
 EXPORT(delta_rule_backward)
+EXPORT(fast_weights_forward)
+EXPORT(fast_weights_backward)
 EXPORT(linear_attention_forward)
 EXPORT(linear_attention_backward)
 EXPORT(window_attention_forward)

@@ -1,11 +1,12 @@
-// One pass over a slice of a matrix M, the heart of both write rules, forward and backward: a list of steps, each
+// One pass over a slice of a matrix M, the heart of all write rules, forward and backward: a list of steps, each
 //
-//     write:  M ← M + w ⊗ x        or        read:  x = Mᵀ w
+//     write:  M ← M + w ⊗ x        read:  x = Mᵀ w        fade_rows:  M ← Diag(w) M        fade_columns:  M ← M Diag(x)
 //
 // done in this order to every row. The weights w of the rows are read from memory one number at a time; what lies along
-// the columns, x, stays in registers. Each vector of M is loaded once, serves every step, and is stored once.
+// the columns, x, stays in registers. Each vector of M is loaded once, serves every step, and is stored once. A step that
+// a rule does not have is `skip`.
 
-enum Step { write, read };
+enum Step { skip, write, read, fade_rows, fade_columns };
 
 template <class T, int N, Step... steps>
 struct Pass {
@@ -16,7 +17,7 @@ struct Pass {
 
   INLINE void operator()(Lanes<T>* M, int64_t rows) {
     // Several rows at a time, where a row alone has too few sums to hide the latency of a multiply-add.
-    constexpr int work = N * count, together = work >= 8 ? 1 : work >= 4 ? 2 : 4;
+    constexpr int work = N * ((steps != skip) + ... + 0), together = work >= 8 ? 1 : work >= 4 ? 2 : 4;
     Lanes<T> sums[together][count][N] = {};
     int64_t i = 0;
     for (; i + together <= rows; i += together)
@@ -32,14 +33,17 @@ struct Pass {
 
  private:
   INLINE void row(Lanes<T>* M, int64_t i, Lanes<T> (*sum)[N]) {
-    constexpr bool writes = ((steps == write) || ...);
+    constexpr bool writes = ((steps != skip && steps != read) || ...);
     Lanes<T> weight[count];
-    UNROLL for (int step = 0; step < count; ++step) weight[step] = broadcast(w[step] + i);
+    UNROLL for (int step = 0; step < count; ++step)
+      if (kind[step] != skip && kind[step] != fade_columns) weight[step] = broadcast(w[step] + i);
     UNROLL for (int n = 0; n < N; ++n) {
       Lanes<T> m = M[i * N + n];
       UNROLL for (int step = 0; step < count; ++step)
         if (kind[step] == write) m += x[step][n] * weight[step];
-        else sum[step][n] += m * weight[step];
+        else if (kind[step] == read) sum[step][n] += m * weight[step];
+        else if (kind[step] == fade_rows) m *= weight[step];
+        else if (kind[step] == fade_columns) m *= x[step][n];
       if (writes) M[i * N + n] = m;
     }
   }

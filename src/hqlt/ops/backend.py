@@ -88,7 +88,7 @@ PAIRS = (
 )
 RULES: dict[str, tuple[Rule, ...]] = {
     "delta_rule": MATRIX,
-    "fast_weights": MATRIX[1:],
+    "fast_weights": MATRIX,
     "linear_attention": MATRIX,
     "window_attention": PAIRS,
     "synchronous": (_rule("composed", _always, "the fastest operation for each memory; triton is not measured yet"),),

@@ -25,6 +25,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """For each operator that torch's exporter does not know, a function that writes it in ONNX."""
     return {
         torch.ops.hqlt.delta_rule.default: delta_rule,
+        torch.ops.hqlt.fast_weights.default: fast_weights,
         torch.ops.hqlt.linear_attention.default: linear_attention,
         torch.ops.hqlt.window_attention.default: window_attention,
         torch.ops.hqlt.unit_silu.default: unit_silu,
@@ -37,28 +38,53 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
 
 def delta_rule(q, k, v, beta, state, resets, live, scale, keep):
-    """Its equation is `hqlt.ops.delta_rule`'s, and so on below."""
-    queries, (key, value, strength) = op.Mul(grouped(q, k), op.CastLike(scale, q)), written(live, k, v, beta)
-    out, final, errors = delta_rule_scan(queries, key, value, strength, state, resets_or_none(resets, q))
+    return fast_weights(q, k, v, beta, None, None, state, resets, live, True, scale, keep)
+
+
+def fast_weights(q, k, v, beta, decay, a, state, resets, live, erases, scale, keep):
+    """Its equation is `hqlt.ops.fast_weights`'s, and so on below. The scan's steps are writes: at a token's first one
+    the matrix decays, at its last it is read."""
+    queries, resets = op.Mul(grouped(q, k), op.CastLike(scale, q)), resets_or_none(resets, q)
+    if decay is None:
+        log_alpha = op.Unsqueeze(zeros(q, op.Shape(q, end=2)), [2, 3])
+    else:
+        (log_alpha,) = written(live, decay)
+        log_alpha = log_alpha if len(decay.shape) == 4 else op.Unsqueeze(log_alpha, [3])
+    several = k.shape[1] != q.shape[1]
+    if several:
+        n, m = length(k), op.Div(length(k), length(q))
+        write = op.Range(0, n, 1)
+        token = op.Div(write, m)
+        first = op.Unsqueeze(op.Equal(write, op.Mul(token, m)), [0])
+        queries, resets, log_alpha = (op.Gather(x, token, axis=1) for x in (queries, resets, log_alpha))
+        resets = op.And(resets, first)
+        log_alpha = op.Where(op.Unsqueeze(first, [2, 3]), log_alpha, op.CastLike(0.0, q))
+        live = live if live is None else op.Gather(live, token, axis=1)
+    key, value, strength = written(live, k, v, beta)
+    (erased,) = written(live, a) if a is not None else (key,) if erases else (zeros(k, op.Shape(k)),)
+    out, final, errors = write_scan(queries, key, value, strength, op.Exp(log_alpha), erased, state, resets)
+    out = op.Gather(out, op.Range(op.Sub(m, 1), n, m), axis=1) if several else out
     return ungrouped(out, q, v), final, errors
 
 
 @script(HQLT, default_opset=op)
-def delta_rule_scan(q: X, k: X, v: X, beta: X, state: X, resets: BOOL) -> tuple[X, X, X]:
-    """[b, t, …] each, q [b, t, h, g, k], state [b, h, k, v] → reads, the final state, errors v − Wᵀk."""
+def write_scan(q: X, k: X, v: X, beta: X, alpha: X, a: X, state: X, resets: BOOL) -> tuple[X, X, X]:
+    """[b, t, …] each, q [b, t, h, g, k], α [b, t, h or 1, k or 1], state [b, h, k, v] → reads, the final state, errors
+    v − Sᵀa."""
 
     @graph()
-    def step(W, q_t, k_t, v_t, beta_t, reset_t):
-        kept = op.Where(op.Unsqueeze(reset_t, [1, 2, 3]), op.CastLike(0.0, W), W)
-        error = v_t - op.Squeeze(op.MatMul(op.Unsqueeze(k_t, [2]), kept), [2])
+    def step(S, q_t, k_t, v_t, beta_t, alpha_t, a_t, reset_t):
+        kept = op.Where(op.Unsqueeze(reset_t, [1, 2, 3]), op.CastLike(0.0, S), S)
+        decayed = op.Unsqueeze(alpha_t, [3]) * kept
+        error = v_t - op.Squeeze(op.MatMul(op.Unsqueeze(a_t, [2]), decayed), [2])
         correction = op.Unsqueeze(beta_t, [2]) * error
-        W_t = kept + op.Unsqueeze(k_t, [3]) * op.Unsqueeze(correction, [2])
-        read = op.MatMul(q_t, W_t)
-        return W_t, read, error
+        S_t = decayed + op.Unsqueeze(k_t, [3]) * op.Unsqueeze(correction, [2])
+        read = op.MatMul(q_t, S_t)
+        return S_t, read, error
 
     final, out, errors = op.Scan(
-        state, q, k, v, beta, resets,
-        body=step, num_scan_inputs=5, scan_input_axes=[1, 1, 1, 1, 1], scan_output_axes=[1, 1],
+        state, q, k, v, beta, alpha, a, resets,
+        body=step, num_scan_inputs=7, scan_input_axes=[1, 1, 1, 1, 1, 1, 1], scan_output_axes=[1, 1],
     )  # fmt: skip
     return out, final, errors
 
@@ -167,6 +193,11 @@ def with_epsilon(x, epsilon):
 def length(x):
     """t of [b, t, …], a scalar."""
     return op.Squeeze(op.Shape(x, start=1, end=2), [0])
+
+
+def zeros(x, shape):
+    """Of x's type."""
+    return op.Expand(op.CastLike(0.0, x), shape)
 
 
 def resets_or_none(resets, x):

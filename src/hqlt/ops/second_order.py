@@ -48,7 +48,7 @@ def differentiable_twice(
     """Register the derivative of an operator that computes gradients.
 
     equation: from the operator's arguments to the function that it differentiates. inputs, d_outputs: which of the
-    arguments are that function's inputs, and the gradients of its outputs.
+    arguments are that function's inputs, of which some may be None, and the gradients of its outputs.
     """
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -57,10 +57,11 @@ def differentiable_twice(
 
     def backward(ctx: Any, *d_gradients: Tensor | None) -> tuple[Any, ...]:
         arguments = [o if x is None else x for x, o in zip(ctx.saved_tensors, ctx.others, strict=True)]
-        given, d_given = ([arguments[i] for i in indices] for indices in (inputs, d_outputs))
+        there = [(i, d) for i, d in zip(inputs, d_gradients, strict=True) if arguments[i] is not None]
+        given, d_given = [arguments[i] for i, _ in there], [arguments[i] for i in d_outputs]
         results: list[Tensor | None] = [None] * len(arguments)
-        second = second_order(equation(arguments), given, d_given, d_gradients)
-        for i, result in zip([*inputs, *d_outputs], second, strict=True):
+        second = second_order(equation(arguments), given, d_given, [d for _, d in there])
+        for i, result in zip([*(i for i, _ in there), *d_outputs], second, strict=True):
             results[i] = result
         return tuple(results)
 

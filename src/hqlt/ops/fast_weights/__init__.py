@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hqlt.ops.backend import empty_read, implementation
-from hqlt.ops.fast_weights import chunked, fla, reference
+from hqlt.ops.fast_weights import chunked, fla, native, reference
 from hqlt.ops.fast_weights.steps import Decay, Erase
 from hqlt.ops.heads import match_heads
 from hqlt.shapes import (
@@ -20,7 +20,7 @@ from hqlt.shapes import (
     match_floats,
 )
 
-__all__ = ["Decay", "Erase", "chunked", "fast_weights", "fla", "reference"]
+__all__ = ["Decay", "Erase", "chunked", "fast_weights", "fla", "native", "reference"]
 
 
 def fast_weights(

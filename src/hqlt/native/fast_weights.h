@@ -1,0 +1,244 @@
+// Fast weights by any write rule of one family: decay, then m writes, then the read.
+//
+//     S ← Diag(α_t) S      m times: r = v − Sᵀ a, S ← S + k ⊗ β r      out_t = scale · Sᵀ q_t
+//
+// α is 1, one number for the matrix or one for each of its rows; a is k, another key, or 0 (then r = v). The columns of
+// S never meet, so a slice of columns is a task of its own: it stays in the first-level cache. One pass over it writes
+// and reads a token (or two), decays for the next and predicts its writes. The errors r are kept for the backward pass.
+//
+// A token that is not live decays by 1 and writes zeros. Where g > 1 queries read a matrix, it is written token by
+// token, and all queries but the first have a pass of their own.
+
+enum class Decays { nothing, matrix, rows };
+
+template <class T>
+struct FastWeightsCall {
+  int64_t b, t, h, k, v, g, m;
+  T scale;
+  const T *zeros, *ones;  // as many as the wider of k and v
+  const T *q, *key, *value, *beta, *alpha, *erase, *state;
+  Marks marks;
+  T *errors, *out, *final_state;
+  const T *d_out, *d_final;
+  T *d_q, *d_key, *d_value, *d_beta, *d_decay, *d_erase, *d_state;  // d_erase: null where a is k
+};
+
+template <class T, Decays decays, bool erases>
+struct FastWeights : FastWeightsCall<T> {
+  static constexpr Step look = erases ? read : skip;
+  static constexpr Step fade = decays == Decays::nothing ? skip : decays == Decays::matrix ? fade_columns : fade_rows;
+  static constexpr Step fade_transposed = decays == Decays::nothing ? skip : fade_columns;
+
+  // The rows of one head: of its tokens i, and of their writes j = m·i, …
+  struct Rows : Head {
+    const FastWeights& job;
+    const int64_t first_write;
+
+    Rows(const FastWeights& job, int64_t head)
+        : Head(head, job.t, job.h, job.g, job.marks), job(job), first_write(head / job.h * job.t * job.m * job.h + head % job.h) {}
+    INLINE int64_t write(int64_t j) const { return first_write + j * this->stride; }
+    INLINE bool written(int64_t j) const { return !this->marks.live || this->marks.live[job.m == 1 ? j : j / job.m]; }
+    INLINE const T* key(int64_t j) const { return written(j) ? job.key + write(j) * job.k : job.zeros; }
+    INLINE const T* erase(int64_t j) const { return !erases || !written(j) ? job.zeros : job.erase + write(j) * job.k; }
+    INLINE const T* value(int64_t j) const { return written(j) ? job.value + write(j) * job.v : job.zeros; }
+    INLINE const T* error(int64_t j) const { return erases ? job.errors + write(j) * job.v : value(j); }
+    INLINE T beta(int64_t j) const { return written(j) ? job.beta[write(j)] : T(0); }
+    INLINE const T* alpha(int64_t i) const {  // k numbers, or one
+      if (decays == Decays::nothing || i >= this->t || !this->live(i)) return job.ones;
+      return job.alpha + this->token(i) * (decays == Decays::rows ? job.k : 1);
+    }
+    // A pass's step that decays by token i's α.
+    template <class Pass>
+    INLINE void decay(Pass& pass, int step, int64_t i) const {
+      if (decays == Decays::rows) pass.w[step] = alpha(i);
+      if (decays == Decays::matrix)
+        for (auto& x : pass.x[step]) x = broadcast(alpha(i));
+    }
+    INLINE void fetch(int64_t i) const {
+      const int64_t token = this->token(i), query = this->query(i);
+      prefetch(job.q + query * job.k, this->g * job.k);
+      if (decays == Decays::rows) prefetch(job.alpha + token * job.k, job.k);
+      for (int64_t j = i * job.m; j < (i + 1) * job.m; ++j) {
+        prefetch(job.key + write(j) * job.k, job.k);
+        if (erases && job.erase != job.key) prefetch(job.erase + write(j) * job.k, job.k);
+      }
+    }
+  };
+
+  template <int N>
+  struct Forward {
+    const FastWeights& job;
+    const Rows rows;
+    const Columns<T, N> columns;
+    Slice<T, N> S;
+    T* faded;             // room for a product α ⊙ a
+    const T* ahead[2];    // of the next two writes: what their predictions weigh the rows by
+    Lanes<T> seen[2][N];  // what that gives, before either is written
+
+    Forward(const FastWeights& job, int64_t head, int64_t slice)
+        : job(job), rows(job, head), columns{job.v, slice},
+          S{columns, job.k, scratch<T>(job.k * N + (job.k + L<T> - 1) / L<T>)}, faded(reinterpret_cast<T*>(S.M + job.k * N)) {
+      S.read(job.state + head * job.k * job.v);
+      look_ahead(0);
+      read_and_close(rows.query(0), 0);
+      for (int64_t i = 0; i < job.t;) {
+        const bool two = job.m == 1 && job.g == 1 && i + 1 < job.t && !rows.reset(i + 1);
+        fetch(i + 3 + two), fetch(i + 4 + two);
+        if (rows.reset(i)) {
+          S.clear();
+          UNROLL for (int n = 0; n < N; ++n) seen[0][n] = seen[1][n] = Lanes<T>{};
+        }
+        two ? two_tokens(i) : one_token(i);
+        i += 1 + two;
+      }
+      S.write(job.final_state + head * job.k * job.v);
+    }
+
+    // The second of two tokens of one write each decays before it is predicted: by α ⊙ a, or by α times what a gives.
+    INLINE void look_ahead(int64_t j) {
+      const int64_t last = job.t * job.m - 1;
+      ahead[0] = rows.erase(std::min(j, last)), ahead[1] = rows.erase(std::min(j + 1, last));
+      if (!erases || decays != Decays::rows || job.m > 1) return;
+      const T* alpha = rows.alpha(std::min(j + 1, last));
+      for (int64_t i = 0; i < job.k; i += L<T>)
+        store_until(faded, i, job.k, load_until(alpha, i, job.k) * load_until(ahead[1], i, job.k));
+      ahead[1] = faded;
+    }
+
+    // Runs a pass whose last three steps decay for token i and look ahead.
+    template <class Pass>
+    INLINE void close(Pass& pass, int step, int64_t i) {
+      rows.decay(pass, step, i);
+      pass.w[step + 1] = ahead[0], pass.w[step + 2] = ahead[1];
+      pass(S.M, job.k);
+      if (Pass::kind[step + 1] == read)
+        UNROLL for (int n = 0; n < N; ++n) seen[0][n] = pass.x[step + 1][n], seen[1][n] = pass.x[step + 2][n];
+    }
+
+    // β r, and r kept.
+    INLINE void correct(int64_t j, const Lanes<T>* predicted, Lanes<T>* correction) {
+      const T *wanted = rows.value(j), strength = rows.beta(j);
+      UNROLL for (int n = 0; n < N; ++n) {
+        Lanes<T> error = columns.load(wanted, n);
+        if (erases) error -= predicted[n];
+        if (erases && job.errors) columns.store(job.errors + rows.write(j) * job.v, n, error);
+        correction[n] = strength * error;
+      }
+    }
+    // Of two writes. Both were predicted before either is written; the second sees the first one's write.
+    INLINE void correct_two(int64_t j, Lanes<T>* first, Lanes<T>* second) {
+      correct(j, seen[0], first);
+      if (erases) {
+        const T overlap = dot(rows.key(j), ahead[1], job.k);
+        const T alpha = decays == Decays::matrix && job.m == 1 ? *rows.alpha(j + 1) : T(1);
+        UNROLL for (int n = 0; n < N; ++n) {
+          seen[1][n] += overlap * first[n];
+          if (decays == Decays::matrix) seen[1][n] *= alpha;
+        }
+      }
+      correct(j + 1, seen[1], second);
+    }
+    INLINE void store(int64_t query, const Lanes<T>* read) {
+      UNROLL for (int n = 0; n < N; ++n) columns.store(job.out + query * job.v, n, job.scale * read[n]);
+    }
+
+    INLINE void two_tokens(int64_t i) {
+      Pass<T, N, write, read, fade, write, read, fade, look, look> pass;
+      const int64_t first = rows.query(i), second = rows.query(i + 1);
+      correct_two(i, pass.x[0], pass.x[3]);
+      look_ahead(i + 2);
+      pass.w[0] = rows.key(i), pass.w[1] = job.q + first * job.k;
+      pass.w[3] = rows.key(i + 1), pass.w[4] = job.q + second * job.k;
+      rows.decay(pass, 2, i + 1);
+      close(pass, 5, i + 2);
+      store(first, pass.x[1]), store(second, pass.x[4]);
+    }
+
+    // Where a token has three writes or more, the pass of its last two serves those before as well: then nothing decays,
+    // and a later pass reads again.
+    INLINE void one_token(int64_t i) {
+      const int64_t query = rows.query(i), next = (i + 1) * job.m, decays_for = job.g == 1 ? i + 1 : job.t;
+      int64_t j = i * job.m;
+      for (; j + 2 <= next; j += 2) {
+        Pass<T, N, write, write, read, fade, look, look> pass;
+        correct_two(j, pass.x[0], pass.x[1]);
+        look_ahead(j + 2);
+        pass.w[0] = rows.key(j), pass.w[1] = rows.key(j + 1), pass.w[2] = job.q + query * job.k;
+        close(pass, 3, j + 2 == next ? decays_for : job.t);
+        store(query, pass.x[2]);
+      }
+      if (j < next) {
+        Pass<T, N, write, read, fade, look, look> pass;
+        correct(j, seen[0], pass.x[0]);
+        look_ahead(next);
+        pass.w[0] = rows.key(j), pass.w[1] = job.q + query * job.k;
+        close(pass, 2, decays_for);
+        store(query, pass.x[1]);
+      }
+      for (int64_t other = query + 1; other < query + job.g; ++other) {
+        if (decays != Decays::nothing && other + 1 == query + job.g) {
+          store(other, read_and_close(other, i + 1).x[0]);
+        } else {
+          Pass<T, N, read> pass;
+          pass.w[0] = job.q + other * job.k;
+          pass(S.M, job.k);
+          store(other, pass.x[0]);
+        }
+      }
+    }
+
+    INLINE Pass<T, N, read, fade, look, look> read_and_close(int64_t query, int64_t i) {
+      Pass<T, N, read, fade, look, look> pass;
+      pass.w[0] = job.q + query * job.k;
+      close(pass, 1, i);
+      return pass;
+    }
+
+    INLINE void fetch(int64_t i) {
+      if (i >= job.t) return;
+      rows.fetch(i);
+      prefetch_to_write(job.out + rows.query(i) * job.v, job.g * job.v);
+      for (int64_t j = i * job.m; j < (i + 1) * job.m; ++j) {
+        prefetch(job.value + rows.write(j) * job.v, job.v);
+        if (erases && job.errors) prefetch_to_write(job.errors + rows.write(j) * job.v, job.v);
+      }
+    }
+  };
+
+  template <int N>
+  void forward(int64_t head, int64_t slice) const {
+    Forward<N>(*this, head, slice);
+  }
+};
+
+// work(job) for a call's sizes and for what its tensors say: one α for a matrix or one for each of its rows (or
+// neither), and whether there is a key to erase.
+template <class T, class Work>
+void with_fast_weights(FastWeightsCall<T>& call, const T* by_matrix, const T* by_row, const int64_t* size, const Work& work) {
+  call.b = size[0], call.t = size[1], call.m = size[2] / size[1], call.h = size[4], call.k = size[5], call.v = size[6];
+  call.g = size[3] / call.h, call.alpha = by_row ? by_row : by_matrix;
+  const int64_t width = std::max(call.k, call.v);
+  const std::vector<T> zeros(call.marks.live ? width : 0), ones(by_row || by_matrix ? width : 0, T(1));
+  call.zeros = zeros.data(), call.ones = ones.data();
+  const auto with_decay = [&](auto erases) {
+    if (by_row) work(FastWeights<T, Decays::rows, erases>{call});
+    else if (by_matrix) work(FastWeights<T, Decays::matrix, erases>{call});
+    else work(FastWeights<T, Decays::nothing, erases>{call});
+  };
+  call.erase ? with_decay(std::true_type()) : with_decay(std::false_type());
+}
+
+template <class T>
+void fast_weights_forward(int threads, const int64_t* size, double scale, void* const* x) {
+  FastWeightsCall<T> call = {};
+  const T *by_matrix, *by_row;
+  from(x, call.q, call.key, call.value, call.beta, by_matrix, by_row, call.erase, call.state, call.marks.resets,
+       call.marks.live, call.out, call.final_state, call.errors);
+  call.scale = T(scale);
+  with_fast_weights(call, by_matrix, by_row, size, [&](const auto& job) {
+    const int64_t work = (2 * job.m + job.g) * job.b * job.t * job.h * job.k * job.v;
+    for_slices<T>(threads_for(threads, work), job.b * job.h, job.k, job.v, [&](auto N, int64_t head, int64_t slice) {
+      job.template forward<N>(head, slice);
+    });
+  });
+}

@@ -1,0 +1,343 @@
+// The gradients of fast weights. With G the gradient of S after a write, G⁻ and S⁻ both before it and after the decay:
+//
+//     du = Gᵀ k (that of β r)     dβ = du · r     dv = β du     dk = β G r     da = −S⁻ dv     G⁻ = G − a ⊗ dv
+//     dq = scale · S dout         G ← α ⊙ G⁻ + scale · q ⊗ dout, one token earlier
+//
+// Given r and dv, every step only decays a matrix and adds products to it, so that S itself is rebuilt forwards from the
+// initial state: nothing but r is kept, and nothing is inverted. One sweep over G backwards in time, then one over the
+// transpose of S forwards, so that the sums over v (dq, da) run along lanes; those of G r are a sum for each row.
+//
+// Of log α_t it is P_t = Σ_v G⁻ ⊙ S⁻ at the token's first write, which needs no sweep in which both are there:
+//
+//     P_t = P_{t+1} + q ⊙ dq + Σ_writes (a ⊙ da − k ⊙ dk)        or, summed over rows, P_{t+1} + out · dout − Σ v · dv
+//
+// from P = Σ_v d_final ⊙ final after the last token, and 0 where a segment ends before.
+
+// Where the columns of one task add up what is a sum over all of them: dk without a's part, dβ, and a matrix's d log α.
+template <class T>
+struct Sums {
+  T *d_key, *d_beta, *d_decay;
+  bool first;  // nothing is there yet
+};
+
+// Backwards in time over columns of G: dv, the gradient of the initial state, and these columns' part of the sums.
+template <class T, Decays decays, bool erases, int N>
+struct BackwardColumns {
+  using Job = FastWeights<T, decays, erases>;
+  const Job& job;
+  const typename Job::Rows rows;
+  const Columns<T, N> columns;
+  const Sums<T> sums;
+  Slice<T, N> G;
+  Lanes<T> own[N], d_error[N] = {}, d_read[N];  // d_error: dv of the write after the one at hand
+  Lanes<T> product = {};                        // P
+
+  BackwardColumns(const Job& job, int64_t head, int64_t slice, Sums<T> sums)
+      : job(job), rows(job, head), columns{job.v, slice}, sums(sums), G{columns, job.k, scratch<T>(job.k * N)} {
+    const int64_t matrix = head * job.k * job.v;
+    G.read(job.d_final + matrix);
+    UNROLL for (int n = 0; n < N; ++n) own[n] = columns.own(n);
+    if (decays == Decays::matrix)
+      for (int64_t row = 0; row < job.k; ++row)
+        UNROLL for (int n = 0; n < N; ++n) product += own[n] * G.M[row * N + n] * columns.load(job.final_state + matrix + row * job.v, n);
+    for (int64_t i = job.t - 1; i >= 0; --i) {
+      const bool last = i + 1 == job.t || rows.reset(i + 1);  // of its segment: nothing later is looked at
+      if (i > 1) fetch(i - 2);
+      if (last && i + 1 < job.t) {
+        G.clear();
+        UNROLL for (int n = 0; n < N; ++n) d_error[n] = Lanes<T>{};
+        product = Lanes<T>{};
+      }
+      token(i, last);
+    }
+    Pass<T, N, erases ? write : skip, Job::fade> begin;
+    settle(begin, 0);
+    if (rows.reset(0)) G.clear();
+    G.write(job.d_state + matrix);
+  }
+
+  // G − a ⊗ dv of write m·i, decayed by token i: what is left of it before that token.
+  template <class Pass>
+  INLINE void settle(Pass& pass, int64_t i) {
+    UNROLL for (int n = 0; n < N; ++n) pass.x[0][n] = -d_error[n];
+    pass.w[0] = rows.erase(i * job.m);
+    rows.decay(pass, 1, i);
+    pass(G.M, job.k);
+  }
+
+  INLINE void token(int64_t i, bool last) {
+    const int64_t first = (i + 1) * job.m - 1, query = rows.query(i), later = last ? job.t : i + 1;
+    bool settled = false;
+    for (int64_t other = query + 1; other < query + job.g; ++other) {
+      d_read_of(other);
+      if (decays != Decays::nothing && !settled && later < job.t) {
+        Pass<T, N, erases ? write : skip, Job::fade, write> pass;
+        UNROLL for (int n = 0; n < N; ++n) pass.x[2][n] = d_read[n];
+        pass.w[2] = job.q + other * job.k;
+        settle(pass, later);
+        settled = true;
+        UNROLL for (int n = 0; n < N; ++n) d_error[n] = Lanes<T>{};
+      } else {
+        Pass<T, N, write> pass;
+        UNROLL for (int n = 0; n < N; ++n) pass.x[0][n] = d_read[n];
+        pass.w[0] = job.q + other * job.k;
+        pass(G.M, job.k);
+      }
+    }
+    d_read_of(query);
+    one_write<true>(first, later == job.t ? first : first + 1, rows.alpha(settled ? job.t : later), job.q + query * job.k);
+    for (int64_t j = first - 1; j >= i * job.m; --j) one_write<false>(j, j + 1, nullptr, nullptr);
+    if (decays != Decays::matrix) return;
+    const T sum = rows.live(i) && !rows.reset(i) ? sum_of<T>(product) : T(0);
+    T& total = sums.d_decay[rows.token(i)];
+    total = sums.first ? sum : total + sum;
+  }
+
+  INLINE void d_read_of(int64_t query) {
+    UNROLL for (int n = 0; n < N; ++n) {
+      d_read[n] = columns.load(job.d_out + query * job.v, n);
+      if (decays == Decays::matrix) product += own[n] * d_read[n] * columns.load(job.out + query * job.v, n);
+      d_read[n] *= job.scale;
+    }
+  }
+
+  // One write, the token's last with its decay and read. later: the write after it, of which d_error is known.
+  template <bool reads>
+  INLINE void one_write(int64_t j, int64_t later, const T* alpha, const T* reader) {
+    const T *key = rows.key(j), *erased = rows.erase(later), strength = rows.beta(j);
+    Lanes<T> error[N], d_write[N] = {}, alphas = {};
+    UNROLL for (int n = 0; n < N; ++n) error[n] = own[n] * columns.load(rows.error(j), n);
+    if (reads && decays == Decays::matrix) alphas = broadcast(alpha);
+    T* const d_key = sums.d_key + rows.write(j) * job.k;
+    for (int64_t row = 0; row < job.k; row += L<T>) {
+      const int64_t count = std::min<int64_t>(L<T>, job.k - row);
+      Lanes<T> products[L<T>];
+      for (int64_t i = count; i < L<T>; ++i) products[i] = Lanes<T>{};
+      for (int64_t i = 0; i < count; ++i) {
+        Lanes<T>* M = G.M + (row + i) * N;
+        const Lanes<T> written = broadcast(key + row + i);
+        Lanes<T> before, read, product = {};
+        if (erases) before = broadcast(erased + row + i);
+        if (reads) read = broadcast(reader + row + i);
+        if (reads && decays == Decays::rows) alphas = broadcast(alpha + row + i);
+        UNROLL for (int n = 0; n < N; ++n) {
+          Lanes<T> m = M[n];
+          if (erases) m -= d_error[n] * before;
+          if (reads && decays != Decays::nothing) m *= alphas;
+          if (reads) m += d_read[n] * read;
+          d_write[n] += m * written;
+          product += m * error[n];
+          if (erases || reads) M[n] = m;
+        }
+        products[i] = product;
+      }
+      const Lanes<T> sum = strength * sums_of<T>(products);
+      store_until(d_key, row, job.k, sums.first ? sum : load_until(d_key, row, job.k) + sum);
+    }
+    Lanes<T> d_beta = {};
+    UNROLL for (int n = 0; n < N; ++n) {
+      d_beta += d_write[n] * error[n];
+      d_error[n] = strength * d_write[n];
+      columns.store(job.d_value + rows.write(j) * job.v, n, d_error[n]);
+      if (decays == Decays::matrix) product -= own[n] * d_error[n] * columns.load(rows.value(j), n);
+    }
+    T& sum = sums.d_beta[rows.write(j)];
+    sum = (sums.first ? T(0) : sum) + sum_of<T>(d_beta);
+  }
+
+  INLINE void fetch(int64_t i) {
+    rows.fetch(i);
+    prefetch(job.d_out + rows.query(i) * job.v, job.g * job.v);
+    if (decays == Decays::matrix) prefetch(job.out + rows.query(i) * job.v, job.g * job.v);
+    for (int64_t j = i * job.m; j < (i + 1) * job.m; ++j) {
+      prefetch((erases ? job.errors : job.value) + rows.write(j) * job.v, job.v);
+      if (erases && decays == Decays::matrix) prefetch(job.value + rows.write(j) * job.v, job.v);
+      prefetch_to_write(job.d_value + rows.write(j) * job.v, job.v);
+      prefetch_to_write(sums.d_key + rows.write(j) * job.k, job.k);
+    }
+  }
+};
+
+// Given dv: dq, da and, of decay by rows, d log α, by columns of the transpose of S.
+template <class T, Decays decays, bool erases, int N>
+struct BackwardRows {
+  using Job = FastWeights<T, decays, erases>;
+  static constexpr Step fade = Job::fade_transposed, look = Job::look;
+
+  const Job& job;
+  const typename Job::Rows rows;
+  const Columns<T, N> columns;
+  Slice<T, N> S;
+
+  BackwardRows(const Job& job, int64_t head, int64_t slice)
+      : job(job), rows(job, head), columns{job.k, slice}, S{columns, job.v, scratch<T>(job.v * N)} {
+    S.read_transposed(job.state + head * job.k * job.v);
+    for (int64_t i = 0; i < job.t;) {
+      const bool two = job.m == 1 && job.g == 1 && i + 1 < job.t && !rows.reset(i + 1);
+      fetch(i + 2 + two), fetch(i + 3 + two);
+      if (rows.reset(i)) S.clear();
+      two ? two_tokens(i) : one_token(i);
+      i += 1 + two;
+    }
+    if (decays == Decays::rows) add_up(head);
+  }
+
+  // Four steps: of token i's decay, of write j (its prediction, then the write itself), and of a read.
+  template <class Pass>
+  INLINE void set_decay(Pass& pass, int step, int64_t i) {
+    if (decays == Decays::nothing) return;
+    UNROLL for (int n = 0; n < N; ++n)
+      pass.x[step][n] = decays == Decays::matrix ? broadcast(rows.alpha(i)) : columns.load(rows.alpha(i), n);
+  }
+  template <class Pass>
+  INLINE void set_write(Pass& pass, int step, int64_t j) {
+    const T *key = rows.key(j), strength = rows.beta(j);
+    pass.w[step] = job.d_value + rows.write(j) * job.v, pass.w[step + 1] = rows.error(j);
+    UNROLL for (int n = 0; n < N; ++n) pass.x[step + 1][n] = strength * columns.load(key, n);
+  }
+  template <class Pass>
+  INLINE void set_read(Pass& pass, int step, int64_t query) {
+    pass.w[step] = job.d_out + query * job.v;
+  }
+
+  // What those steps gave, and into `total` its part of P_t − P_{t+1}.
+  template <class Pass>
+  INLINE void take_write(const Pass& pass, int step, int64_t j, Lanes<T>* total) {
+    const int64_t row = rows.write(j) * job.k;
+    UNROLL for (int n = 0; n < N; ++n) {
+      const Lanes<T> d_erase = -pass.x[step][n];
+      if (decays == Decays::rows) {
+        total[n] -= columns.load(rows.key(j), n) * columns.load(job.d_key + row, n);
+        if (erases) total[n] += columns.load(rows.erase(j), n) * d_erase;
+      }
+      if (erases && job.d_erase) columns.store(job.d_erase + row, n, d_erase);
+      else if (erases) columns.add(job.d_key + row, n, d_erase);
+    }
+  }
+  template <class Pass>
+  INLINE void take_read(const Pass& pass, int step, int64_t query, Lanes<T>* total) {
+    UNROLL for (int n = 0; n < N; ++n) {
+      const Lanes<T> d_query = job.scale * pass.x[step][n];
+      columns.store(job.d_q + query * job.k, n, d_query);
+      if (decays == Decays::rows) total[n] += columns.load(job.q + query * job.k, n) * d_query;
+    }
+  }
+  INLINE void take_total(int64_t i, const Lanes<T>* total) {
+    if (decays == Decays::rows)
+      UNROLL for (int n = 0; n < N; ++n) columns.put(job.d_decay + rows.token(i) * job.k, n, total[n]);
+  }
+
+  INLINE void two_tokens(int64_t i) {
+    Pass<T, N, fade, look, write, read, fade, look, write, read> pass;
+    set_decay(pass, 0, i), set_write(pass, 1, i), set_read(pass, 3, rows.query(i));
+    set_decay(pass, 4, i + 1), set_write(pass, 5, i + 1), set_read(pass, 7, rows.query(i + 1));
+    pass(S.M, job.v);
+    for (int second = 0; second < 2; ++second) {
+      Lanes<T> total[N] = {};
+      take_write(pass, 1 + 4 * second, i + second, total), take_read(pass, 3 + 4 * second, rows.query(i + second), total);
+      take_total(i + second, total);
+    }
+  }
+
+  INLINE void one_token(int64_t i) {
+    const int64_t begin = i * job.m, end = begin + job.m, query = rows.query(i);
+    Lanes<T> total[N] = {};
+    for (int64_t j = begin; j < end;) {
+      const int64_t decays_for = j == begin ? i : job.t;
+      if (j + 2 == end) {
+        Pass<T, N, fade, look, write, look, write, read> pass;
+        set_decay(pass, 0, decays_for), set_write(pass, 1, j), set_write(pass, 3, j + 1), set_read(pass, 5, query);
+        pass(S.M, job.v);
+        take_write(pass, 1, j, total), take_write(pass, 3, j + 1, total), take_read(pass, 5, query, total);
+        j += 2;
+      } else {
+        Pass<T, N, fade, look, write, read> pass;
+        set_decay(pass, 0, decays_for), set_write(pass, 1, j), set_read(pass, 3, query);
+        pass(S.M, job.v);
+        take_write(pass, 1, j, total);
+        if (++j == end) take_read(pass, 3, query, total);
+      }
+    }
+    for (int64_t other = query + 1; other < query + job.g; ++other) {
+      Pass<T, N, read> pass;
+      set_read(pass, 0, other);
+      pass(S.M, job.v);
+      take_read(pass, 0, other, total);
+    }
+    take_total(i, total);
+  }
+
+  // d log α by rows: what each token adds is there, and becomes the sum of it and all later ones of its segment.
+  INLINE void add_up(int64_t head) {
+    Lanes<T> sum[N] = {};
+    for (int n = 0; n < N; ++n)
+      for (int64_t lane = 0; lane < columns.lanes(); ++lane) {
+        const int64_t row = (head * job.k + columns.at(n) + lane) * job.v;
+        sum[n][lane] = dot(job.d_final + row, job.final_state + row, job.v);
+      }
+    for (int64_t i = job.t - 1; i >= 0; --i) {
+      T* const d_decay = job.d_decay + rows.token(i) * job.k;
+      const bool reset = rows.reset(i), decayed = rows.live(i) && !reset;
+      UNROLL for (int n = 0; n < N; ++n) {
+        sum[n] += columns.load(d_decay, n);
+        columns.put(d_decay, n, decayed ? sum[n] : Lanes<T>{});
+        if (reset) sum[n] = Lanes<T>{};
+      }
+    }
+  }
+
+  INLINE void fetch(int64_t i) {
+    if (i >= job.t) return;
+    rows.fetch(i);
+    prefetch(job.d_out + rows.query(i) * job.v, job.g * job.v);
+    prefetch_to_write(job.d_q + rows.query(i) * job.k, job.g * job.k);
+    for (int64_t j = i * job.m; j < (i + 1) * job.m; ++j) {
+      prefetch((erases ? job.errors : job.value) + rows.write(j) * job.v, job.v);
+      prefetch(job.d_value + rows.write(j) * job.v, job.v);
+      if (erases) prefetch_to_write((job.d_erase ? job.d_erase : job.d_key) + rows.write(j) * job.k, job.k);
+    }
+  }
+};
+
+// A head's slices are one task, which then goes on with the rows while the head's tokens are still in the cache; or as
+// many as it takes to give every thread one: each but the first then has its own sums.
+template <class T, Decays decays, bool erases>
+void backward(int threads, const FastWeights<T, decays, erases>& job) {
+  const int64_t heads = job.b * job.h, tokens = heads * job.t, writes = tokens * job.m;
+  threads = threads_for(threads, (7 * job.m + 2 * job.g) * tokens * job.k * job.v);
+  const Slicing cut = slicing<T>(job.k, job.v, heads, threads);
+  const int64_t tasks = std::min<int64_t>(cut.count, (threads + heads - 1) / heads);
+  const int64_t sums = writes * (job.k + 1) + (decays == Decays::matrix ? tokens : 0);
+  std::vector<T> others((tasks - 1) * sums);
+  const auto rows = [&](auto N, int64_t head, int64_t slice) { BackwardRows<T, decays, erases, N>(job, head, slice); };
+  Pool::run(threads, heads * tasks, [&](int64_t i) {
+    const int64_t head = i / tasks, task = i % tasks;
+    T* mine = task ? others.data() + (task - 1) * sums : nullptr;
+    Sums<T> add{job.d_key, job.d_beta, job.d_decay, true};
+    if (task) add = {mine, mine + writes * job.k, mine + writes * (job.k + 1), true};
+    for (int64_t slice = task; slice < cut.count; slice += tasks, add.first = false)
+      with_vectors<T>(cut.vectors, [&](auto N) { BackwardColumns<T, decays, erases, N>(job, head, slice, add); });
+    if (tasks == 1) for_slices<T>(1, 1, job.v, job.k, [&](auto N, int64_t, int64_t slice) { rows(N, head, slice); });
+  });
+  if (tasks == 1) return;
+  for (int64_t task = 1; task < tasks; ++task) {
+    const T* theirs = others.data() + (task - 1) * sums;
+    for (int64_t i = 0; i < writes * job.k; ++i) job.d_key[i] += *theirs++;
+    for (int64_t i = 0; i < writes; ++i) job.d_beta[i] += *theirs++;
+    if (decays == Decays::matrix)
+      for (int64_t i = 0; i < tokens; ++i) job.d_decay[i] += *theirs++;
+  }
+  for_slices<T>(threads, heads, job.v, job.k, rows);
+}
+
+template <class T>
+void fast_weights_backward(int threads, const int64_t* size, double scale, void* const* x) {
+  FastWeightsCall<T> call = {};
+  const T *by_matrix, *by_row;
+  T *d_by_matrix, *d_by_row;
+  from(x, call.q, call.key, call.value, call.beta, by_matrix, by_row, call.erase, call.state, call.marks.resets,
+       call.marks.live, call.errors, call.out, call.final_state, call.d_out, call.d_final, call.d_q, call.d_key,
+       call.d_value, call.d_beta, d_by_matrix, d_by_row, call.d_erase, call.d_state);
+  call.scale = T(scale), call.d_decay = d_by_row ? d_by_row : d_by_matrix;
+  with_fast_weights(call, by_matrix, by_row, size, [&](const auto& job) { backward(threads, job); });
+}
