@@ -65,6 +65,16 @@ struct FastWeights : FastWeightsCall<T> {
     }
   };
 
+  // What one pass over S serves, from token i and its write j on: a write of each of two tokens, two of one, or one.
+  struct Stretch {
+    const int64_t i, j;
+    const bool tokens, two, begins, ends;
+
+    INLINE Stretch(const Rows& rows, int64_t i, int64_t j)
+        : i(i), j(j), tokens(rows.job.m == 1 && rows.g == 1 && i + 1 < rows.t && !rows.reset(i + 1)),
+          two(tokens || j + 1 < (i + 1) * rows.job.m), begins(j == i * rows.job.m), ends(tokens || j + 1 + two == (i + 1) * rows.job.m) {}
+  };
+
   template <int N>
   struct Forward {
     const FastWeights& job;
@@ -81,15 +91,16 @@ struct FastWeights : FastWeightsCall<T> {
       S.read(job.state + head * job.k * job.v);
       look_ahead(0);
       read_and_close(rows.query(0), 0);
-      for (int64_t i = 0; i < job.t;) {
-        const bool two = job.m == 1 && job.g == 1 && i + 1 < job.t && !rows.reset(i + 1);
-        fetch(i + 3 + two), fetch(i + 4 + two);
-        if (rows.reset(i)) {
+      for (int64_t i = 0, j = 0; i < job.t;) {
+        const Stretch now(rows, i, j);
+        if (now.begins && rows.reset(i)) {
           S.clear();
           UNROLL for (int n = 0; n < N; ++n) seen[0][n] = seen[1][n] = Lanes<T>{};
         }
-        two ? two_tokens(i) : one_token(i);
-        i += 1 + two;
+        if (now.begins) fetch(i + 3 + now.tokens), fetch(i + 4 + now.tokens);
+        put(now);
+        j += 1 + now.two;
+        i += now.ends + now.tokens;
       }
       S.write(job.final_state + head * job.k * job.v);
     }
@@ -125,68 +136,65 @@ struct FastWeights : FastWeightsCall<T> {
         correction[n] = strength * error;
       }
     }
-    // Of two writes. Both were predicted before either is written; the second sees the first one's write.
-    INLINE void correct_two(int64_t j, Lanes<T>* first, Lanes<T>* second) {
-      correct(j, seen[0], first);
-      if (erases) {
-        const T overlap = dot(rows.key(j), ahead[1], job.k);
-        const T alpha = decays == Decays::matrix && job.m == 1 ? *rows.alpha(j + 1) : T(1);
-        UNROLL for (int n = 0; n < N; ++n) {
-          seen[1][n] += overlap * first[n];
-          if (decays == Decays::matrix) seen[1][n] *= alpha;
-        }
-      }
-      correct(j + 1, seen[1], second);
-    }
     INLINE void store(int64_t query, const Lanes<T>* read) {
       UNROLL for (int n = 0; n < N; ++n) columns.store(job.out + query * job.v, n, job.scale * read[n]);
     }
 
-    INLINE void two_tokens(int64_t i) {
-      Pass<T, N, write, read, fade, write, read, fade, look, look> pass;
-      const int64_t first = rows.query(i), second = rows.query(i + 1);
-      correct_two(i, pass.x[0], pass.x[3]);
-      look_ahead(i + 2);
-      pass.w[0] = rows.key(i), pass.w[1] = job.q + first * job.k;
-      pass.w[3] = rows.key(i + 1), pass.w[4] = job.q + second * job.k;
-      rows.decay(pass, 2, i + 1);
-      close(pass, 5, i + 2);
-      store(first, pass.x[1]), store(second, pass.x[4]);
-    }
-
-    // Where a token has three writes or more, the pass of its last two serves those before as well: then nothing decays,
-    // and a later pass reads again.
-    INLINE void one_token(int64_t i) {
-      const int64_t query = rows.query(i), next = (i + 1) * job.m, decays_for = job.g == 1 ? i + 1 : job.t;
-      int64_t j = i * job.m;
-      for (; j + 2 <= next; j += 2) {
-        Pass<T, N, write, write, read, fade, look, look> pass;
-        correct_two(j, pass.x[0], pass.x[1]);
-        look_ahead(j + 2);
-        pass.w[0] = rows.key(j), pass.w[1] = rows.key(j + 1), pass.w[2] = job.q + query * job.k;
-        close(pass, 3, j + 2 == next ? decays_for : job.t);
-        store(query, pass.x[2]);
-      }
-      if (j < next) {
-        Pass<T, N, write, read, fade, look, look> pass;
-        correct(j, seen[0], pass.x[0]);
-        look_ahead(next);
-        pass.w[0] = rows.key(j), pass.w[1] = job.q + query * job.k;
-        close(pass, 2, decays_for);
-        store(query, pass.x[1]);
-      }
-      for (int64_t other = query + 1; other < query + job.g; ++other) {
-        if (decays != Decays::nothing && other + 1 == query + job.g) {
-          store(other, read_and_close(other, i + 1).x[0]);
-        } else {
-          Pass<T, N, read> pass;
-          pass.w[0] = job.q + other * job.k;
-          pass(S.M, job.k);
-          store(other, pass.x[0]);
+    // One pass. Of two writes, both were predicted before either is written; the second sees the first one's write. Where
+    // a token goes on after it, nothing decays and what is read is read again.
+    INLINE void put(const Stretch& now) {
+      const int64_t i = now.i, j = now.j, query = rows.query(i), other = rows.query(i + now.tokens);
+      const T *const key = rows.key(j), *const second_key = rows.key(j + now.two);
+      Lanes<T> correction[2][N] = {}, got[2][N] = {};
+      correct(j, seen[0], correction[0]);
+      if (now.two) {
+        if (erases) {
+          const T overlap = dot(key, ahead[1], job.k);
+          const T alpha = decays == Decays::matrix && now.tokens ? *rows.alpha(i + 1) : T(1);
+          UNROLL for (int n = 0; n < N; ++n) {
+            seen[1][n] += overlap * correction[0][n];
+            if (decays == Decays::matrix) seen[1][n] *= alpha;
+          }
         }
+        correct(j + 1, seen[1], correction[1]);
       }
+      look_ahead(j + 1 + now.two);
+      const int64_t decays_for = now.ends && job.g == 1 ? i + 1 + now.tokens : job.t;
+      if (now.tokens) {
+        Pass<T, N, write, read, fade, write, read, fade, look, look> pass;
+        pass.w[0] = key, pass.w[1] = job.q + query * job.k, pass.w[3] = second_key, pass.w[4] = job.q + other * job.k;
+        copy(pass.x[0], correction[0]), copy(pass.x[3], correction[1]);
+        rows.decay(pass, 2, i + 1);
+        close(pass, 5, decays_for);
+        copy(got[0], pass.x[1]), copy(got[1], pass.x[4]);
+      } else if (now.two) {
+        Pass<T, N, write, write, read, fade, look, look> pass;
+        pass.w[0] = key, pass.w[1] = second_key, pass.w[2] = job.q + query * job.k;
+        copy(pass.x[0], correction[0]), copy(pass.x[1], correction[1]);
+        close(pass, 3, decays_for);
+        copy(got[0], pass.x[2]);
+      } else {
+        Pass<T, N, write, read, fade, look, look> pass;
+        pass.w[0] = key, pass.w[1] = job.q + query * job.k;
+        copy(pass.x[0], correction[0]);
+        close(pass, 2, decays_for);
+        copy(got[0], pass.x[1]);
+      }
+      store(query, got[0]);
+      if (now.tokens) store(other, got[1]);
+      if (now.ends && job.g > 1) read_others(i);
     }
 
+    INLINE void read_others(int64_t i) {
+      const int64_t last = rows.query(i) + job.g - 1;
+      for (int64_t query = rows.query(i) + 1; query < last + (decays == Decays::nothing); ++query) {
+        Pass<T, N, read> pass;
+        pass.w[0] = job.q + query * job.k;
+        pass(S.M, job.k);
+        store(query, pass.x[0]);
+      }
+      if (decays != Decays::nothing) store(last, read_and_close(last, i + 1).x[0]);
+    }
     INLINE Pass<T, N, read, fade, look, look> read_and_close(int64_t query, int64_t i) {
       Pass<T, N, read, fade, look, look> pass;
       pass.w[0] = job.q + query * job.k;
@@ -223,7 +231,8 @@ void with_fast_weights(FastWeightsCall<T>& call, const T* by_matrix, const T* by
   const auto with_decay = [&](auto erases) {
     if (by_row) work(FastWeights<T, Decays::rows, erases>{call});
     else if (by_matrix) work(FastWeights<T, Decays::matrix, erases>{call});
-    else work(FastWeights<T, Decays::nothing, erases>{call});
+    else if constexpr (erases) work(FastWeights<T, Decays::nothing, true>{call});
+    else throw std::invalid_argument("a decay, or a key to erase");
   };
   call.erase ? with_decay(std::true_type()) : with_decay(std::false_type());
 }

@@ -104,36 +104,11 @@ struct BackwardColumns {
   // One write, the token's last with its decay and read. later: the write after it, of which d_error is known.
   template <bool reads>
   INLINE void one_write(int64_t j, int64_t later, const T* alpha, const T* reader) {
-    const T *key = rows.key(j), *erased = rows.erase(later), strength = rows.beta(j);
-    Lanes<T> error[N], d_write[N] = {}, alphas = {};
+    const T strength = rows.beta(j);
+    Lanes<T> error[N], d_write[N];
     UNROLL for (int n = 0; n < N; ++n) error[n] = own[n] * columns.load(rows.error(j), n);
-    if (reads && decays == Decays::matrix) alphas = broadcast(alpha);
-    T* const d_key = sums.d_key + rows.write(j) * job.k;
-    for (int64_t row = 0; row < job.k; row += L<T>) {
-      const int64_t count = std::min<int64_t>(L<T>, job.k - row);
-      Lanes<T> products[L<T>];
-      for (int64_t i = count; i < L<T>; ++i) products[i] = Lanes<T>{};
-      for (int64_t i = 0; i < count; ++i) {
-        Lanes<T>* M = G.M + (row + i) * N;
-        const Lanes<T> written = broadcast(key + row + i);
-        Lanes<T> before, read, product = {};
-        if (erases) before = broadcast(erased + row + i);
-        if (reads) read = broadcast(reader + row + i);
-        if (reads && decays == Decays::rows) alphas = broadcast(alpha + row + i);
-        UNROLL for (int n = 0; n < N; ++n) {
-          Lanes<T> m = M[n];
-          if (erases) m -= d_error[n] * before;
-          if (reads && decays != Decays::nothing) m *= alphas;
-          if (reads) m += d_read[n] * read;
-          d_write[n] += m * written;
-          product += m * error[n];
-          if (erases || reads) M[n] = m;
-        }
-        products[i] = product;
-      }
-      const Lanes<T> sum = strength * sums_of<T>(products);
-      store_until(d_key, row, job.k, sums.first ? sum : load_until(d_key, row, job.k) + sum);
-    }
+    const T* const w[] = {rows.key(j), rows.erase(later), alpha, reader};
+    sweep<reads>(G.M, job.k, w, d_error, d_read, error, d_write, strength, sums.d_key + rows.write(j) * job.k, sums.first);
     Lanes<T> d_beta = {};
     UNROLL for (int n = 0; n < N; ++n) {
       d_beta += d_write[n] * error[n];
@@ -143,6 +118,41 @@ struct BackwardColumns {
     }
     T& sum = sums.d_beta[rows.write(j)];
     sum = (sums.first ? T(0) : sum) + sum_of<T>(d_beta);
+  }
+
+  // Its pass over G: du = Gᵀ k, and β G r. A call of its own, so that nothing else takes registers.
+  template <bool reads>
+  OUTLINE static void sweep(Lanes<T>* M, int64_t k, const T* const* w, const Lanes<T>* d_error, const Lanes<T>* d_read,
+                            const Lanes<T>* r, Lanes<T>* d_write, T strength, T* d_key, bool first) {
+    const T *key = w[0], *erased = w[1], *alpha = w[2], *reader = w[3];
+    Lanes<T> later[N], now[N], error[N], sum[N] = {}, alphas = {};
+    UNROLL for (int n = 0; n < N; ++n) later[n] = d_error[n], now[n] = d_read[n], error[n] = r[n];
+    if (reads && decays == Decays::matrix) alphas = broadcast(alpha);
+    for (int64_t row = 0; row < k; row += L<T>) {
+      const int64_t count = std::min<int64_t>(L<T>, k - row);
+      Lanes<T> products[L<T>];
+      for (int64_t i = count; i < L<T>; ++i) products[i] = Lanes<T>{};
+      for (int64_t i = 0; i < count; ++i, M += N) {
+        const Lanes<T> written = broadcast(key + row + i);
+        Lanes<T> before, read, product = {};
+        if (erases) before = broadcast(erased + row + i);
+        if (reads) read = broadcast(reader + row + i);
+        if (reads && decays == Decays::rows) alphas = broadcast(alpha + row + i);
+        UNROLL for (int n = 0; n < N; ++n) {
+          Lanes<T> m = M[n];
+          if (erases) m -= later[n] * before;
+          if (reads && decays != Decays::nothing) m *= alphas;
+          if (reads) m += now[n] * read;
+          sum[n] += m * written;
+          product += m * error[n];
+          if (erases || reads) M[n] = m;
+        }
+        products[i] = product;
+      }
+      const Lanes<T> total = strength * sums_of<T>(products);
+      store_until(d_key, row, k, first ? total : load_until(d_key, row, k) + total);
+    }
+    UNROLL for (int n = 0; n < N; ++n) d_write[n] = sum[n];
   }
 
   INLINE void fetch(int64_t i) {
@@ -172,12 +182,14 @@ struct BackwardRows {
   BackwardRows(const Job& job, int64_t head, int64_t slice)
       : job(job), rows(job, head), columns{job.k, slice}, S{columns, job.v, scratch<T>(job.v * N)} {
     S.read_transposed(job.state + head * job.k * job.v);
-    for (int64_t i = 0; i < job.t;) {
-      const bool two = job.m == 1 && job.g == 1 && i + 1 < job.t && !rows.reset(i + 1);
-      fetch(i + 2 + two), fetch(i + 3 + two);
-      if (rows.reset(i)) S.clear();
-      two ? two_tokens(i) : one_token(i);
-      i += 1 + two;
+    Lanes<T> total[N] = {};  // of a token: P_t − P_{t+1}
+    for (int64_t i = 0, j = 0; i < job.t;) {
+      const typename Job::Stretch now(rows, i, j);
+      if (now.begins && rows.reset(i)) S.clear();
+      if (now.begins) fetch(i + 2 + now.tokens), fetch(i + 3 + now.tokens);
+      put(now, total);
+      j += 1 + now.two;
+      i += now.ends + now.tokens;
     }
     if (decays == Decays::rows) add_up(head);
   }
@@ -200,71 +212,68 @@ struct BackwardRows {
     pass.w[step] = job.d_out + query * job.v;
   }
 
-  // What those steps gave, and into `total` its part of P_t − P_{t+1}.
-  template <class Pass>
-  INLINE void take_write(const Pass& pass, int step, int64_t j, Lanes<T>* total) {
+  // What those steps gave: −da, and dq / scale.
+  INLINE void take_write(int64_t j, const Lanes<T>* got, Lanes<T>* total) {
     const int64_t row = rows.write(j) * job.k;
     UNROLL for (int n = 0; n < N; ++n) {
-      const Lanes<T> d_erase = -pass.x[step][n];
       if (decays == Decays::rows) {
         total[n] -= columns.load(rows.key(j), n) * columns.load(job.d_key + row, n);
-        if (erases) total[n] += columns.load(rows.erase(j), n) * d_erase;
+        if (erases) total[n] -= columns.load(rows.erase(j), n) * got[n];
       }
-      if (erases && job.d_erase) columns.store(job.d_erase + row, n, d_erase);
-      else if (erases) columns.add(job.d_key + row, n, d_erase);
+      if (erases && job.d_erase) columns.store(job.d_erase + row, n, -got[n]);
+      else if (erases) columns.add(job.d_key + row, n, -got[n]);
     }
   }
-  template <class Pass>
-  INLINE void take_read(const Pass& pass, int step, int64_t query, Lanes<T>* total) {
+  INLINE void take_read(int64_t query, const Lanes<T>* got, Lanes<T>* total) {
     UNROLL for (int n = 0; n < N; ++n) {
-      const Lanes<T> d_query = job.scale * pass.x[step][n];
+      const Lanes<T> d_query = job.scale * got[n];
       columns.store(job.d_q + query * job.k, n, d_query);
       if (decays == Decays::rows) total[n] += columns.load(job.q + query * job.k, n) * d_query;
     }
   }
-  INLINE void take_total(int64_t i, const Lanes<T>* total) {
-    if (decays == Decays::rows)
-      UNROLL for (int n = 0; n < N; ++n) columns.put(job.d_decay + rows.token(i) * job.k, n, total[n]);
-  }
-
-  INLINE void two_tokens(int64_t i) {
-    Pass<T, N, fade, look, write, read, fade, look, write, read> pass;
-    set_decay(pass, 0, i), set_write(pass, 1, i), set_read(pass, 3, rows.query(i));
-    set_decay(pass, 4, i + 1), set_write(pass, 5, i + 1), set_read(pass, 7, rows.query(i + 1));
-    pass(S.M, job.v);
-    for (int second = 0; second < 2; ++second) {
-      Lanes<T> total[N] = {};
-      take_write(pass, 1 + 4 * second, i + second, total), take_read(pass, 3 + 4 * second, rows.query(i + second), total);
-      take_total(i + second, total);
+  INLINE void take_total(int64_t i, Lanes<T>* total) {
+    UNROLL for (int n = 0; n < N; ++n) {
+      if (decays == Decays::rows) columns.put(job.d_decay + rows.token(i) * job.k, n, total[n]);
+      total[n] = Lanes<T>{};
     }
   }
 
-  INLINE void one_token(int64_t i) {
-    const int64_t begin = i * job.m, end = begin + job.m, query = rows.query(i);
-    Lanes<T> total[N] = {};
-    for (int64_t j = begin; j < end;) {
-      const int64_t decays_for = j == begin ? i : job.t;
-      if (j + 2 == end) {
-        Pass<T, N, fade, look, write, look, write, read> pass;
-        set_decay(pass, 0, decays_for), set_write(pass, 1, j), set_write(pass, 3, j + 1), set_read(pass, 5, query);
-        pass(S.M, job.v);
-        take_write(pass, 1, j, total), take_write(pass, 3, j + 1, total), take_read(pass, 5, query, total);
-        j += 2;
-      } else {
-        Pass<T, N, fade, look, write, read> pass;
-        set_decay(pass, 0, decays_for), set_write(pass, 1, j), set_read(pass, 3, query);
-        pass(S.M, job.v);
-        take_write(pass, 1, j, total);
-        if (++j == end) take_read(pass, 3, query, total);
-      }
+  INLINE void put(const typename Job::Stretch& now, Lanes<T> (&total)[N]) {
+    const int64_t i = now.i, j = now.j, query = rows.query(i), decays_for = now.begins ? i : job.t;
+    Lanes<T> d_erase[2][N] = {}, d_query[2][N] = {};
+    if (now.tokens) {
+      Pass<T, N, fade, look, write, read, fade, look, write, read> pass;
+      set_decay(pass, 0, i), set_write(pass, 1, j), set_read(pass, 3, query);
+      set_decay(pass, 4, i + 1), set_write(pass, 5, j + 1), set_read(pass, 7, rows.query(i + 1));
+      pass(S.M, job.v);
+      copy(d_query[0], pass.x[3]), copy(d_query[1], pass.x[7]);
+      if (erases) copy(d_erase[0], pass.x[1]), copy(d_erase[1], pass.x[5]);
+    } else if (now.two) {
+      Pass<T, N, fade, look, write, look, write, read> pass;
+      set_decay(pass, 0, decays_for), set_write(pass, 1, j), set_write(pass, 3, j + 1), set_read(pass, 5, query);
+      pass(S.M, job.v);
+      copy(d_query[0], pass.x[5]);
+      if (erases) copy(d_erase[0], pass.x[1]), copy(d_erase[1], pass.x[3]);
+    } else {
+      Pass<T, N, fade, look, write, read> pass;
+      set_decay(pass, 0, decays_for), set_write(pass, 1, j), set_read(pass, 3, query);
+      pass(S.M, job.v);
+      copy(d_query[0], pass.x[3]);
+      if (erases) copy(d_erase[0], pass.x[1]);
     }
+    take_write(j, d_erase[0], total);
+    if (now.two && !now.tokens) take_write(j + 1, d_erase[1], total);
+    if (!now.ends) return;
+    take_read(query, d_query[0], total);
     for (int64_t other = query + 1; other < query + job.g; ++other) {
       Pass<T, N, read> pass;
       set_read(pass, 0, other);
       pass(S.M, job.v);
-      take_read(pass, 0, other, total);
+      take_read(other, pass.x[0], total);
     }
     take_total(i, total);
+    if (!now.tokens) return;
+    take_write(j + 1, d_erase[1], total), take_read(rows.query(i + 1), d_query[1], total), take_total(i + 1, total);
   }
 
   // d log α by rows: what each token adds is there, and becomes the sum of it and all later ones of its segment.

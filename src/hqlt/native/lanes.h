@@ -22,6 +22,11 @@ INLINE void store(T* to, Lanes<T> x) {
   __builtin_memcpy(to, &x, sizeof x);
 }
 
+template <class Vector, int N>
+INLINE void copy(Vector (&to)[N], const Vector (&from)[N]) {
+  UNROLL for (int n = 0; n < N; ++n) to[n] = from[n];
+}
+
 // One number in every lane of a register: left to itself, the compiler loads it anew for every use.
 template <class T>
 INLINE Lanes<T> broadcast(const T* from) {

@@ -34,6 +34,8 @@ def fast_weights(
     live: Live | None,
 ) -> tuple[Values, Matrix]:
     erases, a = (erase, None) if isinstance(erase, bool) else (True, erase)
+    if decay is None and erase is False:
+        decay = q.new_zeros(q.shape[0], q.shape[1], k.shape[2])  # one kernel less to build
     q, k, v, beta = native.cast(state.dtype, q, k, v, beta)
     decay, a = (x if x is None else native.cast(state.dtype, x)[0] for x in (decay, a))
     plain = native.may_run(q, k, v, beta, decay, a, state, resets, live)
