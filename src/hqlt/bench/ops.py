@@ -1,31 +1,40 @@
 """The memories' reads and writes by themselves, against what a CPU user has today.
 
 Counted are each operation's own multiplications and additions: 6·k·v a token and head forward and 14·k·v backward for
-the delta rule, 4 and 10 for linear attention; 4 and 10 a pair and channel for attention, over the window.
+the delta rule, 4 and 10 for linear attention and additive rules (of both, 2 and 4 are the read, the rest each write);
+1 and 2 more for decay; 4 and 10 a pair and channel for attention, over the window.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from hqlt.bench import peers
 from hqlt.bench.race import Row, forward_and_backward, matrix_product_rate, rows
-from hqlt.ops import delta_rule, linear_attention, window_attention
+from hqlt.ops import delta_rule, fast_weights, linear_attention, window_attention
 
 DELTA_SHAPES = [(8, 512, 4, 64, 64), (4, 1024, 2, 50, 50), (64, 256, 4, 32, 32), (1, 2048, 8, 128, 128)]
 WINDOW_SHAPES = [(1, 2048, 4, 64), (1, 8192, 4, 64)]
-ONLY = ("delta", "linear", "window")
+ONLY = ("delta", "gated-delta", "kda", "gla", "two-writes", "linear", "window")
 
 
 def run(rounds: int, quick: bool, only: str | None) -> list[Row]:
     ceiling = matrix_product_rate(256 if quick else 1536)
     small = [(1, 70, 2, 8, 8)]
+    shapes = small if quick else DELTA_SHAPES
     races: dict[str, list[Callable[[int, float], list[Row]]]] = {
-        "delta": [partial(delta_race, shape) for shape in (small if quick else DELTA_SHAPES)],
+        "delta": [partial(delta_race, shape) for shape in shapes],
+        "gated-delta": [partial(gated_delta_race, shape) for shape in shapes],
+        "kda": [partial(rows_race, "kda: decay by row", True, shape) for shape in shapes],
+        "gla": [partial(rows_race, "gla: decay by row, erases nothing", False, shape) for shape in shapes],
+        "two-writes": [partial(two_writes_race, shape) for shape in shapes],
         "linear": [partial(linear_race, shape) for shape in (small if quick else DELTA_SHAPES[::3])],
         "window": [partial(window_race, 8, (1, 70, 2, 8))]
         if quick
@@ -34,18 +43,66 @@ def run(rounds: int, quick: bool, only: str | None) -> list[Row]:
     return [row for name in ONLY if only in (None, name) for race in races[name] for row in race(rounds, ceiling)]
 
 
-def delta_race(shape: tuple[int, int, int, int, int], rounds: int, ceiling: float) -> list[Row]:
+Shape = tuple[int, int, int, int, int]
+
+
+def pairs(shape: Shape) -> list[Tensor]:
+    """q, k, v, β"""
     b, t, h, k, v = shape
     q, key = (F.normalize(torch.randn(b, t, h, k), dim=-1).requires_grad_() for _ in range(2))
-    x = [q, key, torch.randn(b, t, h, v, requires_grad=True), torch.rand(b, t, h).requires_grad_()]
+    return [q, key, torch.randn(b, t, h, v, requires_grad=True), torch.rand(b, t, h).requires_grad_()]
+
+
+def gates(b: int, t: int, h: int) -> Tensor:
+    """log α as Mamba-2's initialisation has it: −A · dt, A uniform in (1, 16), dt log-uniform in (0.001, 0.1)."""
+    return (-(1 + 15 * torch.rand(h)) * 10 ** (-3 + 2 * torch.rand(b, t, h))).requires_grad_()
+
+
+def delta_race(shape: Shape, rounds: int, ceiling: float) -> list[Row]:
+    x = pairs(shape)
     contestants = {"transformers": lambda: peers.delta_rule(*x)[0]}
     for backend in ("chunked", "native"):
         contestants[backend] = lambda backend=backend: delta_rule(*x, backend=backend)[0]  # type: ignore[misc]
-    unit = b * t * h * k * v
+    unit = math.prod(shape)
     return rows("delta rule", shape, forward_and_backward(contestants, x, (6 * unit, 14 * unit), ceiling, rounds))
 
 
-def linear_race(shape: tuple[int, int, int, int, int], rounds: int, ceiling: float) -> list[Row]:
+def written(x: list[Tensor], **options: Any) -> dict[str, Callable[[], Tensor]]:
+    """Our implementations of one rule of the family. x: q, k, v, β and, where it decays, log α."""
+    q, k, v, beta, *decay = x
+    options |= {"beta": beta, "decay": decay[0] if decay else None}
+    return {name: lambda name=name: fast_weights(q, k, v, **options, backend=name)[0] for name in ("chunked", "native")}  # type: ignore[misc]
+
+
+def gated_delta_race(shape: Shape, rounds: int, ceiling: float) -> list[Row]:
+    x = [*pairs(shape), gates(*shape[:3])]
+    contestants = {"transformers": lambda: peers.gated_delta_rule(*x)[0]} | written(x)
+    unit = math.prod(shape)
+    return rows("gated delta rule", shape, forward_and_backward(contestants, x, (7 * unit, 16 * unit), ceiling, rounds))
+
+
+def rows_race(case: str, erase: bool, shape: Shape, rounds: int, ceiling: float) -> list[Row]:
+    """Gates as GLA has them: logsigmoid(·) / 16."""
+    x = [*pairs(shape), (F.logsigmoid(torch.randn(shape[:4])) / 16).requires_grad_()]
+    unit = math.prod(shape)
+    count = (7 * unit, 16 * unit) if erase else (5 * unit, 12 * unit)
+    return rows(case, shape, forward_and_backward(written(x, erase=erase), x, count, ceiling, rounds))
+
+
+def two_writes_race(shape: Shape, rounds: int, ceiling: float) -> list[Row]:
+    """Beside two calls of one write a token."""
+    one, (q, *other) = pairs(shape), pairs(shape)
+    x = [q, *(torch.cat([y, z], dim=1).detach().requires_grad_() for y, z in zip(one[1:], other, strict=True))]
+    native = written(one)["native"]
+    unit = math.prod(shape)
+    measured = forward_and_backward(
+        written(x), [*x, *one], (10 * unit, 24 * unit), ceiling, rounds,
+        beside={"native, one write, twice": lambda: native() + native()}, its_count=(12 * unit, 28 * unit),
+    )  # fmt: skip
+    return rows("two writes a token", shape, measured)
+
+
+def linear_race(shape: Shape, rounds: int, ceiling: float) -> list[Row]:
     b, t, h, k, v = shape
     x = [(F.elu(torch.randn(b, t, h, k)) + 1).requires_grad_() for _ in range(2)]
     x.append(torch.randn(b, t, h, v, requires_grad=True))

@@ -21,11 +21,17 @@ from hqlt.memory import MemoryState
 def delta_rule(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, *, state: Tensor | None = None, **_: Any
 ) -> tuple[Tensor, Tensor]:
-    """`torch_chunk_gated_delta_rule`, transformers' implementation without a GPU, with g = 0."""
+    """`gated_delta_rule` with g = 0."""
+    return gated_delta_rule(q, k, v, beta, torch.zeros_like(beta), state=state)
+
+
+def gated_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor, *, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`torch_chunk_gated_delta_rule`, transformers' implementation without a GPU."""
     from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
-    no_decay = torch.zeros_like(beta)
-    out, final = torch_chunk_gated_delta_rule(q, k, v, no_decay, beta, initial_state=state, output_final_state=True)
+    out, final = torch_chunk_gated_delta_rule(q, k, v, decay, beta, initial_state=state, output_final_state=True)
     return out, final
 
 

@@ -101,8 +101,8 @@ def check_equal(results: dict[str, Any], tolerance: float = 1e-4) -> None:
                 raise SystemExit(f"{name} differs from {first} by {error:.1e}: nothing to compare")
 
 
-def _tensors(x: Tensor | Iterable[Tensor]) -> list[Tensor]:
-    return [x] if isinstance(x, Tensor) else list(x)
+def _tensors(x: Tensor | Iterable[Tensor | None]) -> list[Tensor]:
+    return [x] if isinstance(x, Tensor) else [y for y in x if y is not None]
 
 
 def race(
@@ -153,7 +153,8 @@ def forward_and_backward(
 ) -> dict[str, dict[str, Row]]:
     """Both directions: without gradients, and with those of a fixed random direction. count: forward, backward.
 
-    beside: what computes something else, and is a measure beside the contestants, not one to be equal to.
+    leaves: all that a gradient is asked of, by some of them or by all. beside: what computes something else, and is a
+    measure beside the contestants, not one to be equal to.
     """
     beside = beside or {}
     with torch.no_grad():
@@ -163,7 +164,7 @@ def forward_and_backward(
         return torch.no_grad()(run)
 
     def both(run: Callable[[], Tensor]) -> Work:
-        return lambda: torch.autograd.grad(run(), leaves, direction)
+        return lambda: torch.autograd.grad(run(), leaves, direction, allow_unused=True)
 
     measured = {}
     for what, prepare, of in (("forward", forward, lambda n: n[0]), ("forward + backward", both, sum)):
