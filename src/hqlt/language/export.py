@@ -108,12 +108,13 @@ def facts_of(model: HQLTForCausalLM, tokenizer: OurTokenizer | None, folder: Pat
     """What the model card says."""
     config: Any = model.config
     kinds = {kind: config.kinds.count(kind) for kind in dict.fromkeys(config.kinds)}
+    rules = [block.memory.fw for block in model.model.layers if block.memory.fw is not None]
     facts = {
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
         "layers": ", ".join(f"{n} {kind}" for kind, n in kinds.items()),
         "hidden size, heads": f"{config.hidden_size}, {config.num_heads}",
         "blend, mixer, window": f"{config.blend}, {config.mixer}, {config.window}",
-        "fast weights": f"{config.fast_weights}, β ≤ {config.beta_max}",
+        "fast weights": f"{config.fast_weights} ({rules[0].extra_repr()})" if rules else "none",
         "vocabulary": f"{config.vocab_size:,} ({'bytes' if tokenizer and tokenizer.name == 'bytes' else 'tokens'})",
         "dtype": str(model.dtype).removeprefix("torch."),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
@@ -13,9 +14,8 @@ from torch.utils import _pytree as pytree
 from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from hqlt.memory import Held, Kept, MemoryState
-from hqlt.memory.fw import DeltaGates, MatrixState
-from hqlt.ops import LinearState
+from hqlt import registry
+from hqlt.memory import MemoryState
 
 CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 """What the installed transformers calls a cache, in arguments and outputs: past_key_values, and cache from 5.24 on."""
@@ -235,10 +235,13 @@ def register_cache_for_export() -> None:
 
     A call of its own, because FSDP and other users of torch's pytrees build what is registered anew on its way
     into a model: a cache given to such a model would not be brought up to date, only the one that it returns.
+    A rule or retention that is registered later, outside this package, asks for another call.
     """
+    torch.serialization.add_safe_globals([HQLTCache, *named_tuples()])  # of the example that a program's file holds
+    for cls in named_tuples() - pytree.SUPPORTED_NODES.keys():
+        package = cls.__module__.partition(".")[0]
+        pytree._register_namedtuple(cls, serialized_type_name=f"{package}.{cls.__name__}")
     if HQLTCache not in pytree.SUPPORTED_NODES:
-        for cls in (MemoryState, Held, Kept, MatrixState, DeltaGates, LinearState):
-            pytree._register_namedtuple(cls, serialized_type_name=f"hqlt.{cls.__name__}")
         pytree.register_pytree_node(
             HQLTCache,
             _flatten,
@@ -246,6 +249,14 @@ def register_cache_for_export() -> None:
             serialized_type_name="hqlt.model.HQLTCache",
             flatten_with_keys_fn=lambda cache: ([*zip(PARTS, _flatten(cache)[0], strict=True)], cache._any_past),
         )
+
+
+def named_tuples() -> set[Any]:
+    """What states can be made of: the NamedTuples that the modules of all registered rules and retentions know."""
+    classes = [registry.find(kind, name) for kind in ("rule", "retention") for name in registry.names(kind)]
+    modules = {base.__module__ for cls in [MemoryState, *classes] for base in cls.__mro__}
+    known = [value for module in modules for value in vars(sys.modules[module]).values() if isinstance(value, type)]
+    return {cls for cls in known if issubclass(cls, tuple) and hasattr(cls, "_fields")}
 
 
 PARTS: tuple[Any, ...] = tuple(map(pytree.MappingKey, ("states", "seen_tokens", "attention_mask")))

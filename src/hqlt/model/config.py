@@ -12,7 +12,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from hqlt.layer import BLOCK_NORMS, HybridMemory, arguments_of, layer_arguments
-from hqlt.registry import one_of
+from hqlt.registry import find, one_of, options_of
 
 LAYER_KINDS = ("hybrid", "kv", "fw")
 CONV_INITS = ("uniform", "identity")
@@ -97,13 +97,13 @@ class HQLTConfig(PreTrainedConfig):
     mixer: str = "vector"
     """How a hybrid layer's two reads become one: "vector", "scalar", "sum", "add"."""
     fast_weights: str = "delta"
-    """The FW-memory's write rule: "delta", or "linear" for the additive one."""
+    """The FW-memory's write rule: "delta", "linear", "gated-delta", … (docs/rules.md)."""
     retention: str = "recent"
     """Which entries stay visible beyond a KV-memory's window: "recent" for none, "value-norm", "random"."""
     kept: int = 0
     """Entries that a KV head keeps beyond its window, with another retention than "recent"."""
-    beta_max: float | int = 2.0
-    """The largest write strength: 2.0 lets the delta rule track state, 1.0 is DeltaNet's."""
+    beta_max: float | int | None = None
+    """The largest write strength: 2.0 lets a rule track state, 1.0 is DeltaNet's. None: the rule's own default."""
     beta_bias: float | int | None = None
     """Where the bias of the write strengths' logits begins; None: there is none."""
     gate_bias: float | int | None = None
@@ -221,6 +221,8 @@ class HQLTConfig(PreTrainedConfig):
         if kind == "kv" and kv_window is None:
             choices["retention"] = "recent"  # which is all of them
         used = arguments_of(**choices)
+        if given["beta_max"] is None and "beta_max" in used:
+            given = given | {"beta_max": options_of(find("rule", choices["fast_weights"]))["beta_max"]}
         return {name: given[name] for name in used if name in given} | choices | {"window": window}
 
     def block_options(self, layer: int) -> dict[str, Any]:
