@@ -30,6 +30,8 @@ FAMILY: dict[str, dict[str, Any]] = {
     "mamba2": {"fast_weights": "mamba2"},
     "mlstm": {"fast_weights": "mlstm", "gate_cap": None},
     "retnet": {"fast_weights": "retnet"},
+    "comba": {"fast_weights": "comba", "correction": 0.5},
+    "rwkv7": {"fast_weights": "rwkv7", "decay_rank": 3},
 }
 """Layers by name: rules with options that matter to the laws. `tests/layers.py` has delta and linear."""
 

@@ -60,13 +60,13 @@ def deltas(S, alpha, writes):
     return S
 
 
-def scan(t, step, queries):
-    """step: (S, token) → S after it, read by each group's φ(q) / √k."""
+def scan(t, step, queries, read=lambda q, i: phi(q) / math.sqrt(K)):
+    """step: (S, token) → S after it; read: (a group's query, token) → what S is read by."""
     S, reads = torch.zeros(K, V, dtype=torch.float64), [[] for _ in queries]
     for i in range(t):
         S = step(S, i)
-        for q, read in zip(queries, reads, strict=True):
-            read.append(S.T @ phi(q[i]) / math.sqrt(K))
+        for q, found in zip(queries, reads, strict=True):
+            found.append(S.T @ read(q[i], i))
     return reads
 
 
@@ -121,3 +121,50 @@ def test_delta_product_and_gated_delta_product():
             return scan(len(x), step, queries)
 
         agrees(rule, by_hand)
+
+
+def test_comba():
+    """S_t = α S_{t−1} − β k (pᵀ S_{t−1}) + β k vᵀ with p = σ(d) k, read by q − D p."""
+    for options in ({"correction": 0.3}, {"correction": None}, {"inner_decay": False}):
+        rule, w = build("comba", **options)
+
+        def by_hand(x, keys, values, queries, h, w=w):
+            inner = sigmoid(w["d"][h]) if "d" in w else 1.0
+
+            def step(S, i):
+                beta = sigmoid(w["beta_proj.weight"][h] @ x[i])
+                alpha = (-w["A_log"][h].exp() * softplus(w["decay_proj.weight"][h] @ x[i] + w["dt_bias"][h])).exp()
+                k = phi(keys[i])
+                return alpha * S - beta * torch.outer(k, (inner * k) @ S) + beta * torch.outer(k, values[i])
+
+            def read(q, i):
+                D = w["D"][h] if "D" in w else 0.0
+                return unit(F.silu(q) - D * inner * F.silu(keys[i])) / math.sqrt(K)
+
+            return scan(len(x), step, queries, read)
+
+        agrees(rule, by_hand)
+
+
+def test_rwkv7():
+    """The transpose of S_t = S_{t−1} (diag(w) − κ̂ᵀ (a ⊙ κ̂)) + vᵀ k̃."""
+    rule, w = build("rwkv7", decay_rank=2)
+
+    def by_hand(x, keys, values, queries, h):
+        def own(v):
+            return v[K * h : K * h + K]
+
+        def low_rank(name, x, activation):
+            return w[f"{name}.up.weight"] @ activation(w[f"{name}.down.weight"] @ x) + w[f"{name}.up.bias"]
+
+        def step(S, i):
+            decay = (-math.exp(-0.5) * sigmoid(own(low_rank("decay_proj", x[i], torch.tanh)))).exp()
+            a = sigmoid(own(low_rank("a_proj", x[i], lambda z: z)))
+            kappa = keys[i] * own(w["k_k"])
+            kappa = kappa / kappa.norm()
+            k = keys[i] * (1 + (a - 1) * own(w["k_a"]))
+            return (S.T @ (torch.diag(decay) - torch.outer(kappa, a * kappa)) + torch.outer(values[i], k)).T
+
+        return scan(len(x), step, queries, lambda q, i: q)
+
+    agrees(rule, by_hand)

@@ -1,5 +1,6 @@
 """Write rules: how a pair is written."""
 
+from hqlt.memory.fw.comba import CombaMemory
 from hqlt.memory.fw.delta import DeltaGates, DeltaMemory
 from hqlt.memory.fw.delta_product import DeltaProductMemory
 from hqlt.memory.fw.gated_delta import GatedDeltaMemory
@@ -14,8 +15,10 @@ from hqlt.memory.fw.mlstm import MLSTMMemory
 from hqlt.memory.fw.recurrence import Erasing, MatrixState, Recurrence, Terms
 from hqlt.memory.fw.retnet import RetNetMemory
 from hqlt.memory.fw.rule import FWMemory, LowRank, Write, begin_at, gate_projection
+from hqlt.memory.fw.rwkv7 import RWKV7Memory
 
 __all__ = [
+    "CombaMemory",
     "DeltaGates",
     "DeltaMemory",
     "DeltaProductMemory",
@@ -32,6 +35,7 @@ __all__ = [
     "MLSTMMemory",
     "Mamba2Memory",
     "MatrixState",
+    "RWKV7Memory",
     "Recurrence",
     "RetNetMemory",
     "Terms",

@@ -23,8 +23,26 @@ class GatedDeltaGates(NamedTuple):
     """[b, t, h] log α, in at least float32."""
 
 
+class GatedErasing(MatrixDecay, Erasing):
+    """A rule with a write strength and a decay of each matrix; one that is registered begins them itself."""
+
+    def __init__(self, heads: Heads, beta_max: float) -> None:
+        super().__init__(heads, beta_max)
+        self.add_decay()
+
+    def logits(self, x: Hidden) -> tuple[Tensor, Tensor]:
+        return self.beta_proj(x), self.decay_proj(x)
+
+    def gates(self, logits: tuple[Tensor, Tensor]) -> GatedDeltaGates:
+        beta, decay = logits
+        return GatedDeltaGates(self.strengths(beta), self.log_decay(decay))
+
+    def gate_entries(self) -> GatedDeltaGates:
+        return GatedDeltaGates(*[Entry((self.heads.matrices,))] * 2)  # type: ignore[arg-type]
+
+
 @register("rule", "gated-delta")
-class GatedDeltaMemory(MatrixDecay, Erasing):
+class GatedDeltaMemory(GatedErasing):
     """S ← α S      S ← S + φ(k) ⊗ β (v − Sᵀ φ(k))    read: Sᵀ φ(q) / √k    φ(x) = SiLU(x) / √(‖SiLU(x)‖² + 1e-6)
 
     β = beta_max · σ(W_β x), log α = −exp(A_log) · softplus(W_α x + dt_bias); at the start exp(A_log) is uniform in
@@ -37,18 +55,7 @@ class GatedDeltaMemory(MatrixDecay, Erasing):
 
     def __init__(self, heads: Heads, *, beta_max: float = 1.0) -> None:
         super().__init__(heads, beta_max)
-        self.add_decay()
         self.begin()
-
-    def logits(self, x: Hidden) -> tuple[Tensor, Tensor]:
-        return self.beta_proj(x), self.decay_proj(x)
-
-    def gates(self, logits: tuple[Tensor, Tensor]) -> GatedDeltaGates:
-        beta, decay = logits
-        return GatedDeltaGates(self.strengths(beta), self.log_decay(decay))
-
-    def gate_entries(self) -> GatedDeltaGates:
-        return GatedDeltaGates(*[Entry((self.heads.matrices,))] * 2)  # type: ignore[arg-type]
 
     def terms(self, q: Queries, write: Write) -> Terms:
         beta, decay = write.gates

@@ -1,0 +1,82 @@
+"""Comba: the gated delta rule as a closed loop: the key that corrects what is written also corrects what is read."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hqlt import ops
+from hqlt.memory.fw.gated_delta import GatedDeltaGates, GatedErasing
+from hqlt.memory.fw.recurrence import Terms
+from hqlt.memory.fw.rule import Write, begin_at
+from hqlt.memory.heads import Heads
+from hqlt.ops.heads import repeated
+from hqlt.ops.segments import written
+from hqlt.registry import register
+from hqlt.shapes import Keys, Queries
+
+LEAST = -20.0
+"""Of log α: e^−20 leaves nothing of S in float32, and 1/α is still a number."""
+
+
+@register("rule", "comba")
+class CombaMemory(GatedErasing):
+    """S ← α S + φ(k) ⊗ β (v − Sᵀ p), with the S of before the decay on the right, and p = σ(d) φ(k)
+
+        read: Sᵀ unit(SiLU(q) − D σ(d) SiLU(k)) / √k        unit(x) = x / √(‖x‖² + 1e-6)        φ(x) = unit(SiLU(x))
+
+    β = σ(W_β x); α as of the gated delta rule, begun with exp(A_log) uniform in (0, 16). d and D are numbers of each
+    key head: d begins at 1, D at `correction`, of which the authors take 1, and 0.02 for small models (None: q is not
+    corrected). inner_decay=False: no d, and σ(d) is 1. log α is at least −20.
+
+    The k that corrects q is the one written at the step, as it is the one that corrects v: with Delayed-Streaming
+    that of the token that leaves the window. Delayed-Chunk reads where nothing is written, and reads q as it is.
+
+    flash-linear-attention normalises p once more, and σ(d) cancels in what is erased. A checkpoint of that layer is
+    inner_decay=False here, with its D · σ(decay) as D.
+
+    Source: Hu et al. 2025, "Improving Bilinear RNNs with Closed-loop Control", section 3; where parameters begin, by
+    the authors' code in flash-linear-attention.
+    """
+
+    slowest = 0.0
+
+    def __init__(self, heads: Heads, *, correction: float | None = 1.0, inner_decay: bool = True) -> None:
+        super().__init__(heads, beta_max=1.0)
+        self.correction = correction
+        self.d = nn.Parameter(torch.empty(heads.pairs)) if inner_decay else None
+        self.D = None if correction is None else nn.Parameter(torch.empty(heads.pairs))
+        self.begin()
+
+    def begin(self) -> None:
+        super().begin()
+        if self.d is not None:
+            begin_at(self.d, torch.ones_like(self.d))
+        if self.D is not None and self.correction is not None:
+            begin_at(self.D, torch.full_like(self.D, self.correction))
+
+    def gates(self, logits: tuple[Tensor, Tensor]) -> GatedDeltaGates:
+        beta, decay = super().gates(logits)
+        return GatedDeltaGates(beta, decay.clamp(min=LEAST))
+
+    def terms(self, q: Queries, write: Write) -> Terms:
+        beta, decay = write.gates
+        k, v = ops.unit_silu(write.keys), self.v_activation(write.values)
+        p = k if self.d is None else self._each(self.d.sigmoid()) * k
+        return Terms(self._corrected(q, write), k, v, beta, decay, erase=p * (-decay).exp()[..., None])
+
+    def _corrected(self, q: Queries, write: Write) -> Queries:
+        if self.D is None:
+            return ops.unit_silu(q)
+        weight = self.D if self.d is None else self.D * self.d.sigmoid()
+        (keys,) = written(write.live, write.keys)
+        x = F.silu(q) - repeated(q, self._each(weight) * F.silu(keys))[0]
+        return x * (x.square().sum(dim=-1, keepdim=True) + 1e-6).rsqrt()
+
+    def _each(self, numbers: Tensor) -> Keys:
+        """Of each key head → of each matrix: [h, 1]."""
+        return numbers.repeat_interleave(self.heads.matrices // self.heads.pairs)[:, None]
+
+    def extra_repr(self) -> str:
+        return f"correction={self.correction}, inner_decay={self.d is not None}"
