@@ -62,3 +62,11 @@ def test_what_has_no_meaning_is_refused_with_the_reason(rule, schedule):
 def test_every_rule_is_here():
     ours = {name for name in registry.names("rule") if registry.find("rule", name).__module__.startswith("hqlt.")}
     assert {options["fast_weights"] for options in FAMILY.values()} == ours - {"delta", "linear"}
+
+
+@pytest.mark.parametrize(
+    ("rule", "passes"), [("linear", 2), ("mamba2", 2), ("delta", 3), ("kda", 3), ("delta-product", 5), ("rwkv7", 5)]
+)
+def test_multiply_adds(rule, passes):
+    """Passes over a matrix of 4 × 4 in two heads: a read, a step, what it erases, and so for each step."""
+    assert build_layer("", fast_weights=rule).fw.multiply_adds() == passes * 2 * 4 * 4

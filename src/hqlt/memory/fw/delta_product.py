@@ -38,7 +38,8 @@ class DeltaProductMemory(Erasing):
     stacked `k_proj` the first m − 1 of m blocks are `fw.k_proj` here, and the last is the layer's `k_proj`; `v_proj`
     likewise, and `b_proj` is `fw.beta_proj`. A layer's `qk_norm` norms its own keys alone.
 
-    Source: Siems et al. 2025, "DeltaProduct: Improving State-Tracking in Linear RNNs via Householder Products", section 3.
+    Source: Siems et al. 2025, "DeltaProduct: Improving State-Tracking in Linear RNNs via Householder Products",
+    section 3.
     """
 
     gates_hold_pairs = True

@@ -32,6 +32,8 @@ class GLAMemory(Recurrence):
     (eq. 3) and 4.4.
     """
 
+    erases = False
+
     def __init__(self, heads: Heads, *, decay_rank: int = 16, decay_temperature: float = 16.0) -> None:
         super().__init__(heads)
         if not decay_temperature > 0:

@@ -32,6 +32,8 @@ class HGRN2Memory(Recurrence):
     "Hierarchically Gated Recurrent Neural Network for Sequence Modeling", section 3.2.
     """
 
+    erases = False
+
     def __init__(self, heads: Heads, *, depth: tuple[int, int] = (0, 1)) -> None:
         super().__init__(heads)
         layer, layers = self.depth = check_depth(depth)

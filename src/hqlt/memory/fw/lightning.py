@@ -26,6 +26,8 @@ class LightningMemory(Recurrence):
     for the decay; Qin et al. 2024, "Lightning Attention-2".
     """
 
+    erases = False
+
     def __init__(self, heads: Heads, *, depth: tuple[int, int] = (0, 1)) -> None:
         super().__init__(heads)
         layer, layers = self.depth = check_depth(depth)

@@ -19,6 +19,7 @@ class LinearMemory(FWMemory):
     Source: Katharopoulos et al. 2020, "Transformers are RNNs", eqs. 18–20.
     """
 
+    erases = False
     native = "linear"
 
     def state_entries(self) -> LinearState:

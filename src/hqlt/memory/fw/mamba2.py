@@ -38,6 +38,8 @@ class Mamba2Memory(Recurrence):
     Source: Dao, Gu 2024, "Transformers are SSMs", sections 7.1–7.3, and Mamba-2's code for where parameters begin.
     """
 
+    erases = False
+
     def __init__(self, heads: Heads, *, skip: bool = True) -> None:
         super().__init__(heads)
         self.dt_proj: nn.Module = gate_projection(heads.hidden_size, heads.matrices, None)

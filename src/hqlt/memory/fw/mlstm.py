@@ -50,6 +50,8 @@ class MLSTMMemory(FWMemory):
     the bound and where gates begin.
     """
 
+    erases = False
+
     def __init__(self, heads: Heads, *, gate_cap: float | None = 15.0, input_bias: float = -10.0) -> None:
         super().__init__(heads)
         if gate_cap is not None and not gate_cap > 0:

@@ -31,6 +31,8 @@ class RetNetMemory(Recurrence):
     Source: Sun et al. 2023, "Retentive Network: A Successor to Transformer for Large Language Models", eqs. 5, 6, 8.
     """
 
+    erases = False
+
     def __init__(self, heads: Heads, *, rope_theta: float | None = 10_000.0) -> None:
         super().__init__(heads)
         self.positions = Rotary.of(rope_theta)

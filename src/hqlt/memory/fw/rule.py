@@ -39,6 +39,11 @@ class FWMemory(nn.Module):
     gates_hold_pairs = False
     """Whether the gates hold keys and values of their own token, so that they serve to write no other token's pair."""
 
+    writes = 1
+    """Steps for each token that is written."""
+    erases = True
+    """Whether a step reads what it erases."""
+
     def __init__(self, heads: Heads) -> None:
         super().__init__()
         self.heads = heads
@@ -78,6 +83,11 @@ class FWMemory(nn.Module):
     def skip(self, values: Values) -> Values | None:
         """What a token's own values add to what it reads, whenever they are written: [b, t, h, v]; None: nothing."""
         return None
+
+    def multiply_adds(self) -> int:
+        """Of writing and reading one token: k · v for each query that reads, each step, and what it erases."""
+        heads = self.heads
+        return (heads.reads + heads.matrices * self.writes * (1 + self.erases)) * heads.k * heads.v
 
     def read(self, q: Queries, past: Tree) -> Values:
         """Read without writing."""

@@ -47,6 +47,8 @@ class RWKV7Memory(Recurrence):
     state evolution); where parameters begin, by the authors' code as in flash-linear-attention.
     """
 
+    writes = 2
+
     def __init__(self, heads: Heads, *, decay_rank: int | None = None, depth: tuple[int, int] = (0, 1)) -> None:
         super().__init__(heads)
         self.depth = check_depth(depth)

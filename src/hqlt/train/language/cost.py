@@ -21,7 +21,7 @@ def flops_per_token(config: HQLTConfig, length: int) -> float:
 
         linear maps      6 · weights, embeddings left out
         KV read          12 · hidden_size · pairs read, on average over the sequence
-        FW write, read   18 · hidden_size · hidden_size / num_heads
+        FW write, read   6 · the rule's multiply-adds
 
     Source: Kaplan et al. 2020, "Scaling Laws for Neural Language Models", section 2.1; memories counted alike.
     """
@@ -35,7 +35,7 @@ def flops_per_token(config: HQLTConfig, length: int) -> float:
             reach = min(layer.blend.window or length, length)
             total += 6.0 * heads.queries * (heads.k + heads.v) * (reach * length - reach * (reach - 1) / 2) / length
         if layer.fw is not None:
-            total += 18.0 * heads.reads * heads.k * heads.v
+            total += 6.0 * layer.fw.multiply_adds()
     return total
 
 
