@@ -127,7 +127,7 @@ def test_what_transformers_adds_is_accepted(small):
         ({"window": None, "blend": "delayed-chunk"}, "window: expected a number of tokens"),
         ({"blend": "delayed-chunks"}, "did you mean 'delayed-chunk'"),
         ({"mixer": "vektor"}, "did you mean 'vector'"),
-        ({"fast_weights": "gated"}, "fast_weights: expected one of 'delta', .* got 'gated'"),
+        ({"fast_weights": "gated"}, "fast_weights: expected one of .*'delta', .* got 'gated'"),
         ({"beta_max": 3.0}, r"beta_max: expected a number in \(0, 2\]"),
         ({"conv_size": -1}, "conv_size"),
         ({"conv_init": "identical"}, "conv_init: .* did you mean 'identity'"),

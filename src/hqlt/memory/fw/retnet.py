@@ -10,7 +10,7 @@ from hqlt.memory.fw.rule import Write
 from hqlt.memory.heads import Heads
 from hqlt.memory.rotary import Rotary, apply_rotary
 from hqlt.registry import register
-from hqlt.shapes import Keys, Live, Positions, Queries, Resets, Values
+from hqlt.shapes import Keys, Live, Positions, Queries, Resets, Values, is_symbolic
 
 
 @register("rule", "retnet")
@@ -59,7 +59,8 @@ class RetNetMemory(Recurrence):
         """x [b, t, ·, k] at positions [b, t], or [1, t] where all rows have the same."""
         assert self.positions is not None
         cos, sin = self.positions.waves(positions.flatten(), self.heads.k, x.dtype)
-        rows = x.reshape(len(x) * x.shape[1] // max(len(cos), 1), len(cos), *x.shape[2:])
+        shared = not is_symbolic(positions.shape[0]) and positions.shape[0] == 1
+        rows = x if shared else x.flatten(0, 1)[None]
         return apply_rotary(rows, cos, sin).view_as(x)
 
     def extra_repr(self) -> str:
