@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CONFIG_MAPPING, DynamicCache
 
 from hqlt import HybridMemory
@@ -56,19 +56,18 @@ class KimiLinear:
 
 
 class Mamba2(KimiLinear):
-    """C, B and x are our q, k and v; the heads of a group share C and B. Without the norm, which is after the gate."""
+    """C, B and x are our q, k and v; the heads of a group share C and B."""
 
     model = "mamba2"
     options: dict[str, Any] = {  # noqa: RUF012
         "fast_weights": "mamba2", "num_heads": GROUPS, "head_dim": STATE, "num_value_heads": HEADS, "value_dim": WIDTH,
-        "conv_size": 4, "output_gate": "silu", "head_norm": False,
+        "conv_size": 4, "output_gate": "silu", "head_norm": "group", "norm_after_gate": True, "norm_eps": 1e-5,
     }  # fmt: skip
 
     def __init__(self, code: Any) -> None:
         heads = {"num_heads": HEADS, "head_dim": WIDTH, "state_size": STATE, "n_groups": GROUPS}
         self.config = CONFIG_MAPPING["mamba2"](**SIZES, **heads, expand=2, chunk_size=8, use_conv_bias=False)
         self.layer = code.Mamba2Mixer(self.config, 0)
-        self.layer.norm.forward = lambda y, gate: y * nn.functional.silu(gate)
 
     def weights(self, w: Weights) -> Weights:
         inner, of_group = HEADS * WIDTH, GROUPS * STATE
@@ -77,17 +76,17 @@ class Mamba2(KimiLinear):
         return {
             "q_proj.weight": q, "k_proj.weight": k, "v_proj.weight": v, "g_proj.weight": z, "fw.dt_proj.weight": dt,
             "conv.weight": torch.cat([of_q, of_k, of_v]), "o_proj.weight": w["out_proj.weight"],
-            **{f"fw.{name}": w[name] for name in ("A_log", "dt_bias", "D")},
+            "g_norm.weight": w["norm.weight"], **{f"fw.{name}": w[name] for name in ("A_log", "dt_bias", "D")},
         }  # fmt: skip
 
 
 class XLSTM(KimiLinear):
-    """Its norm subtracts each head's mean: so does our v_proj. All heads have the same weights of the norm."""
+    """Its norm subtracts each head's mean: so does our v_proj."""
 
     model = "xlstm"
     options: dict[str, Any] = {  # noqa: RUF012
         "fast_weights": "mlstm", "num_heads": HEADS, "head_dim": WIDTH // 2, "value_dim": WIDTH, "gate_cap": 5.0,
-        "output_gate": "sigmoid", "fw_activation": None,
+        "output_gate": "sigmoid", "head_norm": "group", "fw_activation": None,
     }  # fmt: skip
 
     def __init__(self, code: Any) -> None:
@@ -97,11 +96,10 @@ class XLSTM(KimiLinear):
 
     def weights(self, w: Weights) -> Weights:
         v = w["v.weight"].unflatten(0, (HEADS, WIDTH))
-        self.layer.multihead_norm.weight.data = w["multihead_norm.weight"][:WIDTH].repeat(HEADS)
         return {
             "q_proj.weight": w["q.weight"], "k_proj.weight": w["k.weight"], "g_proj.weight": w["ogate_preact.weight"],
             "v_proj.weight": (v - v.mean(dim=1, keepdim=True)).flatten(0, 1), "o_proj.weight": w["out_proj.weight"],
-            "o_norm.weight": w["multihead_norm.weight"][:WIDTH],
+            "o_norm.weight": w["multihead_norm.weight"],
             **{f"fw.input_proj.{name}": w[f"igate_preact.{name}"] for name in ("weight", "bias")},
             **{f"fw.forget_proj.{name}": w[f"fgate_preact.{name}"] for name in ("weight", "bias")},
         }  # fmt: skip
@@ -120,11 +118,11 @@ class XLSTM(KimiLinear):
 
 
 class MiniMax(KimiLinear):
-    """Lightning attention. Without its norm, which is over all heads."""
+    """Lightning attention."""
 
     model = "minimax"
     options: dict[str, Any] = {  # noqa: RUF012
-        "fast_weights": "lightning", "depth": (1, 3), "num_heads": HEADS, "head_dim": WIDTH, "head_norm": False,
+        "fast_weights": "lightning", "depth": (1, 3), "num_heads": HEADS, "head_dim": WIDTH, "head_norm": "full",
         "output_gate": "sigmoid",
     }  # fmt: skip
 
@@ -132,7 +130,6 @@ class MiniMax(KimiLinear):
         heads = {"num_attention_heads": HEADS, "num_key_value_heads": HEADS, "head_dim": WIDTH}
         config = CONFIG_MAPPING["minimax"](**{**SIZES, "num_hidden_layers": 3}, **heads, block_size=8)
         self.layer, self.new_cache = code.MiniMaxLightningAttention(config, 1).double(), code.MiniMaxCache
-        self.layer.norm.forward = lambda y: y
         base = torch.exp2(-8 / HEADS * torch.arange(1, HEADS + 1, dtype=torch.float64))
         self.layer.slope_rate = (base * (1 - 1 / (2 + 1e-5) + 1e-5))[:, None, None]  # theirs is float32
         factors = self.layer.decay_factors(self.layer.slope_rate)
@@ -143,6 +140,7 @@ class MiniMax(KimiLinear):
         return {
             **{f"{name}_proj.weight": part.flatten(0, 1) for name, part in zip("qkv", parts, strict=True)},
             "g_proj.weight": w["output_gate.weight"],
+            "o_norm.weight": w["norm.weight"],
             "o_proj.weight": w["out_proj.weight"],
         }
 

@@ -101,7 +101,7 @@ class KVMemory(nn.Module):
         assert self.positions is not None
         cos, sin = self.positions.waves(positions.flatten(), self.heads.k, x.dtype)
         heads = x.shape[2] if positions.shape[2] == 1 else 1  # that share a position
-        return apply_rotary(x.reshape(1, len(cos), heads, x.shape[3]), cos, sin).view_as(x)
+        return apply_rotary(x.reshape(1, cos.shape[0], heads, x.shape[3]), cos, sin).view_as(x)
 
     def kept_entries(self, s: int) -> Kept | tuple[()]:
         """What the state holds beside s recent entries, without b; () where nothing is kept."""
