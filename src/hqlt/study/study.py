@@ -165,7 +165,7 @@ def config_of(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def own_weights(config: str) -> int:
-    """How many weights a model with these fields (JSON) has in its mixers, and in its write rules beyond one gate a
+    """How many weights a model with these fields (JSON) has in its mixers, and for its write rules beyond one gate a
     head; 0 where it cannot be built."""
     from hqlt.model import HQLTConfig, HQLTForCausalLM
 
@@ -176,13 +176,15 @@ def own_weights(config: str) -> int:
         return 0
     own = 0
     for layer in (block.memory for block in model.model.layers):
-        mixer, rule = (count_of(part) for part in (layer.mixer, layer.fw))
-        own += mixer + max(rule - layer.sizes.matrices * layer.hidden_size, 0)
+        own += count_of(layer.mixer)
+        if layer.fw is not None:
+            convolution = sum(layer.fw.convolved.values()) * (layer.conv.size if layer.conv else 0)
+            own += max(count_of(layer.fw) + convolution - layer.sizes.matrices * layer.hidden_size, 0)
     return own
 
 
-def count_of(part: torch.nn.Module | None) -> int:
-    return 0 if part is None else sum(weight.numel() for weight in part.parameters())
+def count_of(part: torch.nn.Module) -> int:
+    return sum(weight.numel() for weight in part.parameters())
 
 
 def known_studies() -> dict[str, Path]:
