@@ -11,6 +11,7 @@ when a name is asked for that nobody here has.
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterable
@@ -85,6 +86,7 @@ def name_of(kind: str, cls: type) -> str:
     return next((name for name, known in _known[kind].items() if known is cls), cls.__name__)
 
 
+@functools.cache
 def options_of(cls: type) -> dict[str, Any]:
     """The options of a class, with their defaults (inspect.Parameter.empty where there is none)."""
     arguments = inspect.signature(cls).parameters.values()

@@ -273,11 +273,9 @@ class HQLTConfig(PreTrainedConfig):
 
     def _refuse_unused(self, layers: list[dict[str, Any]]) -> None:
         """An option that was changed, and that no layer uses."""
-        used = {name for options in layers for name in options}
+        used, known = {name for options in layers for name in options}, set(layer_arguments())
         changed = [
-            field.name
-            for field in fields(self)
-            if field.name in layer_arguments() and getattr(self, field.name) != field.default
+            field.name for field in fields(self) if field.name in known and getattr(self, field.name) != field.default
         ]
         for name in [*changed, *(self.options or {})]:
             if name not in used and name not in ("window", "blend"):
