@@ -1,7 +1,6 @@
 import dataclasses
 import itertools
 import json
-from collections import defaultdict
 
 import pytest
 import torch
@@ -176,7 +175,7 @@ def test_every_study_of_ours_reads_and_its_models_are_of_equal_size(name):
                 if cell.column == label
             ]
         if "intermediate_size" not in experiment.common:
-            assert max(sizes) / min(sizes) < 1.05, (label, sizes)
+            assert max(sizes) / min(sizes) < (1.01 if study.sizes else 1.05), (label, sizes)
 
 
 def test_the_papers_setting_takes_a_step():
@@ -288,21 +287,15 @@ def test_null_is_no_value(tmp_path):
         read(tmp_path, text)
 
 
-def test_write_rules_are_compared_at_equal_size(tmp_path):
-    """And each of their models, as the study has it, takes a step, and reads a sequence in pieces as in one."""
-    study = read_study(known_studies()["rules-laptop"])
-    tiny = Budget(steps=1, batch_size=2, validations=1, validation_rows=2, test_rows=2)
-    sizes = defaultdict(set)
-    for cell in (cell for cell in study.cells() if cell.seed == 0):
-        with torch.device("meta"):
-            model = HQLTForCausalLM(HQLTConfig(**cell.config, vocab_size=cell.build_task().vocab_size))
-        sizes[cell.column].add(model.num_parameters())
-        if cell.column in ("parity", "recall"):  # one layer; two, and a convolution
+def test_every_write_rule_of_the_study_learns_in_every_place(tmp_path):
+    """Each model of its recall takes a step, and reads a sequence in pieces as in one."""
+    tiny = Budget(steps=1, batch_size=1, validations=1, validation_rows=1, test_rows=1)
+    for cell in read_study(known_studies()["rules-laptop"]).only("recall").cells():
+        if cell.seed == 0:
             *_, result = dataclasses.replace(cell, budget=tiny).run(tmp_path)
             assert result.state_bytes
             model = HQLTForCausalLM.from_pretrained(tmp_path / "models" / cell.name).double()
-            tokens = torch.randint(0, model.config.vocab_size, (2, 21))
+            tokens = torch.randint(0, model.config.vocab_size, (1, 21))
             whole, first = model(tokens).logits, model(tokens[:, :10])
             rest = model(tokens[:, 10:], past_key_values=first.past_key_values).logits
             torch.testing.assert_close(torch.cat([first.logits, rest], dim=1), whole, rtol=1e-8, atol=1e-8)
-    assert all(max(of_column) / min(of_column) < 1.01 for of_column in sizes.values())
