@@ -168,3 +168,19 @@ def test_a_part_whose_package_is_missing_says_how_to_get_it():
     code = "import sys; sys.modules['transformers'] = None; import hqlt; hqlt.preset('tiny')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "ModuleNotFoundError: expected the package transformers; pip install " in done.stderr
+
+
+def lines_of_code(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """But for its docstring, which the command line shows as help."""
+    total, first = (function.end_lineno or 0) - function.lineno + 1, function.body[0]
+    return total - ((first.end_lineno or 0) - first.lineno + 1) * (ast.get_docstring(function) is not None)
+
+
+def test_functions_and_files_are_short():
+    for name, file in FILES.items():
+        if Path(name).parts[0] not in ("ops", "native"):
+            text = file.read_text()
+            assert text.count("\n") <= 400, name
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    assert lines_of_code(node) <= 50, f"{name}: {node.name}"

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -20,6 +20,7 @@ from hqlt.disk import probe
 from hqlt.errors import reason
 
 if TYPE_CHECKING:
+    from hqlt.data import Tokenizer
     from hqlt.language.generation import Past
     from hqlt.model import HQLTForCausalLM
 
@@ -77,30 +78,21 @@ def generate(
     if load_state is not None and not load_state.is_file():
         raise FileNotFoundError(f"load-state: expected a file that --save-state wrote, found none at {load_state}")
     tokenizer = tokenizer_of(model, read_config(model).vocab_size)
-    ids = tokenizer.encode_prompt(text, add_special_tokens=False)
-    if load_state is None and ids[: len(tokenizer.prefix_ids)] != tokenizer.prefix_ids:
-        ids = [*tokenizer.prefix_ids, *ids]
+    ids = ids_of(text, tokenizer, begins=load_state is None)
     language_model = load_model(model, device_there)
     past = generation.load_past(load_state, language_model) if load_state else None
     with progress("reading", len(ids), least=generation.PIECE) as told:
         past = generation.read(language_model, ids, past, told)
+    greedy |= temperature == 0
+    choice: Any = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "greedy": greedy, "seed": seed}
     console = Console(soft_wrap=batch == 1)
     began = time.monotonic()
     try:
         if tokens:
             with shown(console, text[-SHOWN:], batch) as write:
+                streamer = generation.TextStreamer(tokenizer, batch, tokenizer.eos_id, write)
                 made, past = generation.go_on(
-                    language_model,
-                    past,
-                    tokens=tokens,
-                    rows=batch,
-                    temperature=temperature,
-                    top_p=top_p,
-                    top_k=top_k,
-                    greedy=greedy or temperature == 0,
-                    seed=seed,
-                    eos=tokenizer.eos_id,
-                    streamer=generation.TextStreamer(tokenizer, batch, tokenizer.eos_id, write),
+                    language_model, past, tokens=tokens, rows=batch, eos=tokenizer.eos_id, streamer=streamer, **choice
                 )
             if console.is_terminal:
                 speed = made.numel() / (time.monotonic() - began)
@@ -108,6 +100,13 @@ def generate(
     finally:  # after Ctrl-C, or where the reader of the pipe has left, too
         if save_state is not None:
             keep(save_state, past, language_model, notes)
+
+
+def ids_of(text: str, tokenizer: Tokenizer, begins: bool) -> list[int]:
+    """A prompt's tokens. begins: whether it is a text's beginning, which has the tokenizer's special tokens."""
+    ids = tokenizer.encode_prompt(text, add_special_tokens=False)
+    prefix = tokenizer.prefix_ids
+    return [*prefix, *ids] if begins and ids[: len(prefix)] != prefix else ids
 
 
 def check(

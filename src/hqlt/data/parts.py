@@ -103,21 +103,28 @@ def parts_of(
         if not file.exists():
             raise ValueError(f"{held}: expected a file or a folder, found none at {file}")
     how = LocalFormat(text_field=text_field or "text", separator=separator, pattern=pattern)
-    name, folders = str(source), any(file.is_dir() for _, file in own)
-    if not isinstance(source, Source):
-        path = Path(source).expanduser()
+    files = [file for _, file in own]
+    folders = any(file.is_dir() for file in files)
+    if isinstance(source, Source):
+        first = source
+    elif (path := Path(source).expanduser()).exists():
+        first = how.source_in(path, without=files)
         folders |= path.is_dir()
-        if path.exists():
-            source = how.source_in(path, without=[file for _, file in own])
-        elif path.is_absolute() or str(source).startswith((".", "~")) or kind_of(path, NAMED_KINDS):
-            raise ValueError(f"{source}: expected a file or a folder, found none")
-        else:
-            require("datasets")
-            source = Hub(str(source), subset, split or "train", text_field or "text")
-    parts = [Part(source, (shares[0], shares[1])), *(Part(how.source_in(file), held) for held, file in own)]
+    else:
+        first = _dataset(str(source), subset, split, how.text_field)
+    parts = [Part(first, (shares[0], shares[1])), *(Part(how.source_in(file), held) for held, file in own)]
     used = frozenset({"pattern"} if folders else ()).union(*(part.source.options for part in parts))
-    _refuse_unused(given - used, name)
+    _refuse_unused(given - used, str(source))
     return parts
+
+
+def _dataset(name: str, subset: str | None, split: str | None, text_field: str) -> Hub:
+    """A dataset on the hub. Raises ValueError for a name that is meant as a path."""
+    path = Path(name).expanduser()
+    if path.is_absolute() or name.startswith((".", "~")) or kind_of(path, NAMED_KINDS):
+        raise ValueError(f"{name}: expected a file or a folder, found none")
+    require("datasets")
+    return Hub(name, subset, split or "train", text_field)
 
 
 def _refuse_unused(given: Collection[str], source: str) -> None:

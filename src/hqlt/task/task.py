@@ -31,6 +31,10 @@ class Batch(NamedTuple):
     def to(self, device: torch.device | str) -> Batch:
         return Batch(*(None if part is None else part.to(device) for part in self))  # type: ignore[arg-type]
 
+    def split(self, rows: int) -> list[Batch]:
+        """Its rows, so many at a time."""
+        return [Batch(*parts) for parts in zip(*(part.split(rows) for part in self if part is not None), strict=True)]
+
     def packed(self) -> Batch:
         """Two sequences a row, the shortest behind the longest, a reset between them: less padding, the same loss.
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from hqlt.device import usable_device
 from hqlt.train.language.settings import TrainSettings
@@ -123,3 +124,8 @@ def without_communication(model: nn.Module, apart: bool) -> Iterator[None]:
         yield
     finally:
         model.set_requires_gradient_sync(True)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's rows of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

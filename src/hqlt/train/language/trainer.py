@@ -24,7 +24,7 @@ from hqlt.task.task import IGNORE, SPLITS, Batch, Split
 from hqlt.train.fit import parameter_groups
 from hqlt.train.language.checkpoints import SharedCheckpoints
 from hqlt.train.language.cost import flops_per_token, peak_flops
-from hqlt.train.language.ranks import Ranks, spread, without_communication
+from hqlt.train.language.ranks import Ranks, local, spread, without_communication
 from hqlt.train.language.settings import TrainSettings
 from hqlt.train.live import memory_in_use
 from hqlt.train.run import Trainer as Base
@@ -199,7 +199,7 @@ class Trainer(Base[Update]):
             batch = self.source.batch(index, ranks.rank, ranks.count)
         else:
             batch = self.source.batch(index, self.settings.batch_size, ranks.rank, ranks.count)
-        return [part.to(ranks.device) for part in split(batch, self.micro_rows)]
+        return [part.to(ranks.device) for part in batch.split(self.micro_rows)]
 
     def _summed_loss(self, batch: Batch, i: int) -> Tensor:
         """In nats, over the scored tokens of the i-th micro-batch."""
@@ -228,7 +228,7 @@ class Trainer(Base[Update]):
         mine.targets[beyond] = IGNORE
         self.model.eval()
         total, scored = 0.0, 0.0
-        for part in split(mine, self.micro_rows):
+        for part in mine.split(self.micro_rows):
             batch = part.to(ranks.device)
             logits = self.model(batch.inputs, resets=batch.resets, use_cache=False).logits
             total += summed_loss(logits, batch.targets).item()
@@ -374,16 +374,6 @@ class Trainer(Base[Update]):
 def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy in nats, summed over scored tokens. logits: [b, t, vocabulary]; targets: [b, t]."""
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
-
-
-def split(batch: Batch, rows: int) -> list[Batch]:
-    """Its rows, so many at a time."""
-    return [Batch(*parts) for parts in zip(*(part.split(rows) for part in batch if part is not None), strict=True)]
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's rows of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def refuse_unbounded(config: HQLTConfig) -> None:
