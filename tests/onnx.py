@@ -50,4 +50,4 @@ def tensors(given: Any) -> list[Tensor]:
 
 def check_same(mine: list[Tensor], theirs: Any) -> None:
     for x, y in zip(mine, tensors(theirs), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(x, y, rtol=3e-5, atol=3e-5)
