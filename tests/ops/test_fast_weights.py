@@ -247,6 +247,18 @@ def test_memory_layout_does_not_matter(backend, kind):
         close(mine, theirs)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler's own
+def test_torch_compile_sees_one_graph():
+    """Of chunks, their gradients included."""
+    torch._dynamo.reset()
+    kind = Kind("rows", "k", 2)
+    inputs = [x.requires_grad_() for x in kind.inputs(2, 20)]
+    number = lambda *x: kind.call(x, backend="chunked")[0].square().sum()  # noqa: E731
+    got = torch.autograd.grad(torch.compile(number, fullgraph=True, backend="aot_eager")(*inputs), inputs)
+    for mine, theirs in zip(got, torch.autograd.grad(number(*inputs), inputs), strict=True):
+        close(mine, theirs)
+
+
 @every_backend
 @every_kind
 @pytest.mark.parametrize("t", [1, 17, 70])

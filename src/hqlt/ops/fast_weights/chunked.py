@@ -350,7 +350,8 @@ def _loop_backward(x: _Chunks, Y: Tensor | None, dO: Tensor, dS: Tensor) -> tupl
     dR_read = scores.mT @ dO
     dS_read = _masked(by_token(q, x.since), masks.sees_matrix).mT @ dO
     k_end = by_token(x.k, x.until)
-    dRs, dS_afters = list[Tensor](), list[Tensor]()
+    dRs: list[Tensor] = []
+    dS_afters: list[Tensor] = []
     for i in reversed(range(x.k.shape[2])):
         dS_afters.append(dS)
         dRs.append(dR_read[:, :, i] + _masked(k_end[:, :, i] @ dS, _part(masks.reaches_end, i)))
