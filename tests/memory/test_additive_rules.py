@@ -85,7 +85,7 @@ def test_lightning():
 
 
 def test_hgrn2():
-    """Qin et al. 2024, eq. 5: S ← Diag(f) S + (1 − f) vᵀ, f = γ + (1 − γ) σ(k), γ = 0 in the first layer."""
+    """Qin et al. 2024: S ← Diag(f) S + (1 − f) vᵀ, f = γ + (1 − γ) σ(k), γ = 0 in the first layer."""
     for layer in (0, 2):
         rule, w = build("hgrn2", depth=(layer, 3))
 

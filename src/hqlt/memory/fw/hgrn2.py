@@ -28,7 +28,7 @@ class HGRN2Memory(Recurrence):
 
     The authors' layer has no activation of values (fw_activation=None) and head_norm="full".
 
-    Source: Qin et al. 2024, "HGRN2: Gated Linear RNNs with State Expansion", section 3.1 (eq. 5); the bound is that of
+    Source: Qin et al. 2024, "HGRN2: Gated Linear RNNs with State Expansion", section 3; the bound is that of
     "Hierarchically Gated Recurrent Neural Network for Sequence Modeling", section 3.2.
     """
 

@@ -46,8 +46,8 @@ class MLSTMMemory(FWMemory):
     The authors' layer has no activation of values (fw_activation=None), output_gate="sigmoid" and a norm of each head
     with weights of its own, head_norm="group". (Theirs subtracts each head's mean, as v_proj could.)
 
-    Source: Beck et al. 2024, "xLSTM: Extended Long Short-Term Memory", eqs. 19–27; 2025, "xLSTM 7B", eqs. 2–15, for
-    the bound and where gates begin.
+    Source: Beck et al. 2024, "xLSTM: Extended Long Short-Term Memory", eqs. 19–27; Beck et al. 2025, "xLSTM 7B: A
+    Recurrent LLM for Fast and Efficient Inference", and its code, for the bound and where gates begin.
     """
 
     erases = False
