@@ -43,10 +43,11 @@ class HybridMemory(nn.Module):
     blend: when a token reaches each memory: "synchronous", "delayed-streaming" (write_gates="current" or "own"),
     "delayed-chunk"; "kv-only" and "fw-only" are the baselines from the same parts ("kv-only" as in Transformer++: v
     without SiLU, no norm). mixer: "vector" (where None), "scalar", "sum", "add" (gate_bias). fast_weights: how a pair
-    is written: "delta" (where None; beta_max, beta_bias) or "linear". retention: which entries stay visible beyond the
-    window: none with "recent" (where None), `kept` a KV head with "value-norm" and "random". The KV-memory takes
-    rope_theta (base of its rotary positions, 10000 unless given, None for none), partial_rotary_factor and rope_scaling
-    (`hqlt.memory.rotary`).
+    is written: "delta" (where None; beta_max, beta_bias), "gated-delta", "delta-product", "gated-delta-product", "kda",
+    "comba", "rwkv7", "linear", "retnet", "lightning", "gla", "mamba2", "hgrn2" or "mlstm" (`docs/rules.md`). retention:
+    which entries stay visible beyond the window: none with "recent" (where None), `kept` a KV head with "value-norm"
+    and "random". The KV-memory takes rope_theta (base of its rotary positions, 10000 unless given, None for none),
+    partial_rotary_factor and rope_scaling (`hqlt.memory.rotary`).
 
     Heads: num_kv_heads (None: num_heads) share pairs and matrix among query heads; head_dim (None: hidden_size /
     num_heads) of q and k; "fw-only" has value heads of their own number (num_value_heads) and width (value_dim).
