@@ -127,7 +127,7 @@ struct Columns {
 };
 
 template <class T>
-constexpr int widest_slice = LANE_BYTES == 64 && sizeof(T) == 4 ? 4 : 2;
+constexpr int widest_slice = LANE_BYTES == 64 && sizeof(T) == 4 ? 4 : sizeof(T) == 4 && LANE_BYTES >= USUAL_BYTES ? 2 : 1;
 
 // How a width is cut into slices so that rows × slice stays in the first-level cache.
 struct Slicing {
@@ -151,10 +151,11 @@ using Size = std::integral_constant<int, N>;
 // work(N), where N is how many vectors a slice has.
 template <class T, class Work>
 INLINE void with_vectors(int vectors, const Work& work) {
-  if (vectors == 1) return work(Size<1>());
   if constexpr (widest_slice<T> == 4)
     if (vectors == 4) return work(Size<4>());
-  return work(Size<2>());
+  if constexpr (widest_slice<T> >= 2)
+    if (vectors == 2) return work(Size<2>());
+  work(Size<1>());
 }
 
 // work(N, head, slice) for every slice of `width` columns of every head's matrix, over the threads.

@@ -22,6 +22,13 @@
 
 #define INLINE inline __attribute__((always_inline))
 #define OUTLINE __attribute__((noinline))
+// The narrowest vectors that are worth more than one to a slice: x86 without AVX2 is rare, and so is float64, and each
+// width of a slice takes its time to compile.
+#if defined(__x86_64__)
+#define USUAL_BYTES 32
+#else
+#define USUAL_BYTES 16
+#endif
 #if defined(__x86_64__)
 #define IN_REGISTER(x) asm("" : "+v"(x))
 #else

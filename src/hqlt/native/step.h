@@ -170,9 +170,9 @@ struct OneToken {
     }
     const Slicing cut = slicing<T>(k, v, 1, 1);
     for (int64_t slice = 0; slice < cut.count; ++slice) {
-      if (cut.vectors == 1) columns<1>({v, slice}, before, after, pairs, memory, features, empty, alpha, factor, fw);
-      else if (cut.vectors == 2) columns<2>({v, slice}, before, after, pairs, memory, features, empty, alpha, factor, fw);
-      else if constexpr (widest_slice<T> == 4) columns<4>({v, slice}, before, after, pairs, memory, features, empty, alpha, factor, fw);
+      with_vectors<T>(cut.vectors, [&](auto N) {
+        this->template columns<N>({v, slice}, before, after, pairs, memory, features, empty, alpha, factor, fw);
+      });
     }
   }
 
