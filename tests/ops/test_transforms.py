@@ -106,12 +106,14 @@ def test_an_exported_program_has_any_batch_and_any_length(op):
         def forward(self, *x):
             if op in ("delta_rule", "linear_attention"):
                 return getattr(ops, op)(*x)[0]
+            if op == "fast_weights":
+                return ops.fast_weights(*x[:3], beta=x[3], decay=-x[4].square(), erase=x[5])[0]
             options = {"window_attention": {"window": 2}, "rms_norm": {"eps": 1e-6}, "mix": {"eps": 1e-6}}
             return getattr(ops, op)(*x, **options.get(op, {}))
 
     def given(sizes):
         inputs = case(op, **sizes)[0]
-        inputs = inputs[: {"delta_rule": 4, "linear_attention": 3}.get(op)]
+        inputs = inputs[: {"delta_rule": 4, "linear_attention": 3, "fast_weights": 6}.get(op)]
         return (*inputs, *normal(2, sizes["t"], 1, 2)) if op == "rotated" else tuple(inputs)
 
     b, t = torch.export.Dim("b"), torch.export.Dim("t")

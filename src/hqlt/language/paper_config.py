@@ -106,7 +106,7 @@ def _hybrid(theirs: Mapping[str, Any]) -> dict[str, Any]:
         "fast_weights": rule,
         "mixer": mixer,
         "window": theirs["chunk_size"],
-        "beta_max": 2.0 if theirs["allow_neg_eigval"] else 1.0,
+        "beta_max": None if rule == "linear" or theirs["allow_neg_eigval"] else 1.0,  # unless given, it is 2
         "rope_theta": 10_000.0 if theirs["use_local_pos_encoding"] else None,
         "conv_size": theirs["conv_size"] if theirs["use_short_conv"] else 0,
         "output_gate": theirs["use_gate"],

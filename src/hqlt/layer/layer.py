@@ -154,7 +154,7 @@ class HybridMemory(nn.Module):
                     f"see are held once; got {kv!r}"
                 )
             self.fw.v_activation = _activation(fw)
-        if self.fw is not None:
+        if self.fw is not None and self.fw.gates_hold_pairs:
             self.fw.own_v_activation = _activation(fw)
         self.v_activation: nn.Module = _activation(shared)
 

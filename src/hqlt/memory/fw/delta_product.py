@@ -55,6 +55,7 @@ class DeltaProductMemory(Erasing):
         extra = num_householder - 1
         widths = extra * heads.pairs * heads.k, extra * heads.matrices * heads.v
         self.k_proj, self.v_proj = (nn.Linear(heads.hidden_size, width, bias=False) for width in widths)
+        self.own_v_activation: nn.Module = nn.Identity()
         self.convolved = dict(zip(("keys", "values"), widths, strict=True))
 
     def logits(self, x: Hidden) -> ProductGates:

@@ -37,7 +37,8 @@ class FWMemory(nn.Module):
     native: str | None = None
     """What `hqlt.ops.step` calls this rule, where it runs it; a subclass says so anew."""
     gates_hold_pairs = False
-    """Whether the gates hold keys and values of their own token, so that they serve to write no other token's pair."""
+    """Whether the gates hold keys and values of their own token, so that they serve to write no other token's pair. The
+    layer then sets `own_v_activation`: what its own values are activated by before they are written."""
 
     writes = 1
     """Steps for each token that is written."""
@@ -49,8 +50,6 @@ class FWMemory(nn.Module):
         self.heads = heads
         self.v_activation: nn.Module = nn.Identity()
         """Of values that reach this memory alone; the layer sets it (`HybridMemory.fw_activation`)."""
-        self.own_v_activation: nn.Module = nn.Identity()
-        """Of values that the rule itself projects: what the layer's own are activated by before they are written."""
         self.convolved: dict[str, int] = {}
         """Fields of the logits that pass through the layer's short convolution, as q, k and v do: their widths."""
 
