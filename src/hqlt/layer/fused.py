@@ -81,7 +81,7 @@ class OneToken:
 
 def numbers_of(parts: Parts) -> Numbers:
     """Rotary positions, β's maximum, ε of the norm: what a part is used with, and may change in its lifetime."""
-    _, kv, fw, _, _, norm = (part.__dict__ if part is not None else {} for part in parts)
+    _, kv, fw, _, _, norm = [{} if part is None else part.__dict__ for part in parts]
     return kv.get("positions"), fw.get("beta_max", 1.0), norm.get("eps", 0.0)
 
 

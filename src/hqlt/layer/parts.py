@@ -60,7 +60,7 @@ class Parts(NamedTuple):
 
         Then it must be called, and nothing fused runs. (What watches tensors instead, `hqlt.native.is_traced` knows.)
         """
-        return _has_any_global_hook() or any(_is_watched(part) for part in self if part is not None)
+        return _has_any_global_hook() or any([_is_watched(part) for part in self if part is not None])  # noqa: C419
 
 
 def _is_watched(part: nn.Module) -> bool:
