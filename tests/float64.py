@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import pytest
@@ -21,7 +20,7 @@ class Float64:
 
 def in_float64(model: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A model's code of transformers; what it computes in float32, whatever it is given, it computes in float64."""
-    module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+    module = pytest.importorskip(f"transformers.models.{model}.modeling_{model}", reason=f"no {model} in this version")
     monkeypatch.setattr(module, "torch", Float64())
     monkeypatch.setattr(Tensor, "float", Tensor.double)
     return module

@@ -49,7 +49,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {"model_type": "qwen3_5_text", **MIXED, "head_dim": 8, "num_key_value_heads": 1},
     "qwen3_5_text, all of it": {
         "model_type": "qwen3_5_text", **MIXED, "linear_conv_kernel_dim": 2, "tie_word_embeddings": True,
-        "rope_parameters": {**YARN, "partial_rotary_factor": 0.5}, "head_dim": 12, "rms_norm_eps": 1e-3,
+        "rope_parameters": {**YARN, "partial_rotary_factor": 0.5}, "head_dim": 16, "rms_norm_eps": 1e-3,
     },
     "olmo_hybrid": {"model_type": "olmo_hybrid", **MIXED, "rope_parameters": {"rope_theta": None}},
     "olmo_hybrid, all of it": {
