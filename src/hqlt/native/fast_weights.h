@@ -116,14 +116,18 @@ struct FastWeights : FastWeightsCall<T> {
       ahead[1] = faded;
     }
 
-    // Runs a pass whose last three steps decay for token i and look ahead.
+    // Runs a pass whose last two steps look ahead, from `step` on; or whose last three decay for token i first.
+    template <class Pass>
+    INLINE void run(Pass& pass, int step) {
+      pass.w[step] = ahead[0], pass.w[step + 1] = ahead[1];
+      pass(S.M, job.k);
+      if (Pass::kind[step] == read)
+        UNROLL for (int n = 0; n < N; ++n) seen[0][n] = pass.x[step][n], seen[1][n] = pass.x[step + 1][n];
+    }
     template <class Pass>
     INLINE void close(Pass& pass, int step, int64_t i) {
       rows.decay(pass, step, i);
-      pass.w[step + 1] = ahead[0], pass.w[step + 2] = ahead[1];
-      pass(S.M, job.k);
-      if (Pass::kind[step + 1] == read)
-        UNROLL for (int n = 0; n < N; ++n) seen[0][n] = pass.x[step + 1][n], seen[1][n] = pass.x[step + 2][n];
+      run(pass, step + 1);
     }
 
     // β r, and r kept.
@@ -141,7 +145,8 @@ struct FastWeights : FastWeightsCall<T> {
     }
 
     // One pass. Of two writes, both were predicted before either is written; the second sees the first one's write. Where
-    // a token goes on after it, nothing decays and what is read is read again.
+    // a token goes on after it, nothing decays and what is read is read again. Two tokens that decay by one number each
+    // are read before both are written, and given what their own writes add: the matrix then decays once.
     INLINE void put(const Stretch& now) {
       const int64_t i = now.i, j = now.j, query = rows.query(i), other = rows.query(i + now.tokens);
       const T *const key = rows.key(j), *const second_key = rows.key(j + now.two);
@@ -160,7 +165,22 @@ struct FastWeights : FastWeightsCall<T> {
       }
       look_ahead(j + 1 + now.two);
       const int64_t decays_for = now.ends && job.g == 1 ? i + 1 + now.tokens : job.t;
-      if (now.tokens) {
+      if (now.tokens && decays == Decays::matrix) {
+        const T *const q = job.q + query * job.k, *const second_q = job.q + other * job.k;
+        const T second = *rows.alpha(i + 1), third = *rows.alpha(decays_for);
+        Pass<T, N, read, read, fade_columns, write, write, look, look> pass;
+        pass.w[0] = q, pass.w[1] = second_q, pass.w[3] = key, pass.w[4] = second_key;
+        UNROLL for (int n = 0; n < N; ++n) {
+          pass.x[2][n] = Lanes<T>{} + second * third;
+          pass.x[3][n] = second * third * correction[0][n], pass.x[4][n] = third * correction[1][n];
+        }
+        run(pass, 5);
+        const T own = dot(key, q, job.k), across = dot(key, second_q, job.k), second_own = dot(second_key, second_q, job.k);
+        UNROLL for (int n = 0; n < N; ++n) {
+          got[0][n] = pass.x[0][n] + own * correction[0][n];
+          got[1][n] = second * (pass.x[1][n] + across * correction[0][n]) + second_own * correction[1][n];
+        }
+      } else if (now.tokens) {
         Pass<T, N, write, read, fade, write, read, fade, look, look> pass;
         pass.w[0] = key, pass.w[1] = job.q + query * job.k, pass.w[3] = second_key, pass.w[4] = job.q + other * job.k;
         copy(pass.x[0], correction[0]), copy(pass.x[3], correction[1]);
