@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 import pytest
@@ -51,7 +52,8 @@ class KimiLinear:
         return DynamicCache(config=self.config)
 
     def run(self, x: Tensor, cache: Any = None, mask: Tensor | None = None) -> Tensor:
-        y: Tensor = self.layer(x, cache_params=cache, attention_mask=mask)
+        name = "cache" if "cache" in inspect.signature(self.layer.forward).parameters else "cache_params"  # before 5.24
+        y: Tensor = self.layer(x, attention_mask=mask, **{name: cache})
         return y
 
 
