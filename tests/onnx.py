@@ -48,6 +48,6 @@ def tensors(given: Any) -> list[Tensor]:
     return [x for x in pytree.tree_leaves(given) if isinstance(x, Tensor)]
 
 
-def check_same(mine: list[Tensor], theirs: Any) -> None:
+def check_same(mine: list[Tensor], theirs: Any, tolerance: float = 1e-5) -> None:
     for x, y in zip(mine, tensors(theirs), strict=True):
-        torch.testing.assert_close(x, y, rtol=3e-5, atol=3e-5)
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
