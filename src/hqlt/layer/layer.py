@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from hqlt import native, registry
 from hqlt.blend import Blend
+from hqlt.layer.choices import builders_of, choices
 from hqlt.layer.convolution import ShortConvolution
 from hqlt.layer.fused import FUSED, without_native_form
 from hqlt.layer.norm import RMSNorm, ZeroCenteredRMSNorm, norms_of_heads
@@ -97,7 +97,7 @@ class HybridMemory(nn.Module):
     ) -> None:
         super().__init__()
         self.hidden_size, self.num_heads = hidden_size, num_heads
-        parts = parts_of(blend, mixer, fast_weights, retention, options)
+        parts = builders_of(blend, mixer, fast_weights, retention, options)
         self.blend: Blend = parts["blend"](window)
         alone = "memory" not in parts
         self.sizes = heads = Heads.of(hidden_size, num_heads, num_kv_heads, head_dim, num_value_heads, value_dim, alone)
@@ -319,43 +319,6 @@ class HybridMemory(nn.Module):
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, num_heads={self.num_heads}"
-
-
-def choices(
-    blend: str, mixer: str | None, fast_weights: str | None, retention: str | None = None
-) -> dict[str, tuple[str, Any]]:
-    """By argument: the name that is chosen, and its class; of a layer with one memory, what that memory needs.
-
-    Raises ValueError for an unknown name, and for a name where there is nothing to choose.
-    """
-    chosen: dict[str, tuple[str, Any]] = {"blend": (blend, registry.find("blend", blend))}
-    cls = chosen["blend"][1]
-    named = {
-        "mixer": (mixer, "vector", cls.has_kv and cls.has_fw),
-        "fast_weights": (fast_weights, "delta", cls.has_fw),
-        "retention": (retention, "recent", cls.has_kv),
-    }
-    for argument, (name, default, used) in named.items():
-        if used:
-            name = default if name is None else name
-            chosen[argument] = name, registry.find({"fast_weights": "rule"}.get(argument, argument), name, argument)
-        elif name is not None:
-            raise ValueError(f"{argument}: expected none for blend {blend!r}, which has one memory, got {name!r}")
-    if cls.has_kv:
-        chosen["memory"] = "KV", KVMemory
-    return chosen
-
-
-def parts_of(
-    blend: str, mixer: str | None, fast_weights: str | None, retention: str | None, options: dict[str, Any]
-) -> dict[str, Callable[..., Any]]:
-    """By argument: what builds the choice, with those of the options that are its own.
-
-    Raises ValueError as `choices` does, and for an option that none of them uses.
-    """
-    chosen = choices(blend, mixer, fast_weights, retention)
-    own = registry.share_out(options, {f"{argument}={name!r}": cls for argument, (name, cls) in chosen.items()})
-    return {argument: partial(cls, **given) for (argument, (_, cls)), given in zip(chosen.items(), own, strict=True)}
 
 
 OF_FW_ONLY = ("num_value_heads", "value_dim")

@@ -145,10 +145,9 @@ struct FastWeights : FastWeightsCall<T> {
     }
 
     // One pass. Of two writes, both were predicted before either is written; the second sees the first one's write. Where
-    // a token goes on after it, nothing decays and what is read is read again. Two tokens that decay by one number each
-    // are read before both are written, and given what their own writes add: the matrix then decays once.
+    // a token goes on after it, nothing decays and what is read is read again.
     INLINE void put(const Stretch& now) {
-      const int64_t i = now.i, j = now.j, query = rows.query(i), other = rows.query(i + now.tokens);
+      const int64_t i = now.i, j = now.j, query = rows.query(i);
       const T *const key = rows.key(j), *const second_key = rows.key(j + now.two);
       Lanes<T> correction[2][N] = {}, got[2][N] = {};
       correct(j, seen[0], correction[0]);
@@ -164,29 +163,10 @@ struct FastWeights : FastWeightsCall<T> {
         correct(j + 1, seen[1], correction[1]);
       }
       look_ahead(j + 1 + now.two);
-      const int64_t decays_for = now.ends && job.g == 1 ? i + 1 + now.tokens : job.t;
-      if (now.tokens && decays == Decays::matrix) {
-        const T *const q = job.q + query * job.k, *const second_q = job.q + other * job.k;
-        const T second = *rows.alpha(i + 1), third = *rows.alpha(decays_for);
-        Pass<T, N, read, read, fade_columns, write, write, look, look> pass;
-        pass.w[0] = q, pass.w[1] = second_q, pass.w[3] = key, pass.w[4] = second_key;
-        UNROLL for (int n = 0; n < N; ++n) {
-          pass.x[2][n] = Lanes<T>{} + second * third;
-          pass.x[3][n] = second * third * correction[0][n], pass.x[4][n] = third * correction[1][n];
-        }
-        run(pass, 5);
-        const T own = dot(key, q, job.k), across = dot(key, second_q, job.k), second_own = dot(second_key, second_q, job.k);
-        UNROLL for (int n = 0; n < N; ++n) {
-          got[0][n] = pass.x[0][n] + own * correction[0][n];
-          got[1][n] = second * (pass.x[1][n] + across * correction[0][n]) + second_own * correction[1][n];
-        }
-      } else if (now.tokens) {
-        Pass<T, N, write, read, fade, write, read, fade, look, look> pass;
-        pass.w[0] = key, pass.w[1] = job.q + query * job.k, pass.w[3] = second_key, pass.w[4] = job.q + other * job.k;
-        copy(pass.x[0], correction[0]), copy(pass.x[3], correction[1]);
-        rows.decay(pass, 2, i + 1);
-        close(pass, 5, decays_for);
-        copy(got[0], pass.x[1]), copy(got[1], pass.x[4]);
+      const int64_t decays_for = now.ends && job.g == 1 ? i + 1 : job.t;
+      if (now.tokens) {
+        if constexpr (decays == Decays::matrix) two_decaying(now, correction, got);
+        else two_tokens(now, correction, got);
       } else if (now.two) {
         Pass<T, N, write, write, read, fade, look, look> pass;
         pass.w[0] = key, pass.w[1] = second_key, pass.w[2] = job.q + query * job.k;
@@ -201,8 +181,38 @@ struct FastWeights : FastWeightsCall<T> {
         copy(got[0], pass.x[1]);
       }
       store(query, got[0]);
-      if (now.tokens) store(other, got[1]);
+      if (now.tokens) store(rows.query(i + 1), got[1]);
       if (now.ends && job.g > 1) read_others(i);
+    }
+
+    // Two tokens of one write each, written and read one after the other.
+    INLINE void two_tokens(const Stretch& now, const Lanes<T> (&correction)[2][N], Lanes<T> (&got)[2][N]) {
+      Pass<T, N, write, read, fade, write, read, fade, look, look> pass;
+      pass.w[0] = rows.key(now.j), pass.w[1] = job.q + rows.query(now.i) * job.k;
+      pass.w[3] = rows.key(now.j + 1), pass.w[4] = job.q + rows.query(now.i + 1) * job.k;
+      copy(pass.x[0], correction[0]), copy(pass.x[3], correction[1]);
+      rows.decay(pass, 2, now.i + 1);
+      close(pass, 5, now.i + 2);
+      copy(got[0], pass.x[1]), copy(got[1], pass.x[4]);
+    }
+    // The same where one number decays the matrix: read before both are written, and given what their own writes add, so
+    // that the matrix decays once.
+    INLINE void two_decaying(const Stretch& now, const Lanes<T> (&correction)[2][N], Lanes<T> (&got)[2][N]) {
+      const T *const key = rows.key(now.j), *const second_key = rows.key(now.j + 1);
+      const T *const q = job.q + rows.query(now.i) * job.k, *const second_q = job.q + rows.query(now.i + 1) * job.k;
+      const T second = *rows.alpha(now.i + 1), third = *rows.alpha(now.i + 2);
+      Pass<T, N, read, read, fade_columns, write, write, look, look> pass;
+      pass.w[0] = q, pass.w[1] = second_q, pass.w[3] = key, pass.w[4] = second_key;
+      UNROLL for (int n = 0; n < N; ++n) {
+        pass.x[2][n] = Lanes<T>{} + second * third;
+        pass.x[3][n] = second * third * correction[0][n], pass.x[4][n] = third * correction[1][n];
+      }
+      run(pass, 5);
+      const T own = dot(key, q, job.k), across = dot(key, second_q, job.k), second_own = dot(second_key, second_q, job.k);
+      UNROLL for (int n = 0; n < N; ++n) {
+        got[0][n] = pass.x[0][n] + own * correction[0][n];
+        got[1][n] = second * (pass.x[1][n] + across * correction[0][n]) + second_own * correction[1][n];
+      }
     }
 
     INLINE void read_others(int64_t i) {

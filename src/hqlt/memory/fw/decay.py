@@ -22,9 +22,10 @@ def log_decay(logits: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Strengths
     return -A_log.to(wide).exp() * dt, dt
 
 
-def fixed_decay(log_alpha: Tensor, like: Tensor) -> Strengths:
-    """log α [h] of every token of like [b, t, …]: [b, t, h], in at least float32."""
-    return log_alpha.to(like.device, at_least_float32(like.dtype)).expand(*like.shape[:2], -1)
+def fixed_decay(log_alpha: list[float], like: Tensor) -> Strengths:
+    """log α of each matrix, for every token of like [b, t, …]: [b, t, h], in at least float32."""
+    numbers = torch.tensor(log_alpha, dtype=at_least_float32(like.dtype), device=like.device)
+    return numbers.expand(*like.shape[:2], -1)
 
 
 def begin_decay(A_log: nn.Parameter, dt_bias: nn.Parameter, slowest: float = 1.0) -> None:

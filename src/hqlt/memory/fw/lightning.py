@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 
 from hqlt.memory.fw.decay import fixed_decay
@@ -31,15 +30,12 @@ class LightningMemory(Recurrence):
     def __init__(self, heads: Heads, *, depth: tuple[int, int] = (0, 1)) -> None:
         super().__init__(heads)
         layer, layers = self.depth = check_depth(depth)
-        self.factor = 1 - layer / (layers - 1 + 1e-5) + 1e-5
+        factor, h = 1 - layer / (layers - 1 + 1e-5) + 1e-5, heads.matrices
+        self.log_alpha = [-factor * 2 ** (-8 * i / h) for i in range(1, h + 1)]
 
     def terms(self, q: Queries, write: Write) -> Terms:
-        h = self.heads.matrices
-        slopes = torch.exp2(-8 / h * torch.arange(1, h + 1, dtype=torch.float64, device="cpu"))
-        decay = fixed_decay(-self.factor * slopes, q)
-        return Terms(
-            F.silu(q), F.silu(write.keys), self.v_activation(write.values), decay=decay, erase=False, scale=1.0
-        )
+        decay, v = fixed_decay(self.log_alpha, q), self.v_activation(write.values)
+        return Terms(F.silu(q), F.silu(write.keys), v, decay=decay, erase=False, scale=1.0)
 
     def extra_repr(self) -> str:
         return f"depth={self.depth}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from hqlt.memory.fw.decay import fixed_decay
@@ -35,13 +37,13 @@ class RetNetMemory(Recurrence):
 
     def __init__(self, heads: Heads, *, rope_theta: float | None = 10_000.0) -> None:
         super().__init__(heads)
+        self.log_alpha = [math.log1p(-(2.0 ** (-5 - i))) for i in range(heads.matrices)]
         self.positions = Rotary.of(rope_theta)
         if self.positions is not None:
             self.positions.width(heads.k)  # refuses what cannot be rotated
 
     def terms(self, q: Queries, write: Write) -> Terms:
-        exponent = -5 - torch.arange(self.heads.matrices, dtype=torch.float64, device="cpu")
-        decay = fixed_decay(torch.log1p(-exponent.exp2()), q)
+        decay = fixed_decay(self.log_alpha, q)
         return Terms(q, write.keys, self.v_activation(write.values), decay=decay, erase=False)
 
     def forward(
