@@ -107,14 +107,15 @@ def refuse_non_finite(name: str, tensor: Tensor) -> None:
 
 
 def check_resets(resets: Tensor | None, b: int, t: int, device: torch.device | None = None) -> None:
-    _check_marks("resets", "a token begins a new segment", resets, b, t, device)
+    check_marks("resets", "a token begins a new segment", resets, b, t, device)
 
 
 def check_live(live: Tensor | None, b: int, t: int, device: torch.device | None = None) -> None:
-    _check_marks("live", "a token is written", live, b, t, device)
+    check_marks("live", "a token is written", live, b, t, device)
 
 
-def _check_marks(name: str, where: str, marks: Tensor | None, b: int, t: int, device: torch.device | None) -> None:
+def check_marks(name: str, where: str, marks: Tensor | None, b: int, t: int, device: torch.device | None) -> None:
+    """Refuse marks that are not Bool[b, t] on this device."""
     if marks is None:
         return
     if marks.dtype != torch.bool or tuple(marks.shape) != (b, t):

@@ -9,17 +9,20 @@ from typing import Any
 from hqlt.errors import how_to_install
 from hqlt.ops.backend import Choice, explain, register_backend, use_backend
 from hqlt.ops.delta_rule import delta_rule
+from hqlt.ops.expiry import expiry
 from hqlt.ops.fast_weights import fast_weights
 from hqlt.ops.features import rotated, unit_silu
 from hqlt.ops.linear_attention import LinearState, linear_attention
 from hqlt.ops.norm import mix, rms_norm
 from hqlt.ops.synchronous import synchronous
-from hqlt.ops.window_attention import window_attention
+from hqlt.ops.window_attention import Beyond, window_attention
 
 __all__ = [
+    "Beyond",
     "Choice",
     "LinearState",
     "delta_rule",
+    "expiry",
     "explain",
     "fast_weights",
     "linear_attention",

@@ -86,11 +86,13 @@ PAIRS = (
     ),
     _rule("blocked", _always, "many windows in the sequence: work linear in length"),
 )
+ENTRIES = (_rule("chunked", _always, "kept entries and a chunk of new ones at a time"),)
 RULES: dict[str, tuple[Rule, ...]] = {
     "delta_rule": MATRIX,
     "fast_weights": MATRIX,
     "linear_attention": MATRIX,
     "window_attention": PAIRS,
+    "expiry": ENTRIES,
     "synchronous": (_rule("composed", _always, "the fastest operation for each memory; triton is not measured yet"),),
     "unit_silu": ROWS,
     "rotated": ROWS,

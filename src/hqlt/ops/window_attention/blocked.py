@@ -21,13 +21,26 @@ from hqlt.ops import contain
 from hqlt.ops.backend import register_backend
 from hqlt.ops.heads import grouped, product, sum_of_products
 from hqlt.ops.second_order import Equation, Gradients
-from hqlt.ops.window_attention import reference
+from hqlt.ops.window_attention import blocked_beyond, reference
+from hqlt.ops.window_attention.beyond import Beyond
 from hqlt.ops.window_attention.dense import visible
 from hqlt.shapes import Keys, Queries, Resets, Values, at_least_float32
 
 
 @register_backend("window_attention", "blocked")
-def window_attention(q: Queries, k: Keys, v: Values, *, window: int, scale: float, resets: Resets | None) -> Values:
+def window_attention(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    *,
+    window: int,
+    scale: float,
+    resets: Resets | None,
+    beyond: Beyond | None = None,
+) -> Values:
+    if beyond is not None:
+        return blocked_beyond.window_attention(q, k, v, window=window, scale=scale, resets=resets, beyond=beyond)
+
     def run(q: Queries, k: Keys, v: Values) -> Values:
         return _BlockedWindowAttention.apply(q, k, v, window, scale, resets)
 

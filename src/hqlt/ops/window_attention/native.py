@@ -11,12 +11,24 @@ from torch import Tensor
 from hqlt import native
 from hqlt.ops.backend import register_backend
 from hqlt.ops.second_order import differentiable_twice
-from hqlt.ops.window_attention import reference
+from hqlt.ops.window_attention import blocked_beyond, reference
+from hqlt.ops.window_attention.beyond import Beyond
 from hqlt.shapes import Keys, Queries, Resets, Values, at_least_float32
 
 
 @register_backend("window_attention", "native")
-def window_attention(q: Queries, k: Keys, v: Values, *, window: int, scale: float, resets: Resets | None) -> Values:
+def window_attention(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    *,
+    window: int,
+    scale: float,
+    resets: Resets | None,
+    beyond: Beyond | None = None,
+) -> Values:
+    if beyond is not None:
+        return blocked_beyond.window_attention(q, k, v, window=window, scale=scale, resets=resets, beyond=beyond)
     dtype = q.dtype
     q, k, v = native.cast(at_least_float32(dtype), q, k, v)
     run = _run if native.may_run(q, k, v, resets) else _forward
