@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import hqlt
 from hqlt import HQLTConfig, HQLTForCausalLM, HybridMemory, registry
-from hqlt.memory import Kept
+from hqlt.memory import Entries, Kept, Write
 from tests.laws import Laws, close, in_pieces, segments, stories
 from tests.layers import GROUPED, HEADS, HIDDEN, HYBRIDS, as_memory, build_layer, tokens
 
@@ -17,6 +18,27 @@ CHOICES = {
     "delayed-streaming": {"blend": "delayed-streaming", "retention": "value-norm", "kept": 2},
     "own gates": {"blend": "delayed-streaming", "write_gates": "own", "retention": "random", "kept": 2},
     "grouped": {"blend": "synchronous", "retention": "value-norm", "kept": 2, "partial_rotary_factor": 0.5, **GROUPED},
+    "surprise": {"blend": "synchronous", "retention": "surprise", "kept": 2},
+    "surprise, all else": {
+        "blend": "synchronous",
+        "retention": "surprise",
+        "kept": 2,
+        "score": "beta-error",
+        "sinks": 1,
+        "fast_weights": "gated-delta",
+        "kept_positions": "clamped",
+        "kept_norm": True,
+        "kept_gate": -1.0,
+        **GROUPED,
+    },
+    "surprise of products": {
+        "blend": "synchronous",
+        "retention": "surprise",
+        "kept": 2,
+        "fast_weights": "delta-product",
+    },
+    "sinks": {"blend": "kv-only", "sinks": 2, "kept_positions": "none"},
+    "sinks of chunks": {"blend": "delayed-chunk", "sinks": 1, "retention": "value-norm", "kept": 1, "kept_gate": 0.5},
     "no positions": {"blend": "kv-only", "retention": "value-norm", "kept": 4, "rope_theta": None, "conv_size": 3},
 }
 
@@ -29,36 +51,58 @@ class TestLaws(Laws):
         return lambda window: as_memory(build_layer("", window, **CHOICES[request.param]))
 
 
-def seen_by_hand(scores, window, kept, chunks):
-    """scores: of the tokens of a segment. For each of them the tokens that it sees."""
+def seen_by_hand(scores, window, kept, chunks=False, sinks=0):
+    """scores: of the tokens of a segment. For each of them the tokens that it sees beyond the window, and within."""
     stay, recent = [], []
     for t in range(len(scores)):
         before, recent = recent, list(range(t // window * window if chunks else max(t - window + 1, 0), t + 1))
-        stay = sorted([*stay, *(j for j in before if j not in recent)], key=lambda j: (-scores[j], j))[:kept]
-        yield [*stay, *recent]
+        left = [j for j in before if j not in recent and j >= sinks]
+        stay = sorted([*stay, *left], key=lambda j: (-scores[j], j))[:kept]
+        yield [*(j for j in range(min(sinks, recent[0]))), *stay], recent
 
 
-def read_by_hand(q, k, v, seen, theta):
+def read_by_hand(layer, q, k, v, head, stay, recent):
     """Softmax attention of the last token over those that are seen, each key turned by its distance."""
-    half, t = q.shape[0] // 2, k.shape[0] - 1
-    turn = torch.arange(half, dtype=torch.float64) * (-2 / (2 * half))
+    t, half, kv = k.shape[0] - 1, q.shape[0] // 2, layer.kv
+    frequencies = 10_000.0 ** (torch.arange(half, dtype=torch.float64) * (-1 / half))
     as_complex = lambda x: torch.complex(x[..., :half], x[..., half:])  # noqa: E731
-    distance = t - torch.tensor(seen, dtype=torch.float64)
-    turned = as_complex(k[seen]) * torch.polar(torch.ones(1, dtype=torch.float64), -distance[:, None] * theta**turn)
-    logits = (as_complex(q).conj() * turned).real.sum(-1) / (2 * half) ** 0.5
-    return logits.softmax(0) @ v[seen]
+
+    def score(q, k, distance):
+        turned = as_complex(k) * torch.polar(torch.ones(half, dtype=torch.float64), -distance * frequencies)
+        return (as_complex(q).conj() * turned).real.sum() / (2 * half) ** 0.5
+
+    scores = []
+    for j in stay:
+        norms = (kv.q_norm, kv.k_norm) if kv.q_norm else (lambda x: x,) * 2
+        distance = {"true": t - j, "clamped": layer.blend.window, "none": 0}[kv.kept_positions]
+        gate = 0.0 if kv.gate is None else kv.gate[head]
+        scores.append(score(norms[0](q), norms[1](k[j]), distance) + gate)
+    scores += [score(q, k[j], t - j) for j in recent]
+    return torch.stack(scores).softmax(0) @ v[[*stay, *recent]]
 
 
-def coarse(keys, values, positions):
+def coarse(new):
     """Scores of which many are the same."""
-    return values.sum(dim=-1).round()
+    return new.values.sum(dim=-1).round()
+
+
+HOWS = [
+    {},
+    {"sinks": 2},
+    {"sinks": 1, "kept_positions": "clamped"},
+    {"kept_positions": "none", "kept_gate": -2.0},
+    {"kept_norm": True},
+    {"kept_norm": True, "kept_gate": 1.0, "kept_positions": "clamped"},
+]
 
 
 @pytest.mark.parametrize("blend", [*HYBRIDS, "kv-only"])
-@given(story=stories(16), kept=st.integers(1, 4), ties=st.booleans(), g=st.sampled_from([1, 2]))
-def test_what_is_read_is_what_a_loop_over_tokens_keeps(blend, story, kept, ties, g):
+@given(
+    story=stories(16), kept=st.integers(1, 4), ties=st.booleans(), g=st.sampled_from([1, 2]), how=st.sampled_from(HOWS)
+)
+def test_what_is_read_is_what_a_loop_over_tokens_keeps(blend, story, kept, ties, g, how):
     heads = {"num_heads": HEADS * g, "num_kv_heads": HEADS, "head_dim": 4}
-    layer = build_layer("", story.window, blend=blend, retention="value-norm", kept=kept, **heads)
+    layer = build_layer("", story.window, blend=blend, retention="value-norm", kept=kept, **how, **heads)
     if ties:
         layer.kv.retention.score = coarse
     reads = []
@@ -67,30 +111,29 @@ def test_what_is_read_is_what_a_loop_over_tokens_keeps(blend, story, kept, ties,
     in_pieces(lambda given, state, resets: layer(*given, state, resets), (x,), story.resets, story.cuts)
     q, k, v = layer.split(layer.q_proj(x), layer.k_proj(x), layer.v_proj(x))
     v = layer.v_activation(v)
-    scores = layer.kv.retention.score(k, v, None)
+    scores = layer.kv.retention.score(Entries(k, v, None, None))
     got = torch.cat(reads, dim=1) if reads else None
     for row in range(story.b):
         for begin, end in segments(story.resets, row, story.t):
             for head in range(HEADS * g):
                 pair = head // g
                 marks = scores[row, begin:end, pair].tolist()
-                for t, seen in enumerate(seen_by_hand(marks, story.window, kept, blend == "delayed-chunk")):
+                seen = seen_by_hand(marks, story.window, kept, blend == "delayed-chunk", how.get("sinks", 0))
+                for t, (stay, recent) in enumerate(seen):
                     of_head = k[row, begin : begin + t + 1, pair], v[row, begin : begin + t + 1, pair]
-                    expected = read_by_hand(q[row, begin + t, head], *of_head, seen, 10_000.0)
+                    expected = read_by_hand(layer, q[row, begin + t, head], *of_head, head, stay, recent)
                     close(got[row, begin + t, head], expected)
 
 
 def test_a_hand_made_example():
     """Window 2, one entry kept: token 0 leaves at 2 and stays; 1 leaves at 3 and loses; 2 leaves at 4 and wins."""
-    seen = list(seen_by_hand([5.0, 3.0, 7.0, 1.0, 7.0, 0.0, 0.0], window=2, kept=1, chunks=False))
+    seen = [stay + recent for stay, recent in seen_by_hand([5.0, 3.0, 7.0, 1.0, 7.0, 0.0, 0.0], window=2, kept=1)]
     assert seen == [[0], [0, 1], [0, 1, 2], [0, 2, 3], [2, 3, 4], [2, 4, 5], [2, 5, 6]]
 
 
 def test_the_state_holds_what_stays_oldest_first():
     layer = build_layer("", 2, blend="kv-only", retention="value-norm", kept=3)
-    layer.kv.retention.score = lambda keys, values, positions: (
-        -(positions[..., None].double() % 3).expand(-1, -1, HEADS)
-    )
+    layer.kv.retention.score = lambda new: -(new.positions[..., None].double() % 3).expand(-1, -1, HEADS)
     _, state = layer(tokens(1, 9))
     assert state.kv.kept.positions[0, :, 0].tolist() == [0, 3, 6]
     assert state.kv.kept.scores[0, :, 0].tolist() == [0, 0, 0, -2]  # the last: of token 8, in the window
@@ -116,7 +159,7 @@ def test_a_token_of_a_long_segment_is_read_as_one_of_a_short(dtype, tolerance):
 def test_random_is_a_hash_of_head_and_position():
     retention = registry.find("retention", "random")(build_layer("kv-only").sizes, kept=1)
     positions = torch.tensor([[0, 1, 2, 1_000_003]])
-    got = retention.score(None, torch.zeros(1), positions)
+    got = retention.score(Entries(None, torch.zeros(1), positions, None))
 
     def lowbias32(x):
         x = ((x ^ (x >> 16)) * 0x21F0AAAD) % 2**32
@@ -127,7 +170,7 @@ def test_random_is_a_hash_of_head_and_position():
         [lowbias32(HEADS * position + head) >> 8 for head in range(HEADS)] for position in positions[0].tolist()
     ]
     assert got[0].tolist() == expected
-    many = retention.score(None, torch.zeros(1), torch.arange(10_000)[None]) / 2**24
+    many = retention.score(Entries(None, torch.zeros(1), torch.arange(10_000)[None], None)) / 2**24
     assert abs(many.mean() - 0.5) < 0.01
     assert abs(torch.corrcoef(many[0].T)[0, 1]) < 0.03
 
@@ -169,9 +212,29 @@ def test_what_users_do_with_a_state():
         ({"kept": 3}, r"kept: expected an option of what was chosen \(.*retention='recent' uses none"),
         (
             {"retention": "surprising"},
-            "retention: expected one of 'recent', 'value-norm', 'random'.*, got 'surprising'",
+            "retention: expected one of 'recent', 'surprise', .*, got 'surprising'; did you mean 'surprise'",
         ),
-        ({"retention": "random", "kept": 2, "window": None}, "retention: expected 'recent' with window=None"),
+        (
+            {"retention": "random", "kept": 2, "window": None},
+            "retention: expected 'recent' and no sinks with window=None",
+        ),
+        ({"sinks": 2, "window": None}, "retention: expected 'recent' and no sinks with window=None.* sinks=2"),
+        ({"sinks": -1}, "sinks: expected a number of entries, at least 0, got -1"),
+        ({"kept_gate": 0.0}, "kept_positions, kept_norm, kept_gate: expected as they are by default"),
+        (
+            {"sinks": 1, "kept_positions": "near"},
+            "kept_positions: expected one of 'true', 'clamped', 'none', got 'near'",
+        ),
+        (
+            {"retention": "surprise", "kept": 2, "blend": "delayed-streaming"},
+            "retention: expected one whose scores do not ask .* or a blend that writes a pair when it arrives",
+        ),
+        ({"retention": "surprise", "kept": 2, "blend": "kv-only"}, "retention: expected .* got 'surprise'"),
+        (
+            {"retention": "surprise", "kept": 2, "fast_weights": "gla"},
+            "retention: expected .*'value-norm'.*, because fast_weights='gla' predicts nothing",
+        ),
+        ({"retention": "surprise", "kept": 2, "score": "errors"}, "score: expected one of 'error', 'beta-error'"),
         ({"blend": "fw-only", "retention": "recent"}, "retention: expected none for blend 'fw-only'"),
     ],
 )
@@ -183,7 +246,7 @@ def test_what_does_not_fit_is_refused(options, refused):
 def test_a_blend_that_reads_past_the_kept_ones_is_refused():
     layer = build_layer("kv-only", retention="value-norm", kept=2)
     q = torch.zeros(1, 3, HEADS, HIDDEN // HEADS, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"candidates: .* by Blend\.attend"):
+    with pytest.raises(ValueError, match=r"candidates: expected the entries .* `KVMemory\.candidates`"):
         layer.kv(q, q, q, 4, None)
 
 
@@ -203,3 +266,67 @@ def test_layers_of_full_attention_keep_everything_already():
     assert [config.layer_options(layer)["retention"] for layer in range(2)] == ["recent", "random"]
     with pytest.raises(ValueError, match="kept: expected an option that a layer uses"):
         HQLTConfig(**SMALL, layer_kinds=["kv", "kv"], retention="random", kept=4)
+
+
+def test_surprise_is_the_error_of_what_the_fast_weights_predict():
+    """By hand from the delta rule's equation, in pieces too; the best two of what has left are held."""
+    layer = build_layer("", 2, blend="synchronous", retention="surprise", kept=2, beta_max=1.0)
+    x = tokens(1, 9)
+    _, k, v = layer.split(layer.q_proj(x), layer.k_proj(x), layer.v_proj(x))
+    phi, v, beta = hqlt.ops.unit_silu(k), layer.v_activation(v), layer.fw.strengths(layer.fw.beta_proj(x))
+    scores = torch.zeros(9, HEADS, dtype=torch.float64)
+    W = torch.zeros(HEADS, HIDDEN // HEADS, HIDDEN // HEADS, dtype=torch.float64)
+    for t in range(9):
+        error = v[0, t] - torch.einsum("hkv,hk->hv", W, phi[0, t])
+        scores[t] = error.norm(dim=-1)
+        W = W + torch.einsum("hk,hv->hkv", phi[0, t], beta[0, t, :, None] * error)
+    _, (state,) = in_pieces(lambda given, state, resets: as_pair(layer(*given, *state or (None,))), (x,), None, [4, 5])
+    assert state.kv.kept.positions.shape == (1, 2, HEADS)
+    for head in range(HEADS):
+        best = sorted(range(8), key=lambda j: -scores[j, head])[:2]
+        assert state.kv.kept.positions[0, :, head].tolist() == sorted(best)
+        close(state.kv.kept.scores[0, :2, head], scores[sorted(best), head])
+
+
+def as_pair(given):
+    return given[0], (given[1],)
+
+
+@pytest.mark.parametrize("rule", list(registry.names("rule")))
+def test_a_rule_that_predicts_says_its_errors(rule):
+    """The same as from the reference, and of one write a token ‖βe‖ = β‖e‖."""
+    layer = build_layer("", 3, blend="synchronous", fast_weights=rule)
+    new = layer.parts().tokens(layer.project(tokens(2, 7), None, None)[0])
+    if not layer.fw.says_errors:
+        assert rule in ("linear", "retnet", "lightning", "gla", "mamba2", "hgrn2", "mlstm") or "speeds" in rule
+        return
+    write = Write(new.keys, new.values, new.gates, None)
+    out, after, errors = layer.fw(new.q, write, None, None, errors=True)
+    plain_out, plain_after = layer.fw(new.q, write, None, None)
+    close(out, plain_out)
+    close(after.matrix, plain_after.matrix)
+    with hqlt.ops.use_backend("reference"):
+        for mine, theirs in zip(errors, layer.fw(new.q, write, None, None, errors=True)[2], strict=True):
+            close(mine, theirs)
+            assert mine.shape == (2, 7, HEADS) and not mine.requires_grad
+    with hqlt.ops.use_backend("chunked"):
+        close(layer.fw(new.q, write, None, None, errors=True)[2].plain, errors.plain)
+
+
+def test_a_step_and_a_pass_in_float32_keep_the_same_pairs():
+    """Scores differ by rounding; no two of 4 × 300 tokens are near enough to change places."""
+    layer = build_layer("", 8, torch.float32, blend="synchronous", retention="surprise", kept=8)
+    x = tokens(4, 300, dtype=torch.float32)
+    _, (state,) = in_pieces(
+        lambda given, state, resets: as_pair(layer(*given, *state or (None,))), (x,), None, range(1, 300)
+    )
+    assert torch.equal(state.kv.kept.positions, layer(x)[1].kv.kept.positions)
+
+
+def test_a_model_begins_with_the_gate_that_it_is_told():
+    config = HQLTConfig(**SMALL, retention="surprise", kept=4, sinks=1, kept_gate=-4.0, kept_norm=True)
+    model = HQLTForCausalLM(config)
+    for block in model.model.layers:
+        assert block.memory.kv.gate.tolist() == [-4.0, -4.0]
+        assert block.memory.kv.kept == 5
+        assert set(block.memory.kv.k_norm.weight.tolist()) == {1.0}

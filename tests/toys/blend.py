@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_map
 
 import hqlt
-from hqlt.blend import Blend, Reads
+from hqlt.blend import Blend
 from hqlt.memory import Write
 
 
@@ -23,8 +23,7 @@ class OneBehind(Blend):
     def held(self, count):
         return count.clamp(max=self.slots)
 
-    def read(self, memories, new, timeline, past, resets):
-        kv, fw = memories.both()
+    def scan(self, fw, new, timeline, past, resets):
         t = new.q.shape[1]
         before = timeline.position[:, -t:] > 0  # there is a token before, of the same segment
 
@@ -32,5 +31,4 @@ class OneBehind(Blend):
             return F.pad(x, (*(0, 0) * (x.dim() - 2), 1, 0))[:, -t - 1 : -1]
 
         write = Write(*self.alive(tree_map(earlier, timeline[:3]), before), before)
-        read, after = fw(new.q, write, past, resets)
-        return Reads(read, self.attend(kv, new.q, timeline)), after
+        return fw(new.q, write, past, resets)

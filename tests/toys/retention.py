@@ -14,5 +14,5 @@ class KeyNorm(Retention):
         super().__init__(heads, kept=kept)
         self.order = order
 
-    def score(self, keys, values, positions):
-        return keys.norm(self.order, dim=-1)
+    def score(self, new):
+        return new.keys.norm(self.order, dim=-1)

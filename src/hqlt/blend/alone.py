@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from hqlt.blend.blend import Blend, Memories, Reads, Timeline, Tokens
-from hqlt.memory import Tree, Write
+from hqlt.blend.blend import Blend
+from hqlt.blend.synchronous import Synchronous
 from hqlt.registry import register
-from hqlt.shapes import Resets
 
 
 @register("blend", "kv-only")
@@ -15,15 +14,9 @@ class KVOnly(Blend):
     has_fw = False
     native = "nothing"
 
-    def read(
-        self, memories: Memories, new: Tokens, timeline: Timeline, past: Tree | None, resets: Resets | None
-    ) -> tuple[Reads, Tree]:
-        assert memories.kv is not None
-        return Reads(None, self.attend(memories.kv, new.q, timeline)), ()
-
 
 @register("blend", "fw-only")
-class FWOnly(Blend):
+class FWOnly(Synchronous):
     """Fast weights alone: DeltaNet, or with the additive rule a linear transformer."""
 
     has_kv = False
@@ -32,10 +25,3 @@ class FWOnly(Blend):
     @property
     def slots(self) -> int:
         return 0
-
-    def read(
-        self, memories: Memories, new: Tokens, timeline: Timeline, past: Tree | None, resets: Resets | None
-    ) -> tuple[Reads, Tree]:
-        assert memories.fw is not None
-        fw, after = memories.fw(new.q, Write(new.keys, new.values, new.gates, None), past, resets)
-        return Reads(fw, None), after

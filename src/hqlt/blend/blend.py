@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from hqlt.memory import Candidates, FWMemory, Held, KVMemory, MemoryState, Retention, Tree
+from hqlt.memory import Candidates, Errors, FWMemory, Held, Kept, KVMemory, MemoryState, Tree
+from hqlt.memory.kv import kept
 from hqlt.ops.heads import repeated
 from hqlt.ops.segments import positions
 from hqlt.registry import name_of
@@ -55,14 +56,13 @@ class Timeline(NamedTuple):
     gates: Tree  # [b, l, …] each; () for a blend that does not keep them
     position: Positions  # [b, l] of each pair's token in its segment, negative for an unused slot
     resets: Resets | None  # Bool [b, l], None where no segment begins after the timeline's first pair
-    candidates: Candidates | tuple[()] = ()  # the same pairs and those kept beyond the window; () where none are
 
 
 class Blend(nn.Module):
     """A schedule of both memories.
 
-    It says three things: how many pairs must be held between calls (`slots`), how many of the latest pairs stay in the
-    KV-memory after `count` tokens of a segment (`held`), and what each memory reads (`read`). Options are the
+    It says how many pairs must be held between calls (`slots`), how many of the latest pairs stay in the KV-memory
+    after `count` tokens of a segment (`held`), and which pair reaches the FW-memory when (`scan`). Options are the
     keyword-only arguments of the constructor; a registered blend's are the layer's own.
 
     window: pairs that the KV-memory reaches, the own one included; None: all.
@@ -74,6 +74,9 @@ class Blend(nn.Module):
     """Whether there must be an end to what the KV-memory reaches."""
     keeps_gates = False
     """Whether a pair's own gates are held with it, because it is written later and with them."""
+    writes_on_arrival = False
+    """Whether a pair is written when it arrives, so that what the FW-memory predicted of it is known then. `scan` then
+    takes errors=True and returns them, too."""
     native: str | None = None
     """What `hqlt.ops.step` calls what this blend writes, where it runs it; a subclass says so anew."""
 
@@ -91,33 +94,59 @@ class Blend(nn.Module):
         """Pairs held between calls at most; None: all of them. Here: the next token brings the window's last pair."""
         return None if self.window is None else self.window - 1
 
-    def check(self, fw: FWMemory) -> None:
-        """Refuse, by a ValueError, a rule that has no meaning in this schedule."""
+    def check(self, memories: Memories) -> None:
+        """Refuse, by a ValueError, a rule or a retention that has no meaning in this schedule."""
+        kv, fw = memories
+        if kv is None or kv.retention is None or not kv.retention.needs_errors:
+            return
+        name = name_of("retention", type(kv.retention))
+        if not self.writes_on_arrival:
+            raise ValueError(
+                f"retention: expected one whose scores do not ask for the FW-memory's errors, or a blend that writes a "
+                f"pair when it arrives (blend='synchronous'), got {name!r}: here its error is not known by then"
+            )
+        if fw is not None and not fw.says_errors:
+            raise ValueError(
+                f"retention: expected one whose scores do not ask for the FW-memory's errors (retention='value-norm'), "
+                f"because fast_weights={name_of('rule', type(fw))!r} predicts nothing when it writes, got {name!r}"
+            )
 
     def held(self, count: Tensor) -> Tensor:
         """How many of a segment's latest pairs the KV-memory holds on to after `count` tokens: [b]."""
         return count if self.slots is None else count.clamp(max=self.slots)
 
-    def read(
-        self, memories: Memories, new: Tokens, timeline: Timeline, past: Tree | None, resets: Resets | None
-    ) -> tuple[Reads, Tree]:
-        """What the new tokens' queries read from each memory, and the FW-memory's state after the last of them.
+    def scan(
+        self, fw: FWMemory, new: Tokens, timeline: Timeline, past: Tree | None, resets: Resets | None
+    ) -> tuple[Any, ...]:
+        """What the new tokens' queries read from the FW-memory, its state after the last of them (and `Errors`, see
+        `writes_on_arrival`).
 
-        past: the FW-memory's state before, None for an empty one. resets: Bool[b, t], of the new tokens.
+        past: its state before, None for an empty one. resets: Bool[b, t], of the new tokens.
         """
         raise NotImplementedError
+
+    def begins(self, timeline: Timeline) -> Resets | None:
+        """Where what the KV-memory reaches begins anew, within the latest `window` pairs: Bool[b, l]."""
+        return timeline.resets
 
     def forward(
         self, memories: Memories, new: Tokens, state: MemoryState | None, resets: Resets | None
     ) -> tuple[Reads, MemoryState]:
-        timeline = self.timeline(new, state, resets)
-        if memories.kv is not None and memories.kv.retention is not None:
-            timeline = timeline._replace(candidates=self.candidates(memories.kv.retention, timeline, state))
-        reads, fw = self.read(memories, new, timeline, None if state is None else state.fw, resets)
-        own = None if memories.fw is None else memories.fw.skip(new.values)
-        if own is not None and reads.fw is not None:
-            reads = reads._replace(fw=reads.fw + repeated(new.q, own)[0])
-        return reads, self.state_after(memories, timeline, fw)
+        (kv, fw), timeline = memories, self.timeline(new, state, resets)
+        fw_read, kv_read, candidates = None, None, None
+        fw_after: Tree = ()
+        errors: list[Errors] = []
+        if fw is not None:
+            wants = {"errors": True} if kv is not None and kv.retention and kv.retention.needs_errors else {}
+            past = None if state is None else state.fw
+            fw_read, fw_after, *errors = self.scan(fw, new, timeline, past, resets, **wants)
+            if (own := fw.skip(new.values)) is not None:
+                fw_read = fw_read + repeated(new.q, own)[0]
+        if kv is not None:
+            keys, values, marks = timeline.keys, timeline.values, self.begins(timeline)
+            candidates = self.candidates(kv, new, timeline, state, errors[0] if errors else None)
+            kv_read = kv(new.q, keys, values, self.window, marks, *([] if candidates is None else [candidates]))
+        return Reads(fw_read, kv_read), self.state_after(memories, timeline, fw_after, candidates)
 
     def timeline(self, new: Tokens, state: MemoryState | None, resets: Resets | None) -> Timeline:
         """The held pairs, and the new ones behind them."""
@@ -145,40 +174,39 @@ class Blend(nn.Module):
         assert self.window is not None, "the layer refuses a retention that keeps more"
         return position + self.window
 
-    def candidates(self, retention: Retention, timeline: Timeline, state: MemoryState | None) -> Candidates:
-        """The timeline's pairs, behind those that the retention kept."""
-        keys, values, _, position, _, _ = timeline
-        past, count, used = None, torch.zeros_like(position[:, 0]), torch.zeros_like(position[:, 0])
-        if state is not None and isinstance(state.kv, Held):
-            past, count = state.kv.kept, state.position
-            used = count - self.held(count)
-            held = torch.arange(position.shape[1], device=position.device) < state.slots
-            position = position.masked_fill(held & (position < used[:, None]), -1)  # of a slot that is unused
-        return retention.candidates(keys, values, position, self.leaves(position), past, count, used)
-
-    def attend(self, kv: KVMemory, q: Queries, timeline: Timeline) -> Values:
-        """What the queries read from the KV-memory."""
-        out: Values = kv(q, timeline.keys, timeline.values, self.window, timeline.resets, timeline.candidates)
-        return out
+    def candidates(
+        self, kv: KVMemory, new: Tokens, timeline: Timeline, state: MemoryState | None, errors: Errors | None
+    ) -> Candidates | None:
+        """The timeline's pairs behind those that were kept; None where nothing is kept beyond the window."""
+        if not kv.kept:
+            return None
+        keys, values, _, position, resets = timeline
+        count = torch.zeros_like(position[:, 0]) if state is None else state.position
+        past: Kept | None = state.kv.kept if state is not None and isinstance(state.kv, Held) else None
+        known = kept.Timeline(keys, values, position, resets, self.leaves(position), count, count - self.held(count))
+        return kv.candidates(known, new.q.shape[1], past, errors)
 
     @staticmethod
     def alive(x: Tree, live: Tensor) -> Tree:
         """Zeros in place of what is not live, [b, t, …] each: whatever it held then reaches nobody."""
         return pytree.tree_map(lambda x: x.masked_fill(~live.view(*live.shape, *(1,) * (x.dim() - 2)), 0), x)
 
-    def state_after(self, memories: Memories, timeline: Timeline, fw: Tree) -> MemoryState:
+    def state_after(
+        self, memories: Memories, timeline: Timeline, fw: Tree, candidates: Candidates | None = None
+    ) -> MemoryState:
         """What to hold of the timeline, and the FW-memory after it."""
-        keys, values, gates, position, _, candidates = timeline
-        count = position[:, -1] + 1
-        kv: Held | tuple[()] = ()
+        keys, values, gates, position, _ = timeline
+        count, l = position[:, -1] + 1, keys.shape[1]
+        held: Held | tuple[()] = ()
         if memories.kv is not None:
-            recent_scores = candidates.scores[:, memories.kv.kept :] if candidates else ()
-            kv = self.latest(Held(keys, values, gates, recent_scores), count)
-            if candidates and memories.kv.retention is not None:
-                used = count - self.held(count)
-                kept = memories.kv.retention.after(candidates, kv.kept, used, self.leaves(used - 1))
-                kv = kv._replace(kept=kept)
-        return MemoryState(kv, fw, keys.new_zeros(keys.shape[0], 0, 0), count)
+            scores = () if candidates is None else candidates.scores[:, candidates.scores.shape[1] - l :]
+            held = self.latest(Held(keys, values, gates, scores), count)
+        if memories.kv is not None and candidates is not None and isinstance(held, Held):
+            used = count - self.held(count)
+            begin = candidates.scores.shape[1] - count  # of the running segment, as an index
+            after = memories.kv.kept_after(candidates, held.kept, begin + used, begin + self.leaves(used - 1))
+            held = held._replace(kept=after)
+        return MemoryState(held, fw, keys.new_zeros(keys.shape[0], 0, 0), count)
 
     def extra_repr(self) -> str:
         return f"window={self.window}"

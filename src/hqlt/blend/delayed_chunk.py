@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from hqlt.blend.blend import Blend, Memories, Reads, Timeline, Tokens
+from hqlt.blend.blend import Blend, Timeline, Tokens
 from hqlt.memory import FWMemory, Tree, Write
 from hqlt.native import is_traced
 from hqlt.registry import register
@@ -45,20 +45,18 @@ class DelayedChunk(Blend):
     def leaves(self, position: Tensor) -> Tensor:
         return (position // self.slots + 1) * self.slots
 
-    def read(
-        self, memories: Memories, new: Tokens, timeline: Timeline, past: Tree | None, resets: Resets | None
-    ) -> tuple[Reads, Tree]:
-        kv, fw = memories.both()
-        q = new.q
-        begins_chunk = timeline.position % self.slots == 0
-        attended = self.attend(kv, q, timeline._replace(resets=begins_chunk))
+    def begins(self, timeline: Timeline) -> Resets:
+        return timeline.position % self.slots == 0
+
+    def scan(
+        self, fw: FWMemory, new: Tokens, timeline: Timeline, past: Tree | None, resets: Resets | None
+    ) -> tuple[Values, Tree]:
+        q, begins_chunk = new.q, self.begins(timeline)
         if past is None and resets is None and not is_symbolic(q.shape[1]):
-            read, after = self._scan_aligned(fw, q, timeline)
-        elif past is not None and self._known_not(begins_chunk[:, -q.shape[1] :].any()):
-            read, after = self._read_only(fw, q, timeline, past), past  # no chunk begins, so none is written
-        else:
-            read, after = self._scan_in_order(fw, q, timeline, begins_chunk, past)
-        return Reads(read, attended), after
+            return self._scan_aligned(fw, q, timeline)
+        if past is not None and self._known_not(begins_chunk[:, -q.shape[1] :].any()):
+            return self._read_only(fw, q, timeline, past), past  # no chunk begins, so none is written
+        return self._scan_in_order(fw, q, timeline, begins_chunk, past)
 
     @staticmethod
     def _known_not(condition: Tensor) -> bool:

@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from hqlt.blend.blend import Blend, Memories, Reads, Timeline, Tokens
+from hqlt.blend.blend import Blend, Memories, Timeline, Tokens
 from hqlt.memory import FWMemory, Tree, Write
 from hqlt.registry import name_of, one_of, register
-from hqlt.shapes import Resets
+from hqlt.shapes import Resets, Values
 
 WRITE_GATES = ("current", "own")
 
@@ -40,7 +40,9 @@ class DelayedStreaming(Blend):
         assert self.window is not None
         return self.window
 
-    def check(self, fw: FWMemory) -> None:
+    def check(self, memories: Memories) -> None:
+        super().check(memories)
+        _, fw = memories.both()
         if fw.gates_hold_pairs and not self.keeps_gates:
             raise ValueError(
                 f"write_gates: expected 'own' with fast_weights={name_of('rule', type(fw))!r}, whose gates hold keys "
@@ -48,10 +50,9 @@ class DelayedStreaming(Blend):
                 f"got 'current'"
             )
 
-    def read(
-        self, memories: Memories, new: Tokens, timeline: Timeline, past: Tree | None, resets: Resets | None
-    ) -> tuple[Reads, Tree]:
-        kv, fw = memories.both()
+    def scan(
+        self, fw: FWMemory, new: Tokens, timeline: Timeline, past: Tree | None, resets: Resets | None
+    ) -> tuple[Values, Tree]:
         t, l = new.q.shape[1], timeline.keys.shape[1]
         live = timeline.position[:, -t:] >= self.slots  # else token t−S is of another segment, or none
 
@@ -61,9 +62,8 @@ class DelayedStreaming(Blend):
 
         keys, values, gates = pytree.tree_map(falling_out, (timeline.keys, timeline.values, timeline.gates))
         keys, values, gates = self.alive((keys, values, gates if self.keeps_gates else new.gates), live)
-        write = Write(keys, values, gates, live)
-        written, after = fw(new.q, write, past, resets)
-        return Reads(written, self.attend(kv, new.q, timeline)), after
+        read, after = fw(new.q, Write(keys, values, gates, live), past, resets)
+        return read, after
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, write_gates={WRITE_GATES[self.keeps_gates]!r}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from hqlt.blend.blend import Blend, Memories, Reads, Timeline, Tokens
-from hqlt.memory import Tree, Write
+from typing import Any
+
+from hqlt.blend.blend import Blend, Timeline, Tokens
+from hqlt.memory import FWMemory, Tree, Write
 from hqlt.registry import register
 from hqlt.shapes import Resets
 
@@ -16,10 +18,10 @@ class Synchronous(Blend):
     """
 
     native = "own"
+    writes_on_arrival = True
 
-    def read(
-        self, memories: Memories, new: Tokens, timeline: Timeline, past: Tree | None, resets: Resets | None
-    ) -> tuple[Reads, Tree]:
-        kv, fw = memories.both()
-        written, after = fw(new.q, Write(new.keys, new.values, new.gates, None), past, resets)
-        return Reads(written, self.attend(kv, new.q, timeline)), after
+    def scan(
+        self, fw: FWMemory, new: Tokens, timeline: Timeline, past: Tree | None, resets: Resets | None, **errors: bool
+    ) -> tuple[Any, ...]:
+        out: tuple[Any, ...] = fw(new.q, Write(new.keys, new.values, new.gates, None), past, resets, **errors)
+        return out

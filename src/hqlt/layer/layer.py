@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hqlt import native, registry
-from hqlt.blend import Blend
+from hqlt.blend import Blend, Memories
 from hqlt.layer.choices import builders_of, choices
 from hqlt.layer.convolution import ShortConvolution
 from hqlt.layer.fused import FUSED, without_native_form
@@ -45,9 +45,11 @@ class HybridMemory(nn.Module):
     without SiLU, no norm). mixer: "vector" (where None), "scalar", "sum", "add" (gate_bias). fast_weights: how a pair
     is written: "delta" (where None; beta_max, beta_bias), "gated-delta", "delta-product", "gated-delta-product", "kda",
     "comba", "rwkv7", "linear", "retnet", "lightning", "gla", "mamba2", "hgrn2" or "mlstm" (`docs/rules.md`). retention:
-    which entries stay visible beyond the window: none with "recent" (where None), `kept` a KV head with "value-norm"
-    and "random". The KV-memory takes rope_theta (base of its rotary positions, 10000 unless given, None for none),
-    partial_rotary_factor and rope_scaling (`hqlt.memory.rotary`).
+    which entries stay visible beyond the window: none with "recent" (where None), `kept` a KV head with "surprise"
+    (score="error" or "beta-error"), "value-norm" and "random". The KV-memory takes sinks (first entries of a segment
+    that stay, too), kept_positions, kept_norm and kept_gate (how those are read, `hqlt.memory.KVMemory`), rope_theta
+    (base of its rotary positions, 10000 unless given, None for none), partial_rotary_factor and rope_scaling
+    (`hqlt.memory.rotary`).
 
     Heads: num_kv_heads (None: num_heads) share pairs and matrix among query heads; head_dim (None: hidden_size /
     num_heads) of q and k; "fw-only" has value heads of their own number (num_value_heads) and width (value_dim).
@@ -107,6 +109,7 @@ class HybridMemory(nn.Module):
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(hidden_size, width, bias=qkv_bias) for width in widths)
         # After the projections: seeds draw weights in this order, and published figures hang on it.
         self.fw: FWMemory | None = self._fw(parts) if "fast_weights" in parts else None
+        self.blend.check(Memories(self.kv, self.fw))
         self._activations(kv_activation, fw_activation)
         self.channels = sum(widths) + (0 if self.fw is None else sum(self.fw.convolved.values()))
         self.conv = ShortConvolution(self.channels, conv_size) if conv_size else None
@@ -122,12 +125,14 @@ class HybridMemory(nn.Module):
         kv: KVMemory = parts["memory"](self.sizes, parts["retention"](self.sizes))
         if kv.kept and self.blend.window is None:
             name = registry.name_of("retention", type(kv.retention))
-            raise ValueError(f"retention: expected 'recent' with window=None, which holds every entry, got {name!r}")
+            raise ValueError(
+                f"retention: expected 'recent' and no sinks with window=None, which holds every entry, got {name!r}, "
+                f"sinks={kv.sinks}"
+            )
         return kv
 
     def _fw(self, parts: dict[str, Callable[..., Any]]) -> FWMemory:
         fw: FWMemory = parts["fast_weights"](self.sizes)
-        self.blend.check(fw)
         return fw
 
     def _remember(self) -> None:

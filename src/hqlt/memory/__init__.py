@@ -1,15 +1,17 @@
 """The two memories, and the state that carries them from call to call."""
 
-from hqlt.memory.fw import DeltaMemory, FWMemory, LinearMemory, Write
+from hqlt.memory.fw import DeltaMemory, Errors, FWMemory, LinearMemory, Write
 from hqlt.memory.heads import Heads
-from hqlt.memory.kv import Candidates, Kept, KVMemory, Retention
+from hqlt.memory.kv import Candidates, Entries, Kept, KVMemory, Retention
 from hqlt.memory.state import Entry, Held, MemoryState, Tree
 from hqlt.memory.storage import fingerprint, load_state, save_state
 
 __all__ = [
     "Candidates",
     "DeltaMemory",
+    "Entries",
     "Entry",
+    "Errors",
     "FWMemory",
     "Heads",
     "Held",

@@ -102,6 +102,16 @@ class HQLTConfig(PreTrainedConfig):
     """Which entries stay visible beyond a KV-memory's window: "recent" for none, "value-norm", "random"."""
     kept: int = 0
     """Entries that a KV head keeps beyond its window, with another retention than "recent"."""
+    score: str = "error"
+    """What retention "surprise" compares: "error" or "beta-error"."""
+    sinks: int = 0
+    """First entries of a segment that stay visible beyond the window."""
+    kept_positions: str = "true"
+    """How entries beyond the window are turned: "true" distance, "clamped" to the window, or "none"."""
+    kept_norm: bool = False
+    """RMSNorm of q and k of its own for entries beyond the window."""
+    kept_gate: float | None = None
+    """Where the logarithm of their weight begins, a number for each query head; None: no such weight."""
     beta_max: float | int | None = None
     """The largest write strength: 2.0 lets a rule track state, 1.0 is DeltaNet's. None: the rule's own default."""
     beta_bias: float | int | None = None

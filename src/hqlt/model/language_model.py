@@ -13,7 +13,7 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from hqlt.layer import HybridMemory, RMSNorm, ShortConvolution, SwiGLU, ZeroCenteredRMSNorm
-from hqlt.memory import FWMemory, MemoryState
+from hqlt.memory import FWMemory, KVMemory, MemoryState
 from hqlt.mixer import Mixer
 from hqlt.model.block import HQLTBlock
 from hqlt.model.cache import CACHE, HQLTCache, one_cache
@@ -52,7 +52,7 @@ class HQLTPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, ZeroCenteredRMSNorm):
             nn.init.zeros_(module.weight)
-        elif isinstance(module, (FWMemory, Mixer)):
+        elif isinstance(module, (FWMemory, KVMemory, Mixer)):
             module.begin()
         elif isinstance(module, ShortConvolution):
             if self.config.conv_init == "identity":

@@ -14,7 +14,7 @@ from hqlt.memory.fw.mamba2 import Mamba2Memory
 from hqlt.memory.fw.mlstm import MLSTMMemory
 from hqlt.memory.fw.recurrence import Erasing, MatrixState, Recurrence, Terms
 from hqlt.memory.fw.retnet import RetNetMemory
-from hqlt.memory.fw.rule import FWMemory, LowRank, Write, begin_at, gate_projection
+from hqlt.memory.fw.rule import Errors, FWMemory, LowRank, Write, begin_at, gate_projection
 from hqlt.memory.fw.rwkv7 import RWKV7Memory
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "DeltaMemory",
     "DeltaProductMemory",
     "Erasing",
+    "Errors",
     "FWMemory",
     "GLAMemory",
     "GatedDeltaMemory",

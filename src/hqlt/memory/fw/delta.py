@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from hqlt import ops
-from hqlt.memory.fw.recurrence import Erasing, MatrixState
+from hqlt.memory.fw.recurrence import Erasing, MatrixState, Terms
 from hqlt.memory.fw.rule import Write
 from hqlt.memory.heads import Heads
 from hqlt.memory.state import Entry
 from hqlt.registry import register
-from hqlt.shapes import Hidden, Queries, Resets, Strengths, Values
+from hqlt.shapes import Hidden, Queries, Resets, Strengths
 
 
 class DeltaGates(NamedTuple):
@@ -45,16 +45,16 @@ class DeltaMemory(Erasing):
     def gate_entries(self) -> DeltaGates:
         return DeltaGates(Entry((self.heads.matrices,)))  # type: ignore[arg-type]
 
+    def terms(self, q: Queries, write: Write) -> Terms:
+        v = self.v_activation(write.values)
+        return Terms(ops.unit_silu(q), ops.unit_silu(write.keys), v, write.gates.beta)
+
     def forward(
-        self, q: Queries, write: Write, past: MatrixState | None, resets: Resets | None
-    ) -> tuple[Values, MatrixState]:
-        out, matrix = ops.delta_rule(
-            ops.unit_silu(q),
-            ops.unit_silu(write.keys),
-            self.v_activation(write.values),
-            write.gates.beta,
-            state=None if past is None else past.matrix,
-            resets=resets,
-            live=write.live,
-        )
+        self, q: Queries, write: Write, past: MatrixState | None, resets: Resets | None, *, errors: bool = False
+    ) -> tuple[Any, ...]:
+        if errors:
+            return super().forward(q, write, past, resets, errors=True)
+        q, k, v = self.terms(q, write)[:3]
+        state = None if past is None else past.matrix
+        out, matrix = ops.delta_rule(q, k, v, write.gates.beta, state=state, resets=resets, live=write.live)
         return out, MatrixState(matrix)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from hqlt import ops
-from hqlt.memory.fw.rule import FWMemory, Write, gate_projection
+from hqlt.memory.fw.rule import Errors, FWMemory, Write, gate_projection
 from hqlt.memory.heads import Heads
 from hqlt.memory.state import Entry
 from hqlt.ops.fast_weights import Decay, Erase
@@ -43,13 +43,25 @@ class Recurrence(FWMemory):
     def terms(self, q: Queries, write: Write) -> Terms:
         raise NotImplementedError
 
+    @property
+    def says_errors(self) -> bool:  # type: ignore[override]
+        return self.erases
+
     def forward(
-        self, q: Queries, write: Write, past: MatrixState | None, resets: Resets | None
-    ) -> tuple[Values, MatrixState]:
-        given = self.terms(q, write)._asdict()
+        self, q: Queries, write: Write, past: MatrixState | None, resets: Resets | None, *, errors: bool = False
+    ) -> tuple[Any, ...]:
+        given = self.terms(q, write)
         state: Tensor | None = None if past is None else past.matrix
-        out, matrix = ops.fast_weights(**given, state=state, resets=resets, live=write.live)
-        return out, MatrixState(matrix)
+        out, matrix, *said = ops.fast_weights(
+            **given._asdict(), state=state, resets=resets, live=write.live, errors=errors
+        )
+        return out, MatrixState(matrix), *(self.errors(e, given.beta, q.shape[1]) for e in said)
+
+    def errors(self, e: Values, beta: Strengths | None, t: int) -> Errors:
+        """From those of each write [b, m·t, h, v]."""
+        squares = e.square().sum(dim=-1)
+        weighted = squares if beta is None else beta.detach().square() * squares
+        return Errors(*(x.unflatten(1, (t, -1)).sum(dim=2).sqrt() for x in (squares, weighted)))
 
 
 class Erasing(Recurrence):

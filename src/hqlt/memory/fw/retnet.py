@@ -46,7 +46,7 @@ class RetNetMemory(Recurrence):
         decay = fixed_decay(self.log_alpha, q)
         return Terms(q, write.keys, self.v_activation(write.values), decay=decay, erase=False)
 
-    def forward(
+    def forward(  # type: ignore[override]  # erases nothing
         self, q: Queries, write: Write, past: MatrixState | None, resets: Resets | None
     ) -> tuple[Values, MatrixState]:
         if self.positions is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,15 @@ class Write(NamedTuple):
     """Bool[b, t]: where False nothing is written, and the fast weights stay as they are, decay included. None: all."""
 
 
+class Errors(NamedTuple):
+    """How wrongly a rule predicted what it then wrote, [b, t, h] each, in at least float32, without gradients."""
+
+    plain: Tensor
+    """‖e‖, e = v − Sᵀa with S as it is when the pair is written; of several writes a token the root of Σ ‖e‖²"""
+    weighted: Tensor
+    """‖βe‖, alike"""
+
+
 class FWMemory(nn.Module):
     """A write rule: it owns its parameters, its gates, its feature map, its scan and the shape of its state.
 
@@ -44,6 +53,9 @@ class FWMemory(nn.Module):
     """Steps for each token that is written."""
     erases = True
     """Whether a step reads what it erases."""
+
+    says_errors = False
+    """Whether `forward` takes errors=True, and then returns `Errors`, too."""
 
     def __init__(self, heads: Heads) -> None:
         super().__init__()
@@ -72,7 +84,7 @@ class FWMemory(nn.Module):
         """What the rule holds: a NamedTuple of `Entry`s, without b."""
         raise NotImplementedError
 
-    def forward(self, q: Queries, write: Write, past: Tree | None, resets: Resets | None) -> tuple[Values, Tree]:
+    def forward(self, q: Queries, write: Write, past: Tree | None, resets: Resets | None) -> tuple[Any, ...]:
         """At each step write what is live, then read q (raw, as the keys are); at a reset, begin empty.
 
         past: the state before the first step, None for an empty one. → [b, t, reads, v], the state after the last.

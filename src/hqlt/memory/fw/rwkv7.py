@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hqlt.memory.fw.recurrence import Recurrence, Terms
-from hqlt.memory.fw.rule import LowRank, Write, begin_at, check_depth
+from hqlt.memory.fw.rule import Errors, LowRank, Write, begin_at, check_depth
 from hqlt.memory.heads import Heads
 from hqlt.memory.state import Entry
 from hqlt.registry import register
-from hqlt.shapes import Hidden, Keys, Queries, at_least_float32
+from hqlt.shapes import Hidden, Keys, Queries, Strengths, Values, at_least_float32
 
 LEAST = -math.exp(-0.5)
 """Of log α."""
@@ -99,3 +99,8 @@ class RWKV7Memory(Recurrence):
         values = torch.stack([torch.zeros_like(v), v], dim=2)
         k, v, erase = (x.flatten(1, 2) for x in (along, values, erased))
         return Terms(q, k.to(q.dtype), v, decay=decay, erase=erase, scale=1.0)
+
+    def errors(self, e: Values, beta: Strengths | None, t: int) -> Errors:
+        """Of both steps together: v − Sᵀ κ̂."""
+        error = e.unflatten(1, (t, 2)).sum(dim=2).norm(dim=-1)
+        return Errors(error, error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hqlt.ops.backend import implementation
@@ -24,18 +25,19 @@ def expiry(
 ) -> Tensor:
     """When each entry stops being visible, if of those that have left the window the `kept` highest scores stay.
 
-        expiry_j = max(leaves_j, min {leaves_i : kept entries that outrank j are at most as old as i})
+        expiry_j = the first index from leaves_j on at which `kept` entries that outrank j have left, in j's segment
 
     Entry i outranks j of the same segment where its score is higher, or the same and i is older. So at any index of
-    the timeline those that have left and are still visible are the `kept` first by rank; one that is out never returns.
+    the timeline those that have left and are still visible are the `kept` first by rank; one that is out never returns,
+    and none outlives its segment.
 
     scores: [b, l, h], entries in order of age, without NaN. leaves: int64 [b, l], the index at which an entry leaves
     the window; it does not fall with age within a segment. used: Bool[b, l], entries that are there at all; None: all.
     resets: Bool[b, l], True at an entry that begins a segment. kept: at least 1. backend: the name of one
     implementation, None picks.
 
-    → int64 [b, l, h], `NEVER` (2⁶²) where fewer than `kept` entries of the timeline outrank one, 0 for one that is not
-    there. No gradient goes through.
+    → int64 [b, l, h], `NEVER` (2⁶²) in the last segment where fewer than `kept` entries of the timeline outrank one, 0
+    for one that is not there. No gradient goes through.
 
     Raises ValueError for shapes, dtypes and devices that do not fit, kept below 1, an unknown backend.
     """
@@ -51,4 +53,11 @@ def expiry(
         raise ValueError(f"kept: expected at least 1 entry, got {kept}")
     run = implementation("expiry", scores, backend, size)
     out: Tensor = run(scores.detach(), leaves, used, resets, kept)
-    return out
+    return out if resets is None else out.minimum(_ends(resets)[..., None])
+
+
+def _ends(resets: Resets) -> Tensor:
+    """The index at which each entry's segment has ended: [b, l]."""
+    index = torch.arange(resets.shape[1], device=resets.device)
+    begins = torch.where(resets, index, NEVER)[:, 1:].flip(1).cummin(dim=1).values.flip(1)
+    return F.pad(begins, (0, 1), value=NEVER)

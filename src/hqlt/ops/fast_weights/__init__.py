@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+
 from hqlt.ops.backend import empty_read, implementation
 from hqlt.ops.fast_weights import chunked, fla, native, reference
 from hqlt.ops.fast_weights.steps import Decay, Erase
@@ -35,8 +39,9 @@ def fast_weights(
     state: Matrix | None = None,
     resets: Resets | None = None,
     live: Live | None = None,
+    errors: bool = False,
     backend: str | None = None,
-) -> tuple[Values, Matrix]:
+) -> tuple[Any, ...]:
     """Fast weights by any write rule of one family: decay, then m writes, then the read.
 
         S ← Diag(α_t) S      m times: S ← S + k ⊗ β (v − Sᵀ a)      out_t = scale · Sᵀ q_t
@@ -48,15 +53,16 @@ def fast_weights(
     [b, m·t, h, k]. scale: k^-0.5 where None. state: the matrix before the first token [b, h, k, v], zeros where None.
     resets: Bool[b, t], the matrix is emptied before a marked token decays it. live: Bool[b, t], a token that is not
     marked leaves the matrix as it is, decay included, whatever it holds, and is read all the same; None: all are live.
-    backend: the name of one implementation, None picks (see `hqlt.ops.explain`).
+    errors: return the errors v − Sᵀ a, too. backend: the name of one implementation, None picks (see
+    `hqlt.ops.explain`).
 
     Two things are written in these terms. A rule that erases along e and writes along w, S ← S − e (aᵀ S) + w ⊗ v,
     takes two steps: k = e with v = 0, then k = w with a = 0. A rule that erases what S held before its decay takes
     a ⊘ α.
 
-    → out [b, t, g·h, v] in v's dtype, the matrix after the last token [b, h, k, v] in at least float32. Runs in
-    float64, float32 and bfloat16; the matrix accumulates in at least float32. Sizes of 0 give empty tensors, and reads
-    of 0 where k is 0.
+    → out [b, t, g·h, v] in v's dtype, the matrix after the last token [b, h, k, v] in at least float32, and if asked
+    for the errors [b, m·t, h, v], through which no gradient goes. Runs in float64, float32 and bfloat16; the matrix
+    accumulates in at least float32. Sizes of 0 give empty tensors, and reads of 0 where k is 0.
 
     Raises ValueError for shapes, dtypes and devices that do not fit, and for an unknown backend.
 
@@ -82,7 +88,9 @@ def fast_weights(
     run = implementation("fast_weights", q, backend, size)
     if size["t"] == 0:
         inputs = [x for x in (q, k, beta, decay, erase, state) if x is not None and not isinstance(x, bool)]
-        return empty_read(v, size["g·h"], *inputs), state
+        read = empty_read(v, size["g·h"], *inputs)
+        return (read, state, torch.empty_like(v, dtype=wide)) if errors else (read, state)
     scale = max(size["k"], 1) ** -0.5 if scale is None else scale
-    out, state = run(q, k, v, beta, decay, erase, scale=scale, state=state, resets=resets, live=live)
-    return out.to(v.dtype), state
+    wants = {"errors": True} if errors else {}
+    out, *others = run(q, k, v, beta, decay, erase, scale=scale, state=state, resets=resets, live=live, **wants)
+    return out.to(v.dtype), *others

@@ -55,7 +55,8 @@ def fast_weights(
     state: Matrix,
     resets: Resets | None,
     live: Live | None,
-) -> tuple[Values, Matrix]:
+    errors: bool = False,
+) -> tuple[Any, ...]:
     t, m = q.shape[1], steps_a_token(q, k)
     c = _chunk_length(t, q.shape[3], m)
     k, v, beta, decay, erase = live_writes(live, k, v, beta, decay, erase)
@@ -66,10 +67,13 @@ def fast_weights(
         q, k, v, beta, *others, state = x
         decay = others[0] if decays else None
         a = others[-1] if own else None
-        return _Chunked.apply(q, k, v, beta, decay, a, state, resets, erase is not False, scale, c)
+        out, state, e = _Chunked.apply(q, k, v, beta, decay, a, state, resets, erase is not False, scale, c)
+        said.append(e)
+        return out, state
 
+    said: list[Tensor] = []
     out, state = contain.scan(run, resets, q, (k, v, beta, *decays, *own), (state,))
-    return out, state
+    return (out, state, _by_writes(said[0])) if errors else (out, state)
 
 
 def _chunk_length(t: int, k: int, m: int) -> int:
@@ -273,16 +277,23 @@ class _Chunked(torch.autograd.Function):
         erases: bool,
         scale: float,
         c: int,
-    ) -> tuple[Tensor, Tensor]:
-        """q [b, t, g·h, k]; k, v, β, a [b, t, h, m, …]; a is None where k itself is erased, or nothing."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q [b, t, g·h, k]; k, v, β, a [b, t, h, m, …]; a is None where k itself is erased, or nothing.
+
+        → out, the final matrix, the errors [b, t, h, m, v].
+        """
         ctx.save_for_backward(q, k, v, beta, decay, a, state, resets)
         ctx.erases, ctx.scale, ctx.c = erases, scale, c
         x = _chunks(q, k, v, beta, decay, a, resets, erases, c)
         scan = _run(x, state)
-        return _from_chunks(scale * _read(x, scan, 0), c, q.shape[1]).flatten(2, 3), scan.final
+        t = q.shape[1]
+        error = x.v if x.inverse is None else x.v - _read(x, scan, 1)
+        error = _from_chunks(error, c, t)
+        ctx.mark_non_differentiable(error)
+        return _from_chunks(scale * _read(x, scan, 0), c, t).flatten(2, 3), scan.final, error
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_out: Tensor, d_final: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, resets = ctx.saved_tensors
         present = [x is not None for x in inputs]
 

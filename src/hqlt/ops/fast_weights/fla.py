@@ -47,7 +47,10 @@ def fast_weights(
     state: Matrix,
     resets: Resets | None,
     live: Live | None,
+    errors: bool = False,
 ) -> tuple[Values, Matrix]:
+    if errors:
+        raise ValueError("backend 'fla': expected errors=False, as its kernels return none, got True; name 'chunked'")
     fla.check_runs(q, v)
     m = steps_a_token(q, k)
     kernel = _kernel(q, v, decay, erase, m)

@@ -32,7 +32,8 @@ def fast_weights(
     state: Matrix,
     resets: Resets | None,
     live: Live | None,
-) -> tuple[Values, Matrix]:
+    errors: bool = False,
+) -> tuple[Any, ...]:
     erases, a = (erase, None) if isinstance(erase, bool) else (True, erase)
     if decay is None and erase is False:
         decay = q.new_zeros(q.shape[0], q.shape[1], k.shape[2])  # one kernel less to build
@@ -40,8 +41,8 @@ def fast_weights(
     decay, a = (x if x is None else native.cast(state.dtype, x)[0] for x in (decay, a))
     plain = native.may_run(q, k, v, beta, decay, a, state, resets, live)
     run = _run if plain else _forward
-    out, state, _ = run(q, k, v, beta, decay, a, state, resets, live, erases, scale, not plain)
-    return out, state
+    out, state, said = run(q, k, v, beta, decay, a, state, resets, live, erases, scale, errors or not plain)
+    return (out, state, said if erases else v.detach()) if errors else (out, state)
 
 
 def _run(

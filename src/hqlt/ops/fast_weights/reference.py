@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
 
 from hqlt.ops.backend import register_backend
 from hqlt.ops.fast_weights.steps import Decay, Erase, live_writes, steps_a_token
@@ -24,26 +25,24 @@ def fast_weights(
     state: Matrix,
     resets: Resets | None,
     live: Live | None,
-) -> tuple[Values, Matrix]:
+    errors: bool = False,
+) -> tuple[Any, ...]:
     S, m = state, steps_a_token(q, k)
     k, v, beta, decay, erase = live_writes(live, k, v, beta, decay, erase)
     q, k, v, beta = (x.to(at_least_float32(x.dtype)) for x in (grouped(q, k), k, v, beta))
     a = k if erase is True else None if erase is False else erase.to(k.dtype)
     if decay is not None:
         decay = decay.to(at_least_float32(decay.dtype)).view(*decay.shape, *(1,) * (5 - decay.dim()))
-    reads = []
+    reads, said = [], []
     for t in range(q.shape[1]):
         if resets is not None:
             S = S.masked_fill(resets[:, t, None, None, None], 0)
         S_t = S if decay is None else decay[:, t].exp() * S
         for i in range(m * t, m * t + m):
-            S_t = _written(S_t, k[:, i], v[:, i], beta[:, i, :, None], None if a is None else a[:, i])
+            error = v[:, i] if a is None else v[:, i] - torch.einsum("bhkv,bhk->bhv", S_t, a[:, i])
+            S_t = S_t + torch.einsum("bhk,bhv->bhkv", k[:, i], beta[:, i, :, None] * error)
+            said.append(error.detach())
         S = S_t if live is None else torch.where(live[:, t, None, None, None], S_t, S)
         reads.append(scale * torch.einsum("bhkv,bhgk->bhgv", S, q[:, t]))
-    return torch.stack(reads, dim=1).flatten(2, 3), S
-
-
-def _written(S: Tensor, k: Tensor, v: Tensor, beta: Tensor, a: Tensor | None) -> Tensor:
-    """S + k ⊗ β (v − Sᵀ a)"""
-    error = v if a is None else v - torch.einsum("bhkv,bhk->bhv", S, a)
-    return S + torch.einsum("bhk,bhv->bhkv", k, beta * error)
+    out = torch.stack(reads, dim=1).flatten(2, 3)
+    return (out, S, torch.stack(said, dim=1)) if errors else (out, S)

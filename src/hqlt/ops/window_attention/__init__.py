@@ -55,7 +55,6 @@ def window_attention(
         raise ValueError(f"window: expected at least 1 (the token itself) or None for all, got {window}")
     if beyond is not None:
         _check_beyond(beyond, q, k)
-        beyond = beyond.within(resets)
     if reach == "chunk":
         # A chunk's first token reaches no further back, just as the first token of a segment.
         resets = positions(resets, torch.zeros(b, dtype=torch.long, device=q.device), l) % window == 0

@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from hqlt.ops.expiry import NEVER
 from hqlt.ops.heads import repeated
 from hqlt.shapes import Keys, Queries, Resets
 
@@ -17,7 +15,8 @@ class Beyond(NamedTuple):
     """Pairs that have left the window and are still visible, in the same softmax as those of the window."""
 
     expiry: Tensor
-    """int64 [b, l, h]: an index i sees each earlier pair j with i < expiry_j (`hqlt.ops.expiry`)."""
+    """int64 [b, l, h]: an index i sees each earlier pair j with i < expiry_j, which no segment outlives (as of
+    `hqlt.ops.expiry`)."""
     most: int
     """How many an index sees beyond its window, at most."""
     q: Queries | None = None
@@ -33,15 +32,6 @@ class Beyond(NamedTuple):
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Its opposite: (within, beyond), of queries or keys."""
         return (x, x) if self.q is None else tuple(x.chunk(2, dim=-1))  # type: ignore[return-value]
-
-    def within(self, resets: Resets | None) -> Beyond:
-        """The same, where nothing is visible beyond its segment."""
-        if resets is None:
-            return self
-        index = torch.arange(resets.shape[1], device=resets.device)
-        begins = torch.where(resets, index, NEVER)[:, 1:].flip(1).cummin(dim=1).values.flip(1)
-        ends = F.pad(begins, (0, 1), value=NEVER)
-        return self._replace(expiry=self.expiry.minimum(ends[..., None]))
 
 
 def lowest(t: int, l: int, window: int, resets: Tensor | None, device: torch.device) -> Tensor:
