@@ -16,7 +16,7 @@ from hqlt.registration import register_with_transformers
 
 if TYPE_CHECKING:
     from hqlt import ops
-    from hqlt.layer import HybridMemory
+    from hqlt.layer import HybridMemory, with_retention
     from hqlt.memory import MemoryState, fingerprint, load_state, save_state
     from hqlt.model import HQLTCache, HQLTConfig, HQLTForCausalLM, HQLTModel, preset
     from hqlt.registry import register
@@ -37,10 +37,11 @@ __all__ = [
     "preset",
     "register",
     "save_state",
+    "with_retention",
 ]
 
 HOME = {
-    "HybridMemory": "layer",
+    **dict.fromkeys(("HybridMemory", "with_retention"), "layer"),
     "checked": "shapes",
     "register": "registry",
     **dict.fromkeys(("MemoryState", "fingerprint", "load_state", "save_state"), "memory"),

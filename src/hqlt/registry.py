@@ -87,13 +87,13 @@ def name_of(kind: str, cls: type) -> str:
 
 
 @functools.cache
-def options_of(cls: type) -> dict[str, Any]:
-    """The options of a class, with their defaults (inspect.Parameter.empty where there is none)."""
+def options_of(cls: Callable[..., Any]) -> dict[str, Any]:
+    """The options of a class or function, with their defaults (inspect.Parameter.empty where there is none)."""
     arguments = inspect.signature(cls).parameters.values()
     return {argument.name: argument.default for argument in arguments if argument.kind is argument.KEYWORD_ONLY}
 
 
-def share_out(options: dict[str, Any], takers: dict[str, type]) -> list[dict[str, Any]]:
+def share_out(options: dict[str, Any], takers: dict[str, Callable[..., Any]]) -> list[dict[str, Any]]:
     """Each taker's own options. takers: by what chose them, such as "fast_weights='delta'".
 
     Raises ValueError for an option that none of them uses.

@@ -82,12 +82,16 @@ class Blend(nn.Module):
 
     def __init__(self, window: int | None) -> None:
         super().__init__()
+        self.window = self.checked(window)
+
+    def checked(self, window: int | None) -> int | None:
+        """A window that serves; ValueError for another."""
         if window is None and self.needs_window:
             name = name_of("blend", type(self))
             raise ValueError(f"window: expected a number of tokens, because {name} writes what leaves it, got None")
         if window is not None and window < 1:
             raise ValueError(f"window: expected at least 1 (the token itself) or None for all, got {window}")
-        self.window = window
+        return window
 
     @property
     def slots(self) -> int | None:

@@ -131,6 +131,18 @@ class HybridMemory(nn.Module):
             )
         return kv
 
+    def set_retention(self, retention: str, window: int | None = None, **options: Any) -> None:
+        """Keep other entries beyond the window from now on, as `hqlt.with_retention` of this layer does, in place."""
+        assert self.kv is not None and self.blend.window is not None, "there is nothing beyond the window"
+        kind = registry.find("retention", retention)
+        takers = {f"retention={retention!r}": kind, "KV": KVMemory.keeping}
+        own, others = registry.share_out(options, takers)
+        kv = self.kv.keeping(kind(self.sizes, **own), **others)
+        self.blend.check(Memories(kv, self.fw))
+        self.blend.window = self.blend.checked(self.blend.window if window is None else window)
+        self.kv = kv.to(self.like).train(self.training)
+        self._remember()
+
     def _fw(self, parts: dict[str, Callable[..., Any]]) -> FWMemory:
         fw: FWMemory = parts["fast_weights"](self.sizes)
         return fw

@@ -12,7 +12,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from hqlt.layer import BLOCK_NORMS, HybridMemory, arguments_of, layer_arguments
-from hqlt.registry import find, one_of, options_of
+from hqlt.memory import KVMemory
+from hqlt.registry import find, one_of, options_of, share_out
 
 LAYER_KINDS = ("hybrid", "kv", "fw")
 CONV_INITS = ("uniform", "identity")
@@ -99,7 +100,7 @@ class HQLTConfig(PreTrainedConfig):
     fast_weights: str = "delta"
     """The FW-memory's write rule: "delta", "linear", "gated-delta", … (docs/rules.md)."""
     retention: str = "recent"
-    """Which entries stay visible beyond a KV-memory's window: "recent" for none, "value-norm", "random"."""
+    """Which entries stay visible beyond a KV-memory's window: "recent" for none, "surprise", "value-norm", "random"."""
     kept: int = 0
     """Entries that a KV head keeps beyond its window, with another retention than "recent"."""
     score: str = "error"
@@ -216,6 +217,32 @@ class HQLTConfig(PreTrainedConfig):
         cls._refuse_misspelt(unused)
         return (config, unused) if return_unused else config
 
+    def set_retention(self, retention: str, window: int | None = None, **options: Any) -> None:
+        """Say what `hqlt.with_retention` changes: what is not given is as by default, in layers of every kind.
+
+        Raises ValueError as `check` does.
+        """
+        kind, before = find("retention", retention), find("retention", self.retention)
+        share_out(options, {f"retention={retention!r}": kind, "KV": KVMemory.keeping})
+        changed = {"retention"}.union(*(options_of(of) for of in (before, kind, KVMemory.keeping)))
+        own = {field.name: field.default for field in fields(self) if field.name in changed}
+        if window is not None:
+            each = self.kv_window if isinstance(self.kv_window, list) else [self.kv_window]
+            each = [None if reach is None else window for reach in each]
+            self.kv_window = each if isinstance(self.kv_window, list) else each[0]
+            self.window = None if self.window is None else window
+        for name, default in own.items():
+            setattr(self, name, options.get(name, default))
+        self.retention = retention
+        others = {name: value for name, value in (self.options or {}).items() if name not in changed}
+        self.options = others | {name: value for name, value in options.items() if name not in own} or None
+        if self.of_kind is not None:
+            self.of_kind = {
+                of: {name: value for name, value in given.items() if name not in changed}
+                for of, given in self.of_kind.items()
+            }
+        self.check()
+
     @property
     def kinds(self) -> list[str]:
         """The kind of each layer."""
@@ -228,9 +255,10 @@ class HQLTConfig(PreTrainedConfig):
         window = {"hybrid": self.window, "kv": kv_window, "fw": None}[kind]
         given = {"depth": (layer, self.num_hidden_layers)} | self._fields_of(kind)
         choices = choices_of(kind, given)
-        if kind == "kv" and kv_window is None:
-            choices["retention"] = "recent"  # which is all of them
         used = arguments_of(**choices)
+        if kind == "kv" and kv_window is None:  # there is nothing beyond its reach
+            choices["retention"] = "recent"
+            used = [name for name in arguments_of(**choices) if name not in options_of(KVMemory.keeping)]
         if given["beta_max"] is None and "beta_max" in used:
             given = given | {"beta_max": options_of(find("rule", choices["fast_weights"]))["beta_max"]}
         return {name: given[name] for name in used if name in given} | choices | {"window": window}

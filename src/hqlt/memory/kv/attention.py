@@ -84,6 +84,23 @@ class KVMemory(nn.Module):
         if self.gate is not None and self.gate_begins is not None:
             nn.init.constant_(self.gate, self.gate_begins)
 
+    def keeping(
+        self,
+        retention: Retention | None,
+        *,
+        sinks: int = 0,
+        kept_positions: str = "true",
+        kept_norm: bool = False,
+        kept_gate: float | None = None,
+    ) -> KVMemory:
+        """A memory that keeps other entries, read in this way: with the weights that both have, and the same positions
+        within the window."""
+        how: dict[str, Any] = {"kept_positions": kept_positions, "kept_norm": kept_norm, "kept_gate": kept_gate}
+        other = KVMemory(self.heads, retention, rope_theta=None, sinks=sinks, **how)
+        other.positions = self.positions
+        other.load_state_dict(self.state_dict(), strict=False, assign=True)
+        return other
+
     @property
     def native(self) -> str | None:
         """What `hqlt.ops.step` calls this memory, where it runs it; a subclass says so anew."""
