@@ -201,4 +201,4 @@ def test_no_memory_is_an_error_and_not_the_end():
 def test_query_heads_in_no_multiple_do_not_reach_the_kernel():
     q, k = torch.ones(1, 2, 3, 4), torch.ones(1, 2, 2, 4)
     with pytest.raises(ValueError, match="expected query heads in a multiple of the heads of k"):
-        native.run("window_attention_forward", 1.0, (q, k, k, None, torch.empty_like(q)), 1)
+        native.run("window_attention_forward", 1.0, (q, k, k, *(None,) * 4, torch.empty_like(q)), 1, 1)

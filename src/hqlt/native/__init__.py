@@ -27,16 +27,16 @@ from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 FOLDER = Path(__file__).parent
-ITEM_SIZES = {torch.float32: 4, torch.float64: 8}
+FLOATS = (torch.float32, torch.float64)
 ORDINARY = (Tensor, Parameter)
-MARKS = ("bt?", "bl?")
+OTHER_DTYPES = {"bt?": torch.bool, "bl?": torch.bool, "bl#": torch.int64, "blh#": torch.int64, "blh#?": torch.int64}
 
 
 class Kernel(NamedTuple):
     """A kernel's sizes, in the order in which C++ reads them, and the axes of its tensors, in the order of `run`.
 
     "q" is the number of query heads, a multiple of h; "n" of writes, a multiple of t; "½" half of k; "*" all leading
-    axes as one; "?" a tensor that may be None.
+    axes as one; "#" a tensor of integers; "?" one that may be None.
     """
 
     sizes: str
@@ -60,8 +60,11 @@ KERNELS = {
     "linear_attention_backward": Kernel.of(
         "btqhkv", "btqk bthk bthv bhkv bhk bt? bt? btqv btqv bhkv bhk btqk bthk bthv bhkv bhk"
     ),
-    "window_attention_forward": Kernel.of("btlqhkv", "btqk blhk blhv bl? btqv"),
-    "window_attention_backward": Kernel.of("btlqhkv", "btqk blhk blhv bl? btqv btqk blhk blhv"),
+    "window_attention_forward": Kernel.of("btlqhkv", "btqk blhk blhv bl? blh#? btqk? blhk? btqv"),
+    "window_attention_backward": Kernel.of(
+        "btlqhkv", "btqk blhk blhv bl? blh#? btqk? blhk? btqv btqk blhk blhv btqk? blhk?"
+    ),
+    "expiry_forward": Kernel.of("blh", "blh bl# bl? bl? blh#"),
     "unit_silu_forward": Kernel.of("*k", "*k *k"),
     "unit_silu_backward": Kernel.of("*k", "*k *k *k"),
     "rotate_forward": Kernel.of("blhk", "blhk l1½ l1½ blhk"),
@@ -135,7 +138,7 @@ def instruction_set() -> str:
 
 
 def run(kernel: str, scale: float, tensors: Sequence[Any], *more_sizes: int) -> None:
-    """Call a kernel on contiguous tensors of the first one's dtype, float32 or float64 (resets: bool, or None).
+    """Call a kernel on contiguous tensors of the first one's dtype, float32 or float64 (marks: bool; indices: int64).
 
     C++ trusts what it is given, so everything is looked at here: shapes (once for each combination), dtypes, devices
     and addresses. more_sizes: what C++ reads after the sizes of tensors.
@@ -146,7 +149,7 @@ def run(kernel: str, scale: float, tensors: Sequence[Any], *more_sizes: int) -> 
         raise RuntimeError(f"backend 'native': {_why_not}; name another backend, or None to let hqlt pick")
     sizes = _sizes(kernel, more_sizes, *(None if x is None else x.shape for x in tensors))
     dtype = tensors[0].dtype
-    if dtype not in ITEM_SIZES:
+    if dtype not in FLOATS:
         raise ValueError(f"{kernel}: expected float32 or float64, got {dtype}")
     aligned: list[Tensor] = []  # copies, which live until the call is over
     addresses: list[int | None] = []
@@ -154,14 +157,14 @@ def run(kernel: str, scale: float, tensors: Sequence[Any], *more_sizes: int) -> 
         if x is None:
             addresses.append(None)
             continue
-        expected = torch.bool if axes in MARKS else dtype
+        expected = OTHER_DTYPES.get(axes, dtype)
         address = x.data_ptr() if x.is_cpu and x.dtype is expected and x.is_contiguous() else 0
         if not address:
             raise ValueError(
                 f"{kernel}: expected a contiguous tensor of {expected} in a CPU's memory, got {x.dtype} on {x.device} "
                 f"of shape {list(x.shape)} and strides {list(x.stride())}"
             )
-        if address % ITEM_SIZES.get(expected, 1):  # an input: what torch allocates is aligned
+        if address % expected.itemsize:  # an input: what torch allocates is aligned
             aligned.append(x.clone())
             address = aligned[-1].data_ptr()
         addresses.append(address)
@@ -177,7 +180,7 @@ def _sizes(kernel: str, more_sizes: tuple[int, ...], *shapes: torch.Size | None)
     for number, (axes, shape) in enumerate(zip(tensors, shapes, strict=True)):
         if shape is None and axes.endswith("?"):
             continue
-        axes, got = axes.rstrip("?"), list(shape or ())
+        axes, got = axes.rstrip("#?"), list(shape or ())
         if axes[0] == "*" and got:
             got = [math.prod(got[:-1]), got[-1]]
         for axis, size in zip(axes, got, strict=False):

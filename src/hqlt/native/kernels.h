@@ -6,6 +6,7 @@ namespace ISA {
 #include "fast_weights.h"
 #include "fast_weights_backward.h"
 #include "linear_attention.h"
+#include "expiry.h"
 #include "window_attention.h"
 #include "rows.h"
 #include "step.h"
@@ -19,6 +20,7 @@ const Kernels kernels = {
     {linear_attention_backward<float>, linear_attention_backward<double>},
     {window_attention_forward<float>, window_attention_forward<double>},
     {window_attention_backward<float>, window_attention_backward<double>},
+    {expiry_forward<float>, expiry_forward<double>},
     {unit_silu_forward<float>, unit_silu_forward<double>},
     {unit_silu_backward<float>, unit_silu_backward<double>},
     {rotate_forward<float>, rotate_forward<double>},

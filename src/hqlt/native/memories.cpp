@@ -8,6 +8,7 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -54,7 +55,7 @@ struct Kernels {
     Function *f32, *f64;
   };
   Types<Kernel> delta_rule_forward, delta_rule_backward, fast_weights_forward, fast_weights_backward, linear_attention_forward, linear_attention_backward,
-      window_attention_forward, window_attention_backward, unit_silu_forward, unit_silu_backward, rotate_forward,
+      window_attention_forward, window_attention_backward, expiry_forward, unit_silu_forward, unit_silu_backward, rotate_forward,
       rms_norm_forward, rms_norm_backward, mix_forward, mix_backward;
   Types<void(int threads, const OneTokenJob&)> one_token;
 };
@@ -145,6 +146,7 @@ EXPORT(linear_attention_forward)
 EXPORT(linear_attention_backward)
 EXPORT(window_attention_forward)
 EXPORT(window_attention_backward)
+EXPORT(expiry_forward)
 EXPORT(unit_silu_forward)
 EXPORT(unit_silu_backward)
 EXPORT(rotate_forward)

@@ -8,6 +8,10 @@
 // L queries at a time lie in the lanes, so that A is kept as [pairs, L queries] and maximum, exponential and sum run
 // without crossing lanes. The backward pass keeps q, k and v alone and computes P again.
 //
+// With an expiry for each pair, query i also sees the pairs j < low_i with i < expiry_j, in the same softmax. Where what
+// is compared with them differs, it has rows of its own: A_ij = scale · far_q_i·far_k_j. A stretch holds the rows of the
+// pairs that any of its queries sees so.
+//
 // A weight of 0 does not keep NaN and infinity out of a product. So rows that hold one become zeros when they are copied,
 // and what sees them, P_ij of a pair within reach, becomes NaN: it reaches no token that cannot see it.
 
@@ -127,15 +131,46 @@ void combine(const T* weights, int64_t step_i, int64_t step_j, Rows<T> rows, int
 // Query head i, of all g·h, reads the pairs of head i // g.
 template <class T>
 struct WindowAttention {
-  int64_t b, t, l, queries, h, k, v, window;  // queries: their heads, g·h
+  int64_t b, t, l, queries, h, k, v, window, reach;  // queries: their heads, g·h; reach: how many pairs one sees at most
   T scale;
   const T *q, *key, *value;
   const uint8_t* resets;
+  const int64_t* expiry;  // null: nothing is visible beyond the window
+  const T *far_q, *far_key;
   T* out;
   const T* d_out;
-  T *d_q, *d_key, *d_value;
+  T *d_q, *d_key, *d_value, *d_far_q, *d_far_key;
 
   static int64_t whole(int64_t n) { return (n + L<T> - 1) / L<T>; }
+
+  // Where a head's rows lie in [b, time, heads, ·]: those of all indices, or of some.
+  struct Places {
+    int64_t first, stride;
+    const int64_t* listed = nullptr;
+    int64_t operator()(int64_t i) const { return first + (listed ? listed[i] : i) * stride; }
+  };
+
+  // The pairs of one head that some query of a stretch sees beyond its window, for stretches from left to right: pair
+  // index[n] is seen by the stretch's queries from[n] … until[n] − 1.
+  struct Far {
+    std::vector<int64_t> index, from, until;
+    int64_t left = 0;  // those before it have left the window
+
+    // own: the index of the first query; low: the first pair within the window of each, counted from `first`.
+    void move_to(int64_t own, int64_t queries, int64_t first, const std::vector<int64_t>& low, const int64_t* expiry,
+                 Places place) {
+      for (; left < first + low[queries - 1]; ++left) index.push_back(left);
+      from.clear(), until.clear();
+      int64_t query = 0;
+      for (const int64_t j : index) {  // all have left the last query's window
+        while (first + low[query] <= j) ++query;
+        const int64_t end = std::clamp(expiry[place(j)], own, own + queries) - own;
+        if (query >= end) continue;
+        index[from.size()] = j, from.push_back(query), until.push_back(end);
+      }
+      index.resize(from.size());
+    }
+  };
 
   // Queries a … e − 1 of one head, and the pairs first … first + pairs − 1 that they can reach.
   struct Stretch {
@@ -147,10 +182,16 @@ struct WindowAttention {
     Lanes<T>* memory;
     Rows<T> q, key, value;
     Lanes<T>*query_lanes, *weights;
+    const Far* far;  // null: none
+    int64_t fars = 0;
+    std::vector<uint8_t> bad_far_query, bad_far;
+    Rows<T> far_q, far_key, far_value;
+    Lanes<T>* far_lanes;
 
-    Stretch(const WindowAttention& job, int64_t head, int64_t a, int64_t e)
+    Stretch(const WindowAttention& job, int64_t head, int64_t a, int64_t e, Far* beyond)
         : job(job), head(head), a(a), e(e), first(std::max<int64_t>(job.l - job.t + a - job.window + 1, 0)),
-          pairs(job.l - job.t + e - first), low(whole(e - a) * L<T>, pairs), bad_query(low.size()), bad_pair(pairs) {
+          pairs(job.l - job.t + e - first), low(whole(e - a) * L<T>, pairs), bad_query(low.size()), bad_pair(pairs),
+          far(beyond) {
       const uint8_t* resets = job.resets ? job.resets + head / job.queries * job.l : nullptr;
       const int64_t own = pairs - (e - a);  // the pair of query a
       for (int64_t j = 0, begin = 0; j < pairs; ++j) {
@@ -158,27 +199,45 @@ struct WindowAttention {
         if (j >= own) low[j - own] = std::max(begin, j - job.window + 1);
       }
       const int64_t kv = whole(job.k), vv = whole(job.v), queries = whole(e - a) * L<T>;
-      memory = scratch<T>(2 * (queries + pairs) * (kv + vv) + (kv + vv) * L<T> + 2 * pairs);
+      if (far) beyond->move_to(job.l - job.t + a, e - a, first, low, job.expiry, of_pairs()), fars = far->index.size();
+      const int64_t twice = job.far_q && fars ? kv : 0;
+      memory = scratch<T>(2 * (queries + pairs + fars) * (kv + vv) + (kv + vv) * L<T> + 2 * (pairs + fars) +
+                          twice * (2 * queries + L<T>));
       q = rows(queries, kv), key = rows(pairs, kv), value = rows(pairs, vv);
-      query_lanes = take(kv * L<T>), weights = take(pairs);
+      query_lanes = take(kv * L<T>), weights = take(pairs + fars);
       copy_in(q, job.q, of_queries(), a, e - a, queries, job.k, bad_query);
       copy_in(key, job.key, of_pairs(), first, pairs, pairs, job.k, bad_pair);
       copy_in(value, job.value, of_pairs(), first, pairs, pairs, job.v, bad_pair);
+      if (fars) gather();
+    }
+
+    bool compares_others() const { return job.far_q; }
+    void gather() {
+      bad_far.resize(fars), bad_far_query.resize(low.size());
+      far_key = rows(fars, key.vectors), far_value = rows(fars, value.vectors);
+      copy_in(far_key, compares_others() ? job.far_key : job.key, of_fars(), 0, fars, fars, job.k, bad_far);
+      copy_in(far_value, job.value, of_fars(), 0, fars, fars, job.v, bad_far);
+      far_q = q, far_lanes = query_lanes;
+      if (!compares_others()) return;
+      const int64_t queries = low.size();
+      far_q = rows(queries, q.vectors), far_lanes = take(q.vectors * L<T>);
+      copy_in(far_q, job.far_q, of_queries(), a, e - a, queries, job.k, bad_far_query);
     }
 
     Lanes<T>* take(int64_t vectors) { return (memory += vectors) - vectors; }
     Rows<T> rows(int64_t n, int64_t vectors) { return {take(n * vectors), vectors}; }
+    Rows<T> zeros(int64_t n, int64_t vectors) {
+      const Rows<T> all = rows(n, vectors);
+      std::fill_n(all.at, n * vectors, Lanes<T>{});
+      return all;
+    }
 
-    // Where this head's rows lie in [b, time, heads, ·].
-    struct Places {
-      int64_t first, stride;
-      int64_t operator()(int64_t i) const { return first + i * stride; }
-    };
     Places places(int64_t time, int64_t heads) const {
       return {head / job.queries * time * heads + head % job.queries / (job.queries / heads), heads};
     }
     Places of_queries() const { return places(job.t, job.queries); }
     Places of_pairs() const { return places(job.l, job.h); }
+    Places of_fars() const { return {of_pairs().first, job.h, far->index.data()}; }
 
     // n rows, and rows of zeros to fill up. Those that are not finite are marked, and zeros.
     void copy_in(Rows<T> to, const T* from, Places place, int64_t begin, int64_t n, int64_t all, int64_t width,
@@ -213,46 +272,81 @@ struct WindowAttention {
       }
     }
 
-    // P for the L queries from `block` on: weights[j − begin], begin ≤ j < end.
-    void attend(int64_t block, int64_t& begin, int64_t& end) {
-      using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-      typedef Index Indices __attribute__((vector_size(LANE_BYTES)));
+    using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+    typedef Index Indices __attribute__((vector_size(LANE_BYTES)));
+    static constexpr T none = -std::numeric_limits<T>::infinity();
+
+    // What L queries see: pairs begin … end − 1 within the window, and then far_begin … far_end − 1 of the far ones.
+    struct Seen {
+      int64_t begin, end, far_begin = 0, far_end = 0;
+      int64_t near() const { return end - begin; }
+      int64_t far() const { return far_end - far_begin; }
+      int64_t all() const { return near() + far(); }
+    };
+
+    // P for the L queries from `block` on: weights[n] for the n-th that they see.
+    Seen attend(int64_t block) {
       Indices lowest = {}, highest = {};
-      begin = pairs, end = std::min(pairs - (e - a) + block + L<T>, pairs);
+      Seen seen = {pairs, std::min(pairs - (e - a) + block + L<T>, pairs)};
       for (int i = 0; i < L<T>; ++i) {
         lowest[i] = Index(low[block + i]), highest[i] = Index(pairs - (e - a) + block + i);
-        begin = std::min(begin, low[block + i]);
+        seen.begin = std::min(seen.begin, low[block + i]);
       }
       into_lanes(q, block, job.scale, query_lanes);
-      multiply(key, begin, end - begin, job.k, query_lanes, weights);
-      if (bad) mark(block, begin, end);
+      multiply(key, seen.begin, seen.near(), job.k, query_lanes, weights);
+      if (bad) mark(weights, &bad_pair[seen.begin], seen.near(), &bad_query[block]);
 
-      constexpr T none = -std::numeric_limits<T>::infinity();
       Lanes<T> most = Lanes<T>{} + std::numeric_limits<T>::lowest(), total = {};
-      for (int64_t j = begin; j < end; ++j) {
-        Lanes<T>& score = weights[j - begin];
+      for (int64_t j = seen.begin; j < seen.end; ++j) {
+        Lanes<T>& score = weights[j - seen.begin];
         const Index at = Index(j);
         score = ((lowest <= at) & (highest >= at)) ? score : none - Lanes<T>{};
         most = score > most ? score : most;
       }
-      for (int64_t j = 0; j < end - begin; ++j) total += weights[j] = exponential<T>(weights[j] - most);
+      if (fars) most = attend_far(block, seen, most);
+      const int64_t all = seen.all();
+      for (int64_t j = 0; j < all; ++j) total += weights[j] = exponential<T>(weights[j] - most);
       const Lanes<T> inverse = total != 0 ? T(1) / total : Lanes<T>{};  // 0: lanes without a query
-      for (int64_t j = 0; j < end - begin; ++j) weights[j] = weights[j] != 0 ? weights[j] * inverse : Lanes<T>{};
+      for (int64_t j = 0; j < all; ++j) weights[j] = weights[j] != 0 ? weights[j] * inverse : Lanes<T>{};
+      return seen;
+    }
+
+    // Scores of the far pairs, behind those within the window. → the highest of both.
+    OUTLINE Lanes<T> attend_far(int64_t block, Seen& seen, Lanes<T> most) {
+      const std::vector<int64_t>&from = far->from, &until = far->until;
+      seen.far_end = std::lower_bound(from.begin(), from.end(), block + L<T>) - from.begin();
+      while (seen.far_begin < seen.far_end && until[seen.far_begin] <= block) ++seen.far_begin;
+      Lanes<T>* const scores = weights + seen.near();
+      if (compares_others()) into_lanes(far_q, block, job.scale, far_lanes);
+      multiply(far_key, seen.far_begin, seen.far(), job.k, far_lanes, scores);
+      if (bad) mark(scores, bad_far.data() + seen.far_begin, seen.far(), &bad_far_query[block]);
+      Indices query = {};
+      for (int i = 0; i < L<T>; ++i) query[i] = Index(block + i);
+      for (int64_t j = seen.far_begin; j < seen.far_end; ++j) {
+        Lanes<T>& score = scores[j - seen.far_begin];
+        const Index begin = Index(from[j]), end = Index(until[j]);
+        score = ((query >= begin) & (query < end)) ? score : none - Lanes<T>{};
+        most = score > most ? score : most;
+      }
+      return most;
     }
 
     // NaN for the scores of what is not finite.
-    void mark(int64_t block, int64_t begin, int64_t end) {
+    static void mark(Lanes<T>* scores, const uint8_t* bad_pair, int64_t n, const uint8_t* bad_query) {
       Lanes<T> sick = {};
-      for (int i = 0; i < L<T>; ++i) sick[i] = bad_query[block + i] ? std::numeric_limits<T>::quiet_NaN() : T(0);
-      for (int64_t j = begin; j < end; ++j)
-        weights[j - begin] += bad_pair[j] ? std::numeric_limits<T>::quiet_NaN() + Lanes<T>{} : sick;
+      for (int i = 0; i < L<T>; ++i) sick[i] = bad_query[i] ? std::numeric_limits<T>::quiet_NaN() : T(0);
+      for (int64_t j = 0; j < n; ++j)
+        scores[j] += bad_pair[j] ? std::numeric_limits<T>::quiet_NaN() + Lanes<T>{} : sick;
     }
 
     void forward() {
       const Rows<T> out = rows(whole(e - a) * L<T>, value.vectors);
-      for (int64_t block = 0, begin, end; block < e - a; block += L<T>) {
-        attend(block, begin, end);
-        combine<T>(reinterpret_cast<T*>(weights), 1, L<T>, value, begin, end - begin, out, block, L<T>, false);
+      const T* P = reinterpret_cast<T*>(weights);
+      for (int64_t block = 0; block < e - a; block += L<T>) {
+        const Seen seen = attend(block);
+        combine<T>(P, 1, L<T>, value, seen.begin, seen.near(), out, block, L<T>, false);
+        if (!fars) continue;
+        combine<T>(P + seen.near() * L<T>, 1, L<T>, far_value, seen.far_begin, seen.far(), out, block, L<T>, true);
       }
       copy_out(out, job.out, of_queries(), a, e - a, job.v);
     }
@@ -260,62 +354,130 @@ struct WindowAttention {
     void backward() {
       const int64_t queries = whole(e - a) * L<T>;
       const Rows<T> d_out = rows(queries, value.vectors), d_q = rows(queries, q.vectors);
-      const Rows<T> d_key = rows(pairs, key.vectors), d_value = rows(pairs, value.vectors);
-      Lanes<T>*d_out_lanes = take(value.vectors * L<T>), *d_weights = take(pairs);
+      const Rows<T> d_key = zeros(pairs, key.vectors), d_value = zeros(pairs, value.vectors);
+      const Rows<T> d_far_key = zeros(fars, key.vectors), d_far_value = zeros(fars, value.vectors);
+      const bool others = fars && compares_others();
+      const Rows<T> d_far_q = others ? rows(queries, q.vectors) : d_q;
+      Lanes<T>*d_out_lanes = take(value.vectors * L<T>), *d_weights = take(pairs + fars);
       copy_in(d_out, job.d_out, of_queries(), a, e - a, queries, job.v, bad_query);
-      std::fill_n(d_key.at, pairs * d_key.vectors, Lanes<T>{});
-      std::fill_n(d_value.at, pairs * d_value.vectors, Lanes<T>{});
       const T *P = reinterpret_cast<T*>(weights), *dA = reinterpret_cast<T*>(d_weights);
-      for (int64_t block = 0, begin, end; block < e - a; block += L<T>) {
-        attend(block, begin, end);
-        const int64_t n = end - begin;
+      for (int64_t block = 0; block < e - a; block += L<T>) {
+        const Seen seen = attend(block);
+        const int64_t begin = seen.begin, n = seen.near(), m = seen.far(), all = seen.all();
         into_lanes(d_out, block, T(1), d_out_lanes);
         multiply(value, begin, n, job.v, d_out_lanes, d_weights);
+        if (fars) multiply(far_value, seen.far_begin, m, job.v, d_out_lanes, d_weights + n);
         Lanes<T> mean = {};
-        for (int64_t j = 0; j < n; ++j) mean += weights[j] * d_weights[j];
-        for (int64_t j = 0; j < n; ++j)
+        for (int64_t j = 0; j < all; ++j) mean += weights[j] * d_weights[j];
+        for (int64_t j = 0; j < all; ++j)
           d_weights[j] = weights[j] != 0 ? job.scale * weights[j] * (d_weights[j] - mean) : Lanes<T>{};
         combine<T>(P, L<T>, 1, d_out, block, L<T>, d_value, begin, n, true);
         combine<T>(dA, L<T>, 1, q, block, L<T>, d_key, begin, n, true);
         combine<T>(dA, 1, L<T>, key, begin, n, d_q, block, L<T>, false);
+        if (!fars) continue;
+        const T *far_P = P + n * L<T>, *far_dA = dA + n * L<T>;
+        combine<T>(far_P, L<T>, 1, d_out, block, L<T>, d_far_value, seen.far_begin, m, true);
+        combine<T>(far_dA, L<T>, 1, far_q, block, L<T>, d_far_key, seen.far_begin, m, true);
+        combine<T>(far_dA, 1, L<T>, far_key, seen.far_begin, m, d_far_q, block, L<T>, !others);
       }
       copy_out(d_q, job.d_q, of_queries(), a, e - a, job.k);
       add_out(d_key, job.d_key, of_pairs(), first, pairs, job.k);
       add_out(d_value, job.d_value, of_pairs(), first, pairs, job.v);
+      if (!fars) return;
+      if (others) copy_out(d_far_q, job.d_far_q, of_queries(), a, e - a, job.k);
+      add_out(d_far_key, others ? job.d_far_key : job.d_key, of_fars(), 0, fars, job.k);
+      add_out(d_far_value, job.d_value, of_fars(), 0, fars, job.v);
     }
   };
 
   // Stretches of at least a window: the pairs of the even ones are then disjoint, and those of the odd ones.
   int64_t stretch() const { return std::min(std::max<int64_t>(128, whole(window) * L<T>), t); }
   int64_t stretches() const { return (t + stretch() - 1) / stretch(); }
-  Stretch at(int64_t head, int64_t i) const { return {*this, head, i * stretch(), std::min((i + 1) * stretch(), t)}; }
+  Stretch at(int64_t head, int64_t i, Far* far = nullptr) const {
+    return {*this, head, i * stretch(), std::min((i + 1) * stretch(), t), far};
+  }
+
+  // work(stretch) for those from `begin` to `end` of all queries that read a pair head, one after the other.
+  template <class Work>
+  void visit(int64_t head, int64_t begin, int64_t end, const Work& work) const {
+    const int64_t g = queries / h;
+    Far far;
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t query = head * g; query < (head + 1) * g; ++query) work(at(query, i, expiry ? &far : nullptr));
+  }
+
+  // Part p of all pair heads' stretches is jobs[p]'s. Each looks for its far pairs from the first pair on.
+  template <class Work>
+  static void visit_parts(int threads, const std::vector<WindowAttention>& jobs, const Work& work) {
+    const int64_t parts = jobs.size(), heads = jobs[0].b * jobs[0].h, stretches = jobs[0].stretches();
+    Pool::run(threads, heads * parts, [&](int64_t task) {
+      const int64_t part = task % parts;
+      jobs[part].visit(task / parts, part * stretches / parts, (part + 1) * stretches / parts, work);
+    });
+  }
+  // As many as give every thread the same to do.
+  int64_t parts(int threads) const {
+    const int64_t heads = b * h;
+    return heads >= 4 * threads ? 1 : std::min(threads / std::gcd<int64_t, int64_t>(heads, threads), stretches());
+  }
+  int threads_of(int threads) const { return threads_for(threads, b * queries * t * reach * (k + v)); }
 };
 
 template <class T>
 void window_attention_forward(int threads, const int64_t* n, double scale, void* const* x) {
-  WindowAttention<T> job = {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], T(scale)};
-  from(x, job.q, job.key, job.value, job.resets, job.out);
+  WindowAttention<T> job = {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], T(scale)};
+  from(x, job.q, job.key, job.value, job.resets, job.expiry, job.far_q, job.far_key, job.out);
+  threads = job.threads_of(threads);
+  const auto forward = [](auto&& stretch) { stretch.forward(); };
+  if (job.expiry)
+    return job.visit_parts(threads, std::vector<WindowAttention<T>>(job.parts(threads), job), forward);
   const int64_t stretches = job.stretches(), heads = job.b * job.queries;
-  threads = threads_for(threads, heads * job.t * std::min(job.window, job.l) * (job.k + job.v));
-  Pool::run(threads, heads * stretches, [&](int64_t task) { job.at(task / stretches, task % stretches).forward(); });
+  Pool::run(threads, heads * stretches, [&](int64_t task) { forward(job.at(task / stretches, task % stretches)); });
 }
 
-// d_key and d_value come filled with zeros.
+// All stretches of a head may add to the gradients of the same pairs: a part has gradients of its own, added up at last.
+template <class T, class Work>
+void window_attention_backward_beyond(int threads, const WindowAttention<T>& job, const Work& backward) {
+  const int64_t keys = job.h * job.k, values = job.h * job.v, rows = job.b * job.l, parts = job.parts(threads);
+  const int64_t size = rows * (2 * keys + values);
+  std::vector<WindowAttention<T>> jobs(parts, job);
+  std::vector<T> gradients((parts - 1) * size);
+  for (int64_t part = 1; part < parts; ++part) {
+    T* const own = gradients.data() + (part - 1) * size;
+    jobs[part].d_value = own, jobs[part].d_key = own + rows * values;
+    if (job.far_q) jobs[part].d_far_key = jobs[part].d_key + rows * keys;
+  }
+  job.visit_parts(threads, jobs, backward);
+  const auto add = [](T* to, const T* from, int64_t first, int64_t n) {
+    for (int64_t i = first; i < first + n; ++i) to[i] += from[i];
+  };
+  if (parts > 1)
+    Pool::run(threads, rows, [&](int64_t row) {
+      for (int64_t part = 1; part < parts; ++part) {
+        add(job.d_value, jobs[part].d_value, row * values, values);
+        add(job.d_key, jobs[part].d_key, row * keys, keys);
+        if (job.far_q) add(job.d_far_key, jobs[part].d_far_key, row * keys, keys);
+      }
+    });
+}
+
+// Gradients come filled with zeros, except d_q.
 template <class T>
 void window_attention_backward(int threads, const int64_t* n, double scale, void* const* x) {
-  WindowAttention<T> job = {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], T(scale)};
-  from(x, job.q, job.key, job.value, job.resets, job.d_out, job.d_q, job.d_key, job.d_value);
-  const int64_t stretches = job.stretches(), heads = job.b * job.h, g = job.queries / job.h;
-  threads = threads_for(threads, heads * g * job.t * std::min(job.window, job.l) * (job.k + job.v));
-  const auto group = [&](int64_t head, int64_t i) {  // adds to the same pairs: one after the other
-    for (int64_t query = head * g; query < (head + 1) * g; ++query) job.at(query, i).backward();
-  };
+  WindowAttention<T> job = {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], T(scale)};
+  from(x, job.q, job.key, job.value, job.resets, job.expiry, job.far_q, job.far_key, job.d_out, job.d_q, job.d_key,
+       job.d_value, job.d_far_q, job.d_far_key);
+  threads = job.threads_of(threads);
+  const auto backward = [](auto&& stretch) { stretch.backward(); };
+  if (job.expiry) return window_attention_backward_beyond<T>(threads, job, backward);
+  const int64_t stretches = job.stretches(), heads = job.b * job.h;
   if (heads % threads == 0 || heads >= 4 * threads)
-    return Pool::run(threads, heads, [&](int64_t head) {
-      for (int64_t i = 0; i < stretches; ++i) group(head, i);
-    });
+    return Pool::run(threads, heads, [&](int64_t head) { job.visit(head, 0, stretches, backward); });
   for (int64_t odd = 0; odd < 2; ++odd) {
     const int64_t half = (stretches + 1 - odd) / 2;
-    Pool::run(threads, heads * half, [&](int64_t task) { group(task / half, 2 * (task % half) + odd); });
+    Pool::run(threads, heads * half, [&](int64_t task) {
+      const int64_t i = 2 * (task % half) + odd;
+      job.visit(task / half, i, i + 1, backward);
+    });
   }
 }

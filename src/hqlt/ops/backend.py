@@ -86,7 +86,10 @@ PAIRS = (
     ),
     _rule("blocked", _always, "many windows in the sequence: work linear in length"),
 )
-ENTRIES = (_rule("chunked", _always, "kept entries and a chunk of new ones at a time"),)
+ENTRIES = (
+    _rule("native", _natively, "on a CPU: one pass in C++ with a heap of the kept entries"),
+    _rule("chunked", _always, "kept entries and a chunk of new ones at a time"),
+)
 RULES: dict[str, tuple[Rule, ...]] = {
     "delta_rule": MATRIX,
     "fast_weights": MATRIX,

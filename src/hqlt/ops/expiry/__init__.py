@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hqlt.ops.backend import implementation
-from hqlt.ops.expiry import chunked, reference
+from hqlt.ops.expiry import chunked, native, reference
 from hqlt.ops.expiry.reference import NEVER
 from hqlt.shapes import Resets, check_marks, check_resets, match_floats
 
-__all__ = ["NEVER", "chunked", "expiry", "reference"]
+__all__ = ["NEVER", "chunked", "expiry", "native", "reference"]
 
 
 def expiry(
@@ -52,7 +52,7 @@ def expiry(
     if kept < 1:
         raise ValueError(f"kept: expected at least 1 entry, got {kept}")
     run = implementation("expiry", scores, backend, size)
-    out: Tensor = run(scores.detach(), leaves, used, resets, kept)
+    out: Tensor = run(scores.detach(), leaves, used, resets, min(kept, max(size["l"], 1)))
     return out if resets is None else out.minimum(_ends(resets)[..., None])
 
 
