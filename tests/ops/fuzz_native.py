@@ -16,7 +16,8 @@ from hqlt import native, ops
 
 OPERATORS = torch.ops.hqlt
 REFUSALS = (ValueError, RuntimeError, NotImplementedError, MemoryError, IndexError, TypeError)
-OPS = ["delta_rule", "fast_weights", "linear_attention", "window_attention", "unit_silu", "rotated", "mix", "rms_norm"]
+OPS = ["delta_rule", "fast_weights", "linear_attention", "window_attention", "beyond", "expiry"]
+OPS += ["unit_silu", "rotated", "mix", "rms_norm"]
 SIZES = st.sampled_from([1, 0, 2, 3, 5, 16, 17, 33])
 LAYOUTS = (
     "plain",
@@ -61,12 +62,13 @@ def calls(draw):
     dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
     wrong = draw(st.integers(0, 30))  # which tensor has another shape, mostly none
 
-    def tensor(*shape, marks=None):
+    def tensor(*shape, marks=None, like=None):
         nonlocal wrong
         wrong -= 1
         if wrong == 0:
             shape = (*shape[:-1], shape[-1] + 1)
         x = torch.rand(shape) < marks if marks else (0.01 + 0.3 * torch.rand(shape)).to(dtype)
+        x = like(shape).expand(shape) if like else x
         return laid_out(x, draw(st.sampled_from(LAYOUTS)))
 
     def marks(l, part=0.3):
@@ -87,10 +89,23 @@ def calls(draw):
         state = ops.LinearState(tensor(b, h, k, v), tensor(b, h, k))
         inputs = tensor(b, t, queries, k), tensor(b, t, h, k), tensor(b, t, h, v)
         return op, inputs, {"state": state, "resets": marks(t), "live": marks(t, 0.7)}
-    if op == "window_attention":
+    if op in ("window_attention", "beyond"):
         l, window = t + held, draw(st.sampled_from([1, 3, 40, 2**40, None]))
         inputs = tensor(b, t, queries, k), tensor(b, l, h, k), tensor(b, l, h, v)
-        return op, inputs, {"window": window, "resets": marks(l)}
+        options = {"window": window, "resets": marks(l), "reach": draw(st.sampled_from(["sliding", "chunk"]))}
+        if op == "window_attention":
+            return op, inputs, options
+        never = draw(st.sampled_from([l, 2**62, 2**63 - 1, -(2**63)]))
+        expiry = tensor(
+            b, l, h, like=lambda shape: torch.randint(-3, l + 9, shape).masked_fill(torch.rand(shape) < 0.1, never)
+        )
+        far = draw(st.sampled_from([None, 1])) and (tensor(b, t, queries, k), tensor(b, l, h, k))
+        beyond = ops.Beyond(expiry, draw(st.sampled_from([0, 7, 2**40])), *(far or ()))
+        return "window_attention", inputs, options | {"beyond": beyond}
+    if op == "expiry":
+        leaves = tensor(b, t, like=lambda shape: torch.arange(shape[-1]) + held)
+        kept = draw(st.sampled_from([1, 3, 40, 2**40]))
+        return op, (tensor(b, t, h), leaves), {"kept": kept, "used": marks(t, 0.7), "resets": marks(t)}
     if op == "rotated":
         return op, (tensor(b, t, h, k), tensor(t, 1, k // 2), tensor(t, 1, k // 2)), {}
     if op == "mix":
@@ -111,7 +126,8 @@ def outcome(op, arguments, options, backend):
     try:
         out = flat(getattr(ops, op)(*leaves[:count], **given, backend=backend))
         tracked, asked = [x for x in out if x.requires_grad], [x for x in leaves if x.requires_grad]
-        grads = torch.autograd.grad(tracked, asked, [torch.ones_like(x) for x in tracked], allow_unused=True)
+        ones = [torch.ones_like(x) for x in tracked]
+        grads = torch.autograd.grad(tracked, asked, ones, allow_unused=True) if tracked else ()
         with torch.no_grad():
             plain = flat(getattr(ops, op)(*arguments, **options, backend=backend))
     except REFUSALS as refusal:
@@ -140,11 +156,13 @@ def check_operators(call):
     state, resets, live = (options.get(name) for name in ("state", "resets", "live"))
     gates, erase = [options.get(name) for name in ("beta", "decay")], options.get("erase")
     a = erase if isinstance(erase, Tensor) else None
+    until, most, *far = options.get("beyond") or (None, 0, None, None)
     rest = {
         "fast_weights": (*gates, a, state, resets, live, erase is not False, 0.5, True),
         "delta_rule": (state, resets, live, 0.5, True),
         "linear_attention": (*(state if isinstance(state, tuple) else ()), resets, live),
-        "window_attention": (resets, options.get("window") or 7, 0.5),
+        "window_attention": (resets, until, *far, options.get("window") or 7, most, 0.5),
+        "expiry": (options.get("used"), resets, options.get("kept")),
         "unit_silu": (),
         "rotated": (1.0,),
     }.get(op, (1e-6,))

@@ -5,9 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hqlt import native
 from hqlt.ops import expiry
 from hqlt.ops.backend import IMPLEMENTATIONS, explain
 from hqlt.ops.expiry import NEVER
+from hqlt.ops.expiry import native as expiry_native
 
 NOTHING = {"used": torch.tensor(True), "resets": torch.tensor(False)}
 
@@ -97,9 +99,29 @@ def test_no_gradient_goes_through(backend):
     assert not expiry(scores, torch.arange(9)[None], kept=2, backend=backend).requires_grad
 
 
+@every_backend
+@pytest.mark.parametrize("shape", [(0, 3, 2), (2, 0, 2), (2, 3, 0)])
+def test_a_size_of_zero_gives_nothing(backend, shape):
+    assert expiry(torch.zeros(shape), torch.zeros(shape[:2], dtype=torch.int64), kept=2, backend=backend).shape == shape
+
+
+def test_a_transform_gives_the_equations_numbers():
+    scores, leaves = torch.randn(3, 2, 9, 2), torch.arange(9).expand(2, 9) + 3
+    run = lambda x: expiry(x, leaves, kept=2)  # noqa: E731
+    assert torch.equal(torch.func.vmap(run)(scores), torch.stack([run(x) for x in scores]))
+
+
+@pytest.mark.skipif(bool(native.why_not()), reason=native.why_not() or "native")
+@pytest.mark.parametrize("marked", [False, True])
+def test_registration(marked):
+    used, resets = torch.rand(2, 2, 9) < 0.5 if marked else (None, None)
+    arguments = torch.randn(2, 9, 3), torch.arange(9).expand(2, 9), used, resets, 2
+    torch.library.opcheck(expiry_native._expiry, arguments)
+
+
 def test_the_fastest_runs_on_a_cpu():
     choice = explain("expiry", torch.zeros(1, 9, 2)).name
-    assert choice == ("native" if "native" in IMPLEMENTATIONS["expiry"] else "chunked")
+    assert choice == ("chunked" if native.why_not() else "native")
 
 
 @pytest.mark.parametrize(
