@@ -16,7 +16,7 @@ from hqlt.memory.state import leaves
 from tests.laws import normal
 from tests.layers import EVERY_STATE, HIDDEN, ONE_OF_EACH_BLEND, build_layer
 from tests.onnx import ANY, Exported, check_same, needs_onnx, tensors
-from tests.ops.inputs import queries, strengths, values
+from tests.ops.inputs import HEADS, queries, strengths, values
 from tests.ops.test_fast_weights import Kind
 
 SIZES = ((2, 11), (1, 1), (3, 17))
@@ -154,6 +154,31 @@ def test_groups_and_tokens_that_are_not_live(op):
         names = {x.name for x in exported.session.get_inputs()}
         used = [x for name, x in zip(("q", "k", "v", "beta", "resets", "live"), inputs, strict=True) if name in names]
         check_same(exported(*used), module(*inputs))
+
+
+class Retained(nn.Module):
+    """Pairs that stay visible beyond the window, compared there as something else, with marks on their tokens."""
+
+    def forward(self, q, k, v, q_far, k_far, scores, used, resets):
+        l = scores.shape[1]
+        leaves = torch.arange(l).expand(scores.shape[:2]) + 2
+        outcome = ops.expiry(scores, leaves, kept=2, used=used)
+        both = ops.Beyond(outcome, 2, q_far, k_far), ops.Beyond(ops.expiry(scores, leaves, kept=3, resets=resets), 3)
+        return tuple(ops.window_attention(q, k, v, window=2, resets=resets, beyond=x) for x in both)
+
+
+@needs_onnx
+@torch.no_grad()
+def test_pairs_beyond_the_window():
+    def given(b, t):
+        floats = queries(b, t, heads=4), queries(b, t, 1), values(b, t), queries(b, t, 2, heads=4), queries(b, t, 3)
+        scores = (2 * normal(b, t, HEADS, seed=6)).round()
+        return *(x.float() for x in (*floats, scores)), normal(b, t, seed=5) > 0, normal(b, t, seed=4) > 1
+
+    module = Retained().eval()
+    exported = Exported(module, given(2, 9), ({0: ANY, 1: ANY},) * 8)
+    for sizes in SIZES:
+        check_same(exported(*given(*sizes)), module(*given(*sizes)))
 
 
 class Written(nn.Module):

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from hqlt.bench import peers
 from hqlt.bench.race import Row, forward_and_backward, matrix_product_rate, rows
-from hqlt.ops import delta_rule, fast_weights, linear_attention, window_attention
+from hqlt.ops import Beyond, delta_rule, expiry, fast_weights, linear_attention, window_attention
 
 DELTA_SHAPES = [(8, 512, 4, 64, 64), (4, 1024, 2, 50, 50), (64, 256, 4, 32, 32), (1, 2048, 8, 128, 128)]
 WINDOW_SHAPES = [(1, 2048, 4, 64), (1, 8192, 4, 64)]
-ONLY = ("delta", "gated-delta", "kda", "gla", "two-writes", "linear", "window")
+RETENTION_SHAPES = [(2, 2048, 4, 64), (1, 8192, 4, 64)]
+ONLY = ("delta", "gated-delta", "kda", "gla", "two-writes", "linear", "window", "retention")
 
 
 def run(rounds: int, quick: bool, only: str | None) -> list[Row]:
@@ -39,6 +40,9 @@ def run(rounds: int, quick: bool, only: str | None) -> list[Row]:
         "window": [partial(window_race, 8, (1, 70, 2, 8))]
         if quick
         else [partial(window_race, 64, shape) for shape in WINDOW_SHAPES],
+        "retention": [partial(retention_race, 2, 6, (1, 70, 2, 8))]
+        if quick
+        else [partial(retention_race, 16, 48, shape) for shape in RETENTION_SHAPES],
     }
     return [row for name in ONLY if only in (None, name) for race in races[name] for row in race(rounds, ceiling)]
 
@@ -125,3 +129,24 @@ def window_race(window: int, shape: tuple[int, int, int, int], rounds: int, ceil
     count = 4 * unit * window, 10 * unit * window
     measured = forward_and_backward(contestants, x, count, ceiling, rounds, beside=full, its_count=of_full)
     return rows(f"attention, window {window}", shape, measured)
+
+
+def retention_race(window: int, kept: int, shape: tuple[int, int, int, int], rounds: int, ceiling: float) -> list[Row]:
+    """A short window and the pairs of the highest (here random) scores, with the choice of which stay; beside a window
+    of as many pairs, and full attention. Times are against that window."""
+    b, t, h, d = shape
+    x = [torch.randn(b, t, h, d, requires_grad=True) for _ in range(3)]
+    scores, leaves = torch.randn(b, t, h), torch.arange(t).expand(b, t) + window
+
+    def retained(choice: str | None, backend: str) -> Tensor:
+        beyond = Beyond(expiry(scores, leaves, kept=kept, backend=choice), kept)
+        return window_attention(*x, window=window, beyond=beyond, backend=backend)
+
+    contestants = {"blocked": partial(retained, "chunked", "blocked"), "native": partial(retained, "native", "native")}
+    beside = {
+        f"native, window {window + kept}": partial(window_attention, *x, window=window + kept, backend="native"),
+        "SDPA, full causal": partial(peers.full_attention, *x),
+    }
+    unit = b * t * h * d * (window + kept)
+    measured = forward_and_backward(contestants, x, (4 * unit, 10 * unit), ceiling, rounds, beside=beside)
+    return rows(f"attention, window {window} + {kept} kept", shape, measured)

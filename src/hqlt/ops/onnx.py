@@ -14,6 +14,7 @@ from onnxscript import BOOL, DOUBLE, FLOAT, INT64, graph, script
 from onnxscript import opset18 as op
 from onnxscript.values import Opset
 
+from hqlt.ops.expiry import NEVER
 from hqlt.ops.linear_attention.state import EPSILON
 
 HQLT = Opset("hqlt", 1)
@@ -28,6 +29,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.ops.hqlt.fast_weights.default: fast_weights,
         torch.ops.hqlt.linear_attention.default: linear_attention,
         torch.ops.hqlt.window_attention.default: window_attention,
+        torch.ops.hqlt.expiry.default: expiry,
         torch.ops.hqlt.unit_silu.default: unit_silu,
         torch.ops.hqlt.rotate.default: rotate,
         torch.ops.hqlt.rms_norm.default: rms_norm,
@@ -115,7 +117,7 @@ def linear_attention_scan(q: X, k: X, v: X, matrix: X, key_sum: X, resets: BOOL)
     return reads, weights, final, final_sum
 
 
-def window_attention(q, k, v, resets, window, scale):
+def window_attention(q, k, v, resets, until, q_far, k_far, window, most, scale):
     t, l = length(q), length(k)
     now = op.Range(op.Sub(l, t), l, 1)
     age = op.Sub(op.Unsqueeze(now, [1]), op.Range(0, l, 1))
@@ -124,11 +126,42 @@ def window_attention(q, k, v, resets, window, scale):
         ids = op.CumSum(op.Cast(resets, to=INT64.dtype), 1)
         same = op.Equal(op.Unsqueeze(op.Gather(ids, now, axis=1), [1, 2, 4]), op.Unsqueeze(ids, [1, 2, 3]))
         reach = op.And(reach, same)  # [b, 1, 1, t, l]
-    query = op.Transpose(op.Mul(grouped(q, k), op.CastLike(scale, q)), perm=[0, 2, 3, 1, 4])  # [b, h, g, t, k]
-    key, value = (op.Unsqueeze(op.Transpose(x, perm=[0, 2, 1, 3]), [2]) for x in (k, v))
-    scores = op.MatMul(query, op.Transpose(key, perm=[0, 1, 2, 4, 3]))
+    scores = all_scores(q, k, scale)
+    if until is not None:
+        visible = op.Less(op.Unsqueeze(now, [1]), op.Unsqueeze(op.Transpose(until, perm=[0, 2, 1]), [2, 3]))
+        if q_far is not None:
+            scores = op.Where(reach, scores, all_scores(q_far, k_far, scale))
+        reach = op.Or(reach, op.And(op.GreaterOrEqual(age, 0), visible))  # [b, h, 1, t, l]
+    value = op.Unsqueeze(op.Transpose(v, perm=[0, 2, 1, 3]), [2])
     weights = op.Softmax(op.Where(reach, scores, op.CastLike(float("-inf"), q)), axis=-1)
     return ungrouped(op.Transpose(op.MatMul(weights, value), perm=[0, 3, 1, 2, 4]), q, v)
+
+
+def all_scores(q, k, scale):
+    """[b, h, g, t, l]"""
+    query = op.Transpose(op.Mul(grouped(q, k), op.CastLike(scale, q)), perm=[0, 2, 3, 1, 4])
+    return op.MatMul(query, op.Unsqueeze(op.Transpose(k, perm=[0, 2, 3, 1]), [2]))
+
+
+def expiry(scores, leaves, used, resets, kept):
+    """Every entry against every other, [b, h, l, l]: whether the last one outranks the one before it."""
+    score, l = op.Transpose(scores, perm=[0, 2, 1]), length(scores)
+    mine, other, index = op.Unsqueeze(score, [3]), op.Unsqueeze(score, [2]), op.Range(0, l, 1)
+    older = op.Less(index, op.Unsqueeze(index, [1]))
+    outranks = op.Or(op.Greater(other, mine), op.And(op.Equal(other, mine), older))
+    if used is not None:
+        outranks = op.And(outranks, op.Unsqueeze(used, [1, 2]))
+    if resets is not None:
+        ids = op.CumSum(op.Cast(resets, to=INT64.dtype), 1)
+        outranks = op.And(outranks, op.Equal(op.Unsqueeze(ids, [1, 3]), op.Unsqueeze(ids, [1, 2])))
+    fewer = op.Less(op.CumSum(op.Cast(outranks, to=INT64.dtype), 3), kept)
+    last = op.ReduceSum(op.Cast(fewer, to=INT64.dtype), [3], keepdims=0)  # l where there are fewer
+    leaves = op.Unsqueeze(leaves, [1])
+    never = op.Expand(op.Constant(value_ints=[NEVER]), op.Shape(op.Slice(leaves, [0], [1], [2])))
+    ends = op.Expand(op.Concat(leaves, never, axis=2), op.Constant(value_ints=[1, scores.shape[2], 1]))
+    until = op.Max(leaves, op.GatherElements(ends, last, axis=2))
+    until = until if used is None else op.Where(op.Unsqueeze(used, [1]), until, 0)
+    return op.Transpose(until, perm=[0, 2, 1])
 
 
 def unit_silu(x):

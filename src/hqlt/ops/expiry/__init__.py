@@ -59,5 +59,5 @@ def expiry(
 def _ends(resets: Resets) -> Tensor:
     """The index at which each entry's segment has ended: [b, l]."""
     index = torch.arange(resets.shape[1], device=resets.device)
-    begins = torch.where(resets, index, NEVER)[:, 1:].flip(1).cummin(dim=1).values.flip(1)
-    return F.pad(begins, (0, 1), value=NEVER)
+    later = F.pad(torch.where(resets, -index, -NEVER)[:, 1:], (0, 1), value=-NEVER)  # ONNX knows no cummin
+    return -later.flip(1).cummax(dim=1).values.flip(1)
