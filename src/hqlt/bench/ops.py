@@ -24,6 +24,7 @@ DELTA_SHAPES = [(8, 512, 4, 64, 64), (4, 1024, 2, 50, 50), (64, 256, 4, 32, 32),
 WINDOW_SHAPES = [(1, 2048, 4, 64), (1, 8192, 4, 64)]
 RETENTION_SHAPES = [(2, 2048, 4, 64), (1, 8192, 4, 64)]
 ONLY = ("delta", "gated-delta", "kda", "gla", "two-writes", "linear", "window", "retention")
+FULL = "SDPA, full causal"
 
 
 def run(rounds: int, quick: bool, only: str | None) -> list[Row]:
@@ -101,7 +102,8 @@ def two_writes_race(shape: Shape, rounds: int, ceiling: float) -> list[Row]:
     unit = math.prod(shape)
     measured = forward_and_backward(
         written(x), [*x, *one], (10 * unit, 24 * unit), ceiling, rounds,
-        beside={"native, one write, twice": lambda: native() + native()}, its_count=(12 * unit, 28 * unit),
+        beside={"native, one write, twice": lambda: native() + native()},
+        its_count={"native, one write, twice": (12 * unit, 28 * unit)},
     )  # fmt: skip
     return rows("two writes a token", shape, measured)
 
@@ -125,7 +127,7 @@ def window_race(window: int, shape: tuple[int, int, int, int], rounds: int, ceil
     for backend in ("blocked", "native"):
         contestants[backend] = partial(window_attention, *x, window=window, backend=backend)
     unit = b * t * h * d
-    full, of_full = {"SDPA, full causal": partial(peers.full_attention, *x)}, (2.0 * unit * t, 5.0 * unit * t)
+    full, of_full = {FULL: partial(peers.full_attention, *x)}, {FULL: (2.0 * unit * t, 5.0 * unit * t)}
     count = 4 * unit * window, 10 * unit * window
     measured = forward_and_backward(contestants, x, count, ceiling, rounds, beside=full, its_count=of_full)
     return rows(f"attention, window {window}", shape, measured)
@@ -145,8 +147,9 @@ def retention_race(window: int, kept: int, shape: tuple[int, int, int, int], rou
     contestants = {"blocked": partial(retained, "chunked", "blocked"), "native": partial(retained, "native", "native")}
     beside = {
         f"native, window {window + kept}": partial(window_attention, *x, window=window + kept, backend="native"),
-        "SDPA, full causal": partial(peers.full_attention, *x),
+        FULL: partial(peers.full_attention, *x),
     }
-    unit = b * t * h * d * (window + kept)
-    measured = forward_and_backward(contestants, x, (4 * unit, 10 * unit), ceiling, rounds, beside=beside)
+    unit = b * t * h * d
+    count, of_full = (4 * unit * (window + kept), 10 * unit * (window + kept)), {FULL: (2.0 * unit * t, 5.0 * unit * t)}
+    measured = forward_and_backward(contestants, x, count, ceiling, rounds, beside=beside, its_count=of_full)
     return rows(f"attention, window {window} + {kept} kept", shape, measured)

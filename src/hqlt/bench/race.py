@@ -149,12 +149,12 @@ def forward_and_backward(
     meter: Meter = CPU,
     tolerance: float = 1e-3,
     beside: Mapping[str, Callable[[], Tensor]] | None = None,
-    its_count: tuple[float, float] | None = None,
+    its_count: Mapping[str, tuple[float, float]] | None = None,
 ) -> dict[str, dict[str, Row]]:
     """Both directions: without gradients, and with those of a fixed random direction. count: forward, backward.
 
     leaves: all that a gradient is asked of, by some of them or by all. beside: what computes something else, and is a
-    measure beside the contestants, not one to be equal to.
+    measure beside the contestants, not one to be equal to; its_count: where that is another.
     """
     beside = beside or {}
     with torch.no_grad():
@@ -171,7 +171,7 @@ def forward_and_backward(
         works = {name: prepare(run) for name, run in contestants.items()}
         check_equal({name: work() for name, work in works.items()}, tolerance)
         works = {name: prepare(run) for name, run in beside.items()} | works
-        total = {name: float(of(its_count if name in beside and its_count else count)) for name in works}
+        total = {name: float(of((its_count or {}).get(name, count))) for name in works}
         measured[what] = race(works, total, ceiling, rounds, meter)
     return measured
 
