@@ -56,6 +56,8 @@ def test_it_is_the_layer_that_is_built_so(retention, changed):
     assert hqlt.fingerprint(switched) == hqlt.fingerprint(expected)
     (y, state), (y_expected, expected_state) = switched(tokens(2, 9)), expected(tokens(2, 9))
     close((y, *state.leaves()), (y_expected, *expected_state.leaves()))
+    for empty, of in zip(switched.init_state(2).leaves(), state.leaves(), strict=True):
+        assert (empty.shape, empty.dtype) == (of.shape, of.dtype)
     close(switched(tokens(2, 1), state)[0], expected(tokens(2, 1), expected_state)[0])
     with pytest.raises(ValueError, match=r"state.* for this layer"):
         switched(tokens(2, 1), layer(tokens(2, 9))[1])

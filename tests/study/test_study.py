@@ -113,6 +113,11 @@ def test_an_experiment_may_name_the_models_that_take_part(tmp_path):
         ([*PARITY, "common"], [], r"short parity.common: expected keys with values, got \[\]"),
         (["seeds"], [], "expected at least one model, experiment and seed"),
         (["models", "Synchronous"], {"layer_kinds": 3}, r"Synchronous in short parity: .*layer_kinds"),
+        (
+            ["models", "Synchronous"],
+            {"retention": "surprise"},
+            "Synchronous in .*kept: expected at least 1, the number",
+        ),
         (["models", "Synchronous"], {"blend": "synchron"}, r"Synchronous in .*did you mean 'synchronous'\?"),
         (["experiments"], [], r"experiments: expected keys with values, got \[\]"),
     ],

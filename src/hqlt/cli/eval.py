@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from rich.console import Console
 
+from hqlt.cli.keeping import Keeping
 from hqlt.cli.progress import progress
 from hqlt.data.text import beginning_of
 from hqlt.disk import alone_in
@@ -44,6 +45,7 @@ def eval(
     trials: int = 2,
     device: str | None = None,
     folder: Path | None = None,
+    **keeping: Any,
 ) -> None:
     """Evaluate a language model: tasks of lm-evaluation-harness, texts of any length, keys hidden in them.
 
@@ -69,22 +71,27 @@ def eval(
         device: where the model runs, such as cpu; cuda where there is one by default.
         folder: where results go; a new one under runs/ by default.
     """
-    options = dict(locals())
+    options = {**locals(), **keeping}
+    del options["keeping"]
     from hqlt.device import usable_device
     from hqlt.evaluate.paper import tables
     from hqlt.language.folder import find_model, load_model, read_config, tokenizer_of
 
     place = folder or Path("runs") / f"eval-{model.resolve().name}-{datetime.now():%Y%m%d-%H%M%S}"
     check(options, place)
+    retention, config = Keeping(**keeping), read_config(model)
+    retention.check(config)
     options |= {"model": find_model(model), "device": usable_device(device)}
     if suite and max_length is None:
         options["max_length"] = tables()["max_length"]
-    tokenizer = tokenizer_of(model, read_config(model).vocab_size)
+    tokenizer = tokenizer_of(model, config.vocab_size)
     text = tokens_of(lengths, tokenizer, longest) if lengths else []
     haystacks = haystacks_for(tokenizer, longest) if passkey else []
     loaded = tasks_of(suite, tasks, local)
     with alone_in(place):
         job = Job(load_model(model, options["device"]), tokenizer, place, options)
+        if switched := retention.switch_on(job.model):
+            job.console.print(switched, highlight=False, soft_wrap=True)
         if loaded:
             on_tasks(job, loaded)
         if lengths:

@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
+from hqlt.cli.keeping import Keeping
 from hqlt.cli.progress import progress
 from hqlt.disk import probe
 from hqlt.errors import reason
@@ -42,6 +43,7 @@ def generate(
     save_state: Path | None = None,
     load_state: Path | None = None,
     device: str | None = None,
+    **keeping: Any,
 ) -> None:
     """Continue a text, and show what comes as it comes. Into a pipe or a file goes the new text alone.
 
@@ -77,9 +79,13 @@ def generate(
     text = (read_text(prompt_file) if prompt_file else "") + prompt
     if load_state is not None and not load_state.is_file():
         raise FileNotFoundError(f"load-state: expected a file that --save-state wrote, found none at {load_state}")
-    tokenizer = tokenizer_of(model, read_config(model).vocab_size)
+    retention, config = Keeping(**keeping), read_config(model)
+    retention.check(config)
+    tokenizer = tokenizer_of(model, config.vocab_size)
     ids = ids_of(text, tokenizer, begins=load_state is None)
     language_model = load_model(model, device_there)
+    if switched := retention.switch_on(language_model):
+        notes.print(switched, style="dim", highlight=False, soft_wrap=True)
     past = generation.load_past(load_state, language_model) if load_state else None
     with progress("reading", len(ids), least=generation.PIECE) as told:
         past = generation.read(language_model, ids, past, told)

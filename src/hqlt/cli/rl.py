@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hqlt.cli import Command
+from hqlt.cli.keeping import Keeping
 from hqlt.disk import check_writable
 from hqlt.registry import find, load_plugins, names
 from hqlt.train.agent.settings import AgentSettings, option_of
@@ -44,7 +45,12 @@ train.__dict__["more_options"] = hyperparameters
 
 
 def play(
-    folder: Path, episodes: int = 20, options: dict[str, Any] | None = None, film: Path | None = None, seed: int = 0
+    folder: Path,
+    episodes: int = 20,
+    options: dict[str, Any] | None = None,
+    film: Path | None = None,
+    seed: int = 0,
+    **keeping: Any,
 ) -> None:
     """Let a trained agent play greedy episodes, and film one.
 
@@ -69,7 +75,9 @@ def play(
         from hqlt.report import episode  # and the folder is looked at: nothing is played in vain
 
         check_writable(film, folder=True)
-    trainer = load_agent(folder)
+    retention, trainer = Keeping(**keeping), load_agent(folder)
+    if switched := retention.switch_on(trainer.agent):
+        console.print(switched)
     trainer.settings = dataclasses.replace(trainer.settings, options={**trainer.settings.options, **(options or {})})
     played = trainer.score(episodes, seed)
     success = "" if played.success != played.success else f", success {100 * played.success:.0f}%"

@@ -119,6 +119,8 @@ class HybridMemory(nn.Module):
         self.g_proj = nn.Linear(hidden_size, heads.reads * heads.v, bias=False) if output_gate else None
         self.output_gate = _output_gate(output_gate)
         self.o_proj = nn.Linear(heads.reads * heads.v, hidden_size, bias=o_bias)
+        self.like: Tensor
+        self.register_buffer("like", torch.empty(0), persistent=False)  # has the layer's dtype, its weights or not
         self._remember()
 
     def _kv(self, parts: dict[str, Callable[..., Any]]) -> KVMemory:
@@ -152,8 +154,6 @@ class HybridMemory(nn.Module):
         self.entries = self._entries()
         self.sizes_held = [entry.sizes for entry in leaves(self.entries)]
         self.fused = tuple(make() for make in FUSED)
-        self.like: Tensor
-        self.register_buffer("like", torch.empty(0), persistent=False)  # has the layer's dtype, its weights or not
 
     def _activations(self, kv: str | None, fw: str | None) -> None:
         """One activation where both memories see the same values, or one of the FW-memory's own."""

@@ -111,7 +111,7 @@ class HQLTConfig(PreTrainedConfig):
     """How entries beyond the window are turned: "true" distance, "clamped" to the window, or "none"."""
     kept_norm: bool = False
     """RMSNorm of q and k of its own for entries beyond the window."""
-    kept_gate: float | None = None
+    kept_gate: float | int | None = None
     """Where the logarithm of their weight begins, a number for each query head; None: no such weight."""
     beta_max: float | int | None = None
     """The largest write strength: 2.0 lets a rule track state, 1.0 is DeltaNet's. None: the rule's own default."""
