@@ -75,12 +75,12 @@ def eval(
     del options["keeping"]
     from hqlt.device import usable_device
     from hqlt.evaluate.paper import tables
-    from hqlt.language.folder import find_model, load_model, read_config, tokenizer_of
+    from hqlt.language.folder import find_model, tokenizer_of
 
     place = folder or Path("runs") / f"eval-{model.resolve().name}-{datetime.now():%Y%m%d-%H%M%S}"
     check(options, place)
-    retention, config = Keeping(**keeping), read_config(model)
-    retention.check(config)
+    retention = Keeping(**keeping)
+    config = retention.config_of(model)
     options |= {"model": find_model(model), "device": usable_device(device)}
     if suite and max_length is None:
         options["max_length"] = tables()["max_length"]
@@ -89,9 +89,7 @@ def eval(
     haystacks = haystacks_for(tokenizer, longest) if passkey else []
     loaded = tasks_of(suite, tasks, local)
     with alone_in(place):
-        job = Job(load_model(model, options["device"]), tokenizer, place, options)
-        if switched := retention.switch_on(job.model):
-            job.console.print(switched, highlight=False, soft_wrap=True)
+        job = Job(retention.load(model, options["device"], Console()), tokenizer, place, options)
         if loaded:
             on_tasks(job, loaded)
         if lengths:

@@ -72,20 +72,15 @@ def generate(
     from hqlt.data.text import read_text
     from hqlt.device import usable_device
     from hqlt.language import generation
-    from hqlt.language.folder import load_model, read_config, tokenizer_of
+    from hqlt.language.folder import tokenizer_of
 
     notes = Console(stderr=True)
     device_there = usable_device(device)
     text = (read_text(prompt_file) if prompt_file else "") + prompt
-    if load_state is not None and not load_state.is_file():
-        raise FileNotFoundError(f"load-state: expected a file that --save-state wrote, found none at {load_state}")
-    retention, config = Keeping(**keeping), read_config(model)
-    retention.check(config)
-    tokenizer = tokenizer_of(model, config.vocab_size)
+    retention = Keeping(**keeping)
+    tokenizer = tokenizer_of(model, retention.config_of(model).vocab_size)
     ids = ids_of(text, tokenizer, begins=load_state is None)
-    language_model = load_model(model, device_there)
-    if switched := retention.switch_on(language_model):
-        notes.print(switched, style="dim", highlight=False, soft_wrap=True)
+    language_model = retention.load(model, device_there, notes)
     past = generation.load_past(load_state, language_model) if load_state else None
     with progress("reading", len(ids), least=generation.PIECE) as told:
         past = generation.read(language_model, ids, past, told)
@@ -123,6 +118,7 @@ def check(
     seed: int | None,
     batch: int,
     save_state: Path | None,
+    load_state: Path | None,
     **_: object,
 ) -> None:
     """Raises ValueError or OSError for what would only fail after other work is done."""
@@ -137,6 +133,8 @@ def check(
     ):
         if not holds:
             raise ValueError(f"{name}: expected {expected}, got {value}")
+    if load_state is not None and not load_state.is_file():
+        raise FileNotFoundError(f"load-state: expected a file that --save-state wrote, found none at {load_state}")
     if save_state is None:
         return
     if batch > 1 and tokens > 0:

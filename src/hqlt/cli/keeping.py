@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from rich.console import Console
 from torch import nn
 
 if TYPE_CHECKING:
     from hqlt.layer import HybridMemory
-    from hqlt.model import HQLTConfig
+    from hqlt.model import HQLTConfig, HQLTForCausalLM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,27 +49,39 @@ class Keeping:
         given = {name: value for name, value in vars(self).items() if value is not None and value is not False}
         return {name: value for name, value in given.items() if name not in ("retention", "window")}
 
-    def check(self, config: HQLTConfig) -> None:
-        """Raises ValueError for what the model of this config cannot be; the config is changed."""
+    def config_of(self, where: Path) -> HQLTConfig:
+        """The config that the model in a folder will have. Raises ValueError for what it cannot be."""
+        from hqlt.language.folder import read_config
+
+        config = read_config(where)
         if self.retention is not None:
             config.set_retention(self.retention, self.window, **self.options)
+        return config
 
-    def switch_on(self, model: nn.Module) -> str | None:
-        """Change the model → what was switched on and what it costs, in a line; None where nothing was asked for."""
+    def load(self, where: Path, device: torch.device | str, console: Console) -> HQLTForCausalLM:
+        """The language model in a folder, as it was asked for."""
+        from hqlt.language.folder import load_model
+
+        model = load_model(where, device)
+        self.switch_on(model, console)
+        return model
+
+    def switch_on(self, model: nn.Module, console: Console) -> None:
+        """Change the model, where something was asked for, and print in a line what it is and what it costs."""
         from hqlt.layer import HybridMemory, switch_on
 
         if self.retention is None:
-            return None
+            return
         layers = [part for part in model.modules() if isinstance(part, HybridMemory)]
         before = {layer: layer.init_state(1).bytes_per_row() for layer in layers}
         changed = switch_on(model, retention=self.retention, window=self.window, **self.options)
-        bytes_before, bytes_after = (
-            sum(of) // len(changed)
-            for of in ([before[layer] for layer in changed], [layer.init_state(1).bytes_per_row() for layer in changed])
-        )
-        return (
+        after = {layer: layer.init_state(1).bytes_per_row() for layer in changed}
+        was, now = (sum(of[layer] for layer in changed) // len(changed) for of in (before, after))
+        console.print(
             f"retention {self.retention} in {len(changed)} of {len(layers)} layers: {told_of(changed)} a KV head; "
-            f"{bytes_after:,} bytes of state a layer and sequence, {bytes_before:,} before"
+            f"{now:,} bytes of state a layer and sequence, {was:,} before",
+            highlight=False,
+            soft_wrap=True,
         )
 
 

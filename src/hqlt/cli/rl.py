@@ -76,8 +76,7 @@ def play(
 
         check_writable(film, folder=True)
     retention, trainer = Keeping(**keeping), load_agent(folder)
-    if switched := retention.switch_on(trainer.agent):
-        console.print(switched)
+    retention.switch_on(trainer.agent, console)
     trainer.settings = dataclasses.replace(trainer.settings, options={**trainer.settings.options, **(options or {})})
     played = trainer.score(episodes, seed)
     success = "" if played.success != played.success else f", success {100 * played.success:.0f}%"
