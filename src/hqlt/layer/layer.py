@@ -119,8 +119,6 @@ class HybridMemory(nn.Module):
         self.g_proj = nn.Linear(hidden_size, heads.reads * heads.v, bias=False) if output_gate else None
         self.output_gate = _output_gate(output_gate)
         self.o_proj = nn.Linear(heads.reads * heads.v, hidden_size, bias=o_bias)
-        self.like: Tensor
-        self.register_buffer("like", torch.empty(0), persistent=False)  # has the layer's dtype, its weights or not
         self._remember()
 
     def _kv(self, parts: dict[str, Callable[..., Any]]) -> KVMemory:
@@ -143,13 +141,18 @@ class HybridMemory(nn.Module):
         self.blend.check(Memories(kv, self.fw))
         self.blend.window = self.blend.checked(self.blend.window if window is None else window)
         self.kv = kv.to(self.like).train(self.training)
-        self._remember()
+        self._look_at_parts()
 
     def _fw(self, parts: dict[str, Callable[..., Any]]) -> FWMemory:
         fw: FWMemory = parts["fast_weights"](self.sizes)
         return fw
 
     def _remember(self) -> None:
+        self.like: Tensor
+        self.register_buffer("like", torch.empty(0), persistent=False)  # has the layer's dtype, its weights or not
+        self._look_at_parts()
+
+    def _look_at_parts(self) -> None:
         """What every call looks at, and is the same for all of them."""
         self.entries = self._entries()
         self.sizes_held = [entry.sizes for entry in leaves(self.entries)]
