@@ -37,6 +37,7 @@ CHOICES = {
         "kept": 2,
         "fast_weights": "delta-product",
     },
+    "alike": {"blend": "synchronous", "retention": "surprise", "kept": 2, "kept_alike": True},
     "sinks": {"blend": "kv-only", "sinks": 2, "kept_positions": "none"},
     "sinks of chunks": {"blend": "delayed-chunk", "sinks": 1, "retention": "value-norm", "kept": 1, "kept_gate": 0.5},
     "no positions": {"blend": "kv-only", "retention": "value-norm", "kept": 4, "rope_theta": None, "conv_size": 3},
@@ -220,7 +221,7 @@ def test_what_users_do_with_a_state():
         ),
         ({"sinks": 2, "window": None}, "retention: expected 'recent' and no sinks with window=None.* sinks=2"),
         ({"sinks": -1}, "sinks: expected a number of entries, at least 0, got -1"),
-        ({"kept_gate": 0.0}, "kept_positions, kept_norm, kept_gate: expected as they are by default"),
+        ({"kept_gate": 0.0}, "kept_alike, kept_positions, kept_norm, kept_gate: expected as they are by default"),
         (
             {"sinks": 1, "kept_positions": "near"},
             "kept_positions: expected one of 'true', 'clamped', 'none', got 'near'",
@@ -330,3 +331,12 @@ def test_a_model_begins_with_the_gate_that_it_is_told():
         assert block.memory.kv.gate.tolist() == [-4.0, -4.0]
         assert block.memory.kv.kept == 5
         assert set(block.memory.kv.k_norm.weight.tolist()) == {1.0}
+
+
+def test_heads_that_keep_alike_keep_the_best_on_average():
+    layer = build_layer("", 2, blend="kv-only", retention="value-norm", kept=2, kept_alike=True)
+    x = tokens(1, 9)
+    _, state = layer(x)
+    scores = layer.v_activation(layer.v_proj(x)).unflatten(-1, (HEADS, -1)).norm(dim=-1)[0, :8].mean(dim=-1)
+    best = sorted(scores.topk(2).indices.tolist())
+    assert state.kv.kept.positions[0].T.tolist() == [best] * HEADS

@@ -25,6 +25,7 @@ CASES = [
     Case("bracketed-arithmetic", at_the_end(verifiers.arithmetic)),
     Case("permutations", at_the_end(verifiers.permutations_of("S3"))),
     Case("recall", verifiers.recall),
+    Case("needles", verifiers.needles),
     Case("selective-copying", verifiers.selective_copying),
     Case("state-recall", lambda row: verifiers.state_recall(row, switches=1, symbols=16)),
     Case("text"),

@@ -94,3 +94,9 @@ def recall(tokens, half=4096):
 def selective_copying(tokens):
     kept = [token for token in tokens if token > 1]
     return dict(zip([i for i, token in enumerate(tokens) if token == 1], kept, strict=True))
+
+
+def needles(tokens, keys=16):
+    """{position of a question: the value}: keys come again only as questions, 0 behind them."""
+    asked = [i for i, token in enumerate(tokens[:-1]) if 1 <= token <= keys and tokens[i + 1] == 0]
+    return {i: tokens[tokens.index(tokens[i]) + 1] for i in asked}

@@ -47,7 +47,7 @@ class HybridMemory(nn.Module):
     "comba", "rwkv7", "linear", "retnet", "lightning", "gla", "mamba2", "hgrn2" or "mlstm" (`docs/rules.md`). retention:
     which entries stay visible beyond the window: none with "recent" (where None), `kept` a KV head with "surprise"
     (score="error" or "beta-error"), "value-norm" and "random". The KV-memory takes sinks (first entries of a segment
-    that stay, too), kept_positions, kept_norm and kept_gate (how those are read, `hqlt.memory.KVMemory`), rope_theta
+    that stay, too), kept_alike, kept_positions, kept_norm and kept_gate (`hqlt.memory.KVMemory`), rope_theta
     (base of its rotary positions, 10000 unless given, None for none), partial_rotary_factor and rope_scaling
     (`hqlt.memory.rotary`).
 

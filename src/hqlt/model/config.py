@@ -107,6 +107,8 @@ class HQLTConfig(PreTrainedConfig):
     """What retention "surprise" compares: "error" or "beta-error"."""
     sinks: int = 0
     """First entries of a segment that stay visible beyond the window."""
+    kept_alike: bool = False
+    """Whether all heads keep the same entries."""
     kept_positions: str = "true"
     """How entries beyond the window are turned: "true" distance, "clamped" to the window, or "none"."""
     kept_norm: bool = False

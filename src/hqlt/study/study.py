@@ -48,6 +48,8 @@ class Experiment:
     """Of weights and training data; None: the study's."""
     models: tuple[str, ...] | None = None
     """Labels of the study's models that take part, in the order in which they are run; None: all."""
+    own: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What a model has here alone, by its label: over what it has everywhere."""
     paper: dict[str, float] = field(default_factory=dict)
     """What the paper reports, by model, in the table's units."""
 
@@ -78,7 +80,7 @@ class Study:
         return [
             cell_of(
                 experiment,
-                self.models[model],
+                {**self.models[model], **experiment.own.get(model, {})},
                 model=model,
                 task=experiment.task,
                 task_options=experiment.options,
@@ -224,7 +226,8 @@ def read_study(path: Path) -> Study:
         }
         study = _build(Study, given | {"experiments": experiments})
         for label, experiment in experiments.items():
-            for name, labels in (("models", experiment.models or ()), ("paper", experiment.paper)):
+            of_models = {"models": experiment.models or (), "own": experiment.own, "paper": experiment.paper}
+            for name, labels in of_models.items():
                 for model in labels:
                     one_of(f"experiments.{label}.{name}", model, study.models)
         _check(study.cells())
@@ -234,8 +237,10 @@ def read_study(path: Path) -> Study:
 def _experiment(given: Any, where: str) -> Experiment:
     with at(where):
         given = _keys(Experiment, given)
-    for part in ("common", "options", "paper"):
+    for part in ("common", "options", "own", "paper"):
         _mapping(given.get(part, {}), f"{where}.{part}")
+    for label, fields in given.get("own", {}).items():
+        _mapping(fields, f"{where}.own.{label}")
     kind = _kind(f"{where}.task", given["task"])
     with at(f"{where}.budget"):
         budget_of: Any = Budget

@@ -6,6 +6,7 @@ from hqlt.task.cycle_navigation import CycleNavigation
 from hqlt.task.even_pairs import EvenPairs
 from hqlt.task.fact_extraction import FactExtraction
 from hqlt.task.modular_arithmetic import ModularArithmetic
+from hqlt.task.needles import Needles
 from hqlt.task.parity import Parity
 from hqlt.task.permutations import Permutations
 from hqlt.task.selective_copying import SelectiveCopying
@@ -24,6 +25,7 @@ __all__ = [
     "FactExtraction",
     "Growing",
     "ModularArithmetic",
+    "Needles",
     "Parity",
     "Permutations",
     "SelectiveCopying",

@@ -33,7 +33,8 @@ class KVMemory(nn.Module):
     call's timeline begins: no token counter grows, and nothing loses precision after a million tokens.
 
     retention: which entries stay visible beyond the window (None: none, as with "recent"). sinks: the first entries of
-    a segment stay visible too, beside those `kept`.
+    a segment stay visible too, beside those `kept`. kept_alike: all heads keep the same entries, by the mean of their
+    scores.
 
     How an entry beyond the window is read: kept_positions: at its true distance ("true"), as if it were `window` tokens
     away ("clamped"), or without rotation ("none"). kept_norm: RMSNorm of q and k of its own, weights of a head's width
@@ -54,6 +55,7 @@ class KVMemory(nn.Module):
         partial_rotary_factor: float = 1.0,
         rope_scaling: Mapping[str, Any] | None = None,
         sinks: int = 0,
+        kept_alike: bool = False,
         kept_positions: str = "true",
         kept_norm: bool = False,
         kept_gate: float | None = None,
@@ -62,15 +64,16 @@ class KVMemory(nn.Module):
         if sinks < 0:
             raise ValueError(f"sinks: expected a number of entries, at least 0, got {sinks}")
         one_of("kept_positions", kept_positions, KEPT_POSITIONS)
-        self.heads, self.sinks, self.kept_positions = heads, sinks, kept_positions
+        self.heads, self.sinks, self.kept_alike, self.kept_positions = heads, sinks, kept_alike, kept_positions
         retention = Recent(heads) if retention is None else retention
         self.kept = sinks + retention.kept
         """Slots of a KV head beyond the window."""
         self.retention = retention if self.kept else None
-        if not self.kept and (kept_positions != "true" or kept_norm or kept_gate is not None):
+        if not self.kept and (kept_alike or kept_positions != "true" or kept_norm or kept_gate is not None):
             raise ValueError(
-                f"kept_positions, kept_norm, kept_gate: expected as they are by default where nothing is kept beyond "
-                f"the window, got {kept_positions!r}, {kept_norm}, {kept_gate}; give retention and kept, or sinks"
+                f"kept_alike, kept_positions, kept_norm, kept_gate: expected as they are by default where nothing is "
+                f"kept beyond the window, got {kept_alike}, {kept_positions!r}, {kept_norm}, {kept_gate}; give "
+                f"retention and kept, or sinks"
             )
         self.positions = Rotary.of(rope_theta, partial_rotary_factor, rope_scaling)
         if self.positions is not None:
@@ -190,6 +193,8 @@ class KVMemory(nn.Module):
         assert self.retention is not None, "nothing is kept"
         new = Entries(timeline.keys[:, -t:], timeline.values[:, -t:], timeline.position[:, -t:], errors)
         scores = self.retention(new)
+        if self.kept_alike:
+            scores = scores.mean(dim=-1, keepdim=True).expand_as(scores)
         if self.sinks:
             scores = scores.masked_fill((new.positions < self.sinks)[..., None], torch.inf)
         return candidates(timeline, past, scores, self.kept)

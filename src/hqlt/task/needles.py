@@ -1,0 +1,93 @@
+"""Needles in noise: a few pairs somewhere in a long sequence of other tokens, all asked for at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hqlt.registry import register
+from hqlt.task.task import IGNORE, Batch, Split, Task
+
+
+@register("task", "needles")
+@dataclass(frozen=True, kw_only=True)
+class Needles(Task):
+    """Keys are drawn without repetition, values and noise with, each from tokens of their own.
+
+        two needles in 10 tokens, keys 1–4, values 5–8, noise 9–12      asked for in any order
+        inputs    9 12 3 6 10 10 9 1 8 11                               1 0 3 0
+        targets   · ·  · · ·  ·  · · · ·                                8 · 6 ·
+
+    Token 0 stands behind each question. A window that ends with the noise has forgotten them, and a memory that keeps
+    pairs must tell them from it.
+
+    Source: after Kamradt 2023, "Needle in a haystack", with noise in place of text.
+    """
+
+    keys: int = 16
+    values: int = 16
+    noise: int = 32
+    """How many tokens there are of each."""
+    needles: int = 4
+    train_lengths: Sequence[int] = (64, 128, 256)
+    """Tokens of training sequences before the questions: each batch draws one."""
+    test_lengths: Sequence[int] = (256, 512, 1024, 2048)
+    """The same in validation and test, as many sequences of each, the shorter ones filled up with 0."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.needles <= self.keys:
+            raise ValueError(f"needles: expected 1 to {self.keys}, the number of keys, got {self.needles}")
+        for name, least in (("values", 2), ("noise", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least} tokens, got {getattr(self, name)}")
+        for name, lengths in (("train_lengths", self.train_lengths), ("test_lengths", self.test_lengths)):
+            if not lengths or min(lengths) < 2 * self.needles:
+                raise ValueError(
+                    f"{name}: expected lengths of at least {2 * self.needles} tokens, two a needle, got {list(lengths)}"
+                )
+
+    @property
+    def vocab_size(self) -> int:
+        return 1 + self.keys + self.values + self.noise
+
+    @property
+    def chance(self) -> float:
+        return 1 / self.values
+
+    @property
+    def coordinate_name(self) -> str:
+        return "tokens between needle and question"
+
+    def sample(self, generator: torch.Generator, rows: int, split: Split) -> Batch:
+        if split == "train":
+            length = self.train_lengths[int(torch.randint(len(self.train_lengths), (), generator=generator))]
+            return self._sequences(generator, rows, length, length)
+        longest = max(self.test_lengths)
+        each = [len(part) for part in torch.arange(rows).tensor_split(len(self.test_lengths))]
+        parts = [
+            self._sequences(generator, n, length, longest)[:3]
+            for n, length in zip(each, self.test_lengths, strict=True)
+        ]
+        return Batch(*map(torch.cat, zip(*parts, strict=True)))
+
+    def _sequences(self, generator: torch.Generator, rows: int, length: int, longest: int) -> Batch:
+        n, begin = self.needles, 1 + self.keys
+        keys = 1 + torch.rand(rows, self.keys, generator=generator).argsort(dim=1)[:, :n]
+        values = torch.randint(begin, begin + self.values, (rows, n), generator=generator)
+        inputs = torch.zeros(rows, longest + 2 * n, dtype=torch.long)
+        inputs[:, :length] = torch.randint(begin + self.values, self.vocab_size, (rows, length), generator=generator)
+        # n places of length − n, in order, each moved by the values before it: no two needles overlap.
+        place = torch.rand(rows, length - n, generator=generator).argsort(dim=1)[:, :n].sort(dim=1).values
+        place = place + torch.arange(n)
+        inputs.scatter_(1, place, keys).scatter_(1, place + 1, values)
+        order = torch.rand(rows, n, generator=generator).argsort(dim=1)
+        where = (length + 2 * torch.arange(n)).expand(rows, n)
+        inputs.scatter_(1, where, keys.gather(1, order))
+        distance = where - (place + 1).gather(1, order)
+        return Batch(
+            inputs=inputs,
+            targets=torch.full_like(inputs, IGNORE).scatter_(1, where, values.gather(1, order)),
+            coordinate=torch.zeros_like(inputs).scatter_(1, where, distance),
+        )
