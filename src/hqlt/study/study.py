@@ -24,6 +24,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from hqlt.errors import reason
+from hqlt.layer import with_retention
 from hqlt.registry import find, names, one_of, options_of
 from hqlt.train.fit import Budget
 from hqlt.train.grid import Cell
@@ -62,7 +63,9 @@ class Study:
     introduction: str
     """What the study asks, in a few sentences."""
     models: dict[str, dict[str, Any]]
-    """What makes a model what it is, by its label: fields of HQLTConfig, for agents arguments of `build_memory`."""
+    """What makes a model what it is, by its label: fields of HQLTConfig, for agents arguments of `build_memory`. With
+    {trained_as: LABEL, …} it is that model, trained alike, and all else is given to `hqlt.with_retention` before the
+    test."""
     experiments: dict[str, Experiment]
     """By the label of their column."""
     seeds: tuple[int, ...] = (0,)
@@ -80,7 +83,7 @@ class Study:
         return [
             cell_of(
                 experiment,
-                {**self.models[model], **experiment.own.get(model, {})},
+                *self._fields(model, experiment),
                 model=model,
                 task=experiment.task,
                 task_options=experiment.options,
@@ -92,6 +95,16 @@ class Study:
             for model in experiment.models or self.models
             for seed in experiment.seeds or self.seeds
         ]
+
+    def _fields(self, model: str, experiment: Experiment) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the model is built with here, and how it is trained as another and then switched."""
+        own = {**self.models[model], **experiment.own.get(model, {})}
+        other = own.pop("trained_as", None)
+        if other is None:
+            return own, {}
+        with at(f"models.{model}.trained_as"):
+            one_of("label", other, [label for label, fields in self.models.items() if "trained_as" not in fields])
+        return self._fields(other, experiment)[0], {"trained_as": other, "switched": own}
 
     def only(self, label: str | None) -> Study:
         """The study with one experiment; with all of them for None."""
@@ -106,11 +119,13 @@ class Study:
         return dataclasses.replace(self, experiments=few)
 
 
-def cell_of(given: Experiment, own: dict[str, Any], /, **of_both: Any) -> Cell:
+def cell_of(given: Experiment, own: dict[str, Any], switched: dict[str, Any], /, **of_both: Any) -> Cell:
     """A cell of the kind that the budget is for."""
     with at(f"{of_both['model']} in {of_both['experiment']}"):
         if isinstance(given.budget, Budget):
-            return TaskCell(config=config_of(given.common, own), **of_both)
+            return TaskCell(config=config_of(given.common, own), **of_both, **switched)
+        if switched:
+            raise ValueError("expected a model of its own, as agents are not switched after training, got 'trained_as'")
         from hqlt.train.agent.cell import AgentCell
 
         config = {**given.common, **own}
@@ -359,13 +374,15 @@ def _try(cell: Any) -> None:
 
     Raises ValueError where that fails.
     """
-    from hqlt.model import HQLTConfig
+    from hqlt.model import HQLTConfig, HQLTForCausalLM
 
     try:
         with torch.device("meta"):
             if isinstance(cell, TaskCell):
                 task = cell.build_task()
-                HQLTConfig(**cell.config, vocab_size=task.vocab_size)
+                config = HQLTConfig(**cell.config, vocab_size=task.vocab_size)
+                if cell.switched:
+                    with_retention(HQLTForCausalLM(config), **cell.switched)
                 cell.budget.task_at(task, 0)
                 return
             from hqlt.agent import build_memory

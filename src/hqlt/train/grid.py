@@ -6,6 +6,7 @@ takes those as they are and runs the rest. A worker that dies costs its own cell
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import multiprocessing
@@ -280,7 +281,7 @@ def load_result(folder: Path, cell: Cell) -> Result | None:
         return None
     try:
         kept = json.loads(place.read_text())
-        same = kept["cell"] == json.loads(json.dumps(asdict(cell)))
+        same = _settings(cell) | kept["cell"] == json.loads(json.dumps(asdict(cell)))
         result = result_of(cell, kept) if same else None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{place}: expected the result of a cell as JSON, got {error!r}; remove the file") from None
@@ -289,6 +290,13 @@ def load_result(folder: Path, cell: Cell) -> Result | None:
             f"{place}: holds the result of a cell with other settings; give another folder, or remove this one"
         )
     return result
+
+
+def _settings(cell: Cell) -> dict[str, Any]:
+    """Those that have a default, by default: an earlier version did not know of all of them."""
+    options = {option.name: option for option in dataclasses.fields(cell)}
+    made = {name: option.default_factory() for name, option in options.items() if callable(option.default_factory)}
+    return made | {name: x.default for name, x in options.items() if x.default is not dataclasses.MISSING}
 
 
 def result_of(cell: Cell, kept: Mapping[str, Any]) -> Result:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from hqlt.layer import HybridMemory
+from hqlt.evaluate import evaluate
+from hqlt.layer import HybridMemory, with_retention
 from hqlt.registry import build
-from hqlt.task import Task
+from hqlt.task import Task, generator_for
 from hqlt.train.fit import Budget, Progress, fit
-from hqlt.train.grid import Cell, Event, Result
+from hqlt.train.grid import Cell, Event, Result, load_result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +26,10 @@ class TaskCell(Cell):
     loss_unit = "nats"
 
     budget: Budget
+    trained_as: str = ""
+    """The label of the model of the same grid that this one is trained as, if not as itself."""
+    switched: dict[str, Any] = field(default_factory=dict)
+    """What `hqlt.with_retention` is given between training and test; empty: nothing is switched on."""
 
     @property
     def metric(self) -> str:
@@ -43,20 +50,31 @@ class TaskCell(Cell):
 
         logging.disable_progress_bar()  # of writing a few kilobytes
         task = self.build_task()
-        torch.manual_seed(self.seed)
-        model = HQLTForCausalLM(HQLTConfig(**self.config, vocab_size=task.vocab_size))
+        plain = dataclasses.replace(self, model=self.trained_as or self.model, trained_as="", switched={})
+        done = load_result(folder, plain) if self.trained_as else None
+        if done is not None:
+            model = HQLTForCausalLM.from_pretrained(folder / "models" / plain.name)
+        else:
+            torch.manual_seed(self.seed)
+            model = HQLTForCausalLM(HQLTConfig(**self.config, vocab_size=task.vocab_size))
         torch.nn.Module.to(model, device)
-        history: list[Progress] = []
-        for told in fit(model, task, self.budget, self.seed):
+        history, fitted = (done.history, done.fit) if done else ([], None)
+        for told in () if done else fit(model, task, self.budget, self.seed):
             if isinstance(told, Progress):
                 event = Event(self, told)
                 if event.kept:
                     history.append(told)
                 yield event
             else:
-                model.save_pretrained(folder / "models" / self.name)
-                size, state = model.num_parameters(), state_bytes([block.memory for block in model.model.layers])
-                yield Result(self, size, history[-1].seconds, told, history, state)
+                fitted = told
+        assert fitted is not None, "training ends with it"
+        if self.switched:
+            model = with_retention(model, **self.switched)
+            test_set = task.sample(generator_for("test", 0), self.budget.test_rows, "test")
+            fitted = fitted._replace(test=evaluate(model, task, test_set))
+        model.save_pretrained(folder / "models" / self.name)
+        size, state = model.num_parameters(), state_bytes([block.memory for block in model.model.layers])
+        yield Result(self, size, history[-1].seconds, fitted, history, state)
 
 
 def state_bytes(layers: Sequence[HybridMemory]) -> int | None:
