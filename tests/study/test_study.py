@@ -73,6 +73,60 @@ def test_an_experiment_may_name_the_models_that_take_part(tmp_path):
         read(tmp_path, changed([*PARITY, "models"], ["Synchronus"]))
 
 
+def test_a_model_may_have_fields_in_one_experiment_alone(tmp_path):
+    own = {"Synchronous": {"mixer": "sum", "window": 2}}
+    cells = read(tmp_path, changed([*PARITY, "own"], own)).cells()
+    assert {(cell.config.get("mixer"), cell.config.get("window")) for cell in cells} == {(None, None), ("sum", 2)}
+    with pytest.raises(ValueError, match=r"short parity.own: expected one of .*, got 'Sync'"):
+        read(tmp_path, changed([*PARITY, "own"], {"Sync": {}}))
+    with pytest.raises(ValueError, match=r"short parity.own.Synchronous: expected keys with values, got 3"):
+        read(tmp_path, changed([*PARITY, "own"], {"Synchronous": 3}))
+
+
+SWITCHED = {"trained_as": "Synchronous", "retention": "surprise", "window": 2, "kept": 3}
+
+
+def test_a_model_may_be_trained_as_another_and_switched_for_the_test(tmp_path):
+    """Its weights are the other's, whether they are there already or not; what is tested has a retention."""
+    study = read(tmp_path, changed(["models"], {**GIVEN["models"], "Switched": SWITCHED}))
+    plain, switched = (next(c for c in study.cells() if c.model == model) for model in ("Synchronous", "Switched"))
+    assert switched.config == plain.config
+    assert switched.switched == {"retention": "surprise", "window": 2, "kept": 3}
+
+    def run(cell, folder):
+        (*told, result) = cell.run(folder)
+        (folder / "cells").mkdir(exist_ok=True)
+        save_result(folder, result)
+        return told, result
+
+    told_alone, alone = run(switched, tmp_path / "alone")
+    _, other = run(plain, tmp_path / "both")
+    told, result = run(switched, tmp_path / "both")
+    assert told_alone and not told
+    for mine, theirs in ((result.fit.test, alone.fit.test), (result.fit.validation, other.fit.validation)):
+        assert json.dumps(mine._asdict()) == json.dumps(theirs._asdict())
+    assert result.seconds == other.seconds
+    assert result.state_bytes != other.state_bytes
+    kept = HQLTForCausalLM.from_pretrained(tmp_path / "both" / "models" / switched.name)
+    assert kept.config.retention == "surprise"
+    trained = HQLTForCausalLM.from_pretrained(tmp_path / "both" / "models" / plain.name)
+    assert all(map(torch.equal, kept.state_dict().values(), trained.state_dict().values()))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"trained_as": "Nobody"}, r"models.Switched.trained_as: label: expected one of .*, got 'Nobody'"),
+        ({"trained_as": "Switched"}, r"models.Switched.trained_as: label: expected one of"),
+        ({**SWITCHED, "kept": 0}, "Switched in short parity: kept: expected at least 1"),
+        ({**SWITCHED, "trained_as": "DeltaNet"}, "Switched in short parity: "),
+    ],
+)
+def test_what_cannot_be_switched_is_refused(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, changed(["models"], {**GIVEN["models"], "Switched": fields}))
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [

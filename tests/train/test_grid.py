@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import os
 import signal
 from pathlib import Path
@@ -36,6 +37,17 @@ def test_a_grid_runs_in_parallel_and_a_finished_cell_never_again(tmp_path):
     assert {t.cell.seed for t in more if isinstance(t, Event)} == {2}
     assert [result.fit.test.value for result in again[:2]] == [result.fit.test.value for result in first]
     assert again[0].history[0]._asdict() == first[0].history[0]._asdict()
+
+
+def test_a_result_of_a_version_that_knew_fewer_settings_is_taken(tmp_path):
+    run_grid([CELL], tmp_path, 1, lambda told: None)
+    place = tmp_path / "cells" / f"{CELL.name}.json"
+    kept = json.loads(place.read_text())
+    del kept["cell"]["switched"], kept["cell"]["trained_as"]
+    place.write_text(json.dumps(kept))
+    assert load_result(tmp_path, CELL) is not None
+    with pytest.raises(ValueError, match="holds the result of a cell with other settings"):
+        load_result(tmp_path, others(trained_as="another", model=CELL.model))
 
 
 def test_a_result_knows_what_is_held_of_a_sequence(tmp_path):
