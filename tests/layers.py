@@ -68,7 +68,7 @@ CHOICES: dict[str, dict[str, Any]] = (
         },
         "delayed-chunk-add": {"blend": "delayed-chunk", "mixer": "add", "qk_norm": "full", "zero_centered_norms": True},
         "delayed-chunk-grouped": {"blend": "delayed-chunk", **GROUPED, "fw_activation": None, "kv_activation": None},
-        "synchronous-value-norm": {"blend": "synchronous", "retention": "value-norm", "kept": 3},
+        "synchronous-surprise": {"blend": "synchronous", "retention": "surprise", "kept": 3, "sinks": 1},
         "delayed-chunk-random": {"blend": "delayed-chunk", "retention": "random", "kept": 3},
         "synchronous-scaled": {"blend": "synchronous", "rope_scaling": {"rope_type": "linear", "factor": 3.0}},
     }

@@ -13,7 +13,7 @@ from hqlt import ops
 from hqlt.memory.fw import Errors
 from hqlt.memory.heads import Heads
 from hqlt.memory.kv.kept import Candidates, Kept, Timeline, candidates, kept_after
-from hqlt.memory.kv.retention import Entries, Recent, Retention
+from hqlt.memory.kv.retention import HIGHEST, Entries, Recent, Retention
 from hqlt.memory.rotary import Rotary, apply_rotary
 from hqlt.memory.state import Entry
 from hqlt.ops import Beyond
@@ -196,7 +196,7 @@ class KVMemory(nn.Module):
         if self.kept_alike:
             scores = scores.mean(dim=-1, keepdim=True).expand_as(scores)
         if self.sinks:
-            scores = scores.masked_fill((new.positions < self.sinks)[..., None], torch.inf)
+            scores = scores.masked_fill((new.positions < self.sinks)[..., None], HIGHEST)
         return candidates(timeline, past, scores, self.kept)
 
     def kept_after(self, candidates: Candidates, recent_scores: Tensor, end: Tensor, left: Tensor) -> Kept:

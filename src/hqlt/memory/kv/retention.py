@@ -12,6 +12,9 @@ from hqlt.memory.heads import Heads
 from hqlt.registry import one_of, register
 from hqlt.shapes import Keys, Positions, Values, at_least_float32
 
+HIGHEST = torch.finfo(torch.float32).max
+"""Of all scores; a state holds no infinity."""
+
 
 class Entries(NamedTuple):
     """New entries, as a retention sees them."""
@@ -51,14 +54,14 @@ class Retention(nn.Module):
     def score(self, new: Entries) -> Tensor:
         """[b, t, h]: how much each entry is worth keeping, fixed when it arrives. No gradient goes through it.
 
-        NaN counts as −∞.
+        NaN is worth least of all.
         """
         raise NotImplementedError
 
     def forward(self, new: Entries) -> Tensor:
-        """The scores as they are compared and held: detached, in at least float32, without NaN."""
+        """The scores as they are compared and held: detached, in at least float32, finite."""
         scores = self.score(new).detach().to(at_least_float32(new.keys.dtype))
-        return scores.masked_fill(scores.isnan(), -torch.inf)
+        return scores.nan_to_num(-HIGHEST, HIGHEST, -HIGHEST).clamp(-HIGHEST, HIGHEST)
 
     def extra_repr(self) -> str:
         return f"kept={self.kept}"
