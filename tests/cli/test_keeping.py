@@ -71,6 +71,8 @@ def test_an_evaluation_says_what_was_switched_on(folder, tmp_path, capsys):
     assert one["settings"]["fingerprint"] == other["settings"]["fingerprint"]
     assert KEPT.items() <= one["settings"].items() and KEPT.items() <= one["config"].items()
     assert "5 kept" in capsys.readouterr().out
+    assert "Which entries stay" in (tmp_path / "results" / "report.html").read_text()
+    assert (tmp_path / "results" / "kept.png").is_file()
 
 
 @pytest.mark.parametrize(

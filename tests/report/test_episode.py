@@ -11,6 +11,7 @@ from PIL import Image
 from hqlt.agent import PPOSettings
 from hqlt.report import episode
 from hqlt.report.episode import WIDTH, Film, figure_of_film, film, leave_film, moments, strip_of
+from hqlt.report.kept import KeptPairs
 from hqlt.report.shares import Shares
 from hqlt.train.agent import AgentSettings, AgentTrainer
 
@@ -58,6 +59,28 @@ def test_what_is_left_of_a_film(tmp_path, steps, shares):
     assert [picture.partition(";")[0] for picture in pictures] == ["data:image/png", "data:image/gif"]
     with Image.open(tmp_path / "episode.gif") as gif:
         assert gif.n_frames == steps + 1 and gif.width >= 640
+
+
+def test_what_was_kept_stands_below_the_same_steps():
+    index = torch.arange(30).expand(4, 1, 30)
+    pairs = KeptPairs((index + 9).clamp(max=30), (index + 4).clamp(max=30), [(i, j) for i in (0, 1) for j in (0, 1)])
+    figure = figure_of_film(film_of(30)._replace(kept=pairs))
+    below, kept, *_ = figure.subfigs[1].axes
+    figure.canvas.draw()
+    assert below.get_xlim() == kept.get_xlim() == (0.5, 30.5) and kept.get_xlabel().startswith("step")
+    assert below.bbox.x0 == kept.bbox.x0 and below.bbox.x1 == kept.bbox.x1 and below.bbox.y0 > kept.bbox.y1
+    pyplot.close(figure)
+
+
+def test_an_episode_of_an_agent_that_keeps():
+    kept = {"hidden_size": 8, "window": 2, "retention": "surprise", "kept": 3}
+    ppo = PPOSettings(rollout=8, heads=(8,))
+    settings = AgentSettings(options={"corridor": 9}, model=kept, copies=1, hyperparameters=ppo)
+    filmed = film(AgentTrainer(settings), seed=0)
+    steps = len(filmed.rewards)
+    assert filmed.kept.until.shape == (4, 1, steps) and filmed.shares.fw.shape == (2, 1, steps)
+    held = (filmed.kept.until == steps) & (filmed.kept.leaves < steps)
+    assert (held.sum(dim=-1) == 3).all()
 
 
 def test_an_environment_that_cannot_be_seen_has_a_picture_of_its_rewards(tmp_path):

@@ -90,6 +90,7 @@ def eval(
     loaded = tasks_of(suite, tasks, local)
     with alone_in(place):
         job = Job(retention.load(model, options["device"], Console()), tokenizer, place, options)
+        job.kept = kept_in(job, text, haystacks)
         if loaded:
             on_tasks(job, loaded)
         if lengths:
@@ -141,6 +142,17 @@ def haystacks_for(tokenizer: Tokenizer, longest: int) -> list[Haystack]:
     return haystacks
 
 
+def kept_in(job: Job, text: list[int], haystacks: list[Haystack]) -> dict[str, Any] | None:
+    """Which entries stay of a text with a key in it where one is looked for, or else of the text that is read."""
+    from hqlt.evaluate.retrieval import text_of
+    from hqlt.report.kept_page import SHOWN, kept_in_text
+
+    for haystack in haystacks[-1:]:
+        filler = job.tokenizer.encode(haystack.filler[: 8 * SHOWN])
+        text = list(text_of(job.tokenizer, haystack, filler, "52407", SHOWN, depth=0.25))
+    return kept_in_text(job.model, text, job.tokenizer, job.folder) if text else None
+
+
 @dataclass
 class Job:
     """What is evaluated, and what has come out so far."""
@@ -151,6 +163,8 @@ class Job:
     options: dict[str, Any]
     results: dict[str, Any] = field(default_factory=dict)
     sections: list[dict[str, Any]] = field(default_factory=list)
+    kept: dict[str, Any] | None = None
+    """Which entries stay, for a model that keeps any."""
     console: Console = field(default_factory=Console)
 
     @functools.cached_property
@@ -201,6 +215,7 @@ class Job:
             introduction="Texts are read whole, piece by piece: what was read is carried on in the memories."
             + (f" Those of tasks are cut: at most {cut:,} tokens are read to predict the next." if cut else ""),
             sections=self.sections,
+            kept=self.kept,
             protocol="hqlt eval, with these settings:",
             settings=json.dumps(settings, indent=1, default=str),
         )

@@ -22,6 +22,7 @@ FILM = (
     "A greedy episode that was not scored: moments of it, and below them the reward of each step and the FW-memory's "
     "share of what the mixers put out, the thick line being the mean of the layers."
 )
+KEPT = " At the bottom, for each KV head, how long each step's entry stayed once it had left the window."
 
 
 def leave_agent_report(
@@ -44,7 +45,8 @@ def leave_agent_report(
     filmed = film(trainer, TEST_SEED - 1)
     pictured = leave_film(filmed, folder)
     title = f"{settings.memory} memory in {settings.world}"
-    titles = ("An episode", FILM), ("The same episode as a film", "Step by step; also as episode.gif.")
+    caption = FILM if filmed.kept is None else FILM + KEPT
+    titles = ("An episode", caption), ("The same episode as a film", "Step by step; also as episode.gif.")
     film_there = "![The same episode as a film](episode.gif)\n\n" if filmed.frames else ""
     leave_report(
         folder,
@@ -57,10 +59,10 @@ def leave_agent_report(
         figure=figure_of_agent(history),
         protocol=f"Every {settings.evaluate_every:,} steps the same {settings.episodes} greedy episodes were played. "
         f"The weights that did best there are kept, and were tested once, in {len(tested.outcomes)} other episodes.",
-        shown=f"![An episode](episode.png)\n\n{FILM}\n\n{film_there}",
+        shown=f"![An episode](episode.png)\n\n{caption}\n\n{film_there}",
         pictures=[
-            {"title": heading, "caption": caption, "data": data}
-            for (heading, caption), data in zip(titles, pictured, strict=False)
+            {"title": heading, "caption": said, "data": data}
+            for (heading, said), data in zip(titles, pictured, strict=False)
         ],
     )
     console.print(f"page: {folder / 'report.html'}" + (f"    film: {folder / 'episode.gif'}" if filmed.frames else ""))

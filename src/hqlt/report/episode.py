@@ -20,6 +20,8 @@ from PIL import Image
 
 from hqlt.agent.collect import play
 from hqlt.agent.episode import Batch, Episode
+from hqlt.report.kept import KeptPairs, kept_during
+from hqlt.report.kept_page import draw_kept
 from hqlt.report.plots import save
 from hqlt.report.shares import Shares, shares_during
 from hqlt.train.agent.trainer import AgentTrainer
@@ -50,6 +52,8 @@ class Film(NamedTuple):
     """[layers, 1, t]; None for models without two memories in a layer."""
     success: float
     """0 or 1, NaN where the environment says nothing."""
+    kept: KeptPairs | None = None
+    """[heads, 1, t]; None for models that keep no entries beyond their windows."""
 
 
 class Camera(VectorWrapper):
@@ -81,7 +85,14 @@ def film(trainer: AgentTrainer, seed: int) -> Film:
     with contextlib.closing(world_to_film(trainer, seed)) as envs:
         (episode,) = play(trainer.agent, envs, 1, seed=seed, greedy=True, stopped=trainer.stopped)
         frames = envs.frames if isinstance(envs, Camera) else {}
-    return Film(frames, episode.rewards, shares_of(trainer, episode), episode.success)
+    shares, kept = (while_chosen(trainer, episode, during) for during in (shares_during, kept_during))
+    return Film(
+        frames,
+        episode.rewards,
+        shares and Shares(shares.gate[..., :-1].cpu(), shares.fw[..., :-1].cpu()),
+        episode.success,
+        kept and kept.before(len(episode.rewards)),
+    )
 
 
 def world_to_film(trainer: AgentTrainer, seed: int) -> VectorEnv:
@@ -98,13 +109,12 @@ def frame_of(envs: VectorEnv) -> Frame:
     return np.asarray(frames[0], dtype=np.uint8)
 
 
-def shares_of(trainer: AgentTrainer, episode: Episode) -> Shares | None:
-    """What each memory contributed when the episode's actions were chosen."""
+def while_chosen(trainer: AgentTrainer, episode: Episode, during: Any) -> Any:
+    """What `shares_during` or `kept_during` hears when the episode's actions are chosen; None if that is nothing."""
     inputs = Batch.of([episode]).to(trainer.agent.device).inputs()
     core = trainer.agent.core
     with torch.no_grad(), contextlib.suppress(ValueError):
-        shares = shares_during(core, lambda: core.sequence(inputs, core.init_state(1)))
-        return Shares(shares.gate[..., :-1].cpu(), shares.fw[..., :-1].cpu())
+        return during(core, lambda: core.sequence(inputs, core.init_state(1)))
     return None
 
 
@@ -118,13 +128,21 @@ def leave_film(film: Film, folder: Path) -> list[str]:
 
 
 def figure_of_film(film: Film) -> Figure:
-    """Moments of the episode, in rows; below them rewards and the FW-memory's share, with a line at each moment."""
+    """Moments of the episode, in rows; below them rewards and the FW-memory's share, with a line at each moment, and
+    how long each step's entries stayed."""
     shown = moments(film)
     columns, height = strip_of(film.frames[shown[0]].shape[:2], len(shown)) if shown else (1, 0.0)
-    figure = pyplot.figure(figsize=(WIDTH, 2.8 + height), layout="constrained")
-    parts: Any = figure.subfigures(2, 1, height_ratios=[height, 2.8]) if shown else [figure]
-    below = parts[-1].subplots()
+    strip = 0.0 if film.kept is None else min(max(0.25 * len(film.kept.heads), 0.8), 3) + 0.5
+    figure = pyplot.figure(figsize=(WIDTH, 2.8 + strip + height), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=[height, 2.8 + strip]) if shown else [figure]
+    if film.kept is None:
+        below = parts[-1].subplots()
+    else:
+        below, kept = parts[-1].subplots(2, 1, sharex=True, height_ratios=[2.8, strip])
     draw_time(below, film, parts[-1])
+    if film.kept is not None:
+        draw_kept(kept, film.kept, parts[-1], "step")
+        below.set_xlabel("")
     if shown:
         panels = parts[0].subplots(math.ceil(len(shown) / columns), columns, squeeze=False).ravel()
         for axes in panels:

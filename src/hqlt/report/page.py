@@ -13,7 +13,8 @@ def write_page(path: Path, **content: Any) -> None:
     """Fill the template `page.html.j2`; whatever stands in content is escaped.
 
     content: title, introduction, protocol and settings (text); beside them, where there are any, `table` with `plot`,
-    `pictures`, `sections`, `shares`, and `samples` or one `sample` (prompt and text; model, temperature and seed).
+    `pictures`, `sections`, `shares`, `kept`, and `samples` or one `sample` (prompt and text; model, temperature and
+    seed).
     """
     source = resources.files("hqlt.report").joinpath("page.html.j2").read_text()
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=False)

@@ -23,12 +23,17 @@ SHOWN = 40
 
 
 def leave_training_report(
-    folder: Path, told: dict[str, Any], results: dict[str, Any], sample: dict[str, Any], console: Console
+    folder: Path,
+    told: dict[str, Any],
+    results: dict[str, Any],
+    sample: dict[str, Any],
+    console: Console,
+    kept: dict[str, Any] | None = None,
 ) -> None:
     """Write results.json, README.md, curves.png and report.html into a run's folder; print the table and the sample.
 
     told: how the run was made, with its settings; the curves come from the folder's metrics.jsonl. sample: what the
-    model generated, as `sample_of` gives it.
+    model generated, as `sample_of` gives it. kept: of `kept_in_text`, for a model that keeps entries.
     """
     history = history_of(folder)
     table = table_of_run(told, results, history)
@@ -43,6 +48,7 @@ def leave_training_report(
         figure=figure_of_run(history, told["data"]["bytes_per_token"]),
         protocol="Validation text was scored now and then, the test text once, at the end. The last weights are kept.",
         samples=(sample,),
+        kept=kept,
     )
     console.print(Text.assemble((sample["prompt"], "dim"), sample["text"], "\n"))
     console.print(f"page: {folder / 'report.html'}", markup=False)

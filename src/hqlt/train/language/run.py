@@ -52,6 +52,8 @@ def run(settings: TrainSettings, folder: Path | None = None, device: str | None 
 
 def finish(trainer: Trainer, folder: Path, told: dict[str, Any], console: Console) -> None:
     """Score the trained model, write it into the run's folder, and leave a report with a sample of its text."""
+    from hqlt.language.folder import load_model
+    from hqlt.report.kept_page import SHOWN, kept_in_text
     from hqlt.report.training import leave_training_report
 
     scores = {}
@@ -65,8 +67,10 @@ def finish(trainer: Trainer, folder: Path, told: dict[str, Any], console: Consol
     trainer.stop_if_asked()
     if trainer.ranks.first:
         files = trainer.splits.get("validation", trainer.splits["train"])
-        sample = sample_of(folder / "model", files, trainer.settings.preset, str(trainer.device))
-        leave_training_report(folder, told, results, sample, console)
+        model = load_model(folder / "model", str(trainer.device))
+        sample = sample_of(model, files, trainer.settings.preset)
+        kept = kept_in_text(model, files.read(0, min(SHOWN, len(files)))[0].tolist(), files.tokenizer, folder)
+        leave_training_report(folder, told, results, sample, console, kept)
 
 
 def config_of(settings: TrainSettings, tokens: Path) -> HQLTConfig:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hqlt.data import TokenFiles, parts_of, prepare
 from hqlt.data.local import TextFiles
 from hqlt.disk import write_whole
+
+if TYPE_CHECKING:
+    from hqlt.model import HQLTForCausalLM
 
 HELD_OUT = 0.1
 """The share at the end of a text that is for validation."""
@@ -50,18 +53,16 @@ def cut(text: str, file: Path) -> dict[str, str]:
     return {"train": text[:place], "validation": text[place:]}
 
 
-def sample_of(model: Path, files: TokenFiles, name: str, device: str) -> dict[str, Any]:
-    """What the model in a folder continues the beginning of some text with: prompt, text, and how it was drawn."""
+def sample_of(model: HQLTForCausalLM, files: TokenFiles, name: str) -> dict[str, Any]:
+    """What a model continues the beginning of some text with: prompt, text, and how it was drawn."""
     from hqlt.language import generation
-    from hqlt.language.folder import load_model
 
     tokens = files.read(0, min(PROMPT_TOKENS, len(files)))[0].tolist()
     said: list[str] = []
-    language_model = load_model(model, device)
     eos = files.tokenizer.eos_id
     generation.go_on(
-        language_model,
-        generation.read(language_model, tokens),
+        model,
+        generation.read(model, tokens),
         tokens=TOKENS,
         temperature=TEMPERATURE,
         seed=SEED,

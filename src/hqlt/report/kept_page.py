@@ -1,0 +1,81 @@
+"""What a page shows of the KV entries that stayed: a text, and a plot of all heads over time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from torch import nn
+
+from hqlt.data import Tokenizer
+from hqlt.layer import HybridMemory
+from hqlt.report.kept import KeptPairs, kept_pairs, marked
+from hqlt.report.plots import save
+
+SHOWN = 480
+"""Tokens of a text on a page."""
+NAMED = 16
+"""Heads that have a name each beside a plot; of more, layers have."""
+SHADES = LinearSegmentedColormap.from_list("kept", ["#ffffff", "#2a9d8f", "#0b4f47"]).with_extremes(bad="#d9d9d9")
+
+
+def keeps(model: nn.Module) -> bool:
+    """Whether there is anything to show."""
+    return any(isinstance(part, HybridMemory) and part.kv is not None and part.kv.kept for part in model.modules())
+
+
+def kept_in_text(model: nn.Module, tokens: Sequence[int], tokenizer: Tokenizer, folder: Path) -> dict[str, Any] | None:
+    """For a page's `kept`: which entries of a text a language model holds at its end; leaves kept.png in the folder.
+
+    None for a model that keeps none beyond its windows.
+    """
+    if not keeps(model):
+        return None
+    shown = list(tokens[:SHOWN])
+    device = next(model.parameters()).device
+    pairs = kept_pairs(model, torch.tensor([shown], device=device))
+    stream = tokenizer.stream()
+    texts = [stream.add(token) for token in shown]
+    texts[-1] += stream.end()
+    return {
+        "tokens": marked(pairs, texts),
+        "heads": len(pairs.heads),
+        "layers": len({layer for layer, _ in pairs.heads}),
+        "plot": save(figure_of_kept(pairs), folder / "kept.png"),
+    }
+
+
+def figure_of_kept(pairs: KeptPairs) -> Figure:
+    """A row for each head, a column for each token of the first row of the batch."""
+    height = min(max(0.22 * len(pairs.heads), 1.2), 8) + 0.9
+    figure = pyplot.figure(figsize=(11, height), layout="constrained")
+    draw_kept(figure.subplots(), pairs, figure)
+    return figure
+
+
+def draw_kept(axes: Axes, pairs: KeptPairs, figure: Any, name: str = "token") -> None:
+    """How long entries stayed, by shade, the first token at 1; a bar beside it says what a shade means."""
+    n, _, t = pairs.until.shape
+    stayed = pairs.stayed()[:, 0].cpu().numpy()
+    image = axes.imshow(
+        stayed,
+        cmap=SHADES,
+        vmin=0,
+        vmax=1,
+        aspect="auto",
+        interpolation="nearest",
+        extent=(0.5, t + 0.5, n - 0.5, -0.5),
+    )
+    axes.set_xlabel(f"{name} (grey: in the window at the end)")
+    places = range(n) if n <= NAMED else [i for i, (_, head) in enumerate(pairs.heads) if head == 0]
+    labels = [f"{layer + 1}.{head + 1}" if n <= NAMED else f"{layer + 1}" for layer, head in pairs.heads]
+    axes.set_yticks(list(places), [labels[i] for i in places], fontsize=8)
+    axes.set_ylabel("layer.head" if n <= NAMED else "layer")
+    bar = figure.colorbar(image, ax=axes, ticks=[0, 1], pad=0.01, aspect=12)
+    bar.ax.set_yticklabels(["left with\nthe window", "held to\nthe end"], fontsize=8)
