@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import fields
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ from torch import nn
 
 import hqlt
 from hqlt.agent.memory_model import build_memory
-from hqlt.registry import name_of
+from hqlt.cli.keeping import Keeping
+from hqlt.memory import KVMemory
+from hqlt.memory.kv import Surprise
+from hqlt.registry import name_of, options_of
 from tests.laws import close
 from tests.layers import CHOICES, GROUPED, HYBRIDS, MORE, build_layer, tokens
 from tests.toys.retention import KeyNorm
@@ -26,7 +30,7 @@ RETENTIONS = {
         "kept_norm": True,
         "kept_gate": -1.0,
     },
-    "random": {"retention": "random", "kept": 2, "sinks": 2, "kept_positions": "none"},
+    "random": {"retention": "random", "kept": 2, "sinks": 2, "kept_positions": "none", "kept_alike": True},
     "sinks alone": {"retention": "recent", "sinks": 2},
     "one of a package": {"retention": name_of("retention", KeyNorm), "kept": 2, "order": 1.0},
 }
@@ -61,6 +65,21 @@ def test_it_is_the_layer_that_is_built_so(retention, changed):
     close(switched(tokens(2, 1), state)[0], expected(tokens(2, 1), expected_state)[0])
     with pytest.raises(ValueError, match=r"state.* for this layer"):
         switched(tokens(2, 1), layer(tokens(2, 9))[1])
+
+
+def test_all_that_a_layer_takes_can_be_switched_on():
+    later, options = options_of(KVMemory.keeping), options_of(KVMemory)
+    of_positions = {"rope_theta", "partial_rotary_factor", "rope_scaling"}
+    assert later == {name: options[name] for name in options.keys() - of_positions}
+    assert {*later, *options_of(Surprise), "retention", "window"} == {field.name for field in fields(Keeping)}
+
+
+@pytest.mark.parametrize("option", [{"kept_alike": True}, {"kept_positions": "none"}, {"kept_norm": True}])
+def test_a_state_of_one_is_not_read_by_another(option, tmp_path):
+    one = hqlt.with_retention(build_layer("", 4), kept=2)
+    hqlt.save_state(tmp_path / "state", one(tokens(1, 9))[1], one)
+    with pytest.raises(ValueError, match="state"):
+        hqlt.load_state(tmp_path / "state", hqlt.with_retention(one, kept=2, **option))
 
 
 @pytest.mark.parametrize("blend", [*HYBRIDS, "kv-only"])

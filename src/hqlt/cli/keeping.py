@@ -30,6 +30,8 @@ class Keeping:
     """With --retention: first entries of a text that stay visible, too."""
     score: str | None = None
     """With --retention surprise: error (by default) or beta-error."""
+    kept_alike: bool = False
+    """With --retention: all heads keep the same entries, by the mean of their scores."""
     kept_positions: str | None = None
     """With --retention: how entries beyond the window are turned: true (by default), clamped or none."""
     kept_norm: bool = False

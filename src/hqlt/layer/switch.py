@@ -23,7 +23,8 @@ def with_retention(model: Model, *, retention: str = "surprise", window: int | N
 
     retention: "surprise", "value-norm", "random", a registered one, or "recent" to keep none. window: of those layers
     from now on; None: each one's own. options: as of `hqlt.HybridMemory`, those of the retention (kept, score) and
-    sinks, kept_positions, kept_norm, kept_gate; what is not given is as in a new layer, whatever the model had.
+    sinks, kept_alike, kept_positions, kept_norm, kept_gate; what is not given is as in a new layer, whatever the model
+    had.
 
     The copy has weights of its own, so that training one leaves the other alone. They are those of the model; what only
     the options bring (kept_norm, kept_gate) begins as in a new layer. States are not interchangeable: what was kept is

@@ -92,14 +92,15 @@ class KVMemory(nn.Module):
         retention: Retention | None,
         *,
         sinks: int = 0,
+        kept_alike: bool = False,
         kept_positions: str = "true",
         kept_norm: bool = False,
         kept_gate: float | None = None,
     ) -> KVMemory:
         """A memory that keeps other entries, read in this way: with the weights that both have, and the same positions
         within the window."""
-        how: dict[str, Any] = {"kept_positions": kept_positions, "kept_norm": kept_norm, "kept_gate": kept_gate}
-        other = KVMemory(self.heads, retention, rope_theta=None, sinks=sinks, **how)
+        which: dict[str, Any] = {"sinks": sinks, "kept_alike": kept_alike, "kept_positions": kept_positions}
+        other = KVMemory(self.heads, retention, rope_theta=None, kept_norm=kept_norm, kept_gate=kept_gate, **which)
         other.positions = self.positions
         other.load_state_dict(self.state_dict(), strict=False, assign=True)
         return other
@@ -216,5 +217,6 @@ class KVMemory(nn.Module):
         return None if self.positions is None else self.positions.table(l, self.heads.k, q.device, q.dtype)
 
     def extra_repr(self) -> str:
-        kept = f", sinks={self.sinks}, kept_positions={self.kept_positions!r}" if self.kept else ""
+        alike = ", kept_alike=True" if self.kept_alike else ""
+        kept = f", sinks={self.sinks}{alike}, kept_positions={self.kept_positions!r}" if self.kept else ""
         return f"positions={self.positions}{kept}"
