@@ -77,5 +77,5 @@ def draw_kept(axes: Axes, pairs: KeptPairs, figure: Any, name: str = "token") ->
     labels = [f"{layer + 1}.{head + 1}" if n <= NAMED else f"{layer + 1}" for layer, head in pairs.heads]
     axes.set_yticks(list(places), [labels[i] for i in places], fontsize=8)
     axes.set_ylabel("layer.head" if n <= NAMED else "layer")
-    bar = figure.colorbar(image, ax=axes, ticks=[0, 1], pad=0.01, aspect=12)
+    bar = figure.colorbar(image, ax=axes, ticks=[0, 1], pad=0.01, aspect=min(max(2 * n, 8), 60))
     bar.ax.set_yticklabels(["left with\nthe window", "held to\nthe end"], fontsize=8)
