@@ -5,6 +5,7 @@ Each part says itself whether and as what it is known here (`native`, of `hqlt.o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -16,13 +17,25 @@ from hqlt.layer.norm import RMSNorm
 from hqlt.layer.parts import Fused, Parts, Projected, native_form
 from hqlt.memory import DeltaMemory, Held, KVMemory, MemoryState
 from hqlt.memory.fw import MatrixState
-from hqlt.memory.rotary import Rotary
+from hqlt.memory.rotary import Rotary, Table
 from hqlt.mixer import VectorMixer
 from hqlt.ops import explain, mix, synchronous
-from hqlt.ops.step import FIRST_HELD, NOTHING, Given, Layout, Plan, Schedule, layout_of, may_run, plan, run
+from hqlt.ops.step import (
+    FIRST_HELD,
+    NOTHING,
+    Layout,
+    Plan,
+    Retained,
+    Schedule,
+    digits,
+    layout_of,
+    may_run,
+    plan,
+    run,
+)
 from hqlt.shapes import Resets, Values
 
-Numbers: TypeAlias = tuple[Rotary | None, float, float]
+Numbers: TypeAlias = tuple[Rotary | None, float, float, Retained | None]
 
 
 class OneToken:
@@ -46,7 +59,7 @@ class OneToken:
             return None
         q, k, v, write, gate = projected
         kv, fw, norm = state.kv, state.fw, parts.norm
-        keys, values, gates, _ = kv or (NOTHING, NOTHING, (), ())
+        keys, values, gates, kept = kv or (NOTHING, NOTHING, (), ())
         beta, decay = (write, NOTHING) if isinstance(write, Tensor) else (*write, NOTHING, NOTHING)[:2]
         weights: dict[str, Any] = {} if parts.fw is None else parts.fw._parameters
         A_log, dt_bias = weights.get("A_log", NOTHING), weights.get("dt_bias", NOTHING)
@@ -55,7 +68,7 @@ class OneToken:
         weight = norm.weight if type(norm) is RMSNorm else NOTHING
         gate, resets = NOTHING if gate is None else gate, NOTHING if resets is None else resets
         own = q, k, v, beta, decay, A_log, dt_bias, gate, weight, resets
-        given = Given(*own, keys, values, betas, matrix, key_sum, state.position)
+        given = *own, keys, values, betas, matrix, key_sum, state.position, *kept
         if not may_run(given):
             return None
         look = *asked, tuple(map(layout_of, given))
@@ -65,8 +78,9 @@ class OneToken:
             self.last = look, plan
         if plan is None:
             return None
-        out, (keys, values, betas, matrix, key_sum, position) = run(plan, given)
-        held = Held(keys, values, type(gates)(betas) if gates else ()) if kv else ()
+        out, (keys, values, betas, matrix, key_sum, position, *kept_then) = run(plan, given)
+        gates, kept = type(gates)(betas) if gates else (), type(kept)(*kept_then)
+        held = Held(keys, values, gates, kept) if kv else ()
         written = type(fw)._make((matrix, key_sum)[: len(fw)]) if fw else ()
         return out, MemoryState(held, written, state.convolution, position)
 
@@ -80,28 +94,40 @@ class OneToken:
 
 
 def numbers_of(parts: Parts) -> Numbers:
-    """Rotary positions, β's maximum, ε of the norm: what a part is used with, and may change in its lifetime."""
+    """Rotary positions, β's maximum, ε of the norm, what stays beyond the window: what a part is used with, and may
+    change in its lifetime."""
     _, kv, fw, _, _, norm = [{} if part is None else part.__dict__ for part in parts]
-    return kv.get("positions"), fw.get("beta_max", 1.0), norm.get("eps", 0.0)
+    retained = None
+    if kv.get("kept"):
+        score = native_form(parts.retention) or ""
+        retained = Retained(score, kv["sinks"], kv["kept_positions"])
+    return kv.get("positions"), fw.get("beta_max", 1.0), norm.get("eps", 0.0), retained
 
 
 def plan_of(parts: Parts, numbers: Numbers, layouts: tuple[Layout, ...]) -> Plan | None:
     """How the kernel runs these parts on tensors of these layouts; None where it does not serve those."""
-    (_, kv, fw, blend, mixer, _), (positions, beta_max, norm_eps) = parts, numbers
-    rotary = (NOTHING, NOTHING)
+    (_, kv, fw, blend, mixer, _), (positions, beta_max, norm_eps, retained) = parts, numbers
+    rotary: tuple[Tensor, ...] = (NOTHING, NOTHING) * (2 if retained else 1)
     if positions is not None:
         (_, (*_, width), dtype, _), (_, keys, _, _) = layouts[0], layouts[FIRST_HELD]
         rows = 1 << keys[1].bit_length()  # one for each age, and few tables where pairs grow in number
         rotary = positions.table(rows, width, torch.device("cpu"), dtype)
+        if retained:
+            rotary += _waves_of_digits(positions, width, dtype)
     writes, rule, mixed = native_form(blend) or "", native_form(fw) or "delta", native_form(mixer) or ""
-    schedule = Schedule(writes, kv is not None, blend.window, rule, mixed)
+    schedule = Schedule(writes, kv is not None, blend.window, rule, mixed, retained)
     return plan(schedule, layouts, beta_max=beta_max, norm_eps=norm_eps, rotary=rotary)
+
+
+@functools.lru_cache(maxsize=16)
+def _waves_of_digits(positions: Rotary, width: int, dtype: torch.dtype) -> Table:
+    return positions.waves(digits(), width, dtype)
 
 
 def without_native_form(parts: Parts) -> list[str]:
     """The names of the parts that `hqlt.ops.step` does not know, so that they run one by one."""
     activation, kv, fw, blend, mixer, norm = parts
-    named = {"kv": kv, "fw": fw, "blend": blend, "mixer": mixer}
+    named = {"kv": kv, "fw": fw, "blend": blend, "mixer": mixer, "retention": parts.retention}
     unknown = [name for name, part in named.items() if part is not None and native_form(part) is None]
     usual = type(activation) is (nn.SiLU if fw else nn.Identity) and (
         fw is None or type(fw.v_activation) is nn.Identity

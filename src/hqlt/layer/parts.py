@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from hqlt.blend import Blend, Memories, Reads, Tokens
-from hqlt.memory import FWMemory, KVMemory, MemoryState, Tree
+from hqlt.memory import FWMemory, KVMemory, MemoryState, Retention, Tree
 from hqlt.mixer import Mixer
 from hqlt.shapes import Keys, Queries, Resets, Values
 
@@ -40,6 +40,11 @@ class Parts(NamedTuple):
     mixer: Mixer
     norm: nn.Module
 
+    @property
+    def retention(self) -> Retention | None:
+        """The KV-memory's, where it keeps entries beyond the window."""
+        return self.kv and self.kv._modules.get("retention")  # type: ignore[return-value]
+
     def run(self, given: Projected, state: MemoryState | None, resets: Resets | None) -> tuple[Values, MemoryState]:
         """→ out [b, t, h, v] and the state after the last token, part by part."""
         reads, after = self.read(given, state, resets)
@@ -56,11 +61,12 @@ class Parts(NamedTuple):
         return Tokens(given.q, given.k, self.activation(given.v), gates)
 
     def watched(self) -> bool:
-        """Whether a part has hooks (its own, or those of all modules) or a `forward` of its own.
+        """Whether a part has hooks (its own, or those of all modules), or a `forward` or `score` of its own.
 
         Then it must be called, and nothing fused runs. (What watches tensors instead, `hqlt.native.is_traced` knows.)
         """
-        return _has_any_global_hook() or any([_is_watched(part) for part in self if part is not None])  # noqa: C419
+        parts = *self, self.retention
+        return _has_any_global_hook() or any([_is_watched(part) for part in parts if part is not None])  # noqa: C419
 
 
 def _is_watched(part: nn.Module) -> bool:
@@ -71,6 +77,7 @@ def _is_watched(part: nn.Module) -> bool:
         or own["_backward_hooks"]
         or own["_backward_pre_hooks"]
         or "forward" in own
+        or "score" in own
     )
 
 

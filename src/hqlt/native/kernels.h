@@ -9,6 +9,7 @@ namespace ISA {
 #include "expiry.h"
 #include "window_attention.h"
 #include "rows.h"
+#include "kept.h"
 #include "step.h"
 
 const Kernels kernels = {

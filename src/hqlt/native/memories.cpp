@@ -44,9 +44,9 @@ using Kernel = void(int threads, const int64_t* sizes, double scale, void* const
 
 // What Python packs for one token: sizes, factors and addresses in the order of OneToken's members (step.h).
 struct OneTokenJob {
-  int64_t sizes[11];
+  int64_t sizes[15];
   double factors[2];
-  void* tensors[25];
+  void* tensors[];  // 25, or 35 where entries are kept beyond the window
 };
 
 struct Kernels {
@@ -60,9 +60,11 @@ struct Kernels {
   Types<void(int threads, const OneTokenJob&)> one_token;
 };
 
+// → where the next ones begin.
 template <class... Pointers>
-void from(void* const* addresses, Pointers*&... tensors) {
+void* const* from(void* const* addresses, Pointers*&... tensors) {
   ((tensors = static_cast<Pointers*>(*addresses++)), ...);
+  return addresses;
 }
 
 #define ISA plain

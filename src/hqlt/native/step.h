@@ -4,7 +4,7 @@
 //     decay:      α = exp(−exp(A_log) · softplus(decay + dt_bias)), of the gated delta rule
 //     FW-memory:  decay, write what the schedule says (the own pair, the one that leaves the window, a whole chunk), read
 //                 φ(q); where nothing is written nothing decays
-//     KV-memory:  softmax over the held pairs within reach and the own one
+//     KV-memory:  softmax over the held pairs within reach, the own one, and those kept beyond the window (kept.h)
 //     out:        RMSNorm(mix(FW read, KV read)) of each head
 //     state:      the pairs, one slot older, the own pair in the last slot; zeros in unused slots
 //
@@ -41,6 +41,7 @@ struct OneToken {
   static constexpr T epsilon = T(1e-10);  // of linear attention's normaliser
 
   int64_t b, h, k, v, s, s_after, window, writes, attends, rule, mixer;
+  Kept<T> kept;
   T beta_max, norm_epsilon;
   const T *q, *key, *value, *beta, *decay, *A_log, *dt_bias;  // beta, decay: logits, null where the rule has none
   const T *gate, *norm;                                       // gate: logits; null where there are none
@@ -60,7 +61,8 @@ struct OneToken {
   // What would end the process: an address of what is not there or of no whole number, a size of 0.
   void check(void* const* tensors) const {
     int64_t misaligned = int64_t(position) % 8 | int64_t(position_after) % 8;
-    for (int i = 0; i < 25; ++i)
+    if (kept.slots) misaligned |= int64_t(kept.positions) % 8 | int64_t(kept.positions_after) % 8;
+    for (int i = 0; i < (kept.slots ? 35 : 25); ++i)
       if (tensors[i] != resets) misaligned |= int64_t(tensors[i]) % int64_t(sizeof(T));
     if (misaligned) throw std::invalid_argument("tensors aligned to their numbers; clone() them");
     const bool fits = b > 0 && h > 0 && k > 0 && v > 0 && s >= 0 && s_after >= 0 && window > 0;
@@ -68,14 +70,16 @@ struct OneToken {
     const bool written = writes == nothing || (state && final_state && (rule != linear || (key_sum && final_key_sum)));
     const bool weighed = (!holds_betas() || ((!s || betas) && (!s_after || betas_after))) && (mixer <= sum || gate) &&
                          (rule != gated_delta || (decay && A_log && dt_bias && writes != chunk));
-    if (!(fits && held && written && weighed && q && key && value && position && out && position_after))
+    const bool stays = !kept.slots || (attends && s == s_after && kept.slots > 0 && kept.has_memory() && !kept.cos == !cos &&
+                                       !(kept.asks_for_errors() && writes != own));
+    if (!(fits && held && written && weighed && stays && q && key && value && position && out && position_after))
       throw std::invalid_argument("sizes of at least 1, and tensors with memory");
   }
 
   bool holds_betas() const { return writes == chunk && rule == delta; }
 
   // α of a head, where its pair is written at once.
-  T kept(int64_t row, int64_t head) const {
+  T decayed(int64_t row, int64_t head) const {
     if (rule != gated_delta) return T(1);
     const T logit = decay[row * h + head] + dt_bias[head], softplus = std::max(logit, T(0)) + std::log1p(std::exp(-std::abs(logit)));
     return std::exp(-std::exp(A_log[head]) * softplus);
@@ -84,35 +88,49 @@ struct OneToken {
   void prepare() {
     const auto aligned = [](int64_t address) { return address % LANE_BYTES == 0; };
     scale = 1 / std::sqrt(T(k));
-    bytes = b * h * ((writes ? k * v : 0) + (attends ? s_after * (k + v) : 0)) * int64_t(sizeof(T));
+    bytes = b * h * ((writes ? k * v : 0) + (attends ? (s_after + kept.slots) * (k + v) : 0)) * int64_t(sizeof(T));
     streams = bytes >= 1 << 18 && aligned(k * sizeof(T)) && aligned(v * sizeof(T)) && aligned(int64_t(keys_after)) &&
-              aligned(int64_t(values_after)) && aligned(int64_t(final_state));
+              aligned(int64_t(values_after)) && aligned(int64_t(final_state)) && aligned(int64_t(kept.keys_after)) &&
+              aligned(int64_t(kept.values_after));
   }
   INLINE void put(T* to, Lanes<T> x) const { streams ? stream(to, x) : store(to, x); }
+  auto putting() const {
+    return [this](T* to, const T* from, int64_t n) { put(to, from, n); };
+  }
   INLINE void put(T* to, const T* from, int64_t n) const {
     if (!streams) return void(std::copy_n(from, n, to));
     for (int64_t i = 0; i < n; i += L<T>) stream(to + i, load(from + i));
   }
 
-  // Beside the state, all that a stretch of heads needs: a row of whole(v) vectors a head, [heads, age] scores, and the
-  // FW-memory's slice and features.
+  using KeptStretch = typename Kept<T>::Stretch;
+
+  // Beside the state, all that a stretch of heads needs: a row of whole(v) vectors a head, [heads, age and kept slot]
+  // weights of the softmax, the FW-memory's slice and features.
   struct Room {
     int64_t row;
     T *value, *fw, *kv, *beta;
-    Lanes<T>*scores, *memory;
+    Lanes<T>*weights, *memory;
+    typename Kept<T>::Room kept;
   };
   Room room(int64_t heads, int64_t reach, int64_t written) const {
-    const int64_t row = whole(v), scores = attends ? heads * whole(reach + 1) : 0;
-    Lanes<T>* at = scratch<T>(3 * heads * row + whole(heads) + scores + (writes ? (1 + written) * whole(k) + k * widest_slice<T> : 0));
+    const int64_t row = whole(v), weights = attends ? heads * whole(reach + 1 + kept.slots) : 0, entries = heads * kept.slots;
+    const int64_t memory = writes ? (1 + written) * whole(k) + k * widest_slice<T> : 0, wide = sizeof(int64_t) / sizeof(T);
+    const int64_t stays = kept.slots ? whole(heads) + whole(entries) + whole(wide * entries) + 2 * whole(k / 2) : 0;
+    Lanes<T>* at = scratch<T>(3 * heads * row + whole(heads) + weights + memory + stays);
     const auto take = [&](int64_t vectors) { return (at += vectors) - vectors; };
     const auto numbers = [&](int64_t vectors) { return reinterpret_cast<T*>(take(vectors)); };
     T *value = numbers(heads * row), *fw = numbers(heads * row), *kv = numbers(heads * row), *beta = numbers(whole(heads));
-    return {row * L<T>, value, fw, kv, beta, take(scores), at};
+    Room room = {row * L<T>, value, fw, kv, beta, take(weights), take(memory), {}};
+    if (kept.slots) {
+      room.kept = {numbers(whole(heads)), numbers(whole(entries)), numbers(2 * whole(k / 2)), nullptr};
+      room.kept.stays = reinterpret_cast<int64_t*>(take(whole(wide * entries)));
+    }
+    return room;
   }
 
   void operator()(int64_t row, int64_t first, int64_t last) const {
     const bool reset = resets && resets[row];
-    const int64_t now = reset ? 0 : position[row], mine = row * h + first, heads = last - first;
+    const int64_t now = reset ? 0 : std::max<int64_t>(position[row], 0), mine = row * h + first, heads = last - first;
     const bool full = s == window && now >= window;  // of a delayed blend: the oldest pair leaves
     const int64_t written = writes == own || (writes == leaving && full) ? 1 : writes == chunk && full && now % window == 0 ? s : 0;
     const int64_t since = writes == chunk ? now % window : std::min(now, window - 1), reach = std::min(since, s);
@@ -125,6 +143,10 @@ struct OneToken {
     if (writes)
       for (int64_t head = 0; head < heads; ++head)
         fast_weights(at, row, first, head, written, reset || (writes == chunk && now == 0));
+    for (int64_t head = 0; kept.slots && head < heads; ++head) {
+      T& score = at.kept.score[head];  // so far the squares of the error
+      score = kept.score(now, first + head, h, score, at.beta[head], at.value + head * at.row, v);
+    }
     if (attends) pairs(at, row, first, heads, now, reach);
     for (int64_t head = 0; head < heads; ++head) mix(at, row, first, head);
     if (first == 0) position_after[row] = now + 1;
@@ -150,6 +172,7 @@ struct OneToken {
     for (int64_t j = 0; j < n; ++j) feature(pairs.key + j * h * k, features + j * width);
     feature(q + mine * k, reader);
 
+    T* squares = kept.asks_for_errors() ? &(at.kept.score[head] = 0) : nullptr;
     T factor = scale;
     if (rule == linear) {
       const T* phi = reinterpret_cast<const T*>(features);
@@ -159,19 +182,19 @@ struct OneToken {
         for (int64_t i = 0; i < k; ++i) z[i] += pairs.beta[j * pairs.apart] * phi[j * width * L<T> + i];
       factor = T(1) / (dot(z, reinterpret_cast<const T*>(reader), k) + epsilon);
     }
-    const T alpha = n == 1 ? kept(row, first + head) : T(1);
+    const T alpha = n == 1 ? decayed(row, first + head) : T(1);
     const T* before = state + mine * k * v;
     T* after = final_state + mine * k * v;
     constexpr int wide = LANE_BYTES == 64 ? 8 : 4;
     if (n == 1 && !empty && v % (wide * L<T>) == 0) {
       for (int64_t slice = 0; slice < v / (wide * L<T>); ++slice)
-        one_write<wide>({v, slice}, before, after, pairs, features, alpha, factor, fw);
+        one_write<wide>({v, slice}, before, after, pairs, features, alpha, factor, fw, squares);
       return;
     }
     const Slicing cut = slicing<T>(k, v, 1, 1);
     for (int64_t slice = 0; slice < cut.count; ++slice) {
       with_vectors<T>(cut.vectors, [&](auto N) {
-        this->template columns<N>({v, slice}, before, after, pairs, memory, features, empty, alpha, factor, fw);
+        this->template columns<N>({v, slice}, before, after, pairs, memory, features, empty, alpha, factor, fw, squares);
       });
     }
   }
@@ -179,7 +202,7 @@ struct OneToken {
   // The writes, each predicted while the one before is written, and the read: over a slice of the matrix's columns.
   template <int N>
   void columns(Columns<T, N> at, const T* before, T* after, Written pairs, Lanes<T>* memory, const Lanes<T>* features,
-               bool empty, T alpha, T factor, T* fw) const {
+               bool empty, T alpha, T factor, T* fw, T* squares) const {
     Slice<T, N> W{at, k, memory};
     if (empty) W.clear();
     else W.read(before);
@@ -191,8 +214,9 @@ struct OneToken {
     UNROLL for (int n = 0; n < N; ++n) pass.x[1][n] = look.x[0][n];
     for (int64_t j = 0; j < pairs.n; ++j) {
       UNROLL for (int n = 0; n < N; ++n) {
-        const Lanes<T> value = at.load(pairs.value + j * h * v, n);
-        pass.x[0][n] = pairs.beta[j * pairs.apart] * (rule == linear ? value : value - pass.x[1][n]);
+        const Lanes<T> value = at.load(pairs.value + j * h * v, n), error = rule == linear ? value : value - pass.x[1][n];
+        pass.x[0][n] = pairs.beta[j * pairs.apart] * error;
+        if (squares) *squares += sum_of<T>(at.own(n) * error * error);
       }
       pass.w[0] = reinterpret_cast<const T*>(features + j * whole(k)), pass.w[1] = pass.w[0] + whole(k) * L<T>;
       pass(W.M, k);
@@ -204,7 +228,7 @@ struct OneToken {
   // The same for a single write: whole rows in the order of memory, once to predict, once to write and read.
   template <int N>
   void one_write(Columns<T, N> at, const T* before, T* after, Written pairs, const Lanes<T>* features, T alpha, T factor,
-                 T* fw) const {
+                 T* fw, T* squares) const {
     const T *phi_k = reinterpret_cast<const T*>(features), *phi_q = reinterpret_cast<const T*>(features + whole(k));
     const T* W = before + at.begin(0);
     T* to = after + at.begin(0);
@@ -213,7 +237,9 @@ struct OneToken {
       for (int64_t i = 0; i < k; ++i)
         UNROLL for (int n = 0; n < N; ++n) sum[n] += phi_k[i] * load(W + i * v + n * L<T>);
     UNROLL for (int n = 0; n < N; ++n) {
-      correction[n] = pairs.beta[0] * (load(pairs.value + at.begin(n)) - alpha * sum[n]);
+      const Lanes<T> error = load(pairs.value + at.begin(n)) - alpha * sum[n];
+      correction[n] = pairs.beta[0] * error;
+      if (squares) *squares += sum_of<T>(error * error);
       sum[n] = Lanes<T>{};
     }
     for (int64_t i = 0; i < k; ++i) {
@@ -229,46 +255,70 @@ struct OneToken {
 
   // Ages count from the own pair, 0; the pair in slot i is s − i tokens old.
   void pairs(const Room& at, int64_t row, int64_t first, int64_t heads, int64_t now, int64_t reach) const {
-    const int64_t kept = std::min(writes == chunk ? now % window + 1 : now + 1, s_after);
-    const int64_t mine = row * h + first, width = whole(reach + 1) * L<T>;
-    T* scores = reinterpret_cast<T*>(at.scores);  // [heads, age]
-    std::fill_n(scores, heads * width, -std::numeric_limits<T>::infinity());
+    const int64_t count = std::min(writes == chunk ? now % window + 1 : now + 1, s_after);
+    const int64_t mine = row * h + first, vectors = whole(reach + 1 + kept.slots), width = vectors * L<T>;
+    T* weights = reinterpret_cast<T*>(at.weights);  // [heads, age], then the kept slots
+    std::fill_n(weights, heads * width, -std::numeric_limits<T>::infinity());
 
     for (int64_t head = 0; head < heads; ++head)
-      scores[head * width] = scale * dot(q + (mine + head) * k, key + (mine + head) * k, k);
-    clear_unused(keys_after, row, first, heads, kept, k);
-    for (int64_t age = std::max(reach, kept - 1); age > 0; --age) {
+      weights[head * width] = scale * dot(q + (mine + head) * k, key + (mine + head) * k, k);
+    clear_unused(keys_after, row, first, heads, count, k);
+    for (int64_t age = std::max(reach, count - 1); age > 0; --age) {
       const T* held = keys + slot(row, s, age, first) * k;
       prefetch(held + 2 * h * k, heads * k);
-      if (age < kept) put(keys_after + slot(row, s_after, age + 1, first) * k, held, heads * k);
+      if (age < count) put(keys_after + slot(row, s_after, age + 1, first) * k, held, heads * k);
       if (age > reach) continue;
+      const Rotation<T> turn = by_age(age);
       for (int64_t head = 0; head < heads; ++head)
-        scores[head * width + age] = scale * product(q + (mine + head) * k, held + head * k, age);
+        weights[head * width + age] = scale * product(q + (mine + head) * k, held + head * k, turn);
     }
-    if (kept > 0) std::copy_n(key + mine * k, heads * k, keys_after + slot(row, s_after, 1, first) * k);
+    if (count > 0) std::copy_n(key + mine * k, heads * k, keys_after + slot(row, s_after, 1, first) * k);
+    T* beyond = weights + reach + 1;
+    const int64_t before = writes == chunk && now > 0 ? (now - 1) % window + 1 : std::min(now, s);
+    const KeptStretch of = {row, first, heads, h, s, now, before, count, writes == leaving || writes == chunk};
+    if (kept.slots) kept_keys(of, at, beyond, width);
 
     for (int64_t head = 0; head < heads; ++head) {
-      softmax(at.scores + head * whole(reach + 1), whole(reach + 1));
+      softmax(at.weights + head * vectors, vectors);
       std::fill_n(at.kv + head * at.row, v, T(0));
-      add(at.kv + head * at.row, scores[head * width], at.value + head * at.row);
+      add(at.kv + head * at.row, weights[head * width], at.value + head * at.row);
     }
-    clear_unused(values_after, row, first, heads, kept, v);
-    for (int64_t age = std::max(reach, kept - 1); age > 0; --age) {
+    clear_unused(values_after, row, first, heads, count, v);
+    for (int64_t age = std::max(reach, count - 1); age > 0; --age) {
       const T* held = values + slot(row, s, age, first) * v;
       prefetch(held + 2 * h * v, heads * v);
-      if (age < kept) put(values_after + slot(row, s_after, age + 1, first) * v, held, heads * v);
+      if (age < count) put(values_after + slot(row, s_after, age + 1, first) * v, held, heads * v);
       if (age > reach) continue;
       for (int64_t head = 0; head < heads; ++head)
-        add(at.kv + head * at.row, scores[head * width + age], held + head * v);
+        add(at.kv + head * at.row, weights[head * width + age], held + head * v);
     }
-    for (int64_t head = 0; kept > 0 && head < heads; ++head)
+    for (int64_t head = 0; count > 0 && head < heads; ++head)
       std::copy_n(at.value + head * at.row, v, values_after + (slot(row, s_after, 1, first) + head) * v);
+    if (kept.slots) kept_values(of, at, beyond, width);
 
     if (!holds_betas()) return;
-    clear_unused(betas_after, row, first, heads, kept, 1);
-    for (int64_t age = 1; age < kept; ++age)
+    clear_unused(betas_after, row, first, heads, count, 1);
+    for (int64_t age = 1; age < count; ++age)
       std::copy_n(betas + slot(row, s, age, first), heads, betas_after + slot(row, s_after, age + 1, first));
-    if (kept > 0) std::copy_n(at.beta, heads, betas_after + slot(row, s_after, 1, first));
+    if (count > 0) std::copy_n(at.beta, heads, betas_after + slot(row, s_after, 1, first));
+  }
+
+  // Keys beyond the window: who stays, and weights [heads, width] of what is seen. Values below.
+  void kept_keys(const KeptStretch& of, const Room& at, T* weights, int64_t width) const {
+    const int64_t mine = of.row * h + of.first, half = k / 2;
+    kept.contest(of, at.kept);
+    const Rotation<T> same = kept.distances == Kept<T>::as_the_window ? kept.rotation(window, half, at.kept.rotation) : Rotation<T>{nullptr, nullptr};
+    const auto read = [&](int64_t slot, int64_t head, int64_t entry, const T* held) {
+      const Rotation<T> turn = kept.distances == Kept<T>::in_truth ? kept.rotation(of, at.kept, entry, head, half) : same;
+      weights[head * width + slot] = scale * product(q + (mine + head) * k, held, turn);
+    };
+    kept.each(of, at.kept, {kept.keys, keys, key + mine * k, k, k, kept.keys_after}, read, putting());
+    kept.write(of, at.kept);
+  }
+
+  void kept_values(const KeptStretch& of, const Room& at, const T* weights, int64_t width) const {
+    const auto read = [&](int64_t slot, int64_t head, int64_t, const T* held) { add(at.kv + head * at.row, weights[head * width + slot], held); };
+    kept.each(of, at.kept, {kept.values, values, at.value, at.row, v, kept.values_after}, read, putting());
   }
 
   // out = RMSNorm(mix(fw, kv)) of one head.
@@ -292,8 +342,8 @@ struct OneToken {
  private:
   int64_t slot(int64_t row, int64_t slots, int64_t age, int64_t head) const { return (row * slots + slots - age) * h + head; }
 
-  void clear_unused(T* after, int64_t row, int64_t first, int64_t heads, int64_t kept, int64_t width) const {
-    for (int64_t i = 0; i < s_after - kept; ++i) std::fill_n(after + ((row * s_after + i) * h + first) * width, heads * width, T(0));
+  void clear_unused(T* after, int64_t row, int64_t first, int64_t heads, int64_t count, int64_t width) const {
+    for (int64_t i = 0; i < s_after - count; ++i) std::fill_n(after + ((row * s_after + i) * h + first) * width, heads * width, T(0));
   }
 
   // The own value, as the memories hold it.
@@ -317,11 +367,13 @@ struct OneToken {
     for (int64_t n = 0; n < whole(k); ++n) to[n] *= inverse;
   }
 
-  // q·k where k is `age` tokens older: q₁, q₂ and k₁, k₂ are the halves of a head.
-  INLINE T product(const T* q, const T* key, int64_t age) const {
-    if (!cos) return dot(q, key, k);
+  Rotation<T> by_age(int64_t age) const { return cos ? Rotation<T>{cos + age * (k / 2), sin + age * (k / 2)} : Rotation<T>{nullptr, nullptr}; }
+
+  // q·k where k is older, by what turns it: q₁, q₂ and k₁, k₂ are the halves of a head.
+  INLINE T product(const T* q, const T* key, Rotation<T> turn) const {
+    const T *c = turn.cos, *s = turn.sin;
+    if (!c) return dot(q, key, k);
     const int64_t half = k / 2;
-    const T *c = cos + age * half, *s = sin + age * half;
     Lanes<T> sums = {};
     int64_t i = 0;
     for (; i + L<T> <= half; i += L<T>) {
@@ -354,10 +406,15 @@ template <class T>
 void one_token(int threads, const OneTokenJob& packed) {
   const int64_t* n = packed.sizes;
   const double* factor = packed.factors;
-  OneToken<T> job = {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], T(factor[0]), T(factor[1])};
-  from(packed.tensors, job.q, job.key, job.value, job.beta, job.decay, job.A_log, job.dt_bias, job.gate, job.norm,
-       job.resets, job.keys, job.values, job.betas, job.state, job.key_sum, job.position, job.cos, job.sin, job.out, job.keys_after, job.values_after, job.betas_after,
-       job.final_state, job.final_key_sum, job.position_after);
+  OneToken<T> job = {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], {n[11], n[12], n[13], n[14]}, T(factor[0]), T(factor[1])};
+  Kept<T>& kept = job.kept;
+  void* const* next = from(packed.tensors, job.q, job.key, job.value, job.beta, job.decay, job.A_log, job.dt_bias, job.gate, job.norm,
+                           job.resets, job.keys, job.values, job.betas, job.state, job.key_sum, job.position);
+  if (kept.slots) next = from(next, kept.keys, kept.values, kept.positions, kept.scores);
+  next = from(next, job.cos, job.sin);
+  if (kept.slots) next = from(next, kept.cos, kept.sin);
+  next = from(next, job.out, job.keys_after, job.values_after, job.betas_after, job.final_state, job.final_key_sum, job.position_after);
+  if (kept.slots) from(next, kept.keys_after, kept.values_after, kept.positions_after, kept.scores_after);
   job.check(packed.tensors);
   job.prepare();
   if (job.bytes < 4 << 20) threads = 1;  // waking a second one takes longer than moving less

@@ -4,6 +4,8 @@
     log α = −exp(A_log) · softplus(decay + dt_bias), for the gated one
     out = RMSNorm(mix(FW read of q, KV read of q))
 
+and which entries stay visible beyond the window, where any do.
+
 Its readable twins are the parts one by one: the blends and mixers of `hqlt.blend`, and RMSNorm. So little is computed
 that looking at shapes takes as long: `plan` looks once, `run` is for all calls whose layouts are the same.
 """
@@ -25,11 +27,15 @@ from hqlt.shapes import Keys, KeySum, Matrix, Queries, Resets, Strengths, Values
 WRITES = ("nothing", "own", "leaving", "chunk")
 RULES = ("delta", "linear", "gated-delta")
 MIXERS = ("alone", "sum", "scalar", "vector")
+RETENTIONS = ("recent", "error", "beta-error", "value-norm", "random")
+POSITIONS = ("true", "clamped", "none")
+DIGITS, LEVELS = 64, 11
+"""A distance in this base, of 63 bits: the kernel multiplies a digit's rotations."""
 EVERYTHING = 2**62
 NOTHING = torch.empty(0, device="cpu")  # stands for what is not there; its address is 0
 
 # OneTokenJob of native/memories.cpp.
-SIZES_AND_FACTORS, ADDRESSES = struct.Struct("11q2d"), struct.Struct("25P")
+SIZES_AND_FACTORS, ADDRESSES, MORE_ADDRESSES = struct.Struct("15q2d"), struct.Struct("25P"), struct.Struct("35P")
 
 Layout: TypeAlias = tuple[type, tuple[int, ...], torch.dtype, bool]
 layout_of = operator.attrgetter("__class__", "shape", "dtype", "is_cpu")
@@ -56,7 +62,27 @@ class Given(NamedTuple):
     position: Tensor  # [b]
 
 
-FIRST_HELD = Given._fields.index("keys")
+class GivenKept(NamedTuple):
+    """What is given behind those, where entries stay visible beyond the window; s: the recent ones."""
+
+    kept_keys: Tensor  # [b, K, h, k]
+    kept_values: Tensor  # [b, K, h, v]
+    kept_positions: Tensor  # int64 [b, K, h]
+    kept_scores: Tensor  # [b, K + s, h]
+
+
+VALUES, FIRST_HELD = map(Given._fields.index, ("v", "keys"))
+
+
+class Retained(NamedTuple):
+    """Which entries stay visible beyond the window, and how they are read."""
+
+    score: str
+    """What an entry is worth: one of `RETENTIONS`."""
+    sinks: int
+    """The first entries of a segment are worth most."""
+    positions: str
+    """The distance at which they are read: one of `POSITIONS`."""
 
 
 class Schedule(NamedTuple):
@@ -73,6 +99,8 @@ class Schedule(NamedTuple):
     """The FW-memory's write rule, and with it φ: "delta", "linear" or "gated-delta" (which writes no whole chunk)."""
     mixer: str
     """How two reads become one: "vector", "scalar" or "sum"; "alone": there is one memory."""
+    retained: Retained | None = None
+    """None: nothing stays visible beyond the window."""
 
 
 class Plan(NamedTuple):
@@ -83,7 +111,8 @@ class Plan(NamedTuple):
     is_double: bool
     grows: bool
     """Whether no pair ever falls out."""
-    rotary: tuple[Tensor, Tensor]
+    tables: tuple[Tensor, ...]
+    addresses: struct.Struct
 
 
 def plan(
@@ -92,19 +121,23 @@ def plan(
     *,
     beta_max: float = 1.0,
     norm_eps: float = 0.0,
-    rotary: tuple[Tensor, Tensor] = (NOTHING, NOTHING),
+    rotary: tuple[Tensor, ...] = (NOTHING, NOTHING),
 ) -> Plan | None:
-    """For what is `Given` in these layouts; None where the kernel does not serve.
+    """For what is `Given` (and `GivenKept`) in these layouts; None where the kernel does not serve.
 
     It serves one token on a CPU, float32 or float64 throughout. Anything else, shapes that do not fit included, is its
-    twin's to run or to refuse. rotary: (cos, sin) of at least s + 1 positions [·, 1, k/2].
+    twin's to run or to refuse. rotary: (cos, sin) of at least s + 1 positions [·, 1, k/2]; where entries are kept, behind
+    them those of `digits`.
     """
-    got = dict(zip(Given._fields, layouts, strict=True))
+    writes, attends, window, rule, mixer, retained = schedule
+    names = Given._fields + (GivenKept._fields if retained else ())
+    if len(names) != len(layouts):
+        return None
+    got = dict(zip(names, layouts, strict=True))
     (_, q_shape, dtype, _), (_, v_shape, _, _), (_, keys_shape, _, _) = got["q"], got["v"], got["keys"]
     if len(q_shape) != 4 or len(v_shape) != 4 or dtype not in (torch.float32, torch.float64):
         return None
     (b, _, h, k), v = q_shape, v_shape[3]
-    writes, attends, window, rule, mixer = schedule
     has_fw, delayed = writes != "nothing", writes in ("leaving", "chunk")
     linear, gated = (has_fw and rule == name for name in ("linear", "gated-delta"))
     if (
@@ -112,9 +145,12 @@ def plan(
         or (gated and writes == "chunk")
         or (delayed and (window is None or not attends))
         or (mixer != "alone") != (has_fw and attends)
+        or (retained and (window is None or not attends))
+        or (retained and retained.score.endswith("error") and (writes != "own" or linear))
     ):
         return None
     s = keys_shape[1] if attends and len(keys_shape) == 4 else 0
+    K = got["kept_keys"][1][1] if retained and len(got["kept_keys"][1]) == 4 else 0
     nothing = layout_of(NOTHING)
 
     def of(*shape: int, dtype: torch.dtype = dtype, where: bool = True) -> Layout:
@@ -143,33 +179,48 @@ def plan(
         "key_sum": of(b, h, k, where=linear),
         "position": of(b, dtype=torch.int64),
     }
+    if retained:
+        kept = of(b, K, h, k), of(b, K, h, v), of(b, K, h, dtype=torch.int64), of(b, K + s, h)
+        expected |= zip(GivenKept._fields, kept, strict=True)
     slots = 0 if not attends else s if window is None else window if delayed else window - 1
     rows = len(rotary[0])
-    table = of(rows, 1, k // 2, where=rows > 0)
-    fits = got == expected and s == slots and [*map(layout_of, rotary)] == [table, table] and (rows > s or rows == 0)
-    if not (fits and native.available()):
+    tables = [of(n, 1, k // 2, where=rows > 0) for n in (rows, DIGITS * LEVELS) for _ in range(2)]
+    turns = [*map(layout_of, rotary)] == tables[: 4 if retained else 2] and (rows > s or rows == 0)
+    if not (got == expected and s == slots and (K > 0) == bool(retained) and turns and native.available()):
         return None
     grows = attends and window is None
-    names = WRITES.index(writes), attends, RULES.index(rule), MIXERS.index(mixer)
-    head = SIZES_AND_FACTORS.pack(b, h, k, v, s, s + grows, window or EVERYTHING, *names, beta_max, norm_eps)
-    return Plan(head, dtype is torch.float64, grows, rotary)
+    numbers = WRITES.index(writes), attends, RULES.index(rule), MIXERS.index(mixer), K, *_numbers_of(retained)
+    head = SIZES_AND_FACTORS.pack(b, h, k, v, s, s + grows, window or EVERYTHING, *numbers, beta_max, norm_eps)
+    return Plan(head, dtype is torch.float64, grows, rotary, MORE_ADDRESSES if retained else ADDRESSES)
 
 
-def may_run(given: Given) -> bool:
+def _numbers_of(retained: Retained | None) -> tuple[int, int, int]:
+    if retained is None:
+        return 0, 0, 0
+    return retained.sinks, RETENTIONS.index(retained.score), POSITIONS.index(retained.positions)
+
+
+def digits() -> Tensor:
+    """The distances whose rotations the kernel multiplies: digit · 64^level."""
+    places = [float(digit * DIGITS**level) for level in range(LEVELS) for digit in range(DIGITS)]
+    return torch.tensor(places, dtype=torch.float64, device="cpu")
+
+
+def may_run(given: tuple[Tensor, ...]) -> bool:
     """Whether nobody forces an implementation by name, checks numbers, traces or asks for gradients."""
     if native.is_traced() or backend.forced() is not None or shapes.checks_finite():
         return False
     return not (torch.is_grad_enabled() and any(x.requires_grad for x in given))
 
 
-def run(plan: Plan, given: Given) -> tuple[Values, list[Tensor]]:
-    """→ out [b, 1, h, v], and what is held then, from keys to position, in tensors of their own."""
+def run(plan: Plan, given: tuple[Tensor, ...]) -> tuple[Values, list[Tensor]]:
+    """→ out [b, 1, h, v], and what is held then, from keys on, in tensors of their own."""
     if not all(map(Tensor.is_contiguous, given)):
-        given = Given(*map(Tensor.contiguous, given))
+        given = tuple(map(Tensor.contiguous, given))
     held = given[FIRST_HELD:]
-    out, after = torch.empty_like(given.v), [torch.empty_like(x) if x.numel() else x for x in held]
+    out, after = torch.empty_like(given[VALUES]), [torch.empty_like(x) if x.numel() else x for x in held]
     if plan.grows:
         after[:2] = [x.new_empty(len(x), x.shape[1] + 1, *x.shape[2:]) for x in held[:2]]
-    addresses = map(Tensor.data_ptr, (*given, *plan.rotary, out, *after))
-    native.one_token(plan.is_double, plan.head + ADDRESSES.pack(*addresses))
+    addresses = map(Tensor.data_ptr, (*given, *plan.tables, out, *after))
+    native.one_token(plan.is_double, plan.head + plan.addresses.pack(*addresses))
     return out, after

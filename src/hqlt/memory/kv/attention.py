@@ -109,7 +109,7 @@ class KVMemory(nn.Module):
     def native(self) -> str | None:
         """What `hqlt.ops.step` calls this memory, where it runs it; a subclass says so anew."""
         plain = self.positions is None or (self.positions.fraction == 1 and self.positions.scaling is None)
-        return "window" if plain and not self.kept else None
+        return "window" if plain and self.q_norm is None and self.gate is None else None
 
     def read(
         self,

@@ -41,6 +41,8 @@ class Retention(nn.Module):
     """The least number of entries to keep."""
     needs_errors = False
     """Whether `score` asks for the FW-memory's errors, which a layer must then have when an entry arrives."""
+    native: str | None = None
+    """What `hqlt.ops.step` calls this score, where it knows it; a subclass says so anew."""
 
     def __init__(self, heads: Heads, *, kept: int = 0) -> None:
         super().__init__()
@@ -72,6 +74,7 @@ class Recent(Retention):
     """The window's entries and nothing else (but for sinks): every other one is worth nothing."""
 
     fewest = 0
+    native = "recent"
 
     def __init__(self, heads: Heads) -> None:
         super().__init__(heads)
@@ -96,6 +99,10 @@ class Surprise(Retention):
         one_of("score", score, ("error", "beta-error"))
         self.weighted = score == "beta-error"
 
+    @property
+    def native(self) -> str:  # type: ignore[override]
+        return "beta-error" if self.weighted else "error"
+
     def score(self, new: Entries) -> Tensor:
         assert new.errors is not None, "the layer refuses what cannot say them"
         return new.errors.weighted if self.weighted else new.errors.plain
@@ -108,6 +115,8 @@ class Surprise(Retention):
 class ValueNorm(Retention):
     """score = ‖v‖"""
 
+    native = "value-norm"
+
     def score(self, new: Entries) -> Tensor:
         return new.values.to(at_least_float32(new.values.dtype)).norm(dim=-1)
 
@@ -118,6 +127,8 @@ class Random(Retention):
 
     Source: Wellons, "lowbias32", github.com/skeeto/hash-prospector.
     """
+
+    native = "random"
 
     def score(self, new: Entries) -> Tensor:
         h = self.heads.pairs
