@@ -181,7 +181,6 @@ def test_recent_costs_nothing():
     assert layer.kv.retention is None
     assert layer.init_state(1).kv.kept == ()
     assert layer.kv.native == "window"
-    assert build_layer("kv-only", retention="value-norm", kept=2).kv.native is None
 
 
 def test_narrow_states():

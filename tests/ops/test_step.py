@@ -14,9 +14,10 @@ from torch import nn
 from hqlt import native, ops
 from hqlt.blend import Synchronous
 from hqlt.layer import fused
+from hqlt.memory.kv.retention import ValueNorm
 from hqlt.memory.rotary import Rotary
 from hqlt.mixer import VectorMixer
-from hqlt.ops.step import NOTHING, Given, Schedule, layout_of, plan
+from hqlt.ops.step import NOTHING, Given, GivenKept, Retained, Schedule, digits, layout_of, plan
 from hqlt.shapes import checked
 from tests.laws import Laws, close, normal
 from tests.layers import CHOICES, EVERY_STATE, HEADS, HIDDEN, as_memory, build_layer, tokens
@@ -24,6 +25,30 @@ from tests.layers import CHOICES, EVERY_STATE, HEADS, HIDDEN, as_memory, build_l
 pytestmark = pytest.mark.skipif(bool(native.why_not()), reason=native.why_not() or "native")
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 3e-5}
+
+KEPT = {
+    "surprise": {"blend": "synchronous", "retention": "surprise"},
+    "all else": {
+        "blend": "synchronous",
+        "retention": "surprise",
+        "score": "beta-error",
+        "fast_weights": "gated-delta",
+        "mixer": "scalar",
+        "sinks": 1,
+        "kept_positions": "clamped",
+    },
+    "additive": {"blend": "synchronous", "retention": "value-norm", "fast_weights": "linear", "rope_theta": None},
+    "kv-only": {"blend": "kv-only", "retention": "random", "kept_positions": "none"},
+    "sinks": {"blend": "kv-only", "sinks": 2},
+    "delayed-streaming": {"blend": "delayed-streaming", "retention": "value-norm", "sinks": 1},
+    "delayed-chunk": {"blend": "delayed-chunk", "retention": "random", "mixer": "sum"},
+}
+"""Of layers that keep entries beyond their window: everything that the kernel knows."""
+
+
+def layer_that_keeps(choice, window, kept, dtype=torch.float64, **more):
+    options = KEPT[choice] | ({"kept": kept} if "retention" in KEPT[choice] else {})
+    return build_layer("", window, dtype, **options, **more)
 
 
 @contextlib.contextmanager
@@ -47,12 +72,19 @@ def alike(got, expected, tolerance):
 class TestLaws(Laws):
     """One pass ≡ step by step, resets ≡ separate sequences and the rest, where every single token is a native step."""
 
-    @pytest.fixture(params=EVERY_STATE)
+    @pytest.fixture(params=[*EVERY_STATE, "surprise", "delayed-streaming"])
     def build(self, request):
-        full = CHOICES[request.param].get("window", 0) is None
+        options = CHOICES.get(request.param, {})
+        full = options.get("window", 0) is None
 
         def build(window):
-            memory = as_memory(build_layer(request.param, CHOICES[request.param].get("window", window)))
+            keeps = request.param in KEPT
+            layer = (
+                layer_that_keeps(request.param, window, 2)
+                if keeps
+                else build_layer(request.param, options.get("window", window))
+            )
+            memory = as_memory(layer)
             return memory._replace(run=torch.no_grad()(memory.run), canonical=not full)
 
         return build
@@ -89,6 +121,140 @@ def test_many_steps_are_the_twins(choice, window, dtype):
                 alike(got, expected, TOLERANCE[dtype])
                 state = got[1]
     assert len(calls) == (t if has_native_form(layer) else 0)
+
+
+@pytest.mark.parametrize(
+    ("window", "kept", "t", "dtype"),
+    [(1, 2, 20, torch.float64), (5, 3, 200, torch.float64), (16, 20, 60, torch.float64), (5, 3, 200, torch.float32)],
+)
+@pytest.mark.parametrize("choice", KEPT)
+def test_many_steps_keep_what_the_twin_keeps(choice, window, kept, t, dtype):
+    """From empty memories on, and across resets: the same entries, their scores and positions, and what is read."""
+    layer, x = layer_that_keeps(choice, window, kept, dtype), tokens(2, t, dtype=dtype)
+    resets = torch.zeros(2, t, dtype=torch.bool)
+    resets[0, 11] = resets[0, 12] = resets[1, t // 2] = True
+    state = layer.init_state(2)
+    with torch.no_grad(), counted() as calls:
+        for i in range(t):
+            marked = resets[:, i : i + 1]
+            arguments = x[:, i : i + 1], state, marked if i % 2 or marked.any() else None
+            before = state.clone()
+            got = layer(*arguments)
+            assert all(map(torch.equal, state.leaves(), before.leaves()))
+            with ops.use_backend("reference"):
+                expected = layer(*arguments)
+            alike(got, expected, TOLERANCE[dtype])
+            assert torch.equal(got[1].kv.kept.positions, expected[1].kv.kept.positions)
+            state = got[1]
+    assert len(calls) == t
+    assert layer.explain().name == "native"
+
+
+@pytest.mark.parametrize("width", [2, 6, 50, 64, 128])
+@pytest.mark.parametrize("choice", ["surprise", "delayed-streaming"])
+def test_widths_of_what_is_kept(choice, width):
+    layer = layer_that_keeps(choice, 3, 4, hidden_size=3 * width, num_heads=3)
+    with torch.no_grad():
+        for weight in layer.parameters():
+            weight.mul_((HIDDEN / (3 * width)) ** 0.5 if weight.dim() == 2 else 1)
+        for seen in (1, 3, 6, 7, 30):
+            state, x = layer(normal(2, seen, 3 * width, seed=seen))[1], normal(2, 1, 3 * width, seed=99)
+            got = layer(x, state)
+            with ops.use_backend("reference"):
+                alike(got, layer(x, state), 1e-10)
+
+
+@pytest.mark.parametrize("choice", ["surprise", "all else", "delayed-streaming"])
+def test_distances_of_any_length(choice):
+    """Kept entries may be any number of tokens old; in a state made by hand even younger than the token."""
+    layer, x = layer_that_keeps(choice, 3, 4), tokens(2, 1)
+    with torch.no_grad():
+        state = layer(tokens(2, 9))[1]
+        expected = layer(x, state)[0]
+        for far in (60, 4_090, 10_000_000):
+            kept = state.kv.kept._replace(positions=state.kv.kept.positions + far)
+            later = state._replace(kv=state.kv._replace(kept=kept), position=state.position + far)
+            close(layer(x, later)[0], expected)
+        for places in ([0, 64, 4_096, 262_144], [-70, 300_000, 5, -2]):
+            positions = torch.tensor(places)[None, :, None] + torch.zeros_like(state.kv.kept.positions[:, :4])
+            positions = torch.cat([positions, state.kv.kept.positions[:, 4:]], dim=1)
+            kept = state.kv.kept._replace(positions=positions)
+            made = state._replace(kv=state.kv._replace(kept=kept), position=state.position + 500)
+            got = layer(x, made)
+            with ops.use_backend("reference"):
+                alike(got, layer(x, made), 1e-9)
+
+
+def test_what_lies_in_unused_slots_reaches_nobody():
+    layer, x = layer_that_keeps("surprise", 3, 4), tokens(2, 1)
+    with torch.no_grad():
+        state = layer(tokens(2, 4))[1]  # the two that are no longer recent are in slots 2 and 3
+        kept = state.kv.kept
+        dirty = kept._replace(keys=kept.keys.clone(), values=kept.values.clone(), scores=kept.scores.clone())
+        for held in (dirty.keys, dirty.values, dirty.scores):
+            held[:, :2] = torch.nan
+        alike(layer(x, state._replace(kv=state.kv._replace(kept=dirty))), layer(x, state), 0)
+
+
+@pytest.mark.parametrize("choice", ["surprise", "delayed-chunk"])
+def test_kept_entries_larger_than_a_cache(choice):
+    layer = layer_that_keeps(choice, 5, 30, hidden_size=3 * 96, num_heads=3)
+    before = torch.get_num_threads()
+    with torch.no_grad():
+        for weight in layer.parameters():
+            weight.mul_(0.2 if weight.dim() == 2 else 1)
+        state, x = layer(normal(20, 40, 3 * 96))[1], normal(20, 1, 3 * 96, seed=1)
+        resets = torch.arange(20)[:, None] == 1
+        with ops.use_backend("reference"):
+            expected = layer(x, state, resets)
+        try:
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                alike(layer(x, state, resets), expected, 1e-10)
+        finally:
+            torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("choice", KEPT)
+def test_every_number_of_what_is_kept_is_written(choice):
+    layer = layer_that_keeps(choice, 4, 3)
+    with torch.no_grad():
+        for seen in (1, 4, 5, 9):
+            y, after = layer(tokens(2, 1), layer(tokens(2, seen))[1])
+            finite = [x[~x.isinf()] for x in (y, *after.leaves())]  # what sinks are worth is not finite
+            assert all(x.isfinite().all() for x in finite)
+
+
+def test_retentions_that_are_exchanged_or_listened_to_run_by_themselves():
+    class Other(ValueNorm):
+        def score(self, new):
+            return -super().score(new)
+
+    def exchanged(layer):
+        layer.kv.retention = Other(layer.sizes, kept=2).double()
+
+    def replaced(layer):
+        layer.kv.retention.score = lambda new: -new.values.norm(dim=-1)
+
+    def heard(layer):
+        layer.kv.retention.register_forward_hook(lambda *call: None)
+
+    for change in (exchanged, replaced, heard):
+        layer = build_layer("", 2, blend="kv-only", retention="value-norm", kept=2)
+        with torch.no_grad(), counted() as calls:
+            state = layer(tokens(2, 5))[1]
+            layer(tokens(2, 1), state)
+            assert len(calls) == 1
+            change(layer)
+            got = layer(tokens(2, 1), state)
+            assert len(calls) == 1
+            with ops.use_backend("reference"):
+                alike(got, layer(tokens(2, 1), state), 1e-10)
+        assert ("retention" in layer.explain().why) == (change is exchanged)
+    for how in ({"kept_norm": True}, {"kept_gate": 0.0}):
+        layer = build_layer("", 2, blend="kv-only", retention="value-norm", kept=2, **how)
+        assert layer.explain().why.endswith("no native form of kv")
 
 
 @pytest.mark.parametrize("rope_theta", [10_000.0, None])
@@ -309,3 +475,37 @@ def test_what_does_not_fit_is_left_to_the_twin():
         {"rotary": (table.float(), table.float())},
     ]:
         assert not serves(**wrong), wrong
+
+
+def test_kept_entries_that_do_not_fit_are_left_to_the_twin():
+    layer = layer_that_keeps("surprise", 4, 3)
+    with torch.no_grad():
+        state = layer(tokens(2, 9))[1]
+    width, x, ones = HIDDEN // HEADS, normal(2, 1, HEADS, HIDDEN // HEADS), torch.ones(4, 1, 2, dtype=torch.float64)
+    own = x, x, x, normal(2, 1, HEADS), *[NOTHING] * 3, normal(2, 1, HIDDEN), NOTHING, NOTHING
+    given = Given(*own, *state.kv[:2], NOTHING, state.fw.matrix, NOTHING, state.position)
+    usual = Schedule("own", True, 4, "delta", "vector", Retained("error", 0, "true"))
+    assert width == 4
+    turns = Rotary(3.0).waves(digits(), width, torch.float64)
+
+    def serves(schedule=usual, rotary=(ones, ones, *turns), **parts):
+        kept = GivenKept(*state.kv.kept)._replace(**parts)
+        return plan(schedule, tuple(map(layout_of, (*given, *kept))), rotary=rotary) is not None
+
+    assert serves()
+    assert serves(rotary=(NOTHING,) * 4)
+    scores = state.kv.kept.scores
+    for wrong in [
+        {"schedule": usual._replace(retained=None)},
+        {"schedule": usual._replace(rule="linear")},
+        {"rotary": (ones, ones)},
+        {"rotary": (ones, ones, *(x[:-1] for x in turns))},
+        {"kept_keys": state.kv.kept.keys[:, 1:]},
+        {"kept_keys": NOTHING},
+        {"kept_values": state.kv.kept.values.float()},
+        {"kept_positions": state.kv.kept.positions.int()},
+        {"kept_scores": scores[:, 1:]},
+        {"kept_scores": scores[:1]},
+    ]:
+        assert not serves(**wrong), wrong
+    assert plan(usual, tuple(map(layout_of, given)), rotary=(ones, ones, *turns)) is None

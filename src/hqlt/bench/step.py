@@ -3,9 +3,13 @@
 Nothing here computes much, so the ceiling is that of copying: the projections read their weights, the memories read
 their state and write the next one (the given state is left as it was), full attention reads its cache. A state after a
 million tokens is one after a thousand whose row counts a million: no part of it grows.
+
+Beside them, a layer that keeps entries beyond a short window, against one with a window as long as both together.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +20,7 @@ from hqlt.bench.race import Row, Work, check_equal, copy_rate, race, rows
 from hqlt.memory import MemoryState
 from hqlt.memory.state import leaves
 
-ONLY = ("synchronous", "delayed-streaming", "delayed-chunk", "full attention")
+ONLY = ("synchronous", "delayed-streaming", "delayed-chunk", "retention", "full attention")
 
 
 @torch.no_grad()
@@ -27,6 +31,9 @@ def run(rounds: int, quick: bool, only: str | None) -> list[Row]:
     for blend in ONLY[:3]:
         if only in (None, blend):
             results += blend_race(HybridMemory(d, h, window, blend), d, h, rounds, ceiling)
+    if only in (None, "retention"):
+        for b in [1] if quick else [1, 8]:
+            results += retention_race((b, 1, d, h) if quick else (b, 1, 256, 4), window, rounds, ceiling)
     for context in [100] if quick else [1_000, 8_000, 64_000]:
         if only in (None, "full attention"):
             results += cache_race(context, d, h, rounds, ceiling)
@@ -78,6 +85,25 @@ def blend_race(layer: HybridMemory, d: int, h: int, rounds: int, ceiling: float)
     for row in results:
         row["one token"]["of projections"] = row["one token"]["ms"] / results[0]["one token"]["ms"]
     return results
+
+
+def retention_race(shape: tuple[int, int, int, int], window: int, rounds: int, ceiling: float) -> list[Row]:
+    """Whole layers that reach equally many entries. (They compute different things.)"""
+    (b, t, d, h), short = shape, window // 4
+    layers = {
+        f"window {window}": HybridMemory(d, h, window),
+        f"window {short} and {window - short} kept": HybridMemory(
+            d, h, short, retention="surprise", kept=window - short
+        ),
+    }
+    x = torch.randn(b, t, d)
+    works: dict[str, Work] = {}
+    count: dict[str, float] = {}
+    for name, layer in layers.items():
+        state = layer(torch.randn(b, 1_000, d))[1]
+        works[name] = partial(layer, x, state)
+        count[name] = 5.0 * 4 * d * d + 2.0 * b * state.bytes_per_row()
+    return rows("entries beyond the window", shape, {"one token": race(works, count, ceiling, rounds)})
 
 
 def cache_race(context: int, d: int, h: int, rounds: int, ceiling: float) -> list[Row]:

@@ -79,7 +79,7 @@ class OneToken:
         if plan is None:
             return None
         out, (keys, values, betas, matrix, key_sum, position, *kept_then) = run(plan, given)
-        gates, kept = type(gates)(betas) if gates else (), type(kept)(*kept_then)
+        gates, kept = type(gates)(betas) if gates else (), type(kept)._make(kept_then) if kept else ()
         held = Held(keys, values, gates, kept) if kv else ()
         written = type(fw)._make((matrix, key_sum)[: len(fw)]) if fw else ()
         return out, MemoryState(held, written, state.convolution, position)

@@ -126,8 +126,8 @@ def plan(
     """For what is `Given` (and `GivenKept`) in these layouts; None where the kernel does not serve.
 
     It serves one token on a CPU, float32 or float64 throughout. Anything else, shapes that do not fit included, is its
-    twin's to run or to refuse. rotary: (cos, sin) of at least s + 1 positions [·, 1, k/2]; where entries are kept, behind
-    them those of `digits`.
+    twin's to run or to refuse. rotary: (cos, sin) of at least s + 1 positions [·, 1, k/2], and behind them of `digits`
+    where entries are kept.
     """
     writes, attends, window, rule, mixer, retained = schedule
     names = Given._fields + (GivenKept._fields if retained else ())
