@@ -100,7 +100,7 @@ def numbers_of(parts: Parts) -> Numbers:
     retained = None
     if kv.get("kept"):
         score = native_form(parts.retention) or ""
-        retained = Retained(score, kv["sinks"], kv["kept_positions"])
+        retained = Retained(score, kv["sinks"], kv["kept_alike"], kv["kept_positions"])
     return kv.get("positions"), fw.get("beta_max", 1.0), norm.get("eps", 0.0), retained
 
 

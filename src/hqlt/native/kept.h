@@ -1,7 +1,7 @@
 // What stays beyond the window, and is read there, when one token comes (step.h): K slots a head, the oldest entry first,
 // unused slots before it.
 //
-//     score     of an entry, fixed when it arrives: +∞ for the first ones of a segment, the sinks
+//     score     of an entry, fixed when it arrives and finite: the highest for the first ones of a segment, the sinks
 //     contest   of the kept entries and those that leave the window the K highest scores stay, ties to the older
 //     rotation  by a distance d = Σ digit · 64^level: Π exp(i f · digit · 64^level), whatever d is
 //
@@ -19,8 +19,9 @@ struct Kept {
   enum Distances { in_truth, as_the_window, nowhere };
   static constexpr int64_t unused = -1;
   static constexpr uint64_t base = 64;  // of a distance's digits
+  static constexpr T highest = std::numeric_limits<float>::max();
 
-  int64_t slots, sinks, scored, distances;
+  int64_t slots, sinks, alike, scored, distances;  // alike: whether all heads keep the same entries
   const T *keys, *values;    // [b, K, h, ·]
   const int64_t* positions;  // [b, K, h]
   const T *scores;           // [b, K + s, h]
@@ -53,11 +54,9 @@ struct Kept {
     return keys && values && positions && scores && keys_after && values_after && positions_after && scores_after;
   }
 
-  // What an entry is worth. squares: of the FW-memory's error.
+  // What an entry is worth to a head. squares: of the FW-memory's error.
   T score(int64_t position, int64_t head, int64_t h, T squares, T beta, const T* value, int64_t v) const {
-    constexpr T infinity = std::numeric_limits<T>::infinity();
-    if (position < sinks) return infinity;
-    T score = -infinity;
+    T score = -highest;
     if (scored == error) score = std::sqrt(squares);
     if (scored == weighted_error) score = beta * std::sqrt(squares);
     if (scored == value_norm) score = std::sqrt(dot(value, value, v));
@@ -67,7 +66,13 @@ struct Kept {
       x = (x ^ (x >> 15)) * 0x735A2D97u;
       score = T((x ^ (x >> 15)) >> 8);
     }
-    return score == score ? score : -infinity;
+    return score == score ? std::min(std::max(score, -highest), highest) : -highest;
+  }
+
+  // The scores of a token as they are held, from those of each head (all of them, where they keep alike).
+  void settle(int64_t position, int64_t heads, T* score) const {
+    if (alike) std::fill_n(score, heads, std::accumulate(score, score + heads, T(0)) / T(heads));
+    if (position < sinks) std::fill_n(score, heads, highest);
   }
 
   // Who stays, of each head.

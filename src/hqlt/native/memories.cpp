@@ -9,6 +9,7 @@
 #include <limits>
 #include <new>
 #include <numeric>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -44,7 +45,7 @@ using Kernel = void(int threads, const int64_t* sizes, double scale, void* const
 
 // What Python packs for one token: sizes, factors and addresses in the order of OneToken's members (step.h).
 struct OneTokenJob {
-  int64_t sizes[15];
+  int64_t sizes[16];
   double factors[2];
   void* tensors[];  // 25, or 35 where entries are kept beyond the window
 };

@@ -147,6 +147,7 @@ struct OneToken {
       T& score = at.kept.score[head];  // so far the squares of the error
       score = kept.score(now, first + head, h, score, at.beta[head], at.value + head * at.row, v);
     }
+    if (kept.slots) kept.settle(now, heads, at.kept.score);
     if (attends) pairs(at, row, first, heads, now, reach);
     for (int64_t head = 0; head < heads; ++head) mix(at, row, first, head);
     if (first == 0) position_after[row] = now + 1;
@@ -406,7 +407,7 @@ template <class T>
 void one_token(int threads, const OneTokenJob& packed) {
   const int64_t* n = packed.sizes;
   const double* factor = packed.factors;
-  OneToken<T> job = {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], {n[11], n[12], n[13], n[14]}, T(factor[0]), T(factor[1])};
+  OneToken<T> job = {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], {n[11], n[12], n[13], n[14], n[15]}, T(factor[0]), T(factor[1])};
   Kept<T>& kept = job.kept;
   void* const* next = from(packed.tensors, job.q, job.key, job.value, job.beta, job.decay, job.A_log, job.dt_bias, job.gate, job.norm,
                            job.resets, job.keys, job.values, job.betas, job.state, job.key_sum, job.position);
@@ -418,7 +419,7 @@ void one_token(int threads, const OneTokenJob& packed) {
   job.check(packed.tensors);
   job.prepare();
   if (job.bytes < 4 << 20) threads = 1;  // waking a second one takes longer than moving less
-  const int64_t stretches = std::min((threads + job.b - 1) / job.b, job.h), heads = (job.h + stretches - 1) / stretches;
+  const int64_t stretches = kept.alike ? 1 : std::min((threads + job.b - 1) / job.b, job.h), heads = (job.h + stretches - 1) / stretches;
   Pool::run(threads, job.b * stretches, [&](int64_t task) {
     const int64_t first = task % stretches * heads;
     if (first < job.h) job(task / stretches, first, std::min(first + heads, job.h));

@@ -35,7 +35,7 @@ EVERYTHING = 2**62
 NOTHING = torch.empty(0, device="cpu")  # stands for what is not there; its address is 0
 
 # OneTokenJob of native/memories.cpp.
-SIZES_AND_FACTORS, ADDRESSES, MORE_ADDRESSES = struct.Struct("15q2d"), struct.Struct("25P"), struct.Struct("35P")
+SIZES_AND_FACTORS, ADDRESSES, MORE_ADDRESSES = struct.Struct("16q2d"), struct.Struct("25P"), struct.Struct("35P")
 
 Layout: TypeAlias = tuple[type, tuple[int, ...], torch.dtype, bool]
 layout_of = operator.attrgetter("__class__", "shape", "dtype", "is_cpu")
@@ -81,6 +81,8 @@ class Retained(NamedTuple):
     """What an entry is worth: one of `RETENTIONS`."""
     sinks: int
     """The first entries of a segment are worth most."""
+    alike: bool
+    """Whether all heads keep the same entries, by the mean of their scores."""
     positions: str
     """The distance at which they are read: one of `POSITIONS`."""
 
@@ -194,10 +196,11 @@ def plan(
     return Plan(head, dtype is torch.float64, grows, rotary, MORE_ADDRESSES if retained else ADDRESSES)
 
 
-def _numbers_of(retained: Retained | None) -> tuple[int, int, int]:
+def _numbers_of(retained: Retained | None) -> tuple[int, int, int, int]:
     if retained is None:
-        return 0, 0, 0
-    return retained.sinks, RETENTIONS.index(retained.score), POSITIONS.index(retained.positions)
+        return 0, 0, 0, 0
+    score, sinks, alike, positions = retained
+    return sinks, alike, RETENTIONS.index(score), POSITIONS.index(positions)
 
 
 def digits() -> Tensor:
