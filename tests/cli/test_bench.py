@@ -41,7 +41,7 @@ def test_one_part_of_a_benchmark(tmp_path):
     main(["bench", "ops", "--only=linear", "--quick", "--rounds=1", f"--json={tmp_path / 'figures.json'}"])
     results = json.loads((tmp_path / "figures.json").read_text())["results"]
     assert {row["case"] for row in results} == {"linear attention"}
-    with pytest.raises(SystemExit, match=r"only: expected one of 'delta', 'gated-delta', .*'window', got 'nothing'"):
+    with pytest.raises(SystemExit, match=r"only: expected one of 'delta', 'gated-delta', .*'retention', got 'nothing'"):
         main(["bench", "ops", "--only=nothing", "--quick"])
     with pytest.raises(SystemExit):
         main(["bench", "everything"])
