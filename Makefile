@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 
 .PHONY: demo quick test test-latest test-oldest test-sanitizers test-triton test-onnx test-gpu bench-gpu lint docs clean
 
-demo: $(VENV)/ready          ## train five models on three tasks, six minutes on two cores; a page in runs/
+demo: $(VENV)/ready          ## train six models on three tasks, six minutes on two cores; a page in runs/
 	$(BIN)/hqlt demo
 
 quick: $(VENV)/ready         ## the same in one minute, with budgets too small to learn much

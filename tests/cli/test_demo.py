@@ -31,7 +31,7 @@ def test_a_folder_with_the_results_of_other_settings_is_refused(tmp_path):
 def test_the_quick_demo_leaves_a_run_that_can_be_read(tmp_path):
     subprocess.run([*COMMAND, "demo", "--quick", f"--folder={tmp_path}"], check=True, timeout=600)
     results = json.loads((tmp_path / "results.json").read_text())
-    assert len(results) == 15
+    assert len(results) == 18
     assert {result["cell"]["model"] for result in results} == set(read_study(known_studies()["demo"]).models)
     for name in ("config.json", "metrics.jsonl", "README.md", "curves.png", "report.html"):
         assert (tmp_path / name).stat().st_size > 0

@@ -1,4 +1,4 @@
-"""`hqlt demo`: five models, three tasks, a few minutes. Why two memories in one layer?"""
+"""`hqlt demo`: six models, three tasks, a few minutes. Why two memories in one layer?"""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def demo(
     seed: int = 0,
     workers: int | None = None,
 ) -> None:
-    """Train five models of equal size and budget on three tasks, and show what came out.
+    """Train six models of equal size and budget on three tasks, and show what came out.
 
     State tracking (parity, trained on lengths 3–40, tested on 40–256), recall (more pairs than a small matrix holds)
     and real text (the source of Python's standard library). Prints one table, and leaves a run folder with config,
