@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
+from hqlt.data.tokenizer import Bytes
 from hqlt.study import known_studies, read_study
 from hqlt.study.run import run_study
 from hqlt.task import StandardLibrary, generator_for
@@ -43,7 +44,8 @@ def demo(
     text: dict[str, Any] = {}
 
     def additions(results: Sequence[Result]) -> dict[str, Any]:
-        text.update(read_and_write(the_hybrid_on_text(results), folder))
+        hybrid, keeping = (on_text(results, model) for model in ("Synchronous", "Synchronous, surprise"))
+        text.update(read_and_write(hybrid, keeping, folder))
         return text
 
     study = dataclasses.replace(read_study(known_studies()["demo"]), seeds=(seed,))
@@ -62,16 +64,18 @@ def demo(
     console.print(sample["text"], markup=False, highlight=False)
 
 
-def the_hybrid_on_text(results: Sequence[Result]) -> Result:
-    return next(r for r in results if (r.cell.task, r.cell.model) == ("text", "Synchronous"))
+def on_text(results: Sequence[Result], model: str) -> Result:
+    return next(r for r in results if (r.cell.task, r.cell.model) == ("text", model))
 
 
-def read_and_write(result: Result, folder: Path) -> dict[str, Any]:
-    """What a trained text model writes, and what each of its memories contributes as it reads held-out text."""
+def read_and_write(result: Result, keeping: Result, folder: Path) -> dict[str, Any]:
+    """What a trained text model writes, what each of its memories contributes as it reads held-out text, and which
+    entries of it another one keeps."""
     from transformers.utils import logging
 
     from hqlt.model import HQLTForCausalLM
     from hqlt.report import memory_shares
+    from hqlt.report.kept_page import kept_in_text
 
     logging.disable_progress_bar()
     model = HQLTForCausalLM.from_pretrained(folder / "models" / result.cell.name).eval()
@@ -91,8 +95,10 @@ def read_and_write(result: Result, folder: Path) -> dict[str, Any]:
     facts = {"model": result.cell.model, "least": least, "greatest": greatest, "mean": share.mean().item()}
     read = zip(batch.inputs[0].tolist(), share.tolist(), strict=True)
     marked = [{"text": chr(byte), "share": value, "shade": (value - least) / spread} for byte, value in read]
+    keeper = HQLTForCausalLM.from_pretrained(folder / "models" / keeping.cell.name).eval()
     how = {"model": result.cell.model, "temperature": temperature, "seed": seed}
     return {
         "shares": {**facts, "gate": shares.gate.mean().item(), "bytes": marked},
+        "kept": kept_in_text(keeper, batch.inputs[0].tolist(), Bytes(), folder),
         "samples": [{**how, "prompt": prompt, "text": text}],
     }
