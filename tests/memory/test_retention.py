@@ -339,3 +339,16 @@ def test_heads_that_keep_alike_keep_the_best_on_average():
     scores = layer.v_activation(layer.v_proj(x)).unflatten(-1, (HEADS, -1)).norm(dim=-1)[0, :8].mean(dim=-1)
     best = sorted(scores.topk(2).indices.tolist())
     assert state.kv.kept.positions[0].T.tolist() == [best] * HEADS
+
+
+def test_scores_that_are_held_are_finite():
+    """Of what is worth nothing the mean over heads is out of float32's range; NaN is worth nothing, too."""
+    for options in ({"sinks": 1, "kept_alike": True}, {"retention": "value-norm", "kept": 1}):
+        layer = build_layer("", 2, torch.float32, blend="synchronous", **options)
+        if "retention" in options:
+            layer.kv.retention.score = lambda new: new.values[..., 0].fill_(torch.nan)
+        _, state = layer(tokens(1, 5, dtype=torch.float32))
+        for _ in range(2):
+            assert state.kv.kept.scores.isfinite().all()
+            with torch.no_grad():
+                _, state = layer(tokens(1, 1, dtype=torch.float32), state)

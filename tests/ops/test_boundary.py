@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hqlt import native, ops
-from hqlt.ops import LinearState
+from hqlt.ops import LinearState, step
 from hqlt.ops.backend import IMPLEMENTATIONS
 from tests.laws import close, normal
 
@@ -167,7 +167,7 @@ def test_kernels_are_given_nothing_else(tensors, message):
 @needs_native
 def test_one_token_refuses_what_has_no_memory():
     with pytest.raises(ValueError, match="sizes of at least 1, and tensors with memory"):
-        native.one_token(False, bytes(8 * (11 + 2 + 22)))
+        native.one_token(False, bytes(step.SIZES_AND_FACTORS.size + step.ADDRESSES.size))
 
 
 @needs_native

@@ -66,12 +66,13 @@ struct Kept {
       x = (x ^ (x >> 15)) * 0x735A2D97u;
       score = T((x ^ (x >> 15)) >> 8);
     }
-    return score == score ? std::min(std::max(score, -highest), highest) : -highest;
+    return finite(score);
   }
+  static T finite(T score) { return score == score ? std::min(std::max(score, -highest), highest) : -highest; }
 
   // The scores of a token as they are held, from those of each head (all of them, where they keep alike).
   void settle(int64_t position, int64_t heads, T* score) const {
-    if (alike) std::fill_n(score, heads, std::accumulate(score, score + heads, T(0)) / T(heads));
+    if (alike) std::fill_n(score, heads, finite(std::accumulate(score, score + heads, T(0)) / T(heads)));
     if (position < sinks) std::fill_n(score, heads, highest);
   }
 

@@ -18,7 +18,7 @@
 // eˣ for x ≤ 0: 2ⁿ times a polynomial in the rest, |rest| ≤ ½ ln 2. Below the smallest normal number it is 0; NaN stays.
 template <class T>
 INLINE Lanes<T> exponential(Lanes<T> x) {
-  using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;  // they wrap around where x is far below
   typedef Bits BitLanes __attribute__((vector_size(LANE_BYTES)));
   constexpr bool single = sizeof(T) == 4;
   constexpr int mantissa = single ? 23 : 52, degree = single ? 7 : 13;

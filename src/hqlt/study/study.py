@@ -83,7 +83,7 @@ class Study:
         return [
             cell_of(
                 experiment,
-                *self._built_from(model, experiment),
+                *self.built_from(model, experiment),
                 model=model,
                 task=experiment.task,
                 task_options=experiment.options,
@@ -96,7 +96,7 @@ class Study:
             for seed in experiment.seeds or self.seeds
         ]
 
-    def _built_from(self, model: str, experiment: Experiment) -> tuple[dict[str, Any], dict[str, Any]]:
+    def built_from(self, model: str, experiment: Experiment) -> tuple[dict[str, Any], dict[str, Any]]:
         """What the model is built with here, and how it is trained as another and then switched."""
         own = {**self.models[model], **experiment.own.get(model, {})}
         other = own.pop("trained_as", None)
@@ -104,7 +104,7 @@ class Study:
             return own, {}
         with at(f"models.{model}.trained_as"):
             one_of("label", other, [label for label, fields in self.models.items() if "trained_as" not in fields])
-        return self._built_from(other, experiment)[0], {"trained_as": other, "switched": own}
+        return self.built_from(other, experiment)[0], {"trained_as": other, "switched": own}
 
     def only(self, label: str | None) -> Study:
         """The study with one experiment; with all of them for None."""

@@ -195,7 +195,8 @@ class KVMemory(nn.Module):
         new = Entries(timeline.keys[:, -t:], timeline.values[:, -t:], timeline.position[:, -t:], errors)
         scores = self.retention(new)
         if self.kept_alike:
-            scores = scores.mean(dim=-1, keepdim=True).expand_as(scores)
+            mean = scores.mean(dim=-1, keepdim=True).clamp(-HIGHEST, HIGHEST)  # a sum may be out of their range
+            scores = mean.expand_as(scores)
         if self.sinks:
             scores = scores.masked_fill((new.positions < self.sinks)[..., None], HIGHEST)
         return candidates(timeline, past, scores, self.kept)
