@@ -64,6 +64,23 @@ class TestParameters:
         added = self.shapes(conv_size=3, output_gate=True).items() - self.shapes().items()
         assert dict(added) == {"conv.weight": (3 * HIDDEN, 3), "g_proj.weight": (HIDDEN, HIDDEN)}
 
+    def test_a_gate_through_fewer_numbers(self):
+        """σ(W↑ W↓ x + b) ⊙ the normed heads, as in Kimi delta attention."""
+        gated = build_layer("", output_gate="sigmoid", gate_rank=3)
+        gate = gated.g_proj
+        assert (gate.down.weight.shape, gate.up.weight.shape, gate.up.bias.shape) == (
+            (3, HIDDEN),
+            (HIDDEN, 3),
+            (HIDDEN,),
+        )
+        full = build_layer("", output_gate="sigmoid")
+        full.load_state_dict({**gated.state_dict(), "g_proj.weight": gate.up.weight @ gate.down.weight}, strict=False)
+        x, shift = tokens(2, 5), gate.up.bias
+        full.g_proj.register_forward_hook(lambda module, given, out: out + shift)
+        close(gated(x)[0], full(x)[0])
+        with pytest.raises(ValueError, match="gate_rank: expected together with output_gate, got 3 without"):
+            build_layer("", gate_rank=3)
+
     def test_output_gates(self):
         """σ(0) of a shut projection halves what the same layer without a gate gives; SiLU(0) leaves nothing."""
         x = tokens(1, 5)

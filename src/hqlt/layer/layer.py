@@ -19,6 +19,7 @@ from hqlt.layer.fused import FUSED, without_native_form
 from hqlt.layer.norm import RMSNorm, ZeroCenteredRMSNorm, norms_of_heads
 from hqlt.layer.parts import Parts, Projected
 from hqlt.memory import Entry, FWMemory, Heads, Held, KVMemory, MemoryState
+from hqlt.memory.fw import LowRank
 from hqlt.memory.state import leaves, named
 from hqlt.mixer import Alone, Mixer
 from hqlt.ops import Choice
@@ -60,7 +61,8 @@ class HybridMemory(nn.Module):
     value heads that share a key head, or over the "full" width; unless given, over heads where there is an FW-memory.
     norm_eps: of all norms. conv_size: taps of a short convolution on q, k, v, and on the keys and values that a rule
     projects itself, before anything else (0: none). output_gate: multiply the normed heads by SiLU(W_g x) ("silu" or
-    True) or by σ(W_g x) ("sigmoid"). norm_after_gate: norm what the gate has multiplied instead, as Mamba-2 does.
+    True) or by σ(W_g x) ("sigmoid"); with gate_rank W_g x is W↑ W↓ x + b through so many numbers, as in Kimi delta
+    attention. norm_after_gate: norm what the gate has multiplied instead, as Mamba-2 does.
 
     Parameters: q_proj, k_proj, v_proj, mixer.gate_proj, o_norm, o_proj, the rule's own such as fw.beta_proj, each
     `.weight`; with their options `.bias`, q_norm, k_norm, conv.weight, g_proj.weight and g_norm for o_norm.
@@ -95,6 +97,7 @@ class HybridMemory(nn.Module):
         norm_eps: float = 1e-6,
         conv_size: int = 0,
         output_gate: bool | str = False,
+        gate_rank: int | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -116,8 +119,7 @@ class HybridMemory(nn.Module):
         self.q_norm, self.k_norm = self._qk_norms(qk_norm, norm_eps, zero_centered_norms)
         normed = self.blend.has_fw if head_norm is None else head_norm
         self.o_norm, self.g_norm = norms_of_heads(normed, heads, norm_eps, output_gate, norm_after_gate)
-        self.g_proj = nn.Linear(hidden_size, heads.reads * heads.v, bias=False) if output_gate else None
-        self.output_gate = _output_gate(output_gate)
+        self.g_proj, self.output_gate = _output_gate(output_gate, gate_rank, hidden_size, heads.reads * heads.v)
         self.o_proj = nn.Linear(heads.reads * heads.v, hidden_size, bias=o_bias)
         self._remember()
 
@@ -372,10 +374,17 @@ def _activation(name: str | None) -> nn.Module:
     return nn.Identity() if name is None else ACTIVATIONS[name]()
 
 
-def _output_gate(name: bool | str) -> Callable[[Tensor], Tensor]:
-    name = "silu" if isinstance(name, bool) else name
-    one_of("output_gate", name, OUTPUT_GATES)
-    return OUTPUT_GATES[name]
+def _output_gate(
+    name: bool | str, rank: int | None, hidden_size: int, width: int
+) -> tuple[nn.Module | None, Callable[[Tensor], Tensor]]:
+    """What makes its logits (None: there is no gate), and what they go through."""
+    if rank is not None and not name:
+        raise ValueError(f"gate_rank: expected together with output_gate, got {rank} without")
+    kind = "silu" if isinstance(name, bool) else name
+    one_of("output_gate", kind, OUTPUT_GATES)
+    if rank is not None:
+        return LowRank(hidden_size, rank, width, bias=True), OUTPUT_GATES[kind]
+    return (nn.Linear(hidden_size, width, bias=False) if name else None), OUTPUT_GATES[kind]
 
 
 def _shape(sizes: Iterable[int | None]) -> str:

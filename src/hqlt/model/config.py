@@ -158,6 +158,8 @@ class HQLTConfig(PreTrainedConfig):
     """Taps of a short convolution on q, k and v; 0: none."""
     output_gate: bool | str = False
     """What a layer's normed heads are multiplied by: "silu" (or True) of W_g x, "sigmoid" of it; False: nothing."""
+    gate_rank: int | None = None
+    """Numbers that the output gate's logits pass through; None: one matrix."""
     norm_after_gate: bool = False
     """Whether what the output gate has multiplied is normed, instead of the heads before it."""
 

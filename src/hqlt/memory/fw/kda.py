@@ -31,7 +31,8 @@ class KDAMemory(Erasing):
     β = beta_max · σ(W_β x), log α = −exp(A_log) · softplus(W↑ W↓ x + dt_bias), with A_log of each head and dt_bias of
     each channel, begun as in Mamba-2. beta_max: at most 2; 1 is the authors'. decay_rank: rows of W↓ (None: a value
     head's width, as in the authors' code). decay_floor: the least log α, which then is decay_floor · σ(exp(A_log) ·
-    (W↑ W↓ x + dt_bias)) with A_log begun at 0, as in the authors' later models with −5 (None: there is no least).
+    (W↑ W↓ x + dt_bias)) with A_log begun at 0, as in the authors' later models with −5 (None: there is no least). Their
+    output gate is the layer's, output_gate="sigmoid" with gate_rank a value head's width.
 
     Source: Kimi Team 2025, "Kimi Linear: An Expressive, Efficient Attention Architecture", eq. 1 and section 4; the
     bounded decay is `lower_bound` of the authors' code in flash-linear-attention.
