@@ -15,9 +15,10 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from hqlt.layer import arguments_of
+from hqlt.memory import KVMemory
 from hqlt.memory.rotary import Rotary
 from hqlt.model.config import HQLTConfig
-from hqlt.registry import one_of
+from hqlt.registry import one_of, options_of
 
 SHARED = {
     "vocab_size": "vocab_size",
@@ -260,7 +261,9 @@ def _in_one_form(layer: dict[str, Any], attends: bool) -> dict[str, Any]:
         "head_norm": "head" if layer["head_norm"] is True else layer["head_norm"],
     }
     filled = {name: value for name, value in defaults.items() if name in layer and layer[name] is None}
-    return {name: value for name, value in {**layer, **plain, **filled}.items() if name not in ("window", "blend")}
+    unsaid = {name for name, default in options_of(KVMemory.keeping).items() if layer.get(name) == default}
+    said = {**layer, **plain, **filled}
+    return {name: value for name, value in said.items() if name not in {"window", "blend", *unsaid}}
 
 
 def _one_if_same(windows: Any) -> Any:
