@@ -196,23 +196,28 @@ def test_what_lies_in_unused_slots_reaches_nobody():
         alike(layer(x, state._replace(kv=state.kv._replace(kept=dirty))), layer(x, state), 0)
 
 
+def the_same_on_any_threads(layer, x, state, resets, threads):
+    """As the reference, however many of them there are."""
+    before = torch.get_num_threads()
+    with ops.use_backend("reference"):
+        expected = layer(x, state, resets)
+    try:
+        for number in threads:
+            torch.set_num_threads(number)
+            alike(layer(x, state, resets), expected, 1e-10)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("choice", ["surprise", "delayed-streaming"])
 def test_kept_entries_larger_than_a_cache(choice):
     layer = layer_that_keeps(choice, 5, 30, hidden_size=3 * 96, num_heads=3)
-    before = torch.get_num_threads()
     with torch.no_grad():
         for weight in layer.parameters():
             weight.mul_(0.2 if weight.dim() == 2 else 1)
         state, x = layer(normal(20, 40, 3 * 96))[1], normal(20, 1, 3 * 96, seed=1)
         resets = torch.arange(20)[:, None] == 1
-        with ops.use_backend("reference"):
-            expected = layer(x, state, resets)
-        try:
-            for threads in (1, 3):
-                torch.set_num_threads(threads)
-                alike(layer(x, state, resets), expected, 1e-10)
-        finally:
-            torch.set_num_threads(before)
+        the_same_on_any_threads(layer, x, state, resets, (1, 3))
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -281,20 +286,12 @@ def test_widths(blend, fast_weights, width, rope_theta):
 def test_states_larger_than_a_cache(blend, b):
     """They are written past it, and by several threads where they are larger still."""
     layer = build_layer(f"{blend}-vector-delta-plain", 9, hidden_size=3 * 96, num_heads=3)
-    before = torch.get_num_threads()
     with torch.no_grad():
         for weight in layer.parameters():
             weight.mul_(0.2 if weight.dim() == 2 else 1)
         state = layer(normal(b, 20, 3 * 96))[1]
         x, resets = normal(b, 1, 3 * 96, seed=1), torch.arange(b)[:, None] == 1
-        with ops.use_backend("reference"):
-            expected = layer(x, state, resets)
-        try:
-            for threads in (1, 2, 3, 16):
-                torch.set_num_threads(threads)
-                alike(layer(x, state, resets), expected, 1e-10)
-        finally:
-            torch.set_num_threads(before)
+        the_same_on_any_threads(layer, x, state, resets, (1, 2, 3, 16))
 
 
 @pytest.mark.usefixtures("poisoned_memory")
