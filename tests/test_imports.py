@@ -22,7 +22,7 @@ LAYERS = [
     {"blend"},
     {"mixer"},
     {"layer"},
-    {"model"},
+    {"model", "state"},
     {"task", "data", "train", "evaluate", "language", "agent", "report", "study", "cli"},
 ]
 """From the bottom to the top: a module imports from its own layer and those below."""

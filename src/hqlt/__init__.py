@@ -17,10 +17,11 @@ from hqlt.registration import register_with_transformers
 if TYPE_CHECKING:
     from hqlt import ops
     from hqlt.layer import HybridMemory, with_retention
-    from hqlt.memory import MemoryState, fingerprint, load_state, save_state
+    from hqlt.memory import MemoryState
     from hqlt.model import HQLTCache, HQLTConfig, HQLTForCausalLM, HQLTModel, preset
     from hqlt.registry import register
     from hqlt.shapes import checked
+    from hqlt.state import fingerprint, load_state, save_state
 
 __all__ = [
     "HQLTCache",
@@ -44,7 +45,8 @@ HOME = {
     **dict.fromkeys(("HybridMemory", "with_retention"), "layer"),
     "checked": "shapes",
     "register": "registry",
-    **dict.fromkeys(("MemoryState", "fingerprint", "load_state", "save_state"), "memory"),
+    "MemoryState": "memory",
+    **dict.fromkeys(("fingerprint", "load_state", "save_state"), "state"),
     **dict.fromkeys(("HQLTCache", "HQLTConfig", "HQLTForCausalLM", "HQLTModel", "preset"), "model"),
 }
 """By name: the part that it is in."""

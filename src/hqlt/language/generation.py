@@ -12,10 +12,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from hqlt.data import Tokenizer
 from hqlt.data.tokenizer import TextStream
-from hqlt.memory import MemoryState, load_state, save_state
-from hqlt.memory.storage import load_unread
+from hqlt.memory import MemoryState
 from hqlt.model import HQLTCache, HQLTForCausalLM
 from hqlt.model.cache import CACHE
+from hqlt.state import load_state, load_unread, save_state
 
 PIECE = 1024
 """Tokens that are read at once: what reading holds beside the memories does not grow with the text."""

@@ -4,7 +4,6 @@ from hqlt.memory.fw import DeltaMemory, Errors, FWMemory, LinearMemory, Write
 from hqlt.memory.heads import Heads
 from hqlt.memory.kv import Candidates, Entries, Kept, KVMemory, Retention
 from hqlt.memory.state import Entry, Held, MemoryState, Tree
-from hqlt.memory.storage import fingerprint, load_state, save_state
 
 __all__ = [
     "Candidates",
@@ -22,7 +21,4 @@ __all__ = [
     "Retention",
     "Tree",
     "Write",
-    "fingerprint",
-    "load_state",
-    "save_state",
 ]

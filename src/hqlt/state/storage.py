@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +104,8 @@ def save_state(
     if path.is_dir():
         raise ValueError(f"{path}: expected the name of a file to write, got a folder that exists")
     single = isinstance(state, MemoryState)
-    states = [state] if isinstance(state, MemoryState) else list(state)
-    tensors = {f"{i}.{name}": part for i, layer in enumerate(states) for name, part in layer.named_leaves().items()}
+    states: Sequence[Any] = [state] if single else list(state)
+    tensors = tensors_of(states)
     if unread is not None:
         tensors["unread"] = unread
     module = unwrapped(module)
@@ -139,13 +139,26 @@ def load_state(
             f"{metadata['fingerprint'][:12]}, but this {type(module).__name__} has {mine[:12]}: its structure or "
             f"weights differ, so it would read the memory wrongly. Load the module that wrote the state."
         )
-    n = int(metadata["layers"])
-    layers: Any = [part for part in module.modules() if hasattr(part, "state_of")]
-    states = tuple(
-        layer.state_of(tensors[f"{i}.{name}"] for name in named(layer.entries))
-        for i, layer in zip(range(n), layers * n if len(layers) == 1 else layers, strict=False)
-    )
+    states = states_from(tensors, layers_of(module, int(metadata["layers"])))
     return states[0] if metadata["kind"] == "layer" else states
+
+
+def tensors_of(states: Sequence[MemoryState]) -> dict[str, Tensor]:
+    """All tensors of several layers' states by name: "0.kv.keys", "1.position"."""
+    return {f"{i}.{name}": part for i, state in enumerate(states) for name, part in state.named_leaves().items()}
+
+
+def states_from(tensors: Mapping[str, Tensor], layers: Sequence[Any]) -> tuple[MemoryState, ...]:
+    """The states of these layers whose `tensors_of` they are."""
+    return tuple(
+        layer.state_of(tensors[f"{i}.{name}"] for name in named(layer.entries)) for i, layer in enumerate(layers)
+    )
+
+
+def layers_of(module: nn.Module, n: int | None = None) -> list[Any]:
+    """The layers of a module that have states: its first n; of a single layer, it n times."""
+    layers: list[Any] = [part for part in module.modules() if hasattr(part, "state_of")]
+    return layers if n is None else layers * n if len(layers) == 1 else layers[:n]
 
 
 def load_unread(path: str | Path) -> Tensor | None:

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hqlt import fingerprint, load_state, save_state
-from hqlt.memory.storage import load_unread
+from hqlt.state import load_unread
 from tests.layers import EVERY_STATE, build_layer, tokens
 
 CHOICE = "delayed-chunk-vector-delta-options"
