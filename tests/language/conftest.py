@@ -48,6 +48,31 @@ def prepending() -> Fast:
     return Fast("prepending", tokenizer, eos_id=1)
 
 
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{{ '<|im_start|>assistant\\n' if add_generation_prompt else '' }}"
+)
+
+
+def save_chat_tokenizer(folder: Path, template: str | None = CHATML) -> int:
+    """The files of a tokenizer with a chat template, that merges a little; how many tokens it has."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer: Any = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=280, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(["system user assistant the answer. \n\n"] * 9, trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=template)
+    made.save_pretrained(folder)
+    return len(made)
+
+
 @pytest.fixture(params=KINDS)
 def model(request: pytest.FixtureRequest) -> HQLTForCausalLM:
     return build(**KINDS[request.param])

@@ -15,6 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hqlt.cli import main
+from hqlt.data import load_tokenizer
+from hqlt.language.chat import chat_tokens
 from tests.language.conftest import build
 
 for package in ("openai", "fastapi", "uvicorn", "accelerate"):
@@ -67,13 +69,18 @@ def test_chat_and_completion_are_what_generate_writes(exported, address):
     from openai import OpenAI
 
     tokenizer, model = AutoTokenizer.from_pretrained(exported), AutoModelForCausalLM.from_pretrained(exported)
-    prompt = tokenizer(TEXT, return_tensors="pt")
-    made = model.generate(**prompt, max_new_tokens=LENGTH, do_sample=False)[0, len(TEXT) :]
-    expected = tokenizer.decode(made, skip_special_tokens=True)
+
+    def continued(tokens: list[int]) -> str:
+        made = model.generate(torch.tensor([tokens]), max_new_tokens=LENGTH, do_sample=False)[0, len(tokens) :]
+        return tokenizer.decode(made, skip_special_tokens=True)
+
+    messages = [{"role": "user", "content": TEXT}]
+    answer = continued(chat_tokens(load_tokenizer("bytes"), messages))  # the export wrote the plain template
     with OpenAI(base_url=address, api_key="-", max_retries=0) as client:
         options = {"model": exported, "max_tokens": LENGTH, "temperature": 0}
-        said = client.chat.completions.create(messages=[{"role": "user", "content": TEXT}], **options)
-        assert said.choices[0].message.content == expected
-        streamed = client.chat.completions.create(messages=[{"role": "user", "content": TEXT}], stream=True, **options)
-        assert "".join(part.choices[0].delta.content or "" for part in streamed if part.choices) == expected
-        assert client.completions.create(prompt=TEXT, **options).choices[0].text == expected
+        said = client.chat.completions.create(messages=messages, **options)
+        assert said.choices[0].message.content == answer
+        streamed = client.chat.completions.create(messages=messages, stream=True, **options)
+        assert "".join(part.choices[0].delta.content or "" for part in streamed if part.choices) == answer
+        completion = client.completions.create(prompt=TEXT, **options)
+        assert completion.choices[0].text == continued(list(TEXT.encode()))

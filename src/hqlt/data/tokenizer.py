@@ -34,6 +34,9 @@ class Tokenizer:
     """The token that begins a text; None: there is none. Whether it stands before every text, `prefix_ids` says."""
     eos_id: int | None = None
     """The token that ends a document; None: there is none."""
+    chat_template: str | None = None
+    """In Jinja, as transformers has it: how a conversation is written. None: the model came without; see
+    `hqlt.language.chat`."""
 
     @property
     def digest(self) -> str:
@@ -142,10 +145,15 @@ def _auto_tokenizer(name: str) -> Tokenizer:
                 f"tokenizer: expected bytes, a tokenizer.json, a folder that holds one, or a name on the hub, got "
                 f"{name!r}, which could not be loaded: {silent}{first_line(error)}"
             ) from error
-    fast = getattr(tokenizer, "backend_tokenizer", None)
-    if fast is None:
-        return Slow(name, tokenizer)
-    return Fast(name, fast, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.split_special_tokens)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    ours: Tokenizer
+    if backend is None:
+        ours = Slow(name, tokenizer)
+    else:
+        ours = Fast(name, backend, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.split_special_tokens)
+    template = tokenizer.chat_template
+    ours.chat_template = template.get("default") if isinstance(template, dict) else template
+    return ours
 
 
 class Bytes(Tokenizer):
@@ -253,6 +261,8 @@ class Fast(OfSubwords):
         told |= {"eos_token": None if self.eos_id is None else self.tokenizer.id_to_token(self.eos_id)}
         if self.bos_id is not None:
             told |= {"bos_token": self.tokenizer.id_to_token(self.bos_id)}
+        if self.chat_template is not None:
+            told |= {"chat_template": self.chat_template}
         write_whole(folder / "tokenizer_config.json", (json.dumps(told, indent=1, ensure_ascii=False) + "\n").encode())
 
 

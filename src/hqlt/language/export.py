@@ -15,14 +15,13 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from hqlt.data import Tokenizer as OurTokenizer
 from hqlt.disk import new_in
+from hqlt.language.chat import plain_template
 from hqlt.language.folder import find_model, load_model, read_config, tokenizer_of
 from hqlt.model import HQLTForCausalLM
 from hqlt.model.pretrained import config_as, to_transformers
 
 CODE = "modeling_hqlt"
 CLASSES = {"AutoConfig": "HQLTConfig", "AutoModel": "HQLTModel", "AutoModelForCausalLM": "HQLTForCausalLM"}
-CHAT_TEMPLATE = "{{ messages | map(attribute='content') | join('\\n') }}"
-"""For tokenizers without one, because `transformers serve` asks for it: the messages' texts, a line break between."""
 PAD = 0xFF
 """The byte that stands for padding: UTF-8 never uses it."""
 MEMORIES = {
@@ -76,7 +75,7 @@ def save_weights(model: PreTrainedModel, tokenizer: OurTokenizer | None, source:
         config.eos_token_id = generation.eos_token_id = tokenizer.eos_id
     if tokenizer is not None:
         beside: Any = byte_tokenizer() if tokenizer.name == "bytes" else AutoTokenizer.from_pretrained(source)
-        beside.chat_template = beside.chat_template or CHAT_TEMPLATE
+        beside.chat_template = beside.chat_template or plain_template(tokenizer)  # `transformers serve` asks for one
         beside.pad_token = beside.pad_token or beside.eos_token
         if generation.pad_token_id is None:
             generation.pad_token_id = beside.pad_token_id

@@ -136,7 +136,10 @@ def tokenizer_of(where: str | Path, vocab_size: int) -> Tokenizer:
             f"{folder}: expected a tokenizer of at most {vocab_size} tokens, as many as the model knows, "
             f"got one of {tokenizer.vocab_size}; is it another model's?"
         )
-    return load_tokenizer("bytes") if tells_bytes(tokenizer) else tokenizer
+    if tells_bytes(tokenizer):
+        template, tokenizer = tokenizer.chat_template, load_tokenizer("bytes")
+        tokenizer.chat_template = template
+    return tokenizer
 
 
 def tells_bytes(tokenizer: Tokenizer) -> bool:
