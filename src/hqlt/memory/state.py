@@ -52,10 +52,13 @@ class Held(NamedTuple):
     """What a retention keeps beyond the window, of a fixed number of slots; () where it keeps nothing."""
 
     def with_slots(self, s: int) -> Held:
-        """The same pairs in a buffer of s ≥ the present number of slots; the new, unused ones come first."""
+        """The same pairs in a buffer of s slots, at least those in use; unused ones come, or are dropped, first."""
         more = s - self.keys.shape[1]
-        pad: Callable[[Tensor], Tensor] = lambda x: torch.cat([x.new_zeros(x.shape[0], more, *x.shape[2:]), x], dim=1)  # noqa: E731
-        keys, values, gates = pytree.tree_map(pad, (self.keys, self.values, self.gates))
+
+        def fit(x: Tensor) -> Tensor:
+            return x[:, -more:] if more < 0 else torch.cat([x.new_zeros(x.shape[0], more, *x.shape[2:]), x], dim=1)
+
+        keys, values, gates = pytree.tree_map(fit, (self.keys, self.values, self.gates))
         return Held(keys, values, gates, self.kept)
 
 
@@ -115,7 +118,7 @@ class MemoryState(NamedTuple):
         return _slots(self.kv)
 
     def with_slots(self, s: int) -> MemoryState:
-        """The same memories, their pairs in a buffer of s ≥ the present number of slots."""
+        """The same memories, their pairs in a buffer of s slots, at least those in use."""
         return (
             self if s == _slots(self.kv) or not isinstance(self.kv, Held) else self._replace(kv=self.kv.with_slots(s))
         )

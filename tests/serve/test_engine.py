@@ -1,0 +1,197 @@
+"""Who else is served never shows: not in a text, not in an error, not in a state."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+import torch
+
+from hqlt.language import generation
+from hqlt.serve.engine import Closed, Full, Late
+from hqlt.state import PrefixStore
+from tests.language.conftest import build
+from tests.serve.conftest import ask, running
+
+
+def prompts(n, longest=40):
+    draw = random.Random(1)
+    return [[draw.randrange(256) for _ in range(draw.randint(1, longest))] for _ in range(n)]
+
+
+def alone(model, prompt, tokens):
+    """What `hqlt generate` makes of it."""
+    made, _ = generation.go_on(model, generation.read(model, prompt), tokens=tokens, greedy=True)
+    return made[0].tolist()
+
+
+def test_greedy_alone_is_greedy_among_31_others(model):
+    texts = prompts(32)
+    with running(model, chunk=16) as engine:
+        heard = [ask(engine, text, max_tokens=5 + i % 9) for i, text in enumerate(texts)]
+        for i, its in enumerate(heard):
+            its.wait()
+            assert (its.error, its.reasons) == (None, ["length"])
+            assert its.made[0] == alone(model, texts[i], 5 + i % 9)
+
+
+def test_greedy_among_others_in_float32():
+    model = build().float()
+    texts = prompts(12)
+    with running(model) as engine:
+        for text, its in [(text, ask(engine, text)) for text in texts]:
+            assert its.wait().made[0] == alone(model, text, 12)
+
+
+def test_a_seed_makes_the_same_text_among_others(small):
+    options = {"temperature": 0.9, "top_p": 0.8, "seed": 3, "n": 3}
+    with running(small) as engine:
+        one = ask(engine, b"once", **options).wait()
+        others = [ask(engine, text, temperature=1.3, max_tokens=40) for text in prompts(9)]
+        again = ask(engine, b"once", **options).wait()
+        other_seed = ask(engine, b"once", **options | {"seed": 4}).wait()
+    assert one.made == again.made != other_seed.made
+    assert len({tuple(made) for made in one.made}) == 3
+    assert all(its.done.is_set() for its in others) or any(its.error for its in others)
+
+
+def test_turns_resume_from_what_was_read(model):
+    with running(model, chunk=8) as engine:
+        first = ask(engine, b"a long first question", max_tokens=6).wait()
+        history = [*b"a long first question", *first.made[0]]
+        second = ask(engine, [*history, *b" and more"], max_tokens=6).wait()
+        foreign = ask(engine, [*history, *b" and more"], max_tokens=6, salt="another").wait()
+    assert first.cached == 0
+    assert second.cached == len(history) - 1  # the last token of the answer was not read
+    assert foreign.cached == 0
+    assert second.made == foreign.made == [alone(model, [*history, *b" and more"], 6)]
+
+
+def test_a_beginning_that_others_share_is_read_once(small):
+    with running(small) as engine:
+        ask(engine, b"system: be kind. user: hello", marks=(16,)).wait()
+        other = ask(engine, b"system: be kind. user: good morning", marks=(16,)).wait()
+    assert other.cached == 16
+
+
+def test_a_long_prompt_does_not_stall_the_others(small):
+    with running(small, chunk=8) as engine:
+        long = ask(engine, [7] * 4000, max_tokens=1)
+        short = ask(engine, b"short", max_tokens=20).wait()
+        assert not long.first.is_set()
+        assert len(short.made[0]) == 20
+        long.request.cancel()
+
+
+def test_more_requests_than_rows_wait_and_more_than_that_are_refused(small):
+    with running(small, rows=2, queue=3) as engine:
+        slow = [ask(engine, b"a", at=lambda i: time.sleep(0.01), max_tokens=30) for _ in range(2)]
+        while engine.running < 2:
+            time.sleep(0.001)
+        waiting = [ask(engine, b"b", max_tokens=2) for _ in range(3)]
+        with pytest.raises(Full, match="3 requests are waiting already"):
+            ask(engine, b"c")
+        assert engine.waiting == 3
+        assert {reason for its in slow + waiting for reason in its.wait().reasons} == {"length"}
+        with pytest.raises(ValueError, match="1 to 2 continuations, got 1 tokens and 3"):
+            ask(engine, b"c", n=3)
+        with pytest.raises(ValueError, match="at least one token"):
+            ask(engine, b"")
+
+
+def test_a_request_that_fails_takes_no_other_with_it(small, caplog):
+    texts = [[token % 100 for token in text] for text in prompts(6)]
+    real, poison = small.model.forward, 200
+
+    def fails(count):
+        if count == 3:
+            raise RuntimeError("of this listener alone")
+
+    def forward(tokens, **kwargs):
+        if tokens.shape[1] == 1 and (tokens == poison).any():
+            raise RuntimeError("a row that cannot be read")
+        return real(tokens, **kwargs)
+
+    expected = [alone(small, text, 12) for text in texts]
+    small.model.forward = forward
+    with running(small) as engine:
+        failing, poisoned = ask(engine, b"x", at=fails), ask(engine, [5, poison])
+        heard = [ask(engine, text) for text in texts]
+        assert "of this listener" in str(failing.wait().error)
+        assert "a row that cannot be read" in str(poisoned.wait().error)
+        for made, its in zip(expected, heard, strict=True):
+            until = made.index(poison) + 1 if poison in made else len(made)
+            assert its.wait().made[0] == made[:until]
+        while engine.running:
+            time.sleep(0.001)
+    assert caplog.text.count("a request failed") >= 2
+
+
+def test_logits_that_are_not_finite_fail_their_request(small, caplog):
+    small.lm_head.weight.data[3] = float("nan")
+    with running(small) as engine:
+        assert isinstance(ask(engine, b"a").wait().error, FloatingPointError)
+        assert engine.store.statistics.entries == 0
+    assert "not finite" in caplog.text
+
+
+def test_a_cancelled_request_frees_its_row_and_leaves_its_state(small):
+    with running(small, rows=1) as engine:
+        first = ask(engine, b"to be cancelled", max_tokens=100_000)
+        assert first.first.wait(60)
+        waiting = ask(engine, b"never begun", max_tokens=100_000)
+        waiting.request.cancel()
+        first.request.cancel()
+        assert ask(engine, b"next").wait().reasons == ["length"]
+        made = list(first.made[0])
+        assert not first.done.is_set()
+        assert ask(engine, [*b"to be cancelled", *made, 1], max_tokens=1).wait().cached >= len(b"to be cancelled") - 1
+    assert not waiting.first.is_set()
+
+
+def test_time_is_limited(small):
+    with running(small, rows=1) as engine:
+        late = ask(engine, b"a", max_tokens=100_000, deadline=time.monotonic() + 0.2)
+        waits = ask(engine, b"b", deadline=time.monotonic() + 0.1)
+        assert isinstance(late.wait().error, Late)
+        assert isinstance(waits.wait().error, Late)
+        assert late.made[0]
+        assert not waits.made[0]
+
+
+def test_closing_stores_what_has_been_read(small):
+    store = PrefixStore(small)
+    with running(small, store, rows=1, chunk=4) as engine:
+        runs, waits = ask(engine, b"running", max_tokens=100_000), ask(engine, b"waiting")
+        assert runs.first.wait(60)
+    assert isinstance(runs.wait().error, Closed)
+    assert isinstance(waits.wait().error, Closed)
+    assert store.find([*b"running", *runs.made[0]]).length == len(b"running") + len(runs.made[0]) - 1
+    with pytest.raises(Closed):
+        ask(engine, b"too late")
+
+
+def test_ends_and_log_probabilities(small):
+    made = alone(small, b"text", 12)
+    with running(small) as engine:
+        heard = ask(engine, b"text", ends=(made[4],), logprobs=2).wait()
+        by_listener = ask(engine, b"text", at=lambda count: count == 3).wait()
+    first = made.index(made[4])
+    assert (heard.made[0], heard.reasons) == (made[:first], ["stop"])
+    assert (by_listener.made[0], by_listener.reasons) == (made[:3], ["stop"])
+    logp = small(torch.tensor([list(b"text")])).logits[0, -1].detach().log_softmax(-1)
+    assert heard.likely[0].logprob == pytest.approx(float(logp[made[0]]), abs=1e-10)
+    assert [id for id, _ in heard.likely[0].top] == logp.topk(2).indices.tolist()
+
+
+def test_buffers_that_grow_shrink_when_the_longest_row_leaves():
+    model = build(layer_kinds=["kv", "kv"])
+    with running(model) as engine:
+        long = ask(engine, [1] * 300, max_tokens=3)
+        short = ask(engine, [2] * 3, max_tokens=40)
+        long.wait()
+        short.wait()
+        assert short.made[0] == alone(model, [2] * 3, 40)
+        found = engine.store.find([*[2] * 3, *short.made[0]])
+    assert [state.slots for state in found.states] == [42, 42]
