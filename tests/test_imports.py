@@ -23,7 +23,7 @@ LAYERS = [
     {"mixer"},
     {"layer"},
     {"model", "state"},
-    {"task", "data", "train", "evaluate", "language", "agent", "report", "study", "cli"},
+    {"task", "data", "train", "evaluate", "language", "agent", "report", "study", "serve", "cli"},
 ]
 """From the bottom to the top: a module imports from its own layer and those below."""
 
@@ -32,6 +32,7 @@ PARTS_THAT_KNOW_NO_MODEL = ("task", "data")
 HEAVY = {
     "transformers", "tokenizers", "datasets", "pyarrow", "torchdata", "lm_eval", "matplotlib", "jinja2", "pandas",
     "scipy", "gymnasium", "jsonargparse", "rich", "tensorboard", "triton", "accelerate", "onnxscript",
+    "fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client",
 }  # fmt: skip
 
 

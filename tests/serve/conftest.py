@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import pytest
 
 from hqlt.model import HQLTForCausalLM
-from hqlt.serve.engine import Engine, Request
+from hqlt.serve.engine import Engine
+from hqlt.serve.request import Request
 from hqlt.state import PrefixStore
 from tests.language.conftest import KINDS, build
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hqlt.language import generation
-from hqlt.serve.engine import Closed, Full, Late
+from hqlt.serve.request import Closed, Full, Late
 from hqlt.state import PrefixStore
 from tests.language.conftest import build
 from tests.serve.conftest import ask, running

@@ -13,135 +13,23 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
-import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hqlt.memory import MemoryState
 from hqlt.model import HQLTCache, HQLTForCausalLM
-from hqlt.serve.sampling import Likely, Sampling, choose, likely
+from hqlt.serve.batch import NO_ROWS, Batch, Reading, Row, joined
+from hqlt.serve.request import Closed, Full, Late, Request
+from hqlt.serve.sampling import Likely, choose, likely
 from hqlt.state import PrefixStore
 
 log = logging.getLogger("hqlt.serve")
-
-
-class Full(Exception):
-    """As many requests wait as may."""
-
-
-class Late(Exception):
-    """A request's time is over."""
-
-
-class Closed(Exception):
-    """The engine is stopping."""
-
-
-class Listener(Protocol):
-    """Who hears of a request. Called in the engine's thread, so each call is to be short.
-
-    What it raises ends its own request.
-    """
-
-    def began(self, cached: int) -> None:
-        """The prompt is about to be read, but for its first `cached` tokens, which a stored state has read."""
-
-    def token(self, choice: int, token: int, likely: Likely | None) -> bool:
-        """A continuation's next token → whether it ends with it, as at a stop string."""
-
-    def ended(self, choice: int, reason: str) -> None:
-        """A continuation is whole. reason: "stop" or "length"."""
-
-    def failed(self, error: Exception) -> None:
-        """Nothing more comes of any continuation."""
-
-
-@dataclass(eq=False, kw_only=True)
-class Request:
-    """A prompt that is to be continued in n ways."""
-
-    tokens: Sequence[int]
-    """At least one."""
-    listener: Listener
-    max_tokens: int
-    """Of each continuation, at least 1."""
-    n: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int | None = None
-    """The same continuations for the same seed; None: other ones each time."""
-    ends: Collection[int] = ()
-    """Tokens that end a continuation, and that the listener does not hear of."""
-    logprobs: int | None = None
-    """How many of the likeliest tokens are given beside each, with log p; None: no log p at all."""
-    salt: str = ""
-    """Whose states these are: those of another salt are neither found nor left for them."""
-    marks: Collection[int] = ()
-    """Lengths of the prompt's beginnings that other prompts may share: the states there are stored, too."""
-    deadline: float = math.inf
-    """On the clock of time.monotonic."""
-    over: bool = field(default=False, init=False)
-    """Set by `cancel`, and where it has failed: its rows are freed before the next token."""
-
-    def cancel(self) -> None:
-        """Whoever asked does not want it any more. From any thread; the listener hears nothing more."""
-        self.over = True
-
-    def fail(self, error: Exception) -> None:
-        if not self.over:
-            self.over = True
-            self.listener.failed(error)
-
-
-class Row:
-    """One continuation of a request."""
-
-    def __init__(self, request: Request, choice: int) -> None:
-        self.request, self.choice = request, choice
-        self.made: list[int] = []
-        self.is_sound = True
-        """Whether its state has read `tokens()`: not where its last token failed."""
-        seed = request.seed
-        self.draw = random.Random(None if seed is None else f"{seed} {choice}").random
-
-    def sampling(self) -> Sampling:
-        asked = self.request
-        return Sampling(asked.temperature, asked.top_p, self.draw() if asked.temperature > 0 else 0.0)
-
-    def tokens(self) -> list[int]:
-        """What its state has read: everything but the last token."""
-        return [*self.request.tokens, *self.made][:-1]
-
-
-class Batch(NamedTuple):
-    """The rows that are decoded together."""
-
-    rows: list[Row]
-    unread: list[int]
-    """Each row's last token."""
-    states: tuple[MemoryState, ...]
-    """One a layer, of as many rows."""
-
-
-class Reading:
-    """A prompt that is being read, up to its last token."""
-
-    def __init__(self, request: Request, length: int, states: tuple[MemoryState, ...]) -> None:
-        self.request, self.length, self.states = request, length, states
-        self.end = len(request.tokens) - 1
-
-    def next_stop(self, budget: int) -> int:
-        """Where the next chunk ends: at a mark, if one comes first."""
-        stop = min(self.length + budget, self.end)
-        return min([stop, *(mark for mark in self.request.marks if self.length < mark < stop)])
 
 
 class Engine:
@@ -165,7 +53,7 @@ class Engine:
         self._grow = [layer.kv is not None and layer.blend.slots is None for layer in self.layers]
         self._waiting: deque[Request] = deque()
         self._reading: deque[Reading] = deque()
-        self._batch = Batch([], [], ())
+        self._batch = NO_ROWS
         self._closing = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="hqlt-serve", daemon=True)
@@ -226,7 +114,7 @@ class Engine:
             return not self._closing
 
     def _drop_all(self, error: Exception) -> None:
-        batch, self._batch = self._batch, Batch([], [], ())
+        batch, self._batch = self._batch, NO_ROWS
         for i, row in enumerate(batch.rows):
             self._keep(row, batch.states, i)
         for reading in self._reading:
@@ -273,7 +161,7 @@ class Engine:
                 if not self._is_over(request, now):
                     budget -= self._read_chunk(reading, budget)
                     if reading.length == reading.end:
-                        self._batch = self._joined([self._batch, self._rows_of(reading)])
+                        self._batch = joined([self._batch, self._rows_of(reading)])
             except Exception as error:
                 self._fail(request, error)
             self._reading.popleft()
@@ -338,10 +226,10 @@ class Engine:
             n = len(batch.rows)
             if n == 1:
                 self._fail(batch.rows[0].request, error)
-                return Batch([], [], ()), torch.empty(0, self.model.config.vocab_size)
-            halves = [self._advance(self._select(batch, range(*ends))) for ends in ((0, n // 2), (n // 2, n))]
+                return NO_ROWS, torch.empty(0, self.model.config.vocab_size)
+            halves = [self._advance(batch.select(range(*ends))) for ends in ((0, n // 2), (n // 2, n))]
             logits = torch.cat([part.to(self.model.device) for _, part in halves])
-            return self._joined([half for half, _ in halves]), logits
+            return joined([half for half, _ in halves]), logits
 
     def _beside(self, rows: list[Row], logits: Tensor, tokens: list[int | None]) -> list[Likely | None]:
         asking = [i for i, row in enumerate(rows) if row.request.logprobs is not None and tokens[i] is not None]
@@ -372,27 +260,14 @@ class Engine:
             return batch
         for i in itertools.compress(range(len(leaving)), leaving):
             self._keep(batch.rows[i], batch.states, i)
-        return self._select(batch, [i for i, leaves in enumerate(leaving) if not leaves])
-
-    def _select(self, batch: Batch, index: Sequence[int]) -> Batch:
-        if not index:
-            return Batch([], [], ())
-        states = self._fitting([state.select(list(index)) for state in batch.states])
-        return Batch([batch.rows[i] for i in index], [batch.unread[i] for i in index], states)
-
-    def _joined(self, batches: Sequence[Batch]) -> Batch:
-        batches = [batch for batch in batches if batch.rows]
-        if len(batches) < 2:
-            return batches[0] if batches else Batch([], [], ())
-        rows, unread = (list(itertools.chain(*of)) for of in list(zip(*batches, strict=True))[:2])
-        states = tuple(map(MemoryState.concatenate, zip(*(batch.states for batch in batches), strict=True)))
-        return Batch(rows, unread, states)
+        left = batch.select([i for i, leaves in enumerate(leaving) if not leaves])
+        return left._replace(states=self._fitting(left.states))
 
     def _fitting(self, states: Sequence[MemoryState]) -> tuple[MemoryState, ...]:
         """Where buffers grow with a text, no larger than the longest row's."""
         return tuple(
             state.with_slots(int(state.position.max())) if grows else state
-            for state, grows in zip(states, self._grow, strict=True)
+            for state, grows in zip(states, self._grow, strict=False)
         )
 
     def _keep(self, row: Row, states: Sequence[MemoryState], i: int) -> None:
