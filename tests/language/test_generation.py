@@ -67,19 +67,19 @@ def test_a_text_ends_where_the_model_ends_it():
     model = build()
     past = read(model, TEXT)
     made, _ = go_on(model, past, tokens=8, greedy=True)
-    eos = made[0, 3].item()
+    eos = [made[0, 3].item()]
     told: list[str] = []
     tokenizer = load_tokenizer("bytes")
     streamer = TextStreamer(tokenizer, 1, eos, lambda row, text: told.append(text))
     ended, _ = go_on(model, past, tokens=8, greedy=True, eos=eos, streamer=streamer)
-    first = made[0].tolist().index(eos)
+    first = made[0].tolist().index(*eos)
     assert ended[0].tolist() == made[0, : first + 1].tolist()
     assert "".join(told) == tokenizer.decode(made[0, :first].tolist())
 
 
 def test_text_comes_out_as_soon_as_it_is_complete():
     told: list[tuple[int, str]] = []
-    streamer = TextStreamer(load_tokenizer("bytes"), 2, None, lambda row, text: told.append((row, text)))
+    streamer = TextStreamer(load_tokenizer("bytes"), 2, (), lambda row, text: told.append((row, text)))
     for column in ([[9], [9]], [0xCE, 0x61], [0xB2, 0xCE]):  # the prompt, then β in row 0; a, then half of a letter
         streamer.put(torch.tensor(column))
     streamer.end()
@@ -91,7 +91,7 @@ def test_text_comes_out_as_soon_as_it_is_complete():
 def test_a_blank_after_the_prompt_is_told():
     told: list[str] = []
     tokenizer = prepending()
-    streamer = TextStreamer(tokenizer, 1, None, lambda row, text: told.append(text))
+    streamer = TextStreamer(tokenizer, 1, (), lambda row, text: told.append(text))
     prompt = tokenizer.encode("to be")
     streamer.put(torch.tensor([prompt]))
     for token in tokenizer.encode("to be or not")[len(prompt) :]:

@@ -91,9 +91,10 @@ def generate(
     try:
         if tokens:
             with shown(console, text[-SHOWN:], batch) as write:
-                streamer = generation.TextStreamer(tokenizer, batch, tokenizer.eos_id, write)
+                eos = tokenizer.eos_ids
+                streamer = generation.TextStreamer(tokenizer, batch, eos, write)
                 made, past = generation.go_on(
-                    language_model, past, tokens=tokens, rows=batch, eos=tokenizer.eos_id, streamer=streamer, **choice
+                    language_model, past, tokens=tokens, rows=batch, eos=eos, streamer=streamer, **choice
                 )
             if console.is_terminal:
                 speed = made.numel() / (time.monotonic() - began)

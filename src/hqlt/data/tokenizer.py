@@ -43,6 +43,11 @@ class Tokenizer:
         """Names what the tokenizer does: two with the same digest give the same tokens."""
         raise NotImplementedError
 
+    @property
+    def eos_ids(self) -> list[int]:
+        """`eos_id` where there is one."""
+        return [] if self.eos_id is None else [self.eos_id]
+
     @functools.cached_property
     def prefix_ids(self) -> list[int]:
         """The special tokens that it puts before every text, such as `bos_id`; often none."""

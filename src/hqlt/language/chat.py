@@ -1,11 +1,25 @@
-"""Conversations: their messages as tokens."""
+"""Conversations: their messages as tokens, and answers for which nothing is read twice."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+from jinja2 import TemplateError
+from transformers.utils import chat_template_utils
 
 from hqlt.data import Tokenizer
+from hqlt.data.tokenizer import TextStream
+from hqlt.language import generation
+from hqlt.memory import MemoryState
+from hqlt.model import HQLTForCausalLM
+from hqlt.state import PrefixStore, load_notes, load_state, save_state
+
+Message: TypeAlias = Mapping[str, Any]
+"""{"role": "system", "user" or "assistant", "content": its text}"""
 
 PLAIN = (
     "{% for message in messages %}"
@@ -18,13 +32,11 @@ PLAIN_ENDS = ("\n\nUser:", "\n\nAssistant:")
 """Texts that end an answer in the plain template, in which no token does. They are not part of the answer."""
 
 
-def chat_tokens(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
-) -> list[int]:
+def chat_tokens(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
     """A conversation as the model reads it: the tokenizer's chat template, filled in as transformers does.
 
-    messages: {"role": "system", "user" or "assistant", "content": text} each. add_generation_prompt: end with what
-    stands before an answer. Special tokens that are spelled out in a message are special, as in transformers.
+    add_generation_prompt: end with what stands before an answer. Special tokens that are spelled out in a message are
+    special, as in transformers.
 
     Where the tokenizer has no chat template, as beside a base model or where tokens are bytes, `plain_template` is its:
 
@@ -50,9 +62,6 @@ def chat_tokens(
 
     Raises ValueError for messages that the template refuses.
     """
-    from jinja2 import TemplateError
-    from transformers.utils import chat_template_utils
-
     untyped: Any = chat_template_utils
     special = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
     template = tokenizer.chat_template or plain_template(tokenizer)
@@ -76,3 +85,186 @@ def plain_template(tokenizer: Tokenizer) -> str:
 def is_plain(tokenizer: Tokenizer) -> bool:
     """Whether the plain template serves: the model came without one, or was exported with this one."""
     return tokenizer.chat_template in (None, plain_template(tokenizer))
+
+
+class TextUntil:
+    """A text that comes bit by bit, up to the first of some `ends`; what may be the beginning of one is held back."""
+
+    def __init__(self, ends: Sequence[str]) -> None:
+        self.ends = ends
+        self.ended = False
+        self.waiting = ""
+
+    def add(self, text: str) -> str:
+        """More of it; what is now certain to stand before any end."""
+        if self.ended:
+            return ""
+        self.waiting += text
+        places = [place for end in self.ends if (place := self.waiting.find(end)) >= 0]
+        self.ended = bool(places)
+        begun = (n for end in self.ends for n in range(1, len(end)) if self.waiting.endswith(end[:n]))
+        certain = min(places) if places else len(self.waiting) - max(begun, default=0)
+        out, self.waiting = self.waiting[:certain], self.waiting[certain:]
+        return out
+
+    def rest(self) -> str:
+        """What was held back, where no end has come."""
+        out, self.waiting = "" if self.ended else self.waiting, ""
+        return out
+
+
+class Speech:
+    """One answer as it is made: its text, until it ends, and when it began."""
+
+    def __init__(self, stream: TextStream, eos: Sequence[int], ends: Sequence[str], told: Callable[[str], object]):
+        self.stream, self.eos, self.told = stream, eos, told
+        self.until = TextUntil(ends)
+        self.text = ""
+        self.made: list[int] = []
+        self.first: float | None = None
+
+    def add(self, tokens: Sequence[int]) -> bool:
+        """All tokens so far; whether the answer ends here."""
+        self.first = self.first or time.perf_counter()
+        for token in tokens[len(self.made) :]:
+            self.made.append(token)
+            if token in self.eos:
+                return True
+            self.say(self.until.add(self.stream.add(token)))
+            if self.until.ended:
+                return True
+        return False
+
+    def say(self, text: str) -> None:
+        if text:
+            self.text += text
+            self.told(text)
+
+    def end(self) -> None:
+        """Say what was held back."""
+        self.say(self.until.add(self.stream.end()))
+        self.say(self.until.rest())
+
+
+class Answer(NamedTuple):
+    """What a model says, and what it took."""
+
+    text: str
+    read: int
+    """Tokens of the conversation that were read for it."""
+    reused: int
+    """Those before them, whose state was there."""
+    made: int
+    """Tokens of the answer."""
+    first: float
+    """Seconds until its first token."""
+    seconds: float
+    """Seconds in all."""
+    state_bytes: int
+    """What the state after it takes, whatever was read."""
+    interrupted: bool = False
+    """Whether Ctrl-C ended it."""
+
+    def __str__(self) -> str:
+        rate = (self.made - 1) / max(self.seconds - self.first, 1e-9)
+        speed = f" at {rate:,.0f} per second" if self.made > 1 else ""
+        return (
+            f"first token after {self.first:.2f} s · {self.read:,} tokens read, {self.reused:,} reused · "
+            f"{self.made:,} made{speed} · state {self.state_bytes / 1e6:,.2f} MB"
+        )
+
+
+class Chat:
+    """A model in conversation. A conversation is its messages alone, a value: a shorter one is a turn taken back, two
+    that begin alike are forks, and whatever begins a conversation and was read before is not read again.
+
+    >>> chat = Chat(model, tokenizer)
+    >>> asked = [{"role": "user", "content": "Where is the Louvre?"}]
+    >>> answer = chat.answer(asked, print)
+    >>> other = chat.answer(asked, print)            # reads one token
+
+    store: where the states are, those before and after each answer; the greedy answers are the same without them.
+    """
+
+    def __init__(self, model: HQLTForCausalLM, tokenizer: Tokenizer, store: PrefixStore | None = None) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.store = PrefixStore(model) if store is None else store
+        named: Any = getattr(model.generation_config, "eos_token_id", None)
+        named = [] if named is None else [named] if isinstance(named, int) else named
+        self.eos = [*dict.fromkeys([*named, *tokenizer.eos_ids])]
+        self.ends = PLAIN_ENDS if is_plain(tokenizer) else ()
+
+    def answer(
+        self,
+        messages: Sequence[Message],
+        told: Callable[[str], object],
+        *,
+        tokens: int = 512,
+        read_told: Callable[[int], None] | None = None,
+        **choice: Any,
+    ) -> Answer:
+        """The answer to the last message, at most so many tokens of it; told(text): as it comes.
+
+        read_told, choice: as `hqlt.language.generation` has them in `read` and `go_on`. Ctrl-C ends an answer that has
+        begun; before that it is a KeyboardInterrupt.
+
+        Raises ValueError for messages that the template refuses.
+        """
+        began = time.perf_counter()
+        ids = chat_tokens(self.tokenizer, messages)
+        length, states = self.store.find(ids)
+        past = generation.Past(states, ids[length]) if length else None
+        past = generation.read(self.model, ids[length + bool(length) :], past, read_told)
+        self.store.put(ids[:-1], past.states)
+        speech = Speech(self.tokenizer.stream(after=ids[-1:]), self.eos, self.ends, told)
+        interrupted = False
+        try:
+            _, past = generation.go_on(
+                self.model, past, tokens=tokens, eos=self.eos, ended=lambda made: speech.add(made[0].tolist()), **choice
+            )
+            self.store.put([*ids, *speech.made[:-1]], past.states)
+        except KeyboardInterrupt:
+            interrupted = True
+        speech.end()
+        now = time.perf_counter()
+        size = sum(state.bytes_per_row() for state in past.states)
+        first = (speech.first or now) - began
+        return Answer(speech.text, len(ids) - length, length, len(speech.made), first, now - began, size, interrupted)
+
+    def takes_system(self) -> bool:
+        """Whether the chat template has a place for a system message."""
+        asked = {"role": "user", "content": "a"}
+        try:
+            with_one = chat_tokens(self.tokenizer, [{"role": "system", "content": "b"}, asked])
+        except ValueError:
+            return False
+        return with_one != chat_tokens(self.tokenizer, [asked])
+
+    def save(self, path: Path, messages: Sequence[Message]) -> None:
+        """To a file of `hqlt.save_state`: the messages, and the state after them.
+
+        Raises ValueError where nothing has been said, OSError where it cannot be written.
+        """
+        if not messages:
+            raise ValueError("save: expected a conversation, got one without messages")
+        ids = chat_tokens(self.tokenizer, [*messages, {"role": "user", "content": "a"}])
+        length, states = self.store.find(ids)
+        notes = {"messages": [dict(message) for message in messages], "tokens": ids[:length]}
+        save_state(path, states, self.model, notes=json.dumps(notes, ensure_ascii=False))
+
+    def load(self, path: Path) -> list[Message]:
+        """What `save` wrote, of this model; the next answer reads only what is new.
+
+        Raises ValueError for another file, and for another model's.
+        """
+        states = load_state(path, self.model, device=self.model.device)
+        try:
+            notes = json.loads(load_notes(path))
+            messages: list[Message] = [
+                {"role": str(m["role"]), "content": str(m["content"])} for m in notes["messages"]
+            ]
+            tokens = [int(token) for token in notes["tokens"]]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}: expected a conversation, as `hqlt chat` saves it, got a state alone") from error
+        self.store.put(tokens, () if isinstance(states, MemoryState) else states)
+        return messages

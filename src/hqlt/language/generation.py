@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from hqlt.data import Tokenizer
@@ -62,13 +63,15 @@ def go_on(
     top_k: int | None = None,
     greedy: bool = False,
     seed: int | None = None,
-    eos: int | None = None,
+    eos: Sequence[int] = (),
     streamer: BaseStreamer | None = None,
+    ended: Callable[[Tensor], bool] | None = None,
 ) -> tuple[Tensor, Past]:
     """At most `tokens` more tokens in each of `rows` continuations: [rows, t], and what the model has then read.
 
-    seed: the same continuations for the same seed; None: as torch's generator stands. eos: the token that ends a text
-    (a row that ends early is filled with it). The past after it is the first row's.
+    seed: the same continuations for the same seed; None: as torch's generator stands. eos: the tokens that end a text
+    (a row that ends early is filled with the first). ended: shown the new tokens, [rows, t], after each
+    one; whether all rows end there. The past after it is the first row's.
     """
     cache = HQLTCache()
     columns = [past.unread]
@@ -80,8 +83,14 @@ def go_on(
     choice: dict[str, Any] = {"do_sample": False}
     if not greedy:
         choice = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k or 0}
-    if eos is not None:
-        choice["eos_token_id"] = eos
+    if eos:
+        choice["eos_token_id"] = [*eos]
+    if ended is not None:
+
+        def criterion(ids: Tensor, scores: object) -> Tensor:
+            return ids.new_full(ids.shape[:1], ended(ids[:, len(columns) :]), dtype=torch.bool)
+
+        choice["stopping_criteria"] = StoppingCriteriaList([criterion])
     if seed is not None:
         torch.manual_seed(seed)
     untyped: Any = model
@@ -90,7 +99,7 @@ def go_on(
         attention_mask=torch.ones_like(given),
         **{CACHE: cache},
         max_new_tokens=tokens,
-        pad_token_id=eos or 0,
+        pad_token_id=next(iter(eos), 0),
         streamer=streamer,
         return_dict_in_generate=True,
         **choice,
@@ -116,7 +125,7 @@ def load_past(path: str | Path, model: HQLTForCausalLM) -> Past:
 class TextStreamer(BaseStreamer):
     """What `generate` makes, as text: told(row, text) whenever a row has more of it."""
 
-    def __init__(self, tokenizer: Tokenizer, rows: int, eos: int | None, told: Callable[[int, str], object]) -> None:
+    def __init__(self, tokenizer: Tokenizer, rows: int, eos: Sequence[int], told: Callable[[int, str], object]) -> None:
         self.tokenizer = tokenizer
         self.streams: list[TextStream] = []
         self.ended = [False] * rows
@@ -128,7 +137,7 @@ class TextStreamer(BaseStreamer):
             self.streams = [self.tokenizer.stream(after=row[-1:]) for row in value.tolist()]
             return
         for row, token in enumerate(value.tolist()):
-            self.ended[row] |= token == self.eos
+            self.ended[row] |= token in self.eos
             if not self.ended[row]:
                 self.told(row, self.streams[row].add(token))
 

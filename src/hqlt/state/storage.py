@@ -92,11 +92,12 @@ def save_state(
     module: nn.Module,
     *,
     unread: Tensor | None = None,
+    notes: str = "",
 ) -> None:
     """Write a layer's state, or a model's (one state a layer), to one safetensors file.
 
-    unread: tokens that come next and are yet to be read, kept beside the state for `load_unread`. The file appears
-    whole or not at all: it is written beside its place and then moved there.
+    unread: tokens that come next and are yet to be read, kept beside the state for `load_unread`; notes: any text, for
+    `load_notes`. The file appears whole or not at all: it is written beside its place and then moved there.
 
     Raises ValueError where the path is a folder, OSError where it cannot be written.
     """
@@ -115,6 +116,7 @@ def save_state(
         "layers": str(len(states)),
         "maker": type(module).__name__,
         "fingerprint": fingerprint(module),
+        "notes": notes,
     }
     on_cpu = {name: x.detach().to("cpu", copy=True).contiguous() for name, x in tensors.items()}  # none shared
     write_whole(path, save(on_cpu, metadata))
@@ -165,6 +167,12 @@ def load_unread(path: str | Path) -> Tensor | None:
     """The tokens that `save_state` was given beside the state; None if there were none."""
     with _opened(path, "cpu") as file:
         return file.get_tensor("unread") if "unread" in file.keys() else None  # noqa: SIM118
+
+
+def load_notes(path: str | Path) -> str:
+    """The text that `save_state` was given beside the state; empty if there was none."""
+    with _opened(path, "cpu") as file:
+        return str(file.metadata().get("notes", ""))
 
 
 @contextlib.contextmanager

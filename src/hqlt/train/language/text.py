@@ -59,7 +59,7 @@ def sample_of(model: HQLTForCausalLM, files: TokenFiles, name: str) -> dict[str,
 
     tokens = files.read(0, min(PROMPT_TOKENS, len(files)))[0].tolist()
     said: list[str] = []
-    eos = files.tokenizer.eos_id
+    eos = files.tokenizer.eos_ids
     generation.go_on(
         model,
         generation.read(model, tokens),
