@@ -108,7 +108,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         with told_if_not_written(folder):
             folder.mkdir(parents=True, exist_ok=True)
             probe(folder)  # it may be there and read-only
-        with _locked(folder):
+        with locked(folder):
             yield
     finally:
         with contextlib.suppress(OSError):  # not empty
@@ -136,7 +136,8 @@ def new_in(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Keep others out who lock the folder, too, processes and threads, or wait for them (where the system can)."""
     if os.name != "posix":
         yield
         return
@@ -144,7 +145,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         raise ValueError(
             f"{folder}: another process is at work there; wait for it, end it, or give another folder"

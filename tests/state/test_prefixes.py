@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from hqlt.model import HQLTCache, HQLTConfig, HQLTForCausalLM
 from hqlt.state import PrefixStore
-from hqlt.state.prefixes import as_ids
 from tests.laws import close
 from tests.model.conftest import KINDS, SMALL
 
@@ -177,6 +176,6 @@ def test_many_threads(one):
 
 
 def test_keys_name_model_and_dtype():
-    made = [PrefixStore(model)._keys(as_ids([1, 2]), "", {2})[2] for model in (build(), build(seed=1), build().float())]
-    assert len(set(made)) == 3
-    assert made[0] == PrefixStore(build())._keys(as_ids([1, 2]), "", {2})[2]
+    owners = [PrefixStore(model)._owner("") for model in (build(), build(seed=1), build().float())]
+    assert len(set(owners)) == 3
+    assert owners[0] == PrefixStore(build())._owner("")

@@ -31,10 +31,13 @@ class Entry:
     """"narrow": the layer's own; "wide": at least float32, for what adds up; "int64"."""
 
     def zeros(self, b: int, like: Tensor, device: torch.device | str | None) -> Tensor:
-        narrow = like.dtype
-        dtype = {"narrow": narrow, "wide": at_least_float32(narrow), "int64": torch.int64}[self.dtype]
         sizes = [size or 0 for size in self.sizes]
-        return torch.zeros(b, *sizes, dtype=dtype, device=like.device if device is None else device)
+        device = like.device if device is None else device
+        return torch.zeros(b, *sizes, dtype=self.dtype_in(like.dtype), device=device)
+
+    def dtype_in(self, narrow: torch.dtype) -> torch.dtype:
+        """Of this tensor, in a layer of this dtype."""
+        return {"narrow": narrow, "wide": at_least_float32(narrow), "int64": torch.int64}[self.dtype]
 
 
 class Held(NamedTuple):

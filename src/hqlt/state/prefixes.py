@@ -6,6 +6,7 @@ import hashlib
 import threading
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Container, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -14,7 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hqlt.memory import MemoryState
-from hqlt.state.storage import fingerprint, layers_of, states_from, tensors_of, unwrapped
+from hqlt.registry import one_of
+from hqlt.state.folder import PrefixFolder
+from hqlt.state.small import FORMS, pack, unpack
+from hqlt.state.storage import fingerprint, layers_of, unwrapped
 
 if TYPE_CHECKING:
     from hqlt.model import HQLTCache
@@ -46,10 +50,10 @@ class Statistics(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One stored state."""
+    """States in memory."""
 
     length: int
-    salt: str
+    owner: str
     tensors: Mapping[str, Tensor]
 
     @property
@@ -70,22 +74,44 @@ class PrefixStore:
     another salt (another user's) is ever found. To find costs time that grows with the prompt, not with the entries.
 
     model: a language model of hqlt, whose weights stay as they are now. max_bytes: what the states in memory may take;
-    the least recently used go first. Held on the CPU, and given out on the device where each layer is. All methods may
-    be called from several threads at once.
+    the least recently used go first. They are held on the CPU, and given out on the device where each layer is.
+
+    folder: where entries are kept, too, beyond memory and this process: other processes may use the same folder at the
+    same time, for the same model or others (`hqlt.state.folder.PrefixFolder`; what is damaged there is skipped with a
+    warning of the logger `hqlt.state.folder`). max_disk_bytes: what all files in it may take; None: without end.
+
+    form: "bfloat16" or "int8" keeps states rounded (`hqlt.state.pack`), which changes what follows a little; None keeps
+    them exactly. What was stored in one form is not found in another.
+
+    All methods may be called from several threads at once.
+
+    Raises ValueError for a model without layers of hqlt, and OSError for a folder that cannot be written.
     """
 
-    def __init__(self, model: nn.Module, max_bytes: int = 1 << 30) -> None:
-        module = unwrapped(model)
-        self.layers = layers_of(module)
+    def __init__(
+        self,
+        model: nn.Module,
+        max_bytes: int = 1 << 30,
+        folder: str | Path | None = None,
+        max_disk_bytes: int | None = None,
+        form: str | None = None,
+    ) -> None:
+        self.module = unwrapped(model)
+        self.layers = layers_of(self.module)
         if not self.layers:
-            raise ValueError(f"model: expected one with layers of hqlt, got a {type(module).__name__} without")
-        self.max_bytes = max_bytes
-        self.maker = f"{fingerprint(module)} {self.layers[0].like.dtype}"
+            raise ValueError(f"model: expected one with layers of hqlt, got a {type(self.module).__name__} without")
+        if form is not None:
+            one_of("form", form, FORMS)
+        if folder is None and max_disk_bytes is not None:
+            raise ValueError(f"max_disk_bytes: expected together with a folder, got {max_disk_bytes} without")
+        self.max_bytes, self.form = max_bytes, form
+        self.folder = None if folder is None else PrefixFolder(folder, max_disk_bytes)
+        self._maker = f"{fingerprint(self.module)} {self.layers[0].like.dtype} {form}"
         self._lock = threading.Lock()
         self._entries: OrderedDict[bytes, Entry] = OrderedDict()
         """By key, the least recently used first."""
         self._lengths: defaultdict[str, Counter[int]] = defaultdict(Counter)
-        """By salt: how many entries have each length."""
+        """By owner: how many entries in memory have each length."""
         self._bytes = self._hits = self._misses = 0
 
     def put(self, tokens: Tokens, states: Sequence[MemoryState], salt: str = "") -> None:
@@ -96,26 +122,28 @@ class PrefixStore:
         ids = as_ids(tokens)
         if not len(ids):
             return
-        self._check(ids, states)
-        (key,) = self._keys(ids, salt, {len(ids)}).values()
-        entry = Entry(len(ids), salt, {name: on_cpu(x) for name, x in tensors_of(states).items()})
+        self._check(len(ids), states)
+        owner = self._owner(salt)
+        (key,) = keys_of(ids, owner, {len(ids)}).values()
+        entry = Entry(len(ids), owner, {name: on_cpu(x) for name, x in pack(states, self.form).items()})
         with self._lock:
             self._insert(key, entry)
+        if self.folder is not None:
+            self.folder.write(owner, ids, key, entry.tensors)
 
     def find(self, tokens: Tokens, salt: str = "") -> Found:
         """The longest stored prefix of these tokens that leaves at least one of them to read."""
-        keys = self._keys(as_ids(tokens)[:-1], salt, self._lengths.get(salt, ()))
+        ids, owner = as_ids(tokens)[:-1], self._owner(salt)
+        on_disk = frozenset() if self.folder is None else self.folder.lengths(owner)
+        keys = keys_of(ids, owner, self._lengths.get(owner, ()), on_disk)
+        for length, key in reversed(keys.items()):
+            if states := self._held(key) or self._on_disk(ids[:length], owner, key):
+                with self._lock:
+                    self._hits += 1
+                return Found(length, states)
         with self._lock:
-            key = next((key for key in reversed(keys.values()) if key in self._entries), None)
-            if key is None:
-                self._misses += 1
-                return Found(0, ())
-            self._hits += 1
-            self._entries.move_to_end(key)
-            entry = self._entries[key]
-        states = states_from(entry.tensors, self.layers)
-        there = tuple(state.to(layer.like.device) for state, layer in zip(states, self.layers, strict=True))
-        return Found(entry.length, there)
+            self._misses += 1
+        return Found(0, ())
 
     def cache_for(self, tokens: Tokens, salt: str = "") -> HQLTCache:
         """A cache that has read the longest stored prefix, for `model.generate` together with all of these tokens."""
@@ -129,35 +157,53 @@ class PrefixStore:
         with self._lock:
             return Statistics(self._hits, self._misses, len(self._entries), self._bytes)
 
-    def _check(self, ids: NDArray[np.int64], states: Sequence[MemoryState]) -> None:
+    def _owner(self, salt: str) -> str:
+        """Names what may be found together: of one model, dtype, form and salt."""
+        return hashlib.blake2b(f"{self._maker} {salt}".encode(), digest_size=32).hexdigest()
+
+    def _check(self, length: int, states: Sequence[MemoryState]) -> None:
         if len(states) != len(self.layers):
             raise ValueError(f"states: expected one for each of {len(self.layers)} layers, got {len(states)}")
         for layer, state in zip(self.layers, states, strict=True):
             layer.check_state(state, torch.empty(1, device=state.position.device))
-            if state.position.item() != len(ids):
+            if state.position.item() != length:
                 raise ValueError(
-                    f"states: expected to have read the {len(ids)} tokens given, got states that have read "
+                    f"states: expected to have read the {length} tokens given, got states that have read "
                     f"{state.position.item()} since their last reset (`generate` does not read the last token that it "
                     f"makes)"
                 )
 
-    def _keys(self, ids: NDArray[np.int64], salt: str, lengths: Container[int]) -> dict[int, bytes]:
-        """The keys of those prefixes of a text that have one of these lengths, by length, the shortest first."""
-        owner = hashlib.blake2b(f"{self.maker} {salt}".encode()).digest()
-        digest = hashlib.blake2b(key=owner, digest_size=32)
-        keys, before = {}, 0
-        for length in range(1, len(ids) + 1):
-            if length in lengths:
-                digest.update(ids[before:length].tobytes())
-                keys[length], before = digest.copy().digest(), length
-        return keys
+    def _held(self, key: bytes) -> tuple[MemoryState, ...]:
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None:
+                return ()
+            self._entries.move_to_end(key)
+        return self._there(unpack(entry.tensors, self.module))
+
+    def _on_disk(self, ids: NDArray[np.int64], owner: str, key: bytes) -> tuple[MemoryState, ...]:
+        if self.folder is None or (tensors := self.folder.read(owner, ids, key)) is None:
+            return ()
+        try:
+            states = unpack(tensors, self.module)
+            self._check(len(ids), states)
+        except ValueError as error:
+            self.folder.skip(owner, len(ids), key, str(error))
+            return ()
+        with self._lock:
+            self._insert(key, Entry(len(ids), owner, tensors))
+        return self._there(states)
+
+    def _there(self, states: tuple[MemoryState, ...]) -> tuple[MemoryState, ...]:
+        """Each on its layer's device."""
+        return tuple(state.to(layer.like.device) for state, layer in zip(states, self.layers, strict=True))
 
     def _insert(self, key: bytes, entry: Entry) -> None:
         if key in self._entries:
             self._entries.move_to_end(key)
         elif entry.bytes <= self.max_bytes:
             self._entries[key] = entry
-            self._lengths[entry.salt][entry.length] += 1
+            self._lengths[entry.owner][entry.length] += 1
             self._bytes += entry.bytes
             while self._bytes > self.max_bytes:
                 self._drop_oldest()
@@ -165,12 +211,23 @@ class PrefixStore:
     def _drop_oldest(self) -> None:
         _, oldest = self._entries.popitem(last=False)
         self._bytes -= oldest.bytes
-        lengths = self._lengths[oldest.salt]
+        lengths = self._lengths[oldest.owner]
         lengths[oldest.length] -= 1
         if not lengths[oldest.length]:
             del lengths[oldest.length]
         if not lengths:
-            del self._lengths[oldest.salt]
+            del self._lengths[oldest.owner]
+
+
+def keys_of(ids: NDArray[np.int64], owner: str, *lengths: Container[int]) -> dict[int, bytes]:
+    """The keys of those prefixes of a text that have one of these lengths, by length, the shortest first."""
+    digest = hashlib.blake2b(key=bytes.fromhex(owner), digest_size=32)
+    keys, before = {}, 0
+    for length in range(1, len(ids) + 1):
+        if any(length in some for some in lengths):
+            digest.update(ids[before:length].tobytes())
+            keys[length], before = digest.copy().digest(), length
+    return keys
 
 
 def as_ids(tokens: Tokens) -> NDArray[np.int64]:

@@ -1,0 +1,163 @@
+"""Stored prefixes in a folder: a safetensors file each, found by its name, believed after a look at its contents."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from hqlt.disk import UNFINISHED, check_writable, locked, write_whole
+from hqlt.errors import reason
+
+FORMAT = "hqlt-prefix-1"
+ENDING = ".safetensors"
+TOKENS = "tokens"
+
+log = logging.getLogger(__name__)
+
+
+class PrefixFolder:
+    """Files FOLDER/OWNER/LENGTH-KEY.safetensors: the tensors of a state, and the tokens that it has read.
+
+    Each file appears whole or not at all, and never changes. Writers take turns, whether threads or processes; what a
+    killed one left unfinished is removed by the next. Readers wait for nobody. What is damaged or foreign is skipped,
+    with one warning of the logger `hqlt.state.folder` a file, and so is what cannot be written.
+
+    max_bytes: what the files may take in all; the least recently used are removed before a new one is written. Nothing
+    but files of these names is ever removed. Only the folder's owner may read what is made there: it holds the texts.
+    """
+
+    def __init__(self, path: str | Path, max_bytes: int | None = None) -> None:
+        self.path = Path(path)
+        self.max_bytes = max_bytes
+        check_writable(self.path, folder=True)
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._listed: dict[str, tuple[int, frozenset[str], frozenset[int]]] = {}
+        """By owner: when the folder had changed, its files and their lengths."""
+        self._skipped: set[Path] = set()
+
+    def lengths(self, owner: str) -> frozenset[int]:
+        """How long an owner's stored prefixes are; the folder is listed again where it has changed."""
+        return self._list(owner)[2]
+
+    def read(self, owner: str, ids: NDArray[np.int64], key: bytes) -> dict[str, Tensor] | None:
+        """The tensors that were stored for these tokens; None where there are none, or none that can be believed."""
+        path = self._place(owner, len(ids), key)
+        if path.name not in self._list(owner)[1] or path in self._skipped:
+            return None
+        try:
+            tensors = _checked(path, owner, ids)
+            os.utime(path)  # used now
+        except FileNotFoundError:  # another process has removed it
+            return None
+        except (OSError, ValueError) as error:
+            self.skip(owner, len(ids), key, reason(error))
+            return None
+        return tensors
+
+    def skip(self, owner: str, length: int, key: bytes, why: str) -> None:
+        """Report a file that cannot be believed, and leave it alone until it is written anew."""
+        self._skip(self._place(owner, length, key), why)
+
+    def _skip(self, path: Path, why: str) -> None:
+        self._skipped.add(path)
+        log.warning("%s is skipped: %s", path, why)
+
+    def write(self, owner: str, ids: NDArray[np.int64], key: bytes, tensors: Mapping[str, Tensor]) -> None:
+        """Keep these tensors, which are on the CPU, for these tokens."""
+        path = self._place(owner, len(ids), key)
+        try:
+            if path.exists() and path not in self._skipped:
+                os.utime(path)
+                return
+            told = {"format": FORMAT, "owner": owner, "checksum": _checksum(tensors)}
+            data = save({TOKENS: torch.from_numpy(ids)} | {name: x.clone() for name, x in tensors.items()}, told)
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            with locked(self.path, wait=True):
+                for killed in path.parent.glob(f"*{UNFINISHED}"):
+                    killed.unlink()
+                if self._make_room(len(data)):
+                    write_whole(path, data)
+                    self._skipped.discard(path)
+        except OSError as error:
+            log.warning("%s is not written: %s", path, reason(error))
+
+    def _place(self, owner: str, length: int, key: bytes) -> Path:
+        return self.path / owner / f"{length}-{key.hex()}{ENDING}"
+
+    def _list(self, owner: str) -> tuple[int, frozenset[str], frozenset[int]]:
+        place = self.path / owner
+        try:
+            changed = place.stat().st_mtime_ns
+            if self._listed.get(owner, (None,))[0] != changed:
+                names = frozenset(name for name in os.listdir(place) if _is_ours(name))
+                self._listed[owner] = changed, names, frozenset(int(name.partition("-")[0]) for name in names)
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError) and place not in self._skipped:
+                self._skip(place, reason(error))
+            return 0, frozenset(), frozenset()
+        return self._listed[owner]
+
+    def _make_room(self, new: int) -> bool:
+        """Remove the least recently used files until the new bytes fit; False where they never will."""
+        if self.max_bytes is None:
+            return True
+        if new > self.max_bytes:
+            return False
+        files = sorted(self._files(), key=lambda file: file[1].st_mtime_ns)
+        total = sum(stat.st_size for _, stat in files)
+        for path, stat in files:
+            if total + new <= self.max_bytes:
+                break
+            path.unlink(missing_ok=True)
+            total -= stat.st_size
+        return True
+
+    def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
+        for path in self.path.glob(f"*/*{ENDING}"):
+            with contextlib.suppress(FileNotFoundError):
+                if _is_ours(path.name) and path.is_file():
+                    yield path, path.stat()
+
+
+def _is_ours(name: str) -> bool:
+    length, _, key = name.removesuffix(ENDING).partition("-")
+    return name.endswith(ENDING) and length.isdecimal() and len(key) == 64 and not set(key) - set("0123456789abcdef")
+
+
+def _checked(path: Path, owner: str, ids: NDArray[np.int64]) -> dict[str, Tensor]:
+    """What a file holds. Raises ValueError where it is not what its name says."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            told = file.metadata() or {}
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"expected a safetensors file, got {error}") from error
+    if told.get("format") != FORMAT:
+        raise ValueError(f"expected format {FORMAT!r}, got {told.get('format')!r}")
+    if told.get("owner") != owner:
+        raise ValueError("expected an entry of the model and the salt that its folder is of, got another's")
+    tokens = tensors.pop(TOKENS, torch.empty(0))
+    if tokens.dtype != torch.int64 or not torch.equal(tokens, torch.from_numpy(ids)):
+        raise ValueError("expected the tokens that its name is the digest of, got others")
+    if told.get("checksum") != _checksum(tensors):
+        raise ValueError("expected the numbers that were written, got others")
+    return tensors
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, x in sorted(tensors.items()):
+        digest.update(f"{name} {x.dtype} {list(x.shape)} ".encode())
+        digest.update(x.flatten().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

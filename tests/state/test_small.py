@@ -1,0 +1,90 @@
+"""Rounded states: how many bytes, how far from the exact ones, and what stays exact."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hqlt.state import PrefixStore, pack, unpack
+from hqlt.state.storage import tensors_of
+from tests.layers import EVERY_STATE, build_layer, tokens
+from tests.state.test_prefixes import build, put, read
+
+STEPS = {"bfloat16": 2**-8, "int8": 1 / 127}
+"""The largest error, of each number's own size and of its row's largest: half a step, and a scale's own rounding."""
+
+
+def state_of(choice, dtype=torch.float32):
+    layer = build_layer(choice, dtype=dtype)
+    return layer, layer(tokens(2, 9, dtype=dtype))[1]
+
+
+@pytest.mark.parametrize("choice", EVERY_STATE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_round_trip(choice, dtype):
+    layer, state = state_of(choice, dtype)
+    exact = unpack(pack([state]), layer)[0]
+    assert all(map(torch.equal, exact.leaves(), state.leaves()))
+    for form, step in STEPS.items():
+        packed = pack([state], form)
+        (near,) = unpack(packed, layer)
+        for (name, mine), theirs in zip(near.named_leaves().items(), state.leaves(), strict=True):
+            assert (mine.dtype, mine.shape) == (theirs.dtype, theirs.shape), name
+            if packed[f"0.{name}"].dtype == theirs.dtype and form != "bfloat16":
+                assert torch.equal(mine, theirs), name
+            elif theirs.numel():
+                size = theirs.abs().amax() if form == "int8" else theirs.abs()
+                error = (mine.double() - theirs.double()).abs()
+                assert (error <= step * size.double()).all(), name
+
+
+def test_only_what_is_large_is_rounded():
+    _, state = state_of("delayed-chunk-vector-delta-options")
+    kept = {form: pack([state], form) for form in (None, *STEPS)}
+    assert {name for name, x in kept["bfloat16"].items() if x.dtype == torch.bfloat16} == {
+        "0.kv.keys", "0.kv.values", "0.fw.matrix", "0.convolution",
+    }  # fmt: skip
+    assert {name for name, x in kept["int8"].items() if x.dtype == torch.int8} == {
+        "0.kv.keys", "0.kv.values", "0.fw.matrix",
+    }  # fmt: skip
+    assert kept[None].keys() == kept["bfloat16"].keys() == tensors_of([state]).keys()
+
+
+def test_bytes():
+    """Of a head of usual width: a half, and a quarter."""
+    layer = build_layer("synchronous-vector-delta-plain", dtype=torch.float32, hidden_size=128, window=16)
+    _, state = layer(torch.randn(1, 20, 128))
+    exact, half, quarter = (sum(x.nbytes for x in pack([state], form).values()) for form in (None, *STEPS))
+    assert half == pytest.approx(exact / 2, rel=0.001)
+    assert quarter == pytest.approx(exact / 4, rel=0.04)
+
+
+def test_an_empty_state_stays_empty():
+    layer = build_layer("synchronous-vector-delta-plain")
+    for form in STEPS:
+        (near,) = unpack(pack([layer.init_state(1)], form), layer)
+        assert not any(x.any() for x in near.leaves())
+
+
+def test_tensors_of_another_module_are_refused():
+    layer, state = state_of("synchronous-vector-delta-plain")
+    tensors = pack([state], "int8")
+    del tensors["0.kv.keys"]
+    with pytest.raises(ValueError, match=r"expected the tensors of this module's states, got none named 0\.kv\.keys"):
+        unpack(tensors, layer)
+    assert unpack({}, layer) == ()
+
+
+@pytest.mark.parametrize("form", STEPS)
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_store_of_rounded_states(form, on_disk, tmp_path):
+    model, text = build("synchronous").float(), [1, 2, 3, 4, 5, 6]
+    exact, small = (PrefixStore(model, form=one, folder=tmp_path / "f" if on_disk else None) for one in (None, form))
+    for store in (exact, small):
+        put(store, model, text[:4])
+    assert small.statistics.bytes < 0.6 * exact.statistics.bytes
+    store = PrefixStore(model, form=form, folder=tmp_path / "f") if on_disk else small
+    cache = store.cache_for(text)
+    assert cache.seen_tokens == 4
+    error = (read(model, text, cache)[0] - read(model, text)[0][4:]).abs().max()
+    assert 0 < error < 0.2
