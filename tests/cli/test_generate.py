@@ -40,6 +40,19 @@ def test_a_document_read_once(folder, tmp_path, capsys):
     assert said(capsys, folder, "--load-state", state, "--prompt=and?", "--tokens=20", "--seed=4") != anew
 
 
+def test_a_store(folder, tmp_path, capsys):
+    """Read by one command, reused by the next, also for another prompt that begins alike; the text is the same."""
+    document, store = tmp_path / "document.txt", ("--store", tmp_path / "store")
+    document.write_text("a document, longer than the window\n" * 50)
+    for prompt, reused in (("", 0), ("and?", 1749), ("and then?", 1753), ("and then?", 1758)):
+        options = ("--prompt-file", document, f"--prompt={prompt}", "--greedy", "--tokens=9")
+        main(["generate", str(folder), *map(str, (*options, *store))])
+        told = capsys.readouterr()
+        assert f"{reused} of the prompt's {1750 + len(prompt)} tokens were reused from" in told.err
+        assert told.out == said(capsys, folder, *options)
+    assert said(capsys, folder, "--prompt=a text", "--tokens=0", *store) == ""
+
+
 def test_rows_and_their_ends(folder, capsys):
     out = said(capsys, folder, "--prompt=abc", "--tokens=9", "--batch=3", "--greedy")
     rows = out.split("--- ")[1:]
@@ -142,6 +155,11 @@ def test_ctrl_c_keeps_the_prompt(folder, tmp_path, capsys, monkeypatch):
         (["FOLDER", "--prompt=a", "--temperature=.nan"], "temperature ≥ 0"),
         (["FOLDER", "--prompt=a", "--temperature=.inf"], "temperature ≥ 0"),
         (["FOLDER", "--prompt=a", "--tokens=0"], "tokens: expected at least 1, or --save-state"),
+        (
+            ["FOLDER", "--prompt=a", "--store=FOLDER", "--load-state=FOLDER/model/config.json"],
+            "store: expected without",
+        ),
+        (["FOLDER", "--prompt=a", "--store=FOLDER/model/config.json"], "expected a folder, found a file"),
         (["FOLDER", "--prompt=a", "--tokens=-1"], "tokens ≥ 0"),
         (["FOLDER", "--prompt=a", "--seed=-1"], "seed: expected from 0 to"),
         (["FOLDER", "--prompt=a", "--save-state=/proc/sys/s"], "/proc/sys: No such file"),

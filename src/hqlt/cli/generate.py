@@ -17,7 +17,7 @@ from rich.text import Text
 
 from hqlt.cli.keeping import Keeping
 from hqlt.cli.progress import progress
-from hqlt.disk import probe
+from hqlt.disk import check_writable, probe
 from hqlt.errors import reason
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def generate(
     greedy: bool = False,
     save_state: Path | None = None,
     load_state: Path | None = None,
+    store: Path | None = None,
     device: str | None = None,
     **keeping: Any,
 ) -> None:
@@ -50,7 +51,7 @@ def generate(
     A long document is read once, piece by piece: `--prompt-file BOOK --tokens 0 --save-state F` keeps what the memories
     hold of it in a file (small whatever the document's length, but for full attention), and
     `--load-state F --prompt QUESTION` continues from there at once, as often as wanted and on any machine that has the
-    same model.
+    same model. `--store FOLDER` does so by itself: of a prompt that begins like an earlier one, only the rest is read.
 
     Args:
         model: a model's folder, or the run that trained it.
@@ -66,6 +67,8 @@ def generate(
         greedy: always the likeliest token.
         save_state: keep what was read (the prompt, then the new text) in this file.
         load_state: continue from what was kept in this file.
+        store: keep the state after the prompt in this folder, and continue from the longest beginning of the prompt
+            that is in it. Many commands and models may share it; what is in it may be deleted at any time.
         device: where the model runs, such as cpu; cuda where there is one by default.
     """
     check(**locals())
@@ -81,9 +84,7 @@ def generate(
     tokenizer = tokenizer_of(model, retention.config_of(model).vocab_size)
     ids = ids_of(text, tokenizer, begins=load_state is None)
     language_model = retention.load(model, device_there, notes)
-    past = generation.load_past(load_state, language_model) if load_state else None
-    with progress("reading", len(ids), least=generation.PIECE) as told:
-        past = generation.read(language_model, ids, past, told)
+    past = read(language_model, ids, load_state, store, notes)
     greedy |= temperature == 0
     choice: Any = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "greedy": greedy, "seed": seed}
     console = Console(soft_wrap=batch == 1)
@@ -104,6 +105,21 @@ def generate(
             keep(save_state, past, language_model, notes)
 
 
+def read(model: HQLTForCausalLM, ids: list[int], load_state: Path | None, store: Path | None, notes: Console) -> Past:
+    """The prompt after what was kept in a file, or but for its beginning in a store."""
+    from hqlt.language import generation
+    from hqlt.state import PrefixStore
+
+    past = generation.load_past(load_state, model) if load_state else None
+    prefixes = PrefixStore(model, folder=store) if store else None
+    with progress("reading", len(ids), least=generation.PIECE) as told:
+        if prefixes is None:
+            return generation.read(model, ids, past, told)
+        past, stored = generation.read_from(prefixes, model, ids, told)
+    notes.print(f"{stored} of the prompt's {len(ids)} tokens were reused from {store}", style="dim", soft_wrap=True)
+    return past
+
+
 def ids_of(text: str, tokenizer: Tokenizer, begins: bool) -> list[int]:
     """A prompt's tokens. begins: whether it is a text's beginning, which has the tokenizer's special tokens."""
     ids = tokenizer.encode_prompt(text, add_special_tokens=False)
@@ -120,13 +136,19 @@ def check(
     batch: int,
     save_state: Path | None,
     load_state: Path | None,
+    store: Path | None,
     **_: object,
 ) -> None:
     """Raises ValueError or OSError for what would only fail after other work is done."""
     for name, value, holds, expected in (
         ("batch", batch, batch >= 1, "batch ≥ 1"),
         ("tokens", tokens, tokens >= 0, "tokens ≥ 0"),
-        ("tokens", tokens, tokens or save_state, "at least 1, or --save-state to keep what is read"),
+        (
+            "tokens",
+            tokens,
+            tokens or save_state or store,
+            "at least 1, or --save-state or --store to keep what is read",
+        ),
         ("temperature", temperature, 0 <= temperature < float("inf"), "temperature ≥ 0"),
         ("top-p", top_p, 0 < top_p <= 1, "0 < top-p ≤ 1"),
         ("top-k", top_k, top_k is None or top_k >= 1, "top-k ≥ 1"),
@@ -136,6 +158,10 @@ def check(
             raise ValueError(f"{name}: expected {expected}, got {value}")
     if load_state is not None and not load_state.is_file():
         raise FileNotFoundError(f"load-state: expected a file that --save-state wrote, found none at {load_state}")
+    if load_state is not None and store is not None:
+        raise ValueError("store: expected without --load-state, because a prompt after a state is no text's beginning")
+    if store is not None:
+        check_writable(store, folder=True)
     if save_state is None:
         return
     if batch > 1 and tokens > 0:

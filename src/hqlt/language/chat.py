@@ -212,10 +212,7 @@ class Chat:
         """
         began = time.perf_counter()
         ids = chat_tokens(self.tokenizer, messages)
-        length, states = self.store.find(ids)
-        past = generation.Past(states, ids[length]) if length else None
-        past = generation.read(self.model, ids[length + bool(length) :], past, read_told)
-        self.store.put(ids[:-1], past.states)
+        past, length = generation.read_from(self.store, self.model, ids, read_told)
         speech = Speech(self.tokenizer.stream(after=ids[-1:]), self.eos, self.ends, told)
         interrupted = False
         try:

@@ -16,7 +16,7 @@ from hqlt.data.tokenizer import TextStream
 from hqlt.memory import MemoryState
 from hqlt.model import HQLTCache, HQLTForCausalLM
 from hqlt.model.cache import CACHE
-from hqlt.state import load_state, load_unread, save_state
+from hqlt.state import PrefixStore, load_state, load_unread, save_state
 
 PIECE = 1024
 """Tokens that are read at once: what reading holds beside the memories does not grow with the text."""
@@ -50,6 +50,22 @@ def read(
             if told is not None:
                 told(len(piece))
     return Past(cache.states, last)
+
+
+def read_from(
+    store: PrefixStore, model: HQLTForCausalLM, tokens: Sequence[int], told: Callable[[int], None] | None = None
+) -> tuple[Past, int]:
+    """Read a text but for its longest stored prefix, whose length comes back too, and store the state after it.
+
+    told, and what is raised: as in `read`.
+    """
+    length, states = store.find(tokens)
+    past = Past(states, tokens[length]) if length else None
+    if told is not None:
+        told(length)
+    past = read(model, tokens[length + bool(length) :], past, told)
+    store.put(tokens[:-1], past.states)
+    return past, length
 
 
 def go_on(
