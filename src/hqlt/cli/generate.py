@@ -71,7 +71,8 @@ def generate(
             that is in it. Many commands and models may share it; what is in it may be deleted at any time.
         device: where the model runs, such as cpu; cuda where there is one by default.
     """
-    check(**locals())
+    choice: Any = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "greedy": greedy, "seed": seed}
+    check(tokens, batch, save_state, load_state, store, choice)
     from hqlt.data.text import read_text
     from hqlt.device import usable_device
     from hqlt.language import generation
@@ -85,8 +86,6 @@ def generate(
     ids = ids_of(text, tokenizer, begins=load_state is None)
     language_model = retention.load(model, device_there, notes)
     past = read(language_model, ids, load_state, store, notes)
-    greedy |= temperature == 0
-    choice: Any = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "greedy": greedy, "seed": seed}
     console = Console(soft_wrap=batch == 1)
     began = time.monotonic()
     try:
@@ -127,35 +126,34 @@ def ids_of(text: str, tokenizer: Tokenizer, begins: bool) -> list[int]:
     return [*prefix, *ids] if begins and ids[: len(prefix)] != prefix else ids
 
 
+def check_choice(*, temperature: float, top_p: float, top_k: int | None, seed: int | None, **_: Any) -> None:
+    """Raises ValueError for options that `hqlt.language.generation.go_on` cannot follow."""
+    expect("temperature", temperature, 0 <= temperature < float("inf"), "temperature ≥ 0")
+    expect("top-p", top_p, 0 < top_p <= 1, "0 < top-p ≤ 1")
+    expect("top-k", top_k, top_k is None or top_k >= 1, "top-k ≥ 1")
+    expect("seed", seed, seed is None or 0 <= seed < 2**63, f"from 0 to {2**63 - 1}")
+
+
+def expect(name: str, value: object, holds: object, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}: expected {expected}, got {value}")
+
+
 def check(
     tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int | None,
-    seed: int | None,
     batch: int,
     save_state: Path | None,
     load_state: Path | None,
     store: Path | None,
-    **_: object,
+    choice: dict[str, Any],
 ) -> None:
     """Raises ValueError or OSError for what would only fail after other work is done."""
-    for name, value, holds, expected in (
-        ("batch", batch, batch >= 1, "batch ≥ 1"),
-        ("tokens", tokens, tokens >= 0, "tokens ≥ 0"),
-        (
-            "tokens",
-            tokens,
-            tokens or save_state or store,
-            "at least 1, or --save-state or --store to keep what is read",
-        ),
-        ("temperature", temperature, 0 <= temperature < float("inf"), "temperature ≥ 0"),
-        ("top-p", top_p, 0 < top_p <= 1, "0 < top-p ≤ 1"),
-        ("top-k", top_k, top_k is None or top_k >= 1, "top-k ≥ 1"),
-        ("seed", seed, seed is None or 0 <= seed < 2**63, f"from 0 to {2**63 - 1}"),
-    ):
-        if not holds:
-            raise ValueError(f"{name}: expected {expected}, got {value}")
+    check_choice(**choice)
+    expect("batch", batch, batch >= 1, "batch ≥ 1")
+    expect("tokens", tokens, tokens >= 0, "tokens ≥ 0")
+    expect(
+        "tokens", tokens, tokens or save_state or store, "at least 1, or --save-state or --store to keep what is read"
+    )
     if load_state is not None and not load_state.is_file():
         raise FileNotFoundError(f"load-state: expected a file that --save-state wrote, found none at {load_state}")
     if load_state is not None and store is not None:

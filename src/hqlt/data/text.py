@@ -90,3 +90,8 @@ def beginning_of(file: Path, size: int) -> tuple[str, bool]:
         with contextlib.suppress(UnicodeDecodeError):
             return without_mark(data + more[:end], file).decode(), end == len(more) < 4
     return decoded(without_mark(data + more, file), file), False
+
+
+def printable(text: str) -> str:
+    """The same text, with U+FFFD for what would control a terminal."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)

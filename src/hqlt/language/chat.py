@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -168,9 +169,10 @@ class Answer(NamedTuple):
     def __str__(self) -> str:
         rate = (self.made - 1) / max(self.seconds - self.first, 1e-9)
         speed = f" at {rate:,.0f} per second" if self.made > 1 else ""
+        size = f"{self.state_bytes / 1e6:,.1f} MB" if self.state_bytes >= 1e6 else f"{self.state_bytes / 1e3:.1f} kB"
         return (
             f"first token after {self.first:.2f} s · {self.read:,} tokens read, {self.reused:,} reused · "
-            f"{self.made:,} made{speed} · state {self.state_bytes / 1e6:,.2f} MB"
+            f"{self.made:,} made{speed} · state {size}"
         )
 
 
@@ -200,19 +202,21 @@ class Chat:
         told: Callable[[str], object],
         *,
         tokens: int = 512,
-        read_told: Callable[[int], None] | None = None,
+        reading: Callable[[int], AbstractContextManager[Any]] = lambda tokens: nullcontext(),
         **choice: Any,
     ) -> Answer:
         """The answer to the last message, at most so many tokens of it; told(text): as it comes.
 
-        read_told, choice: as `hqlt.language.generation` has them in `read` and `go_on`. Ctrl-C ends an answer that has
+        reading: given the number of tokens to read, a context for it, which gives what is called with the number of
+        tokens read after each chunk. choice: as `hqlt.language.generation.go_on` has it. Ctrl-C ends an answer that has
         begun; before that it is a KeyboardInterrupt.
 
         Raises ValueError for messages that the template refuses.
         """
         began = time.perf_counter()
         ids = chat_tokens(self.tokenizer, messages)
-        past, length = generation.read_from(self.store, self.model, ids, read_told)
+        with reading(len(ids)) as read_told:
+            past, length = generation.read_from(self.store, self.model, ids, read_told)
         speech = Speech(self.tokenizer.stream(after=ids[-1:]), self.eos, self.ends, told)
         interrupted = False
         try:

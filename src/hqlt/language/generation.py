@@ -85,9 +85,9 @@ def go_on(
 ) -> tuple[Tensor, Past]:
     """At most `tokens` more tokens in each of `rows` continuations: [rows, t], and what the model has then read.
 
-    seed: the same continuations for the same seed; None: as torch's generator stands. eos: the tokens that end a text
-    (a row that ends early is filled with the first). ended: shown the new tokens, [rows, t], after each
-    one; whether all rows end there. The past after it is the first row's.
+    greedy, or temperature 0: always the likeliest token. seed: the same continuations for the same seed; None: as
+    torch's generator stands. eos: the tokens that end a text (a row that ends early is filled with the first). ended:
+    shown the new tokens, [rows, t], after each one; whether all rows end there. The past after it is the first row's.
     """
     cache = HQLTCache()
     columns = [past.unread]
@@ -97,7 +97,7 @@ def go_on(
         columns = [past.unread, past.unread]
     given = torch.tensor([columns] * rows, device=model.device)
     choice: dict[str, Any] = {"do_sample": False}
-    if not greedy:
+    if not greedy and temperature > 0:
         choice = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k or 0}
     if eos:
         choice["eos_token_id"] = [*eos]

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from hqlt.data import TokenFiles
+from hqlt.data.text import printable
 from hqlt.train.language import TrainSettings
 from hqlt.train.language.run import run
-from hqlt.train.language.text import cut, prepare_file, printable
+from hqlt.train.language.text import cut, prepare_file
 
 SMALL = {"hidden_size": 16, "num_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16, "window": 4}
 TEXT = "".join(f"{n} squared is {n * n}\n" for n in range(300))

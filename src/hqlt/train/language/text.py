@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hqlt.data import TokenFiles, parts_of, prepare
 from hqlt.data.local import TextFiles
+from hqlt.data.text import printable
 from hqlt.disk import write_whole
 
 if TYPE_CHECKING:
@@ -76,8 +77,3 @@ def sample_of(model: HQLTForCausalLM, files: TokenFiles, name: str) -> dict[str,
         "prompt": printable(files.tokenizer.decode(tokens)),
         "text": printable("".join(said)),
     }
-
-
-def printable(text: str) -> str:
-    """The same text, with U+FFFD for what would control a terminal."""
-    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
