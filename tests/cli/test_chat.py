@@ -80,6 +80,16 @@ def test_saved_and_loaded(folder, said, tmp_path):
     assert "expected format" in err and weights.read_bytes() == before
 
 
+def test_a_store_of_states(folder, said, tmp_path):
+    options = (*OPTIONS, f"--store={tmp_path / 'store'}")
+    out, _ = said(folder, "One?", "Two?", options=options)
+    again, err = said(folder, "One?", "Two?", options=options)
+    assert again == out and [read for read, _ in counts(err)] == [1, 1]
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="file: expected a folder, found a file"):
+        said(folder, options=[f"--store={tmp_path / 'file'}"])
+
+
 def test_a_system_message(folder, said, tmp_path):
     plain, err = said(folder, "/system Be brief.", "One?", "/system", "/retry")
     assert "the next answer reads the whole conversation again" in err

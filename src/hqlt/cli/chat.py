@@ -14,6 +14,7 @@ from rich.console import Console
 from hqlt.cli.generate import check_choice, expect
 from hqlt.cli.keeping import Keeping
 from hqlt.cli.progress import progress
+from hqlt.disk import check_writable
 from hqlt.errors import explanation
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def chat(
     top_k: int | None = None,
     seed: int | None = None,
     greedy: bool = False,
+    store: Path | None = None,
     device: str | None = None,
     **keeping: Any,
 ) -> None:
@@ -60,19 +62,25 @@ def chat(
         top_k: choose among this many of the likeliest tokens.
         seed: the same seed and questions make the same answers; another one at each start by default.
         greedy: always the likeliest token.
+        store: keep the states of conversations in this folder, too, so that what begins like one is not read again at
+            another start. Many commands and models may share it; what is in it may be deleted at any time.
         device: where the model runs, such as cpu; cuda where there is one by default.
     """
     choice: Any = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "greedy": greedy}
     check_choice(seed=seed, **choice)
     expect("tokens", tokens, tokens >= 1, "tokens ≥ 1")
+    if store is not None:
+        check_writable(store, folder=True)
     from hqlt.device import usable_device
     from hqlt.language.chat import Chat, is_plain
     from hqlt.language.folder import tokenizer_of
+    from hqlt.state import PrefixStore
 
     notes = Console(stderr=True, soft_wrap=True, highlight=False)
     device_there, retention = usable_device(device), Keeping(**keeping)
     tokenizer = tokenizer_of(model, retention.config_of(model).vocab_size)
-    talk = Chat(retention.load(model, device_there, notes), tokenizer)
+    language_model = retention.load(model, device_there, notes)
+    talk = Chat(language_model, tokenizer, PrefixStore(language_model, folder=store))
     session = Session(talk, notes, {"tokens": tokens, **choice})
     if is_plain(tokenizer):
         notes.print(
