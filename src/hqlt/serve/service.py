@@ -1,0 +1,113 @@
+"""One model behind one engine: from what is asked, to tokens, to an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from hqlt.data import Tokenizer
+from hqlt.language.chat import PLAIN_ENDS, chat_tokens, is_plain
+from hqlt.serve.answer import Answer, Outbox
+from hqlt.serve.engine import Engine
+from hqlt.serve.errors import Refused
+from hqlt.serve.request import Request
+from hqlt.serve.schema import Asked, ChatAsked, CompletionAsked
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one request may ask for."""
+
+    body: int = 16 << 20
+    """Bytes (413)."""
+    prompt: int = 1 << 20
+    """Tokens of a prompt (400)."""
+    tokens: int = 16_384
+    """Tokens of a continuation (400), and how many a chat answer has at most where the request does not say."""
+    seconds: float = 600.0
+    """From a request to the end of its answer (408)."""
+
+
+class Service:
+    """What the HTTP routes call. Made and used in the event loop."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, name: str, limits: Limits) -> None:
+        self.engine, self.tokenizer, self.name, self.limits = engine, tokenizer, name, limits
+        self.created = int(time.time())
+        self.outbox = Outbox()
+        self._encoder = ThreadPoolExecutor(1, "hqlt-encode")  # one at a time: tokenizers have a state while they encode
+        config: Any = engine.model.generation_config
+        ends = config.eos_token_id
+        self._ends = {tokenizer.eos_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        self._chat_ends = PLAIN_ENDS if is_plain(tokenizer) else ()
+
+    def close(self) -> None:
+        """End what runs, and store what it has read."""
+        self.engine.close()
+        self._encoder.shutdown()
+
+    async def complete(self, asked: CompletionAsked, salt: str) -> tuple[Request, Answer]:
+        """Submits it. Raises Refused for what it must not or cannot be, and what `Engine.submit` raises."""
+        prompt = asked.prompt[0] if isinstance(asked.prompt[0], str) else asked.prompt
+        vocabulary = self.engine.model.config.vocab_size
+        if isinstance(prompt, str):
+            tokens = await self._encoded(lambda: self.tokenizer.encode_prompt(prompt))
+        elif all(0 <= token < vocabulary for token in prompt):
+            tokens = list(prompt)  # type: ignore[arg-type]
+        else:
+            raise Refused(400, f"prompt: expected tokens from 0 to {vocabulary - 1}", "prompt", "invalid_value")
+        return self._submit(asked, tokens, "prompt", asked.stops, asked.max_tokens or 16, (), salt)
+
+    async def chat(self, asked: ChatAsked, salt: str) -> tuple[Request, Answer]:
+        """As `complete`, for a conversation."""
+        messages = [message.plain() for message in asked.messages]
+        try:
+            tokens, mark = await self._encoded(lambda: (chat_tokens(self.tokenizer, messages), self._system(messages)))
+        except ValueError as error:
+            raise Refused(400, str(error), "messages", "invalid_value") from error
+        most = asked.max_completion_tokens or asked.max_tokens or self.limits.tokens
+        marks = [common(tokens, mark)] if mark else []
+        return self._submit(asked, tokens, "messages", [*asked.stops, *self._chat_ends], most, marks, salt)
+
+    def _system(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """The tokens of a system message, which other conversations may share."""
+        if messages[0]["role"] != "system" or len(messages) == 1:
+            return []
+        try:
+            return chat_tokens(self.tokenizer, messages[:1], add_generation_prompt=False)
+        except ValueError:  # a template may ask for a user's message, too
+            return []
+
+    async def _encoded(self, encode: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._encoder, encode)
+
+    def _submit(
+        self, asked: Asked, tokens: list[int], param: str, stops: Sequence[str], most: int, marks: Sequence[int], salt: str
+    ) -> tuple[Request, Answer]:
+        limits = self.limits
+        self._check(param, len(tokens), 1, limits.prompt, "tokens of a prompt")
+        self._check("max_tokens", most, 1, limits.tokens, "tokens of an answer")
+        self._check("n", asked.n, 1, self.engine.rows, "continuations")
+        answer = Answer(self.outbox, self.tokenizer, tokens, stops, asked.n)
+        request = Request(
+            tokens=tokens, listener=answer, max_tokens=most, n=asked.n, temperature=asked.temperature,
+            top_p=asked.top_p, seed=asked.seed, ends=self._ends, logprobs=asked.top, salt=salt, marks=marks,
+            deadline=time.monotonic() + limits.seconds,
+        )  # fmt: skip
+        self.engine.submit(request)
+        return request, answer
+
+    @staticmethod
+    def _check(param: str, value: int, least: int, most: int, what: str) -> None:
+        if not least <= value <= most:
+            message = f"{param}: expected {least} to {most:,} {what}, got {value:,}"
+            raise Refused(400, message, param, "limit_exceeded")
+
+
+def common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
