@@ -16,6 +16,7 @@ EXTRAS = {
     **dict.fromkeys(("matplotlib", "jinja2"), "report"),
     **dict.fromkeys(("lm_eval",), "eval"),
     **dict.fromkeys(("gymnasium",), "rl"),
+    **dict.fromkeys(("fastapi", "uvicorn", "prometheus_client"), "serve"),
     **dict.fromkeys(("popgym",), "popgym"),
     **dict.fromkeys(("minigrid",), "minigrid"),
 }

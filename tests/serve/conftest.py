@@ -8,9 +8,12 @@ from contextlib import contextmanager
 
 import pytest
 
+from hqlt.data import Tokenizer, load_tokenizer
 from hqlt.model import HQLTForCausalLM
+from hqlt.serve.app import create_app
 from hqlt.serve.engine import Engine
 from hqlt.serve.request import Request
+from hqlt.serve.server import Server, bound
 from hqlt.state import PrefixStore
 from tests.language.conftest import KINDS, build
 
@@ -78,3 +81,25 @@ def model(request: pytest.FixtureRequest) -> HQLTForCausalLM:
 @pytest.fixture
 def small() -> HQLTForCausalLM:
     return build()
+
+
+@contextmanager
+def served(
+    model: HQLTForCausalLM, tokenizer: Tokenizer | None = None, store: PrefixStore | None = None, rows: int = 32,
+    queue: int = 256, **options,
+) -> Iterator[str]:  # fmt: skip
+    """A server in a thread → its URL. options: as `create_app` takes them."""
+    engine = Engine(model, store or PrefixStore(model), rows=rows, queue=queue)
+    app = create_app(engine, tokenizer or load_tokenizer("bytes"), "small", **options)
+    listening, ready = bound("127.0.0.1", 0), threading.Event()
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    server = Server(app, listening, 5, ready.set)
+    thread = threading.Thread(target=server.serve_here)
+    thread.start()
+    try:
+        assert ready.wait(60)
+        yield url
+    finally:
+        server.should_exit = True
+        thread.join(60)
+        assert not thread.is_alive()

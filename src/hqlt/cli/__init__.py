@@ -40,6 +40,7 @@ COMMANDS = {
     "train": About("train a language model, on a text file for one", ("transformers", *PAGES)),
     "generate": About("continue a text with a trained model", ("transformers",)),
     "chat": About("talk with a model, in the terminal", ("transformers",)),
+    "serve": About("serve a model over HTTP, as OpenAI's API", ("transformers", "fastapi", "uvicorn")),
     "eval": About("score a model on benchmarks", ("transformers", "lm_eval")),
     "data": About("prepare and check folders of tokens"),
     "tokenizer": About("train a tokenizer", ("tokenizers",)),

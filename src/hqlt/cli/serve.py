@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
 from hqlt.cli.keeping import Keeping
 from hqlt.disk import check_writable
 from hqlt.errors import require
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -69,27 +65,68 @@ def serve(
     """
     require("transformers", "fastapi", "uvicorn", "prometheus_client")
     check(**locals())
-    listening = listen(host, port)  # before the model is loaded, which takes a while
-    url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
-    notes = Console(stderr=True)
-    keys = keys_of(api_key)
+    notes, keys = Console(stderr=True), keys_of(api_key)
     if not keys and host not in LOOPBACK:
         notes.print(f"anyone who reaches {host} may use this server: no --api-key was given", style="yellow")
     from hqlt.device import usable_device
     from hqlt.language.folder import tokenizer_of
     from hqlt.serve.app import create_app
     from hqlt.serve.engine import Engine
+    from hqlt.serve.server import Server, bound
     from hqlt.serve.service import Limits
     from hqlt.state import PrefixStore
 
+    listening = bound(host, port)  # before the model is loaded, which takes a while
+    url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
     retention = Keeping(**keeping)
     tokenizer = tokenizer_of(model, retention.config_of(model).vocab_size)
     language_model = retention.load(model, usable_device(device), notes)
-    states = PrefixStore(language_model, store_bytes, **store_options(store, store_disk_bytes))
+    states = PrefixStore(language_model, store_bytes, store, store_disk_bytes)
     called = name or model.resolve().name
     app = create_app(
         Engine(language_model, states, rows=rows, queue=queue, chunk=chunk), tokenizer, called,
         limits=Limits(body=max_body, prompt=max_prompt, tokens=max_tokens, seconds=timeout),
         keys=keys, shared_prefixes=shared_prefixes, hosts={*LOOPBACK, "[::1]"} if host in LOOPBACK else None,
     )  # fmt: skip
-    run(app, listening, grace, lambda: print_ready(notes, url, called, bool(keys)))
+    Server(app, listening, grace, lambda: print_ready(notes, url, called, bool(keys))).serve_here()
+
+
+def check(
+    port: int, rows: int, queue: int, chunk: int, store: Path | None, store_bytes: int, store_disk_bytes: int | None,
+    max_body: int, max_prompt: int, max_tokens: int, timeout: float, grace: int, **_: object,
+) -> None:  # fmt: skip
+    """Raises ValueError or OSError for what would only fail after the model was loaded."""
+    for least, options in (
+        (1, {"rows": rows, "chunk": chunk, "max-body": max_body, "max-prompt": max_prompt, "max-tokens": max_tokens}),
+        (0, {"queue": queue, "store-bytes": store_bytes, "store-disk-bytes": store_disk_bytes or 0, "grace": grace}),
+    ):
+        for option, value in options.items():
+            if value < least:
+                raise ValueError(f"{option}: expected at least {least}, got {value}")
+    if not 0 <= port < 1 << 16:
+        raise ValueError(f"port: expected 0 to {(1 << 16) - 1}, got {port}")
+    if not 0 < timeout < float("inf"):
+        raise ValueError(f"timeout: expected seconds above 0, got {timeout}")
+    if store is None and store_disk_bytes is not None:
+        raise ValueError("store-disk-bytes: expected --store FOLDER beside it, got none")
+    if store is not None:
+        check_writable(store, folder=True)
+
+
+def keys_of(api_key: str | None) -> list[str]:
+    """What clients may send; none where anyone may use the server."""
+    given = os.environ.get("HQLT_API_KEY") if api_key is None else api_key
+    keys = [key.strip() for key in (given or "").split(",")]
+    if given is not None and not all(keys):
+        raise ValueError("api-key: expected keys divided by commas, got an empty one")
+    return keys if given is not None else []
+
+
+def print_ready(notes: Console, url: str, name: str, has_key: bool) -> None:
+    key = ' -H "Authorization: Bearer $HQLT_API_KEY"' if has_key else ""
+    body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    notes.print(f"{name} at {url}, its API at {url}/v1", highlight=False, soft_wrap=True)
+    notes.print(
+        f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'",
+        style="dim", highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip

@@ -202,16 +202,12 @@ class Engine:
         batch, logits = self._advance(batch)
         tokens = choose(logits, [row.sampling() for row in batch.rows]) if batch.rows else []
         beside = self._beside(batch.rows, logits, tokens)
-        leaving = []
-        for row, token, its in zip(batch.rows, tokens, beside, strict=True):
-            try:
-                leaving.append(self._take(row, token, its))
-            except Exception as error:
-                self._fail(row.request, error)
-                row.is_sound = False
-                leaving.append(True)
+        ends = [self._take(*its) for its in zip(batch.rows, tokens, beside, strict=True)]
         batch = batch._replace(unread=[0 if token is None else token for token in tokens])
-        self._batch = self._without(batch, leaving)
+        self._batch = self._without(batch, [reason is not None for reason in ends])
+        for row, reason in zip(batch.rows, ends, strict=True):  # now that what they have read is stored
+            if reason and not row.request.over:
+                self._tell(row, reason)
 
     def _advance(self, batch: Batch) -> tuple[Batch, Tensor]:
         """Each row's last token read, and the logits of the next [b, vocabulary].
@@ -240,19 +236,26 @@ class Engine:
                 found[i] = its._replace(top=its.top[: rows[i].request.logprobs])
         return found
 
-    def _take(self, row: Row, token: int | None, its: Likely | None) -> bool:
-        """A row's next token → whether the row ends."""
+    def _take(self, row: Row, token: int | None, its: Likely | None) -> str | None:
+        """A row's next token → why it ends with it, "" where it failed; None: it does not end."""
         request = row.request
-        if token is None:
-            raise FloatingPointError("the model's logits are not finite")
-        row.made.append(token)
-        if token in request.ends or request.listener.token(row.choice, token, its):
-            request.listener.ended(row.choice, "stop")
-        elif len(row.made) == request.max_tokens:
-            request.listener.ended(row.choice, "length")
-        else:
-            return False
-        return True
+        try:
+            if token is None:
+                raise FloatingPointError("the model's logits are not finite")
+            row.made.append(token)
+            if token in request.ends or request.listener.token(row.choice, token, its):
+                return "stop"
+        except Exception as error:
+            self._fail(request, error)
+            row.is_sound = False
+            return ""
+        return "length" if len(row.made) == request.max_tokens else None
+
+    def _tell(self, row: Row, reason: str) -> None:
+        try:
+            row.request.listener.ended(row.choice, reason)
+        except Exception as error:
+            self._fail(row.request, error)
 
     def _without(self, batch: Batch, leaving: Sequence[bool]) -> Batch:
         """The batch without the rows that leave; what they have read is stored."""

@@ -52,7 +52,9 @@ def refusal_of_body(errors: Sequence[Mapping[str, Any]], known: Sequence[str]) -
         among = f"; what is: {', '.join(known)}" if len(where) == 1 else ""
         return Refused(400, f"{param}: not supported by this server{among}", param, "unsupported_parameter")
     if error["type"] == "json_invalid":
-        return Refused(400, f"expected a body in JSON, got one that is not: {error['ctx']['error']}", code="invalid_json")
+        return Refused(
+            400, f"expected a body in JSON, got one that is not: {error['ctx']['error']}", code="invalid_json"
+        )
     said = str(error["msg"]).removeprefix("Value error, ")
     what = f"{param}: {said}" if param else f"expected a JSON object as application/json: {said}"
     return Refused(400, what, param, "invalid_value")

@@ -65,7 +65,7 @@ class Guard:
         if not self.salts:
             return ""
         scheme, _, given = authorization.partition(" ")
-        key = given.strip().encode("utf-8", "surrogateescape")
+        key = given.strip().encode("latin-1")  # as Starlette decodes headers
         found = [salt for known, salt in self.salts.items() if hmac.compare_digest(known, key)]
         if scheme.lower() != "bearer" or not found:
             raise Refused(401, "expected a valid API key as `Authorization: Bearer KEY`", code="invalid_api_key")

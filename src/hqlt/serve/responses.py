@@ -43,7 +43,7 @@ async def respond(
     exchange = Exchange(http, *await submitted)
     if asked.stream:
         return EventStream(exchange, events(exchange, form, asked.stream_options.include_usage))
-    whole, gone = (asyncio.ensure_future(x) for x in (collected(exchange.answer), disconnected(http)))
+    whole, gone = asyncio.ensure_future(collected(exchange.answer)), asyncio.ensure_future(disconnected(http))
     try:
         await asyncio.wait((whole, gone), return_when=asyncio.FIRST_COMPLETED)
         if not whole.done():

@@ -27,7 +27,9 @@ class Body(BaseModel):
     def without_what_asks_for_nothing(cls, given: Any) -> Any:
         if not isinstance(given, Mapping):
             return given
-        return {name: value for name, value in given.items() if value is not None and value not in NEUTRAL.get(name, ())}
+        return {
+            name: value for name, value in given.items() if value is not None and value not in NEUTRAL.get(name, ())
+        }
 
 
 class StreamOptions(Body):
@@ -70,6 +72,16 @@ class CompletionAsked(Asked):
     prompt: str | Annotated[list[int], Field(min_length=1)] | Annotated[list[str], Field(min_length=1, max_length=1)]
     """A text, or tokens."""
     logprobs: int | None = Field(None, ge=0, le=5)
+
+    @property
+    def text(self) -> str | None:
+        """None where the prompt is tokens."""
+        first = self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+        return first if isinstance(first, str) else None
+
+    @property
+    def tokens(self) -> list[int]:
+        return [token for token in self.prompt if isinstance(token, int)]
 
     @property
     def top(self) -> int | None:

@@ -52,13 +52,10 @@ class Service:
 
     async def complete(self, asked: CompletionAsked, salt: str) -> tuple[Request, Answer]:
         """Submits it. Raises Refused for what it must not or cannot be, and what `Engine.submit` raises."""
-        prompt = asked.prompt[0] if isinstance(asked.prompt[0], str) else asked.prompt
         vocabulary = self.engine.model.config.vocab_size
-        if isinstance(prompt, str):
-            tokens = await self._encoded(lambda: self.tokenizer.encode_prompt(prompt))
-        elif all(0 <= token < vocabulary for token in prompt):
-            tokens = list(prompt)  # type: ignore[arg-type]
-        else:
+        text = asked.text
+        tokens = asked.tokens if text is None else await self._encoded(lambda: self.tokenizer.encode_prompt(text))
+        if not all(0 <= token < vocabulary for token in tokens):
             raise Refused(400, f"prompt: expected tokens from 0 to {vocabulary - 1}", "prompt", "invalid_value")
         return self._submit(asked, tokens, "prompt", asked.stops, asked.max_tokens or 16, (), salt)
 
@@ -86,7 +83,14 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._encoder, encode)
 
     def _submit(
-        self, asked: Asked, tokens: list[int], param: str, stops: Sequence[str], most: int, marks: Sequence[int], salt: str
+        self,
+        asked: Asked,
+        tokens: list[int],
+        param: str,
+        stops: Sequence[str],
+        most: int,
+        marks: Sequence[int],
+        salt: str,
     ) -> tuple[Request, Answer]:
         limits = self.limits
         self._check(param, len(tokens), 1, limits.prompt, "tokens of a prompt")
