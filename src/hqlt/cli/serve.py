@@ -76,19 +76,18 @@ def serve(
     from hqlt.serve.service import Limits
     from hqlt.state import PrefixStore
 
-    listening = bound(host, port)  # before the model is loaded, which takes a while
-    url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
-    retention = Keeping(**keeping)
-    tokenizer = tokenizer_of(model, retention.config_of(model).vocab_size)
-    language_model = retention.load(model, usable_device(device), notes)
-    states = PrefixStore(language_model, store_bytes, store, store_disk_bytes)
-    called = name or model.resolve().name
-    app = create_app(
-        Engine(language_model, states, rows=rows, queue=queue, chunk=chunk), tokenizer, called,
-        limits=Limits(body=max_body, prompt=max_prompt, tokens=max_tokens, seconds=timeout),
-        keys=keys, shared_prefixes=shared_prefixes, hosts={*LOOPBACK, "[::1]"} if host in LOOPBACK else None,
-    )  # fmt: skip
-    Server(app, listening, grace, lambda: print_ready(notes, url, called, bool(keys))).serve_here()
+    retention, limits = Keeping(**keeping), Limits(body=max_body, prompt=max_prompt, tokens=max_tokens, seconds=timeout)
+    with bound(host, port) as listening:  # before the model is loaded, which takes a while
+        tokenizer = tokenizer_of(model, retention.config_of(model).vocab_size)
+        language_model = retention.load(model, usable_device(device), notes)
+        states = PrefixStore(language_model, store_bytes, store, store_disk_bytes)
+        engine = Engine(language_model, states, rows=rows, queue=queue, chunk=chunk)
+        called, hosts = name or model.resolve().name, {*LOOPBACK, "[::1]"} if host in LOOPBACK else None
+        app = create_app(
+            engine, tokenizer, called, limits=limits, keys=keys, shared_prefixes=shared_prefixes, hosts=hosts
+        )
+        url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+        Server(app, listening, grace, lambda: print_ready(notes, url, called, bool(keys))).serve_here()
 
 
 def check(
