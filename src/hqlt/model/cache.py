@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import fields
-from typing import Any
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from hqlt import registry
 from hqlt.memory import MemoryState
+from hqlt.model.rollback import ASSISTED, Columns, History, Snapshot
+
+if TYPE_CHECKING:
+    from hqlt.model.language_model import HQLTModel
 
 CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 """What the installed transformers calls a cache, in arguments and outputs: past_key_values, and cache from 5.24 on."""
@@ -31,23 +36,44 @@ class HQLTCache(Cache):
     """One `MemoryState` for each layer, how many columns the model has seen, and which of them were padding.
 
     A call of the model puts new states in place of the old; the states themselves are values that never change. So
-    `fork()` costs nothing, and a fork kept from before is a rollback:
+    `fork()` costs nothing, and a fork kept from before is a return to where it was made:
 
     >>> out = model(prompt, use_cache=True)
     >>> before = out.past_key_values.fork()
     >>> model(answer, past_key_values=out.past_key_values)   # `before` still ends at the prompt
 
+    rollback: how many of the last tokens `crop` can take back, counted from the furthest that was read, at a cost and
+    memory that do not depend on the context (`hqlt.model.rollback.History`):
+
+    >>> cache = HQLTCache(rollback=16)
+    >>> model(tokens, past_key_values=cache)
+    >>> cache.crop(-5)                                       # as if the last five had not been read
+
     transformers' own caches cannot serve: they forget a recurrent state that has no convolution beside it, and reorder
     only the parts that they know.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rollback: int = 0) -> None:
         super().__init__(layers=[])
+        if rollback < 0:
+            raise ValueError(f"rollback: expected a number of tokens, at least 0, got {rollback}")
         self.states: tuple[MemoryState, ...] = ()
         """One state a layer; none before the first call."""
         self._seen: int | Tensor = 0
         self._mask: Tensor | None = None
         self._any_past = False
+        self._history: History | None = None
+        self._reader: weakref.ref[HQLTModel] | None = None
+        self._remember(rollback)
+
+    def _remember(self, rollback: int) -> None:
+        """From now on, be able to take back this many tokens."""
+        self._history = History(rollback, (Snapshot(self.seen_tokens, self.states),)) if rollback else None
+
+    @property
+    def rollback(self) -> int:
+        """How many of the last tokens `crop` can take back."""
+        return self._history.rollback if self._history is not None else 0
 
     @property
     def seen_tokens(self) -> int:
@@ -66,13 +92,18 @@ class HQLTCache(Cache):
 
     @classmethod
     def from_states(
-        cls, states: Sequence[MemoryState], seen_tokens: int | None = None, attention_mask: Tensor | None = None
+        cls,
+        states: Sequence[MemoryState],
+        seen_tokens: int | None = None,
+        attention_mask: Tensor | None = None,
+        rollback: int = 0,
     ) -> HQLTCache:
         """A cache that resumes from these states, one a layer: loaded ones, or those of selected or joined rows.
 
         seen_tokens: the length of the attention mask over the past, where masks are used; None: the longest row's
         tokens since its last reset. attention_mask: [b, seen_tokens], what the columns of the past were; None: that is
-        not known, and the first attention mask that the model is given is believed.
+        not known, and the first attention mask that the model is given is believed. rollback: how many of the tokens
+        that follow `crop` can take back.
         """
         for state in states:
             if not isinstance(state, MemoryState):
@@ -90,6 +121,7 @@ class HQLTCache(Cache):
         if seen_tokens is None:
             seen_tokens = int(states[0].position.max()) if states and cache.batch_size else 0
         cache._seen = seen_tokens
+        cache._remember(rollback)
         return cache
 
     def check_past(self, mask: Tensor) -> None:
@@ -111,8 +143,18 @@ class HQLTCache(Cache):
             read = "a token" if self._mask is None or self._mask[row, column] else "padding"
             raise ValueError(f"{OTHER_PAST} Column {column} of row {row} was read as {read}.")
 
-    def advance(self, states: Sequence[MemoryState], tokens: int, new: Tensor | None = None) -> None:
-        """Put in the states after `tokens` more columns, which were tokens where new, Bool[b, tokens], is True."""
+    def advance(
+        self,
+        states: Sequence[MemoryState],
+        tokens: int,
+        new: Tensor | None = None,
+        columns: Columns | None = None,
+        reader: HQLTModel | None = None,
+    ) -> None:
+        """Put in the states after `tokens` more columns, which were tokens where new, Bool[b, tokens], is True.
+
+        columns, reader: what was read, and who can read it again, where tokens may be taken back.
+        """
         if new is not None and self._mask is None and (torch.compiler.is_compiling() or not new.all()):
             self._mask = new.new_ones(new.shape[0], self.seen_tokens)
         if self._mask is not None:
@@ -120,6 +162,9 @@ class HQLTCache(Cache):
             self._mask = torch.cat([self._mask, new], dim=1)
         self.states = tuple(states)
         self._seen = self._seen + tokens
+        if self._history is not None:
+            assert columns is not None and reader is not None, "whoever advances a cache with a history gives both"
+            self._history, self._reader = self._history.after(self.states, columns), weakref.ref(reader)
 
     def fork(self) -> HQLTCache:
         """Another cache with the same memories. What is done to one does not show in the other."""
@@ -127,8 +172,16 @@ class HQLTCache(Cache):
 
     def detach(self) -> HQLTCache:
         """Forget how the states came about, in place: truncated back-propagation through time."""
-        self.states = tuple(state.detach() for state in self.states)
+        self._change(MemoryState.detach, Tensor.detach)
         return self
+
+    def _change(self, states: Callable[[MemoryState], MemoryState], rows: Callable[[Tensor], Tensor]) -> None:
+        """The same change to the rows of all that is held: states, and tensors [b, …]."""
+        self.states = tuple(map(states, self.states))
+        if self._mask is not None:
+            self._mask = rows(self._mask)
+        if self._history is not None:
+            self._history = self._history.map(states, rows)
 
     # What transformers asks of a cache.
 
@@ -169,7 +222,15 @@ class HQLTCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        return False
+        """Whether the latest tokens can be taken back."""
+        return self.rollback > 0
+
+    def activate_past_recording(self) -> None:
+        """What transformers calls where it is about to take tokens back: assisted generation, prompt lookup."""
+        if self._history is None:
+            self._remember(ASSISTED)
+        elif self.rollback < ASSISTED:
+            self._history = replace(self._history, rollback=ASSISTED)
 
     @property
     def is_linear(self) -> list[bool]:
@@ -178,9 +239,7 @@ class HQLTCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row beam_idx[i] was, in every part of every state."""
-        self.states = tuple(state.select(beam_idx) for state in self.states)
-        if self._mask is not None:
-            self._mask = self._mask.index_select(0, beam_idx.to(self._mask.device).long())
+        self._change(lambda state: state.select(beam_idx), lambda x: x.index_select(0, beam_idx.to(x.device).long()))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows: indices, or a boolean mask over the batch."""
@@ -188,27 +247,48 @@ class HQLTCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, copies side by side."""
-        self.states = tuple(state.repeat(repeats) for state in self.states)
-        if self._mask is not None:
-            self._mask = self._mask.repeat_interleave(repeats, dim=0)
+        self._change(lambda state: state.repeat(repeats), lambda x: x.repeat_interleave(repeats, dim=0))
 
     def reset(self) -> None:
         """Empty memories."""
         self.states = ()
         self._seen, self._mask, self._any_past = 0, None, False
+        self._remember(self.rollback)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last -tokens_to_remove tokens: possible for none and for all.
+        """Take back the last -tokens_to_remove columns: as if they had not been read.
 
-        Raises ValueError otherwise: a matrix does not tell what it held some tokens ago.
+        Possible for as many as `rollback`, of those read since it was asked for, and for all of them. The cache returns
+        to an earlier state and what followed it is read again, without gradients, by the model that read it.
+
+        Raises ValueError for others: a matrix does not tell what it held some tokens ago.
         """
-        if -tokens_to_remove >= self.seen_tokens:
+        columns, seen = -tokens_to_remove, self.seen_tokens
+        most = self._history.most() if self._history is not None else 0
+        if columns >= seen:
             self.reset()
-        elif tokens_to_remove != 0:
+        elif not 0 <= columns <= most:
+            few = f"0 to -{most}" if most else "0"
             raise ValueError(
-                f"crop: expected 0 or -{self.seen_tokens} (everything), got {tokens_to_remove}: fast weights cannot "
-                f"take tokens back. Keep `cache.fork()` from before the tokens that you may want to take back."
+                f"crop: expected {few}, or -{seen} (everything), got {tokens_to_remove}: rollback is {self.rollback}, "
+                f"and a matrix does not tell what it held earlier. Make the cache with HQLTCache(rollback=n) to take "
+                f"back up to n tokens, or keep `cache.fork()` from before them."
             )
+        elif columns:
+            self._go_back(columns)
+
+    def _go_back(self, columns: int) -> None:
+        assert self._history is not None
+        mask = None if self._mask is None else self._mask[:, : self.seen_tokens - columns]
+        past, again = self._history.back(columns)
+        self.states, self._seen, self._history = past.snapshots[-1].states, past.seen, past
+        self._mask = None if mask is None else mask[:, : past.seen]
+        if again is not None:
+            reader = None if self._reader is None else self._reader()
+            if reader is None:
+                raise ValueError("crop: expected the model that read these tokens to be there still, but it is gone")
+            with torch.no_grad():
+                reader(inputs_embeds=again.x, resets=again.resets, attention_mask=mask, use_cache=True, **{CACHE: self})
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(

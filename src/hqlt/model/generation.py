@@ -1,4 +1,4 @@
-"""`generate` for memories that cannot take anything back: what is read is read once, and padding is not read."""
+"""`generate` with memories for a cache: what is read is read once, and padding is not read."""
 
 from __future__ import annotations
 
@@ -36,6 +36,9 @@ class HQLTGenerationMixin(GenerationMixin):
                     x for x in (inputs, kwargs.get("inputs_embeds"), kwargs.get("input_ids")) if x is not None
                 )
                 check_unread(given, prompt.shape[1], kwargs.get("attention_mask"))
+        if getattr(kwargs.get("generation_config"), "is_assistant", False) and kwargs.get("attention_mask") is None:
+            # The text so far, without padding: a token that looks like it is one that was made.
+            kwargs["attention_mask"] = torch.ones_like(kwargs["input_ids"] if inputs is None else inputs)
         theirs: Any = super()
         return theirs.generate(inputs, *args, **kwargs)
 
@@ -83,6 +86,8 @@ class HQLTGenerationMixin(GenerationMixin):
             )
         if model_kwargs.get(CACHE) is None and generation_config.use_cache is not False:
             model_kwargs[CACHE] = HQLTCache()
+        if generation_config.is_assistant:  # the model that drafts: what the other refuses is taken back
+            model_kwargs[CACHE].activate_past_recording()
 
 
 class EndedRows(StoppingCriteriaList):

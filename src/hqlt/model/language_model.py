@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from hqlt.model.block import HQLTBlock
 from hqlt.model.cache import CACHE, HQLTCache, one_cache
 from hqlt.model.config import HQLTConfig
 from hqlt.model.generation import HQLTGenerationMixin
-from hqlt.model.segments import Segments, read_rows, read_segments
+from hqlt.model.rollback import Columns
+from hqlt.model.segments import Segments, read_rows, read_segments, segment_starts
 from hqlt.shapes import Hidden, Positions, Resets
 
 ARGUMENTS = (
@@ -43,7 +45,6 @@ class HQLTPreTrainedModel(PreTrainedModel):
     config_class = HQLTConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _is_stateful = True  # memories cannot take tokens back: transformers then refuses assisted generation
     _no_split_modules = ["HQLTBlock"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
 
@@ -115,9 +116,42 @@ class HQLTModel(HQLTPreTrainedModel):
         refuse_misspelt(kwargs, packed=position_ids is not None or resets is not None)
         x = self._embed(input_ids, inputs_embeds)
         memory = self._cache(one_cache(past_key_values, cache), use_cache)
-        segments = self._segments(x, memory, attention_mask, position_ids, resets)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        hidden = self._read(x, memory, wanted, attention_mask, position_ids, resets)
+        named: Any = {CACHE: memory, "hidden_states": tuple(hidden) if wanted else None}
+        output = BaseModelOutputWithPast(last_hidden_state=hidden[-1], **named)
+        return output if _as_dict(return_dict, self.config) else output.to_tuple()
 
+    def _read(
+        self,
+        x: Hidden,
+        memory: HQLTCache | None,
+        wanted: bool,
+        attention_mask: Tensor | None,
+        position_ids: Positions | None,
+        resets: Resets | None,
+    ) -> list[Hidden]:
+        """The hidden states [b, t, d] before each block where they are wanted, and after the last, normed.
+
+        The memory is brought up to date: at once, or in two steps, so that it has a state from `rollback` columns ago.
+        """
+        segments = self._segments(x, memory, attention_mask, position_ids, resets)
+        n, t = memory.rollback if memory is not None else 0, x.shape[1]
+        if n == 0:
+            return self._read_segments(x, memory, wanted, segments)
+        parts = []
+        for begin, end in pairwise([0, t - n, t] if n < t else [0, t]):
+            mask = None if attention_mask is None else attention_mask[:, : attention_mask.shape[1] - (t - end)]
+            positions, marks = (None if part is None else part[:, begin:end] for part in (position_ids, resets))
+            part = x[:, begin:end]
+            segments = self._segments(part, memory, mask, positions, marks)
+            columns = Columns.of(part, segment_starts(*part.shape[:2], positions, marks))
+            parts.append(self._read_segments(part, memory, wanted, segments, columns))
+        return [torch.cat(pair, dim=1) for pair in zip(*parts, strict=True)]
+
+    def _read_segments(
+        self, x: Hidden, memory: HQLTCache | None, wanted: bool, segments: Segments, columns: Columns | None = None
+    ) -> list[Hidden]:
         def read(
             x: Hidden, resets: Resets | None, states: Sequence[MemoryState]
         ) -> tuple[list[Hidden], list[MemoryState]]:
@@ -132,12 +166,9 @@ class HQLTModel(HQLTPreTrainedModel):
 
         before: Any = memory.states if memory is not None and memory.states else (None,) * len(self.layers)
         hidden, after = read_rows(read, segments.sort(x), segments, before)
-        hidden = [segments.restore(x) for x in hidden]
         if memory is not None:
-            memory.advance(after, x.shape[1], segments.tokens)
-        named: Any = {CACHE: memory, "hidden_states": tuple(hidden) if wanted else None}
-        output = BaseModelOutputWithPast(last_hidden_state=hidden[-1], **named)
-        return output if _as_dict(return_dict, self.config) else output.to_tuple()
+            memory.advance(after, x.shape[1], segments.tokens, columns, self)
+        return [segments.restore(x) for x in hidden]
 
     def _segments(
         self,

@@ -46,14 +46,7 @@ def read_segments(
 
     Raises ValueError for shapes that do not fit.
     """
-    check_resets(resets, b, t)
-    if resets is None and position_ids is not None:
-        if position_ids.dim() != 2 or position_ids.shape[0] not in (1, b) or position_ids.shape[1] != t:
-            raise ValueError(
-                f"position_ids: expected [b, t] = [{b}, {t}] or [1, {t}], the positions of the new tokens, "
-                f"got shape {list(position_ids.shape)}"
-            )
-        resets = (position_ids == 0).expand(b, t)
+    resets = segment_starts(b, t, position_ids, resets)
     order = new = counts = None
     if attention_mask is not None:
         real = _check_mask(attention_mask, b, t, past or 0)
@@ -72,6 +65,19 @@ def read_segments(
     if resets is not None and not _maybe(resets[:, 1:] if past is None else resets):
         resets = None  # the first token of empty memories begins a segment anyway
     return Segments(resets, order, new, counts)
+
+
+def segment_starts(b: int, t: int, position_ids: Positions | None, resets: Resets | None) -> Resets | None:
+    """Where the caller says that segments begin, Bool[b, t]; None: nowhere."""
+    check_resets(resets, b, t)
+    if resets is not None or position_ids is None:
+        return resets
+    if position_ids.dim() != 2 or position_ids.shape[0] not in (1, b) or position_ids.shape[1] != t:
+        raise ValueError(
+            f"position_ids: expected [b, t] = [{b}, {t}] or [1, {t}], the positions of the new tokens, "
+            f"got shape {list(position_ids.shape)}"
+        )
+    return (position_ids == 0).expand(b, t)
 
 
 UNEVEN = (
