@@ -205,12 +205,6 @@ def test_one_prefix_many_continuations(model, tokens):
         assert torch.equal(generate(model, longer, **GREEDY, past_key_values=prefix.fork()), whole)
 
 
-def test_assisted_generation_is_refused(one_model, tokens):
-    for assisted in ({"assistant_model": one_model}, {"prompt_lookup_num_tokens": 2}):
-        with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
-            generate(one_model, tokens[:1], **GREEDY, **assisted)
-
-
 def test_other_caches_are_refused(one_model, tokens):
     with pytest.raises(TypeError, match="expected an HQLTCache"):
         generate(one_model, tokens, **GREEDY, past_key_values=DynamicCache())

@@ -150,13 +150,13 @@ def test_refused(one_model, tokens):
 
 @pytest.mark.parametrize("name", [*KINDS, "surprise", "rule kda"])
 def test_assisted_generation_gives_the_greedy_text(name, tokens):
-    """A draft model (another one, and the model itself) and prompt lookup: the text is that of plain greedy decoding."""
+    """A draft model (another one, the model itself) and prompt lookup: the text is that of plain greedy decoding."""
     model = model_of(name)
-    drafts = {"assistant_model": model}, {"assistant_model": built(hidden_size=8)}, {"prompt_lookup_num_tokens": 3}
-    for prompt in (tokens[:1], tokens[:1].repeat(1, 3)):
-        plain = model.generate(prompt, max_new_tokens=30, do_sample=False, pad_token_id=0)
+    drafts = [{"assistant_model": model}, {"assistant_model": built(hidden_size=8)}, {"prompt_lookup_num_tokens": 3}]
+    for prompt in (tokens[:1, :5], tokens[:1].repeat(1, 2)):
+        plain = model.generate(prompt, max_new_tokens=20, do_sample=False, pad_token_id=0)
         for draft in drafts:
-            text = model.generate(prompt, max_new_tokens=30, do_sample=False, pad_token_id=0, **draft)
+            text = model.generate(prompt, max_new_tokens=20, do_sample=False, pad_token_id=0, **draft)
             assert text.tolist() == plain.tolist(), draft
 
 
@@ -171,3 +171,4 @@ def test_assisted_generation_continues_from_a_cache(one_model, tokens):
             prompt, max_new_tokens=20, do_sample=False, pad_token_id=0, prompt_lookup_num_tokens=4, **{CACHE: cache}
         )
         assert text.tolist() == plain.tolist()
+        assert cache.seen_tokens == text.shape[1] - 1

@@ -343,6 +343,8 @@ PARTS: tuple[Any, ...] = tuple(map(pytree.MappingKey, ("states", "seen_tokens", 
 
 
 def _flatten(cache: HQLTCache) -> tuple[list[Any], bool]:
+    if cache.rollback:
+        raise ValueError(f"torch.export: expected a cache without rollback, got rollback={cache.rollback}")
     seen = cache._seen if isinstance(cache._seen, Tensor) else torch.tensor(cache._seen)
     return [list(cache.states), seen, cache._mask], cache._any_past
 

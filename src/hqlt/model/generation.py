@@ -58,9 +58,13 @@ class HQLTGenerationMixin(GenerationMixin):
         ended: EndedRows | None = None,
         **kwargs: Any,
     ) -> Any:
-        # As there; and the padding that follows rows that have ended is masked.
+        # As there; the padding that follows rows that have ended is masked, and what a cache has read is not read again
+        # (as assisted generation would, in its first step).
+        cache, whole = kwargs.get(CACHE), attention_mask is None or attention_mask.shape[1] == input_ids.shape[1]
         if ended is not None:
-            attention_mask = ended.mask(input_ids, attention_mask, kwargs.get(CACHE))
+            attention_mask = ended.mask(input_ids, attention_mask, cache)
+        elif cache is not None and whole and kwargs.get("next_sequence_length", args or None) is None:
+            kwargs["next_sequence_length"] = input_ids.shape[1] - cache.seen_tokens
         theirs: Any = super()
         return theirs.prepare_inputs_for_generation(input_ids, *args, attention_mask=attention_mask, **kwargs)
 

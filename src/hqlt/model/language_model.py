@@ -117,7 +117,7 @@ class HQLTModel(HQLTPreTrainedModel):
         x = self._embed(input_ids, inputs_embeds)
         memory = self._cache(one_cache(past_key_values, cache), use_cache)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        hidden = self._read(x, memory, wanted, attention_mask, position_ids, resets)
+        hidden = self._read(x, memory, bool(wanted), attention_mask, position_ids, resets)
         named: Any = {CACHE: memory, "hidden_states": tuple(hidden) if wanted else None}
         output = BaseModelOutputWithPast(last_hidden_state=hidden[-1], **named)
         return output if _as_dict(return_dict, self.config) else output.to_tuple()
@@ -145,7 +145,7 @@ class HQLTModel(HQLTPreTrainedModel):
             positions, marks = (None if part is None else part[:, begin:end] for part in (position_ids, resets))
             part = x[:, begin:end]
             segments = self._segments(part, memory, mask, positions, marks)
-            columns = Columns.of(part, segment_starts(*part.shape[:2], positions, marks))
+            columns = Columns.of(part, segment_starts(part.shape[0], part.shape[1], positions, marks))
             parts.append(self._read_segments(part, memory, wanted, segments, columns))
         return [torch.cat(pair, dim=1) for pair in zip(*parts, strict=True)]
 

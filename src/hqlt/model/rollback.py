@@ -38,9 +38,9 @@ class Columns(NamedTuple):
 class History:
     """Enough of the past to return to any of the last `rollback` columns: an earlier state, and the inputs since.
 
-    A call's states are values that cost nothing to keep but their memory, so snapshots are states after earlier calls.
-    Seen from the present their ages grow by powers of two: some 2·log₂(rollback) of them are kept, and to take m columns
-    back, at most m columns are read again, or those of one call. None of it depends on the length of the context.
+    Snapshots are the states after earlier calls: values, which cost nothing to keep but their memory. Seen from the
+    present their ages grow by powers of two, so some 2·log₂(rollback) are kept, and to take m columns back, at most m
+    columns are read again, or those of one call. None of it depends on the length of the context.
     """
 
     rollback: int
@@ -82,7 +82,9 @@ class History:
         place = self.seen - columns
         snapshots = tuple(snapshot for snapshot in self.snapshots if snapshot.seen <= place)
         past = replace(self, snapshots=snapshots, columns=())
-        before, again, at, begin = [], [], self.snapshots[0].seen, past.seen
+        before: list[Columns] = []
+        again: list[Columns] = []
+        at, begin = self.snapshots[0].seen, past.seen
         for part in self.columns:
             at += part.x.shape[1]
             (before if at <= begin else again).append(part)
