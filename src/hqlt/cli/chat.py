@@ -14,6 +14,7 @@ from rich.console import Console
 from hqlt.cli.generate import check_choice, expect
 from hqlt.cli.keeping import Keeping
 from hqlt.cli.progress import progress
+from hqlt.data.text import printable
 from hqlt.disk import check_writable
 from hqlt.errors import explanation
 
@@ -142,7 +143,6 @@ class Session:
         self.notes.print(text, style="dim", markup=False)
 
     def ask(self, question: str) -> None:
-        from hqlt.data.text import printable
         from hqlt.language.generation import PIECE
 
         def told(text: str) -> None:
@@ -240,7 +240,7 @@ def told_of(messages: list[Message]) -> str:
 
 def last_words(messages: list[Message]) -> str:
     """The end of the last answer, to know where one is."""
-    said = " ".join(messages[-1]["content"].split()) if messages else ""
+    said = " ".join(printable(messages[-1]["content"]).split()) if messages else ""
     return f"last: …{said[-60:]}" if said else "nothing said yet"
 
 
