@@ -43,7 +43,7 @@ def said(monkeypatch, capsys):
 
 def counts(err: str) -> list[tuple[int, int]]:
     """Of each answer: tokens read, and reused."""
-    return [(int(read), int(reused)) for read, reused in re.findall(r"(\d+) tokens read, (\d+) reused", err)]
+    return [(int(read), int(reused)) for read, reused in re.findall(r"(\d+) read, (\d+) reused", err)]
 
 
 def test_a_conversation(folder, said):
@@ -53,7 +53,7 @@ def test_a_conversation(folder, said):
     assert counts(err) == [(answer.read, answer.reused) for answer in answers]
     assert 'no chat template beside this model: it continues a text in which messages stand after "User:"' in err
     assert re.search(
-        r"first token after \d\.\d\d s · 23 tokens read, 0 reused · 12 made at [\d,]+ per second · state \d\.\d kB", err
+        r"first token after \d\.\d\d s · tokens: 23 read, 0 reused, 12 made at [\d,]+ per second · state \d\.\d kB", err
     )
 
 

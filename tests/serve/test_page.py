@@ -87,7 +87,7 @@ class Person:
     def counts(self) -> list[tuple[int, int]]:
         """Of each answer: tokens read, and reused."""
         lines = " ".join(self.see("#log .figures"))
-        return [(int(read), int(reused)) for read, reused in re.findall(r"(\d+) tokens read, (\d+) reused", lines)]
+        return [(int(read), int(reused)) for read, reused in re.findall(r"(\d+) read, (\d+) reused", lines)]
 
 
 @pytest.fixture

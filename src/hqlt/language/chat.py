@@ -171,7 +171,7 @@ class Answer(NamedTuple):
         speed = f" at {rate:,.0f} per second" if self.made > 1 else ""
         size = f"{self.state_bytes / 1e6:,.1f} MB" if self.state_bytes >= 1e6 else f"{self.state_bytes / 1e3:.1f} kB"
         return (
-            f"first token after {self.first:.2f} s · {self.read:,} tokens read, {self.reused:,} reused · "
+            f"first token after {self.first:.2f} s · tokens: {self.read:,} read, {self.reused:,} reused, "
             f"{self.made:,} made{speed} · state {size}"
         )
 
