@@ -53,6 +53,27 @@ def test_a_store(folder, tmp_path, capsys):
     assert said(capsys, folder, "--prompt=a text", "--tokens=0", *store) == ""
 
 
+def test_drafts(folder, tmp_path, capsys):
+    """Proposed by a smaller model or looked up in the text: the text is the same, also after a file or a store."""
+    smaller, state, prompt = tmp_path / "smaller", tmp_path / "state", "--prompt=" + "once more, and " * 8
+    build(hidden_size=8).save_pretrained(smaller)
+    options = ("--tokens=40", "--greedy")
+    plain = said(capsys, folder, prompt, *options)
+    for drafts in (("--draft", smaller), ("--prompt-lookup",)):
+        assert said(capsys, folder, prompt, *options, *drafts) == plain
+        for _ in range(2):
+            assert said(capsys, folder, prompt, *options, *drafts, "--store", tmp_path / "store") == plain
+        assert said(capsys, folder, "--prompt=once more, and ", "--tokens=0", "--save-state", state) == ""
+        rest = "--prompt=" + "once more, and " * 7
+        assert said(capsys, folder, rest, *options, *drafts, "--load-state", state) == plain
+    for wrong, match in (
+        (("--draft", smaller, "--prompt-lookup"), "prompt-lookup: expected --draft or --prompt-lookup, not both"),
+        (("--prompt-lookup", "--batch=2"), "batch: expected 1 with --draft or --prompt-lookup, got 2"),
+    ):
+        with pytest.raises(SystemExit, match=match):
+            main(["generate", str(folder), prompt, *map(str, wrong)])
+
+
 def test_rows_and_their_ends(folder, capsys):
     out = said(capsys, folder, "--prompt=abc", "--tokens=9", "--batch=3", "--greedy")
     rows = out.split("--- ")[1:]

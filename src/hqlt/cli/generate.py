@@ -21,6 +21,8 @@ from hqlt.disk import check_writable, probe
 from hqlt.errors import reason
 
 if TYPE_CHECKING:
+    import torch
+
     from hqlt.data import Tokenizer
     from hqlt.language.generation import Past
     from hqlt.model import HQLTForCausalLM
@@ -43,6 +45,8 @@ def generate(
     save_state: Path | None = None,
     load_state: Path | None = None,
     store: Path | None = None,
+    draft: Path | None = None,
+    prompt_lookup: bool = False,
     device: str | None = None,
     **keeping: Any,
 ) -> None:
@@ -69,10 +73,15 @@ def generate(
         load_state: continue from what was kept in this file.
         store: keep the state after the prompt in this folder, and continue from the longest beginning of the prompt
             that is in it. Many commands and models may share it; what is in it may be deleted at any time.
+        draft: the folder or run of a smaller model with the same tokenizer. It proposes tokens that the model checks
+            several at a time, so that the text comes faster where it is right, and is the same.
+        prompt_lookup: propose what followed the last tokens where they stood in the text before: faster where a text
+            repeats itself.
         device: where the model runs, such as cpu; cuda where there is one by default.
     """
     choice: Any = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "greedy": greedy, "seed": seed}
     check(tokens, batch, save_state, load_state, store, choice)
+    check_drafts(draft, prompt_lookup, batch)
     from hqlt.data.text import read_text
     from hqlt.device import usable_device
     from hqlt.language import generation
@@ -85,6 +94,9 @@ def generate(
     tokenizer = tokenizer_of(model, retention.config_of(model).vocab_size)
     ids = ids_of(text, tokenizer, begins=load_state is None)
     language_model = retention.load(model, device_there, notes)
+    drafts = generation.Drafts(ids) if prompt_lookup else None
+    if draft is not None:
+        drafts = generation.Drafts(ids, drafting(draft, tokenizer, device_there))
     past = read(language_model, ids, load_state, store, notes)
     console = Console(soft_wrap=batch == 1)
     began = time.monotonic()
@@ -94,7 +106,7 @@ def generate(
                 eos = tokenizer.eos_ids
                 streamer = generation.TextStreamer(tokenizer, batch, eos, write)
                 made, past = generation.go_on(
-                    language_model, past, tokens=tokens, rows=batch, eos=eos, streamer=streamer, **choice
+                    language_model, past, tokens=tokens, rows=batch, eos=eos, streamer=streamer, drafts=drafts, **choice
                 )
             if console.is_terminal:
                 speed = made.numel() / (time.monotonic() - began)
@@ -119,6 +131,19 @@ def read(model: HQLTForCausalLM, ids: list[int], load_state: Path | None, store:
     return past
 
 
+def drafting(folder: Path, tokenizer: Tokenizer, device: torch.device) -> HQLTForCausalLM:
+    """The model in this folder. Raises ValueError where its tokens are others."""
+    from hqlt.language.folder import load_model, read_config, tokenizer_of
+
+    theirs = tokenizer_of(folder, read_config(folder).vocab_size)
+    if theirs.digest != tokenizer.digest:
+        raise ValueError(
+            f"draft: expected a model with the same tokenizer, got one with another ({theirs.name}, not "
+            f"{tokenizer.name}) in {folder}"
+        )
+    return load_model(folder, device)
+
+
 def ids_of(text: str, tokenizer: Tokenizer, begins: bool) -> list[int]:
     """A prompt's tokens. begins: whether it is a text's beginning, which has the tokenizer's special tokens."""
     ids = tokenizer.encode_prompt(text, add_special_tokens=False)
@@ -137,6 +162,11 @@ def check_choice(*, temperature: float, top_p: float, top_k: int | None, seed: i
 def expect(name: str, value: object, holds: object, expected: str) -> None:
     if not holds:
         raise ValueError(f"{name}: expected {expected}, got {value}")
+
+
+def check_drafts(draft: Path | None, prompt_lookup: bool, batch: int) -> None:
+    expect("prompt-lookup", prompt_lookup, not (draft and prompt_lookup), "--draft or --prompt-lookup, not both")
+    expect("batch", batch, batch == 1 or not (draft or prompt_lookup), "1 with --draft or --prompt-lookup")
 
 
 def check(

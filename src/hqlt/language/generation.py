@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging
 
 from hqlt.data import Tokenizer
 from hqlt.data.tokenizer import TextStream
@@ -20,6 +22,8 @@ from hqlt.state import PrefixStore, load_state, load_unread, save_state
 
 PIECE = 1024
 """Tokens that are read at once: what reading holds beside the memories does not grow with the text."""
+LOOKED_UP = 10
+"""Tokens that prompt lookup proposes at a time."""
 
 
 class Past(NamedTuple):
@@ -29,6 +33,23 @@ class Past(NamedTuple):
     """One a layer, of one row; none where the text is a single token."""
     unread: int
     """The last token: reading it gives the logits of what follows, so it is read when that is asked for."""
+
+
+class Drafts(NamedTuple):
+    """Who proposes the next tokens, which the model then checks in one call: the text stays what it would have been.
+
+    Source: Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding"; transformers' assisted
+    generation and prompt lookup.
+    """
+
+    text: Sequence[int]
+    """The tokens read so far, or the latest of them; the last is the one that is yet to be read."""
+    model: HQLTForCausalLM | None = None
+    """A smaller model of the same tokens; None: what followed the last tokens where they stood in the text before."""
+
+    def options(self) -> dict[str, Any]:
+        """For `generate`."""
+        return {"prompt_lookup_num_tokens": LOOKED_UP} if self.model is None else {"assistant_model": self.model}
 
 
 def read(
@@ -82,19 +103,23 @@ def go_on(
     eos: Sequence[int] = (),
     streamer: BaseStreamer | None = None,
     ended: Callable[[Tensor], bool] | None = None,
+    drafts: Drafts | None = None,
 ) -> tuple[Tensor, Past]:
     """At most `tokens` more tokens in each of `rows` continuations: [rows, t], and what the model has then read.
 
     greedy, or temperature 0: always the likeliest token. seed: the same continuations for the same seed; None: as
     torch's generator stands. eos: the tokens that end a text (a row that ends early is filled with the first). ended:
-    shown the new tokens, [rows, t], after each one; whether all rows end there. The past after it is the first row's.
+    shown the new tokens, [rows, t], after each one; whether all rows end there. drafts: where the next tokens are
+    guessed, for one row. The past after it is the first row's.
     """
     cache = HQLTCache()
     columns = [past.unread]
     if past.states:
-        # Who reads on need not be shown what was read: one column stands for all of it.
-        cache = HQLTCache.from_states([state.repeat(rows) for state in past.states], seen_tokens=1)
+        # Who reads on need not be shown what was read: one column stands for all of it, but where drafts need it.
         columns = [past.unread, past.unread]
+        if drafts is not None and len(drafts.text) > 1:
+            columns = [*drafts.text]
+        cache = HQLTCache.from_states([state.repeat(rows) for state in past.states], seen_tokens=len(columns) - 1)
     given = torch.tensor([columns] * rows, device=model.device)
     choice: dict[str, Any] = {"do_sample": False}
     if not greedy and temperature > 0:
@@ -107,21 +132,35 @@ def go_on(
             return ids.new_full(ids.shape[:1], ended(ids[:, len(columns) :]), dtype=torch.bool)
 
         choice["stopping_criteria"] = StoppingCriteriaList([criterion])
+    if drafts is not None:
+        choice |= drafts.options()
     if seed is not None:
         torch.manual_seed(seed)
     untyped: Any = model
-    made = untyped.generate(
-        given,
-        attention_mask=torch.ones_like(given),
-        **{CACHE: cache},
-        max_new_tokens=tokens,
-        pad_token_id=next(iter(eos), 0),
-        streamer=streamer,
-        return_dict_in_generate=True,
-        **choice,
-    )
+    with quiet():
+        made = untyped.generate(
+            given,
+            attention_mask=torch.ones_like(given),
+            **{CACHE: cache},
+            max_new_tokens=tokens,
+            pad_token_id=next(iter(eos), 0),
+            streamer=streamer,
+            return_dict_in_generate=True,
+            **choice,
+        )
     new = made.sequences[:, len(columns) :]
     return new, Past(tuple(state.select([0]) for state in cache.states), int(new[0, -1]))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without warnings of transformers' logger: its drafting warns of arguments that it gives itself."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def save_past(path: str | Path, past: Past, model: HQLTForCausalLM) -> None:
@@ -152,10 +191,11 @@ class TextStreamer(BaseStreamer):
         if not self.streams:  # generate begins with what it was given
             self.streams = [self.tokenizer.stream(after=row[-1:]) for row in value.tolist()]
             return
-        for row, token in enumerate(value.tolist()):
-            self.ended[row] |= token in self.eos
-            if not self.ended[row]:
-                self.told(row, self.streams[row].add(token))
+        for tokens in value.reshape(len(self.streams), -1).T.tolist():  # several at once where drafts were right
+            for row, token in enumerate(tokens):
+                self.ended[row] |= token in self.eos
+                if not self.ended[row]:
+                    self.told(row, self.streams[row].add(token))
 
     def end(self) -> None:
         for row, stream in enumerate(self.streams):

@@ -71,11 +71,6 @@ ROWS = (
     _rule("reference", _always, "a factor a call"),
 )
 PAIRS = (
-    _rule(
-        "dense",
-        lambda q, window=None: not is_symbolic(q.shape[1]) and q.shape[1] < 8,
-        "a few tokens: one fused call",
-    ),
     _rule("native", lambda q, window=None: _dense_or_native(q, window) and _natively(q), ON_CPU),
     _rule("dense", lambda q, window=None: is_symbolic(q.shape[1]), "exported for any length: one fused call"),
     _rule("dense", lambda q, window=None: q.shape[1] <= 128, "a short sequence: one fused call"),
