@@ -155,6 +155,19 @@ def test_answers_are_those_to_all_that_was_said(model):
         assert answer.read + answer.reused == whole
 
 
+FORGETFUL = CHATML.replace("message.content", "(message.content if loop.last else message.content[:3])")
+"""A template that writes earlier messages in another way, as those do that take the thoughts out of answers."""
+
+
+def test_a_template_may_change_what_was_said(tmp_path):
+    size = save_chat_tokenizer(tmp_path, FORGETFUL)
+    tokenizer, model = model_tokenizer(tmp_path), build(vocab_size=size)
+    messages, answers = talk(Chat(model, tokenizer), QUESTIONS)
+    for i, answer in enumerate(answers):
+        anew = Chat(model, tokenizer).answer(messages[: 2 * i + 1], lambda _: None, tokens=12, greedy=True)
+        assert anew.text == answer.text
+
+
 @pytest.mark.parametrize("template", ["plain", "chatml", "merging"])
 def test_only_what_is_new_is_read(template, tmp_path):
     if template == "plain":

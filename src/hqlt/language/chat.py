@@ -88,6 +88,14 @@ def is_plain(tokenizer: Tokenizer) -> bool:
     return tokenizer.chat_template in (None, plain_template(tokenizer))
 
 
+def end_tokens(model: HQLTForCausalLM, tokenizer: Tokenizer) -> list[int]:
+    """What ends an answer: the tokens that the model's generation config names, and the tokenizer's own."""
+    config: Any = model.generation_config
+    named = config.eos_token_id
+    named = named if isinstance(named, list) else [named]
+    return [*dict.fromkeys([*(token for token in named if token is not None), *tokenizer.eos_ids])]
+
+
 class TextUntil:
     """A text that comes bit by bit, up to the first of some `ends`; what may be the beginning of one is held back."""
 
@@ -191,9 +199,7 @@ class Chat:
     def __init__(self, model: HQLTForCausalLM, tokenizer: Tokenizer, store: PrefixStore | None = None) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.store = PrefixStore(model) if store is None else store
-        named: Any = getattr(model.generation_config, "eos_token_id", None)
-        named = [] if named is None else [named] if isinstance(named, int) else named
-        self.eos = [*dict.fromkeys([*named, *tokenizer.eos_ids])]
+        self.eos = end_tokens(model, tokenizer)
         self.ends = PLAIN_ENDS if is_plain(tokenizer) else ()
 
     def answer(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hqlt.data import Tokenizer
-from hqlt.language.chat import PLAIN_ENDS, chat_tokens, is_plain
+from hqlt.language.chat import PLAIN_ENDS, chat_tokens, end_tokens, is_plain
 from hqlt.serve.answer import Answer, Outbox
 from hqlt.serve.engine import Engine
 from hqlt.serve.errors import Refused
@@ -40,9 +40,7 @@ class Service:
         self.created = int(time.time())
         self.outbox = Outbox()
         self._encoder = ThreadPoolExecutor(1, "hqlt-encode")  # one at a time: tokenizers have a state while they encode
-        config: Any = engine.model.generation_config
-        ends = config.eos_token_id
-        self._ends = {tokenizer.eos_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        self._ends = {*end_tokens(engine.model, tokenizer)}
         self._chat_ends = PLAIN_ENDS if is_plain(tokenizer) else ()
 
     def close(self) -> None:
