@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from hqlt.disk import UNFINISHED
 from hqlt.state import PrefixStore
 from hqlt.state.folder import PrefixFolder
-from hqlt.state.prefixes import as_ids, keys_of
+from hqlt.state.prefixes import as_ids, keys_of, marks_of
 from tests.laws import close
 from tests.state.test_prefixes import KINDS, MORE, build, put, read
 
@@ -37,6 +37,10 @@ def files(one, tmp_path):
     put(store, one, TEXT[:2])
     put(store, one, TEXT[:4])
     return sorted((tmp_path / "store").glob("*/*"))
+
+
+def key_of(ids, owner):
+    return keys_of(ids, owner, marks_of(ids), marks_of(ids)[-1:])[len(ids)]
 
 
 def found(one, folder, text=TEXT, **options) -> int:
@@ -151,7 +155,7 @@ def test_numbers_of_other_shapes_are_skipped(one, files, tmp_path, caplog):
         tensors = load_file(longer)
         del tensors["tokens"]
         longer.unlink()
-        folder.write(owner, ids, keys_of(ids, owner, {4})[4], spoil(tensors))
+        folder.write(owner, ids, key_of(ids, owner), spoil(tensors))
         caplog.clear()
         assert found(one, tmp_path / "store") == 2
         assert "is skipped: state" in caplog.text
@@ -203,14 +207,14 @@ def test_what_cannot_be_written_is_reported_and_stays_in_memory(one, tmp_path, c
 WRITER = """
 import sys, torch
 from hqlt.state.folder import PrefixFolder
-from hqlt.state.prefixes import as_ids, keys_of
+from hqlt.state.prefixes import as_ids, keys_of, marks_of
 torch.set_num_threads(1)
 folder, owner = PrefixFolder(sys.argv[1], int(sys.argv[2])), "ab" * 32
 print("ready", flush=True)
 for i in range(int(sys.argv[3])):
     n = 1 + i % 7
     ids = as_ids(range(n))
-    key = keys_of(ids, owner, {n})[n]
+    key = keys_of(ids, owner, marks_of(ids), marks_of(ids))[n]
     folder.write(owner, ids, key, {"0.x": torch.full((1, 50_000 + n), float(n))})
     got = folder.read(owner, ids, key)
     assert got is None or (got["0.x"] == n).all()
@@ -225,10 +229,11 @@ def writer(folder, budget, times):
 def whole(folder) -> set[int]:
     """Lengths of the entries in a folder, each of which is read."""
     there, owner = PrefixFolder(folder), "ab" * 32
-    for n in there.lengths(owner):
+    lengths = {int(path.name.partition("-")[0]) for path in folder.glob("*/*.safetensors")}
+    for n in lengths:
         ids = as_ids(range(n))
-        assert (there.read(owner, ids, keys_of(ids, owner, {n})[n])["0.x"] == n).all()
-    return set(there.lengths(owner))
+        assert (there.read(owner, ids, key_of(ids, owner))["0.x"] == n).all()
+    return lengths
 
 
 def test_two_processes_at_once(tmp_path):
@@ -252,11 +257,10 @@ def test_a_killed_process_leaves_nothing_broken(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     (place,) = tmp_path.glob("*")
-    (place / f"7-{'0' * 64}.safetensors{UNFINISHED}").write_bytes(b"half")
+    (place / f"7-{'0' * 16}-{'0' * 64}.safetensors{UNFINISHED}").write_bytes(b"half")
     before = whole(tmp_path)
     assert before
     ids = as_ids(range(9))
-    key = keys_of(ids, "ab" * 32, {9})[9]
-    PrefixFolder(tmp_path).write("ab" * 32, ids, key, {"0.x": torch.full((1, 3), 9.0)})
+    PrefixFolder(tmp_path).write("ab" * 32, ids, key_of(ids, "ab" * 32), {"0.x": torch.full((1, 3), 9.0)})
     assert whole(tmp_path) == {*before, 9}
     assert not list(place.glob(f"*{UNFINISHED}"))

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hqlt.model import HQLTCache, HQLTConfig, HQLTForCausalLM
-from hqlt.state import PrefixStore
+from hqlt.state import PrefixStore, prefixes
 from tests.laws import close
 from tests.model.conftest import KINDS, SMALL
 
@@ -143,7 +143,7 @@ def test_the_least_recently_used_go_first(one):
     small = PrefixStore(one, max_bytes=size - 1)
     put(small, one, [1])
     assert small.statistics == (0, 0, 0, 0)
-    assert not small._lengths
+    assert not small._marks
 
 
 def test_a_part_of_a_batch_takes_its_own_memory(one):
@@ -173,6 +173,26 @@ def test_many_threads(one):
     count = store.statistics
     assert (count.hits + count.misses, count.bytes) == (800, count.entries * size)
     assert count.entries <= 5
+
+
+def test_texts_of_one_mark_are_told_apart(one, monkeypatch):
+    """As an adversary may find them."""
+    monkeypatch.setattr(prefixes, "BASE", 0)
+    store = PrefixStore(one)
+    for text in ([1], [2], [1, 3], [2, 2, 2]):
+        put(store, one, text)
+    assert [store.find([*text, 4]).length for text in ([1], [3], [1, 3], [1, 4, 3], [2, 2], [2, 2, 2])] == [
+        1, 0, 2, 1, 1, 3,
+    ]  # fmt: skip
+
+
+def test_a_mark_for_each_prefix():
+    marks = prefixes.marks_of(prefixes.as_ids([0, 0, 5, 5]))
+    assert len(set(marks)) == 4
+    assert prefixes.marks_of(prefixes.as_ids([0, 0, 5, 4]))[:3] == marks[:3]
+    assert prefixes.marks_of(prefixes.as_ids([])) == []
+    base = prefixes.BASE
+    assert marks[2] == (base + base**2 + 6 * base**3) % 2**64
 
 
 def test_keys_name_model_and_dtype():

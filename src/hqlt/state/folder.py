@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -21,13 +22,14 @@ from hqlt.errors import reason
 
 FORMAT = "hqlt-prefix-1"
 ENDING = ".safetensors"
+OURS = re.compile(r"[0-9]+-[0-9a-f]{16}-[0-9a-f]{64}\.safetensors")
 TOKENS = "tokens"
 
 log = logging.getLogger(__name__)
 
 
 class PrefixFolder:
-    """Files FOLDER/OWNER/LENGTH-KEY.safetensors: the tensors of a state, and the tokens that it has read.
+    """Files FOLDER/OWNER/KEY.safetensors: the tensors of a state, and the tokens that it has read.
 
     Each file appears whole or not at all, and never changes. Writers take turns, whether threads or processes; what a
     killed one left unfinished is removed by the next. Readers wait for nobody. What is damaged or foreign is skipped,
@@ -43,17 +45,17 @@ class PrefixFolder:
         check_writable(self.path, folder=True)
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._listed: dict[str, tuple[int, frozenset[str], frozenset[int]]] = {}
-        """By owner: when the folder had changed, its files and their lengths."""
+        """By owner: when the folder had changed, its files' keys and their marks."""
         self._skipped: set[Path] = set()
 
-    def lengths(self, owner: str) -> frozenset[int]:
-        """How long an owner's stored prefixes are; the folder is listed again where it has changed."""
+    def marks(self, owner: str) -> frozenset[int]:
+        """Those of an owner's stored prefixes; the folder is listed again where it has changed."""
         return self._list(owner)[2]
 
-    def read(self, owner: str, ids: NDArray[np.int64], key: bytes) -> dict[str, Tensor] | None:
+    def read(self, owner: str, ids: NDArray[np.int64], key: str) -> dict[str, Tensor] | None:
         """The tensors that were stored for these tokens; None where there are none, or none that can be believed."""
-        path = self._place(owner, len(ids), key)
-        if path.name not in self._list(owner)[1] or path in self._skipped:
+        path = self._place(owner, key)
+        if key not in self._list(owner)[1] or path in self._skipped:
             return None
         try:
             tensors = _checked(path, owner, ids)
@@ -61,21 +63,21 @@ class PrefixFolder:
         except FileNotFoundError:  # another process has removed it
             return None
         except (OSError, ValueError) as error:
-            self.skip(owner, len(ids), key, reason(error))
+            self._skip(path, reason(error))
             return None
         return tensors
 
-    def skip(self, owner: str, length: int, key: bytes, why: str) -> None:
+    def skip(self, owner: str, key: str, why: str) -> None:
         """Report a file that cannot be believed, and leave it alone until it is written anew."""
-        self._skip(self._place(owner, length, key), why)
+        self._skip(self._place(owner, key), why)
 
     def _skip(self, path: Path, why: str) -> None:
         self._skipped.add(path)
         log.warning("%s is skipped: %s", path, why)
 
-    def write(self, owner: str, ids: NDArray[np.int64], key: bytes, tensors: Mapping[str, Tensor]) -> None:
+    def write(self, owner: str, ids: NDArray[np.int64], key: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep these tensors, which are on the CPU, for these tokens."""
-        path = self._place(owner, len(ids), key)
+        path = self._place(owner, key)
         try:
             if path.exists() and path not in self._skipped:
                 os.utime(path)
@@ -92,16 +94,16 @@ class PrefixFolder:
         except OSError as error:
             log.warning("%s is not written: %s", path, reason(error))
 
-    def _place(self, owner: str, length: int, key: bytes) -> Path:
-        return self.path / owner / f"{length}-{key.hex()}{ENDING}"
+    def _place(self, owner: str, key: str) -> Path:
+        return self.path / owner / f"{key}{ENDING}"
 
     def _list(self, owner: str) -> tuple[int, frozenset[str], frozenset[int]]:
         place = self.path / owner
         try:
             changed = place.stat().st_mtime_ns
             if self._listed.get(owner, (None,))[0] != changed:
-                names = frozenset(name for name in os.listdir(place) if _is_ours(name))
-                self._listed[owner] = changed, names, frozenset(int(name.partition("-")[0]) for name in names)
+                keys = frozenset(name.removesuffix(ENDING) for name in os.listdir(place) if OURS.fullmatch(name))
+                self._listed[owner] = changed, keys, frozenset(int(key.split("-")[1], base=16) for key in keys)
         except OSError as error:
             if not isinstance(error, FileNotFoundError) and place not in self._skipped:
                 self._skip(place, reason(error))
@@ -126,13 +128,8 @@ class PrefixFolder:
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
         for path in self.path.glob(f"*/*{ENDING}"):
             with contextlib.suppress(FileNotFoundError):
-                if _is_ours(path.name) and path.is_file():
+                if OURS.fullmatch(path.name) and path.is_file():
                     yield path, path.stat()
-
-
-def _is_ours(name: str) -> bool:
-    length, _, key = name.removesuffix(ENDING).partition("-")
-    return name.endswith(ENDING) and length.isdecimal() and len(key) == 64 and not set(key) - set("0123456789abcdef")
 
 
 def _checked(path: Path, owner: str, ids: NDArray[np.int64]) -> dict[str, Tensor]:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 Tokens = Sequence[int] | Tensor
 """[t], or [1, t]: one text."""
 
+BASE = 0x9E3779B97F4A7C15
+"""Of `marks_of`: odd, and as good as random."""
+
 
 class Found(NamedTuple):
     """The longest stored prefix of a text."""
@@ -52,7 +55,7 @@ class Statistics(NamedTuple):
 class Entry(NamedTuple):
     """States in memory."""
 
-    length: int
+    mark: int
     owner: str
     tensors: Mapping[str, Tensor]
 
@@ -71,7 +74,7 @@ class PrefixStore:
 
     What follows equals reading anew, because a state is all that a model knows of its past. An entry's key is a digest
     of the model's fingerprint and dtype, the salt and the tokens, so that neither another model's state nor one of
-    another salt (another user's) is ever found. To find costs time that grows with the prompt, not with the entries.
+    another salt (another user's) is ever found. The time to find grows with the prompt, not with what is stored.
 
     model: a language model of hqlt, whose weights stay as they are now. max_bytes: what the states in memory may take;
     the least recently used go first. They are held on the CPU, and given out on the device where each layer is.
@@ -108,10 +111,10 @@ class PrefixStore:
         self.folder = None if folder is None else PrefixFolder(folder, max_disk_bytes)
         self._maker = f"{fingerprint(self.module)} {self.layers[0].like.dtype} {form}"
         self._lock = threading.Lock()
-        self._entries: OrderedDict[bytes, Entry] = OrderedDict()
+        self._entries: OrderedDict[str, Entry] = OrderedDict()
         """By key, the least recently used first."""
-        self._lengths: defaultdict[str, Counter[int]] = defaultdict(Counter)
-        """By owner: how many entries in memory have each length."""
+        self._marks: defaultdict[str, Counter[int]] = defaultdict(Counter)
+        """By owner: how many entries in memory have each mark."""
         self._bytes = self._hits = self._misses = 0
 
     def put(self, tokens: Tokens, states: Sequence[MemoryState], salt: str = "") -> None:
@@ -123,9 +126,9 @@ class PrefixStore:
         if not len(ids):
             return
         self._check(len(ids), states)
-        owner = self._owner(salt)
-        (key,) = keys_of(ids, owner, {len(ids)}).values()
-        entry = Entry(len(ids), owner, {name: on_cpu(x) for name, x in pack(states, self.form).items()})
+        owner, marks = self._owner(salt), marks_of(ids)
+        key = keys_of(ids, owner, marks, marks[-1:])[len(ids)]
+        entry = Entry(marks[-1], owner, {name: on_cpu(x) for name, x in pack(states, self.form).items()})
         with self._lock:
             self._insert(key, entry)
         if self.folder is not None:
@@ -134,9 +137,12 @@ class PrefixStore:
     def find(self, tokens: Tokens, salt: str = "") -> Found:
         """The longest stored prefix of these tokens that leaves at least one of them to read."""
         ids, owner = as_ids(tokens)[:-1], self._owner(salt)
-        on_disk = frozenset() if self.folder is None else self.folder.lengths(owner)
-        keys = keys_of(ids, owner, self._lengths.get(owner, ()), on_disk)
-        for length, key in reversed(keys.items()):
+        marks = marks_of(ids)
+        with self._lock:
+            known = self._marks.get(owner, Counter()).keys() & marks
+        if self.folder is not None:
+            known |= self.folder.marks(owner).intersection(marks)
+        for length, key in reversed(keys_of(ids, owner, marks, known).items()):
             if states := self._held(key) or self._on_disk(ids[:length], owner, key):
                 with self._lock:
                     self._hits += 1
@@ -173,7 +179,7 @@ class PrefixStore:
                     f"makes)"
                 )
 
-    def _held(self, key: bytes) -> tuple[MemoryState, ...]:
+    def _held(self, key: str) -> tuple[MemoryState, ...]:
         with self._lock:
             entry = self._entries.get(key)
             if entry is None:
@@ -181,29 +187,29 @@ class PrefixStore:
             self._entries.move_to_end(key)
         return self._there(unpack(entry.tensors, self.module))
 
-    def _on_disk(self, ids: NDArray[np.int64], owner: str, key: bytes) -> tuple[MemoryState, ...]:
+    def _on_disk(self, ids: NDArray[np.int64], owner: str, key: str) -> tuple[MemoryState, ...]:
         if self.folder is None or (tensors := self.folder.read(owner, ids, key)) is None:
             return ()
         try:
             states = unpack(tensors, self.module)
             self._check(len(ids), states)
         except ValueError as error:
-            self.folder.skip(owner, len(ids), key, str(error))
+            self.folder.skip(owner, key, str(error))
             return ()
         with self._lock:
-            self._insert(key, Entry(len(ids), owner, tensors))
+            self._insert(key, Entry(marks_of(ids)[-1], owner, tensors))
         return self._there(states)
 
     def _there(self, states: tuple[MemoryState, ...]) -> tuple[MemoryState, ...]:
         """Each on its layer's device."""
         return tuple(state.to(layer.like.device) for state, layer in zip(states, self.layers, strict=True))
 
-    def _insert(self, key: bytes, entry: Entry) -> None:
+    def _insert(self, key: str, entry: Entry) -> None:
         if key in self._entries:
             self._entries.move_to_end(key)
         elif entry.bytes <= self.max_bytes:
             self._entries[key] = entry
-            self._lengths[entry.owner][entry.length] += 1
+            self._marks[entry.owner][entry.mark] += 1
             self._bytes += entry.bytes
             while self._bytes > self.max_bytes:
                 self._drop_oldest()
@@ -211,22 +217,32 @@ class PrefixStore:
     def _drop_oldest(self) -> None:
         _, oldest = self._entries.popitem(last=False)
         self._bytes -= oldest.bytes
-        lengths = self._lengths[oldest.owner]
-        lengths[oldest.length] -= 1
-        if not lengths[oldest.length]:
-            del lengths[oldest.length]
-        if not lengths:
-            del self._lengths[oldest.owner]
+        marks = self._marks[oldest.owner]
+        marks[oldest.mark] -= 1
+        if not marks[oldest.mark]:
+            del marks[oldest.mark]
+        if not marks:
+            del self._marks[oldest.owner]
 
 
-def keys_of(ids: NDArray[np.int64], owner: str, *lengths: Container[int]) -> dict[int, bytes]:
-    """The keys of those prefixes of a text that have one of these lengths, by length, the shortest first."""
+def marks_of(ids: NDArray[np.int64]) -> list[int]:
+    """A number for each prefix of a text, by which the few that may be stored are told from the rest.
+
+    Σ (token_i + 1) Bⁱ modulo 2⁶⁴ over the tokens of the prefix. Two prefixes seldom have the same one.
+    """
+    powers = np.cumprod(np.full(len(ids), BASE, dtype=np.uint64))
+    marks: list[int] = np.cumsum((ids + 1).astype(np.uint64) * powers).tolist()
+    return marks
+
+
+def keys_of(ids: NDArray[np.int64], owner: str, marks: Sequence[int], known: Container[int]) -> dict[int, str]:
+    """The keys "LENGTH-MARK-DIGEST" of a text's prefixes whose marks are known, by length, the shortest first."""
     digest = hashlib.blake2b(key=bytes.fromhex(owner), digest_size=32)
     keys, before = {}, 0
-    for length in range(1, len(ids) + 1):
-        if any(length in some for some in lengths):
+    for length, mark in enumerate(marks, start=1):
+        if mark in known:
             digest.update(ids[before:length].tobytes())
-            keys[length], before = digest.copy().digest(), length
+            keys[length], before = f"{length}-{mark:016x}-{digest.copy().hexdigest()}", length
     return keys
 
 
