@@ -41,19 +41,21 @@ def cuda_seconds(work: Work) -> float:
 
 def peak_megabytes(work: Work) -> float:
     """How far the process grew during the work, by the kernel's own account; NaN where there is none to ask."""
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    reset = Path("/proc/self/clear_refs")
     if not reset.exists():
         return float("nan")
-
-    def kilobytes(field: str) -> int:
-        found = re.search(rf"{field}:\s+(\d+)", status.read_text())
-        return int(found[1]) if found else 0
-
     ctypes.CDLL(None).malloc_trim(0)
     reset.write_text("5")  # the high-water mark begins anew
-    before = kilobytes("VmRSS")
+    before = resident_megabytes()
     work()
-    return (kilobytes("VmHWM") - before) / 1e3
+    return resident_megabytes("VmHWM") - before
+
+
+def resident_megabytes(field: str = "VmRSS") -> float:
+    """What the process has in memory now, or had at most (VmHWM); NaN where the kernel does not tell."""
+    status = Path("/proc/self/status")
+    found = re.search(rf"{field}:\s+(\d+)", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 / 1e6 if found else float("nan")
 
 
 def cuda_peak_megabytes(work: Work) -> float:
@@ -179,7 +181,9 @@ def forward_and_backward(
 FIGURES = {
     "ms": ("ms", 1, ".3g"), "times faster": ("×", 1, ".2f"), "of ceiling": ("%", 100, ".0f"),
     "peak MB": ("MB", 1, ".0f"), "of projections": ("of projections", 1, ".3f"), "steps/s": ("steps/s", 1, ".2f"),
-    "share": ("%", 100, ".0f"), **{rate: (rate, 1, ",.0f") for rate in ("median", "slowest", "fastest")},
+    "share": ("%", 100, ".0f"), "tokens/s": ("tokens/s", 1, ",.0f"), "MB": ("MB", 1, ",.1f"),
+    "ratio": ("ratio", 1, ".3g"), "aim": ("aim", 1, ""),
+    **{rate: (rate, 1, ",.0f") for rate in ("median", "slowest", "fastest")},
 }  # fmt: skip
 """What is measured: its heading, its factor and its format in a table."""
 

@@ -22,7 +22,7 @@ CAPTION = "float32; ×: times faster than the first; %: of the measured ceiling"
 
 
 def bench(
-    what: Literal["ops", "layer", "step", "train", "gpu", "worlds", "threads"],
+    what: Literal["ops", "layer", "step", "train", "gpu", "worlds", "threads", "serve"],
     threads: int = 2,
     rounds: int = 7,
     only: str | None = None,
@@ -38,7 +38,8 @@ def bench(
         what: "ops" the memories' reads and writes, "layer" one layer, "step" one token, "train" one training step, all
             on the CPU; "gpu" a synchronous layer's middle and a training step of hqlt-340m on a GPU; "worlds" steps of
             the partially observable worlds, in as many threads as NumPy uses for them: one; "threads" a training step,
-            on a quiet and on a busy machine, by how torch's threads wait.
+            on a quiet and on a busy machine, by how torch's threads wait; "serve" what clients of `hqlt serve` wait
+            for, and what idle sessions take.
         threads: of torch and of the native memories.
         rounds: turns of each contestant.
         only: one part of the benchmark, such as "delta" of ops, "synchronous" of step, or "VisualMatch" of worlds.
@@ -50,6 +51,7 @@ def bench(
     check_options(module.ONLY, threads, rounds, only)
     check_writable(file)
     setting = module.setting() if hasattr(module, "setting") else setting_of_cpu(threads)
+    setting |= getattr(module, "SETTING", {})
     before = torch.get_num_threads()
     torch.manual_seed(0)
     torch.set_num_threads(threads)
