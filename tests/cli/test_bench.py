@@ -91,3 +91,14 @@ def test_without_a_gpu_its_benchmark_says_so(tmp_path):
     with pytest.raises(SystemExit, match=r"hqlt bench gpu: expected a CUDA GPU .* found none; the other benchmarks"):
         main(["bench", "gpu", "--quick", f"--json={tmp_path / 'figures.json'}"])
     assert not list(tmp_path.iterdir())
+
+
+def test_what_clients_of_a_server_wait_for(tmp_path):
+    pytest.importorskip("fastapi")
+    file = tmp_path / "figures.json"
+    main(["bench", "serve", "--quick", "--rounds=1", "--threads=1", f"--json={file}"])
+    written = json.loads(file.read_text())
+    assert {row["case"] for row in written["results"]} == {"first token", "streams", "sessions"}
+    assert written["setting"]["clock"] == "the wall's"
+    for row in written["results"]:
+        assert all(value == value and value != 0 for value in row["measured"].values())

@@ -58,7 +58,9 @@ def serving(model: HQLTForCausalLM) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(Path(folder) / "tiny")
         command = [sys.executable, "-m", "hqlt", "serve", "tiny", "--port=0"]
-        environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+        threads = torch.get_num_threads()  # said only where they are not all: who says it chooses how they wait, too
+        environment = os.environ | ({} if threads == os.cpu_count() else {"OMP_NUM_THREADS": str(threads)})
         server = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
         assert server.stderr is not None
         try:

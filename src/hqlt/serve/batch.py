@@ -7,6 +7,9 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from hqlt.memory import MemoryState
 from hqlt.serve.request import Request
 from hqlt.serve.sampling import Sampling
@@ -27,9 +30,9 @@ class Row:
         asked = self.request
         return Sampling(asked.temperature, asked.top_p, self.draw() if asked.temperature > 0 else 0.0)
 
-    def tokens(self) -> list[int]:
+    def tokens(self) -> Tensor:
         """What its state has read: everything but the last token."""
-        return [*self.request.tokens, *self.made][:-1]
+        return torch.cat([torch.from_numpy(self.request.prompt), torch.tensor(self.made, dtype=torch.long)])[:-1]
 
 
 class Batch(NamedTuple):
@@ -67,7 +70,7 @@ class Reading:
 
     def __init__(self, request: Request, length: int, states: tuple[MemoryState, ...]) -> None:
         self.request, self.length, self.states = request, length, states
-        self.end = len(request.tokens) - 1
+        self.end = len(request.prompt) - 1
 
     def next_stop(self, budget: int) -> int:
         """Where the next chunk ends: at a mark, if one comes first."""

@@ -63,10 +63,10 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Raises ValueError for what can never be served, Full where too many wait, Closed when it is too late."""
-        if not request.tokens or not 1 <= request.n <= self.rows:
+        if not len(request.prompt) or not 1 <= request.n <= self.rows:
             raise ValueError(
                 f"expected a prompt of at least one token and 1 to {self.rows} continuations, got "
-                f"{len(request.tokens)} tokens and {request.n} continuations"
+                f"{len(request.prompt)} tokens and {request.n} continuations"
             )
         with self._changed:
             if self._closing:
@@ -139,7 +139,7 @@ class Engine:
             self._waiting = deque(waiting)
         for request in admitted:
             try:
-                length, states = self.store.find(request.tokens, request.salt)
+                length, states = self.store.find(torch.from_numpy(request.prompt), request.salt)
                 request.listener.began(length)
                 states = states or tuple(layer.init_state(1) for layer in self.layers)
                 self._reading.append(Reading(request, length, states))
@@ -174,7 +174,7 @@ class Engine:
         """→ tokens read."""
         begin, stop, request = reading.length, reading.next_stop(budget), reading.request
         if stop > begin:
-            chunk = torch.tensor([list(request.tokens[begin:stop])], device=self.model.device)
+            chunk = torch.from_numpy(request.prompt[None, begin:stop]).to(self.model.device)
             _, reading.states = self._forward(chunk, reading.states)
             reading.length = stop
             if stop == reading.end or stop in request.marks:
@@ -185,7 +185,7 @@ class Engine:
         request = reading.request
         rows = [Row(request, choice) for choice in range(request.n)]
         states = tuple(state.repeat(len(rows)) if len(rows) > 1 else state for state in reading.states)
-        return Batch(rows, [request.tokens[-1]] * len(rows), states)
+        return Batch(rows, [int(request.prompt[-1])] * len(rows), states)
 
     def _forward(self, tokens: Tensor, states: Sequence[MemoryState]) -> tuple[Tensor, tuple[MemoryState, ...]]:
         """tokens: [b, t] → the normed hidden states of the last block [b, t, d], and the states after them."""
@@ -285,7 +285,7 @@ class Engine:
 
     def _put(self, request: Request, length: int, states: Sequence[MemoryState]) -> None:
         """Store what has been read of a prompt."""
-        self._quietly(lambda: self.store.put(request.tokens[:length], states, request.salt))
+        self._quietly(lambda: self.store.put(torch.from_numpy(request.prompt[:length]), states, request.salt))
 
     def _fail(self, request: Request, error: Exception, expected: bool = False) -> None:
         if not expected:

@@ -7,6 +7,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hqlt.serve.sampling import Likely
 
 
@@ -45,8 +48,8 @@ class Listener(Protocol):
 class Request:
     """A prompt that is to be continued in n ways."""
 
-    tokens: Sequence[int]
-    """At least one."""
+    tokens: NDArray[np.int64] | Sequence[int]
+    """[t], at least one."""
     listener: Listener
     max_tokens: int
     """Of each continuation, at least 1."""
@@ -65,8 +68,13 @@ class Request:
     """Lengths of the prompt's beginnings that other prompts may share: the states there are stored, too."""
     deadline: float = math.inf
     """On the clock of time.monotonic."""
+    prompt: NDArray[np.int64] = field(init=False)
+    """The tokens as an array: no one makes a list of a book again for each turn."""
     over: bool = field(default=False, init=False)
     """Set by `cancel`, and where it has failed: its rows are freed before the next token."""
+
+    def __post_init__(self) -> None:
+        self.prompt = np.asarray(self.tokens, dtype=np.int64)
 
     def cancel(self) -> None:
         """Whoever asked does not want it any more. From any thread; the listener hears nothing more."""

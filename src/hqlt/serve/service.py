@@ -50,10 +50,9 @@ class Service:
 
     async def complete(self, asked: CompletionAsked, salt: str) -> tuple[Request, Answer]:
         """Submits it. Raises Refused for what it must not or cannot be, and what `Engine.submit` raises."""
-        vocabulary = self.engine.model.config.vocab_size
-        text = asked.text
+        text, vocabulary = asked.text, self.engine.model.config.vocab_size
         tokens = asked.tokens if text is None else await self._encoded(lambda: self.tokenizer.encode_prompt(text))
-        if not all(0 <= token < vocabulary for token in tokens):
+        if text is None and not 0 <= min(tokens) <= max(tokens) < vocabulary:
             raise Refused(400, f"prompt: expected tokens from 0 to {vocabulary - 1}", "prompt", "invalid_value")
         return self._submit(asked, tokens, "prompt", asked.stops, asked.max_tokens or 16, (), salt)
 
