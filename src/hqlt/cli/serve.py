@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +83,10 @@ def serve(
         language_model = retention.load(model, usable_device(device), notes)
         states = PrefixStore(language_model, store_bytes, store, store_disk_bytes)
         engine = Engine(language_model, states, rows=rows, queue=queue, chunk=chunk)
-        called, hosts = name or model.resolve().name, {*LOOPBACK, "[::1]"} if host in LOOPBACK else None
-        app = create_app(
-            engine, tokenizer, called, limits=limits, keys=keys, shared_prefixes=shared_prefixes, hosts=hosts
-        )
-        url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
-        Server(app, listening, grace, lambda: print_ready(notes, url, called, bool(keys))).serve_here()
+        called = name or model.resolve().name
+        hosts = {*LOOPBACK, "[::1]"} if host in LOOPBACK else None
+        app = create_app(engine, tokenizer, called, limits, keys, shared_prefixes, hosts)
+        Server(app, listening, grace, lambda: print_ready(notes, url_of(listening), called, bool(keys))).serve_here()
 
 
 def check(
@@ -119,6 +118,11 @@ def keys_of(api_key: str | None) -> list[str]:
     if given is not None and not all(keys):
         raise ValueError("api-key: expected keys divided by commas, got an empty one")
     return keys if given is not None else []
+
+
+def url_of(listening: socket.socket) -> str:
+    host, port, *_ = listening.getsockname()
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def print_ready(notes: Console, url: str, name: str, has_key: bool) -> None:

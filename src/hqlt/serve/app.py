@@ -34,7 +34,6 @@ def create_app(
     engine: Engine,
     tokenizer: Any,
     name: str,
-    *,
     limits: Limits = DEFAULT_LIMITS,
     keys: Sequence[str] = (),
     shared_prefixes: bool = False,

@@ -34,30 +34,30 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        headers, refused = Headers(scope=scope), None
         try:
-            headers = Headers(scope=scope)
             self._check_host(headers.get("host", ""))
             scope["salt"] = "" if scope["path"] in OPEN else self._salt_of(headers.get("authorization", ""))
-            body = await self._body(headers, receive)
-        except Refused as refused:
-            await refused.response()(scope, receive, send)
-            return
+        except Refused as error:
+            refused = error
+        body = await self._body(headers, receive, keep=refused is None)
         if body is None:
             return  # the client has left
+        refused = refused or (body if isinstance(body, Refused) else None)
+        if refused is not None:
+            await refused.response()(scope, receive, send)
+            return
+
+        unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replay() -> Message:
-            nonlocal body
-            if body is None:
-                return await receive()
-            message: Message = {"type": "http.request", "body": body, "more_body": False}
-            body = None
-            return message
+            return unread.pop() if unread else await receive()
 
         await self.app(scope, replay, send)
 
     def _check_host(self, host: str) -> None:
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-        if self.hosts is not None and name not in self.hosts:
+        if self.hosts is not None and name.lower() not in self.hosts:
             raise Refused(421, f"expected a request to {' or '.join(sorted(self.hosts))}, got one to {name!r}")
 
     def _salt_of(self, authorization: str) -> str:
@@ -71,26 +71,32 @@ class Guard:
             raise Refused(401, "expected a valid API key as `Authorization: Bearer KEY`", code="invalid_api_key")
         return found[0]
 
-    async def _body(self, headers: Headers, receive: Receive) -> bytes | None:
-        """The whole body; None where the client left before its end."""
+    async def _body(self, headers: Headers, receive: Receive, keep: bool) -> bytes | Refused | None:
+        """The whole body; None where the client left before its end.
+
+        Also what is not kept is read to its end, or for as long as a body may take: a client that still sends would
+        lose the answer.
+        """
         length = headers.get("content-length", "0")
-        if length.isdigit() and int(length) > self.max_body:
-            raise self._too_large()
-        chunks: list[bytes] = []
-        size, more = 0, True
+        size, more, chunks = 0, True, bytearray()
+        declared = int(length) if length.isdigit() else 0
+        late = False
         try:
             async with asyncio.timeout(self.seconds):
-                while more:
+                while more and not (declared > self.max_body and "expect" in headers):
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None
-                    chunks.append(message.get("body", b""))
-                    size, more = size + len(chunks[-1]), message.get("more_body", False)
-                    if size > self.max_body:
-                        raise self._too_large()
+                    chunk, more = message.get("body", b""), message.get("more_body", False)
+                    size += len(chunk)
+                    if keep and size <= self.max_body:
+                        chunks += chunk
         except TimeoutError:
-            raise Refused(408, f"expected the whole body within {self.seconds:g} seconds", code="timeout") from None
-        return b"".join(chunks)
-
-    def _too_large(self) -> Refused:
-        return Refused(413, f"expected a body of at most {self.max_body:,} bytes, got a larger one", code="too_large")
+            late = True
+        if max(size, declared) > self.max_body:
+            return Refused(
+                413, f"expected a body of at most {self.max_body:,} bytes, got a larger one", code="too_large"
+            )
+        if late:
+            return Refused(408, f"expected the whole body within {self.seconds:g} seconds", code="timeout")
+        return bytes(chunks)
