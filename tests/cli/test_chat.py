@@ -90,6 +90,17 @@ def test_a_store_of_states(folder, said, tmp_path):
         said(folder, options=[f"--store={tmp_path / 'file'}"])
 
 
+def test_answers_guessed_ahead(folder, said):
+    """By another model, or from the conversation: the same answers, and the same states are found again."""
+    lines = ("One? One? One? One?", "Two?", "/undo", "One?")
+    expected, err = said(folder, *lines)
+    for option in ("--prompt-lookup", f"--draft={folder}"):
+        guessed, other = said(folder, *lines, options=(*OPTIONS, option))
+        assert guessed == expected and counts(other) == counts(err)
+    with pytest.raises(SystemExit, match="--draft or --prompt-lookup, not both"):
+        said(folder, options=["--prompt-lookup", f"--draft={folder}"])
+
+
 def test_a_system_message(folder, said, tmp_path):
     plain, err = said(folder, "/system Be brief.", "One?", "/system", "/retry")
     assert "the next answer reads the whole conversation again" in err

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from hqlt.data import Tokenizer
-    from hqlt.language.generation import Past
+    from hqlt.language.generation import Drafts, Past
     from hqlt.model import HQLTForCausalLM
 
 SHOWN = 400
@@ -84,7 +85,6 @@ def generate(
     check_drafts(draft, prompt_lookup, batch)
     from hqlt.data.text import read_text
     from hqlt.device import usable_device
-    from hqlt.language import generation
     from hqlt.language.folder import tokenizer_of
 
     notes = Console(stderr=True)
@@ -94,26 +94,33 @@ def generate(
     tokenizer = tokenizer_of(model, retention.config_of(model).vocab_size)
     ids = ids_of(text, tokenizer, begins=load_state is None)
     language_model = retention.load(model, device_there, notes)
-    drafts = generation.Drafts(ids) if prompt_lookup else None
-    if draft is not None:
-        drafts = generation.Drafts(ids, drafting(draft, tokenizer, device_there))
+    drafts = drafts_for(draft, prompt_lookup, tokenizer, device_there)(ids)
     past = read(language_model, ids, load_state, store, notes)
-    console = Console(soft_wrap=batch == 1)
-    began = time.monotonic()
     try:
         if tokens:
-            with shown(console, text[-SHOWN:], batch) as write:
-                eos = tokenizer.eos_ids
-                streamer = generation.TextStreamer(tokenizer, batch, eos, write)
-                made, past = generation.go_on(
-                    language_model, past, tokens=tokens, rows=batch, eos=eos, streamer=streamer, drafts=drafts, **choice
-                )
-            if console.is_terminal:
-                speed = made.numel() / (time.monotonic() - began)
-                notes.print(f"{made.numel()} tokens, {speed:.0f} per second", style="dim")
+            options = {"tokens": tokens, "rows": batch, "drafts": drafts, **choice}
+            past = write_on(language_model, past, tokenizer, text[-SHOWN:], notes, options)
     finally:  # after Ctrl-C, or where the reader of the pipe has left, too
         if save_state is not None:
             keep(save_state, past, language_model, notes)
+
+
+def write_on(
+    model: HQLTForCausalLM, past: Past, tokenizer: Tokenizer, text: str, notes: Console, options: dict[str, Any]
+) -> Past:
+    """Show what is made, as it is made, behind the end of the prompt's text. options: of `go_on`."""
+    from hqlt.language import generation
+
+    rows, eos = options["rows"], tokenizer.eos_ids
+    console = Console(soft_wrap=rows == 1)
+    began = time.monotonic()
+    with shown(console, text, rows) as write:
+        streamer = generation.TextStreamer(tokenizer, rows, eos, write)
+        made, past = generation.go_on(model, past, eos=eos, streamer=streamer, **options)
+    if console.is_terminal:
+        speed = made.numel() / (time.monotonic() - began)
+        notes.print(f"{made.numel()} tokens, {speed:.0f} per second", style="dim")
+    return past
 
 
 def read(model: HQLTForCausalLM, ids: list[int], load_state: Path | None, store: Path | None, notes: Console) -> Past:
@@ -131,17 +138,22 @@ def read(model: HQLTForCausalLM, ids: list[int], load_state: Path | None, store:
     return past
 
 
-def drafting(folder: Path, tokenizer: Tokenizer, device: torch.device) -> HQLTForCausalLM:
-    """The model in this folder. Raises ValueError where its tokens are others."""
+def drafts_for(
+    draft: Path | None, prompt_lookup: bool, tokenizer: Tokenizer, device: torch.device
+) -> Callable[[Sequence[int]], Drafts | None]:
+    """Who guesses what follows some tokens. Raises ValueError where the draft model's tokens are others."""
     from hqlt.language.folder import load_model, read_config, tokenizer_of
+    from hqlt.language.generation import Drafts
 
-    theirs = tokenizer_of(folder, read_config(folder).vocab_size)
+    if draft is None:
+        return lambda tokens: Drafts(tokens) if prompt_lookup else None
+    theirs = tokenizer_of(draft, read_config(draft).vocab_size)
     if theirs.digest != tokenizer.digest:
         raise ValueError(
             f"draft: expected a model with the same tokenizer, got one with another ({theirs.name}, not "
-            f"{tokenizer.name}) in {folder}"
+            f"{tokenizer.name}) in {draft}"
         )
-    return load_model(folder, device)
+    return functools.partial(Drafts, model=load_model(draft, device))
 
 
 def ids_of(text: str, tokenizer: Tokenizer, begins: bool) -> list[int]:
@@ -164,7 +176,7 @@ def expect(name: str, value: object, holds: object, expected: str) -> None:
         raise ValueError(f"{name}: expected {expected}, got {value}")
 
 
-def check_drafts(draft: Path | None, prompt_lookup: bool, batch: int) -> None:
+def check_drafts(draft: Path | None, prompt_lookup: bool, batch: int = 1) -> None:
     expect("prompt-lookup", prompt_lookup, not (draft and prompt_lookup), "--draft or --prompt-lookup, not both")
     expect("batch", batch, batch == 1 or not (draft or prompt_lookup), "1 with --draft or --prompt-lookup")
 

@@ -194,10 +194,17 @@ class Chat:
     >>> other = chat.answer(asked, print)            # reads one token
 
     store: where the states are, those before and after each answer; the greedy answers are the same without them.
+    drafts: given the tokens of a conversation, where those of the answer are guessed.
     """
 
-    def __init__(self, model: HQLTForCausalLM, tokenizer: Tokenizer, store: PrefixStore | None = None) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(
+        self,
+        model: HQLTForCausalLM,
+        tokenizer: Tokenizer,
+        store: PrefixStore | None = None,
+        drafts: Callable[[Sequence[int]], generation.Drafts | None] = lambda tokens: None,
+    ) -> None:
+        self.model, self.tokenizer, self.drafts = model, tokenizer, drafts
         self.store = PrefixStore(model) if store is None else store
         self.eos = end_tokens(model, tokenizer)
         self.ends = PLAIN_ENDS if is_plain(tokenizer) else ()
@@ -226,10 +233,16 @@ class Chat:
         speech = Speech(self.tokenizer.stream(after=ids[-1:]), self.eos, self.ends, told)
         interrupted = False
         try:
-            _, past = generation.go_on(
-                self.model, past, tokens=tokens, eos=self.eos, ended=lambda made: speech.add(made[0].tolist()), **choice
+            made, past = generation.go_on(
+                self.model,
+                past,
+                tokens=tokens,
+                eos=self.eos,
+                ended=lambda made: speech.add(made[0].tolist()),
+                drafts=self.drafts(ids),
+                **choice,
             )
-            self.store.put([*ids, *speech.made[:-1]], past.states)
+            self.store.put([*ids, *made[0, :-1].tolist()], past.states)
         except KeyboardInterrupt:
             interrupted = True
         speech.end()

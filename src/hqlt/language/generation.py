@@ -127,11 +127,7 @@ def go_on(
     if eos:
         choice["eos_token_id"] = [*eos]
     if ended is not None:
-
-        def criterion(ids: Tensor, scores: object) -> Tensor:
-            return ids.new_full(ids.shape[:1], ended(ids[:, len(columns) :]), dtype=torch.bool)
-
-        choice["stopping_criteria"] = StoppingCriteriaList([criterion])
+        choice["stopping_criteria"] = StoppingCriteriaList([Ended(ended, len(columns))])
     if drafts is not None:
         choice |= drafts.options()
     if seed is not None:
@@ -150,6 +146,17 @@ def go_on(
         )
     new = made.sequences[:, len(columns) :]
     return new, Past(tuple(state.select([0]) for state in cache.states), int(new[0, -1]))
+
+
+class Ended(NamedTuple):
+    """A stopping criterion of `generate`: whether all rows end, by their new tokens."""
+
+    asked: Callable[[Tensor], bool]
+    given: int
+    """Columns before the new ones."""
+
+    def __call__(self, ids: Tensor, scores: object, **_: object) -> Tensor:
+        return ids.new_full(ids.shape[:1], self.asked(ids[:, self.given :]), dtype=torch.bool)
 
 
 @contextmanager
