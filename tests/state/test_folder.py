@@ -8,11 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from hypothesis import given
 from safetensors.torch import load_file, save_file
 
 from hqlt.disk import UNFINISHED
@@ -20,7 +22,7 @@ from hqlt.state import PrefixStore
 from hqlt.state.folder import PrefixFolder
 from hqlt.state.prefixes import as_ids, keys_of, marks_of
 from tests.laws import close
-from tests.state.test_prefixes import KINDS, MORE, build, put, read
+from tests.state.test_prefixes import KINDS, MORE, build, put, read, trees
 
 TEXT = [1, 2, 3, 4, 5]
 
@@ -56,6 +58,20 @@ def test_what_follows_after_a_restart(kind, tmp_path):
     assert cache.seen_tokens == 4
     close(read(model, [*TEXT, 6], cache)[0], read(model, [*TEXT, 6])[0][4:])
     assert store.statistics[:3] == (1, 0, 1), "and it is in memory from then on"
+
+
+@given(texts=trees())
+def test_a_tree_of_prompts_by_many_processes(one, texts):
+    """Each prompt is read by a process of its own, from what those before have left in the folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        for text in texts:
+            store = PrefixStore(one, folder=folder)
+            length = store.find(text).length
+            logits, cache = read(one, text, store.cache_for(text))
+            assert cache.seen_tokens == len(text) > length
+            close(logits, read(one, text)[0][length:])
+            store.put(text, cache.states)
+            assert found(one, folder, [*text, 1]) == len(text)
 
 
 def test_only_for_the_same_model_dtype_form_and_salt(one, files, tmp_path):
@@ -187,6 +203,8 @@ def test_the_least_recently_used_file_goes_first(one, tmp_path):
     assert again.find(TEXT[:3]).length == 1
     put(PrefixStore(one, folder=tmp_path, max_disk_bytes=10), one, [8])
     assert len(list(tmp_path.glob("*/*"))) == 3, "what never fits displaces nothing"
+    put(PrefixStore(one, folder=tmp_path, max_disk_bytes=sizes[1] + 8), one, [8], "another salt")
+    assert len(list(tmp_path.glob("*"))) == len(list(tmp_path.glob("*/*"))) == 1, "and no empty folder stays"
 
 
 def test_what_cannot_be_written_is_reported_and_stays_in_memory(one, tmp_path, caplog):

@@ -79,16 +79,16 @@ class PrefixFolder:
         """Keep these tensors, which are on the CPU, for these tokens."""
         path = self._place(owner, key)
         try:
-            if path.exists() and path not in self._skipped:
+            if path not in self._skipped and path.exists():
                 os.utime(path)
                 return
             told = {"format": FORMAT, "owner": owner, "checksum": _checksum(tensors)}
             data = save({TOKENS: torch.from_numpy(ids)} | {name: x.clone() for name, x in tensors.items()}, told)
-            path.parent.mkdir(mode=0o700, exist_ok=True)
             with locked(self.path, wait=True):
-                for killed in path.parent.glob(f"*{UNFINISHED}"):
-                    killed.unlink()
                 if self._make_room(len(data)):
+                    path.parent.mkdir(mode=0o700, exist_ok=True)
+                    for killed in path.parent.glob(f"*{UNFINISHED}"):
+                        killed.unlink()
                     write_whole(path, data)
                     self._skipped.discard(path)
         except OSError as error:
@@ -122,6 +122,8 @@ class PrefixFolder:
             if total + new <= self.max_bytes:
                 break
             path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # not empty
+                path.parent.rmdir()
             total -= stat.st_size
         return True
 
