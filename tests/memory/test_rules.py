@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from hqlt import registry
 from tests.laws import Laws
@@ -20,6 +21,9 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 
 FAMILY: dict[str, dict[str, Any]] = {
     "gated-delta": {"fast_weights": "gated-delta", "beta_max": 2.0},
+    "gated-delta-learned": {"fast_weights": "gated-delta", "feature_map": "learned"},
+    "delta-learned": {"fast_weights": "delta", "feature_map": "learned"},
+    "linear-hedgehog": {"fast_weights": "linear", "feature_map": "hedgehog"},
     "kda": {"fast_weights": "kda", "beta_max": 2.0, "decay_rank": 3},
     "kda-bounded": {"fast_weights": "kda", "decay_floor": -5.0},
     "delta-product": {"fast_weights": "delta-product", "conv_size": 2},
@@ -61,7 +65,7 @@ def test_what_has_no_meaning_is_refused_with_the_reason(rule, schedule):
 
 def test_every_rule_is_here():
     ours = {name for name in registry.names("rule") if registry.find("rule", name).__module__.startswith("hqlt.")}
-    assert {options["fast_weights"] for options in FAMILY.values()} == ours - {"delta", "linear"}
+    assert {options["fast_weights"] for options in FAMILY.values()} == ours
 
 
 @pytest.mark.parametrize(
@@ -70,3 +74,27 @@ def test_every_rule_is_here():
 def test_multiply_adds(rule, passes):
     """Passes over a matrix of 4 × 4 in two heads: a read, a step, what it erases, and so for each step."""
     assert build_layer("", fast_weights=rule).fw.multiply_adds() == passes * 2 * 4 * 4
+
+
+def test_a_learned_map_begins_as_none():
+    x = torch.randn(2, 9, 8, dtype=torch.float64)
+    for rule in ("delta", "gated-delta", "linear"):
+        plain, learned = (build_layer("", fast_weights=rule, feature_map=name) for name in (None, "learned"))
+        learned.load_state_dict(plain.state_dict(), strict=False)
+        learned.fw.feature_map.begin()
+        torch.testing.assert_close(learned(x)[0], plain(x)[0], rtol=0, atol=1e-12)
+        learned(x)[0].square().sum().backward()
+        assert learned.fw.feature_map.q.grad.abs().sum() > 0
+        assert learned.fw.feature_map.k.grad.abs().sum() > 0
+
+
+def test_hedgehog():
+    """Its equation, and a matrix of twice the rows."""
+    layer = build_layer("fw-only", fast_weights="linear", feature_map="hedgehog")
+    layer.fw.feature_map.begin()
+    x = torch.randn(1, 1, 2, 4, dtype=torch.float64)
+    phi, _ = layer.fw.feature_map(x, x)
+    torch.testing.assert_close(phi, torch.cat([x.softmax(-1), (-x).softmax(-1)], dim=-1))
+    assert layer.init_state(3).fw.matrix.shape == (3, 2, 8, 4)
+    with pytest.raises(ValueError, match="feature_map: expected one of 'learned', got 'hedgehog'"):
+        build_layer("", fast_weights="delta", feature_map="hedgehog")

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from hqlt.layer import HybridMemory, RMSNorm, ShortConvolution, SwiGLU, ZeroCenteredRMSNorm
 from hqlt.memory import FWMemory, KVMemory, MemoryState
+from hqlt.memory.fw import LearnedMap
 from hqlt.mixer import Mixer
 from hqlt.model.block import HQLTBlock
 from hqlt.model.cache import CACHE, HQLTCache, one_cache
@@ -53,7 +54,7 @@ class HQLTPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, ZeroCenteredRMSNorm):
             nn.init.zeros_(module.weight)
-        elif isinstance(module, (FWMemory, KVMemory, Mixer)):
+        elif isinstance(module, (FWMemory, KVMemory, LearnedMap, Mixer)):
             module.begin()
         elif isinstance(module, ShortConvolution):
             if self.config.conv_init == "identity":

@@ -3,6 +3,7 @@
 from hqlt.memory.fw.comba import CombaMemory
 from hqlt.memory.fw.delta import DeltaGates, DeltaMemory
 from hqlt.memory.fw.delta_product import DeltaProductMemory
+from hqlt.memory.fw.features import LearnedMap
 from hqlt.memory.fw.gated_delta import GatedDeltaMemory
 from hqlt.memory.fw.gated_delta_product import GatedDeltaProductMemory
 from hqlt.memory.fw.gla import GLAMemory
@@ -30,6 +31,7 @@ __all__ = [
     "GatedDeltaProductMemory",
     "HGRN2Memory",
     "KDAMemory",
+    "LearnedMap",
     "LightningMemory",
     "LinearMemory",
     "LowRank",

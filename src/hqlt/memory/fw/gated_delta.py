@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hqlt import ops
 from hqlt.memory.fw.decay import MatrixDecay
+from hqlt.memory.fw.features import feature_map_of
 from hqlt.memory.fw.recurrence import Erasing, Terms
 from hqlt.memory.fw.rule import Write
 from hqlt.memory.heads import Heads
@@ -47,16 +48,21 @@ class GatedDeltaMemory(GatedErasing):
 
     β = beta_max · σ(W_β x), log α = −exp(A_log) · softplus(W_α x + dt_bias); at the start exp(A_log) is uniform in
     (1, 16) and softplus(dt_bias) log-uniform in (1e-3, 0.1), as in Mamba-2. beta_max: at most 2; 1 is the authors'.
+    feature_map: "learned" puts a matrix of each head before φ (`LearnedMap`).
 
     Source: Yang, Kautz, Hatamizadeh 2025, "Gated Delta Networks: Improving Mamba2 with Delta Rule", eq. 10.
     """
 
-    native = "gated-delta"
-
-    def __init__(self, heads: Heads, *, beta_max: float = 1.0) -> None:
+    def __init__(self, heads: Heads, *, beta_max: float = 1.0, feature_map: str | None = None) -> None:
         super().__init__(heads, beta_max)
+        self.feature_map = feature_map_of(heads, feature_map)
         self.begin()
+
+    @property
+    def native(self) -> str | None:  # type: ignore[override]
+        return "gated-delta" if self.feature_map is None else None
 
     def terms(self, q: Queries, write: Write) -> Terms:
         beta, decay = write.gates
-        return Terms(ops.unit_silu(q), ops.unit_silu(write.keys), self.v_activation(write.values), beta, decay)
+        q, k = self.mapped(q, write.keys)
+        return Terms(ops.unit_silu(q), ops.unit_silu(k), self.v_activation(write.values), beta, decay)

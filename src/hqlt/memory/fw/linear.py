@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 
 from hqlt import ops
+from hqlt.memory.fw.features import Hedgehog, feature_map_of
 from hqlt.memory.fw.rule import FWMemory, Write
+from hqlt.memory.heads import Heads
 from hqlt.memory.state import Entry
 from hqlt.ops import LinearState
 from hqlt.registry import register
@@ -16,18 +18,30 @@ from hqlt.shapes import Queries, Resets, Values
 class LinearMemory(FWMemory):
     """W ← W + φ(k) ⊗ v     z ← z + φ(k)     read: Wᵀ φ(q) / (z·φ(q) + 1e-10)     φ(x) = elu(x) + 1
 
+    feature_map: "learned" puts a matrix of each head before φ (`LearnedMap`); "hedgehog" is another φ, of twice the
+    width (`Hedgehog`).
+
     Source: Katharopoulos et al. 2020, "Transformers are RNNs", eqs. 18–20.
     """
 
     erases = False
-    native = "linear"
+
+    def __init__(self, heads: Heads, *, feature_map: str | None = None) -> None:
+        super().__init__(heads)
+        self.feature_map = feature_map_of(heads, feature_map, ("learned", "hedgehog"))
+
+    @property
+    def native(self) -> str | None:  # type: ignore[override]
+        return "linear" if self.feature_map is None else None
 
     def state_entries(self) -> LinearState:
-        h, k, v = self.heads.matrices, self.heads.k, self.heads.v
+        h, k, v = self.heads.matrices, self.key_width, self.heads.v
         return LinearState(Entry((h, k, v)), Entry((h, k)))  # type: ignore[arg-type]
 
     def forward(
         self, q: Queries, write: Write, past: LinearState | None, resets: Resets | None
     ) -> tuple[Values, LinearState]:
-        q, k = F.elu(q) + 1, F.elu(write.keys) + 1
+        q, k = self.mapped(q, write.keys)
+        if not isinstance(self.feature_map, Hedgehog):
+            q, k = F.elu(q) + 1, F.elu(k) + 1
         return ops.linear_attention(q, k, self.v_activation(write.values), state=past, resets=resets, live=write.live)

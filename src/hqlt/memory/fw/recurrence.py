@@ -38,7 +38,7 @@ class Recurrence(FWMemory):
     """
 
     def state_entries(self) -> MatrixState:
-        return MatrixState(Entry((self.heads.matrices, self.heads.k, self.heads.v)))  # type: ignore[arg-type]
+        return MatrixState(Entry((self.heads.matrices, self.key_width, self.heads.v)))  # type: ignore[arg-type]
 
     def terms(self, q: Queries, write: Write) -> Terms:
         raise NotImplementedError

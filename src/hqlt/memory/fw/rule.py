@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,9 @@ from torch.utils import _pytree as pytree
 from hqlt.memory.heads import Heads
 from hqlt.memory.state import Tree
 from hqlt.shapes import Hidden, Keys, Live, Queries, Resets, Values
+
+if TYPE_CHECKING:
+    from hqlt.memory.fw.features import LearnedMap
 
 
 class Write(NamedTuple):
@@ -60,6 +63,8 @@ class FWMemory(nn.Module):
     def __init__(self, heads: Heads) -> None:
         super().__init__()
         self.heads = heads
+        self.feature_map: LearnedMap | None = None
+        """What queries and keys pass through first, where a rule's option asks for it."""
         self.v_activation: nn.Module = nn.Identity()
         """Of values that reach this memory alone; the layer sets it (`HybridMemory.fw_activation`)."""
         self.convolved: dict[str, int] = {}
@@ -68,6 +73,15 @@ class FWMemory(nn.Module):
     def logits(self, x: Hidden) -> Tree:
         """What the rule's projections make of the layer's input x [b, t, d], [b, t, …] each."""
         return ()
+
+    def mapped(self, q: Queries, keys: Keys) -> tuple[Queries, Keys]:
+        """Raw queries and keys, through the learned map where there is one."""
+        return (q, keys) if self.feature_map is None else self.feature_map(q, keys)
+
+    @property
+    def key_width(self) -> int:
+        """Rows of a head's matrix."""
+        return self.heads.k * (1 if self.feature_map is None else self.feature_map.widening)
 
     def gates(self, logits: Tree) -> Tree:
         """From logits to what a write is weighed by: a NamedTuple of [b, t, …] tensors."""
@@ -98,7 +112,7 @@ class FWMemory(nn.Module):
     def multiply_adds(self) -> int:
         """Of writing and reading one token: k · v for each query that reads, each step, and what it erases."""
         heads = self.heads
-        return (heads.reads + heads.matrices * self.writes * (1 + self.erases)) * heads.k * heads.v
+        return (heads.reads + heads.matrices * self.writes * (1 + self.erases)) * self.key_width * heads.v
 
     def read(self, q: Queries, past: Tree) -> Values:
         """Read without writing."""
