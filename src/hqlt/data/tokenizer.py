@@ -5,7 +5,9 @@ from __future__ import annotations
 import codecs
 import functools
 import hashlib
+import itertools
 import json
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -65,6 +67,11 @@ class Tokenizer:
         add_special_tokens: with those that the tokenizer puts around every text.
         """
         return self.encode(text)
+
+    def pieces(self, text: str) -> list[str]:
+        """A prompt cut where no token can span the cut: the tokens of the pieces, without those that the tokenizer puts
+        around a text, are those of the whole."""
+        return [text]
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         """Many texts at once, in parallel where the tokenizer can."""
@@ -254,6 +261,17 @@ class Fast(OfSubwords):
         finally:
             self.tokenizer.encode_special_tokens = True
         return ids
+
+    def pieces(self, text: str) -> list[str]:
+        """Cut before each special token, but for those whose tokens depend on what stands before them."""
+        added = [token for token in self.tokenizer.get_added_tokens_decoder().values() if not token.normalized]
+        if self.split_special_tokens or not added:
+            return [text]
+        alone = {token.content for token in added if not (token.lstrip or token.single_word)}
+        longest_first = sorted((re.escape(token.content) for token in added), key=len, reverse=True)
+        found = re.finditer("|".join(longest_first), text)
+        cuts = [match.start() for match in found if match[0] in alone and match.start() > 0]
+        return [text[begin:end] for begin, end in itertools.pairwise([0, *cuts, len(text)])]
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)

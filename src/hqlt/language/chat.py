@@ -15,6 +15,7 @@ from transformers.utils import chat_template_utils
 from hqlt.data import Tokenizer
 from hqlt.data.tokenizer import TextStream
 from hqlt.language import generation
+from hqlt.language.pieces import Encoder
 from hqlt.memory import MemoryState
 from hqlt.model import HQLTForCausalLM
 from hqlt.state import PrefixStore, load_notes, load_state, save_state
@@ -33,11 +34,16 @@ PLAIN_ENDS = ("\n\nUser:", "\n\nAssistant:")
 """Texts that end an answer in the plain template, in which no token does. They are not part of the answer."""
 
 
-def chat_tokens(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+def chat_tokens(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    add_generation_prompt: bool = True,
+    encode: Callable[[str], list[int]] | None = None,
+) -> list[int]:
     """A conversation as the model reads it: the tokenizer's chat template, filled in as transformers does.
 
-    add_generation_prompt: end with what stands before an answer. Special tokens that are spelled out in a message are
-    special, as in transformers.
+    add_generation_prompt: end with what stands before an answer. encode: an `Encoder`, which remembers what it encoded;
+    None: the tokenizer. Special tokens that are spelled out in a message are special, as in transformers.
 
     Where the tokenizer has no chat template, as beside a base model or where tokens are bytes, `plain_template` is its:
 
@@ -75,7 +81,7 @@ def chat_tokens(tokenizer: Tokenizer, messages: Sequence[Message], add_generatio
         )
     except (TemplateError, TypeError) as error:  # the template's own words, or an operation that its code cannot do
         raise ValueError(f"messages: expected some that the model's chat template takes, got: {error}") from error
-    return tokenizer.encode_prompt(text, add_special_tokens=False)
+    return encode(text) if encode is not None else tokenizer.encode_prompt(text, add_special_tokens=False)
 
 
 def plain_template(tokenizer: Tokenizer) -> str:
@@ -206,6 +212,7 @@ class Chat:
     ) -> None:
         self.model, self.tokenizer, self.drafts = model, tokenizer, drafts
         self.store = PrefixStore(model) if store is None else store
+        self.encode = Encoder(tokenizer)
         self.eos = end_tokens(model, tokenizer)
         self.ends = PLAIN_ENDS if is_plain(tokenizer) else ()
 
@@ -227,7 +234,7 @@ class Chat:
         Raises ValueError for messages that the template refuses.
         """
         began = time.perf_counter()
-        ids = chat_tokens(self.tokenizer, messages)
+        ids = chat_tokens(self.tokenizer, messages, encode=self.encode)
         with reading(len(ids)) as read_told:
             past, length = generation.read_from(self.store, self.model, ids, read_told)
         speech = Speech(self.tokenizer.stream(after=ids[-1:]), self.eos, self.ends, told)

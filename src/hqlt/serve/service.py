@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from hqlt.data import Tokenizer
 from hqlt.language.chat import PLAIN_ENDS, chat_tokens, end_tokens, is_plain
+from hqlt.language.pieces import Encoder
 from hqlt.serve.answer import Answer, Outbox
 from hqlt.serve.engine import Engine
 from hqlt.serve.errors import Refused
@@ -40,6 +42,7 @@ class Service:
         self.created = int(time.time())
         self.outbox = Outbox()
         self._encoder = ThreadPoolExecutor(1, "hqlt-encode")  # one at a time: tokenizers have a state while they encode
+        self._encode = Encoder(tokenizer)
         self._ends = {*end_tokens(engine.model, tokenizer)}
         self._chat_ends = PLAIN_ENDS if is_plain(tokenizer) else ()
 
@@ -59,20 +62,23 @@ class Service:
     async def chat(self, asked: ChatAsked, salt: str) -> tuple[Request, Answer]:
         """As `complete`, for a conversation."""
         messages = [message.plain() for message in asked.messages]
+        encode = functools.partial(self._encode, salt=salt)
         try:
-            tokens, mark = await self._encoded(lambda: (chat_tokens(self.tokenizer, messages), self._system(messages)))
+            tokens, mark = await self._encoded(
+                lambda: (chat_tokens(self.tokenizer, messages, encode=encode), self._system(messages, encode))
+            )
         except ValueError as error:
             raise Refused(400, str(error), "messages", "invalid_value") from error
         most = asked.max_completion_tokens or asked.max_tokens or self.limits.tokens
         marks = [common(tokens, mark)] if mark else []
         return self._submit(asked, tokens, "messages", [*asked.stops, *self._chat_ends], most, marks, salt)
 
-    def _system(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def _system(self, messages: Sequence[dict[str, str]], encode: Callable[[str], list[int]]) -> list[int]:
         """The tokens of a system message, which other conversations may share."""
         if messages[0]["role"] != "system" or len(messages) == 1:
             return []
         try:
-            return chat_tokens(self.tokenizer, messages[:1], add_generation_prompt=False)
+            return chat_tokens(self.tokenizer, messages[:1], add_generation_prompt=False, encode=encode)
         except ValueError:  # a template may ask for a user's message, too
             return []
 

@@ -1,0 +1,79 @@
+"""Piece by piece, remembered or not ≡ the whole text at once."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
+
+from hqlt.data import load_tokenizer
+from hqlt.data.tokenizer import Fast
+from hqlt.language import pieces
+from hqlt.language.pieces import Encoder
+
+SPECIAL = ["<s>", "<<s>", "<|end|>", "<mask>", "<pad>", "<tool>", "Word", "hey"]
+CORPUS = ["the cat sat on the mat, the hat. \n\n"] * 9
+
+
+def trained(kind: str) -> Fast:
+    """With all kinds of added tokens: some take the blanks around them, some are words, one is found after norming."""
+    backend = Backend(models.BPE(unk_token=None))
+    match kind:
+        case "bytes":
+            backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+            backend.decoder = decoders.ByteLevel()
+        case "blank before all":
+            backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        case _:
+            backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind)
+    alphabet = [*map(chr, range(0x20, 0x7F)), "▁", "\n", *pre_tokenizers.ByteLevel.alphabet()]
+    trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(CORPUS, trainer)
+    backend.add_special_tokens(
+        [*SPECIAL[:3], AddedToken("<mask>", lstrip=True), AddedToken("<pad>", rstrip=True, lstrip=True)]
+    )
+    backend.add_tokens(
+        [AddedToken("<tool>", normalized=False, rstrip=True), AddedToken("Word", single_word=True, normalized=False)]
+    )
+    backend.add_tokens(["hey"])
+    return Fast(kind, backend, eos_id=None)
+
+
+TOKENIZERS = [trained(kind) for kind in ("bytes", "blank before all", "first", "always", "never")]
+TEXTS = st.lists(st.sampled_from([*SPECIAL, " ", "\n", "the cat", " sat", "a", "<", "."]), max_size=12).map("".join)
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda tokenizer: tokenizer.name)
+@given(st.lists(TEXTS, min_size=1, max_size=4), st.sampled_from([0, 150, 1 << 20]))
+def test_piece_by_piece(tokenizer, texts, max_bytes):
+    encode = Encoder(tokenizer, max_bytes)
+    for i in range(len(texts)):
+        text = "".join(texts[: i + 1])
+        assert "".join(tokenizer.pieces(text)) == text
+        assert encode(text) == tokenizer.encode_prompt(text, add_special_tokens=False)
+    assert encode._bytes <= max_bytes
+
+
+def test_what_was_encoded_is_not_encoded_again(monkeypatch):
+    tokenizer, encoded = TOKENIZERS[0], []
+    prompt = tokenizer.encode_prompt
+    monkeypatch.setattr(
+        tokenizer, "encode_prompt", lambda text, **options: encoded.append(text) or prompt(text, **options)
+    )
+    encode = Encoder(tokenizer)
+    encode("<s>the cat<|end|>the hat")
+    assert encoded == ["<s>the cat", "<|end|>the hat"]
+    encode("<s>the cat<|end|>the hat<s>the mat")
+    assert encoded[2:] == ["<s>the mat"]
+    encode("<s>the cat<|end|>", salt="another's")
+    assert encoded[3:] == ["<s>the cat", "<|end|>"]
+    assert encode._bytes == sum(pieces.size(text, ids) for (_, text), ids in encode._known.items())
+
+
+def test_special_tokens_that_are_read_as_text_cut_nothing():
+    text = "<s>the cat<|end|>"
+    assert load_tokenizer("bytes").pieces(text) == [text]
+    tokenizer = Fast("as text", TOKENIZERS[0].tokenizer, eos_id=None, split_special_tokens=True)
+    assert tokenizer.pieces(text) == [text] and Encoder(tokenizer)(text) == tokenizer.encode(text)
