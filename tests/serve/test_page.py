@@ -121,10 +121,13 @@ def test_a_conversation(person):
     assert none == 0 and reused > first and second < len(questions[1]) + 40
     assert all(re.match(r"first token after \d+\.\d\d s", line) for line in person.see("#log .figures"))
 
-    person.press("Regenerate")
+    person.browser.ask("document.querySelector('#log .turn:last-child button').focus()")  # Regenerate
+    person.browser.press("Enter", 13)
     person.wait()
+    assert person.browser.ask("document.activeElement.id") == "log"
     assert person.texts()[-1] == two and person.counts()[-1] == (1, second + reused - 1)
 
+    person.browser.ask("document.getElementById('question').focus()")
     person.browser.press("ArrowUp", 38)
     assert person.browser.ask("document.getElementById('question').value") == questions[1]
     person.browser.press("Escape", 27)
