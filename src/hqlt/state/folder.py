@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,24 @@ ENDING = ".safetensors"
 OURS = re.compile(r"[0-9]+-[0-9a-f]{16}-[0-9a-f]{64}\.safetensors")
 TOKENS = "tokens"
 
+REMOVED_AT_ONCE = 0.1
+"""Share of what the files may take, so that not all of them are looked at for each new one."""
+
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class Listing:
+    """An owner's files."""
+
+    changed: int
+    """When their folder last changed."""
+    keys: set[str] = field(default_factory=set)
+    marks: set[int] = field(default_factory=set)
+
+    def add(self, key: str) -> None:
+        self.keys.add(key)
+        self.marks.add(int(key.split("-")[1], base=16))
 
 
 class PrefixFolder:
@@ -35,8 +54,9 @@ class PrefixFolder:
     killed one left unfinished is removed by the next. Readers wait for nobody. What is damaged or foreign is skipped,
     with one warning of the logger `hqlt.state.folder` a file, and so is what cannot be written.
 
-    max_bytes: what the files may take in all; the least recently used are removed before a new one is written. Nothing
-    but files of these names is ever removed. Only the folder's owner may read what is made there: it holds the texts.
+    max_bytes: what the files may take in all; the least recently used are removed before a new one is written, a tenth
+    of all at once. A file FOLDER/bytes says what they take. Nothing but files of these names is ever removed. Only the
+    folder's owner may read what is made there: it holds the texts.
     """
 
     def __init__(self, path: str | Path, max_bytes: int | None = None) -> None:
@@ -44,18 +64,17 @@ class PrefixFolder:
         self.max_bytes = max_bytes
         check_writable(self.path, folder=True)
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._listed: dict[str, tuple[int, frozenset[str], frozenset[int]]] = {}
-        """By owner: when the folder had changed, its files' keys and their marks."""
+        self._listed: dict[str, Listing] = {}
         self._skipped: set[Path] = set()
 
-    def marks(self, owner: str) -> frozenset[int]:
-        """Those of an owner's stored prefixes; the folder is listed again where it has changed."""
-        return self._list(owner)[2]
+    def marks(self, owner: str) -> set[int]:
+        """Those of an owner's stored prefixes; listed again where another process has written."""
+        return self._list(owner).marks
 
     def read(self, owner: str, ids: NDArray[np.int64], key: str) -> dict[str, Tensor] | None:
         """The tensors that were stored for these tokens; None where there are none, or none that can be believed."""
         path = self._place(owner, key)
-        if key not in self._list(owner)[1] or path in self._skipped:
+        if key not in self._list(owner).keys or path in self._skipped:
             return None
         try:
             tensors = _checked(path, owner, ids)
@@ -87,9 +106,12 @@ class PrefixFolder:
             with locked(self.path, wait=True):
                 if self._make_room(len(data)):
                     path.parent.mkdir(mode=0o700, exist_ok=True)
-                    for killed in path.parent.glob(f"*{UNFINISHED}"):
+                    listing = self._list(owner)
+                    for killed in path.parent.glob(f"*{ENDING}{UNFINISHED}"):
                         killed.unlink()
                     write_whole(path, data)
+                    listing.add(key)
+                    listing.changed = path.parent.stat().st_mtime_ns  # as nobody else has changed it meanwhile
                     self._skipped.discard(path)
         except OSError as error:
             log.warning("%s is not written: %s", path, reason(error))
@@ -97,34 +119,44 @@ class PrefixFolder:
     def _place(self, owner: str, key: str) -> Path:
         return self.path / owner / f"{key}{ENDING}"
 
-    def _list(self, owner: str) -> tuple[int, frozenset[str], frozenset[int]]:
+    def _list(self, owner: str) -> Listing:
         place = self.path / owner
         try:
             changed = place.stat().st_mtime_ns
-            if self._listed.get(owner, (None,))[0] != changed:
-                keys = frozenset(name.removesuffix(ENDING) for name in os.listdir(place) if OURS.fullmatch(name))
-                self._listed[owner] = changed, keys, frozenset(int(key.split("-")[1], base=16) for key in keys)
+            if owner not in self._listed or self._listed[owner].changed != changed:
+                listing = Listing(changed)
+                for name in os.listdir(place):
+                    if OURS.fullmatch(name):
+                        listing.add(name.removesuffix(ENDING))
+                self._listed[owner] = listing
         except OSError as error:
             if not isinstance(error, FileNotFoundError) and place not in self._skipped:
                 self._skip(place, reason(error))
-            return 0, frozenset(), frozenset()
+            return Listing(0)
         return self._listed[owner]
 
     def _make_room(self, new: int) -> bool:
-        """Remove the least recently used files until the new bytes fit; False where they never will."""
-        if self.max_bytes is None:
-            return True
-        if new > self.max_bytes:
+        """Count the new bytes in, and remove the least recently used files where they do not fit. False: too many."""
+        count = self.path / "bytes"
+        most = math.inf if self.max_bytes is None else self.max_bytes
+        if new > most:
             return False
-        files = sorted(self._files(), key=lambda file: file[1].st_mtime_ns)
-        total = sum(stat.st_size for _, stat in files)
-        for path, stat in files:
-            if total + new <= self.max_bytes:
-                break
-            path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # not empty
-                path.parent.rmdir()
-            total -= stat.st_size
+        try:
+            total = int(count.read_text())
+        except (FileNotFoundError, ValueError):
+            total = None
+        if total is None or total + new > most:
+            files = sorted(self._files(), key=lambda file: file[1].st_mtime_ns)
+            total = sum(stat.st_size for _, stat in files)
+            left = total if total + new <= most else min(most - new, (1 - REMOVED_AT_ONCE) * most)
+            for path, stat in files:
+                if total <= left:
+                    break
+                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # not empty
+                    path.parent.rmdir()
+                total -= stat.st_size
+        count.write_text(str(total + new))
         return True
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
