@@ -98,13 +98,12 @@ class PrefixFolder:
         """Keep these tensors, which are on the CPU, for these tokens."""
         path = self._place(owner, key)
         try:
-            if path not in self._skipped and path.exists():
-                os.utime(path)
+            if self._is_there(path):
                 return
             told = {"format": FORMAT, "owner": owner, "checksum": _checksum(tensors)}
             data = save({TOKENS: torch.from_numpy(ids)} | {name: x.clone() for name, x in tensors.items()}, told)
             with locked(self.path, wait=True):
-                if self._make_room(len(data)):
+                if not self._is_there(path) and self._make_room(len(data)):
                     path.parent.mkdir(mode=0o700, exist_ok=True)
                     listing = self._list(owner)
                     for killed in path.parent.glob(f"*{ENDING}{UNFINISHED}"):
@@ -115,6 +114,14 @@ class PrefixFolder:
                     self._skipped.discard(path)
         except OSError as error:
             log.warning("%s is not written: %s", path, reason(error))
+
+    def _is_there(self, path: Path) -> bool:
+        """And used now, if it is."""
+        with contextlib.suppress(FileNotFoundError):
+            if path not in self._skipped:
+                os.utime(path)
+                return True
+        return False
 
     def _place(self, owner: str, key: str) -> Path:
         return self.path / owner / f"{key}{ENDING}"
