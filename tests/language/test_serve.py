@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hqlt.cli import main
 from hqlt.data import load_tokenizer
-from hqlt.language.chat import chat_tokens
+from hqlt.language.template import chat_tokens
 from tests.language.conftest import build
 
 for package in ("openai", "fastapi", "uvicorn", "accelerate"):

@@ -12,7 +12,7 @@ import torch
 from hqlt.data import load_tokenizer
 from hqlt.data.tokenizer import model_tokenizer
 from hqlt.language import generation
-from hqlt.language.chat import chat_tokens
+from hqlt.language.template import chat_tokens
 from hqlt.serve.service import Limits
 from tests.language.conftest import CHATML, build, save_chat_tokenizer
 from tests.serve.conftest import served

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from hqlt.data import load_tokenizer
-from hqlt.language.chat import chat_tokens
+from hqlt.language.template import chat_tokens
 from tests.serve.browser import Browser, browsing
 from tests.serve.conftest import served
 from tests.serve.test_openai import MODEL, alone

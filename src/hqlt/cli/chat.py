@@ -19,7 +19,8 @@ from hqlt.disk import check_writable
 from hqlt.errors import explanation
 
 if TYPE_CHECKING:
-    from hqlt.language.chat import Chat, Message
+    from hqlt.language.chat import Chat
+    from hqlt.language.template import Message
 
 COMMANDS = {
     "save FILE": "keep this conversation and the state after it in a file",
@@ -79,8 +80,9 @@ def chat(
     if store is not None:
         check_writable(store, folder=True)
     from hqlt.device import usable_device
-    from hqlt.language.chat import Chat, is_plain
+    from hqlt.language.chat import Chat
     from hqlt.language.folder import tokenizer_of
+    from hqlt.language.template import is_plain
     from hqlt.state import PrefixStore
 
     notes = Console(stderr=True, soft_wrap=True, highlight=False)

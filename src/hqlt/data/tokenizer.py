@@ -38,7 +38,7 @@ class Tokenizer:
     """The token that ends a document; None: there is none."""
     chat_template: str | None = None
     """In Jinja, as transformers has it: how a conversation is written. None: the model came without; see
-    `hqlt.language.chat`."""
+    `hqlt.language.template`."""
 
     @property
     def digest(self) -> str:

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from hqlt.data import Tokenizer as OurTokenizer
 from hqlt.disk import new_in
-from hqlt.language.chat import plain_template
 from hqlt.language.folder import find_model, load_model, read_config, tokenizer_of
+from hqlt.language.template import plain_template
 from hqlt.model import HQLTForCausalLM
 from hqlt.model.pretrained import config_as, to_transformers
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hqlt.data import Tokenizer
-from hqlt.language.chat import PLAIN_ENDS, chat_tokens, end_tokens, is_plain
 from hqlt.language.pieces import Encoder
+from hqlt.language.template import PLAIN_ENDS, chat_tokens, end_tokens, is_plain
 from hqlt.serve.answer import Answer, Outbox
 from hqlt.serve.engine import Engine
 from hqlt.serve.errors import Refused
