@@ -170,6 +170,22 @@ def test_an_answer_that_is_stopped(person, url):
 
 
 @needs_browser
+def test_a_page_that_is_left_in_the_middle(person, url):
+    """What was said so far is there again; a question to which nothing was is in its field again."""
+    person.set(max_tokens=16_000)
+    person.send("Where is the Louvre?")
+    person.browser.until("document.querySelector('.running .text')?.textContent.length > 20")
+    again = Person(person.browser, url)
+    again.press("Where is the Louvre?", "#list")
+    assert again.texts()[0] == "Where is the Louvre?" and len(again.texts()[1]) > 20
+    again.browser.ask("fetch = () => new Promise(() => {})")  # a server that does not answer
+    again.send("Why?")
+    once_more = Person(person.browser, url)
+    once_more.press("Where is the Louvre?", "#list")
+    assert len(once_more.texts()) == 2 and once_more.browser.ask("document.getElementById('question').value") == "Why?"
+
+
+@needs_browser
 def test_what_the_server_refuses_can_be_sent_again(person):
     person.set(max_tokens=20_000)
     person.send("Where is the Louvre?")
