@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from hqlt.language.checkpoint import Checkpoint
 from hqlt.language.paper_config import read_settings
@@ -41,6 +42,8 @@ class Converted(NamedTuple):
     """Tensors that are not needed, and why."""
     notes: list[str]
     """Where the model computes otherwise than the code that it comes from."""
+    reference: Callable[[], PreTrainedModel] | None = None
+    """Makes the model that it comes from, to compare the two; None: its code is not at hand."""
 
 
 def convert(checkpoint: Checkpoint) -> Converted:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,21 +89,29 @@ def load_model(where: str | Path, device: torch.device | str = "cpu") -> HQLTFor
 
 def load_whole(kind: Any, folder: Path, config: Any) -> Any:
     """The model of a class of transformers with the weights in a folder; raises ValueError as `load_model` does."""
+    try:
+        with quiet_loading():  # what it reports is an error below
+            model, report = kind.from_pretrained(
+                folder, config=config, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+            )
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{folder}: expected whole files of weights, got {type(error).__name__}: {error}") from error
+    refuse_other_weights(folder, report)
+    return model.eval()
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Errors alone of what transformers says while it loads a model."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what it reports is an error below
+    logging.set_verbosity_error()
     try:
-        model, report = kind.from_pretrained(
-            folder, config=config, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{folder}: expected whole files of weights, got {type(error).__name__}: {error}") from error
+        yield
     finally:
         logging.set_verbosity(verbosity)
-    refuse_other_weights(folder, report)
-    return model.eval()
 
 
 def refuse_other_weights(folder: Path, report: dict[str, Any]) -> None:
