@@ -17,7 +17,7 @@ EXTRAS = {
     **dict.fromkeys(("lm_eval",), "eval"),
     **dict.fromkeys(("gymnasium",), "rl"),
     **dict.fromkeys(("fastapi", "uvicorn", "prometheus_client"), "serve"),
-    **dict.fromkeys(("gguf", "accelerate"), "retrofit"),
+    **dict.fromkeys(("gguf", "accelerate", "peft"), "retrofit"),
     **dict.fromkeys(("popgym",), "popgym"),
     **dict.fromkeys(("minigrid",), "minigrid"),
 }

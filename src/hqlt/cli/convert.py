@@ -131,7 +131,10 @@ def read_gguf_source(file: Path) -> Source:
     theirs = config_in(gguf)
 
     def write_tokenizer(folder: Path) -> str:
-        tokenizer_in(gguf.fields).save_pretrained(folder)
+        try:
+            tokenizer_in(gguf.fields).save_pretrained(folder)
+        except ValueError as error:
+            raise ValueError(f"{error}; name its tokenizer.json by --tokenizer") from error
         return str(folder)
 
     return Source(config_of(theirs), lambda: convert_gguf(gguf, theirs), write_tokenizer)

@@ -67,7 +67,9 @@ def tokenizer_in(fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
             ]
         )
         named = {ours: tokens[id] for ours, name in SPECIAL.items() if (id := said.get(f"{name}_token_id")) is not None}
-    except (KeyError, IndexError, TypeError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # `tokenizers` raises nothing narrower
         raise ValueError(
             f"tokenizer.ggml: expected its tokens, their types and how they merge, got {error!r}"
         ) from error
@@ -88,7 +90,7 @@ def bpe_over_bytes(said: Mapping[str, Any]) -> tuple[Any, bool]:
     """And whether `bos` stands before every text where the file does not say."""
     one_of("tokenizer.ggml.pre", str(said.get("pre")), WORDS)
     words = WORDS[said["pre"]]
-    merges = [(first, second) for first, second in (merge.split(" ") for merge in said["merges"])]
+    merges = [tuple(merge.split(" ")) for merge in said["merges"]]
     tokenizer: Any = Tokenizer(models.BPE(vocab=_vocabulary(said), merges=merges, ignore_merges=words.ignore_merges))
     if words.normalizer is not None:
         tokenizer.normalizer = words.normalizer

@@ -88,7 +88,7 @@ def read_gguf(file: Path) -> Gguf:
     except (ValueError, IndexError, KeyError, OverflowError) as error:
         raise ValueError(f"{file}: expected a whole GGUF file, got {type(error).__name__}: {error}") from error
     if fields.get("general.type", "model") != "model" or fields.get("split.count", 1) > 1:
-        part = f"a {fields['general.type']}" if "split.count" not in fields else f"1 of {fields['split.count']} files"
+        part = f"1 of {fields['split.count']}" if "split.count" in fields else f"type {fields['general.type']!r}"
         raise ValueError(f"{file}: expected a whole model in one file (llama-gguf-split --merge makes one), got {part}")
     return Gguf(file, fields, {tensor.name: tensor for tensor in reader.tensors})
 
