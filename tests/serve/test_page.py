@@ -180,6 +180,7 @@ def test_a_page_that_is_left_in_the_middle(person, url):
     assert again.texts()[0] == "Where is the Louvre?" and len(again.texts()[1]) > 20
     again.browser.ask("fetch = () => new Promise(() => {})")  # a server that does not answer
     again.send("Why?")
+    again.browser.ask("localStorage.setItem('hqlt.chat.broken', '{')")
     once_more = Person(person.browser, url)
     once_more.press("Where is the Louvre?", "#list")
     assert len(once_more.texts()) == 2 and once_more.browser.ask("document.getElementById('question').value") == "Why?"
