@@ -33,8 +33,11 @@ def health(url):
     return httpx.get(f"{url}/health").json()
 
 
-def wait_until_idle(url, seconds=30.0):
-    until = time.monotonic() + seconds
+def wait_until_idle(url, begun=False):
+    """begun: not before something has run."""
+    until = time.monotonic() + 30
+    while begun and not health(url)["running"]:
+        assert time.monotonic() < until
     while (now := health(url)) != {"status": "ok", "running": 0, "waiting": 0}:
         assert time.monotonic() < until, now
         time.sleep(0.01)
@@ -52,6 +55,21 @@ def test_a_client_that_leaves_frees_its_row():
             wait_until_idle(url)
         metrics = httpx.get(f"{url}/metrics").text
     assert 'hqlt_requests_total{path="/v1/completions",status="499"} 9.0' in metrics
+
+
+def test_a_client_that_does_not_read_stops_nobody(monkeypatch):
+    """Its answer ends at its time, and then its connection, however much was sent."""
+    monkeypatch.setattr("hqlt.serve.responses.LAST_WORDS", 0.1)
+    with served(MODEL, rows=2, limits=Limits(tokens=100_000, seconds=0.5)) as url:
+        host, _, port = url.removeprefix("http://").partition(":")
+        with socket.socket() as deaf:
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+            deaf.connect((host, int(port)))
+            body = json.dumps(ENDLESS | {"stream": True, "logprobs": 5, "n": 2}).encode()
+            deaf.sendall(post(f"Content-Length: {len(body)}") + body)
+            wait_until_idle(url, begun=True)
+            body = {"model": "small", "prompt": "a", "max_tokens": 3}
+            assert httpx.post(f"{url}/v1/completions", json=body).status_code == 200
 
 
 def pieces_of(lines):
@@ -135,6 +153,15 @@ def test_bodies_and_hosts():
         assert status == 400 and "expected a body in JSON" in message
         status, message = said(url, post("Content-Length: 2"), [b"{}"])
         assert status == 400 and message == "model: Field required"
+        for strange in (
+            b'{"model": "small", "prompt": "\\ud800"}',
+            b'{"model": "small", "prompt": NaN}',
+            b"[" * 900,
+            b"\xff",
+        ):
+            answer = httpx.post(f"{url}/v1/completions", content=strange, headers={"Content-Type": "application/json"})
+            assert answer.status_code == 400, answer.text
+            assert answer.json()["error"]["message"]
         assert httpx.get(f"{url}/nowhere").json()["error"]["message"] == "GET /nowhere: Not Found"
         assert httpx.get(f"{url}/v1/completions").status_code == 405
         assert httpx.get(f"{url}/").status_code == 200

@@ -29,6 +29,7 @@ def serve(
     store: Path | None = None,
     store_bytes: int = 1 << 30,
     store_disk_bytes: int | None = None,
+    store_form: str | None = None,
     max_body: int = 16 << 20,
     max_prompt: int = 1 << 20,
     max_tokens: int = 16_384,
@@ -57,6 +58,7 @@ def serve(
         store: keep states in this folder, too, over restarts.
         store_bytes: what states in memory may take; the least recently used go first.
         store_disk_bytes: the same for the folder; no limit by default.
+        store_form: bfloat16 or int8 stores states rounded, so that more of them fit; text changes a little.
         max_body: bytes of a request; more is refused with 413.
         max_prompt: tokens of a prompt; more is refused with 400.
         max_tokens: tokens of an answer; more is refused with 400.
@@ -81,7 +83,7 @@ def serve(
     with bound(host, port) as listening:  # before the model is loaded, which takes a while
         tokenizer = tokenizer_of(model, retention.config_of(model).vocab_size)
         language_model = retention.load(model, usable_device(device), notes)
-        states = PrefixStore(language_model, store_bytes, store, store_disk_bytes)
+        states = PrefixStore(language_model, store_bytes, store, store_disk_bytes, store_form)
         engine = Engine(language_model, states, rows=rows, queue=queue, chunk=chunk)
         called = name or model.resolve().name
         hosts = {*LOOPBACK, "[::1]"} if host in LOOPBACK else None

@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
@@ -101,23 +101,23 @@ def add_routes(app: FastAPI) -> None:
 
 
 def add_errors(app: FastAPI) -> None:
-    def counted(http: HttpRequest, refused: Refused) -> JSONResponse:
+    def counted(http: HttpRequest, refused: Refused) -> Response:
         http.app.state.metrics.requests.labels(http.url.path, refused.status).inc()
         return refused.response()
 
     @app.exception_handler(RequestValidationError)
-    async def of_body(http: HttpRequest, error: RequestValidationError) -> JSONResponse:
+    async def of_body(http: HttpRequest, error: RequestValidationError) -> Response:
         body = ChatAsked if http.url.path.endswith("/chat/completions") else CompletionAsked
         return counted(http, refusal_of_body(error.errors(), list(body.model_fields)))
 
     @app.exception_handler(HTTPException)
-    async def of_path(http: HttpRequest, error: HTTPException) -> JSONResponse:
+    async def of_path(http: HttpRequest, error: HTTPException) -> Response:
         return Refused(error.status_code, f"{http.method} {http.url.path}: {error.detail}").response()
 
-    async def refused(http: HttpRequest, error: Exception) -> JSONResponse:
+    async def refused(http: HttpRequest, error: Exception) -> Response:
         return counted(http, refusal(error))
 
-    for kind in (Refused, Full, Late, Closed):
+    for kind in (Refused, Full, Late, Closed, Exception):
         app.add_exception_handler(kind, refused)
 
 

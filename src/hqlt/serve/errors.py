@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastapi.responses import JSONResponse
+from fastapi.responses import Response
 
 from hqlt.serve.request import Closed, Full, Late
 
@@ -24,10 +25,11 @@ class Refused(Exception):
         kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> JSONResponse:
+    def response(self) -> Response:
         headers = {"Retry-After": "1"} if self.status in (429, 503) else {}
         headers |= {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
-        return JSONResponse(self.body, self.status, headers)
+        # In ASCII: what it quotes may hold halves of surrogate pairs, which JSON can write and UTF-8 cannot.
+        return Response(json.dumps(self.body), self.status, headers, media_type="application/json")
 
 
 def refusal(error: Exception) -> Refused:

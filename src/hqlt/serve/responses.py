@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
@@ -18,6 +19,8 @@ from hqlt.serve.metrics import Metrics
 from hqlt.serve.request import Request
 from hqlt.serve.schema import Asked
 
+LAST_WORDS = 5
+"""Seconds beyond a request's time in which its client may take what it was sent."""
 GONE = 499
 """The status, for the metrics, of a client that left; no one reads it."""
 
@@ -97,14 +100,18 @@ def event(body: dict[str, Any]) -> str:
 
 
 class EventStream(StreamingResponse):
-    """Ends its exchange when it has been sent, and when it cannot be."""
+    """Ends its exchange when it has been sent, and when it cannot be: to a client that leaves, or does not read."""
 
     def __init__(self, exchange: Exchange, content: AsyncIterator[str]) -> None:
         super().__init__(content, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         self.exchange = exchange
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        left = self.exchange.request.deadline - time.monotonic()
         try:
-            await super().__call__(scope, receive, send)
+            async with asyncio.timeout(left + LAST_WORDS):
+                await super().__call__(scope, receive, send)
+        except TimeoutError:
+            pass  # it does not read what it was sent; its connection is closed
         finally:
             self.exchange.end()

@@ -54,7 +54,9 @@ class Service:
     async def complete(self, asked: CompletionAsked, salt: str) -> tuple[Request, Answer]:
         """Submits it. Raises Refused for what it must not or cannot be, and what `Engine.submit` raises."""
         text, vocabulary = asked.text, self.engine.model.config.vocab_size
-        tokens = asked.tokens if text is None else await self._encoded(lambda: self.tokenizer.encode_prompt(text))
+        tokens = asked.tokens
+        if text is not None:
+            tokens = await self._encoded("prompt", lambda: self.tokenizer.encode_prompt(text))
         if text is None and not 0 <= min(tokens) <= max(tokens) < vocabulary:
             raise Refused(400, f"prompt: expected tokens from 0 to {vocabulary - 1}", "prompt", "invalid_value")
         return self._submit(asked, tokens, "prompt", asked.stops, asked.max_tokens or 16, (), salt)
@@ -63,12 +65,10 @@ class Service:
         """As `complete`, for a conversation."""
         messages = [message.plain() for message in asked.messages]
         encode = functools.partial(self._encode, salt=salt)
-        try:
-            tokens, mark = await self._encoded(
-                lambda: (chat_tokens(self.tokenizer, messages, encode=encode), self._system(messages, encode))
-            )
-        except ValueError as error:
-            raise Refused(400, str(error), "messages", "invalid_value") from error
+        tokens, mark = await self._encoded(
+            "messages",
+            lambda: (chat_tokens(self.tokenizer, messages, encode=encode), self._system(messages, encode)),
+        )
         most = asked.max_completion_tokens or asked.max_tokens or self.limits.tokens
         marks = [common(tokens, mark)] if mark else []
         return self._submit(asked, tokens, "messages", [*asked.stops, *self._chat_ends], most, marks, salt)
@@ -82,8 +82,15 @@ class Service:
         except ValueError:  # a template may ask for a user's message, too
             return []
 
-    async def _encoded(self, encode: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._encoder, encode)
+    async def _encoded(self, param: str, encode: Callable[[], Any]) -> Any:
+        """Raises Refused for what a chat template refuses, and for what is no text (half of a surrogate pair)."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._encoder, encode)
+        except (ValueError, TypeError) as error:
+            said = str(error)
+            raise Refused(
+                400, said if said.startswith(param) else f"{param}: {said}", param, "invalid_value"
+            ) from error
 
     def _submit(
         self,
