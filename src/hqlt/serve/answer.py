@@ -86,11 +86,16 @@ class Answer:
         while self.open:
             await self.arrived.wait()
             self.arrived.clear()
-            pieces = []
-            while self.events:
+            pieces: list[Piece] = []
+            error = None
+            while self.events and error is None:
                 event = self.events.popleft()
                 if isinstance(event, Exception):
-                    raise event
-                pieces.append(event)
-                self.open -= event.reason is not None
-            yield pieces
+                    error = event
+                else:
+                    pieces.append(event)
+                    self.open -= event.reason is not None
+            if pieces:
+                yield pieces
+            if error is not None:
+                raise error
