@@ -355,7 +355,7 @@ class TestErrors:
             ({"blend": "fw-only", "mixer": "vector"}, "mixer: expected none for blend 'fw-only', which has one memory"),
             ({"blend": "kv-only", "fast_weights": "delta"}, "fast_weights: expected none for blend 'kv-only'"),
             ({"blend": "fw-only", "rope_theta": None}, "rope_theta: expected an option of what was chosen"),
-            ({"fast_weights": "linear", "beta_max": 1.0}, "beta_max: .*fast_weights='linear' uses none"),
+            ({"fast_weights": "linear", "beta_max": 1.0}, "beta_max: .*fast_weights='linear' uses feature_map"),
             ({"write_gates": "own"}, "write_gates: .*blend='synchronous' uses none"),
             ({"betamax": 1.0}, "betamax: .*; did you mean 'beta_max'"),
             ({"value_dim": 3}, "value_dim: expected none beside a KV-memory"),

@@ -20,18 +20,20 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hqlt.bench.race import Row, Work, resident_megabytes
+from hqlt.language.generation import LOOKED_UP
 from hqlt.model import HQLTForCausalLM, preset
 from hqlt.serve.engine import Engine
 from hqlt.serve.request import Request
 from hqlt.state import PrefixStore
 
-ONLY = ("first token", "streams", "sessions")
+ONLY = ("first token", "streams", "sessions", "prompt lookup")
 CAPTION = "medians of the rounds; ratio: as its aim says, of the case's first row and this one"
 SETTING = {"clock": "the wall's"}
 TURN = 64
@@ -41,7 +43,7 @@ TURN = 64
 def run(rounds: int, quick: bool, only: str | None) -> list[Row]:
     model = HQLTForCausalLM(preset("tiny")).eval()
     results: list[Row] = []
-    if only != "sessions":
+    if only in (None, "first token", "streams"):
         with serving(model) as url:
             if only in (None, "first token"):
                 results += first_token(model, url, rounds, *((300, 900) if quick else (300, 30_000)))
@@ -49,6 +51,8 @@ def run(rounds: int, quick: bool, only: str | None) -> list[Row]:
                 results += streams(model, url, rounds, *((4, 8) if quick else (32, 128)))
     if only in (None, "sessions"):
         results += sessions(model, 10 if quick else 1000)
+    if only in (None, "prompt lookup"):
+        results += prompt_lookup(rounds, 20 if quick else 400)
     return results
 
 
@@ -171,6 +175,38 @@ def sessions(model: HQLTForCausalLM, n: int) -> list[Row]:
         row("sessions", f"{n:,} of tiny, {kept:g} states each", {"MB": held}),
         row("sessions", f"{n:,} of hqlt-340m, counted", {"MB": n * kept * counted / 1e6}),
     ]
+
+
+def prompt_lookup(rounds: int, tokens: int) -> list[Row]:
+    """Greedy text, plain and with drafts that are looked up in it: a text that is a cycle, and one that repeats parts.
+
+    A cycle is what a model makes whose blocks add nothing, so that a token follows from the one before it. It computes
+    as much as any other.
+    """
+    results: list[Row] = []
+    for what in ("a cycle", "random weights"):
+        torch.manual_seed(0)
+        model: Any = HQLTForCausalLM(preset("tiny")).eval()
+        if what == "a cycle":
+            for writer in (writer for block in model.model.layers for writer in block.residual_writers()):
+                torch.nn.init.zeros_(writer.weight)
+        plain = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": tokens, "min_new_tokens": tokens}
+        prompt = model.generate(torch.tensor([list(text(TURN).encode())]), **plain)
+        works = {
+            f"greedy, {what}": partial(model.generate, prompt, **plain),
+            f"greedy with prompt lookup, {what}": partial(
+                model.generate, prompt, **plain, prompt_lookup_num_tokens=LOOKED_UP
+            ),
+        }
+        texts = [work() for work in works.values()]
+        if not torch.equal(*texts):
+            raise SystemExit("prompt lookup: expected the text of plain greedy decoding, got another")
+        times = in_turns({name: timed(work) for name, work in works.items()}, rounds)
+        for name, its in times.items():
+            faster = times[f"greedy, {what}"] / its
+            aim = {"ratio": faster, "aim": "≥ 1.5" if what == "a cycle" else ""} if "lookup" in name else {}
+            results.append(row("prompt lookup", name, {"tokens/s": tokens / its} | aim))
+    return results
 
 
 class Waiting:
