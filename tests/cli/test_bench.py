@@ -98,7 +98,7 @@ def test_what_clients_of_a_server_wait_for(tmp_path):
     file = tmp_path / "figures.json"
     main(["bench", "serve", "--quick", "--rounds=1", "--threads=1", f"--json={file}"])
     written = json.loads(file.read_text())
-    assert {row["case"] for row in written["results"]} == {"first token", "streams", "sessions"}
+    assert {row["case"] for row in written["results"]} == {"first token", "streams", "sessions", "prompt lookup"}
     assert written["setting"]["clock"] == "the wall's"
     for row in written["results"]:
         assert all(value == value and value != 0 for value in row["measured"].values())
