@@ -6,10 +6,19 @@
 // S never meet, so a slice of columns is a task of its own: it stays in the first-level cache. One pass over it writes
 // and reads a token (or two), decays for the next and predicts its writes. The errors r are kept for the backward pass.
 //
+// Where one number decays the matrix, S stands for γ times what is stored: decaying multiplies γ, and γ the little that is
+// written and read, until it is small (`keeps`) and multiplied into what is stored.
+//
 // A token that is not live decays by 1 and writes zeros. Where g > 1 queries read a matrix, it is written token by
 // token, and all queries but the first have a pass of their own.
 
 enum class Decays { nothing, matrix, rows };
+
+// Whether γ can stay beside the matrix: nothing is lost to rounding, and nothing grows too large.
+template <class T>
+INLINE bool keeps(T gamma) {
+  return gamma >= T(1) / 1024 && gamma <= T(1024);
+}
 
 template <class T>
 struct FastWeightsCall {
@@ -82,6 +91,7 @@ struct FastWeights : FastWeightsCall<T> {
     const Columns<T, N> columns;
     Slice<T, N> S;
     T* faded;             // room for a product α ⊙ a
+    T gamma = 1;
     const T* ahead[2];    // of the next two writes: what their predictions weigh the rows by
     Lanes<T> seen[2][N];  // what that gives, before either is written
 
@@ -94,13 +104,18 @@ struct FastWeights : FastWeightsCall<T> {
       for (int64_t i = 0, j = 0; i < job.t;) {
         const Stretch now(rows, i, j);
         if (now.begins && rows.reset(i)) {
-          S.clear();
+          S.clear(), gamma = 1;
           UNROLL for (int n = 0; n < N; ++n) seen[0][n] = seen[1][n] = Lanes<T>{};
         }
         if (now.begins) fetch(i + 3 + now.tokens), fetch(i + 4 + now.tokens);
         put(now);
         j += 1 + now.two;
         i += now.ends + now.tokens;
+      }
+      if (decays == Decays::matrix && gamma != 1) {
+        Pass<T, N, fade_columns> pass;
+        UNROLL for (int n = 0; n < N; ++n) pass.x[0][n] = Lanes<T>{} + gamma;
+        pass(S.M, job.k);
       }
       S.write(job.final_state + head * job.k * job.v);
     }
@@ -122,11 +137,15 @@ struct FastWeights : FastWeightsCall<T> {
       pass.w[step] = ahead[0], pass.w[step + 1] = ahead[1];
       pass(S.M, job.k);
       if (Pass::kind[step] == read)
-        UNROLL for (int n = 0; n < N; ++n) seen[0][n] = pass.x[step][n], seen[1][n] = pass.x[step + 1][n];
+        UNROLL for (int n = 0; n < N; ++n) seen[0][n] = gamma * pass.x[step][n], seen[1][n] = gamma * pass.x[step + 1][n];
     }
     template <class Pass>
     INLINE void close(Pass& pass, int step, int64_t i) {
       rows.decay(pass, step, i);
+      if (decays == Decays::matrix) {
+        UNROLL for (int n = 0; n < N; ++n) pass.x[step][n] *= gamma;
+        gamma = 1;
+      }
       run(pass, step + 1);
     }
 
@@ -175,10 +194,11 @@ struct FastWeights : FastWeightsCall<T> {
         copy(got[0], pass.x[2]);
       } else {
         Pass<T, N, write, read, fade, look, look> pass;
+        const T before = gamma;
         pass.w[0] = key, pass.w[1] = job.q + query * job.k;
-        copy(pass.x[0], correction[0]);
+        UNROLL for (int n = 0; n < N; ++n) pass.x[0][n] = (1 / before) * correction[0][n];
         close(pass, 2, decays_for);
-        copy(got[0], pass.x[1]);
+        UNROLL for (int n = 0; n < N; ++n) got[0][n] = before * pass.x[1][n];
       }
       store(query, got[0]);
       if (now.tokens) store(rows.query(i + 1), got[1]);
@@ -201,17 +221,31 @@ struct FastWeights : FastWeightsCall<T> {
       const T *const key = rows.key(now.j), *const second_key = rows.key(now.j + 1);
       const T *const q = job.q + rows.query(now.i) * job.k, *const second_q = job.q + rows.query(now.i + 1) * job.k;
       const T second = *rows.alpha(now.i + 1), third = *rows.alpha(now.i + 2);
-      Pass<T, N, read, read, fade_columns, write, write, look, look> pass;
-      pass.w[0] = q, pass.w[1] = second_q, pass.w[3] = key, pass.w[4] = second_key;
-      UNROLL for (int n = 0; n < N; ++n) {
-        pass.x[2][n] = Lanes<T>{} + second * third;
-        pass.x[3][n] = second * third * correction[0][n], pass.x[4][n] = third * correction[1][n];
+      const T before = gamma, after = gamma * second * third;
+      if (keeps(before * second) && keeps(after)) {
+        Pass<T, N, read, read, write, write, look, look> pass;
+        pass.w[0] = q, pass.w[1] = second_q, pass.w[2] = key, pass.w[3] = second_key;
+        const T first_scale = 1 / before, second_scale = 1 / (before * second);
+        UNROLL for (int n = 0; n < N; ++n)
+          pass.x[2][n] = first_scale * correction[0][n], pass.x[3][n] = second_scale * correction[1][n];
+        gamma = after;
+        run(pass, 4);
+        copy(got[0], pass.x[0]), copy(got[1], pass.x[1]);
+      } else {
+        Pass<T, N, read, read, fade_columns, write, write, look, look> pass;
+        pass.w[0] = q, pass.w[1] = second_q, pass.w[3] = key, pass.w[4] = second_key;
+        UNROLL for (int n = 0; n < N; ++n) {
+          pass.x[2][n] = Lanes<T>{} + after;
+          pass.x[3][n] = second * third * correction[0][n], pass.x[4][n] = third * correction[1][n];
+        }
+        gamma = 1;
+        run(pass, 5);
+        copy(got[0], pass.x[0]), copy(got[1], pass.x[1]);
       }
-      run(pass, 5);
       const T own = dot(key, q, job.k), across = dot(key, second_q, job.k), second_own = dot(second_key, second_q, job.k);
       UNROLL for (int n = 0; n < N; ++n) {
-        got[0][n] = pass.x[0][n] + own * correction[0][n];
-        got[1][n] = second * (pass.x[1][n] + across * correction[0][n]) + second_own * correction[1][n];
+        got[0][n] = before * got[0][n] + own * correction[0][n];
+        got[1][n] = second * (before * got[1][n] + across * correction[0][n]) + second_own * correction[1][n];
       }
     }
 

@@ -29,6 +29,7 @@ struct BackwardColumns {
   const Columns<T, N> columns;
   const Sums<T> sums;
   Slice<T, N> G;
+  T gamma = 1;                                  // of G
   Lanes<T> own[N], d_error[N] = {}, d_read[N];  // d_error: dv of the write after the one at hand
   Lanes<T> product = {};                        // P
 
@@ -44,7 +45,7 @@ struct BackwardColumns {
       const bool last = i + 1 == job.t || rows.reset(i + 1);  // of its segment: nothing later is looked at
       if (i > 1) fetch(i - 2);
       if (last && i + 1 < job.t) {
-        G.clear();
+        G.clear(), gamma = 1;
         UNROLL for (int n = 0; n < N; ++n) d_error[n] = Lanes<T>{};
         product = Lanes<T>{};
       }
@@ -59,9 +60,13 @@ struct BackwardColumns {
   // G − a ⊗ dv of write m·i, decayed by token i: what is left of it before that token.
   template <class Pass>
   INLINE void settle(Pass& pass, int64_t i) {
-    UNROLL for (int n = 0; n < N; ++n) pass.x[0][n] = -d_error[n];
+    UNROLL for (int n = 0; n < N; ++n) pass.x[0][n] = -1 / gamma * d_error[n];
     pass.w[0] = rows.erase(i * job.m);
     rows.decay(pass, 1, i);
+    if (decays == Decays::matrix) {
+      UNROLL for (int n = 0; n < N; ++n) pass.x[1][n] *= gamma;
+      gamma = 1;
+    }
     pass(G.M, job.k);
   }
 
@@ -79,7 +84,7 @@ struct BackwardColumns {
         UNROLL for (int n = 0; n < N; ++n) d_error[n] = Lanes<T>{};
       } else {
         Pass<T, N, write> pass;
-        UNROLL for (int n = 0; n < N; ++n) pass.x[0][n] = d_read[n];
+        UNROLL for (int n = 0; n < N; ++n) pass.x[0][n] = 1 / gamma * d_read[n];
         pass.w[0] = job.q + other * job.k;
         pass(G.M, job.k);
       }
@@ -107,10 +112,22 @@ struct BackwardColumns {
     const T strength = rows.beta(j);
     Lanes<T> error[N], d_write[N];
     UNROLL for (int n = 0; n < N; ++n) error[n] = own[n] * columns.load(rows.error(j), n);
-    const T* const w[] = {rows.key(j), rows.erase(later), alpha, reader};
-    sweep<reads>(G.M, job.k, w, d_error, d_read, error, d_write, strength, sums.d_key + rows.write(j) * job.k, sums.first);
+    const T* w[] = {rows.key(j), rows.erase(later), alpha, reader};
+    T* const d_key = sums.d_key + rows.write(j) * job.k;
+    T after = gamma;
+    UNROLL for (int n = 0; n < N; ++n) d_error[n] *= 1 / gamma;
+    if (reads && decays == Decays::matrix) after *= *alpha;
+    if (reads && decays == Decays::matrix && !keeps(after)) {
+      gamma = 1, w[2] = &after;
+      sweep<reads, true>(G.M, job.k, w, d_error, d_read, error, d_write, strength, d_key, sums.first);
+    } else {
+      gamma = after;
+      if (reads) UNROLL for (int n = 0; n < N; ++n) d_read[n] *= 1 / gamma;
+      sweep<reads, reads && decays == Decays::rows>(G.M, job.k, w, d_error, d_read, error, d_write, strength * gamma, d_key, sums.first);
+    }
     Lanes<T> d_beta = {};
     UNROLL for (int n = 0; n < N; ++n) {
+      d_write[n] *= gamma;
       d_beta += d_write[n] * error[n];
       d_error[n] = strength * d_write[n];
       columns.store(job.d_value + rows.write(j) * job.v, n, d_error[n]);
@@ -121,13 +138,13 @@ struct BackwardColumns {
   }
 
   // Its pass over G: du = Gᵀ k, and β G r. A call of its own, so that nothing else takes registers.
-  template <bool reads>
+  template <bool reads, bool fades>
   OUTLINE static void sweep(Lanes<T>* M, int64_t k, const T* const* w, const Lanes<T>* d_error, const Lanes<T>* d_read,
                             const Lanes<T>* r, Lanes<T>* d_write, T strength, T* d_key, bool first) {
     const T *key = w[0], *erased = w[1], *alpha = w[2], *reader = w[3];
     Lanes<T> later[N], now[N], error[N], sum[N] = {}, alphas = {};
     UNROLL for (int n = 0; n < N; ++n) later[n] = d_error[n], now[n] = d_read[n], error[n] = r[n];
-    if (reads && decays == Decays::matrix) alphas = broadcast(alpha);
+    if (fades && decays == Decays::matrix) alphas = broadcast(alpha);
     for (int64_t row = 0; row < k; row += L<T>) {
       const int64_t count = std::min<int64_t>(L<T>, k - row);
       Lanes<T> products[L<T>];
@@ -137,11 +154,11 @@ struct BackwardColumns {
         Lanes<T> before, read, product = {};
         if (erases) before = broadcast(erased + row + i);
         if (reads) read = broadcast(reader + row + i);
-        if (reads && decays == Decays::rows) alphas = broadcast(alpha + row + i);
+        if (fades && decays == Decays::rows) alphas = broadcast(alpha + row + i);
         UNROLL for (int n = 0; n < N; ++n) {
           Lanes<T> m = M[n];
           if (erases) m -= later[n] * before;
-          if (reads && decays != Decays::nothing) m *= alphas;
+          if (fades) m *= alphas;
           if (reads) m += now[n] * read;
           sum[n] += m * written;
           product += m * error[n];
@@ -178,6 +195,7 @@ struct BackwardRows {
   const typename Job::Rows rows;
   const Columns<T, N> columns;
   Slice<T, N> S;
+  T gamma = 1;
 
   BackwardRows(const Job& job, int64_t head, int64_t slice)
       : job(job), rows(job, head), columns{job.k, slice}, S{columns, job.v, scratch<T>(job.v * N)} {
@@ -185,7 +203,7 @@ struct BackwardRows {
     Lanes<T> total[N] = {};  // of a token: P_t − P_{t+1}
     for (int64_t i = 0, j = 0; i < job.t;) {
       const typename Job::Stretch now(rows, i, j);
-      if (now.begins && rows.reset(i)) S.clear();
+      if (now.begins && rows.reset(i)) S.clear(), gamma = 1;
       if (now.begins) fetch(i + 2 + now.tokens), fetch(i + 3 + now.tokens);
       put(now, total);
       j += 1 + now.two;
@@ -199,11 +217,12 @@ struct BackwardRows {
   INLINE void set_decay(Pass& pass, int step, int64_t i) {
     if (decays == Decays::nothing) return;
     UNROLL for (int n = 0; n < N; ++n)
-      pass.x[step][n] = decays == Decays::matrix ? broadcast(rows.alpha(i)) : columns.load(rows.alpha(i), n);
+      pass.x[step][n] = decays == Decays::matrix ? gamma * broadcast(rows.alpha(i)) : columns.load(rows.alpha(i), n);
+    gamma = 1;
   }
   template <class Pass>
-  INLINE void set_write(Pass& pass, int step, int64_t j) {
-    const T *key = rows.key(j), strength = rows.beta(j);
+  INLINE void set_write(Pass& pass, int step, int64_t j, T scale = 1) {
+    const T *key = rows.key(j), strength = scale * rows.beta(j);
     pass.w[step] = job.d_value + rows.write(j) * job.v, pass.w[step + 1] = rows.error(j);
     UNROLL for (int n = 0; n < N; ++n) pass.x[step + 1][n] = strength * columns.load(key, n);
   }
@@ -241,7 +260,17 @@ struct BackwardRows {
   INLINE void put(const typename Job::Stretch& now, Lanes<T> (&total)[N]) {
     const int64_t i = now.i, j = now.j, query = rows.query(i), decays_for = now.begins ? i : job.t;
     Lanes<T> d_erase[2][N] = {}, d_query[2][N] = {};
-    if (now.tokens) {
+    if (now.tokens && decays == Decays::matrix && keeps(gamma * *rows.alpha(i)) && keeps(gamma * *rows.alpha(i) * *rows.alpha(i + 1))) {
+      const T first = gamma * *rows.alpha(i), second = gamma = first * *rows.alpha(i + 1);
+      Pass<T, N, look, write, read, look, write, read> pass;
+      set_write(pass, 0, j, 1 / first), set_read(pass, 2, query);
+      set_write(pass, 3, j + 1, 1 / second), set_read(pass, 5, rows.query(i + 1));
+      pass(S.M, job.v);
+      UNROLL for (int n = 0; n < N; ++n) {
+        d_query[0][n] = first * pass.x[2][n], d_query[1][n] = second * pass.x[5][n];
+        if (erases) d_erase[0][n] = first * pass.x[0][n], d_erase[1][n] = second * pass.x[3][n];
+      }
+    } else if (now.tokens) {
       Pass<T, N, fade, look, write, read, fade, look, write, read> pass;
       set_decay(pass, 0, i), set_write(pass, 1, j), set_read(pass, 3, query);
       set_decay(pass, 4, i + 1), set_write(pass, 5, j + 1), set_read(pass, 7, rows.query(i + 1));
