@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 
 import pytest
@@ -34,6 +35,22 @@ def test_greedy_alone_is_greedy_among_31_others(model):
             its.wait()
             assert (its.error, its.reasons) == (None, ["length"])
             assert its.made[0] == alone(model, texts[i], 5 + i % 9)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"retention": "surprise", "kept": 3, "sinks": 1},
+        {"fast_weights": "gated-delta", "conv_size": 3},
+        {"fast_weights": "mamba2", "mixer": "scalar"},
+        {"num_kv_heads": 1, "retention": "value-norm", "kept": 2},
+    ],
+)
+def test_other_memories_among_others(fields):
+    model, texts = build(**fields), prompts(8)
+    with running(model, chunk=16) as engine:
+        for text, its in [(text, ask(engine, text)) for text in texts]:
+            assert its.wait().made[0] == alone(model, text, 12)
 
 
 def test_greedy_among_others_in_float32():
@@ -85,14 +102,16 @@ def test_a_long_prompt_does_not_stall_the_others(small):
 
 
 def test_more_requests_than_rows_wait_and_more_than_that_are_refused(small):
+    gate = threading.Event()
     with running(small, rows=2, queue=3) as engine:
-        slow = [ask(engine, b"a", at=lambda i: time.sleep(0.01), max_tokens=30) for _ in range(2)]
+        slow = [ask(engine, b"a", at=lambda count: gate.wait(60) and False) for _ in range(2)]
         while engine.running < 2:
             time.sleep(0.001)
         waiting = [ask(engine, b"b", max_tokens=2) for _ in range(3)]
         with pytest.raises(Full, match="3 requests are waiting already"):
             ask(engine, b"c")
         assert engine.waiting == 3
+        gate.set()
         assert {reason for its in slow + waiting for reason in its.wait().reasons} == {"length"}
         with pytest.raises(ValueError, match="1 to 2 continuations, got 1 tokens and 3"):
             ask(engine, b"c", n=3)
