@@ -177,6 +177,19 @@ def test_what_cannot_be_converted_leaves_nothing(source, tmp_path, monkeypatch, 
     assert not (tmp_path / "ours").exists()
 
 
+def test_a_model_in_bfloat16_is_checked_in_float32(source, tmp_path, capsys):
+    theirs = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    theirs.save_pretrained(tmp_path / "narrow")
+    main(["convert", str(tmp_path / "narrow"), str(tmp_path / "ours"), "--tokenizer", str(source)])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "torch.bfloat16" in told
+    assert re.search(
+        r"checked on (\d+) tokens: logits are the original's to \d\.\de-0[5-9].* \1 of \1 arg-maxima", told
+    )
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype="auto")
+    assert ours.dtype == torch.bfloat16 and torch.equal(ours.lm_head.weight, theirs.lm_head.weight)
+
+
 def test_the_logits_are_compared(source, tmp_path, capsys, monkeypatch):
     main(["convert", str(source), str(tmp_path / "ours")])
     told = " ".join(capsys.readouterr().out.split())
@@ -241,6 +254,13 @@ def test_a_gguf_file_whose_tokenizer_is_unknown(tmp_path):
         main(["convert", str(tmp_path / "m.gguf"), str(tmp_path / "ours")])
     assert not (tmp_path / "ours").exists()
     main(["convert", str(tmp_path / "m.gguf"), str(tmp_path / "ours"), "--tokenizer=bytes"])
+
+
+def test_a_folder_of_gguf_files(tmp_path):
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    with pytest.raises(SystemExit, match=r"expected a GGUF file or a folder .*; name one of a\.gguf, b\.gguf"):
+        main(["convert", str(tmp_path), str(tmp_path / "ours")])
 
 
 def test_gguf_without_its_package(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from rich.console import Console
 
 from hqlt.data.text import read_text
+from hqlt.errors import listed, require
 
 if TYPE_CHECKING:
     from hqlt.language.convert import Converted
@@ -105,6 +106,8 @@ def read_source(source: Path, settings: Path | None, map: Path | None) -> Source
     if is_gguf(source):
         refuse_settings("GGUF file", settings, map)
         return read_gguf_source(source)
+    if not (source / "config.json").exists() and (files := sorted(file.name for file in source.glob("*.gguf"))):
+        raise ValueError(f"{source}: expected a GGUF file or a folder with config.json; name one of {listed(files)}")
     told = settings_of(source, settings)
     architecture = str(told.get("model_type"))
     one_of("model_type", architecture, (*ARCHITECTURES, *TEXT_OF, *DEFAULTS))
@@ -120,7 +123,6 @@ def read_source(source: Path, settings: Path | None, map: Path | None) -> Source
 
 
 def read_gguf_source(file: Path) -> Source:
-    from hqlt.errors import require
     from hqlt.language.gguf_tokenizer import tokenizer_in
     from hqlt.language.pretrained import convert_gguf
     from hqlt.model.pretrained import config_of

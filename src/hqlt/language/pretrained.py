@@ -82,7 +82,7 @@ def _converted(
 
 
 def read_by_transformers(file: Path, config: PreTrainedConfig) -> PreTrainedModel:
-    """The model in a GGUF file by transformers' own reading of its tensors, which shares nothing with ours.
+    """The model in a GGUF file by transformers' own reading of its tensors, sharing only the package gguf with ours.
 
     The config is given: transformers does not see all that a file says of positions.
     """
