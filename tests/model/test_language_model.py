@@ -297,6 +297,29 @@ class TestInitialisation:
         x = torch.randn(2, 5, conv.weight.shape[0])
         same(conv(x, None, None)[0], x)
 
+    def test_gates_begin_where_they_are_told_unless_they_were_read(self, small, tmp_path):
+        """transformers initialises no part without parameters of its own, such as a mixer, in code that is not its."""
+        model = HQLTForCausalLM(HQLTConfig(**{**small, "mixer": "vector"}, gate_bias=-2.0, beta_bias=-3.0))
+        memories = [block.memory for block in model.model.layers]
+        assert all((memory.mixer.gate_proj.bias == -2).all() for memory in memories)
+        assert all((memory.fw.beta_proj.bias == -3).all() for memory in memories)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(0.25)
+        model.save_pretrained(tmp_path)
+        again = HQLTForCausalLM.from_pretrained(tmp_path)
+        assert all(
+            torch.equal(mine, theirs) for mine, theirs in zip(again.parameters(), model.parameters(), strict=True)
+        )
+
+    def test_the_sum_that_begins_as_attention(self, small):
+        """Mixer "add": a text within the window is read as by attention alone with the same weights."""
+        attention = HQLTForCausalLM(HQLTConfig(**small, layer_kinds=["kv", "kv"])).eval()
+        both = HQLTForCausalLM(HQLTConfig(**small, layer_kinds=["hybrid", "hybrid"], mixer="add")).eval()
+        both.load_state_dict(attention.state_dict(), strict=False)
+        tokens = torch.arange(small["window"])[None]
+        same(both(tokens).logits, attention(tokens).logits)
+
     def test_an_untied_head_and_no_biases(self, one_model):
         assert one_model.lm_head.weight is not one_model.get_input_embeddings().weight
         assert not [name for name, _ in one_model.named_parameters() if name.endswith("bias")]

@@ -49,6 +49,13 @@ class HQLTPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["HQLTBlock"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        """Of code that is not its own, transformers passes over modules whose own parameters were all read from a file:
+        over those without any, too, such as a mixer, which says where the gates that it holds begin.
+        """
+        owns = next(module.parameters(recurse=False), None) is not None
+        super()._initialize_weights(module, is_custom_code and owns)
+
     def _init_weights(self, module: nn.Module) -> None:
         """Linear maps and embeddings normal(0, initializer_range), norms 1, convolutions as `conv_init` says."""
         super()._init_weights(module)
