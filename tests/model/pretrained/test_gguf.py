@@ -120,6 +120,16 @@ def test_tensors_that_are_not_the_model_s_are_refused(tmp_path, tensors, message
         tensors_in(*read(tmp_path / "m.gguf"))
 
 
+def test_a_quantization_that_cannot_be_undone(tmp_path, monkeypatch):
+    def dequantize(data, kind):
+        raise NotImplementedError
+
+    written(tmp_path / "m.gguf", "llama", "Q8_0")
+    monkeypatch.setattr("gguf.dequantize", dequantize)
+    with pytest.raises(ValueError, match="expected a quantization that the package gguf can undo, got"):
+        tensors_in(*read(tmp_path / "m.gguf"))
+
+
 def test_other_files(tmp_path):
     written(tmp_path / "whole.gguf", "llama")
     content = (tmp_path / "whole.gguf").read_bytes()
