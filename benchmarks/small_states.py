@@ -70,7 +70,7 @@ def main() -> None:
     }  # fmt: skip
     options.results.mkdir(parents=True, exist_ok=True)
     write_whole(options.results / "results.json", (json.dumps(told, indent=1) + "\n").encode())
-    write_whole(options.results / "README.md", page(results, distances).encode())
+    write_whole(options.results / "README.md", page(results, rows, distances).encode())
 
 
 def measured(name: str, rule: str, options: argparse.Namespace, rows: int, distances: Sequence[int]) -> dict[str, Any]:
@@ -248,7 +248,7 @@ def bytes_of(states: Sequence[MemoryState]) -> dict[str, dict[str, int]]:
 # What is written
 
 
-def page(results: dict[str, Any], distances: Sequence[int]) -> str:
+def page(results: dict[str, Any], rows: int, distances: Sequence[int]) -> str:
     lines = [
         "# What rounded states cost",
         "",
@@ -257,16 +257,17 @@ def page(results: dict[str, Any], distances: Sequence[int]) -> str:
         "is of 8 needles beyond the window. Exact states are float32. Each form reads the same tokens from the same "
         f"state. Figures are those 1, 100 and 10,000 tokens later. Perplexity is per byte, over the last {SPAN} bytes "
         f"up to there, its change in percent. Other bytes: how many of the likeliest next bytes are others than with "
-        "exact states, over the same bytes.",
+        f"exact states, over the same bytes. There are {rows} texts, so that distance 1 is of {rows} bytes, and "
+        f"{16 * rows} needles.",
     ]
     for way, title in (
         ("rounded_once", "The state rounded once, then continued exactly: a store, the wire"),
         ("rounded_always", "Fast weights rounded after every step"),
     ):
-        lines += ["", f"## {title}", ""]
+        lines += ["", f"## {title}"]
         for rule, told in results.items():
-            lines += [*table(rule, told, way, distances), ""]
-    lines += ["`python benchmarks/small_states.py` writes this page and results.json.", ""]
+            lines += ["", *table(rule, told, way, distances)]
+    lines += ["", "`python benchmarks/small_states.py` writes this page and results.json.", ""]
     return "\n".join(lines)
 
 
