@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -128,7 +128,7 @@ class PrefixStore:
         self._check(len(ids), states)
         owner, marks = self._owner(salt), marks_of(ids)
         key = keys_of(ids, owner, marks, marks[-1:])[len(ids)]
-        entry = Entry(marks[-1], owner, side_by_side(pack(states, self.form)))
+        entry = Entry(int(marks[-1]), owner, side_by_side(pack(states, self.form)))
         with self._lock:
             self._insert(key, entry)
         if self.folder is not None:
@@ -139,9 +139,9 @@ class PrefixStore:
         ids, owner = as_ids(tokens)[:-1], self._owner(salt)
         marks = marks_of(ids)
         with self._lock:
-            known = self._marks.get(owner, Counter()).keys() & marks
+            known = self._marks.get(owner, Counter()).keys() & marks.tolist()
         if self.folder is not None:
-            known |= self.folder.marks(owner).intersection(marks)
+            known |= self.folder.marks(owner).intersection(marks.tolist())
         for length, key in reversed(keys_of(ids, owner, marks, known).items()):
             if states := self._held(key) or self._on_disk(ids[:length], owner, key):
                 with self._lock:
@@ -197,7 +197,7 @@ class PrefixStore:
             self.folder.skip(owner, key, str(error))
             return ()
         with self._lock:
-            self._insert(key, Entry(marks_of(ids)[-1], owner, tensors))
+            self._insert(key, Entry(int(marks_of(ids)[-1]), owner, tensors))
         return self._there(states)
 
     def _there(self, states: tuple[MemoryState, ...]) -> tuple[MemoryState, ...]:
@@ -225,24 +225,29 @@ class PrefixStore:
             del self._marks[oldest.owner]
 
 
-def marks_of(ids: NDArray[np.int64]) -> list[int]:
+def marks_of(ids: NDArray[np.int64]) -> NDArray[np.uint64]:
     """A number for each prefix of a text, by which the few that may be stored are told from the rest.
 
     Σ (token_i + 1) Bⁱ modulo 2⁶⁴ over the tokens of the prefix. Two prefixes seldom have the same one.
     """
     powers = np.cumprod(np.full(len(ids), BASE, dtype=np.uint64))
-    marks: list[int] = np.cumsum((ids + 1).astype(np.uint64) * powers).tolist()
-    return marks
+    return np.cumsum((ids + 1).astype(np.uint64) * powers)
 
 
-def keys_of(ids: NDArray[np.int64], owner: str, marks: Sequence[int], known: Container[int]) -> dict[int, str]:
+def keys_of(
+    ids: NDArray[np.int64], owner: str, marks: NDArray[np.uint64], known: Collection[int] | NDArray[np.uint64]
+) -> dict[int, str]:
     """The keys "LENGTH-MARK-DIGEST" of a text's prefixes whose marks are known, by length, the shortest first."""
     digest = hashlib.blake2b(key=bytes.fromhex(owner), digest_size=32)
     keys, before = {}, 0
-    for length, mark in enumerate(marks, start=1):
-        if mark in known:
-            digest.update(ids[before:length].tobytes())
-            keys[length], before = f"{length}-{mark:016x}-{digest.copy().hexdigest()}", length
+    among = np.sort(np.fromiter(known, np.uint64, len(known)))
+    if not len(among):
+        return {}
+    nearest = among[np.searchsorted(among, marks).clip(max=len(among) - 1)]
+    for index in np.flatnonzero(nearest == marks).tolist():
+        length = index + 1
+        digest.update(ids[before:length].tobytes())
+        keys[length], before = f"{length}-{int(marks[index]):016x}-{digest.copy().hexdigest()}", length
     return keys
 
 
