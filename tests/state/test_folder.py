@@ -42,7 +42,7 @@ def files(one, tmp_path):
 
 
 def key_of(ids, owner):
-    return keys_of(ids, owner, marks_of(ids), marks_of(ids)[-1:])[len(ids)]
+    return keys_of(ids, owner, marks_of(ids), [len(ids)])[len(ids)]
 
 
 def found(one, folder, text=TEXT, **options) -> int:
@@ -245,7 +245,7 @@ print("ready", flush=True)
 for i in range(int(sys.argv[3])):
     n = 1 + i % 7
     ids = as_ids(range(n))
-    key = keys_of(ids, owner, marks_of(ids), marks_of(ids))[n]
+    key = keys_of(ids, owner, marks_of(ids), [n])[n]
     folder.write(owner, ids, key, {"0.x": torch.full((1, 50_000 + n), float(n))})
     got = folder.read(owner, ids, key)
     assert got is None or (got["0.x"] == n).all()

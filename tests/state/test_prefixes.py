@@ -143,7 +143,7 @@ def test_the_least_recently_used_go_first(one):
     small = PrefixStore(one, max_bytes=size - 1)
     put(small, one, [1])
     assert small.statistics == (0, 0, 0, 0)
-    assert not small._marks
+    assert not small._places
 
 
 def test_a_part_of_a_batch_takes_its_own_memory(one):

@@ -35,6 +35,7 @@ def serve(
     max_tokens: int = 16_384,
     timeout: float = 600.0,
     grace: int = 30,
+    threads: int | None = None,
     device: str | None = None,
     **keeping: Any,
 ) -> None:
@@ -64,6 +65,7 @@ def serve(
         max_tokens: tokens of an answer; more is refused with 400.
         timeout: seconds from a request to the end of its answer; then it ends with 408.
         grace: seconds in which what runs may end after Ctrl-C or SIGTERM.
+        threads: of torch; by default all cores but one, which is left to the connections.
         device: where the model runs, such as cpu; cuda where there is one by default.
     """
     require("transformers", "fastapi", "uvicorn", "prometheus_client")
@@ -71,6 +73,8 @@ def serve(
     notes, keys = Console(stderr=True), keys_of(api_key)
     if not keys and host not in LOOPBACK:
         notes.print(f"anyone who reaches {host} may use this server: no --api-key was given", style="yellow")
+    import torch
+
     from hqlt.device import usable_device
     from hqlt.language.folder import tokenizer_of
     from hqlt.serve.app import create_app
@@ -80,6 +84,8 @@ def serve(
     from hqlt.state import PrefixStore
 
     retention, limits = Keeping(**keeping), Limits(body=max_body, prompt=max_prompt, tokens=max_tokens, seconds=timeout)
+    if threads is not None or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads or max(1, torch.get_num_threads() - 1))
     with bound(host, port) as listening:  # before the model is loaded, which takes a while
         tokenizer = tokenizer_of(model, retention.config_of(model).vocab_size)
         language_model = retention.load(model, usable_device(device), notes)
@@ -93,11 +99,21 @@ def serve(
 
 def check(
     port: int, rows: int, queue: int, chunk: int, store: Path | None, store_bytes: int, store_disk_bytes: int | None,
-    max_body: int, max_prompt: int, max_tokens: int, timeout: float, grace: int, **_: object,
+    max_body: int, max_prompt: int, max_tokens: int, timeout: float, grace: int, threads: int | None, **_: object,
 ) -> None:  # fmt: skip
     """Raises ValueError or OSError for what would only fail after the model was loaded."""
     for least, options in (
-        (1, {"rows": rows, "chunk": chunk, "max-body": max_body, "max-prompt": max_prompt, "max-tokens": max_tokens}),
+        (
+            1,
+            {
+                "rows": rows,
+                "chunk": chunk,
+                "max-body": max_body,
+                "max-prompt": max_prompt,
+                "max-tokens": max_tokens,
+                "threads": 1 if threads is None else threads,
+            },
+        ),
         (0, {"queue": queue, "store-bytes": store_bytes, "store-disk-bytes": store_disk_bytes or 0, "grace": grace}),
     ):
         for option, value in options.items():

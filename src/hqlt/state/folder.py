@@ -40,11 +40,12 @@ class Listing:
     changed: int
     """When their folder last changed."""
     keys: set[str] = field(default_factory=set)
-    marks: set[int] = field(default_factory=set)
+    places: set[tuple[int, int]] = field(default_factory=set)
 
     def add(self, key: str) -> None:
         self.keys.add(key)
-        self.marks.add(int(key.split("-")[1], base=16))
+        length, mark, _ = key.split("-")
+        self.places.add((int(length), int(mark, base=16)))
 
 
 class PrefixFolder:
@@ -67,9 +68,9 @@ class PrefixFolder:
         self._listed: dict[str, Listing] = {}
         self._skipped: set[Path] = set()
 
-    def marks(self, owner: str) -> set[int]:
-        """Those of an owner's stored prefixes; listed again where another process has written."""
-        return self._list(owner).marks
+    def places(self, owner: str) -> set[tuple[int, int]]:
+        """The lengths and marks of an owner's stored prefixes; listed again where another process has written."""
+        return self._list(owner).places
 
     def read(self, owner: str, ids: NDArray[np.int64], key: str) -> dict[str, Tensor] | None:
         """The tensors that were stored for these tokens; None where there are none, or none that can be believed."""

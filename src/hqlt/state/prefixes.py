@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -52,10 +52,14 @@ class Statistics(NamedTuple):
     """What they take."""
 
 
+Place = tuple[int, int]
+"""A prefix's length, and its mark: by these a text's prefixes that may be stored are told from the others."""
+
+
 class Entry(NamedTuple):
     """States in memory."""
 
-    mark: int
+    place: Place
     owner: str
     tensors: Mapping[str, Tensor]
 
@@ -113,8 +117,8 @@ class PrefixStore:
         self._lock = threading.Lock()
         self._entries: OrderedDict[str, Entry] = OrderedDict()
         """By key, the least recently used first."""
-        self._marks: defaultdict[str, Counter[int]] = defaultdict(Counter)
-        """By owner: how many entries in memory have each mark."""
+        self._places: defaultdict[str, Counter[Place]] = defaultdict(Counter)
+        """By owner: how many entries in memory have each place."""
         self._bytes = self._hits = self._misses = 0
 
     def put(self, tokens: Tokens, states: Sequence[MemoryState], salt: str = "") -> None:
@@ -127,8 +131,8 @@ class PrefixStore:
             return
         self._check(len(ids), states)
         owner, marks = self._owner(salt), marks_of(ids)
-        key = keys_of(ids, owner, marks, marks[-1:])[len(ids)]
-        entry = Entry(int(marks[-1]), owner, side_by_side(pack(states, self.form)))
+        key = keys_of(ids, owner, marks, [len(ids)])[len(ids)]
+        entry = Entry((len(ids), int(marks[-1])), owner, side_by_side(pack(states, self.form)))
         with self._lock:
             self._insert(key, entry)
         if self.folder is not None:
@@ -139,10 +143,10 @@ class PrefixStore:
         ids, owner = as_ids(tokens)[:-1], self._owner(salt)
         marks = marks_of(ids)
         with self._lock:
-            known = self._marks.get(owner, Counter()).keys() & marks.tolist()
+            lengths = known_among(self._places.get(owner, Counter()).keys(), marks)
         if self.folder is not None:
-            known |= self.folder.marks(owner).intersection(marks.tolist())
-        for length, key in reversed(keys_of(ids, owner, marks, known).items()):
+            lengths |= known_among(self.folder.places(owner), marks)
+        for length, key in reversed(keys_of(ids, owner, marks, sorted(lengths)).items()):
             if states := self._held(key) or self._on_disk(ids[:length], owner, key):
                 with self._lock:
                     self._hits += 1
@@ -197,7 +201,7 @@ class PrefixStore:
             self.folder.skip(owner, key, str(error))
             return ()
         with self._lock:
-            self._insert(key, Entry(int(marks_of(ids)[-1]), owner, tensors))
+            self._insert(key, Entry((len(ids), int(marks_of(ids)[-1])), owner, tensors))
         return self._there(states)
 
     def _there(self, states: tuple[MemoryState, ...]) -> tuple[MemoryState, ...]:
@@ -209,7 +213,7 @@ class PrefixStore:
             self._entries.move_to_end(key)
         elif entry.bytes <= self.max_bytes:
             self._entries[key] = entry
-            self._marks[entry.owner][entry.mark] += 1
+            self._places[entry.owner][entry.place] += 1
             self._bytes += entry.bytes
             while self._bytes > self.max_bytes:
                 self._drop_oldest()
@@ -217,12 +221,12 @@ class PrefixStore:
     def _drop_oldest(self) -> None:
         _, oldest = self._entries.popitem(last=False)
         self._bytes -= oldest.bytes
-        marks = self._marks[oldest.owner]
-        marks[oldest.mark] -= 1
-        if not marks[oldest.mark]:
-            del marks[oldest.mark]
-        if not marks:
-            del self._marks[oldest.owner]
+        places = self._places[oldest.owner]
+        places[oldest.place] -= 1
+        if not places[oldest.place]:
+            del places[oldest.place]
+        if not places:
+            del self._places[oldest.owner]
 
 
 def marks_of(ids: NDArray[np.int64]) -> NDArray[np.uint64]:
@@ -234,20 +238,20 @@ def marks_of(ids: NDArray[np.int64]) -> NDArray[np.uint64]:
     return np.cumsum((ids + 1).astype(np.uint64) * powers)
 
 
-def keys_of(
-    ids: NDArray[np.int64], owner: str, marks: NDArray[np.uint64], known: Collection[int] | NDArray[np.uint64]
-) -> dict[int, str]:
-    """The keys "LENGTH-MARK-DIGEST" of a text's prefixes whose marks are known, by length, the shortest first."""
+def known_among(known: Collection[Place], marks: NDArray[np.uint64]) -> set[int]:
+    """The lengths of a text's prefixes whose places are known, in a time that grows no faster than the text."""
+    if len(known) < len(marks):
+        return {length for length, mark in known if length <= len(marks) and marks[length - 1] == mark}
+    return {length for length, mark in enumerate(marks.tolist(), start=1) if (length, mark) in known}
+
+
+def keys_of(ids: NDArray[np.int64], owner: str, marks: NDArray[np.uint64], lengths: Iterable[int]) -> dict[int, str]:
+    """The keys "LENGTH-MARK-DIGEST" of a text's prefixes of these lengths, in their order, the shortest first."""
     digest = hashlib.blake2b(key=bytes.fromhex(owner), digest_size=32)
     keys, before = {}, 0
-    among = np.sort(np.fromiter(known, np.uint64, len(known)))
-    if not len(among):
-        return {}
-    nearest = among[np.searchsorted(among, marks).clip(max=len(among) - 1)]
-    for index in np.flatnonzero(nearest == marks).tolist():
-        length = index + 1
+    for length in lengths:
         digest.update(ids[before:length].tobytes())
-        keys[length], before = f"{length}-{int(marks[index]):016x}-{digest.copy().hexdigest()}", length
+        keys[length], before = f"{length}-{int(marks[length - 1]):016x}-{digest.copy().hexdigest()}", length
     return keys
 
 
