@@ -54,6 +54,8 @@ class Engine:
         self._waiting: deque[Request] = deque()
         self._reading: deque[Reading] = deque()
         self._batch = NO_ROWS
+        self._unstored: list[Callable[[], None]] = []
+        """What is stored once the next tokens are on their way."""
         self._closing = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="hqlt-serve", daemon=True)
@@ -102,6 +104,7 @@ class Engine:
                     self._admit()
                     self._read()
                     self._step()
+                    self._store()
                 except Exception as error:  # of the engine itself: no one waits for what will never come
                     log.exception("all running requests failed")
                     self._drop_all(error)
@@ -113,12 +116,18 @@ class Engine:
             self._changed.wait_for(lambda: self._closing or self._waiting or self.running)
             return not self._closing
 
+    def _store(self) -> None:
+        unstored, self._unstored = self._unstored, []
+        for put in unstored:
+            self._quietly(put)
+
     def _drop_all(self, error: Exception) -> None:
         batch, self._batch = self._batch, NO_ROWS
         for i, row in enumerate(batch.rows):
             self._keep(row, batch.states, i)
         for reading in self._reading:
             self._put(reading.request, reading.length, reading.states)
+        self._store()
         with self._changed:
             requests = [*(row.request for row in batch.rows), *(r.request for r in self._reading), *self._waiting]
             self._reading.clear()
@@ -284,8 +293,9 @@ class Engine:
             self._quietly(put)
 
     def _put(self, request: Request, length: int, states: Sequence[MemoryState]) -> None:
-        """Store what has been read of a prompt."""
-        self._quietly(lambda: self.store.put(torch.from_numpy(request.prompt[:length]), states, request.salt))
+        """Store what has been read of a prompt, after the next tokens."""
+        tokens = torch.from_numpy(request.prompt[:length])
+        self._unstored.append(lambda: self.store.put(tokens, states, request.salt))
 
     def _fail(self, request: Request, error: Exception, expected: bool = False) -> None:
         if not expected:

@@ -74,7 +74,7 @@ class Request:
     """Set by `cancel`, and where it has failed: its rows are freed before the next token."""
 
     def __post_init__(self) -> None:
-        self.prompt = np.asarray(self.tokens, dtype=np.int64)
+        self.prompt = np.fromiter(self.tokens, dtype=np.int64, count=len(self.tokens))
 
     def cancel(self) -> None:
         """Whoever asked does not want it any more. From any thread; the listener hears nothing more."""

@@ -81,7 +81,8 @@ class CompletionAsked(Asked):
 
     @property
     def tokens(self) -> list[int]:
-        return [token for token in self.prompt if isinstance(token, int)]
+        """Empty where the prompt is a text."""
+        return [] if self.text is not None else [token for token in self.prompt if isinstance(token, int)]
 
     @property
     def top(self) -> int | None:

@@ -250,7 +250,7 @@ def keys_of(ids: NDArray[np.int64], owner: str, marks: NDArray[np.uint64], lengt
     digest = hashlib.blake2b(key=bytes.fromhex(owner), digest_size=32)
     keys, before = {}, 0
     for length in lengths:
-        digest.update(ids[before:length].tobytes())
+        digest.update(ids[before:length].astype("<u4").tobytes())
         keys[length], before = f"{length}-{int(marks[length - 1]):016x}-{digest.copy().hexdigest()}", length
     return keys
 
