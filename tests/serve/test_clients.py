@@ -165,7 +165,7 @@ def test_bodies_and_hosts():
             assert answer.json()["error"]["message"]
         assert httpx.get(f"{url}/nowhere").json()["error"]["message"] == "GET /nowhere: Not Found"
         assert httpx.get(f"{url}/v1/completions").status_code == 405
-        assert httpx.get(f"{url}/").status_code == 200
+        assert httpx.get(f"{url}/").headers["content-security-policy"] == "frame-ancestors 'none'"
 
 
 def resident() -> float:

@@ -96,7 +96,8 @@ def add_routes(app: FastAPI) -> None:
     @app.get("/")
     async def page() -> Response:
         if PAGE.is_file():
-            return HTMLResponse(PAGE.read_text(encoding="utf-8"))
+            frames = {"Content-Security-Policy": "frame-ancestors 'none'"}  # which a meta element cannot say
+            return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=frames)
         return PlainTextResponse("hqlt serve: an API in OpenAI's form at /v1\n")
 
 
