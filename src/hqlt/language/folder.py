@@ -90,7 +90,7 @@ def load_model(where: str | Path, device: torch.device | str = "cpu") -> HQLTFor
 def load_whole(kind: Any, folder: Path, config: Any) -> Any:
     """The model of a class of transformers with the weights in a folder; raises ValueError as `load_model` does."""
     try:
-        with quiet_loading():  # what it reports is an error below
+        with quiet_transformers():  # what it reports is an error below
             model, report = kind.from_pretrained(
                 folder, config=config, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
             )
@@ -101,8 +101,8 @@ def load_whole(kind: Any, folder: Path, config: Any) -> Any:
 
 
 @contextlib.contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Errors alone of what transformers says while it loads a model."""
+def quiet_transformers() -> Iterator[None]:
+    """Errors alone of what transformers reports."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
-from transformers.utils import logging
 
 from hqlt.data import Tokenizer
 from hqlt.data.tokenizer import TextStream
+from hqlt.language.folder import quiet_transformers
 from hqlt.memory import MemoryState
 from hqlt.model import HQLTCache, HQLTForCausalLM
 from hqlt.model.cache import CACHE
@@ -133,7 +132,7 @@ def go_on(
     if seed is not None:
         torch.manual_seed(seed)
     untyped: Any = model
-    with quiet():
+    with quiet_transformers():  # whose drafting warns of arguments that it gives itself
         made = untyped.generate(
             given,
             attention_mask=torch.ones_like(given),
@@ -157,17 +156,6 @@ class Ended(NamedTuple):
 
     def __call__(self, ids: Tensor, scores: object, **_: object) -> Tensor:
         return ids.new_full(ids.shape[:1], self.asked(ids[:, self.given :]), dtype=torch.bool)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without warnings of transformers' logger: its drafting warns of arguments that it gives itself."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def save_past(path: str | Path, past: Past, model: HQLTForCausalLM) -> None:

@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrained
 from hqlt.data import Tokenizer
 from hqlt.language.checkpoint import tensor_names, weight_files
 from hqlt.language.convert import Converted
-from hqlt.language.folder import load_whole, quiet_loading
+from hqlt.language.folder import load_whole, quiet_transformers
 from hqlt.model import HQLTForCausalLM
 from hqlt.model.pretrained import from_transformers, moved
 from hqlt.model.pretrained.gguf import ROPE_FREQUENCIES, Gguf, tensors_in
@@ -63,7 +63,7 @@ def convert_gguf(gguf: Gguf, config: PreTrainedConfig) -> Converted:
     """config: what `config_in` finds. Raises ValueError as `tensors_in` does."""
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     tensors = tensors_in(gguf, config)
-    with quiet_loading():
+    with quiet_transformers():
         theirs = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32).eval()
     if (end_of_turn := gguf.fields.get("tokenizer.ggml.eot_token_id")) not in (None, config.eos_token_id):
         theirs.generation_config.eos_token_id = [config.eos_token_id, end_of_turn]
@@ -87,7 +87,7 @@ def read_by_transformers(file: Path, config: PreTrainedConfig) -> PreTrainedMode
     The config is given: transformers does not see all that a file says of positions.
     """
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    with quiet_loading(), contextlib.redirect_stderr(io.StringIO()):  # a progress bar that nothing else hides
+    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):  # a progress bar that nothing else hides
         theirs = kind.from_pretrained(
             file.parent, gguf_file=file.name, config=copy.deepcopy(config), dtype=torch.float32
         )

@@ -143,10 +143,12 @@ class HQLTModel(HQLTPreTrainedModel):
 
         The memory is brought up to date: at once, or in two steps, so that it has a state from `rollback` columns ago.
         """
-        segments = self._segments(x, memory, attention_mask, position_ids, resets)
         n, t = memory.rollback if memory is not None else 0, x.shape[1]
         if n == 0:
+            segments = self._segments(x, memory, attention_mask, position_ids, resets)
             return self._read_segments(x, memory, wanted, segments)
+        if n < t:  # what does not fit is refused before a part of it is read
+            self._segments(x, memory, attention_mask, position_ids, resets)
         parts = []
         for begin, end in pairwise([0, t - n, t] if n < t else [0, t]):
             mask = None if attention_mask is None else attention_mask[:, : attention_mask.shape[1] - (t - end)]
@@ -155,7 +157,7 @@ class HQLTModel(HQLTPreTrainedModel):
             segments = self._segments(part, memory, mask, positions, marks)
             columns = Columns.of(part, segment_starts(part.shape[0], part.shape[1], positions, marks))
             parts.append(self._read_segments(part, memory, wanted, segments, columns))
-        return [torch.cat(pair, dim=1) for pair in zip(*parts, strict=True)]
+        return parts[0] if len(parts) == 1 else [torch.cat(pair, dim=1) for pair in zip(*parts, strict=True)]
 
     def _read_segments(
         self, x: Hidden, memory: HQLTCache | None, wanted: bool, segments: Segments, columns: Columns | None = None
