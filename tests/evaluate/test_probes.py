@@ -244,3 +244,27 @@ class TestProbe:
     def test_refuses_too_few_tokens(self, given, message):
         with pytest.raises(ValueError, match=message):
             probe(Bigrams(), **{"tokens": text(), **given})
+
+
+class TestState:
+    @pytest.mark.parametrize("kinds", [["hybrid", "hybrid"], ["kv", "hybrid"], ["hybrid", "fw"]])
+    def test_is_what_a_cache_holds(self, kinds):
+        model = small(layer_kinds=kinds, retention="value-norm", kept=3)
+        told = probes.state_bytes(model)
+        for t in (10, 37):
+            with torch.no_grad():
+                states = model(text(1, t), use_cache=True).past_key_values.states
+            assert sum(state.bytes_per_row() for state in states) == told["fixed"] + t * told["per_token"]
+
+    def test_of_others(self):
+        assert probes.state_bytes(Bigrams()) is None
+
+
+def test_rows_of_a_report():
+    tokens = text()
+    (row,) = probes.probed("original", small(layer_kinds=["kv", "kv"]), tokens)
+    assert row["name"] == "original"
+    own, bypassed = probes.probed("ours", small(mixer="add"), tokens, beyond=30)
+    assert own["probe"] == probe(small(mixer="add"), tokens, beyond=30)
+    assert (bypassed["name"], bypassed["bypassed"]) == ("ours", True)
+    assert bypassed["probe"]["perplexity"] != own["probe"]["perplexity"]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hqlt.blend import Reads
 from hqlt.evaluate.lengths import bin_edges
 from hqlt.layer import HybridMemory
+from hqlt.memory.state import leaves
 from hqlt.mixer import Mixer
 from hqlt.report.shares import memory_shares
 from hqlt.shapes import at_least_float32
@@ -53,7 +54,8 @@ def probe(
     facts.
 
     → "perplexity" and "nll" (nats per token) from `beyond` on; "by_position": `by_position`; "recall": `recall`;
-    "needle": `needles`; "shares": `shares_by_layer`. With the FW-memory bypassed: the same within `fw_bypassed(model)`.
+    "needle": `needles`; "shares": `shares_by_layer`; "state": `state_bytes`. With the FW-memory bypassed: the same
+    within `fw_bypassed(model)`.
 
     Raises ValueError for tokens that are too few for what is asked.
     """
@@ -77,7 +79,17 @@ def probe(
         "recall": recall(model, tokens, distance, paragraph),
         "needle": needles(model, tokens, lengths, depths, seed),
         "shares": shares_by_layer(model, tokens[:ROWS_OF_SHARES], beyond),
+        "state": state_bytes(model),
     }
+
+
+def probed(name: str, model: nn.Module, tokens: Tensor, **options: Any) -> list[dict[str, Any]]:
+    """Rows of a report (`hqlt.report.retrofit`): the model, and if it has FW-memories, itself with them bypassed."""
+    rows: list[dict[str, Any]] = [{"name": name, "probe": probe(model, tokens, **options)}]
+    if any(layer.fw is not None for layer in layers_of(model)):
+        with fw_bypassed(model):
+            rows.append({"name": name, "bypassed": True, "probe": probe(model, tokens, **options)})
+    return rows
 
 
 def check(
@@ -211,8 +223,7 @@ def shares_by_layer(model: nn.Module, tokens: Tensor, beyond: int) -> list[dict[
     "layer" counts all layers from 0; "share": the FW-memory's part of what is mixed, 0 for a branch that is bypassed;
     "gate": its mean weight. Empty for a model without such layers.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, HybridMemory)]
-    mixing = [i for i, layer in enumerate(layers) if layer.kv is not None and layer.fw is not None]
+    mixing = [i for i, layer in enumerate(layers_of(model)) if layer.kv is not None and layer.fw is not None]
     if not mixing:
         return []
     told = memory_shares(model, tokens.to(next(model.parameters()).device))
@@ -222,10 +233,29 @@ def shares_by_layer(model: nn.Module, tokens: Tensor, beyond: int) -> list[dict[
     ]
 
 
+def layers_of(model: nn.Module) -> list[HybridMemory]:
+    return [layer for layer in model.modules() if isinstance(layer, HybridMemory)]
+
+
 def window_of(model: nn.Module) -> int | None:
     """The widest of the layers that have any; None for full attention."""
-    layers = [layer for layer in model.modules() if isinstance(layer, HybridMemory) and layer.kv is not None]
-    return max((layer.blend.window for layer in layers if layer.blend.window is not None), default=None)
+    windows = [layer.blend.window for layer in layers_of(model) if layer.kv is not None]
+    return max((window for window in windows if window is not None), default=None)
+
+
+def state_bytes(model: nn.Module) -> dict[str, int] | None:
+    """Of a sequence: "fixed" bytes, and "per_token" what full attention adds; None for a model without our layers."""
+    layers = layers_of(model)
+    if not layers:
+        return None
+    growing = [
+        (math.prod(size for size in entry.sizes if size is not None), entry.dtype_in(layer.like.dtype).itemsize)
+        for layer in layers
+        for entry in leaves(layer.entries)
+        if None in entry.sizes
+    ]
+    fixed = sum(layer.init_state(1).bytes_per_row() for layer in layers)
+    return {"fixed": fixed, "per_token": sum(numbers * size for numbers, size in growing)}
 
 
 @contextmanager

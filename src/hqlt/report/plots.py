@@ -165,7 +165,7 @@ def draw(axes: Axes, curves: Mapping[str, Sequence[Curve]], styles: Mapping[str,
         turn, turns = alike.index(model), len(alike)
         dashes = "-" if turns == 1 else (turn * DASH, (DASH, (turns - 1) * DASH))
         every = (turn % len(medians[model]), turns)
-        axes.plot(*zip(*medians[model], strict=True), markersize=4, markevery=every, linestyle=dashes, **style)
+        axes.plot(*zip(*medians[model], strict=True), markersize=4, markevery=every, **{"linestyle": dashes} | style)
 
 
 def median_of(curves: Sequence[Curve]) -> Curve:
