@@ -13,6 +13,7 @@ MARKER = "run.json"
 """Says which kind of run a folder belongs to."""
 COMMANDS = {
     "language": "hqlt train",
+    "retrofit": "hqlt retrofit",
     "agent": "hqlt rl train",
     "study": "hqlt demo or hqlt reproduce",
 }

@@ -46,6 +46,7 @@ COMMANDS = {
     "tokenizer": About("train a tokenizer", ("tokenizers",)),
     "export": About("write a model as a folder that transformers loads", ("transformers",)),
     "convert": About("convert a pretrained model, or a checkpoint of the paper's code", ("transformers",)),
+    "retrofit": About("give a converted model a bounded memory", ("transformers", "peft")),
     "rl": About("train and watch agents with a memory", ("gymnasium", *PAGES)),
     "demo": About("train five small models on three tasks, in minutes", ("transformers", *PAGES)),
     "reproduce": About("reproduce a table of the paper, or run a study of your own", ("transformers", *PAGES)),

@@ -19,8 +19,8 @@ PROMPT_TOKENS, TOKENS, TEMPERATURE, SEED = 48, 240, 0.8, 0
 """Of a sample."""
 
 
-def prepare_file(file: Path, folder: Path) -> Path:
-    """The tokens of a file of documents, as bytes, in the folder `data` within the given one.
+def prepare_file(file: Path, folder: Path, tokenizer: str | Path = "bytes") -> Path:
+    """The tokens of a file of documents, in the folder `data` within the given one.
 
     A text is one document. It is cut once, at the end of a line near nine tenths of it, so that no held-out text stands
     between pieces of training text; both parts are kept beside the tokens, in `text`. Of other files (JSON lines,
@@ -30,7 +30,7 @@ def prepare_file(file: Path, folder: Path) -> Path:
     """
     (part,) = parts_of(file, validation_share=0, test_share=0)
     if not isinstance(part.source, TextFiles):
-        prepare(file, folder / "data")
+        prepare(file, folder / "data", tokenizer=tokenizer)
         return folder / "data"
     parts = cut("".join(part.source), file)
     for name, text in parts.items():
@@ -40,7 +40,8 @@ def prepare_file(file: Path, folder: Path) -> Path:
     for name, text in parts.items():
         (folder / "text").mkdir(exist_ok=True)
         write_whole(folder / "text" / f"{name}.txt", text.encode())
-    prepare(folder / "text" / "train.txt", folder / "data", validation=folder / "text" / "validation.txt", test_share=0)
+    held_out: dict[str, Any] = {"validation": folder / "text" / "validation.txt", "test_share": 0}
+    prepare(folder / "text" / "train.txt", folder / "data", tokenizer=tokenizer, **held_out)
     return folder / "data"
 
 

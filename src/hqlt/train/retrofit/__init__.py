@@ -1,0 +1,1 @@
+"""`hqlt retrofit`: a converted model gains a bounded memory, in stages."""

@@ -1,0 +1,146 @@
+"""`hqlt retrofit`: from a converted model to one with a bounded memory, and its folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from hqlt.data import TokenFiles, Windows, load_tokenizer, prepare
+from hqlt.device import usable_device
+from hqlt.disk import write_whole
+from hqlt.errors import require
+from hqlt.language.checkpoint import weight_files
+from hqlt.language.folder import find_model, load_model, read_config, tokenizer_of
+from hqlt.model import HQLTForCausalLM
+from hqlt.model.pretrained.retrofit import fw_bypassed, refuse_other_than_full
+from hqlt.train.language.run import DEFAULT_DATA
+from hqlt.train.language.text import prepare_file
+from hqlt.train.retrofit.layers import Choice, choose, errors_in, errors_of_window
+from hqlt.train.retrofit.settings import RetrofitSettings
+from hqlt.train.retrofit.trainer import RetrofitTrainer, said
+from hqlt.train.run import run as run_of
+
+
+def run(settings: RetrofitSettings, model: Path, folder: Path, device: str | None = None) -> None:
+    """Retrofit as the settings say into the folder, resuming from its newest checkpoint if there is one.
+
+    A first Ctrl-C or SIGTERM is obeyed after the update under way. Leaves config.json, layers.json, metrics.jsonl,
+    checkpoints/, and at the end model/ and results.json.
+
+    Raises ValueError or OSError, before anything is trained, for what cannot be; and where training diverged.
+    """
+    config, place = read_config(model), usable_device(device)
+    refuse_other_than_full(config)
+    if settings.lora_rank and (settings.distill.tokens or settings.tune.tokens):
+        require("peft")
+    data = Path(settings.data).expanduser()
+    if settings.data != DEFAULT_DATA and not data.exists():
+        raise ValueError(
+            f"data: expected a text file, a folder that `hqlt data prepare` wrote, or {DEFAULT_DATA}, found nothing at "
+            f"{data.absolute()}"
+        )
+    choose(settings, config, errors=[0.0] * config.num_hidden_layers)  # refuses what it would refuse later
+
+    def build(console: Console) -> RetrofitTrainer:
+        tokens = data_of(settings, model, folder, console)
+        teacher = teacher_of(model, place)
+        source = digest_of(model)
+        choice = chosen(settings, teacher, source, tokens, folder, console)
+        return RetrofitTrainer(settings, teacher, source, choice, tokens, folder)
+
+    def finish(trainer: RetrofitTrainer, folder: Path, told: dict[str, Any], console: Console) -> None:
+        results = results_of(trainer)
+        keep(trainer, model, folder)
+        write_whole(folder / "results.json", json.dumps(told | results, indent=1).encode())
+        for name, scores in results["scores"].items():
+            console.print(f"{name:>9}: {said(scores)}", markup=False)
+        console.print(f"written to {folder / 'model'}", markup=False)
+
+    run_of("retrofit", folder, build, finish)
+
+
+def teacher_of(model: Path, device: torch.device) -> HQLTForCausalLM:
+    """The model in float32: what is trained is so, and it shares the rest."""
+    teacher = load_model(model, device)
+    nn.Module.float(teacher)
+    return teacher
+
+
+def digest_of(model: Path) -> str:
+    """Names a model's weights."""
+    whole = hashlib.sha256()
+    for path in weight_files(find_model(model)):
+        with path.open("rb") as file:
+            whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()
+
+
+def data_of(settings: RetrofitSettings, model: Path, folder: Path, console: Console) -> Path:
+    """The folder of tokens: the given one, or of a text, made where missing.
+
+    Raises ValueError for tokens of another tokenizer than the model's.
+    """
+    tokenizer = tokenizer_of(model, read_config(model).vocab_size)
+    name = tokenizer.name if tokenizer.name == "bytes" else find_model(model)
+    data = Path(settings.data).expanduser()
+    if not data.is_dir():
+        with console.status(f"preparing {settings.data}"):
+            if settings.data == DEFAULT_DATA:
+                prepare(DEFAULT_DATA, folder / "data", tokenizer=name)
+            else:
+                prepare_file(data, folder, name)
+        return folder / "data"
+    found, expected = TokenFiles(data, "train").manifest.tokenizer, load_tokenizer(name)
+    if found["digest"] != expected.digest:
+        raise ValueError(
+            f"data: expected tokens of the model's own tokenizer, got those of {found['name']} in {data}; prepare them "
+            f"by `hqlt data prepare SOURCE FOLDER --tokenizer {name}`"
+        )
+    return data
+
+
+def chosen(
+    settings: RetrofitSettings, teacher: HQLTForCausalLM, source: str, tokens: Path, folder: Path, console: Console
+) -> Choice:
+    """Stage 0, or what an earlier start found."""
+    files = TokenFiles(tokens, "train")
+    windows = Windows(files, settings.distill.length, settings.seed)
+    asked = ("window", "sinks", "measure_tokens", "seed", "precision")
+    measured = {"source": source, "data": files.digest, "length": windows.length}
+    measured |= {name: getattr(settings, name) for name in asked}
+
+    with console.status(f"stage 0: what a window of {settings.window} changes in each layer"):
+        errors = errors_in(folder, measured, (errors_of_window(settings, teacher, windows) for _ in range(1)))
+    config: Any = teacher.config
+    choice = choose(settings, config, errors)
+    each = ", ".join(f"{layer}: {100 * error:.0f}%" for layer, error in enumerate(errors))
+    console.print(f"stage 0: squared error of each layer's attention with window and sinks alone: {each}", markup=False)
+    return choice
+
+
+def results_of(trainer: RetrofitTrainer) -> dict[str, Any]:
+    """Scores of held-out text, beside those of the original, of window and sinks alone, and without the FW-memories."""
+    scores = dict(trainer.kept["scores"])
+    scores["result"] = trainer.score(trainer.student)
+    if any(kind == "hybrid" for kind in trainer.choice.config.kinds):
+        with fw_bypassed(trainer.student):
+            scores["bypassed"] = trainer.score(trainer.student)
+    return {"scores": scores, "tokens": trainer.tokens(), "updates_skipped": trainer.skipped}
+
+
+def keep(trainer: RetrofitTrainer, model: Path, folder: Path) -> None:
+    """Write the model, its low-rank changes merged, as any other: with tokenizer, chat template, code and card."""
+    from hqlt.language.export import save
+
+    if trainer.lora is not None:
+        trainer.lora.merge()
+        trainer.lora = None
+    source = find_model(model)
+    (folder / "model").mkdir(exist_ok=True)
+    save(trainer.student.eval(), tokenizer_of(model, trainer.student.config.vocab_size), str(source), folder / "model")
