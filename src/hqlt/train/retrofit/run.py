@@ -16,7 +16,7 @@ from hqlt.device import usable_device
 from hqlt.disk import write_whole
 from hqlt.errors import require
 from hqlt.language.checkpoint import weight_files
-from hqlt.language.folder import find_model, load_model, read_config, tokenizer_of
+from hqlt.language.folder import find_model, load_model, quiet_transformers, read_config, tokenizer_of
 from hqlt.model import HQLTForCausalLM
 from hqlt.model.pretrained.retrofit import fw_bypassed, refuse_other_than_full
 from hqlt.train.language.run import DEFAULT_DATA
@@ -143,4 +143,5 @@ def keep(trainer: RetrofitTrainer, model: Path, folder: Path) -> None:
         trainer.lora = None
     source = find_model(model)
     (folder / "model").mkdir(exist_ok=True)
-    save(trainer.student.eval(), tokenizer_of(model, trainer.student.config.vocab_size), str(source), folder / "model")
+    with quiet_transformers():
+        save(trainer.student.eval(), tokenizer_of(model, read_config(model).vocab_size), str(source), folder / "model")

@@ -1,0 +1,188 @@
+"""The stages: each brings its loss down, stopped anywhere they resume exactly, and what is left is a plain model."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hqlt.cli import main
+from hqlt.data import TokenFiles, Windows
+from hqlt.errors import how_to_install
+from hqlt.language.folder import load_model
+from hqlt.model.pretrained.retrofit import retrofitted
+from hqlt.train.retrofit.losses import beyond, layer_errors
+from hqlt.train.retrofit.trainer import RetrofitTrainer
+from tests.train.retrofit.conftest import lines, retrofit
+
+needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs the package peft")
+LORA = "--lora-rank=2"
+
+
+@pytest.fixture(scope="module")
+def whole(teacher, text, tmp_path_factory):
+    """A run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    retrofit(teacher, text, folder, "--tune.tokens=480", "--tune.length=20")
+    return folder
+
+
+def test_each_stage_brings_its_loss_down(whole):
+    by_stage = {stage: [line["loss"] for line in lines(whole) if line["stage"] == stage] for stage in (1, 2, 3)}
+    assert [len(losses) for losses in by_stage.values()] == [16, 8, 6]
+    scores = json.loads((whole / "results.json").read_text())["scores"]
+    assert scores["original"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert scores["distill"]["kl"] < scores["fit"]["kl"] < scores["start"]["kl"]
+    assert scores["tune"]["nats"] < scores["distill"]["nats"]
+    assert scores["result"] == scores["tune"]
+    assert scores["bypassed"]["kl"] > scores["result"]["kl"]
+
+
+def test_stage_1_brings_each_layer_to_the_original(teacher, text, tmp_path):
+    found = retrofit(
+        teacher, text, tmp_path / "run", "--fit.tokens=9216", "--fit.learning-rate=0.005", "--distill.tokens=0"
+    )
+    original, result = load_model(teacher), load_model(tmp_path / "run")
+    batch = Windows(TokenFiles(tmp_path / "run" / "data"), 48).batch(0, 16)
+    scored, layers = beyond(batch, reach=5), sorted({0, 1, 2} - set(found["layers"]["full"]))
+    with torch.no_grad():
+        start, end = (
+            layer_errors(original, model, batch, scored, layers, 1.0)
+            for model in (retrofitted(original, result.config), result)
+        )
+    assert all(end[layer] < start[layer] for layer in layers)
+
+
+def test_the_layers_that_the_window_changes_most_stay(whole):
+    found = json.loads((whole / "config.json").read_text())["layers"]
+    assert found["full"] == [found["errors"].index(max(found["errors"]))]
+    first = lines(whole)[0]
+    assert [f"layer_{layer}" in first for layer in range(3)] == [layer not in found["full"] for layer in range(3)]
+
+
+def test_the_result_is_a_model_as_any_other(whole, teacher, capsys):
+    model = AutoModelForCausalLM.from_pretrained(whole / "model")
+    assert sorted(model.config.kinds) == ["hybrid", "hybrid", "kv"]
+    assert model.generation_config.eos_token_id == 7
+    main(["generate", str(whole), "--prompt=abc", "--tokens=4", "--greedy"])
+    assert capsys.readouterr().out
+    theirs, ours = (load_file(folder / "model.safetensors") for folder in (teacher, whole / "model"))
+    assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
+    assert not torch.equal(ours[gate := next(name for name in ours if "mixer.gate" in name)], 0 * ours[gate])
+
+
+@pytest.mark.parametrize("lora", [(), pytest.param((LORA,), marks=needs_peft)], ids=["new parameters", "lora"])
+def test_stopped_anywhere_it_resumes_exactly(teacher, text, whole, tmp_path, monkeypatch, lora, capsys):
+    options = ("--tune.tokens=480", "--tune.length=20", *lora)
+    if lora:
+        retrofit(teacher, text, whole := tmp_path / "whole", *options)
+    update, stops = RetrofitTrainer.update, [2, 16, 21, 28]  # the sixteenth ends stage 1
+
+    def stopped(trainer, *arguments):
+        told = update(trainer, *arguments)
+        if stops and told.step == stops[0]:
+            stops.pop(0)
+            os.kill(os.getpid(), signal.SIGINT)
+        return told
+
+    monkeypatch.setattr(RetrofitTrainer, "update", stopped)
+    for step in (2, 16, 21, 28):
+        with pytest.raises(SystemExit) as ended:
+            retrofit(teacher, text, tmp_path / "run", *options)
+        assert ended.value.code == 130
+        assert f"stopped and saved after step {step}" in capsys.readouterr().out
+    assert retrofit(teacher, text, tmp_path / "run", *options)["scores"] == scores_of(whole)
+    assert lines(tmp_path / "run") == lines(whole)
+    ours, theirs = (load_file(run / "model" / "model.safetensors") for run in (tmp_path / "run", whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def scores_of(folder):
+    return json.loads((folder / "results.json").read_text())["scores"]
+
+
+@needs_peft
+@pytest.mark.parametrize("rule", ["delta", "none"])
+def test_merged_it_is_what_it_was(teacher, text, tmp_path, monkeypatch, rule):
+    """And without an FW-memory there is no stage 1, and low-rank changes alone are trained."""
+    unmerged = {}
+
+    def keep(trainer, *arguments):
+        tokens = torch.arange(30)[None]
+        unmerged["logits"] = trainer.student.eval()(tokens, use_cache=False).logits
+        unmerged["teacher"] = trainer.teacher(tokens, use_cache=False).logits
+        assert trainer.lora is not None
+        return kept(trainer, *arguments)
+
+    from hqlt.train.retrofit import run
+
+    kept = run.keep
+    monkeypatch.setattr(run, "keep", keep)
+    results = retrofit(teacher, text, tmp_path / "run", LORA, f"--rule={rule}", "--lora-learning-rate=0.01")
+    assert ("fit" in results["scores"], "bypassed" in results["scores"]) == (rule == "delta",) * 2
+    assert results["scores"]["distill"]["kl"] < results["scores"]["start"]["kl"]
+    merged, original = load_model(tmp_path / "run"), load_model(teacher)
+    tokens = torch.arange(30)[None]
+    torch.testing.assert_close(merged(tokens).logits, unmerged["logits"], rtol=1e-4, atol=1e-4)
+    assert torch.equal(original(tokens).logits, unmerged["teacher"])
+    names = set(merged.state_dict())
+    assert not any("lora" in name or "base_layer" in name for name in names)
+    assert names >= set(original.state_dict())
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.2.memory.o_proj.weight"):
+        assert not torch.equal(merged.state_dict()[name], original.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--full=3",), r"full: expected from 0 to 2 of the model's 3 layers, got 3"),
+        (("--full=[0,5]",), r"full: expected indices of layers from 0 to 2, got \[5\]"),
+        (("--window=24",), r"distill.length: expected more than window \+ sinks = 25 tokens"),
+        (("--rule=none",), "lora_rank: expected at least 1 with rule none"),
+        (("--rule=no-such",), "fast_weights: expected one of"),
+        (("--options={window: 3}",), "options: expected window as --window"),
+        (("--fit.batch-size=3",), "micro_batch_size: expected a divisor of fit.batch_size = 3, got 2"),
+        (("--data=nowhere",), "data: expected a text file, a folder"),
+    ],
+)
+def test_refused_before_anything_is_written(teacher, text, tmp_path, options, message):
+    with pytest.raises(SystemExit, match=message):
+        retrofit(teacher, text, tmp_path / "run", *options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_retrofitted_model_is_refused(whole, text, tmp_path):
+    with pytest.raises(SystemExit, match=r"model: expected kv layers alone.* got hybrid layers too"):
+        retrofit(whole, text, tmp_path / "run")
+
+
+def test_texts_too_short_are_refused(teacher, tmp_path):
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    for i in range(400):
+        (folder / f"{i}.txt").write_text(f"{i:04}")
+    main(["data", "prepare", str(folder), f"--folder={tmp_path / 'tokens'}"])
+    with pytest.raises(SystemExit, match=r"data: expected documents of more than window \+ sinks = 5 tokens"):
+        retrofit(teacher, tmp_path / "tokens", tmp_path / "run")
+
+
+def test_other_layers_and_other_settings(teacher, text, whole, tmp_path):
+    """Any as the control; and a folder is of one run alone."""
+    chance = retrofit(teacher, text, tmp_path / "run", "--full-choice=random", "--fit.tokens=0", "--distill.tokens=0")
+    assert len(chance["layers"]["full"]) == 1
+    assert chance["scores"]["result"] == chance["scores"]["start"]
+    with pytest.raises(SystemExit, match=r"is of a run with another distill.learning_rate"):
+        retrofit(teacher, text, whole, "--tune.tokens=480", "--tune.length=20", "--distill.learning_rate=0.1")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is not None, reason="peft is installed")
+def test_without_peft_it_says_how_to_get_it(teacher, text, tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        retrofit(teacher, text, tmp_path / "run", LORA)
+    assert str(ended.value) == f"expected the package peft; {how_to_install('retrofit')}"
