@@ -9,7 +9,7 @@ from torch import nn
 import hqlt
 from hqlt import HQLTConfig, HQLTForCausalLM
 from hqlt.model.pretrained import from_transformers
-from hqlt.model.pretrained.retrofit import config_for, fw_bypassed, retrofitted
+from hqlt.model.pretrained.retrofit import config_for, retrofitted
 from tests.model.pretrained.conftest import MODELS, model_for
 
 WINDOW, SINKS, LENGTH = 5, 2, 24
@@ -71,20 +71,6 @@ def test_kept_entries_and_a_saved_model(tmp_path, teacher):
     torch.testing.assert_close(logits(loaded, tokens), logits(nn.Module.double(student), tokens))
     assert loaded.model.layers[1].memory.kv.kept == 4 + 3
     assert loaded.model.layers[0].memory.blend.window is None
-
-
-def test_bypassed_the_window_alone_is_left(teacher):
-    config = config_for(teacher.config, window=WINDOW)
-    student = nn.Module.double(retrofitted(teacher, config))
-    tokens = torch.randint(37, (2, LENGTH))
-    begun = logits(student, tokens)
-    for block in student.model.layers:
-        nn.init.normal_(block.memory.mixer.gate_proj.weight)
-    trained = logits(student, tokens)
-    assert not torch.allclose(trained, begun)
-    with fw_bypassed(student):
-        assert torch.equal(logits(student, tokens), begun)
-    assert torch.equal(logits(student, tokens), trained)
 
 
 def small(**changes):

@@ -16,9 +16,9 @@ from hqlt.cli import main
 
 SMALL = (
     "--window=4", "--sinks=1", "--full=1", "--measure-tokens=96", "--precision=float32", "--lora-rank=0",
-    "--fit={tokens: 3072, length: 48, batch_size: 4, learning_rate: 0.02}",
-    "--distill={tokens: 768, length: 24, batch_size: 4, learning_rate: 0.01}",
-    "--validation-rows=2", "--save-every=3", "--micro-batch-size=2",
+    "--fit={tokens: 3072, length: 48, batch_size: 4, learning_rate: 0.005}",
+    "--distill={tokens: 768, length: 24, batch_size: 4, learning_rate: 0.005}",
+    "--validation-rows=4", "--save-every=3", "--micro-batch-size=2",
 )  # fmt: skip
 """16 updates in stage 1, 8 in stage 2."""
 

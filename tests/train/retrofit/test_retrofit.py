@@ -36,21 +36,23 @@ def whole(teacher, text, tmp_path_factory):
 def test_each_stage_brings_its_loss_down(whole):
     by_stage = {stage: [line["loss"] for line in lines(whole) if line["stage"] == stage] for stage in (1, 2, 3)}
     assert [len(losses) for losses in by_stage.values()] == [16, 8, 6]
-    scores = json.loads((whole / "results.json").read_text())["scores"]
+    found = results(whole)
+    scores = found["run"]["scores"]
     assert scores["original"]["kl"] == pytest.approx(0, abs=1e-6)
     assert scores["distill"]["kl"] < scores["fit"]["kl"] < scores["start"]["kl"]
     assert scores["tune"]["nats"] < scores["distill"]["nats"]
-    assert scores["result"] == scores["tune"]
-    assert scores["bypassed"]["kl"] > scores["result"]["kl"]
+    assert [(row["name"], row.get("bypassed")) for row in found["rows"]] == [
+        ("original", None), ("window + sinks", None), ("delta", None), ("delta", True),
+    ]  # fmt: skip
+    window, result, bypassed = (row["probe"]["nll"] for row in found["rows"][1:])
+    assert window == bypassed != result
 
 
 def test_stage_1_brings_each_layer_to_the_original(teacher, text, tmp_path):
-    found = retrofit(
-        teacher, text, tmp_path / "run", "--fit.tokens=9216", "--fit.learning-rate=0.005", "--distill.tokens=0"
-    )
+    found = retrofit(teacher, text, tmp_path / "run", "--fit.tokens=9216", "--distill.tokens=0")
     original, result = load_model(teacher), load_model(tmp_path / "run")
     batch = Windows(TokenFiles(tmp_path / "run" / "data"), 48).batch(0, 16)
-    scored, layers = beyond(batch, reach=5), sorted({0, 1, 2} - set(found["layers"]["full"]))
+    scored, layers = beyond(batch, reach=5), sorted({0, 1, 2} - set(found["run"]["layers"]["full"]))
     with torch.no_grad():
         start, end = (
             layer_errors(original, model, batch, scored, layers, 1.0)
@@ -97,14 +99,14 @@ def test_stopped_anywhere_it_resumes_exactly(teacher, text, whole, tmp_path, mon
             retrofit(teacher, text, tmp_path / "run", *options)
         assert ended.value.code == 130
         assert f"stopped and saved after step {step}" in capsys.readouterr().out
-    assert retrofit(teacher, text, tmp_path / "run", *options)["scores"] == scores_of(whole)
+    assert retrofit(teacher, text, tmp_path / "run", *options)["rows"] == results(whole)["rows"]
     assert lines(tmp_path / "run") == lines(whole)
     ours, theirs = (load_file(run / "model" / "model.safetensors") for run in (tmp_path / "run", whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def scores_of(folder):
-    return json.loads((folder / "results.json").read_text())["scores"]
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
 
 
 @needs_peft
@@ -124,9 +126,10 @@ def test_merged_it_is_what_it_was(teacher, text, tmp_path, monkeypatch, rule):
 
     kept = run.keep
     monkeypatch.setattr(run, "keep", keep)
-    results = retrofit(teacher, text, tmp_path / "run", LORA, f"--rule={rule}", "--lora-learning-rate=0.01")
-    assert ("fit" in results["scores"], "bypassed" in results["scores"]) == (rule == "delta",) * 2
-    assert results["scores"]["distill"]["kl"] < results["scores"]["start"]["kl"]
+    found = retrofit(teacher, text, tmp_path / "run", LORA, f"--rule={rule}", "--lora-learning-rate=0.01")
+    scores = found["run"]["scores"]
+    assert ("fit" in scores, len(found["rows"])) == ((True, 4) if rule == "delta" else (False, 3))
+    assert scores["distill"]["kl"] < scores["start"]["kl"]
     merged, original = load_model(tmp_path / "run"), load_model(teacher)
     tokens = torch.arange(30)[None]
     torch.testing.assert_close(merged(tokens).logits, unmerged["logits"], rtol=1e-4, atol=1e-4)
@@ -175,8 +178,9 @@ def test_texts_too_short_are_refused(teacher, tmp_path):
 def test_other_layers_and_other_settings(teacher, text, whole, tmp_path):
     """Any as the control; and a folder is of one run alone."""
     chance = retrofit(teacher, text, tmp_path / "run", "--full-choice=random", "--fit.tokens=0", "--distill.tokens=0")
-    assert len(chance["layers"]["full"]) == 1
-    assert chance["scores"]["result"] == chance["scores"]["start"]
+    assert len(chance["run"]["layers"]["full"]) == 1
+    window, result = (row["probe"]["nll"] for row in chance["rows"][1:3])
+    assert result == window
     with pytest.raises(SystemExit, match=r"is of a run with another distill.learning_rate"):
         retrofit(teacher, text, whole, "--tune.tokens=480", "--tune.length=20", "--distill.learning_rate=0.1")
 

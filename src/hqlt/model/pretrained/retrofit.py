@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from hqlt.mixer import AddMixer
 from hqlt.model.config import HQLTConfig
 from hqlt.model.language_model import HQLTForCausalLM
 
@@ -102,22 +99,3 @@ def retrofitted(teacher: HQLTForCausalLM, config: HQLTConfig) -> HQLTForCausalLM
         parameter.requires_grad_(name in missing)
     torch.nn.Module.to(student, teacher.device)
     return student
-
-
-@contextlib.contextmanager
-def fw_bypassed(model: HQLTForCausalLM) -> Iterator[None]:
-    """Within this context the mixers "add" weigh the FW read by 0: what such a model does without its FW-memories."""
-    before: list[tuple[Tensor, Tensor]] = [
-        (parameter, parameter.detach().clone())
-        for module in model.modules()
-        if isinstance(module, AddMixer)
-        for parameter in module.parameters()
-    ]
-    with torch.no_grad():
-        try:
-            for parameter, _ in before:
-                parameter.zero_()
-            yield
-        finally:
-            for parameter, value in before:
-                parameter.copy_(value)

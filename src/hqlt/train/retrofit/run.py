@@ -15,15 +15,17 @@ from hqlt.data import TokenFiles, Windows, load_tokenizer, prepare
 from hqlt.device import usable_device
 from hqlt.disk import write_whole
 from hqlt.errors import require
+from hqlt.evaluate.probes import probe, probed
 from hqlt.language.checkpoint import weight_files
 from hqlt.language.folder import find_model, load_model, quiet_transformers, read_config, tokenizer_of
 from hqlt.model import HQLTForCausalLM
-from hqlt.model.pretrained.retrofit import fw_bypassed, refuse_other_than_full
+from hqlt.model.pretrained.retrofit import NO_RULE, refuse_other_than_full, retrofitted
+from hqlt.signals import stop_if_asked
 from hqlt.train.language.run import DEFAULT_DATA
 from hqlt.train.language.text import prepare_file
 from hqlt.train.retrofit.layers import Choice, choose, errors_in, errors_of_window
 from hqlt.train.retrofit.settings import RetrofitSettings
-from hqlt.train.retrofit.trainer import RetrofitTrainer, said
+from hqlt.train.retrofit.trainer import RetrofitTrainer
 from hqlt.train.run import run as run_of
 
 
@@ -31,10 +33,12 @@ def run(settings: RetrofitSettings, model: Path, folder: Path, device: str | Non
     """Retrofit as the settings say into the folder, resuming from its newest checkpoint if there is one.
 
     A first Ctrl-C or SIGTERM is obeyed after the update under way. Leaves config.json, layers.json, metrics.jsonl,
-    checkpoints/, and at the end model/ and results.json.
+    checkpoints/, and at the end model/, results.json, curves.png, README.md and report.html.
 
     Raises ValueError or OSError, before anything is trained, for what cannot be; and where training diverged.
     """
+    from hqlt.report.retrofit import leave_retrofit_report  # now: a package that it misses would be the end of all
+
     config, place = read_config(model), usable_device(device)
     refuse_other_than_full(config)
     if settings.lora_rank and (settings.distill.tokens or settings.tune.tokens):
@@ -55,11 +59,15 @@ def run(settings: RetrofitSettings, model: Path, folder: Path, device: str | Non
         return RetrofitTrainer(settings, teacher, source, choice, tokens, folder)
 
     def finish(trainer: RetrofitTrainer, folder: Path, told: dict[str, Any], console: Console) -> None:
-        results = results_of(trainer)
+        trainer.refuse_diverged()
         keep(trainer, model, folder)
-        write_whole(folder / "results.json", json.dumps(told | results, indent=1).encode())
-        for name, scores in results["scores"].items():
-            console.print(f"{name:>9}: {said(scores)}", markup=False)
+        told |= {"scores": trainer.kept["scores"], "tokens": trainer.tokens(), "updates_skipped": trainer.skipped}
+        rows = rows_of(trainer, console)
+        if rows:
+            title = f"{find_model(model).name} with a bounded memory"
+            leave_retrofit_report(folder, rows, told, console, title=title, introduction=trainer.title() + ".")
+        else:
+            write_whole(folder / "results.json", json.dumps({"run": told, "rows": []}, indent=1).encode())
         console.print(f"written to {folder / 'model'}", markup=False)
 
     run_of("retrofit", folder, build, finish)
@@ -124,14 +132,24 @@ def chosen(
     return choice
 
 
-def results_of(trainer: RetrofitTrainer) -> dict[str, Any]:
-    """Scores of held-out text, beside those of the original, of window and sinks alone, and without the FW-memories."""
-    scores = dict(trainer.kept["scores"])
-    scores["result"] = trainer.score(trainer.student)
-    if any(kind == "hybrid" for kind in trainer.choice.config.kinds):
-        with fw_bypassed(trainer.student):
-            scores["bypassed"] = trainer.score(trainer.student)
-    return {"scores": scores, "tokens": trainer.tokens(), "updates_skipped": trainer.skipped}
+def rows_of(trainer: RetrofitTrainer, console: Console) -> list[dict[str, Any]]:
+    """Probes on held-out text: of the original, of window and sinks alone, of the result with and without its
+    FW-memories."""
+    from hqlt.report.retrofit import ORIGINAL, WINDOW
+
+    if trainer.held_out is None:
+        return []
+    untrained = retrofitted(trainer.teacher, trainer.choice.config)
+    named = "window + sinks, trained" if trainer.settings.rule == NO_RULE else trainer.settings.rule
+    rows: list[dict[str, Any]] = []
+    for name, model in ((ORIGINAL, trainer.teacher), (WINDOW, untrained), (named, trainer.student)):
+        stop_if_asked(trainer.stopped)
+        with console.status(f"probing {name}"), trainer.autocast():
+            if model is trainer.student:
+                rows += probed(name, model, trainer.held_out.inputs)
+            else:  # untrained, its FW-memories do nothing
+                rows.append({"name": name, "probe": probe(model, trainer.held_out.inputs)})
+    return [row | {"tokens": trainer.tokens()} if row["name"] == named else row for row in rows]
 
 
 def keep(trainer: RetrofitTrainer, model: Path, folder: Path) -> None:

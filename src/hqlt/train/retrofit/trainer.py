@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hqlt.data import TokenFiles, Windows
+from hqlt.evaluate.probes import DEPTHS, KEY, VALUE
 from hqlt.model import HQLTForCausalLM
 from hqlt.model.pretrained.retrofit import retrofitted
 from hqlt.signals import stop_if_asked
@@ -28,6 +29,8 @@ from hqlt.train.run import Trainer
 
 FREE = ("data", "keep", "save_every", "micro_batch_size", "activation_checkpointing", "full", "full_choice")
 """Settings that may change when a run is resumed: the data and the layers are in the identity themselves."""
+LEAST = 2 * (KEY + VALUE) * len(DEPTHS)
+"""Tokens of a text that has room for the probes' facts."""
 BETAS = 0.9, 0.95
 """AdamW's."""
 
@@ -91,6 +94,7 @@ class RetrofitTrainer(Trainer[Update]):
             for name, stage in settings.stages
         }
         self._refuse_unscored()
+        self.held_out = self._held_out()
         torch.manual_seed(settings.seed)
         self.student = retrofitted(teacher.requires_grad_(False), choice.config)
         if settings.activation_checkpointing:
@@ -123,12 +127,17 @@ class RetrofitTrainer(Trainer[Update]):
                 told = told._replace(scores=scores[name])
             yield told
             if self.skipped_in_a_row == PATIENCE:
-                raise ValueError(
-                    f"training diverged: the last {PATIENCE} updates were skipped, because their gradients were not "
-                    f"finite; give smaller learning rates, and another folder"
-                )
+                self.refuse_diverged()
             if self.step < self.settings.steps:
                 stop_if_asked(self.stopped)
+
+    def refuse_diverged(self) -> None:
+        """Raises ValueError where the last updates were skipped."""
+        if self.skipped_in_a_row:
+            raise ValueError(
+                f"training diverged: the last {self.skipped_in_a_row} updates were skipped, because their gradients "
+                f"were not finite; give smaller learning rates, and another folder"
+            )
 
     def due(self, told: Update) -> bool:
         return self.step % self.settings.save_every == 0 or told.scores is not None
@@ -221,19 +230,23 @@ class RetrofitTrainer(Trainer[Update]):
     @torch.no_grad()
     def score(self, model: HQLTForCausalLM) -> dict[str, float]:
         """On held-out tokens beyond window and sinks: kl, KL(original ‖ model), and nats, both per token."""
-        settings, kl, nats, count = self.settings, 0.0, 0.0, 0
-        if "validation" not in self.splits or not settings.validation_rows:
+        if self.held_out is None:
             return {}
-        windows = Windows(self.splits["validation"], settings.distill.length)
+        kl, nats = 0.0, 0.0
         model.eval()
-        for row in range(min(settings.validation_rows, len(windows))):
-            batch = windows.batch(row, 1).to(self.device)
-            scored = beyond(batch, settings.reach)
+        for part, scored, share in micro_batches(self.held_out, self.settings.micro_batch_size, self.settings.reach):
+            share /= int(scored.sum())
             with self.autocast():
-                kl += divergence(self.teacher, model, batch, scored).item()
-                nats += next_token(model, batch, scored).item()
-            count += int(scored.sum())
-        return {"kl": kl / count, "nats": nats / count} if count else {}
+                kl += share * divergence(self.teacher, model, part, scored).item()
+                nats += share * next_token(model, part, scored).item()
+        return {"kl": kl, "nats": nats}
+
+    def _held_out(self) -> Batch | None:
+        """Texts that are scored, long enough for the probes; None: there are none."""
+        if "validation" not in self.splits or not self.settings.validation_rows:
+            return None
+        windows = Windows(self.splits["validation"], max(self.settings.distill.length, LEAST))
+        return windows.batch(0, min(self.settings.validation_rows, len(windows))).to(self.device)
 
     def _refuse_unscored(self) -> None:
         """Raises ValueError where texts are too short for anything to lie beyond the window."""
