@@ -102,3 +102,18 @@ def test_what_clients_of_a_server_wait_for(tmp_path):
     assert written["setting"]["clock"] == "the wall's"
     for row in written["results"]:
         assert all(value == value and value != 0 for value in row["measured"].values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_token_after_a_long_context(dtype, tmp_path):
+    file = tmp_path / "figures.json"
+    main(["bench", "decode", "--quick", "--rounds=1", "--threads=1", f"--only={dtype}", f"--json={file}"])
+    results = json.loads(file.read_text())["results"]
+    assert {row["case"] for row in results} == {f"{dtype}, context 200"}
+    state = {row["implementation"]: row["state"]["MB"] for row in results}
+    number = {"float32": 4, "bfloat16": 2}[dtype]
+    assert state["original in transformers"] == 5 * 2 * 200 * 8 * number / 1e6
+    assert state["original"] >= state["original in transformers"] > state["window 64 + 4 sinks"]
+    for row in results:
+        assert row["decoding"]["ms"] > 0
+        assert row["reading"]["ms"] > 0

@@ -56,6 +56,24 @@ def test_tasks_stand_beside_the_paper(folder, tmp_path, capsys):
     assert "Texts are read whole" in (place / "report.html").read_text()
 
 
+def test_earlier_evaluations_stand_beside(folder, tmp_path, monkeypatch, capsys):
+    harness = pytest.importorskip("hqlt.evaluate.harness")
+    monkeypatch.setattr(harness, "load_tasks", lambda names, local: names)
+    scores = iter([{"acc,none": 0.5, "acc_stderr,none": 0.01}, {"acc,none": 0.25}, {"acc_norm,none": 0.75}])
+    monkeypatch.setattr(harness, "run_tasks", lambda *_: {"piqa": next(scores)})
+    asked = ["eval", str(folder), "--tasks=piqa"]
+    main([*asked, f"--folder={tmp_path / 'first'}"])
+    assert "50 ± 1" in capsys.readouterr().out
+    main([*asked, f"--folder={tmp_path / 'second'}", f"--beside={tmp_path / 'first'}"])
+    page = (tmp_path / "second" / "report.html").read_text()
+    assert ">25<" in page and ">50 ± 1<" in page and f"<th>{tmp_path / 'first'}</th>" in page
+    main([*asked, f"--folder={tmp_path / 'third'}", f"--beside={tmp_path / 'first'}, {tmp_path / 'second'}"])
+    assert ">–<" in (tmp_path / "third" / "report.html").read_text(), "another metric"
+    with pytest.raises(SystemExit, match=r"beside: expected an evaluation with limit 3, got None in "):
+        main([*asked, "--limit=3", f"--beside={tmp_path / 'first'}", f"--folder={tmp_path / 'fourth'}"])
+    assert not (tmp_path / "fourth").exists()
+
+
 @pytest.mark.parametrize(("options", "length"), [([], 2048), (["--max-length=7"], 7)])
 def test_the_suite_is_cut_as_the_papers(folder, tmp_path, monkeypatch, options, length):
     harness = pytest.importorskip("hqlt.evaluate.harness")
@@ -101,6 +119,8 @@ def test_what_is_finished_is_left_when_something_later_fails(folder, tmp_path, m
             "expected tasks whose data can be loaded, got .* see the files",
         ),
         (["--passkey", "--tasks=,"], "expected the name of a task, got ','"),
+        (["--passkey", "--beside=runs/x"], "beside: expected together with tasks"),
+        (["--tasks=piqa", "--beside=nowhere"], "nowhere"),
         (["--passkey", "--longest=0"], "longest: expected at least 1, got 0"),
         (["--passkey", "--limit=0"], "limit: expected at least 1, got 0"),
         (["--passkey", "--trials=0"], "trials: expected at least 1, got 0"),

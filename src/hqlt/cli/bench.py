@@ -22,7 +22,7 @@ CAPTION = "float32; ×: times faster than the first; %: of the measured ceiling"
 
 
 def bench(
-    what: Literal["ops", "layer", "step", "train", "gpu", "worlds", "threads", "serve"],
+    what: Literal["ops", "layer", "step", "train", "gpu", "worlds", "threads", "serve", "decode"],
     threads: int = 2,
     rounds: int = 7,
     only: str | None = None,

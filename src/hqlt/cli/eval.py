@@ -21,6 +21,7 @@ from hqlt.run_folder import COMMANDS, kind_of
 
 if TYPE_CHECKING:
     from hqlt.data import Tokenizer
+    from hqlt.evaluate.paper import Line
     from hqlt.evaluate.retrieval import Haystack
     from hqlt.model import HQLTForCausalLM
 
@@ -36,6 +37,7 @@ def eval(
     tasks: str | None = None,
     local: Path | None = None,
     limit: int | None = None,
+    beside: str | None = None,
     batch_size: int = 8,
     max_length: int | None = None,
     lengths: Path | None = None,
@@ -60,6 +62,7 @@ def eval(
         local: a folder of data for local tasks (lambada_local, wikitext2_local, piqa_local) and of task files of your
             own, in which {local} stands for the folder. Python files that they name are run.
         limit: documents of each task, to see that everything runs.
+        beside: folders of earlier evaluations on tasks, with commas between them: a column of the table for each.
         batch_size: texts side by side.
         max_length: tokens that tasks read at most to predict the next: contexts lose their beginning, long documents
             are read in windows. 2,048 for the suite, otherwise nothing is cut by default.
@@ -87,12 +90,13 @@ def eval(
     tokenizer = tokenizer_of(model, config.vocab_size)
     text = tokens_of(lengths, tokenizer, longest) if lengths else []
     haystacks = haystacks_for(tokenizer, longest) if passkey else []
+    others = earlier(options) if beside else {}
     loaded = tasks_of(suite, tasks, local)
     with alone_in(place):
         job = Job(retention.load(model, options["device"], Console()), tokenizer, place, options)
         job.kept = kept_in(job, text, haystacks)
         if loaded:
-            on_tasks(job, loaded)
+            on_tasks(job, loaded, others)
         if lengths:
             on_lengths(job, lengths.name, text, every)
         if passkey:
@@ -104,6 +108,8 @@ def check(options: dict[str, Any], place: Path) -> None:
     on_tasks = options["suite"] or options["tasks"]
     if not (on_tasks or options["lengths"] or options["passkey"]):
         raise ValueError("expected something to evaluate: --suite paper, --tasks NAMES, --lengths FILE or --passkey")
+    if options["beside"] is not None and not on_tasks:
+        raise ValueError("beside: expected together with tasks, whose figures stand side by side; give --tasks NAMES")
     for name in ("limit", "batch_size", "max_length", "longest", "every", "trials"):
         if options[name] is not None and options[name] < 1:
             raise ValueError(f"{name.replace('_', '-')}: expected at least 1, got {options[name]}")
@@ -237,7 +243,28 @@ def tasks_of(suite: str | None, tasks: str | None, local: Path | None) -> list[A
     return load_tasks(names, local)
 
 
-def on_tasks(job: Job, tasks: list[Any]) -> None:
+def earlier(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """By folder: what earlier evaluations found on tasks.
+
+    Raises ValueError and OSError for folders without, and for evaluations of other documents or contexts than this.
+    """
+    found = {}
+    for name in filter(None, map(str.strip, options["beside"].split(","))):
+        file = Path(name) / "results.json"
+        told = json.loads(file.read_text(encoding="utf-8"))
+        if "tasks" not in told.get("results", {}):
+            raise ValueError(f"beside: expected an evaluation of `hqlt eval --tasks` in {name}, got one without tasks")
+        for asked in ("limit", "max_length"):
+            if (theirs := told["settings"][asked]) != options[asked]:
+                option = asked.replace("_", "-")
+                raise ValueError(
+                    f"beside: expected an evaluation with {option} {options[asked]}, got {theirs} in {name}"
+                )
+        found[name] = told["results"]["tasks"]
+    return found
+
+
+def on_tasks(job: Job, tasks: list[Any], others: dict[str, dict[str, Any]]) -> None:
     from hqlt.evaluate.harness import HarnessModel, run_tasks
     from hqlt.evaluate.paper import PERCENT, compare, counterpart
 
@@ -246,17 +273,26 @@ def on_tasks(job: Job, tasks: list[Any]) -> None:
     results = run_tasks(model, tasks, limit)
     config: Any = job.model.config
     paper = counterpart(config)
+    known = {
+        name: {(line.task, line.metric): told(line) for line in compare(theirs, config)}
+        for name, theirs in others.items()
+    }
     rows = [
-        [line.task, line.metric, f"{line.ours:.4g}", "" if line.error is None else f"± {line.error:.2g}",
-         "–" if line.paper is None else f"{line.paper:g}"]
+        [line.task, line.metric, told(line), "–" if line.paper is None else f"{line.paper:g}"]
+        + [of_other.get((line.task, line.metric), "–") for of_other in known.values()]
         for line in compare(results, config)
-    ]  # fmt: skip
+    ]
     caption = f"{', '.join(PERCENT)} and their averages in percent. " + (
         f"Paper: its {paper.name}." if paper else "The paper has no such model."
     )
     if limit:
         caption += f" The first {limit} documents only."
-    job.add("Tasks", results, ["task", "metric", "ours", "error", "paper"], rows, caption)
+    job.add("Tasks", results, ["task", "metric", "ours", "paper", *known], rows, caption)
+
+
+def told(line: Line) -> str:
+    """A number with its standard error."""
+    return f"{line.ours:.4g}" + ("" if line.error is None else f" ± {line.error:.2g}")
 
 
 def on_lengths(job: Job, name: str, tokens: list[int], every: int) -> None:

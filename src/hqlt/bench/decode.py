@@ -1,0 +1,193 @@
+"""A token at a time after a long context: a transformer, its windowed layers, and the same retrofitted with a memory.
+
+The shape is SmolLM2-135M's, with random weights, whose values no time depends on. Contexts are not read: the state of a
+short text stands for that of a long one, attention's entries repeated to as many as it has, so that 32,000 tokens cost
+no more time than they must. In bfloat16 are weights, activations and entries; fast weights stay float32.
+
+Decoding moves much and computes little, so its ceiling is that of copying: each step reads the weights and the state.
+Reading (the next 256 tokens at once) is counted in operations; its ceiling is a large product of matrices of its dtype.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from hqlt.bench.race import Row, Work, check_equal, copy_rate, matrix_product_rate, race, rows
+from hqlt.layer import HybridMemory
+from hqlt.memory import Held
+from hqlt.model import HQLTCache, HQLTConfig, HQLTForCausalLM
+from hqlt.model.pretrained import to_transformers
+
+ONLY = ("float32", "bfloat16")
+CAPTION = "a token, batch 1; ×: times faster than the first; %: of the measured ceiling; MB of state: of one sequence"
+SIZE = {
+    "hidden_size": 576, "num_heads": 9, "num_kv_heads": 3, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "vocab_size": 49152, "rope_theta": 1e5, "tie_word_embeddings": True,
+}  # fmt: skip
+SMALL = {
+    "hidden_size": 16,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "intermediate_size": 24,
+    "num_hidden_layers": 5,
+    "vocab_size": 256,
+}
+WINDOWED = {"window": 64, "sinks": 4}
+ADDED: dict[str, Any] = {"mixer": "add", "fw_activation": None}
+STEPS, READ = 8, 256
+TEXT = 128
+"""Tokens of the short text: more than window and sinks."""
+
+
+class Contestant(NamedTuple):
+    """A model, and what it does after a context."""
+
+    model: Any
+    begin: Callable[[], Any]
+    """A cache that ends at the context."""
+    state: int
+    """Its bytes."""
+    operations: float
+    """Of a token."""
+
+
+@torch.no_grad()
+def run(rounds: int, quick: bool, only: str | None) -> list[Row]:
+    torch.manual_seed(0)
+    models = models_of(SIZE | (SMALL if quick else {}))
+    results: list[Row] = []
+    for name in ONLY:
+        if only in (None, name):
+            dtype = getattr(torch, name)
+            cast = {model: copy.deepcopy(of).to(dtype) for model, of in models.items()} if name != "float32" else models
+            for context in [200] if quick else [1_000, 8_000, 32_000]:
+                results += one_race(cast, context, name, rounds, quick)
+    return results
+
+
+def models_of(size: dict[str, Any]) -> dict[str, Any]:
+    """By name. All have the same weights, as far as they have them."""
+    layers = int(size["num_hidden_layers"])
+    original = HQLTForCausalLM(HQLTConfig(**size, layer_kinds=["kv"] * layers)).eval()
+    kinds = ["hybrid" if layer % 5 else "kv" for layer in range(layers)]
+    configs: dict[str, dict[str, Any]] = {
+        "window 64 + 4 sinks": {
+            "layer_kinds": ["kv"] * layers,
+            "kv_window": WINDOWED["window"],
+            "sinks": WINDOWED["sinks"],
+        },
+        "delta beside the window": {"layer_kinds": None, **WINDOWED, **ADDED},
+        "the same, every fifth layer full": {"layer_kinds": kinds, **WINDOWED, **ADDED},
+    }
+    models: dict[str, Any] = {
+        "original": original,
+        "original in transformers": to_transformers(original, "llama").eval(),
+    }
+    for name, config in configs.items():
+        models[name] = HQLTForCausalLM(HQLTConfig(**size, **config)).eval()
+        models[name].load_state_dict(original.state_dict(), strict=False, assign=True)
+        models[name].tie_weights()
+    return models
+
+
+def one_race(models: dict[str, Any], context: int, dtype: str, rounds: int, quick: bool) -> list[Row]:
+    kind = getattr(torch, dtype)
+    tokens = torch.randint(0, 256, (1, READ))
+    contestants = {name: contestant(model, tokens[:, :TEXT], context) for name, model in models.items()}
+    if dtype == "float32":
+        check_equal({name: model(tokens).logits for name, model in list(models.items())[:2]})
+    works: dict[str, dict[str, Work]] = {"decoding": {}, "reading": {}}
+    for name, each in contestants.items():
+        works["decoding"][name] = partial(decoded, each, tokens, STEPS)
+        works["reading"][name] = partial(read, each, tokens)
+    weights = {name: sum(p.nbytes for p in each.model.parameters()) for name, each in contestants.items()}
+    moved = {name: float(STEPS * (weights[name] + each.state)) for name, each in contestants.items()}
+    done = {name: READ * each.operations for name, each in contestants.items()}
+    measured = {
+        "decoding": race(works["decoding"], moved, copy_rate(2**16 if quick else 2**24, dtype=kind), rounds),
+        "reading": race(
+            works["reading"], done, matrix_product_rate(256 if quick else 1536, dtype=kind), max(rounds // 3, 1)
+        ),
+    }
+    for what, count in (("decoding", STEPS), ("reading", READ)):
+        for figures in measured[what].values():
+            figures["ms"] /= count
+    size = contestants["original"].model.config
+    table = rows(f"{dtype}, context {context:,}", (1, 1, size.hidden_size, size.num_heads), measured)
+    for row in table:
+        row["state"] = {"MB": contestants[row["implementation"]].state / 1e6}
+    return table
+
+
+def contestant(model: Any, text: Tensor, context: int) -> Contestant:
+    """With a cache as it is after so many tokens."""
+    cache = model(text, use_cache=True).past_key_values
+    parameters = sum(p.numel() for p in model.parameters())
+    if not isinstance(cache, HQLTCache):
+        long, state = DynamicCache(config=model.config), 0
+        for i, layer in enumerate(cache.layers):
+            keys, values = (repeated(x, context, 2) for x in (layer.keys, layer.values))
+            long.update(keys, values, i)
+            state += keys.nbytes + values.nbytes
+        return Contestant(model, partial(cropped, long, context), state, operations(model, parameters, context))
+    states = []
+    layers = [part for part in model.modules() if isinstance(part, HybridMemory)]
+    for layer, after in zip(layers, cache.states, strict=True):
+        kv = after.kv
+        if layer.blend.slots is None and isinstance(kv, Held):
+            kv = kv._replace(keys=repeated(kv.keys, context, 1), values=repeated(kv.values, context, 1))
+        states.append(after._replace(kv=kv, position=torch.full_like(after.position, context)))
+    begin = HQLTCache.from_states(states)
+    return Contestant(
+        model, begin.fork, sum(each.bytes_per_row() for each in states), operations(model, parameters, context)
+    )
+
+
+def cropped(cache: DynamicCache, context: int) -> DynamicCache:
+    """The cache as it was after the context, whatever has been read since."""
+    if (more := cache.get_seq_length() - context) > 0:
+        cache.crop(-more)
+    return cache
+
+
+def repeated(x: Tensor, length: int, axis: int) -> Tensor:
+    """So long along an axis, by copies one behind another."""
+    times = -(-length // x.shape[axis])
+    return torch.cat([x] * times, dim=axis).narrow(axis, 0, length).contiguous()
+
+
+def operations(model: Any, parameters: int, context: int) -> float:
+    """Of one token: two a weight, and each layer's memories."""
+    total = 2.0 * parameters
+    layers = [part for part in model.modules() if isinstance(part, HybridMemory)]
+    for layer in layers:
+        reach = context if layer.blend.window is None else layer.blend.window
+        total += 4 * layer.sizes.queries * layer.sizes.k * reach
+        total += 0 if layer.fw is None else 2 * layer.fw.multiply_adds()
+    if not layers:
+        config = model.config
+        total += 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * context
+    return total
+
+
+def decoded(contestant: Contestant, tokens: Tensor, steps: int) -> Tensor:
+    """The logits of the last of so many tokens, one by one."""
+    cache = contestant.begin()
+    for t in range(steps):
+        logits: Tensor = contestant.model(tokens[:, t : t + 1], past_key_values=cache, use_cache=True).logits
+    return logits
+
+
+def read(contestant: Contestant, tokens: Tensor) -> Tensor:
+    """The logits of the last token of a text."""
+    logits: Tensor = contestant.model(
+        tokens, past_key_values=contestant.begin(), use_cache=True, logits_to_keep=1
+    ).logits
+    return logits
