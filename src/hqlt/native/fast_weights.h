@@ -84,12 +84,15 @@ struct FastWeights : FastWeightsCall<T> {
           two(tokens || j + 1 < (i + 1) * rows.job.m), begins(j == i * rows.job.m), ends(tokens || j + 1 + two == (i + 1) * rows.job.m) {}
   };
 
-  template <int N>
+  template <int N, bool ends_half>
   struct Forward {
+    template <Step... steps>
+    using Pass = Sweep<T, N, ends_half, steps...>;
+
     const FastWeights& job;
     const Rows rows;
-    const Columns<T, N> columns;
-    Slice<T, N> S;
+    const Columns<T, N, ends_half> columns;
+    Slice<T, N, ends_half> S;
     T* faded;             // room for a product α ⊙ a
     T gamma = 1;
     const T* ahead[2];    // of the next two writes: what their predictions weigh the rows by
@@ -113,7 +116,7 @@ struct FastWeights : FastWeightsCall<T> {
         i += now.ends + now.tokens;
       }
       if (decays == Decays::matrix && gamma != 1) {
-        Pass<T, N, fade_columns> pass;
+        Pass<fade_columns> pass;
         UNROLL for (int n = 0; n < N; ++n) pass.x[0][n] = Lanes<T>{} + gamma;
         pass(S.M, job.k);
       }
@@ -132,15 +135,15 @@ struct FastWeights : FastWeightsCall<T> {
     }
 
     // Runs a pass whose last two steps look ahead, from `step` on; or whose last three decay for token i first.
-    template <class Pass>
-    INLINE void run(Pass& pass, int step) {
+    template <class AnyPass>
+    INLINE void run(AnyPass& pass, int step) {
       pass.w[step] = ahead[0], pass.w[step + 1] = ahead[1];
       pass(S.M, job.k);
-      if (Pass::kind[step] == read)
+      if (AnyPass::kind[step] == read)
         UNROLL for (int n = 0; n < N; ++n) seen[0][n] = gamma * pass.x[step][n], seen[1][n] = gamma * pass.x[step + 1][n];
     }
-    template <class Pass>
-    INLINE void close(Pass& pass, int step, int64_t i) {
+    template <class AnyPass>
+    INLINE void close(AnyPass& pass, int step, int64_t i) {
       rows.decay(pass, step, i);
       if (decays == Decays::matrix) {
         UNROLL for (int n = 0; n < N; ++n) pass.x[step][n] *= gamma;
@@ -184,83 +187,67 @@ struct FastWeights : FastWeightsCall<T> {
       look_ahead(j + 1 + now.two);
       const int64_t decays_for = now.ends && job.g == 1 ? i + 1 : job.t;
       if (now.tokens) {
-        if constexpr (decays == Decays::matrix) two_decaying(now, correction, got);
-        else two_tokens(now, correction, got);
+        two_tokens(now, correction, got);
       } else if (now.two) {
-        Pass<T, N, write, write, read, fade, look, look> pass;
+        Pass<write, write, read, fade, look, look> pass;
         pass.w[0] = key, pass.w[1] = second_key, pass.w[2] = job.q + query * job.k;
         copy(pass.x[0], correction[0]), copy(pass.x[1], correction[1]);
         close(pass, 3, decays_for);
         copy(got[0], pass.x[2]);
       } else {
-        Pass<T, N, write, read, fade, look, look> pass;
+        Pass<write, read, fade, look, look> pass;
         const T before = gamma;
-        pass.w[0] = key, pass.w[1] = job.q + query * job.k;
-        UNROLL for (int n = 0; n < N; ++n) pass.x[0][n] = (1 / before) * correction[0][n];
+        write_and_read(pass, 0, i, j, before, correction[0]);
         close(pass, 2, decays_for);
-        UNROLL for (int n = 0; n < N; ++n) got[0][n] = before * pass.x[1][n];
+        take(pass, 0, before, got[0]);
       }
       store(query, got[0]);
       if (now.tokens) store(rows.query(i + 1), got[1]);
       if (now.ends && job.g > 1) read_others(i);
     }
 
-    // Two tokens of one write each, written and read one after the other.
+    // Two tokens of one write each, written and read one after the other. Where γ takes their decays, S has none.
     INLINE void two_tokens(const Stretch& now, const Lanes<T> (&correction)[2][N], Lanes<T> (&got)[2][N]) {
-      Pass<T, N, write, read, fade, write, read, fade, look, look> pass;
-      pass.w[0] = rows.key(now.j), pass.w[1] = job.q + rows.query(now.i) * job.k;
-      pass.w[3] = rows.key(now.j + 1), pass.w[4] = job.q + rows.query(now.i + 1) * job.k;
-      copy(pass.x[0], correction[0]), copy(pass.x[3], correction[1]);
+      if constexpr (decays == Decays::matrix) {
+        const T second = gamma * *rows.alpha(now.i + 1), third = second * *rows.alpha(now.i + 2);
+        if (keeps(second) && keeps(third)) {
+          Pass<write, read, write, read, look, look> pass;
+          write_and_read(pass, 0, now.i, now.j, gamma, correction[0]), write_and_read(pass, 2, now.i + 1, now.j + 1, second, correction[1]);
+          const T first = std::exchange(gamma, third);
+          run(pass, 4);
+          return take(pass, 0, first, got[0]), take(pass, 2, second, got[1]);
+        }
+      }
+      Pass<write, read, fade, write, read, fade, look, look> pass;
+      const T before = gamma;
+      write_and_read(pass, 0, now.i, now.j, before, correction[0]), write_and_read(pass, 3, now.i + 1, now.j + 1, before, correction[1]);
       rows.decay(pass, 2, now.i + 1);
       close(pass, 5, now.i + 2);
-      copy(got[0], pass.x[1]), copy(got[1], pass.x[4]);
+      take(pass, 0, before, got[0]), take(pass, 3, before, got[1]);
     }
-    // The same where one number decays the matrix: read before both are written, and given what their own writes add, so
-    // that the matrix decays once.
-    INLINE void two_decaying(const Stretch& now, const Lanes<T> (&correction)[2][N], Lanes<T> (&got)[2][N]) {
-      const T *const key = rows.key(now.j), *const second_key = rows.key(now.j + 1);
-      const T *const q = job.q + rows.query(now.i) * job.k, *const second_q = job.q + rows.query(now.i + 1) * job.k;
-      const T second = *rows.alpha(now.i + 1), third = *rows.alpha(now.i + 2);
-      const T before = gamma, after = gamma * second * third;
-      if (keeps(before * second) && keeps(after)) {
-        Pass<T, N, read, read, write, write, look, look> pass;
-        pass.w[0] = q, pass.w[1] = second_q, pass.w[2] = key, pass.w[3] = second_key;
-        const T first_scale = 1 / before, second_scale = 1 / (before * second);
-        UNROLL for (int n = 0; n < N; ++n)
-          pass.x[2][n] = first_scale * correction[0][n], pass.x[3][n] = second_scale * correction[1][n];
-        gamma = after;
-        run(pass, 4);
-        copy(got[0], pass.x[0]), copy(got[1], pass.x[1]);
-      } else {
-        Pass<T, N, read, read, fade_columns, write, write, look, look> pass;
-        pass.w[0] = q, pass.w[1] = second_q, pass.w[3] = key, pass.w[4] = second_key;
-        UNROLL for (int n = 0; n < N; ++n) {
-          pass.x[2][n] = Lanes<T>{} + after;
-          pass.x[3][n] = second * third * correction[0][n], pass.x[4][n] = third * correction[1][n];
-        }
-        gamma = 1;
-        run(pass, 5);
-        copy(got[0], pass.x[0]), copy(got[1], pass.x[1]);
-      }
-      const T own = dot(key, q, job.k), across = dot(key, second_q, job.k), second_own = dot(second_key, second_q, job.k);
-      UNROLL for (int n = 0; n < N; ++n) {
-        got[0][n] = before * got[0][n] + own * correction[0][n];
-        got[1][n] = second * (before * got[1][n] + across * correction[0][n]) + second_own * correction[1][n];
-      }
+    // A pass's steps that write and read where S stands for γ times what is stored; and what was read.
+    template <class AnyPass>
+    INLINE void write_and_read(AnyPass& pass, int step, int64_t i, int64_t j, T gamma, const Lanes<T>* correction) {
+      pass.w[step] = rows.key(j), pass.w[step + 1] = job.q + rows.query(i) * job.k;
+      UNROLL for (int n = 0; n < N; ++n) pass.x[step][n] = (1 / gamma) * correction[n];
+    }
+    template <class AnyPass>
+    INLINE void take(const AnyPass& pass, int step, T gamma, Lanes<T>* got) {
+      UNROLL for (int n = 0; n < N; ++n) got[n] = gamma * pass.x[step + 1][n];
     }
 
     INLINE void read_others(int64_t i) {
       const int64_t last = rows.query(i) + job.g - 1;
       for (int64_t query = rows.query(i) + 1; query < last + (decays == Decays::nothing); ++query) {
-        Pass<T, N, read> pass;
+        Pass<read> pass;
         pass.w[0] = job.q + query * job.k;
         pass(S.M, job.k);
         store(query, pass.x[0]);
       }
       if (decays != Decays::nothing) store(last, read_and_close(last, i + 1).x[0]);
     }
-    INLINE Pass<T, N, read, fade, look, look> read_and_close(int64_t query, int64_t i) {
-      Pass<T, N, read, fade, look, look> pass;
+    INLINE Pass<read, fade, look, look> read_and_close(int64_t query, int64_t i) {
+      Pass<read, fade, look, look> pass;
       pass.w[0] = job.q + query * job.k;
       close(pass, 1, i);
       return pass;
@@ -277,9 +264,9 @@ struct FastWeights : FastWeightsCall<T> {
     }
   };
 
-  template <int N>
+  template <int N, bool ends_half>
   void forward(int64_t head, int64_t slice) const {
-    Forward<N>(*this, head, slice);
+    Forward<N, ends_half>(*this, head, slice);
   }
 };
 
@@ -310,8 +297,8 @@ void fast_weights_forward(int threads, const int64_t* size, double scale, void* 
   call.scale = T(scale);
   with_fast_weights(call, by_matrix, by_row, size, [&](const auto& job) {
     const int64_t work = (2 * job.m + job.g) * job.b * job.t * job.h * job.k * job.v;
-    for_slices<T>(threads_for(threads, work), job.b * job.h, job.k, job.v, [&](auto N, int64_t head, int64_t slice) {
-      job.template forward<N>(head, slice);
+    for_slices_and_half<T>(threads_for(threads, work), job.b * job.h, job.k, job.v, [&](auto N, int64_t head, int64_t slice) {
+      job.template forward<N, N.ends_half>(head, slice);
     });
   });
 }

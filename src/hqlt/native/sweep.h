@@ -4,12 +4,12 @@
 //
 // done in this order to every row. The weights w of the rows are read from memory one number at a time; what lies along
 // the columns, x, stays in registers. Each vector of M is loaded once, serves every step, and is stored once. A step that
-// a rule does not have is `skip`.
+// a rule does not have is `skip`. With `ends_half` the last vector of a row is worked on as its lower half alone.
 
 enum Step { skip, write, read, fade_rows, fade_columns };
 
-template <class T, int N, Step... steps>
-struct Pass {
+template <class T, int N, bool ends_half, Step... steps>
+struct Sweep {
   static constexpr int count = sizeof...(steps);
   static constexpr Step kind[] = {steps...};
   const T* w[count];
@@ -18,7 +18,7 @@ struct Pass {
   INLINE void operator()(Lanes<T>* M, int64_t rows) {
     // Several rows at a time, where a row alone has too few sums to hide the latency of a multiply-add.
     constexpr int work = N * ((steps != skip) + ... + 0), together = work >= 8 ? 1 : work >= 4 ? 2 : 4;
-    Lanes<T> sums[together][count][N] = {};
+    Sums sums[together] = {};
     int64_t i = 0;
     for (; i + together <= rows; i += together)
       UNROLL for (int s = 0; s < together; ++s) row(M, i + s, sums[s]);
@@ -26,33 +26,52 @@ struct Pass {
     UNROLL for (int step = 0; step < count; ++step)
       if (kind[step] == read)
         UNROLL for (int n = 0; n < N; ++n) {
-          x[step][n] = sums[0][step][n];
-          UNROLL for (int s = 1; s < together; ++s) x[step][n] += sums[s][step][n];
+          x[step][n] = sums[0].of(step, n);
+          UNROLL for (int s = 1; s < together; ++s) x[step][n] += sums[s].of(step, n);
         }
   }
 
  private:
-  INLINE void row(Lanes<T>* M, int64_t i, Lanes<T> (*sum)[N]) {
-    constexpr bool writes = ((steps != skip && steps != read) || ...);
+  static constexpr int whole = N - ends_half;
+  struct Sums {
+    Lanes<T> wide[count][whole + !whole];
+    HalfLanes<T> half[count];
+
+    INLINE Lanes<T> of(int step, int n) const {
+      if (n < whole) return wide[step][n];
+      Lanes<T> x = {};
+      __builtin_memcpy(&x, &half[step], sizeof half[step]);
+      return x;
+    }
+  };
+
+  INLINE void row(Lanes<T>* M, int64_t i, Sums& sums) {
     Lanes<T> weight[count];
     UNROLL for (int step = 0; step < count; ++step)
       if (kind[step] != skip && kind[step] != fade_columns) weight[step] = broadcast(w[step] + i);
-    UNROLL for (int n = 0; n < N; ++n) {
-      Lanes<T> m = M[i * N + n];
-      UNROLL for (int step = 0; step < count; ++step)
-        if (kind[step] == write) m += x[step][n] * weight[step];
-        else if (kind[step] == read) sum[step][n] += m * weight[step];
-        else if (kind[step] == fade_rows) m *= weight[step];
-        else if (kind[step] == fade_columns) m *= x[step][n];
-      if (writes) M[i * N + n] = m;
-    }
+    UNROLL for (int n = 0; n < whole; ++n) entry<Lanes<T>>(M[i * N + n], n, weight, [&](int step) -> auto& { return sums.wide[step][n]; });
+    if constexpr (ends_half) entry<HalfLanes<T>>(M[i * N + whole], whole, weight, [&](int step) -> auto& { return sums.half[step]; });
+  }
+  template <class V, class Sum>
+  INLINE void entry(Lanes<T>& at, int n, const Lanes<T>* weight, const Sum& sum) {
+    constexpr bool writes = ((steps != skip && steps != read) || ...);
+    V m;
+    __builtin_memcpy(&m, &at, sizeof m);
+    UNROLL for (int step = 0; step < count; ++step)
+      if (kind[step] == write) m += as<T, V>(x[step][n]) * as<T, V>(weight[step]);
+      else if (kind[step] == read) sum(step) += m * as<T, V>(weight[step]);
+      else if (kind[step] == fade_rows) m *= as<T, V>(weight[step]);
+      else if (kind[step] == fade_columns) m *= as<T, V>(x[step][n]);
+    if (writes) __builtin_memcpy(&at, &m, sizeof m);
   }
 };
+template <class T, int N, Step... steps>
+using Pass = Sweep<T, N, false, steps...>;
 
 // A slice of a [rows, columns] matrix in memory, or of the transpose of one, brought into scratch and back.
-template <class T, int N>
+template <class T, int N, bool ends_half = false>
 struct Slice {
-  Columns<T, N> columns;
+  Columns<T, N, ends_half> columns;
   int64_t rows;
   Lanes<T>* M;
 

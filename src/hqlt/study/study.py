@@ -124,15 +124,13 @@ def cell_of(given: Experiment, own: dict[str, Any], switched: dict[str, Any], /,
     with at(f"{of_both['model']} in {of_both['experiment']}"):
         if isinstance(given.budget, Budget):
             return TaskCell(config=config_of(given.common, own), **of_both, **switched)
-        if switched:
-            raise ValueError("expected a model of its own, as agents are not switched after training, got 'trained_as'")
         from hqlt.train.agent.cell import AgentCell
 
         config = {**given.common, **own}
         if "memory" not in config:
             got = ", ".join(map(repr, config)) or "nothing"
             raise ValueError(f"expected the key 'memory', got {got}")
-        return AgentCell(config=config, **of_both)
+        return AgentCell(config=config, **of_both, **switched)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import traceback
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -56,6 +56,10 @@ class Cell(ABC):
     """Of the weights and of the training data."""
     experiment: str = ""
     """The label of the task with these options in tables and plots; empty: the task's name."""
+    trained_as: str = ""
+    """The label of the model of the same grid that this one is trained as, if not as itself."""
+    switched: dict[str, Any] = field(default_factory=dict)
+    """What `hqlt.with_retention` is given between training and test; empty: nothing is switched on."""
 
     @property
     def column(self) -> str:
@@ -66,6 +70,11 @@ class Cell(ABC):
         """In letters that every file system takes."""
         label = f"{self.column}-{self.model}-seed{self.seed}".lower().replace("β", "beta")
         return re.sub(r"[^a-z0-9.]+", "-", label)
+
+    @property
+    def trained(self) -> Cell:
+        """The cell that trains what this one tests: itself, unless it is trained as another."""
+        return dataclasses.replace(self, model=self.trained_as or self.model, trained_as="", switched={})
 
     @property
     @abstractmethod

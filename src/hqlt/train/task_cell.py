@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -26,10 +24,6 @@ class TaskCell(Cell):
     loss_unit = "nats"
 
     budget: Budget
-    trained_as: str = ""
-    """The label of the model of the same grid that this one is trained as, if not as itself."""
-    switched: dict[str, Any] = field(default_factory=dict)
-    """What `hqlt.with_retention` is given between training and test; empty: nothing is switched on."""
 
     @property
     def metric(self) -> str:
@@ -50,10 +44,9 @@ class TaskCell(Cell):
 
         logging.disable_progress_bar()  # of writing a few kilobytes
         task = self.build_task()
-        plain = dataclasses.replace(self, model=self.trained_as or self.model, trained_as="", switched={})
-        done = load_result(folder, plain) if self.trained_as else None
+        done = load_result(folder, self.trained) if self.trained_as else None
         if done is not None:
-            model = HQLTForCausalLM.from_pretrained(folder / "models" / plain.name)
+            model = HQLTForCausalLM.from_pretrained(folder / "models" / self.trained.name)
         else:
             torch.manual_seed(self.seed)
             model = HQLTForCausalLM(HQLTConfig(**self.config, vocab_size=task.vocab_size))

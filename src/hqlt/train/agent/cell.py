@@ -11,11 +11,11 @@ from typing import Any
 
 from hqlt.evaluate import Score
 from hqlt.ranges import COUNT, all_in_range
-from hqlt.train.agent.run import keep_agent
+from hqlt.train.agent.run import keep_agent, load_agent
 from hqlt.train.agent.settings import AgentSettings
 from hqlt.train.agent.trainer import AgentTrainer, Update
 from hqlt.train.fit import Fit, Progress
-from hqlt.train.grid import Cell, Event, Result
+from hqlt.train.grid import Cell, Event, Result, load_result
 from hqlt.train.metrics import known
 
 
@@ -60,13 +60,13 @@ class AgentCell(Cell):
 
     @property
     def settings(self) -> AgentSettings:
-        """Raises ValueError or TypeError for what cannot be built."""
-        budget = self.budget
+        """As it is tested. Raises ValueError or TypeError for what cannot be built."""
+        budget, model = self.budget, {**self.config, **self.switched}
         return AgentSettings(
             world=self.task,
             options=self.task_options,
-            memory=self.config["memory"],
-            model={name: value for name, value in self.config.items() if name != "memory"},
+            memory=model.pop("memory"),
+            model=model,
             algorithm=budget.algorithm,
             hyperparameters=budget.settings,
             copies=budget.copies,
@@ -78,17 +78,21 @@ class AgentCell(Cell):
 
     def run(self, folder: Path, device: str = "cpu") -> Iterator[Event | Result]:
         """Checkpoints are kept while it runs: a cell that was killed goes on from its last evaluation, exactly."""
-        trainer = AgentTrainer(self.settings, device, folder / "checkpoints" / self.name)
-        trainer.kept = {"history": []}
-        trainer.resume()
-        history = [Progress(*told) for told in trainer.kept["history"]]
-        begun = time.perf_counter() - (history[-1].seconds if history else 0.0)
-        for told in trainer.train():
-            event = Event(self, progress_of(told, time.perf_counter() - begun))
-            if event.kept:
-                history.append(event.progress)
-            trainer.kept["history"] = list(history)
-            yield event
+        trained, history = self.trained, list[Progress]()
+        assert isinstance(trained, AgentCell)
+        done = load_result(folder, trained) if self.trained_as else None
+        checkpoints = folder / "checkpoints" / self.name
+        if done is not None:
+            trainer, history = load_agent(folder / "models" / trained.name, device), done.history
+        else:
+            trainer = AgentTrainer(trained.settings, device, checkpoints)
+            yield from self._train(trainer, history)
+        best_step, validation, _ = (
+            done.fit if done else (trainer.best_step, Score("success", trainer.best_score[0], []), 0)
+        )
+        if self.switched:
+            best, trainer = trainer.best, AgentTrainer(self.settings, device)
+            trainer.best = best
         tested = trainer.test(self.budget.test_episodes).success
         keep_agent(trainer, folder / "models" / self.name)
         curve = [
@@ -96,9 +100,21 @@ class AgentCell(Cell):
             for name, values in self.budget.along.items()
             for value in values
         ]
-        shutil.rmtree(trainer.checkpoints.folder, ignore_errors=True)
-        fit = Fit(trainer.best_step, Score("success", trainer.best_score[0], []), Score("success", tested, curve))
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        fit = Fit(best_step, validation, Score("success", tested, curve))
         yield Result(self, trainer.size, history[-1].seconds, fit, history)
+
+    def _train(self, trainer: AgentTrainer, history: list[Progress]) -> Iterator[Event]:
+        trainer.kept = {"history": []}
+        trainer.resume()
+        history += [Progress(*told) for told in trainer.kept["history"]]
+        begun = time.perf_counter() - (history[-1].seconds if history else 0.0)
+        for told in trainer.train():
+            event = Event(self, progress_of(told, time.perf_counter() - begun))
+            if event.kept:
+                history.append(event.progress)
+            trainer.kept["history"] = list(history)
+            yield event
 
 
 def progress_of(told: Update, seconds: float) -> Progress:

@@ -1,0 +1,45 @@
+"""A cell of a study that trains an agent, and one that tests another cell's agent with a retention switched on."""
+
+import json
+
+import torch
+from safetensors.torch import load_file
+
+from hqlt.layer import HybridMemory
+from hqlt.train.agent.cell import AgentBudget, AgentCell
+from hqlt.train.agent.run import load_agent
+from hqlt.train.grid import save_result
+
+COMMON = {
+    "config": {"memory": "synchronous", "hidden_size": 8, "num_heads": 2, "num_layers": 1, "window": 4},
+    "task": "TMazePassive",
+    "task_options": {"corridor": 3},
+    "budget": AgentBudget(steps=128, copies=4, evaluations=2, episodes=4, test_episodes=4, along={"corridor": [3, 9]}),
+}
+PLAIN = AgentCell(model="Window", **COMMON)
+SWITCHED = AgentCell(
+    model="Surprise", trained_as="Window", switched={"retention": "surprise", "window": 2, "kept": 2}, **COMMON
+)
+
+
+def test_an_agent_may_be_trained_as_another_and_switched_for_the_test(tmp_path):
+    """Its weights are the other's, whether they are there already or not; what is tested has a retention."""
+
+    def run(cell, folder):
+        (*told, result) = cell.run(folder)
+        (folder / "cells").mkdir(exist_ok=True)
+        save_result(folder, result)
+        return told, result
+
+    told_alone, alone = run(SWITCHED, tmp_path / "alone")
+    _, other = run(PLAIN, tmp_path / "both")
+    told, result = run(SWITCHED, tmp_path / "both")
+    assert told_alone and not told
+    for mine, theirs in ((result.fit.test, alone.fit.test), (result.fit.validation, other.fit.validation)):
+        assert json.dumps(mine._asdict()) == json.dumps(theirs._asdict())
+    assert [at for at, _ in result.fit.test.curve] == [3.0, 9.0]
+    models = tmp_path / "both" / "models"
+    mine, theirs = (load_file(models / cell.name / "agent.safetensors") for cell in (SWITCHED, PLAIN))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    (layer,) = (part for part in load_agent(models / SWITCHED.name).agent.modules() if isinstance(part, HybridMemory))
+    assert (layer.kv.kept, layer.blend.window) == (2, 2)
