@@ -24,6 +24,7 @@ from hqlt.layer import HybridMemory
 from hqlt.memory import Held
 from hqlt.model import HQLTCache, HQLTConfig, HQLTForCausalLM
 from hqlt.model.pretrained import to_transformers
+from hqlt.model.pretrained.retrofit import NO_RULE, config_for, retrofitted
 
 ONLY = ("float32", "bfloat16")
 CAPTION = "a token, batch 1; ×: times faster than the first; %: of the measured ceiling; MB of state: of one sequence"
@@ -39,8 +40,6 @@ SMALL = {
     "num_hidden_layers": 5,
     "vocab_size": 256,
 }
-WINDOWED = {"window": 64, "sinks": 4}
-ADDED: dict[str, Any] = {"mixer": "add", "fw_activation": None}
 STEPS, READ = 8, 256
 TEXT = 128
 """Tokens of the short text: more than window and sinks."""
@@ -76,24 +75,18 @@ def models_of(size: dict[str, Any]) -> dict[str, Any]:
     """By name. All have the same weights, as far as they have them."""
     layers = int(size["num_hidden_layers"])
     original = HQLTForCausalLM(HQLTConfig(**size, layer_kinds=["kv"] * layers)).eval()
-    kinds = ["hybrid" if layer % 5 else "kv" for layer in range(layers)]
-    configs: dict[str, dict[str, Any]] = {
-        "window 64 + 4 sinks": {
-            "layer_kinds": ["kv"] * layers,
-            "kv_window": WINDOWED["window"],
-            "sinks": WINDOWED["sinks"],
-        },
-        "delta beside the window": {"layer_kinds": None, **WINDOWED, **ADDED},
-        "the same, every fifth layer full": {"layer_kinds": kinds, **WINDOWED, **ADDED},
+    choices: dict[str, dict[str, Any]] = {
+        "window 64 + 4 sinks": {"rule": NO_RULE},
+        "delta beside the window": {},
+        "the same, learned maps": {"feature_map": "learned"},
+        "the same, every fifth layer full": {"feature_map": "learned", "full": range(0, layers, 5)},
     }
     models: dict[str, Any] = {
         "original": original,
         "original in transformers": to_transformers(original, "llama").eval(),
     }
-    for name, config in configs.items():
-        models[name] = HQLTForCausalLM(HQLTConfig(**size, **config)).eval()
-        models[name].load_state_dict(original.state_dict(), strict=False, assign=True)
-        models[name].tie_weights()
+    for name, choice in choices.items():
+        models[name] = retrofitted(original, config_for(original.config, **choice)).eval()
     return models
 
 

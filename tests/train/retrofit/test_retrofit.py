@@ -45,7 +45,7 @@ def test_each_stage_brings_its_loss_down(whole):
         ("original", None), ("window + sinks", None), ("delta", None), ("delta", True),
     ]  # fmt: skip
     window, result, bypassed = (row["probe"]["nll"] for row in found["rows"][1:])
-    assert window == bypassed != result
+    assert len({window, result, bypassed}) == 3, "one layer stays full, and the FW-memories say something"
 
 
 def test_stage_1_brings_each_layer_to_the_original(teacher, text, tmp_path):

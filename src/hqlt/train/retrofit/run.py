@@ -19,7 +19,7 @@ from hqlt.evaluate.probes import probe, probed
 from hqlt.language.checkpoint import weight_files
 from hqlt.language.folder import find_model, load_model, quiet_transformers, read_config, tokenizer_of
 from hqlt.model import HQLTForCausalLM
-from hqlt.model.pretrained.retrofit import NO_RULE, refuse_other_than_full, retrofitted
+from hqlt.model.pretrained.retrofit import NO_RULE, config_for, refuse_other_than_full, retrofitted
 from hqlt.signals import stop_if_asked
 from hqlt.train.language.run import DEFAULT_DATA
 from hqlt.train.language.text import prepare_file
@@ -133,21 +133,23 @@ def chosen(
 
 
 def rows_of(trainer: RetrofitTrainer, console: Console) -> list[dict[str, Any]]:
-    """Probes on held-out text: of the original, of window and sinks alone, of the result with and without its
-    FW-memories."""
+    """Probes on held-out text: of the original, of window and sinks alone in all layers, of the result with and
+    without its FW-memories."""
     from hqlt.report.retrofit import ORIGINAL, WINDOW
 
     if trainer.held_out is None:
         return []
-    untrained = retrofitted(trainer.teacher, trainer.choice.config)
-    named = "window + sinks, trained" if trainer.settings.rule == NO_RULE else trainer.settings.rule
+    teacher, settings = trainer.teacher, trainer.settings
+    config: Any = teacher.config
+    alone = retrofitted(teacher, config_for(config, window=settings.window, sinks=settings.sinks, rule=NO_RULE))
+    named = "window + sinks, trained" if settings.rule == NO_RULE else settings.rule
     rows: list[dict[str, Any]] = []
-    for name, model in ((ORIGINAL, trainer.teacher), (WINDOW, untrained), (named, trainer.student)):
+    for name, model in ((ORIGINAL, teacher), (WINDOW, alone), (named, trainer.student)):
         stop_if_asked(trainer.stopped)
         with console.status(f"probing {name}"), trainer.autocast():
             if model is trainer.student:
                 rows += probed(name, model, trainer.held_out.inputs)
-            else:  # untrained, its FW-memories do nothing
+            else:
                 rows.append({"name": name, "probe": probe(model, trainer.held_out.inputs)})
     return [row | {"tokens": trainer.tokens()} if row["name"] == named else row for row in rows]
 

@@ -1,0 +1,172 @@
+"""Retrofits of one model by different rules, and their controls, side by side: what each recovers of the original.
+
+    hqlt convert SmolLM2-135M-Instruct.Q4_1.gguf smollm2
+    python benchmarks/retrofit.py smollm2 --data=wikitext2_valid.txt --text=wikitext2_test.txt
+
+Each run is one `hqlt retrofit` in a folder of its own, seed after seed; options that are not listed here are handed on
+to it (--precision=bfloat16, --lora_rank=8). All models are then probed on the same text, which none was trained on.
+What is there already is not done again, a run that was stopped resumes, and table and curves are written anew after
+each run. A control without an FW-memory has nothing to fit: it gets stage 1's tokens in stage 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+import hqlt
+from hqlt.disk import write_whole
+from hqlt.evaluate.probes import probe, probed
+from hqlt.language.folder import load_model, read_config, tokenizer_of
+from hqlt.model import HQLTForCausalLM
+from hqlt.model.pretrained.retrofit import config_for, retrofitted
+from hqlt.report.retrofit import ORIGINAL, WINDOW, leave_retrofit_report
+
+LEARNED = {"options.feature_map": "learned"}
+RUNS: dict[str, dict[str, Any]] = {
+    "delta": {"rule": "delta", **LEARNED},
+    "LoRA alone": {"rule": "none"},
+    "gated-delta": {"rule": "gated-delta", **LEARNED},
+    "linear": {"rule": "linear", **LEARNED},
+    "delta, random full layers": {"rule": "delta", **LEARNED, "full_choice": "random"},
+    "delta, none full": {"rule": "delta", **LEARNED, "full": 0},
+    "LoRA alone, none full": {"rule": "none", "full": 0},
+    "delta, none full, kept by surprise": {"rule": "delta", **LEARNED, "full": 0, "retention": "surprise"},
+    "LoRA alone, none full, kept by value-norm": {"rule": "none", "full": 0, "retention": "value-norm"},
+    "LoRA alone, none full, kept at random": {"rule": "none", "full": 0, "retention": "random"},
+}
+"""By name: options of `hqlt retrofit`. The rules' states are equally large, but for linear's normaliser (1 in 64)."""
+STAGES = ("fit", "distill", "tune")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="a folder that `hqlt convert` wrote")
+    parser.add_argument("--data", required=True, help="what is trained on, as `hqlt retrofit` takes it")
+    parser.add_argument("--text", type=Path, required=True, help="a text file that all models are probed on")
+    parser.add_argument("--rows", type=int, default=8, help="texts of --length tokens, from its beginning")
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--fit", type=int, default=200_000, help="tokens of stage 1")
+    parser.add_argument("--distill", type=int, default=400_000, help="tokens of stage 2")
+    parser.add_argument("--tune", type=int, default=0, help="tokens of stage 3")
+    parser.add_argument("--window", type=int, default=64)
+    parser.add_argument("--sinks", type=int, default=4)
+    parser.add_argument("--kept", type=int, default=64, help="entries of the runs that keep any beyond the window")
+    parser.add_argument("--seeds", type=numbers, default=[0, 1, 2], help="0,1,2")
+    parser.add_argument(
+        "--only", type=lambda text: text.split(";"), default=list(RUNS), help="names of runs, ; between"
+    )
+    parser.add_argument("--folder", type=Path, default=Path("runs/retrofit"), help="where runs, table and page go")
+    parser.add_argument("--results", type=Path, default=Path("results/retrofit"), help="a copy of table and curves")
+    options, more = parser.parse_known_args()
+    if unknown := set(options.only) - set(RUNS):
+        parser.error(f"--only: expected some of {'; '.join(RUNS)}, got {'; '.join(sorted(unknown))}")
+    tokens = tokens_of(options)
+    rows = known(options.folder / "baselines.json", asked_of(options, {}, []), partial(baselines, options, tokens))
+    for seed in options.seeds:
+        for name in options.only:
+            place = options.folder / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+            given = arguments(options, name, seed) + more
+            asked = asked_of(options, {"name": name, "seed": seed}, given)
+            rows += known(place / "rows.json", asked, partial(measured, options, name, seed, place, given, tokens))
+            report(options, more, rows)
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def tokens_of(options: argparse.Namespace) -> torch.Tensor:
+    tokenizer = tokenizer_of(options.model, read_config(options.model).vocab_size)
+    wanted = options.rows * options.length
+    ids = tokenizer.encode(options.text.read_text(encoding="utf-8")[: 16 * wanted])
+    if len(ids) < wanted:
+        raise SystemExit(f"text: expected {wanted:,} tokens in {options.text}, got {len(ids):,}")
+    return torch.tensor(ids[:wanted]).view(options.rows, options.length)
+
+
+def asked_of(options: argparse.Namespace, more: dict[str, Any], given: Sequence[str]) -> dict[str, Any]:
+    """What the rows of a file depend on."""
+    names = ("model", "text", "rows", "length", "window", "sinks")
+    return {name: str(getattr(options, name)) for name in names} | more | {"arguments": list(given)}
+
+
+def known(file: Path, asked: dict[str, Any], make: Any) -> list[dict[str, Any]]:
+    """The rows in a file, made where it is not there. Raises SystemExit where they are rows of something else."""
+    if not file.exists():
+        rows = make()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps({"asked": asked, "rows": rows}).encode())
+    told = json.loads(file.read_text())
+    if told["asked"] != asked:
+        raise SystemExit(f"{file}: expected rows of {asked}, found those of {told['asked']}; name another --folder")
+    found: list[dict[str, Any]] = told["rows"]
+    return found
+
+
+def baselines(options: argparse.Namespace, tokens: torch.Tensor) -> list[dict[str, Any]]:
+    """The original, and all of its layers with window and sinks alone."""
+    original: HQLTForCausalLM = load_model(options.model).float()
+    config = config_for(original.config, window=options.window, sinks=options.sinks, rule="none")
+    models = {ORIGINAL: original, WINDOW: retrofitted(original, config)}
+    return [{"name": name, "probe": probe(model, tokens)} for name, model in models.items()]
+
+
+def arguments(options: argparse.Namespace, name: str, seed: int) -> list[str]:
+    """Of `hqlt retrofit`, behind model and folder."""
+    own, budgets = RUNS[name], {stage: getattr(options, stage) for stage in STAGES}
+    if own["rule"] == "none":
+        budgets["distill"] += budgets["fit"]
+    given = own | {"data": options.data, "window": options.window, "sinks": options.sinks, "seed": seed}
+    given |= {"kept": options.kept} if "retention" in own else {}
+    given |= {f"{stage}.tokens": count for stage, count in budgets.items()} | {"validation_rows": 0}
+    return [f"--{name}={value}" for name, value in given.items()]
+
+
+def measured(
+    options: argparse.Namespace, name: str, seed: int, place: Path, given: Sequence[str], tokens: torch.Tensor
+) -> list[dict[str, Any]]:
+    """One retrofit, and the probes of its result."""
+    command = ["hqlt", "retrofit", str(options.model), str(place), *given]
+    print(" ".join(command), flush=True)
+    begin = time.perf_counter()
+    subprocess.run([sys.executable, "-m", *command], check=True)
+    seconds = time.perf_counter() - begin
+    rows = probed(name, load_model(place), tokens)
+    trained = sum(getattr(options, stage) for stage in STAGES)
+    rows[0] |= {"tokens": trained, "seconds": seconds}
+    return [row | {"seed": seed} for row in rows]
+
+
+def report(options: argparse.Namespace, more: Sequence[str], rows: list[dict[str, Any]]) -> None:
+    told = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    told |= {"more": list(more), "runs": RUNS, "hqlt": hqlt.__version__, "torch": torch.__version__}
+    told |= {"python": platform.python_version()}
+    leave_retrofit_report(
+        options.folder,
+        rows,
+        told,
+        Console(),
+        title=f"{options.model.name}, retrofitted",
+        introduction=f"Full attention made into windows of {options.window} tokens and {options.sinks} sinks, with an "
+        f"FW-memory beside each, but for a fifth of the layers, which stay full where nothing else is said.",
+    )
+    options.results.mkdir(parents=True, exist_ok=True)
+    for name in ("README.md", "results.json", "curves.png"):
+        shutil.copyfile(options.folder / name, options.results / name)
+
+
+if __name__ == "__main__":
+    main()
