@@ -122,7 +122,8 @@ def one_race(models: dict[str, Any], context: int, dtype: str, rounds: int, quic
 def contestant(model: Any, text: Tensor, context: int) -> Contestant:
     """With a cache as it is after so many tokens."""
     cache = model(text, use_cache=True).past_key_values
-    parameters = sum(p.numel() for p in model.parameters())
+    table = model.get_input_embeddings().weight  # looked up, and multiplied by for the last token alone
+    parameters = sum(p.numel() for p in model.parameters() if p is not table)
     if not isinstance(cache, HQLTCache):
         long, state = DynamicCache(config=model.config), 0
         for i, layer in enumerate(cache.layers):
