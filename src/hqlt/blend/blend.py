@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from hqlt.memory import Candidates, Errors, FWMemory, Held, Kept, KVMemory, MemoryState, Tree
 from hqlt.memory.kv import kept
+from hqlt.native import is_traced
 from hqlt.ops.heads import repeated
 from hqlt.ops.segments import positions
 from hqlt.registry import name_of
@@ -212,6 +213,12 @@ class Blend(nn.Module):
             held = held._replace(kept=after)
         return MemoryState(held, fw, keys.new_zeros(keys.shape[0], 0, 0), count)
 
+    @staticmethod
+    def known_not(condition: Tensor) -> bool:
+        """Whether it is known not to hold. While traced nobody knows, and the general way is always right."""
+        unknown = is_traced() or condition.is_meta or type(condition) is not Tensor
+        return not unknown and not condition
+
     def extra_repr(self) -> str:
         return f"window={self.window}"
 
@@ -223,6 +230,8 @@ class Blend(nn.Module):
         index = None
         if is_symbolic(l) or l < s:  # a slot before the first pair is unused, whatever is taken for it
             index = torch.arange(l - s, l, device=count.device).clamp(min=0)
+        elif l == s and count.device.type == "cpu" and self.known_not(unused.any()):
+            return pairs  # full attention, a token further: nothing to copy
 
         def latest(x: Tensor) -> Tensor:
             x = x[:, l - s :] if index is None else x.index_select(1, index)

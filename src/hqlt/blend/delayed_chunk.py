@@ -9,7 +9,6 @@ from torch.utils import _pytree as pytree
 
 from hqlt.blend.blend import Blend, Timeline, Tokens
 from hqlt.memory import FWMemory, Tree, Write
-from hqlt.native import is_traced
 from hqlt.registry import register
 from hqlt.shapes import Queries, Resets, Values, is_symbolic
 
@@ -54,15 +53,9 @@ class DelayedChunk(Blend):
         q, begins_chunk = new.q, self.begins(timeline)
         if past is None and resets is None and not is_symbolic(q.shape[1]):
             return self._scan_aligned(fw, q, timeline)
-        if past is not None and self._known_not(begins_chunk[:, -q.shape[1] :].any()):
+        if past is not None and self.known_not(begins_chunk[:, -q.shape[1] :].any()):
             return self._read_only(fw, q, timeline, past), past  # no chunk begins, so none is written
         return self._scan_in_order(fw, q, timeline, begins_chunk, past)
-
-    @staticmethod
-    def _known_not(condition: Tensor) -> bool:
-        """Whether it is known not to hold. While traced nobody knows, and the general way is always right."""
-        unknown = is_traced() or condition.is_meta or type(condition) is not Tensor
-        return not unknown and not condition
 
     def _read_only(self, fw: FWMemory, q: Queries, timeline: Timeline, past: Tree) -> Values:
         """Gates take part by an empty slice: their gradients are zero, not missing, which distributed training
