@@ -190,7 +190,7 @@ def _gradients(
 
     # Backwards through the loop over chunks: dR, and the gradient dS' of the matrix after each chunk.
     dR_read, dS_read = sum_of_products(x.attention, dO), sum_of_products(_masked(x.q, sees_matrix), dO)
-    dRs, dS_afters, dS = list[Tensor](), list[Tensor](), d_final
+    dRs, dS_afters, dS = [], [], d_final
     for i in reversed(range(x.k.shape[2])):
         dS_afters.append(dS)
         dRs.append(dR_read[:, :, i] + _masked(x.k[:, :, i] @ dS, _part(x.reaches_end, i)))

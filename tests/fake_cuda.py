@@ -1,0 +1,45 @@
+"""Fake CUDA tensors with gradients, on a machine without a GPU: they have a shape, a dtype and a device, no numbers.
+
+A build of torch without CUDA has fake CUDA tensors, too, but its autograd asks for a device guard that is not there. The
+one in `fake_cuda.cpp` does nothing. It makes torch believe in a GPU, so that it is for processes of its own: a file of
+such tests calls `here()` for its fixture, and has one test more, which runs the file by `in_its_own_process`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+INSIDE = "HQLT_TESTS_FAKE_CUDA"
+
+needs_fake_cuda = pytest.mark.skipif(INSIDE not in os.environ, reason="runs in a process of its own")
+outside = pytest.mark.skipif(INSIDE in os.environ, reason="this is that process")
+
+
+def in_its_own_process(file: str) -> None:
+    """Run the tests of a file where fake CUDA tensors have gradients."""
+    if not torch.backends.cuda.is_built() and shutil.which("g++") is None:
+        pytest.skip("no g++ to build the device guard with")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", file]
+    done = subprocess.run(command, env=os.environ | {INSIDE: "1"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "passed" in done.stdout, done.stdout
+
+
+def allow(folder: Path) -> None:
+    """From now on autograd takes fake CUDA tensors in this process. folder: where the guard is built."""
+    if torch.backends.cuda.is_built():
+        return
+    library, home = folder / "fake_cuda.so", Path(torch.__file__).parent
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    flags = ["-std=c++20", "-O0", "-fPIC", "-shared", abi, f"-I{home}/include", f"-L{home}/lib"]
+    subprocess.run(["g++", *flags, str(SOURCE), "-o", str(library), "-lc10", "-ltorch_cpu"], check=True)
+    ctypes.CDLL(str(library))
