@@ -1,8 +1,8 @@
 """Fake CUDA tensors with gradients, on a machine without a GPU: they have a shape, a dtype and a device, no numbers.
 
-A build of torch without CUDA has fake CUDA tensors, too, but its autograd asks for a device guard that is not there. The
-one in `fake_cuda.cpp` does nothing. It makes torch believe in a GPU, so that it is for processes of its own: a file of
-such tests calls `here()` for its fixture, and has one test more, which runs the file by `in_its_own_process`.
+A build of torch without CUDA has fake CUDA tensors, too, but its autograd asks for a device guard that is not there.
+The one in `fake_cuda.cpp` does nothing. It makes torch believe in a GPU, so that it is for processes of its own: a file
+of such tests calls `allow` in a fixture, and has one test more, which runs the file by `in_its_own_process`.
 """
 
 from __future__ import annotations

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_compiler, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from hqlt import ops
 from hqlt.model import HQLTForCausalLM, preset
 from tests import fake_cuda
 from tests.fake_cuda import needs_fake_cuda, outside
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # what torch's tracer does itself
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch's tracer warns itself
 SMALL: dict[str, Any] = {
     "hidden_size": 32, "num_heads": 2, "num_hidden_layers": 1, "window": 4, "vocab_size": 64, "intermediate_size": 32
 }  # fmt: skip
@@ -53,10 +59,10 @@ def fake(choice: str = "synchronous", **changes: Any) -> HQLTForCausalLM:
     return model
 
 
-def train(model: HQLTForCausalLM, mode: FakeTensorMode, t: int = 9) -> None:
+def train(model: HQLTForCausalLM, mode: FakeTensorMode, t: int = 9, backend: Any = "aot_eager") -> None:
     """One graph, or torch.compile raises; every weight gets a gradient."""
     tokens, resets = (torch.zeros(2, t, dtype=dtype, device="cuda") for dtype in (torch.long, torch.bool))
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     loss = compiled(tokens, labels=tokens, resets=resets, use_cache=False).loss
     assert (loss.device.type, loss.fake_mode) == ("cuda", mode)
     loss.backward()
@@ -67,3 +73,43 @@ def train(model: HQLTForCausalLM, mode: FakeTensorMode, t: int = 9) -> None:
 @pytest.mark.parametrize("choice", MODELS)
 def test_one_graph(choice, mode):
     train(fake(choice), mode)
+
+
+@needs_fake_cuda
+@pytest.mark.parametrize("selective", [False, True])
+def test_one_graph_with_checkpoints(selective, mode):
+    """Selective: the projections' products are kept, all else is computed again."""
+
+    def policy(context: object, op: object, *arguments: object, **options: object) -> CheckpointPolicy:
+        kept = op in (torch.ops.aten.mm.default, torch.ops.aten.linear.default)
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    options: dict[str, Any] = {"use_reentrant": False}
+    if selective:
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
+    model = fake()
+    model.activation_checkpointing_enable(options)
+    train(model, mode)
+
+
+@needs_fake_cuda
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_operator_of_a_synchronous_layer_is_one_node(kept, mode):
+    """Forward and backward, and computed again in the backward pass unless a policy keeps what it made."""
+    importlib.import_module("hqlt.ops.synchronous.kernels.operators")  # registers it
+    operator, graphs = torch.ops.hqlt.synchronous.default, []
+
+    def policy(context: object, op: object, *arguments: object, **options: object) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op is operator and kept else CheckpointPolicy.MUST_RECOMPUTE
+
+    model = fake()
+    selective = partial(create_selective_checkpoint_contexts, policy)
+    model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": selective})
+    record = make_boxed_compiler(lambda graph, _: graphs.append(graph) or graph)
+    backend = aot_autograd(fw_compiler=record, bw_compiler=record, partition_fn=min_cut_rematerialization_partition)
+    with ops.use_backend("triton"):
+        train(model, mode, backend=backend)
+    forward, backward = ([node.target for node in graph.graph.nodes] for graph in graphs)
+    assert (forward.count(operator), backward.count(operator)) == (1, 0 if kept else 1)
+    assert backward.count(torch.ops.hqlt.synchronous_backward.default) == 1
