@@ -28,7 +28,7 @@ def in_its_own_process(file: str) -> None:
     """Run the tests of a file where fake CUDA tensors have gradients."""
     if not torch.backends.cuda.is_built() and shutil.which("g++") is None:
         pytest.skip("no g++ to build the device guard with")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", file]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", file]
     done = subprocess.run(command, env=os.environ | {INSIDE: "1"}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout, done.stdout

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from hqlt import ops
 from hqlt.model import HQLTForCausalLM, preset
+from hqlt.model.loss import summed_cross_entropy
 from tests import fake_cuda
 from tests.fake_cuda import needs_fake_cuda, outside
 
@@ -59,11 +60,11 @@ def fake(choice: str = "synchronous", **changes: Any) -> HQLTForCausalLM:
     return model
 
 
-def train(model: HQLTForCausalLM, mode: FakeTensorMode, t: int = 9, backend: Any = "aot_eager") -> None:
+def train(model: HQLTForCausalLM, mode: FakeTensorMode, t: int = 9, backend: Any = "aot_eager", **options: Any) -> None:
     """One graph, or torch.compile raises; every weight gets a gradient."""
     tokens, resets = (torch.zeros(2, t, dtype=dtype, device="cuda") for dtype in (torch.long, torch.bool))
     compiled = torch.compile(model, fullgraph=True, backend=backend)
-    loss = compiled(tokens, labels=tokens, resets=resets, use_cache=False).loss
+    loss = compiled(tokens, labels=tokens, resets=resets, use_cache=False, **options).loss
     assert (loss.device.type, loss.fake_mode) == ("cuda", mode)
     loss.backward()
     assert {p.grad.device.type for p in model.parameters()} == {"cuda"}
@@ -73,6 +74,12 @@ def train(model: HQLTForCausalLM, mode: FakeTensorMode, t: int = 9, backend: Any
 @pytest.mark.parametrize("choice", MODELS)
 def test_one_graph(choice, mode):
     train(fake(choice), mode)
+
+
+@needs_fake_cuda
+def test_one_graph_with_a_loss_in_chunks(mode, monkeypatch):
+    monkeypatch.setattr(summed_cross_entropy, "__defaults__", (7 * SMALL["vocab_size"],))
+    train(fake("kv-only"), mode, skip_logits=True)
 
 
 @needs_fake_cuda

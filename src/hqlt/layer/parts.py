@@ -66,10 +66,11 @@ class Parts(NamedTuple):
         Then it must be called, and nothing fused runs. (What watches tensors instead, `hqlt.native.is_traced` knows.)
         """
         parts = *self, self.retention
-        return _has_any_global_hook() or any([_is_watched(part) for part in parts if part is not None])  # noqa: C419
+        return _has_any_global_hook() or any([is_watched(part) for part in parts if part is not None])  # noqa: C419
 
 
-def _is_watched(part: nn.Module) -> bool:
+def is_watched(part: nn.Module) -> bool:
+    """Whether a module has hooks, or a `forward` or `score` of its own."""
     own = part.__dict__
     return bool(
         own["_forward_hooks"]

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -21,6 +22,7 @@ from hqlt.model.block import HQLTBlock
 from hqlt.model.cache import CACHE, HQLTCache, one_cache
 from hqlt.model.config import HQLTConfig
 from hqlt.model.generation import HQLTGenerationMixin
+from hqlt.model.loss import IGNORE, summed_cross_entropy
 from hqlt.model.rollback import Columns
 from hqlt.model.segments import Segments, read_rows, read_segments, segment_starts
 from hqlt.shapes import Hidden, Positions, Resets
@@ -36,6 +38,8 @@ ARGUMENTS = (
     "use_cache",
     "resets",
     "logits_to_keep",
+    "shift_labels",
+    "skip_logits",
     "output_hidden_states",
     "return_dict",
 )
@@ -252,17 +256,24 @@ class HQLTForCausalLM(HQLTPreTrainedModel, HQLTGenerationMixin):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cache: HQLTCache | None = None,
+        shift_labels: Tensor | None = None,
+        skip_logits: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits [b, t, vocabulary] of the token after each; the rest as in `HQLTModel.forward`.
 
         labels: [b, t], in the convention of transformers: labels[:, i] is the token at i, the shift by one happens
         here, -100 is not scored. A document's first token is predicted from the document before it, as in every model
-        of transformers: give it the label -100 to leave it out. num_items_in_batch (among kwargs) divides the summed
-        loss where gradients are accumulated. logits_to_keep: the last n positions only (0: all), or their indices.
+        of transformers: give it the label -100 to leave it out. shift_labels: labels that are shifted already.
+        num_items_in_batch (among kwargs) divides the summed loss where gradients are accumulated. skip_logits: return
+        the loss alone, and compute it a chunk of positions at a time (`hqlt.model.loss`): logits of a large vocabulary
+        take more memory than the rest of a step. logits_to_keep: the last n positions only (0: all), or their indices.
         """
-        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+        given = labels if shift_labels is None else shift_labels
+        if given is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError("labels: expected logits_to_keep = 0 beside them, because all positions are scored")
+        if given is None and skip_logits:
+            raise ValueError("skip_logits: expected labels (or shift_labels) beside it, got none, and so no loss")
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -276,11 +287,18 @@ class HQLTForCausalLM(HQLTPreTrainedModel, HQLTGenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(output.last_hidden_state[:, keep])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        loss, logits = None, None
+        if skip_logits and given is not None:
+            targets = F.pad(given, (0, 1), value=IGNORE)[:, 1:] if shift_labels is None else given
+            scored = kwargs.get("num_items_in_batch")
+            scored = (targets != IGNORE).sum() if scored is None else scored
+            loss = summed_cross_entropy(output.last_hidden_state, self.lm_head, targets) / scored
+        else:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(output.last_hidden_state[:, keep])
+        if given is not None and logits is not None:
+            options = {"labels": given, "shift_labels": shift_labels, "vocab_size": self.config.vocab_size}
+            loss = self.loss_function(logits=logits, **options, **kwargs)
         result = CausalLMOutputWithPast(
             loss=loss, logits=logits, hidden_states=output.hidden_states, **{CACHE: getattr(output, CACHE)}
         )

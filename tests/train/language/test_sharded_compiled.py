@@ -38,6 +38,6 @@ def test_a_block_is_one_graph(mesh, checkpoints):
     tokens = torch.zeros(2, 9, dtype=torch.long)
     torch._dynamo.utils.counters.clear()
     with ops.use_backend("chunked"):  # what runs on a GPU
-        model(tokens, labels=tokens, use_cache=False).loss.backward()
+        model(tokens, labels=tokens, use_cache=False, skip_logits=True).loss.backward()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert all(weight.grad is not None for weight in model.parameters())

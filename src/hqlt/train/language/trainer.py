@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
@@ -104,15 +103,18 @@ class Trainer(Base[Update]):
         self.model: Any = spread(HQLTForCausalLM(config), settings, ranks)
         self.size = sum(parameter.numel() for parameter in self.model.parameters())
         self.parameters = dict(self.model.named_parameters())
+        fused = self.device.type == "cuda"  # one kernel for all weights, instead of some ten passes over them
         self.optimiser = torch.optim.AdamW(
             parameter_groups(self.model, settings.weight_decay),
             lr=settings.learning_rate,
             betas=settings.betas,
             eps=settings.eps,
+            fused=fused,
         )
         for parameter in self.parameters.values():  # as AdamW itself does at its first step: all is there to be loaded
             kept = {name: torch.zeros_like(parameter) for name in KEPT}
-            self.optimiser.state[parameter] = {"step": torch.tensor(0.0), **kept}
+            step = torch.zeros((), device=self.device if fused else "cpu")
+            self.optimiser.state[parameter] = {"step": step, **kept}
         self.skipped, self.skipped_in_a_row = 0, 0
         self.loss: float | None = None
         """Of the last update; None before the first one here."""
@@ -204,12 +206,16 @@ class Trainer(Base[Update]):
     def _summed_loss(self, batch: Batch, i: int) -> Tensor:
         """In nats, over the scored tokens of the i-th micro-batch."""
         if not self.settings.carry_state:
-            return summed_loss(self.model(batch.inputs, resets=batch.resets, use_cache=False).logits, batch.targets)
+            return self._loss(batch, use_cache=False)
         if len(self.caches) <= i:
             self.caches.append(HQLTCache())
-        cache = self.caches[i].detach()
-        out = self.model(batch.inputs, resets=batch.resets, past_key_values=cache, use_cache=True)
-        return summed_loss(out.logits, batch.targets)
+        return self._loss(batch, past_key_values=self.caches[i].detach(), use_cache=True)
+
+    def _loss(self, batch: Batch, **cache: Any) -> Tensor:
+        """In nats, summed over scored tokens."""
+        given = {"shift_labels": batch.targets, "skip_logits": True, "num_items_in_batch": 1}
+        loss: Tensor = self.model(batch.inputs, resets=batch.resets, **given, **cache).loss
+        return loss
 
     @torch.no_grad()
     def bits_per_byte(self, name: Split) -> float | None:
@@ -230,8 +236,7 @@ class Trainer(Base[Update]):
         total, scored = 0.0, 0.0
         for part in mine.split(self.micro_rows):
             batch = part.to(ranks.device)
-            logits = self.model(batch.inputs, resets=batch.resets, use_cache=False).logits
-            total += summed_loss(logits, batch.targets).item()
+            total += self._loss(batch, use_cache=False).item()
             scored += float((batch.targets != IGNORE).sum())
         total, scored = ranks.sum([total, scored])
         return total / scored / math.log(2) * len(files) / files.bytes
@@ -369,11 +374,6 @@ class Trainer(Base[Update]):
                 raise OSError(f"{folder}: could not be written ({error}); the checkpoints are whole") from error
             tokenizer.save(folder)
         self.ranks.wait()
-
-
-def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy in nats, summed over scored tokens. logits: [b, t, vocabulary]; targets: [b, t]."""
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
 def refuse_unbounded(config: HQLTConfig) -> None:

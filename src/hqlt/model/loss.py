@@ -1,0 +1,83 @@
+"""Cross-entropy of a head over the vocabulary, a chunk of positions at a time: [b, t, vocabulary] is never there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from hqlt.layer.parts import is_watched
+from hqlt.native import is_transformed
+from hqlt.shapes import Hidden, at_least_float32
+
+IGNORE = -100
+AT_ONCE = 2**26
+"""Logits that are there at once: 256 MiB of float32. Fewer are computed as ever."""
+
+
+def summed_cross_entropy(x: Hidden, head: nn.Module, targets: Tensor, at_once: int = AT_ONCE) -> Tensor:
+    """Σ −log softmax(head(x))[target] over the positions whose target is not −100, in at least float32.
+
+    x: [b, t, d] what the head reads. targets: [b, t] the token to be named at each position. at_once: logits that may
+    be there at the same time. A head that is more than a matrix (hooks, a bias, an adapter, a weight that is sharded or
+    quantised) is called with all positions, whatever that takes.
+
+    The gradients are computed with the loss, where any are asked for, so that no logit is computed twice.
+    """
+    vocabulary = getattr(head, "out_features", 0)
+    if x[..., 0].numel() * vocabulary <= at_once or not _is_a_matrix(head) or is_transformed():
+        logits = head(x)
+        wide = logits.to(at_least_float32(logits.dtype))
+        return F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    assert isinstance(head.weight, Tensor)
+    rows = max(at_once // vocabulary, 1)
+    loss: Tensor = _SummedCrossEntropy.apply(x.flatten(0, 1), head.weight, targets.flatten(), rows)
+    return loss
+
+
+def _is_a_matrix(head: nn.Module) -> bool:
+    if type(head) is not nn.Linear or is_watched(head) or "bias" in dict(head.named_parameters(recurse=False)):
+        return False
+    return not is_traceable_wrapper_subclass(head.weight)
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """With P = softmax(x Wᵀ) − onehot(target), zeros where nothing is scored: dx = P W, dW = Pᵀ x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
+        """x: [n, d], weight: [vocabulary, d], targets: [n]."""
+        if torch.is_autocast_enabled(x.device.type):
+            x, weight = (y.to(torch.get_autocast_dtype(x.device.type)) for y in (x, weight))
+        wants_x, wants_weight = ctx.needs_input_grad[:2]
+        wide = at_least_float32(x.dtype)
+        loss = x.new_zeros((), dtype=wide)
+        dx = torch.empty_like(x) if wants_x else None
+        d_weight = torch.zeros_like(weight, dtype=wide) if wants_weight else None
+        for begin in range(0, len(x), rows):
+            part = slice(begin, begin + rows)
+            scored = (targets[part] != IGNORE)[:, None]
+            target = targets[part, None].clamp(min=0)
+            logits = (x[part] @ weight.mT).to(wide)
+            log_total = logits.logsumexp(dim=-1, keepdim=True)
+            loss = loss + (log_total - logits.gather(1, target)).masked_fill(~scored, 0).sum()
+            if not (wants_x or wants_weight):
+                continue
+            P = logits.sub_(log_total).exp_()
+            P = P.scatter_add_(1, target, P.new_full((), -1).expand_as(target)).masked_fill_(~scored, 0).to(x.dtype)
+            if dx is not None:
+                dx[part] = P @ weight
+            if d_weight is not None:
+                d_weight += P.mT @ x[part]
+        ctx.save_for_backward(dx, d_weight)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        grads = (None if grad is None else (d_loss * grad).to(grad.dtype) for grad in ctx.saved_tensors)
+        return *grads, None, None
