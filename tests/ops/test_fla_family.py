@@ -8,8 +8,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
-from hqlt.ops import fast_weights, fla
+from hqlt.ops import backend, explain, fast_weights, fla
 from tests.laws import Laws, close, normal
 from tests.ops.inputs import HEADS, KEY, VALUE
 from tests.ops.test_fast_weights import KINDS, Kind, memory
@@ -145,3 +147,108 @@ def test_types_that_its_kernels_do_not_take_are_refused(monkeypatch, calls):
     inputs = kind.inputs(1, 2)
     with pytest.raises(ValueError, match="expected bfloat16 or float16, as chunk_gated_delta_product takes, got torch"):
         kind.call(inputs, backend="fla")
+
+
+class TestTrial:
+    """On a GPU its kernels are picked where they answered as the reference does; CPU tensors stand in for a GPU's."""
+
+    kind = Kind("matrix", "k")
+
+    @pytest.fixture(autouse=True)
+    def on_a_gpu(self, monkeypatch, calls):
+        monkeypatch.setattr(fla, "on_gpu", lambda q: True)
+        monkeypatch.setattr(backend, "_tried", {})
+        native_last = sorted(backend.RULES["fast_weights"], key=lambda rule: rule.choice.name == "native")
+        monkeypatch.setitem(backend.RULES, "fast_weights", tuple(native_last))
+
+    def explained(self, t=70, **changes):
+        given = {"k": 8, "v": 8, "dtype": torch.float64, "decay": 3} | changes
+        return explain("fast_weights", torch.zeros(1, t, 2, given["k"]), kind=fla.Kind("fast_weights", **given))
+
+    def wrong(self, monkeypatch, error):
+        right = chunk_gated_delta_rule
+
+        def chunk(*arguments, **options):
+            out, final = right(*arguments, **options)
+            return out, error(final)
+
+        monkeypatch.setattr(sys.modules["fla.ops.gated_delta_rule"], "chunk_gated_delta_rule", chunk)
+
+    def test_right(self, calls):
+        for segments in (False, True):
+            choice = self.explained(segments=segments)
+            assert choice.name == "fla"
+            assert "answered as the reference on this GPU" in choice.why
+        assert len(calls) == 2
+        assert self.explained().name == "fla"
+        assert len(calls) == 2, "tried once for each kind"
+
+    def test_wrong(self, monkeypatch):
+        self.wrong(monkeypatch, lambda final: 1.01 * final)
+        name, why = self.explained()
+        assert name == "chunked"
+        assert why.endswith("; not fla: its matrix differs from the reference's by 1e-02 of the norm on this GPU")
+
+    def test_a_wrong_gradient(self, monkeypatch):
+        self.wrong(monkeypatch, lambda final: final.detach() + 0.9 * (final - final.detach()))
+        assert "not fla: its gradient of k differs" in self.explained().why
+
+    def test_nan(self, monkeypatch):
+        self.wrong(monkeypatch, lambda final: torch.nan * final)
+        assert "not fla: its matrix differs" in self.explained().why
+
+    def test_what_raises(self, monkeypatch):
+        self.wrong(monkeypatch, lambda final: 1 / 0)
+        assert self.explained().why.endswith("not fla: division by zero")
+
+    def test_not_installed(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "fla", None)
+        monkeypatch.setitem(sys.modules, "fla.ops.gated_delta_rule", None)
+        assert "expected the package fla-core, found none" in self.explained().why
+
+    def test_what_it_has_no_kernel_for(self):
+        assert "not fla: backend 'fla': expected a write rule" in self.explained(writes=2, decay=4).why
+        assert self.explained(t=63) == self.explained(t=63, decay=0)
+
+    def test_the_layer_s_call_asks(self, calls):
+        inputs = self.kind.inputs(2, 70)
+        got = self.kind.call(inputs, state=None)
+        assert len(calls) == 2, "the trial, then the call"
+        for mine, theirs in zip(got, self.kind.call(inputs, state=None, backend="reference"), strict=True):
+            close(mine, theirs)
+
+    @pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch's tracer warns itself
+    def test_compiled_code_asks(self, calls):
+        torch._dynamo.reset()
+        inputs, graphs = self.kind.inputs(2, 70), []
+        torch.compile(self.kind.call, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)(inputs)
+        assert torch.ops.hqlt.fla.default in {node.target for node in graphs[0].graph.nodes}
+
+    def test_the_global_seed_is_left_alone(self):
+        before = torch.get_rng_state()
+        self.explained()
+        assert torch.equal(before, torch.get_rng_state())
+
+    def test_fake_tensors_try_nothing(self):
+        with FakeTensorMode():
+            assert "not tried yet" in self.explained().why
+        assert self.explained().name == "fla"
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch's tracer warns itself
+@pytest.mark.parametrize("kind", [Kind("matrix", "k"), Kind("none", "k"), Kind("rows", "none")], ids=str)
+def test_compiled_it_is_one_operator(kind, calls):
+    torch._dynamo.reset()
+    inputs, state = kind.inputs(2, 5), normal(2, HEADS, KEY, VALUE)
+    leaves = [x.requires_grad_() for x in tree_leaves(inputs) if isinstance(x, torch.Tensor)] + [state.requires_grad_()]
+    resets = torch.zeros(2, 5, dtype=torch.bool)
+    resets[0, 3] = True
+
+    def loss(backend):
+        out, matrix = kind.call(inputs, state=state, resets=resets, backend=backend)[:2]
+        return out.square().sum() + matrix.square().sum()
+
+    expected = torch.autograd.grad(loss("reference"), leaves)
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")("fla"), leaves)
+    for mine, theirs in zip(got, expected, strict=True):
+        close(mine, theirs)

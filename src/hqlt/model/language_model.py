@@ -288,21 +288,30 @@ class HQLTForCausalLM(HQLTPreTrainedModel, HQLTGenerationMixin):
             **kwargs,
         )
         loss, logits = None, None
-        if skip_logits and given is not None:
-            targets = F.pad(given, (0, 1), value=IGNORE)[:, 1:] if shift_labels is None else given
-            scored = kwargs.get("num_items_in_batch")
-            scored = (targets != IGNORE).sum() if scored is None else scored
-            loss = summed_cross_entropy(output.last_hidden_state, self.lm_head, targets) / scored
-        else:
+        if not skip_logits:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(output.last_hidden_state[:, keep])
-        if given is not None and logits is not None:
-            options = {"labels": given, "shift_labels": shift_labels, "vocab_size": self.config.vocab_size}
-            loss = self.loss_function(logits=logits, **options, **kwargs)
+        if given is not None:
+            options = {"labels": given, "shift_labels": shift_labels, "vocab_size": self.config.vocab_size, **kwargs}
+            read = output.last_hidden_state
+            loss = self.loss_function(logits, **options) if logits is not None else self._loss_alone(read, **options)
         result = CausalLMOutputWithPast(
             loss=loss, logits=logits, hidden_states=output.hidden_states, **{CACHE: getattr(output, CACHE)}
         )
         return result if _as_dict(return_dict, self.config) else result.to_tuple()
+
+    def _loss_alone(
+        self,
+        x: Hidden,
+        labels: Tensor,
+        shift_labels: Tensor | None,
+        num_items_in_batch: int | Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """`loss_function` of the head's logits, which are never all there."""
+        targets = F.pad(labels, (0, 1), value=IGNORE)[:, 1:] if shift_labels is None else shift_labels
+        scored = (targets != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
+        return summed_cross_entropy(x, self.lm_head, targets) / scored
 
 
 def build_block(config: HQLTConfig, layer: int) -> HQLTBlock:

@@ -15,9 +15,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
 
 from hqlt import native
 from hqlt.context import Setting
+from hqlt.ops import fla
 from hqlt.registry import load_plugins, one_of
 from hqlt.shapes import is_symbolic
 
@@ -31,11 +33,11 @@ class Choice(NamedTuple):
 
 class Rule(NamedTuple):
     choice: Choice
-    holds: Callable[..., bool]
-    """Of a call's first argument, and of the options that decide (a window)."""
+    holds: Callable[..., bool | str]
+    """Of a call's first argument, and of the options that decide (a window). A text: no, and why not."""
 
 
-def _rule(name: str, holds: Callable[..., bool], why: str) -> Rule:
+def _rule(name: str, holds: Callable[..., bool | str], why: str) -> Rule:
     return Rule(Choice(name, why), holds)
 
 
@@ -56,10 +58,38 @@ def _mostly_masked(q: Tensor, window: int | None) -> bool:
     return window is not None and 2 * window <= q.shape[1]
 
 
+_tried: dict[tuple[fla.Kind, int | None], str] = {}
+"""Why flash-linear-attention does not serve calls of a kind on a GPU; "" where it answered as the reference does."""
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _why_not_fla(device: int | None, *call: Any) -> str:
+    """call: a `fla.Kind`'s, one by one: torch's compiler knows no constant NamedTuple."""
+    kind = fla.Kind(*call)
+    if (kind, device) not in _tried:
+        if _len_torch_dispatch_stack() or native.is_transformed():
+            return "not tried yet on this GPU: a mode of torch watches"
+        known = IMPLEMENTATIONS[kind.op]
+        _tried[kind, device] = fla.why_wrong(kind, known["fla"], known["reference"], device)
+    return _tried[kind, device]
+
+
+def _by_fla(q: Tensor, kind: fla.Kind | None = None) -> bool | str:
+    """Whether its kernel runs on this GPU and answers as the reference does: tried once a process and kind of call."""
+    if kind is None or q.shape[1] < fla.CHUNK or not fla.on_gpu(q):
+        return False
+    return _why_not_fla(q.device.index, *kind) or True
+
+
 ON_CPU = "on a CPU: one pass in C++, the memory stays in the cache"
 MATRIX = (
-    _rule("native", _natively, ON_CPU),
-    _rule("reference", lambda q: q.shape[1] <= 1, "one token or none: the equation itself takes the fewest calls"),
+    _rule("native", lambda q, **options: _natively(q), ON_CPU),
+    _rule(
+        "reference",
+        lambda q, **options: q.shape[1] <= 1,
+        "one token or none: the equation itself takes the fewest calls",
+    ),
+    _rule("fla", _by_fla, "many tokens: flash-linear-attention's kernel, which answered as the reference on this GPU"),
     _rule("chunked", _always, "many tokens: matrix products over chunks"),
 )
 ROWS = (
@@ -88,7 +118,7 @@ ENTRIES = (
 RULES: dict[str, tuple[Rule, ...]] = {
     "delta_rule": MATRIX,
     "fast_weights": MATRIX,
-    "linear_attention": MATRIX,
+    "linear_attention": tuple(rule for rule in MATRIX if rule.choice.name != "fla"),
     "window_attention": PAIRS,
     "expiry": ENTRIES,
     "synchronous": (_rule("composed", _always, "the fastest operation for each memory; triton is not measured yet"),),
@@ -161,7 +191,8 @@ def explain(op: str, x: Tensor, *, backend: str | None = None, **options: Any) -
     Choice(name='blocked', why='many windows in the sequence: work linear in length')
 
     x: queries [b, t, g·h, k]; of `rms_norm` and `mix` the weight, in whose dtype they compute. options: the window, of
-    `window_attention`.
+    `window_attention`; of `fast_weights` and `delta_rule` the kind of call (`hqlt.ops.fla.Kind`), without which
+    flash-linear-attention is not considered.
 
     Raises ValueError for an unknown operation or backend, RuntimeError for a backend that cannot serve what watches.
     """
@@ -171,7 +202,7 @@ def explain(op: str, x: Tensor, *, backend: str | None = None, **options: Any) -
     if name is None and (name := forced()) not in known:
         name = None
     if name is None:
-        choice = next(rule.choice for rule in RULES[op] if rule.holds(x, **options))
+        choice = _chosen(op, x, **options)
     else:
         if name not in known:
             load_plugins()
@@ -184,6 +215,16 @@ def explain(op: str, x: Tensor, *, backend: str | None = None, **options: Any) -
             f'hqlt.ops.use_backend("reference"), or name no backend'
         )
     return Choice("reference", f"{watcher} needs torch's own operations") if watcher else choice
+
+
+def _chosen(op: str, x: Tensor, **options: Any) -> Choice:
+    """Of the first rule that holds, with what those before it say."""
+    said = ""
+    for (name, why), holds in RULES[op]:
+        if (answer := holds(x, **options)) is True:
+            return Choice(name, why + said)
+        said += f"; not {name}: {answer}" if answer else ""
+    raise AssertionError(f"no rule holds for {op}")
 
 
 def _not_served(name: str) -> str:

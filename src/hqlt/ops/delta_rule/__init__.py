@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hqlt.ops.backend import empty_read, implementation
 from hqlt.ops.delta_rule import chunked, fla, native, reference
+from hqlt.ops.fla import Kind
 from hqlt.ops.heads import match_scan
 from hqlt.shapes import Keys, Live, Matrix, Queries, Resets, Strengths, Values, at_least_float32
 
@@ -44,7 +45,8 @@ def delta_rule(
     size = match_scan(q, k, v, resets, live, beta=(beta, "b t h"), **held)
     wide = at_least_float32(v.dtype)
     state = q.new_zeros(*(size[x] for x in "bhkv"), dtype=wide) if state is None else state.to(wide)
-    run = implementation("delta_rule", q, backend, size)
+    kind = Kind("delta_rule", size["k"], size["v"], v.dtype, segments=resets is not None)
+    run = implementation("delta_rule", q, backend, size, kind=kind)
     if size["t"] == 0:
         return empty_read(v, size["g·h"], q, k, beta, state), state
     scale = max(size["k"], 1) ** -0.5 if scale is None else scale

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import torch
+
 from hqlt.ops import fla
 from hqlt.ops.backend import register_backend
+from hqlt.ops.fast_weights import fla as family
 from hqlt.ops.segments import written
 from hqlt.shapes import Keys, Live, Matrix, Queries, Resets, Strengths, Values
 
 
-@register_backend("delta_rule", "fla")  # not tried on a GPU here yet: by name only
+@register_backend("delta_rule", "fla")
 def delta_rule(
     q: Queries,
     k: Keys,
@@ -20,6 +23,8 @@ def delta_rule(
     resets: Resets | None,
     live: Live | None,
 ) -> tuple[Values, Matrix]:
+    if torch.compiler.is_compiling():  # where it is one operator
+        return family.fast_weights(q, k, v, beta, None, True, scale=scale, state=state, resets=resets, live=live)
     fla.check_runs(q, v)
     k, v, beta = written(live, k, v, beta)
     module = fla.public("delta_rule")

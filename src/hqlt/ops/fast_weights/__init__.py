@@ -9,6 +9,7 @@ import torch
 from hqlt.ops.backend import empty_read, implementation
 from hqlt.ops.fast_weights import chunked, fla, native, reference
 from hqlt.ops.fast_weights.steps import Decay, Erase
+from hqlt.ops.fla import Kind
 from hqlt.ops.heads import match_heads
 from hqlt.shapes import (
     Keys,
@@ -85,7 +86,11 @@ def fast_weights(
     wide = at_least_float32(v.dtype)
     state = q.new_zeros(*(size[x] for x in "bhkv"), dtype=wide) if state is None else state.to(wide)
     beta = k.new_ones(k.shape[:3], dtype=wide) if beta is None else beta
-    run = implementation("fast_weights", q, backend, size)
+    kind = None  # what flash-linear-attention has nothing for
+    if isinstance(erase, bool) and not errors:
+        writes, axes = size["m·t"] // max(size["t"], 1), 0 if decay is None else decay.dim()
+        kind = Kind("fast_weights", size["k"], size["v"], v.dtype, axes, erase, writes, resets is not None)
+    run = implementation("fast_weights", q, backend, size, kind=kind)
     if size["t"] == 0:
         inputs = [x for x in (q, k, beta, decay, erase, state) if x is not None and not isinstance(x, bool)]
         read = empty_read(v, size["g·h"], *inputs)

@@ -1,10 +1,15 @@
 """The family by flash-linear-attention's public kernels, where it has one. All of them take log α as `g`, decay before
-they write, read after, scale the queries, and normalise nothing unless asked to; only those that erase know β."""
+they write, read after, scale the queries, and normalise nothing unless asked to; only those that erase know β.
+
+They forbid torch's compiler to look into them, and segments of unknown number stop it, too. So in compiled code a call
+is one operator, `hqlt::fla`, whose backward pass runs the kernel once more to have its gradient.
+"""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from hqlt.ops import fla
@@ -34,7 +39,7 @@ _KERNELS = {
 }
 
 
-@register_backend("fast_weights", "fla")  # not tried on a GPU here yet: by name only
+@register_backend("fast_weights", "fla")
 def fast_weights(
     q: Queries,
     k: Keys,
@@ -52,9 +57,26 @@ def fast_weights(
     if errors:
         raise ValueError("backend 'fla': expected errors=False, as its kernels return none, got True; name 'chunked'")
     fla.check_runs(q, v)
+    _kernel(q, v, decay, erase, steps_a_token(q, k))
+    k, v, beta, decay, erase = live_writes(live, k, v, beta, decay, erase)
+    run = operator if torch.compiler.is_compiling() else _run
+    return run(q, k, v, beta, decay, state, resets, bool(erase), scale)
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    decay: Tensor | None,
+    state: Tensor,
+    resets: Tensor | None,
+    erase: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """→ what is read [b, t, g·h, v], the final matrix."""
     m = steps_a_token(q, k)
     kernel = _kernel(q, v, decay, erase, m)
-    k, v, beta, decay, erase = live_writes(live, k, v, beta, decay, erase)
     tensors = {} if decay is None else {"g": decay}
     if erase:
         tensors["beta"] = beta
@@ -65,6 +87,62 @@ def fast_weights(
         options["g"] = None
     rule = getattr(fla.public(kernel.module), kernel.function)
     return fla.by_segments(rule, q, k, v, state=state, resets=resets, tensors=tensors, scale=scale, **options)
+
+
+operator = torch.library.custom_op("hqlt::fla", _run, mutates_args=())
+
+
+@operator.register_fake
+def _(q, k, v, beta, decay, state, resets, erase, scale):  # type: ignore[no-untyped-def]
+    return v.new_empty(*q.shape[:3], v.shape[3]), torch.empty_like(state)
+
+
+def _run_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    decay: Tensor | None,
+    state: Tensor,
+    resets: Tensor | None,
+    d_out: Tensor,
+    d_final: Tensor,
+    erase: bool,
+    scale: float,
+) -> list[Tensor]:
+    """→ the gradients of q, k, v, β, of the initial matrix, and of log α where there is one."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v, beta, state, *([] if decay is None else [decay]))]
+    q, k, v, beta, state, *rest = leaves
+    # Within an operator autograd is off.
+    with torch.enable_grad(), torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
+        outputs = _run(q, k, v, beta, rest[0] if rest else None, state, resets, erase, scale)
+        grads = torch.autograd.grad(outputs, leaves, (d_out, d_final), materialize_grads=True)
+    return [grad.contiguous() for grad in grads]
+
+
+_backward = torch.library.custom_op("hqlt::fla_backward", _run_backward, mutates_args=())
+
+
+@_backward.register_fake
+def _(q, k, v, beta, decay, state, *_):  # type: ignore[no-untyped-def]
+    return [
+        torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x in (q, k, v, beta, state, decay)
+        if x is not None
+    ]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:7])
+    ctx.constants = inputs[7:]
+
+
+def _gradients(ctx: Any, d_out: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, beta, state, *rest = _backward(*ctx.saved_tensors, d_out, d_final, *ctx.constants)
+    return q, k, v, beta, rest[0] if rest else None, state, None, None, None
+
+
+operator.register_autograd(_gradients, setup_context=_setup_context)
 
 
 def _kernel(q: Queries, v: Values, decay: Decay | None, erase: Erase, m: int) -> _Kernel:
