@@ -12,6 +12,7 @@ from tests.laws import close, normal
 B, T, H, V = 2, 3, 2, 4
 HEADS = Heads(H * V, H, H, H, V, V)
 MIXERS = {"vector": VectorMixer(HEADS), "scalar": ScalarMixer(HEADS), "sum": SumMixer(HEADS), "add": AddMixer(HEADS)}
+MIXERS["add, kv_gate"] = AddMixer(HEADS, kv_gate=True)
 for mixer in MIXERS.values():
     for weight in mixer.double().parameters():
         weight.data = normal(*weight.shape)
@@ -40,21 +41,28 @@ def test_scalar_gates_are_independent_and_one_for_each_head():
     assert ((fw + kv - 1).abs() > 1e-6).all()
 
 
+@pytest.mark.parametrize("kv_gate", [False, True])
 @pytest.mark.parametrize("bias", [None, 0.0])
-def test_add_begins_as_its_attention(bias):
+def test_add_begins_as_its_attention(bias, kv_gate):
     """To the bit, and the gate's gradient is not zero."""
     options = {"hidden_size": 8, "num_heads": 2, "window": 3, "num_kv_heads": 1}
-    layer = HybridMemory(**options, mixer="add", gate_bias=bias).double()
+    layer = HybridMemory(**options, mixer="add", gate_bias=bias, kv_gate=kv_gate).double()
     attention = HybridMemory(**options, blend="kv-only").double()
     attention.load_state_dict(layer.state_dict(), strict=False)
     x = normal(2, 9, 8)
     y, _ = layer(x)
     assert torch.equal(y, attention(x)[0])
     y.square().sum().backward()
-    assert layer.mixer.gate_proj.weight.grad.any()
+    assert layer.mixer.gate_proj.weight.grad.any(dim=1).all()
 
 
 @pytest.mark.parametrize("mixer", ["vector", "scalar", "add"])
 def test_a_gate_begins_where_its_bias_says(mixer):
     layer = HybridMemory(8, 2, 3, mixer=mixer, gate_bias=-4.0, beta_bias=1.0)
     assert (layer.mixer.gate_proj.bias == -4).all() and (layer.fw.beta_proj.bias == 1).all()
+
+
+def test_add_begins_its_kv_gate_at_1_whatever_the_bias():
+    mixer = AddMixer(HEADS, gate_bias=2.0, kv_gate=True)
+    fw, kv = mixer.gates(mixer.logits(normal(B, T, H * V).float()))
+    assert (fw == 2).all() and (kv == 1).all() and kv.shape == (B, T, H, 1)

@@ -14,8 +14,8 @@ def retrofit(model: Path, folder: Path, device: str | None = None, **settings: A
     Stage 0 measures what the window costs each layer, and keeps those where it costs most as they are. Stage 1 fits
     each FW-memory to what its layer's attention said, stage 2 the whole model to the original's predictions, stage 3
     (by --tune.tokens) to the next token; each has a budget of its own. The result, FOLDER/model, is a model as any
-    other. The same command resumes where an earlier one was stopped, exactly. Controls: --rule=none, --full-choice
-    =random, --lora-rank=0.
+    other. The same command resumes where an earlier one was stopped, exactly. Controls: --rule=none, --lora-rank=0,
+    --full-choice=random.
 
     Args:
         model: a model's folder, as `hqlt convert` wrote it.

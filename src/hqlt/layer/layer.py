@@ -43,12 +43,12 @@ class HybridMemory(nn.Module):
     What is chosen by name (`hqlt.register` adds to each), and what each takes as `options`:
     blend: when a token reaches each memory: "synchronous", "delayed-streaming" (write_gates="current" or "own"),
     "delayed-chunk"; "kv-only" and "fw-only" are the baselines from the same parts ("kv-only" as in Transformer++: v
-    without SiLU, no norm). mixer: "vector" (where None), "scalar", "sum", "add" (gate_bias). fast_weights: how a pair
-    is written: "delta" (where None; beta_max, beta_bias), "gated-delta", "delta-product", "gated-delta-product", "kda",
-    "comba", "rwkv7", "linear", "retnet", "lightning", "gla", "mamba2", "hgrn2" or "mlstm" (`docs/rules.md`). retention:
-    which entries stay visible beyond the window: none with "recent" (where None), `kept` a KV head with "surprise"
-    (score="error" or "beta-error"), "value-norm" and "random". The KV-memory takes sinks (first entries of a segment
-    that stay, too), kept_alike, kept_positions, kept_norm and kept_gate (`hqlt.memory.KVMemory`), rope_theta
+    without SiLU, no norm). mixer: "vector" (where None), "scalar", "sum", "add" (gate_bias, kv_gate). fast_weights: how
+    a pair is written: "delta" (where None; beta_max, beta_bias), "gated-delta", "delta-product", "gated-delta-product",
+    "kda", "comba", "rwkv7", "linear", "retnet", "lightning", "gla", "mamba2", "hgrn2" or "mlstm" (`docs/rules.md`).
+    retention: which entries stay visible beyond the window: none with "recent" (where None), `kept` a KV head with
+    "surprise" (score="error" or "beta-error"), "value-norm" and "random". The KV-memory takes sinks (first entries of a
+    segment that stay, too), kept_alike, kept_positions, kept_norm and kept_gate (`hqlt.memory.KVMemory`), rope_theta
     (base of its rotary positions, 10000 unless given, None for none), partial_rotary_factor and rope_scaling
     (`hqlt.memory.rotary`).
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from hqlt.model.pretrained.retrofit import NO_RULE
 from hqlt.ranges import COUNT, INDEX, NOT_NEGATIVE, POSITIVE, SEED, all_in_range
+from hqlt.registry import find, options_of
 from hqlt.train.schedule import warmup_then_cosine
 
 
@@ -21,7 +22,8 @@ class Stage:
     batch_size: int = 4
     """Sequences in an update."""
     learning_rate: float = 1e-3
-    """Peak of the schedule: linear warm-up over a tenth of the updates, 60 at most, then a cosine to a tenth."""
+    """Of new parameters (of feature maps, five times as much), at its peak: linear warm-up over a tenth of the updates,
+    60 at most, then a cosine to a tenth."""
 
     @property
     def steps(self) -> int:
@@ -33,6 +35,9 @@ class Stage:
         return warmup_then_cosine(step, warmup=min(60, self.steps // 10), steps=self.steps, final=0.1)
 
 
+BEGIN = {"feature_map": "learned", "beta_bias": -2.0, "kv_gate": True}
+"""Options, of rules and the mixer that have them, with which a retrofit does better: queries and keys of a softmax are
+not made for φ; a small β leaves room in the matrix for a long text; the window's read gives weight back."""
 STAGES = ("fit", "distill", "tune")
 
 
@@ -54,7 +59,8 @@ class RetrofitSettings:
     kept: int = 0
     """Entries that a KV head keeps so."""
     options: dict[str, Any] = field(default_factory=dict)
-    """What else the layers are built with: --options.feature_map=learned."""
+    """What else the layers are built with: --options.NAME. Unless given, kv_gate is true, and rules that have such
+    options begin with feature_map "learned" and beta_bias -2."""
 
     full: int | list[int] | None = None
     """Layers that stay full attention: how many, or a list of indices; null: a fifth of them."""
@@ -62,9 +68,9 @@ class RetrofitSettings:
     """Which, where a number is given: those whose output the window changes most, or any, the control."""
     measure_tokens: int = 8192
     """Stage 0: tokens on which it is measured what the window changes."""
-    fit: Stage = Stage(tokens=1_000_000, learning_rate=1e-2)
+    fit: Stage = Stage(tokens=1_000_000, learning_rate=2e-3)
     """Stage 1: each layer's new parameters to the output of its attention."""
-    distill: Stage = Stage(tokens=2_000_000, learning_rate=2e-3)
+    distill: Stage = Stage(tokens=2_000_000, learning_rate=1e-3)
     """Stage 2: the whole model to the original's predictions, where the window has an end."""
     tune: Stage = Stage()
     """Stage 3: the whole model to the next token."""
@@ -136,4 +142,7 @@ class RetrofitSettings:
         own = {name: getattr(self, name) for name in ("window", "sinks", "rule", "retention", "kept")}
         if both := sorted(own.keys() & self.options):
             raise ValueError(f"options: expected {both[0]} as --{both[0]}, got it as an option")
-        return own | self.options
+        known: dict[str, Any] = {}
+        if self.rule != NO_RULE:
+            known = options_of(find("rule", self.rule, "fast_weights")) | options_of(find("mixer", "add"))
+        return own | {name: value for name, value in BEGIN.items() if name in known} | self.options

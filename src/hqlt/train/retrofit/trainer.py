@@ -31,6 +31,9 @@ FREE = ("data", "keep", "save_every", "micro_batch_size", "activation_checkpoint
 """Settings that may change when a run is resumed: the data and the layers are in the identity themselves."""
 LEAST = 2 * (KEY + VALUE) * len(DEPTHS)
 """Tokens of a text that has room for the probes' facts."""
+IN_MAP, MAPS = ".feature_map.", 5.0
+"""Stands in the names of feature maps, and how much greater their learning rate is: they begin as the identity, and
+have far to go."""
 BETAS = 0.9, 0.95
 """AdamW's."""
 
@@ -157,12 +160,11 @@ class RetrofitTrainer(Trainer[Update]):
         torch.manual_seed(settings.seed + 1)
         if name != "fit" and settings.lora_rank and self.lora is None:
             self.lora = Lora(self.student, settings.lora_rank)
-        trained = self.trained()
-        peaks = {False: getattr(settings, name).learning_rate, True: settings.lora_learning_rate}
-        groups = [
-            {"params": [p for n, p in trained.items() if (IN_LORA in n) is lora], "peak": peak}
-            for lora, peak in peaks.items()
-        ]
+        by_peak: dict[float, list[Tensor]] = {}
+        for part, parameter in self.trained().items():
+            own = getattr(settings, name).learning_rate * (MAPS if IN_MAP in part else 1)
+            by_peak.setdefault(settings.lora_learning_rate if IN_LORA in part else own, []).append(parameter)
+        groups = [{"params": parameters, "peak": peak} for peak, parameters in by_peak.items()]
         self.optimiser = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, weight_decay=0.0)
 
     def trained(self) -> dict[str, Tensor]:
