@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo quick test test-latest test-oldest test-sanitizers test-triton test-onnx test-gpu bench-gpu lint docs clean
+.PHONY: demo quick test test-latest test-oldest test-sanitizers test-triton test-onnx test-gpu bench-gpu lint docs docs-serve clean
 
 demo: $(VENV)/ready          ## train six models on three tasks, six minutes on two cores; a page in runs/
 	$(BIN)/hqlt demo
@@ -53,8 +53,13 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(VENV)/ready          ## the API's pages from its docstrings, in build/api
-	$(BIN)/python docs/api.py build/api
+docs: $(VENV)/ready          ## the documentation as a site, in build/site
+	$(BIN)/python docs/pages.py build/pages
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -c docs build/pages build/site
+
+docs-serve: $(VENV)/ready    ## the same at http://127.0.0.1:8000, built again whenever a page changes
+	$(BIN)/sphinx-autobuild --pre-build "$(BIN)/python docs/pages.py build/pages" --watch docs --watch README.md \
+		-c docs build/pages build/site
 
 $(VENV)/ready: pyproject.toml constraints.txt $(wildcard setup.py)
 	$(PYTHON) -m venv $(VENV)

@@ -11,8 +11,11 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
-TOOLS = {"pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "pdoc"}
-"""What tests are run with, in whichever version `make test` has."""
+TOOLS = {
+    "pytest", "pytest-xdist", "hypothesis", "ruff", "mypy",
+    "sphinx", "myst-parser", "furo", "sphinx-copybutton", "sphinx-autobuild", "latex2mathml",
+}  # fmt: skip
+"""What tests are run and pages are built with, in whichever version `make test` has."""
 
 
 def ranges() -> dict[str, Requirement]:
