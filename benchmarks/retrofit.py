@@ -34,16 +34,15 @@ from hqlt.model import HQLTForCausalLM
 from hqlt.model.pretrained.retrofit import config_for, retrofitted
 from hqlt.report.retrofit import ORIGINAL, WINDOW, leave_retrofit_report
 
-LEARNED = {"options.feature_map": "learned"}
 RUNS: dict[str, dict[str, Any]] = {
-    "delta": {"rule": "delta", **LEARNED},
+    "delta": {"rule": "delta"},
     "LoRA alone": {"rule": "none"},
-    "gated-delta": {"rule": "gated-delta", **LEARNED},
-    "linear": {"rule": "linear", **LEARNED},
-    "delta, random full layers": {"rule": "delta", **LEARNED, "full_choice": "random"},
-    "delta, none full": {"rule": "delta", **LEARNED, "full": 0},
+    "gated-delta": {"rule": "gated-delta"},
+    "linear": {"rule": "linear"},
+    "delta, random full layers": {"rule": "delta", "full_choice": "random"},
+    "delta, none full": {"rule": "delta", "full": 0},
     "LoRA alone, none full": {"rule": "none", "full": 0},
-    "delta, none full, kept by surprise": {"rule": "delta", **LEARNED, "full": 0, "retention": "surprise"},
+    "delta, none full, kept by surprise": {"rule": "delta", "full": 0, "retention": "surprise"},
     "LoRA alone, none full, kept by value-norm": {"rule": "none", "full": 0, "retention": "value-norm"},
     "LoRA alone, none full, kept at random": {"rule": "none", "full": 0, "retention": "random"},
 }

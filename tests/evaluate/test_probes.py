@@ -168,6 +168,24 @@ class TestBypassed:
             nn.init.zeros_(layer.memory.mixer.gate_proj.weight)
         torch.testing.assert_close(bypassed, self.logits(model), atol=1e-10, rtol=0)
 
+    @pytest.mark.parametrize("kv_whole", [False, True])
+    def test_add_with_a_gate_of_the_kv_read(self, kv_whole):
+        model = small(mixer="add", options={"kv_gate": True})
+        with fw_bypassed(model, kv_whole=kv_whole):
+            bypassed = self.logits(model)
+        for layer in model.model.layers:
+            mixer = layer.memory.mixer
+            nn.init.zeros_(mixer.gate_proj.weight if kv_whole else mixer.gate_proj.weight[: mixer.sizes[0]])
+        torch.testing.assert_close(bypassed, self.logits(model), atol=1e-10, rtol=0)
+
+    def test_vector_with_the_kv_read_whole(self):
+        torch.manual_seed(0)
+        layer, x = HybridMemory(16, 2, 4).double(), torch.randn(2, 11, 16, dtype=torch.float64)
+        projected, _ = layer.project(x, None, None)
+        reads, _ = layer.parts().read(projected, None, None)
+        with fw_bypassed(layer, kv_whole=True):
+            torch.testing.assert_close(layer(x)[0], layer.o_proj(layer.o_norm(reads.kv).flatten(2)), atol=1e-10, rtol=0)
+
     @pytest.mark.parametrize("blend", ["synchronous", "delayed-streaming", "delayed-chunk"])
     def test_vector_keeps_the_gate_of_the_kv_read(self, blend):
         torch.manual_seed(0)
@@ -268,3 +286,14 @@ def test_rows_of_a_report():
     assert own["probe"] == probe(small(mixer="add"), tokens, beyond=30)
     assert (bypassed["name"], bypassed["bypassed"]) == ("ours", True)
     assert bypassed["probe"]["perplexity"] != own["probe"]["perplexity"]
+
+
+def test_a_row_is_bypassed_in_the_better_way():
+    for seed in range(4):
+        model = small(mixer="add", options={"kv_gate": True})
+        nn.init.normal_(model.lm_head.weight, generator=torch.Generator().manual_seed(seed))
+        _, bypassed = probes.probed("ours", model, text(2))
+        losses = {whole: probes.loss_bypassed(model, text(2), whole) for whole in (False, True)}
+        assert losses[bypassed["kv_whole"]] == min(losses.values()) != max(losses.values())
+        with fw_bypassed(model, kv_whole=bypassed["kv_whole"]):
+            assert bypassed["probe"] == probe(model, text(2))

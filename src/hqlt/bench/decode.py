@@ -75,11 +75,12 @@ def models_of(size: dict[str, Any]) -> dict[str, Any]:
     """By name. All have the same weights, as far as they have them."""
     layers = int(size["num_hidden_layers"])
     original = HQLTForCausalLM(HQLTConfig(**size, layer_kinds=["kv"] * layers)).eval()
+    learned = {"feature_map": "learned", "kv_gate": True}
     choices: dict[str, dict[str, Any]] = {
         "window 64 + 4 sinks": {"rule": NO_RULE},
         "delta beside the window": {},
-        "the same, learned maps": {"feature_map": "learned"},
-        "the same, every fifth layer full": {"feature_map": "learned", "full": range(0, layers, 5)},
+        "the same, learned maps, kv_gate": learned,
+        "the same, every fifth layer full": {**learned, "full": range(0, layers, 5)},
     }
     models: dict[str, Any] = {
         "original": original,
