@@ -181,6 +181,11 @@ def test_other_layers_and_other_settings(teacher, text, whole, tmp_path):
     assert len(chance["run"]["layers"]["full"]) == 1
     window, result, bypassed = (row["probe"]["nll"] for row in chance["rows"][1:])
     assert result == bypassed != window, "untrained FW-memories add nothing; all layers have the window in its row"
+    again = f"--config={tmp_path / 'run' / 'config.json'}"
+    main(["retrofit", str(teacher), str(tmp_path / "again"), again, "--validation-rows=0"])
+    ours, theirs = (load_file(tmp_path / run / "model" / "model.safetensors") for run in ("again", "run"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert json.loads((tmp_path / "again" / "results.json").read_text())["rows"] == []
     with pytest.raises(SystemExit, match=r"is of a run with another distill.learning_rate"):
         retrofit(teacher, text, whole, "--tune.tokens=480", "--tune.length=20", "--distill.learning_rate=0.1")
 

@@ -35,7 +35,7 @@ class Stage:
         return warmup_then_cosine(step, warmup=min(60, self.steps // 10), steps=self.steps, final=0.1)
 
 
-BEGIN = {"feature_map": "learned", "beta_bias": -2.0, "kv_gate": True}
+BEGIN = {"feature_map": "learned", "beta_bias": -6.0, "kv_gate": True}
 """Options, of rules and the mixer that have them, with which a retrofit does better: queries and keys of a softmax are
 not made for φ; a small β leaves room in the matrix for a long text; the window's read gives weight back."""
 STAGES = ("fit", "distill", "tune")
@@ -60,7 +60,7 @@ class RetrofitSettings:
     """Entries that a KV head keeps so."""
     options: dict[str, Any] = field(default_factory=dict)
     """What else the layers are built with: --options.NAME. Unless given, kv_gate is true, and rules that have such
-    options begin with feature_map "learned" and beta_bias -2."""
+    options begin with feature_map "learned" and beta_bias -6."""
 
     full: int | list[int] | None = None
     """Layers that stay full attention: how many, or a list of indices; null: a fifth of them."""
