@@ -77,6 +77,14 @@ def test_one_graph(choice, mode):
 
 
 @needs_fake_cuda
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_what_is_traced_for_a_gpu_tries_no_kernel_without_one(mode):
+    q = torch.zeros(1, 70, 1, 8, device="cuda")
+    read, _ = torch.compile(ops.delta_rule, fullgraph=True, backend="eager")(q, q, q, q[..., 0])
+    assert (read.shape, read.device.type) == (q.shape, "cuda")
+
+
+@needs_fake_cuda
 def test_one_graph_with_a_loss_in_chunks(mode, monkeypatch):
     monkeypatch.setattr(summed_cross_entropy, "__defaults__", (7 * SMALL["vocab_size"],))
     train(fake("kv-only"), mode, skip_logits=True)

@@ -11,6 +11,7 @@ same run.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext, suppress
@@ -212,26 +213,36 @@ def training_race(b: int, t: int, quick: bool, rounds: int, ceiling: float, plac
     with torch.device(place.device):
         model = HQLTForCausalLM(config)
         torch.nn.Module.to(model, place.dtype)
+    compiled = copy.deepcopy(model)
+    for block in compiled.model.layers:
+        block.compile(backend="aot_eager" if quick else "inductor")
     tokens = torch.randint(0, config.vocab_size, (b, t), device=place.device)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    optimisers = {one: torch.optim.AdamW(one.parameters(), lr=1e-4, fused=True) for one in (model, compiled)}
+    contestants = {
+        "chunked, blocked": (model, "chunked"),
+        "fla, blocked": (model, "fla"),
+        "triton": (model, "triton"),
+        "triton, compiled blocks": (compiled, "triton"),  # of the others each chunk would be compiled, for minutes
+    }
 
-    def loss(backend: str | None = None) -> Tensor:
+    def loss(one: HQLTForCausalLM, backend: str | None = None) -> Tensor:
         with ops.use_backend(backend) if backend else nullcontext():
-            return model(tokens, labels=tokens).loss
+            value: Tensor = one(tokens, labels=tokens, skip_logits=True, use_cache=False).loss  # as in training
+            return value
 
-    def step(backend: str) -> list[Tensor]:
+    def step(one: HQLTForCausalLM, backend: str) -> list[Tensor]:
         with ops.use_backend(backend):
-            optimiser.zero_grad()
-            loss().backward()
-            optimiser.step()
+            optimisers[one].zero_grad()
+            loss(one).backward()
+            optimisers[one].step()
         return []
 
-    backends = {"chunked, blocked": "chunked", "fla, blocked": "fla", "triton": "triton"}
     with torch.no_grad():
-        expected = [loss("chunked")]
-        names = {name: backend for name, backend in backends.items() if takes_part(backend, loss)}
-        names = taking_part(names, lambda backend: [loss(backend)], expected)
-    works: dict[str, Work] = {name: partial(step, backend) for name, backend in taking_part(names, step).items()}
+        expected = [loss(model, "chunked")]
+        able = {name: chosen for name, chosen in contestants.items() if takes_part(chosen[1], partial(loss, model))}
+        able = taking_part(able, lambda chosen: [loss(*chosen)], expected)
+    able = taking_part(able, lambda chosen: step(*chosen))
+    works: dict[str, Work] = {name: partial(step, *chosen) for name, chosen in able.items()}
     multiplied = sum(p.numel() for p in model.parameters()) - config.vocab_size * config.hidden_size
     window, d = config.window or t, config.hidden_size // config.num_heads
     own = config.num_hidden_layers * config.hidden_size * (20 * d + 14 * window)

@@ -46,7 +46,7 @@ def _is_a_matrix(head: nn.Module) -> bool:
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    """With P = softmax(x Wᵀ) − onehot(target), zeros where nothing is scored: dx = P W, dW = Pᵀ x."""
+    """With P = softmax(x Wᵀ) − onehot(target) of the scored positions: dx = P W, dW = Pᵀ x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
@@ -62,17 +62,17 @@ class _SummedCrossEntropy(torch.autograd.Function):
             part = slice(begin, begin + rows)
             scored = (targets[part] != IGNORE)[:, None]
             target = targets[part, None].clamp(min=0)
-            logits = (x[part] @ weight.mT).to(wide)
-            log_total = logits.logsumexp(dim=-1, keepdim=True)
-            loss = loss + (log_total - logits.gather(1, target)).masked_fill(~scored, 0).sum()
+            log_p = torch.log_softmax(x[part] @ weight.mT, dim=-1, dtype=wide)
+            at_target = log_p.gather(1, target)
+            loss = loss - at_target.masked_fill(~scored, 0).sum()
             if not (wants_x or wants_weight):
                 continue
-            P = logits.sub_(log_total).exp_()
-            P = P.scatter_add_(1, target, P.new_full((), -1).expand_as(target)).masked_fill_(~scored, 0).to(x.dtype)
+            P = torch.exp(log_p, out=torch.empty_like(log_p, dtype=x.dtype))
+            P.scatter_(1, target, at_target.expm1().to(x.dtype))
             if dx is not None:
-                dx[part] = P @ weight
+                dx[part] = (P @ weight).masked_fill(~scored, 0)
             if d_weight is not None:
-                d_weight += P.mT @ x[part]
+                d_weight += P.mT @ x[part].masked_fill(~scored, 0)
         ctx.save_for_backward(dx, d_weight)
         return loss
 

@@ -55,8 +55,8 @@ def why_wrong(kind: Kind, run: Callable[..., Any], reference: Callable[..., Any]
     """
     place = torch.device("cpu" if device is None else f"cuda:{device}")
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(place.type, enabled=False):
-        inputs = _inputs(kind, place)
         try:
+            inputs = _inputs(kind, place)
             got = _answers(kind, run, inputs)
         except Exception as refusal:  # whatever a kernel, a compiler or a driver raises
             return first_line(refusal)

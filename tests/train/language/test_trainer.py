@@ -18,7 +18,7 @@ from hqlt.disk import alone_in
 from hqlt.model import HQLTConfig
 from hqlt.run_folder import run_folder
 from hqlt.train.language import Trainer, TrainSettings
-from hqlt.train.language.cost import flops_per_token, peak_flops
+from hqlt.train.language.cost import Part, flops_per_token, parts_of_update, peak_flops, share_of_dense
 from hqlt.train.language.ranks import Ranks, join
 from hqlt.train.language.run import run as language_run
 from hqlt.train.metrics import Metrics
@@ -333,3 +333,26 @@ def test_cost_of_a_token_by_hand():
     linear = 5 * 16 * 16 + 2 * 16 + 3 * 16 * 32 + 16 * 256
     pairs = (1 + 2 + 2) / 3
     assert flops_per_token(config, length=3) == pytest.approx(6 * linear + 12 * 16 * pairs + 18 * 16 * 8)
+
+
+def test_cost_of_an_update_by_hand():
+    """Two rows of three tokens; numbers of two bytes, but for logits, head gradients and weights."""
+    config = HQLTConfig(vocab_size=256, **CONFIG | {"num_hidden_layers": 1, "window": 2})
+    linear = 5 * 16 * 16 + 2 * 16 + 3 * 16 * 32 + 16 * 256
+    weights = linear + 16 * 256 + 3 * 16 + 8  # embeddings, three norms and that of heads
+    parts = {part.name: part for part in parts_of_update(config, 2, 3, compiled=True, in_chunks=True, memory_units=57)}
+    assert parts["matrix products"].operations == 6 * 6 * linear
+    assert parts["memories"].bytes == 2 * 6 * 57 * 16
+    assert parts["elementwise"].bytes == 2 * 6 * (27 * 16 + 9 * 32)
+    assert parts["loss"].bytes == 6 * 256 * 18 + 12 * 256 * 16
+    assert (parts["AdamW"].bytes, parts["clipping, casts"].bytes) == (28 * weights, 24 * weights)
+    eager = parts_of_update(config, 2, 3, compiled=False, in_chunks=False, memory_units=57)
+    assert sum(part.bytes for part in eager) - sum(part.bytes for part in parts.values()) == (
+        2 * 6 * (15 * 16 + 5 * 32) + 6 * 256 * 16 - 12 * 256 * 16
+    )
+
+
+def test_the_share_of_the_dense_rate_is_what_is_bound_by_nothing_else():
+    bound_by_operations, bound_by_bytes = Part("a", 600, 0, slower=2), Part("b", 0, 40)
+    assert bound_by_operations.seconds(dense=100, bandwidth=10) == 12
+    assert share_of_dense([bound_by_operations, bound_by_bytes], flops=800, dense=100, bandwidth=10) == 0.5
