@@ -28,7 +28,7 @@ test-oldest: $(OLDEST)/ready ## with the oldest ones
 # The GPU kernels have an environment of their own, because triton and its peer are large.
 TRITON       := .venv-triton
 TRITON_TESTS := tests/ops/test_synchronous.py tests/ops/test_synchronous_step.py tests/ops/test_fla.py \
-                tests/ops/test_kernels_compile.py tests/model/test_compile.py
+                tests/ops/test_synchronous_traffic.py tests/ops/test_kernels_compile.py tests/model/test_compile.py
 
 test-triton: $(TRITON)/ready ## the GPU kernels' code, interpreted on a CPU and compiled for a GPU that is not there
 	TRITON_INTERPRET=1 $(TRITON)/bin/pytest -n 2 $(TRITON_TESTS)

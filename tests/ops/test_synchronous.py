@@ -50,15 +50,15 @@ def skip_without_dot(backend, dtype):
         pytest.skip("the interpreter's products of bfloat16 are wrong")
 
 
-def inputs_of(b, t, held=0, key=KEY, value=VALUE, dtype=torch.float64, heads=HEADS):
+def inputs_of(b, t, held=0, key=KEY, value=VALUE, dtype=torch.float64, heads=HEADS, group=1):
     """q, k, v, β, gate, norm weight, W_0. The last two that accumulate are wide in every dtype."""
     l, wide = held + t, torch.promote_types(dtype, torch.float32)
     return [
-        normal(b, t, heads, key).to(dtype),
+        normal(b, t, heads * group, key).to(dtype),
         normal(b, l, heads, key, seed=1).to(dtype),
         normal(b, l, heads, value, seed=2).to(dtype),
         2 * normal(b, t, heads, seed=3).sigmoid().to(wide),
-        normal(b, t, heads, value, seed=4).to(dtype),
+        normal(b, t, heads * group, value, seed=4).to(dtype),
         1 + 0.3 * normal(value, seed=5).to(dtype),
         normal(b, heads, key, value, seed=6).to(wide),
     ]
@@ -175,6 +175,21 @@ def test_sizes(backend, b, t, held, key, value, window):
 
 
 @every_backend
+@pytest.mark.parametrize("width", [32, 64, 128, 256])
+def test_head_widths(backend, width):
+    """Two chunks, the second of one token."""
+    inputs = inputs_of(1, 33, held=2, key=width, value=width, heads=1)
+    assert_as_reference(inputs, 4, None, backend)
+
+
+@every_backend
+@pytest.mark.parametrize("group", [2, 3])
+def test_query_heads_share_pairs_and_matrix(backend, group):
+    inputs = inputs_of(2, 35, held=5, group=group)
+    assert_as_reference(inputs, 9, resets_of(2, 40), backend)
+
+
+@every_backend
 @given(data=st.data())
 def test_any_shape_window_and_resets(backend, data):
     b, t, held, window = (data.draw(st.integers(*ends)) for ends in [(1, 3), (1, 70), (0, 40), (1, 80)])
@@ -275,7 +290,8 @@ def test_both_directions_are_operators_of_torch():
     given = operator_inputs(device_of("triton"))
     torch.library.opcheck(forward, given)
     with torch.no_grad():
-        torch.library.opcheck(backward, (*given[:10], *forward(*given), *given[10:]))
+        y, W, *kept = forward(*given)
+        torch.library.opcheck(backward, (*given[:6], *given[7:10], *kept, y, W, *given[10:]))
 
 
 @needs_triton
@@ -309,7 +325,7 @@ def test_torch_compile_needs_no_gpu_to_trace_for_one():
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["carry", "key_backward", "carry_backward", "chunk"])
+@pytest.mark.parametrize("name", ["carry", "pairs_backward", "carry_backward", "chunk"])
 def test_how_a_kernel_is_launched_does_not_matter(name):
     from hqlt.ops.synchronous.kernels import launch
 
@@ -364,7 +380,8 @@ def test_a_matrix_s_gradient_is_summed_wide():
     ("change", "message"),
     [
         ({"k": torch.zeros(2, 4, HEADS, KEY), "v": torch.zeros(2, 4, HEADS, VALUE)}, "as many pairs as the 5 queries"),
-        ({"gate": torch.zeros(2, 5, HEADS, KEY)}, r"gate: expected \[b, t, h, v\] with v = 3"),
+        ({"gate": torch.zeros(2, 5, HEADS, KEY)}, r"gate: expected \[b, t, g·h, v\] with v = 3"),
+        ({"q": torch.zeros(2, 5, 3, KEY), "gate": torch.zeros(2, 5, 3, VALUE)}, "a multiple of the 2 heads of k"),
         ({"norm_weight": torch.zeros(KEY)}, r"norm_weight: expected \[v\] with v = 3"),
         ({"window": 0}, "window: expected at least 1"),
         ({"resets": torch.zeros(2, 4, dtype=torch.bool)}, r"resets: .* \[2, 5\]"),
@@ -379,13 +396,19 @@ def test_wrong_arguments_are_named(change, message):
         synchronous(**{**right, **change})
 
 
-@pytest.mark.parametrize(("key", "dtype"), [(130, torch.float32), (66, torch.float64)])
-def test_triton_says_what_it_needs(key, dtype):
-    *inputs, state = inputs_of(1, 2, key=key, dtype=dtype)
-    needs = (
-        pytest.raises(ValueError, match=rf"heads of at most \d+ numbers in {dtype}, got k = {key} and v = 3")
-        if INTERPRETED
-        else pytest.raises(RuntimeError, match=r"'triton': expected (the package triton, found none|tensors on a GPU)")
-    )
-    with needs:
-        synchronous(*inputs, state=state, window=2, backend="triton")
+def test_triton_says_what_it_needs():
+    *inputs, state = inputs_of(1, 2)
+    if NO_TRITON:
+        with pytest.raises(RuntimeError, match=r"'triton': expected (the package triton, found none|tensors on a GPU)"):
+            synchronous(*inputs, state=state, window=2, backend="triton")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize(("key", "dtype"), [(258, torch.bfloat16), (130, torch.float32), (66, torch.float64)])
+def test_what_does_not_fit_into_a_multiprocessor_is_refused(key, dtype):
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        *inputs, state = (torch.empty_like(x, device="cuda") for x in inputs_of(1, 2, key=key, dtype=dtype))
+        with pytest.raises(ValueError, match=rf"heads of at most \d+ numbers in {dtype}, got k = {key} and v = 3"):
+            synchronous(*inputs, state=state, window=2, backend="triton")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from hqlt.ops.backend import empty_read, implementation
+from hqlt.ops.heads import match_heads
 from hqlt.ops.synchronous import composed, reference, triton
 from hqlt.ops.synchronous.inputs import Inputs
 from hqlt.shapes import Keys, Matrix, Queries, Resets, Strengths, Values, at_least_float32, check_resets, match_floats
@@ -34,23 +35,25 @@ def synchronous(
         kv_t = Σ_j softmax_j(scale · R_t q_t · R_j k_j) v_j         over the `window` latest tokens j
         mix  = σ(gate) ⊙ fw + (1 − σ(gate)) ⊙ kv         y = mix / √(mean(mix²) + norm_eps) ⊙ norm_weight
 
-    q: [b, t, h, k]. k: [b, l, h, k], v: [b, l, h, v] with l ≥ t: the last t pairs are the queries' own, those before
-    were held from earlier and are read by attention alone. q and k are raw: φ is `hqlt.ops.features.unit_silu`, R_j
-    the rotation by row j of rotary = (cos, sin), [≥ l, 1, k/2] each (None: none). beta: [b, t, h]. gate: [b, t, h, v],
-    logits. norm_weight: [v]. window: None for all. scale: k^-0.5 where None. state: W_0 [b, h, k, v], zeros where None.
-    resets: Bool[b, l], True at a token that begins a segment. backend: the name of one implementation, None picks.
+    q: [b, t, g·h, k]. k: [b, l, h, k], v: [b, l, h, v] with l ≥ t: the last t pairs are the queries' own, those before
+    were held from earlier and are read by attention alone; query head i reads pairs and matrix of head i // g. q and k
+    are raw: φ is `hqlt.ops.features.unit_silu`, R_j the rotation by row j of rotary = (cos, sin), [≥ l, 1, k/2] each
+    (None: none). beta: [b, t, h]. gate: [b, t, g·h, v], logits. norm_weight: [v]. window: None for all. scale: k^-0.5
+    where None. state: W_0 [b, h, k, v], zeros where None. resets: Bool[b, l], True at a token that begins a segment.
+    backend: the name of one implementation, None picks.
 
-    → y [b, t, h, v] in v's dtype, W_t [b, h, k, v] in at least float32. Sizes of 0 as in the operations it is made of.
+    → y [b, t, g·h, v] in v's dtype, W_t [b, h, k, v] in at least float32. Sizes of 0 as in the operations it is made
+    of.
 
     Raises ValueError for shapes, dtypes and devices that do not fit, a window below 1, an unknown backend, and what a
     backend refuses.
 
     Source: the paper, sections 2 and 3, "Synchronous blending".
     """
-    size = match_floats(
-        q=(q, "b t h k"), k=(k, "b l h k"), v=(v, "b l h v"), beta=(beta, "b t h"), gate=(gate, "b t h v"),
+    size = match_heads(match_floats(
+        q=(q, "b t g·h k"), k=(k, "b l h k"), v=(v, "b l h v"), beta=(beta, "b t h"), gate=(gate, "b t g·h v"),
         norm_weight=(norm_weight, "v"), **({} if state is None else {"state": (state, "b h k v")}),
-    )  # fmt: skip
+    ))  # fmt: skip
     b, t, l = size["b"], size["t"], size["l"]
     check_resets(resets, b, l, q.device)
     if l < t:
@@ -63,7 +66,7 @@ def synchronous(
     state = q.new_zeros(b, *(size[x] for x in "hkv"), dtype=wide) if state is None else state.to(wide)
     run = implementation("synchronous", q, backend, size)
     if t == 0:
-        return empty_read(v, size["h"], q, k, beta, gate, norm_weight, state), state
+        return empty_read(v, size["g·h"], q, k, beta, gate, norm_weight, state), state
     scale = max(size["k"], 1) ** -0.5 if scale is None else scale
     y, state = run(Inputs(q, k, v, beta, gate, norm_weight, window, rotary, norm_eps, scale, state, resets))
     return y.to(v.dtype), state

@@ -15,8 +15,8 @@ from hqlt.ops.backend import register_backend
 from hqlt.ops.synchronous.inputs import Inputs
 from hqlt.shapes import Matrix, Queries, Values
 
-WIDEST = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 128, torch.float64: 64}
-"""A head's largest width: a chunk's tiles and the matrix have to fit into one multiprocessor."""
+WIDEST = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 128, torch.float64: 64}
+"""A head's largest width on a GPU: a chunk's tiles and the matrix have to fit into one multiprocessor."""
 
 
 @register_backend("synchronous", "triton")
@@ -27,9 +27,10 @@ def synchronous(x: Inputs) -> tuple[Values, Matrix]:
     q, k, gate = (tensor.to(x.v.dtype) for tensor in (x.q, x.k, x.gate))
     cos, sin = rotary_in(x.v.dtype, x.rotary)
     window = min(x.window, k.shape[1])
-    return forward(
+    y, matrix, *_ = forward(
         q, k, x.v, x.beta, gate, x.norm_weight, x.state, cos, sin, x.resets, window, x.scale, x.norm_eps
     )  # fmt: skip
+    return y, matrix
 
 
 def rotary_in(dtype: torch.dtype, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
@@ -54,7 +55,7 @@ def check_runs(q: Queries, v: Values, widest: int | None = None) -> None:
     if v.dtype not in WIDEST:
         raise ValueError(f"backend 'triton': expected one of {', '.join(map(str, WIDEST))}, got {v.dtype}")
     widest = widest or WIDEST[v.dtype]
-    if max(q.shape[3], v.shape[3]) > widest:
+    if q.is_cuda and max(q.shape[3], v.shape[3]) > widest:
         raise ValueError(
             f"backend 'triton': expected heads of at most {widest} numbers in {v.dtype}, got k = {q.shape[3]} and "
             f"v = {v.shape[3]}; name another backend"

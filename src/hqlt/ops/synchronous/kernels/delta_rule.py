@@ -44,20 +44,20 @@ def prepare(
     vc, vc_exists = value_columns(V, VP)
     own, before, _ = chunk_segments(ids, b, n, T, L, C)
 
-    key = unit_silu(load(tile(k, b, L - T + token, h, kc, L, H, K), pairs(exists, kc_exists), ACC))
-    store(tile(unit_k, b, token, h, kc, T, H, K), key, pairs(exists, kc_exists))
+    key = unit_silu(load(tile(k, b, L - T + n * C, i, h, kc, L, H, K), pairs(exists, kc_exists), ACC))
+    store(tile(unit_k, b, n * C, i, h, kc, T, H, K), key, pairs(exists, kc_exists))
     strength = load(beta + (b * T + token) * H + h, exists, ACC)[:, None]
 
     key = key.to(DTYPE)
     reaches = (i[:, None] > i[None, :]) & (own[:, None] == own[None, :])
     lower = tl.where(reaches, strength * product(key, tl.trans(key), DTYPE), 0.0)
     inverted = unit_triangle_inverse(lower, C, ACC, PRECISION)
-    store(tile(inverse, b, token, h, i, T, H, C), inverted, pairs(exists, i < C))
+    store(tile(inverse, b, n * C, i, h, i, T, H, C), inverted, pairs(exists, i < C))
 
     seen = tl.where((own == before)[:, None], strength * key.to(ACC), 0.0)
-    store(tile(Y, b, token, h, kc, T, H, K), product(inverted, seen, DTYPE), pairs(exists, kc_exists))
-    value = load(tile(v, b, L - T + token, h, vc, L, H, V), pairs(exists, vc_exists), ACC)
-    store(tile(U, b, token, h, vc, T, H, V), product(inverted, strength * value, DTYPE), pairs(exists, vc_exists))
+    store(tile(Y, b, n * C, i, h, kc, T, H, K), product(inverted, seen, DTYPE), pairs(exists, kc_exists))
+    value = load(tile(v, b, L - T + n * C, i, h, vc, L, H, V), pairs(exists, vc_exists), ACC)
+    store(tile(U, b, n * C, i, h, vc, T, H, V), product(inverted, strength * value, DTYPE), pairs(exists, vc_exists))
 
 
 @kernel
@@ -70,19 +70,19 @@ def carry(
     part, h, b = this_program(tl.cdiv(V, BLOCK), H)
     DTYPE: tl.constexpr = unit_k.dtype.element_ty
     kc, kc_exists = key_columns(K, KP)
-    vc = part * BLOCK + tl.arange(0, BLOCK)
+    i, vc = tl.arange(0, C), part * BLOCK + tl.arange(0, BLOCK)
     mask = pairs(kc_exists, vc < V)
     chunks = tl.cdiv(T, C)
     now = load(matrix(initial, b * H + h, kc, vc, K, V), mask, ACC)
     for n in range(chunks):
-        token = n * C + tl.arange(0, C)
+        token = n * C + i
         exists = token < T
         own, before, last = chunk_segments(ids, b, n, T, L, C)
         store(matrix(S, (b * chunks + n) * H + h, kc, vc, K, V), now, mask)
-        R_at = tile(R, b, token, h, vc, T, H, V)
-        y = load(tile(Y, b, token, h, kc, T, H, K), pairs(exists, kc_exists), DTYPE)
+        R_at = tile(R, b, n * C, i, h, vc, T, H, V)
+        y = load(tile(Y, b, n * C, i, h, kc, T, H, K), pairs(exists, kc_exists), DTYPE)
         r = load(R_at, pairs(exists, vc < V), ACC) - product(y, now, DTYPE)
         store(R_at, r, pairs(exists, vc < V))
-        key = load(tile(unit_k, b, token, h, kc, T, H, K), pairs(exists & (own == last), kc_exists), DTYPE)
+        key = load(tile(unit_k, b, n * C, i, h, kc, T, H, K), pairs(exists & (own == last), kc_exists), DTYPE)
         now = tl.where(before == last, now, 0.0) + product(tl.trans(key), r, DTYPE)
     store(matrix(final, b * H + h, kc, vc, K, V), now, mask)

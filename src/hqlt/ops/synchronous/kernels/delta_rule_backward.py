@@ -1,8 +1,8 @@
-"""The FW-memory's way back, from its read to what was written."""
+"""The way back through the matrix, and to the pairs of both memories."""
 
 import triton.language as tl
 
-from hqlt.ops.synchronous.kernels.delta_rule import within_chunk
+from hqlt.ops.synchronous.kernels.attention import pair_backward
 from hqlt.ops.synchronous.kernels.tiles import (
     chunk_segments,
     kernel,
@@ -11,6 +11,7 @@ from hqlt.ops.synchronous.kernels.tiles import (
     matrix,
     pairs,
     product,
+    rotated,
     store,
     this_program,
     tile,
@@ -21,120 +22,105 @@ from hqlt.ops.synchronous.kernels.tiles import (
 
 
 @kernel
-def read_backward(
-    q, ids, unit_k, R, S, d_fw, dq, d_unit_k, dR, T, L,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, C: tl.constexpr,
-    ACC: tl.constexpr, scale: tl.constexpr,
-):  # fmt: skip
-    """From dfw to φK and R, as read within the chunk, and to q, added to what attention gave it."""
-    n, h, b = this_program(tl.cdiv(T, C), H)
-    DTYPE: tl.constexpr = q.dtype.element_ty
-    i = tl.arange(0, C)
-    token = n * C + i
-    exists = token < T
-    kc, kc_exists = key_columns(K, KP)
-    vc, vc_exists = value_columns(V, VP)
-    keys, values, square = pairs(exists, kc_exists), pairs(exists, vc_exists), pairs(kc_exists, vc_exists)
-    own, before, _ = chunk_segments(ids, b, n, T, L, C)
-    sees = (own == before)[:, None]
-    at_start = (b * tl.cdiv(T, C) + n) * H + h
-
-    phi = unit_silu(load(tile(q, b, token, h, kc, T, H, K), keys, ACC)).to(DTYPE)
-    d_read = (scale * load(tile(d_fw, b, token, h, vc, T, H, V), values, ACC)).to(DTYPE)
-    key = load(tile(unit_k, b, token, h, kc, T, H, K), keys, DTYPE)
-    attention = within_chunk(phi, key, own, C, DTYPE)
-    store(tile(dR, b, token, h, vc, T, H, V), product(tl.trans(attention), d_read, DTYPE), values)
-    r = load(tile(R, b, token, h, vc, T, H, V), values, DTYPE)
-    d_attention = within_chunk(d_read, r, own, C, DTYPE)
-    store(tile(d_unit_k, b, token, h, kc, T, H, K), product(tl.trans(d_attention), phi, DTYPE), keys)
-    start = load(matrix(S, at_start, kc, vc, K, V), square, DTYPE)
-    d_phi = tl.where(sees, product(d_read, tl.trans(start), DTYPE), 0.0) + product(d_attention, key, DTYPE)
-    raw = load(tile(q, b, token, h, kc, T, H, K), keys, ACC)
-    dq_at = tile(dq, b, token, h, kc, T, H, K)
-    store(dq_at, load(dq_at, keys, ACC) + unit_silu_backward(raw, d_phi), keys)
-
-
-@kernel
 def carry_backward(
     q, unit_k, Y, dR, ids, d_fw, d_final, d_after, d_initial, T, L,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, C: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, C: tl.constexpr,
     ACC: tl.constexpr, BLOCK: tl.constexpr, scale: tl.constexpr,
 ):  # fmt: skip
     """Chunk before chunk: dS', the gradient of the matrix after the chunk, and dR + φK dS' in dR's place.
 
-    dR comes from reading alone; what came later is added here: the matrix before has dS' − Yᵀ dR and what reading gives
-    it, scale · φQᵀ dfw. The sum over chunks stays in ACC.
+    dR comes from reading alone, for each of G query heads; their sum, and what came later, is in the first one's place
+    afterwards. The matrix before has dS' − Yᵀ dR and what reading gives it, scale · φQᵀ dfw. The sum over chunks stays
+    in ACC.
     """
     part, h, b = this_program(tl.cdiv(V, BLOCK), H)
     DTYPE: tl.constexpr = unit_k.dtype.element_ty
     kc, kc_exists = key_columns(K, KP)
-    vc = part * BLOCK + tl.arange(0, BLOCK)
+    i, vc = tl.arange(0, C), part * BLOCK + tl.arange(0, BLOCK)
     mask = pairs(kc_exists, vc < V)
     chunks = tl.cdiv(T, C)
     after = load(matrix(d_final, b * H + h, kc, vc, K, V), mask, ACC)
     for later in range(chunks):
         n = chunks - 1 - later
-        token = n * C + tl.arange(0, C)
+        token = n * C + i
         exists = token < T
         own, before, last = chunk_segments(ids, b, n, T, L, C)
-        start = (b * chunks + n) * H + h
-        store(matrix(d_after, start, kc, vc, K, V), after, mask)
-        dR_at = tile(dR, b, token, h, vc, T, H, V)
-        key = load(tile(unit_k, b, token, h, kc, T, H, K), pairs(exists & (own == last), kc_exists), DTYPE)
-        dr = load(dR_at, pairs(exists, vc < V), ACC) + product(key, after, DTYPE)
-        store(dR_at, dr, pairs(exists, vc < V))
-        y = load(tile(Y, b, token, h, kc, T, H, K), pairs(exists, kc_exists), DTYPE)
+        store(matrix(d_after, (b * chunks + n) * H + h, kc, vc, K, V), after, mask)
+        key = load(tile(unit_k, b, n * C, i, h, kc, T, H, K), pairs(exists & (own == last), kc_exists), DTYPE)
+        dr = product(key, after, DTYPE)
+        for g in range(G):
+            dr += load(tile(dR, b, n * C, i, h * G + g, vc, T, H * G, V), pairs(exists, vc < V), ACC)
+        store(tile(dR, b, n * C, i, h * G, vc, T, H * G, V), dr, pairs(exists, vc < V))
+        y = load(tile(Y, b, n * C, i, h, kc, T, H, K), pairs(exists, kc_exists), DTYPE)
         after = tl.where(before == last, after, 0.0) - product(tl.trans(y), dr, DTYPE)
-        phi = unit_silu(load(tile(q, b, token, h, kc, T, H, K), pairs(exists & (own == before), kc_exists), ACC))
-        d_read = scale * load(tile(d_fw, b, token, h, vc, T, H, V), pairs(exists, vc < V), ACC)
-        after += product(tl.trans(phi), d_read, DTYPE)
+        for g in range(G):
+            sees = pairs(exists & (own == before), kc_exists)
+            phi = unit_silu(load(tile(q, b, n * C, i, h * G + g, kc, T, H * G, K), sees, ACC))
+            d_read = load(tile(d_fw, b, n * C, i, h * G + g, vc, T, H * G, V), pairs(exists, vc < V), ACC)
+            after += product(tl.trans(phi), scale * d_read, DTYPE)
     store(matrix(d_initial, b * H + h, kc, vc, K, V), after, mask)
 
 
 @kernel
-def write_backward(
-    k, v, beta, ids, unit_k, inverse, R, S, dR, d_after, d_unit_k, dk, dv, d_beta, T, L,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, C: tl.constexpr,
-    ACC: tl.constexpr,
+def pairs_backward(
+    q, k, v, beta, cos, sin, ids, unit_k, inverse, R, S, d_kv, d_fw, log_total, kv_slope, dR, d_after,
+    dk, dv, d_beta, T, L, window,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
+    C: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr, scale: tl.constexpr,
 ):  # fmt: skip
-    """From dR and dS' to what was written, added to what attention gave to dk and dv.
+    """To C pairs, from what was written (dR, dS'), what was read within their chunk (dfw), and attention (dkv).
 
-    dE = (I + L)⁻ᵀ dR and dL = −tril(dE Rᵀ, −1), where R = (I + L)⁻¹ E and E = β(V − φK S).
+    dE = (I + L)⁻ᵀ dR and dL = −tril(dE Rᵀ, −1), where R = (I + L)⁻¹ E and E = β(V − φK S). Pairs from before were
+    written earlier: attention alone gives to them.
     """
-    n, h, b = this_program(tl.cdiv(T, C), H)
+    held = L - T
+    program, h, b = this_program(tl.cdiv(held, C) + tl.cdiv(T, C), H)
+    n = program - tl.cdiv(held, C)  # of the new tokens' chunks; negative for pairs from before
     DTYPE: tl.constexpr = k.dtype.element_ty
     i = tl.arange(0, C)
     token = n * C + i
-    pair = L - T + token
-    exists = token < T
+    pair = held + token
+    new, exists = (token >= 0) & (token < T), (pair >= 0) & (pair < L)
     kc, kc_exists = key_columns(K, KP)
     vc, vc_exists = value_columns(V, VP)
-    keys, values, square = pairs(exists, kc_exists), pairs(exists, vc_exists), pairs(kc_exists, vc_exists)
+    keys, values = pairs(exists, kc_exists), pairs(exists, vc_exists)
+    square = pairs(kc_exists & (kc < tl.where(n >= 0, K, 0)), vc_exists)  # pairs from before have no matrix
     own, before, last = chunk_segments(ids, b, n, T, L, C)
     sees, reaches_end = (own == before)[:, None], (own == last)[:, None]
+    same = own[:, None] == own[None, :]
     at_start = (b * tl.cdiv(T, C) + n) * H + h
-    strength = load(beta + (b * T + token) * H + h, exists, ACC)[:, None]
+    segment = tl.where(exists, own, -1)
 
-    inverted = load(tile(inverse, b, token, h, i, T, H, C), pairs(exists, i < C), DTYPE)
-    dE = product(tl.trans(inverted), load(tile(dR, b, token, h, vc, T, H, V), values, DTYPE), DTYPE)
-    dv_at = tile(dv, b, pair, h, vc, L, H, V)
-    store(dv_at, load(dv_at, values, ACC) + strength * dE, values)
-    key = load(tile(unit_k, b, token, h, kc, T, H, K), keys, DTYPE)
+    key_at, value_at = tile(k, b, held + n * C, i, h, kc, L, H, K), tile(v, b, held + n * C, i, h, vc, L, H, V)
+    d_key, d_value = pair_backward(
+        rotated(load(key_at, keys, ACC), cos, sin, pair, exists, 1.0, K, KP, ACC).to(DTYPE),
+        load(value_at, values, DTYPE), held + n * C, segment, q, cos, sin, ids, d_kv, log_total, kv_slope, b, h,
+        scale, T, L, window, H, G, K, V, KP, VP, C, ACC, DTYPE, BLOCK,
+    )  # fmt: skip
+    d_key = rotated(d_key, cos, sin, pair, exists, -1.0, K, KP, ACC)
+
+    strength = load(beta + (b * T + token) * H + h, new, ACC)[:, None]
+    inverted = load(tile(inverse, b, n * C, i, h, i, T, H, C), pairs(new, i < C), DTYPE)
+    d_correction = load(tile(dR, b, n * C, i, h * G, vc, T, H * G, V), pairs(new, vc_exists), DTYPE)
+    dE = product(tl.trans(inverted), d_correction, DTYPE)
+    store(tile(dv, b, held + n * C, i, h, vc, L, H, V), d_value + strength * dE, values)
+    key = load(tile(unit_k, b, n * C, i, h, kc, T, H, K), pairs(new, kc_exists), DTYPE)
     start = load(matrix(S, at_start, kc, vc, K, V), square, DTYPE)
-    error = load(tile(v, b, pair, h, vc, L, H, V), values, ACC)
-    error -= tl.where(sees, product(key, start, DTYPE), 0.0)
-    r = load(tile(R, b, token, h, vc, T, H, V), values, DTYPE)
-    below = (i[:, None] > i[None, :]) & (own[:, None] == own[None, :])
-    dL = tl.where(below, -product(dE, tl.trans(r), DTYPE), 0.0)
+    error = load(value_at, pairs(new, vc_exists), ACC) - tl.where(sees, product(key, start, DTYPE), 0.0)
+    r = load(tile(R, b, n * C, i, h, vc, T, H, V), pairs(new, vc_exists), DTYPE)
+    dL = tl.where((i[:, None] > i[None, :]) & same, -product(dE, tl.trans(r), DTYPE), 0.0)
     d_strength = tl.sum(dE * error, axis=1) + tl.sum(dL * product(key, tl.trans(key), DTYPE), axis=1)
-    store(d_beta + (b * T + token) * H + h, d_strength, exists)
+    store(d_beta + (b * T + token) * H + h, d_strength, new)
 
-    d_key = -tl.where(sees, strength * product(dE, tl.trans(start), DTYPE), 0.0)
+    d_phi = -tl.where(sees, strength * product(dE, tl.trans(start), DTYPE), 0.0)
     after = load(matrix(d_after, at_start, kc, vc, K, V), square, DTYPE)
-    d_key += tl.where(reaches_end, product(r, tl.trans(after), DTYPE), 0.0)
+    d_phi += tl.where(reaches_end, product(r, tl.trans(after), DTYPE), 0.0)
     d_gram = strength * dL
-    d_key += product(d_gram + tl.trans(d_gram), key, DTYPE)
-    d_key += load(tile(d_unit_k, b, token, h, kc, T, H, K), keys, ACC)
-    raw = load(tile(k, b, pair, h, kc, L, H, K), keys, ACC)
-    dk_at = tile(dk, b, pair, h, kc, L, H, K)
-    store(dk_at, load(dk_at, keys, ACC) + unit_silu_backward(raw, d_key), keys)
+    d_phi += product(d_gram + tl.trans(d_gram), key, DTYPE)
+    for g in range(G):
+        phi = unit_silu(load(tile(q, b, n * C, i, h * G + g, kc, T, H * G, K), pairs(new, kc_exists), ACC))
+        d_read = load(tile(d_fw, b, n * C, i, h * G + g, vc, T, H * G, V), pairs(new, vc_exists), DTYPE)
+        d_attention = tl.where((i[:, None] <= i[None, :]) & same, scale * product(r, tl.trans(d_read), DTYPE), 0.0)
+        d_phi += product(d_attention, phi, DTYPE)
+    d_key += unit_silu_backward(load(key_at, keys, ACC), d_phi)
+    store(tile(dk, b, held + n * C, i, h, kc, L, H, K), d_key, keys)

@@ -16,23 +16,21 @@ class Launch(NamedTuple):
     stages: int = 1
     """How many rounds of its loop are loaded ahead."""
     block: int = 32
-    """What it takes at a time: columns of a matrix (carry, carry_backward), queries (key_backward), entries (step)."""
+    """What it takes at a time: columns of a matrix (both carries), queries (pairs_backward), entries (step)."""
 
 
 Table = dict[str, Launch]
 
 NARROW: Table = {
-    "prepare": Launch(4), "carry": Launch(4, stages=2), "read": Launch(4), "mix_backward": Launch(4),
-    "query_backward": Launch(4), "key_backward": Launch(4), "read_backward": Launch(4),
-    "carry_backward": Launch(4, stages=2), "write_backward": Launch(4), "step": Launch(4),
+    "prepare": Launch(4), "carry": Launch(4, stages=3), "read": Launch(4), "queries_backward": Launch(8),
+    "carry_backward": Launch(4, stages=3), "pairs_backward": Launch(8), "step": Launch(4),
 }  # fmt: skip
 """Heads of up to 64 numbers."""
 WIDE: Table = {
-    "prepare": Launch(8), "carry": Launch(4, stages=2), "read": Launch(8), "mix_backward": Launch(8),
-    "query_backward": Launch(8), "key_backward": Launch(8), "read_backward": Launch(8),
-    "carry_backward": Launch(4, stages=2), "write_backward": Launch(8), "step": Launch(8),
+    "prepare": Launch(4), "carry": Launch(4, stages=3), "read": Launch(8), "queries_backward": Launch(8),
+    "carry_backward": Launch(4, stages=3), "pairs_backward": Launch(8), "step": Launch(8),
 }  # fmt: skip
-"""Heads of up to 128. `hqlt.bench.gpu_kernels.sweep` exchanges entries of these two tables and measures."""
+"""Wider heads. `hqlt.bench.gpu_kernels.sweep` exchanges entries of these two tables and measures."""
 CHUNK = {2: 64, 4: 32, 8: 32}
 """Tokens in a chunk, by the bytes of a number."""
 
@@ -46,24 +44,30 @@ class Call(NamedTuple):
 
     b: int
     h: int
+    g: int
     chunks: int
     named: dict[str, Any]
 
     def each_chunk(self, kernel: Any, *tensors: Tensor | None) -> None:
-        """A program for each chunk of queries, head and row."""
+        """A program for each chunk of new tokens, head and row."""
         self._launch(kernel, self.chunks, tensors)
 
-    def each_chunk_of_keys(self, kernel: Any, *tensors: Tensor | None) -> None:
-        """The same over the key timeline."""
-        self._launch(kernel, -(-self.named["L"] // self.named["C"]), tensors)
+    def each_chunk_of_queries(self, kernel: Any, *tensors: Tensor | None) -> None:
+        """The same for each query head."""
+        self._launch(kernel, self.chunks * self.g, tensors)
+
+    def each_chunk_of_pairs(self, kernel: Any, *tensors: Tensor | None) -> None:
+        """A program for each chunk of pairs, from before and new, head and row."""
+        held = self.named["L"] - self.named["T"]
+        self._launch(kernel, -(-held // self.named["C"]) + self.chunks, tensors)
 
     def each_slice(self, kernel: Any, *tensors: Tensor | None) -> None:
         """A program for each block of a matrix's columns, head and row: it goes through all chunks."""
         self._launch(kernel, -(-self.named["V"] // self._block(kernel)), tensors)
 
-    def each_head(self, kernel: Any, *tensors: Tensor | None) -> None:
-        """A program for each head and row."""
-        self._launch(kernel, 1, tensors)
+    def each_query_head(self, kernel: Any, *tensors: Tensor | None) -> None:
+        """A program for each query head and row."""
+        self._launch(kernel, self.g, tensors)
 
     def _how(self, kernel: Any) -> Launch:
         return table_for(self.named["K"], self.named["V"])[kernel.fn.__name__]
@@ -87,16 +91,21 @@ def launch(
 
 
 def call(q: Tensor, k: Tensor, v: Tensor, **constants: Any) -> Call:
-    """q: [b, t, h, k], k: [b, l, h, k], v: [b, l, h, v]. constants: what else kernels take by name."""
-    b, t, h, width = q.shape
-    c = CHUNK[q.element_size()]
+    """q: [b, t, g·h, k], k: [b, l, h, k], v: [b, l, h, v]. constants: what else kernels take by name."""
+    b, t, heads, width = q.shape
+    h, c = k.shape[2], chunk_of(q, v)
     named = {
-        "T": t, "L": k.shape[1], "H": h, "K": width, "V": v.shape[3], "C": c,
+        "T": t, "L": k.shape[1], "H": h, "G": heads // h, "K": width, "V": v.shape[3], "C": c,
         "KP": 2 * _power_of_two((width + 1) // 2, 8), "VP": _power_of_two(v.shape[3], 16),
         "ACC": tl.float64 if q.dtype == torch.float64 else tl.float32,
-        "PRECISION": "tf32" if q.element_size() == 2 else "ieee",  # of the inverse: finer than what it is made of
+        "PRECISION": "tf32" if q.element_size() == 2 else "ieee",  # of the inverse
     }  # fmt: skip
-    return Call(b, h, -(-t // c), named | constants)
+    return Call(b, h, heads // h, -(-t // c), named | constants)
+
+
+def chunk_of(q: Tensor, v: Tensor) -> int:
+    """Tokens in a chunk."""
+    return CHUNK[q.element_size()]
 
 
 def _power_of_two(width: int, least: int) -> int:

@@ -1,57 +1,34 @@
-"""The passes in their order: three forward, and eight backward of which two are forward's.
+"""The passes in their order: three forward, three backward.
 
-    forward    prepare          k, v, β → φ(k), (I + L)⁻¹, Y, U       each chunk by itself
-               carry            φ(k), Y, U → R, S                     chunk after chunk
-               read             q, k, v, φ(k), R, S, gate → y         fw, kv, mixer and norm, each chunk by itself
-    backward   prepare and carry again, then
-               mix_backward     q, k, v, φ(k), R, S, gate, dy → dfw, dkv, dgate, dnorm
-               query_backward   q, k, v, dkv → dq                     attention
-               key_backward     q, k, v, dkv → dk, dv
-               read_backward    q, φ(k), R, S, dfw → dφ(k), dR, and more dq
-               carry_backward   q, φ(k), Y, dR, dfw → dS', and more dR    chunk before chunk
-               write_backward   k, v, φ(k), R, S, dφ(k), dR, dS' → dβ, and more dk, dv
+    forward    prepare            k, v, β → φK, (I + L)⁻¹, Y, U             each chunk by itself
+               carry              φK, Y, U → R, S                           chunk after chunk
+               read               q, k, v, φK, R, S, gate → y               fw, kv, mixer and norm, each chunk by itself
+    backward   queries_backward   q, k, v, φK, R, S, gate, dy → dq, dgate, dnorm, dfw, dkv, dR
+               carry_backward     q, φK, Y, dR, dfw → dS', and more dR      chunk before chunk
+               pairs_backward     q, k, v, φK, (I + L)⁻¹, R, S, dkv, dfw, dR, dS' → dk, dv, dβ
 
-Nothing but the inputs is kept for the backward pass. Sums are in at least float32; the factors of matrix products, and
-what goes from one pass to the next, have the inputs' type. Both directions are operators of torch, so that its compiler
-and its checkpointing see one node each.
+φK, (I + L)⁻¹, Y, R and S are outputs of the forward operator, so that they stay for the backward pass where there will
+be one, and nowhere else. Sums are in at least float32; the factors of matrix products, and what goes from one pass to
+the next, have the inputs' type. Both directions are operators of torch, so that its compiler and its checkpointing see
+one node each.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hqlt.native import contiguous
 from hqlt.ops.segments import segment_ids
-from hqlt.ops.synchronous.kernels import attention, delta_rule, delta_rule_backward, reads, step
-from hqlt.ops.synchronous.kernels.launch import Call, call
+from hqlt.ops.synchronous.kernels import delta_rule, delta_rule_backward, reads, step
+from hqlt.ops.synchronous.kernels.launch import call, chunk_of
 from hqlt.shapes import at_least_float32
-
-
-class _Written(NamedTuple):
-    """What the FW-memory's passes leave for the read."""
-
-    unit_k: Tensor  # φ(k) [b, t, h, k]
-    inverse: Tensor  # (I + L)⁻¹ [b, t, h, c]
-    Y: Tensor  # [b, t, h, k]
-    R: Tensor  # corrections [b, t, h, v]
-    S: Tensor  # the matrix at each chunk's start [b, n, h, k, v]
-    final: Tensor  # [b, h, k, v]
 
 
 def _ids(k: Tensor, resets: Tensor | None) -> Tensor:
     return k.new_zeros(k.shape[:2], dtype=torch.int32) if resets is None else segment_ids(resets).int()
-
-
-def _write(of: Call, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor, ids: Tensor) -> _Written:
-    unit_k, Y = torch.empty_like(q), torch.empty_like(q)
-    inverse, R = k.new_empty(*beta.shape, of.named["C"]), v.new_empty(*beta.shape, v.shape[3])
-    S, final = v.new_empty(of.b, of.chunks, *state.shape[1:]), torch.empty_like(state)
-    of.each_chunk(delta_rule.prepare, k, v, beta, ids, unit_k, inverse, Y, R)
-    of.each_slice(delta_rule.carry, unit_k, Y, R, ids, state, S, final)
-    return _Written(unit_k, inverse, Y, R, S, final)
 
 
 def run_forward(
@@ -68,26 +45,34 @@ def run_forward(
     window: int,
     scale: float,
     norm_eps: float,
-) -> tuple[Tensor, Tensor]:
-    """→ y [b, t, h, v], the final matrix [b, h, k, v]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """→ y [b, t, g·h, v], the final matrix [b, h, k, v]; for the backward pass φK, (I + L)⁻¹, Y, R and S."""
     inputs = contiguous(q, k, v, beta, gate, norm_weight, state, cos, sin)
     q, k, v, beta, gate, norm_weight, state, cos, sin = inputs
     ids = _ids(k, resets)
     of = call(q, k, v, window=window, scale=scale, norm_eps=norm_eps)
-    written = _write(of, q, k, v, beta, state, ids)
-    y = torch.empty_like(gate)
-    of.each_chunk(
-        reads.read, q, k, v, gate, norm_weight, cos, sin, ids, written.unit_k, written.R, written.S, y
-    )  # fmt: skip
-    return y, written.final
+    y, final, *kept = _outputs(q, k, v, beta, gate, norm_weight, state)
+    unit_k, inverse, Y, R, S = kept
+    of.each_chunk(delta_rule.prepare, k, v, beta, ids, unit_k, inverse, Y, R)
+    of.each_slice(delta_rule.carry, unit_k, Y, R, ids, state, S, final)
+    of.each_chunk_of_queries(reads.read, q, k, v, gate, norm_weight, cos, sin, ids, unit_k, R, S, y)
+    return y, final, unit_k, inverse, Y, R, S
+
+
+def _outputs(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, gate: Tensor, norm_weight: Tensor, state: Tensor, *_: Any
+) -> tuple[Tensor, ...]:
+    b, t, h = beta.shape
+    c, (width, v_width) = chunk_of(q, v), state.shape[2:]
+    unit_k, Y = (k.new_empty(b, t, h, width) for _ in range(2))
+    inverse, R, S = (x.new_empty(sizes) for x, sizes in (
+        (k, (b, t, h, c)), (v, (b, t, h, v_width)), (v, (b, -(-t // c), h, width, v_width))
+    ))  # fmt: skip
+    return gate.new_empty(gate.shape), state.new_empty(state.shape), unit_k, inverse, Y, R, S
 
 
 forward = torch.library.custom_op("hqlt::synchronous", run_forward, mutates_args=())
-
-
-@forward.register_fake
-def _(q, k, v, beta, gate, norm_weight, state, cos, sin, resets, window, scale, norm_eps):
-    return gate.new_empty(gate.shape), state.new_empty(state.shape)
+forward.register_fake(_outputs)
 
 
 def run_backward(
@@ -97,10 +82,14 @@ def run_backward(
     beta: Tensor,
     gate: Tensor,
     norm_weight: Tensor,
-    state: Tensor,
     cos: Tensor | None,
     sin: Tensor | None,
     resets: Tensor | None,
+    unit_k: Tensor,
+    inverse: Tensor,
+    Y: Tensor,
+    R: Tensor,
+    S: Tensor,
     dy: Tensor,
     d_final: Tensor,
     window: int,
@@ -108,31 +97,25 @@ def run_backward(
     norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """→ the gradients of q, k, v, β, gate, norm weight and initial matrix."""
-    inputs = contiguous(q, k, v, beta, gate, norm_weight, state, cos, sin, dy, d_final)
-    q, k, v, beta, gate, norm_weight, state, cos, sin, dy, d_final = inputs
+    inputs = contiguous(q, k, v, beta, gate, norm_weight, cos, sin, dy, d_final)
+    q, k, v, beta, gate, norm_weight, cos, sin, dy, d_final = inputs
     ids = _ids(k, resets)
     of = call(q, k, v, window=window, scale=scale, norm_eps=norm_eps)
-    b, t, h, wide = *q.shape[:3], at_least_float32(q.dtype)
-    dq, dk, dv, d_gate, d_fw, d_kv = (torch.empty_like(x) for x in (q, k, v, gate, gate, gate))
-    d_weight = v.new_empty(b, of.chunks, h, v.shape[3], dtype=wide)
-    log_total, kv_slope = (v.new_empty(b, h, t, dtype=wide) for _ in range(2))
-    d_beta, d_state = torch.empty_like(beta), torch.empty_like(state)
-    unit_k, inverse, Y, R, S, _ = _write(of, q, k, v, beta, state, ids)
-    d_unit_k, dR, d_after = (torch.empty_like(x) for x in (unit_k, R, S))
-    of.each_chunk(
-        reads.mix_backward, q, k, v, gate, norm_weight, cos, sin, ids, unit_k, R, S, dy,
-        d_gate, d_weight, d_fw, d_kv, log_total, kv_slope,
+    (b, t, heads, _), wide = q.shape, at_least_float32(q.dtype)
+    dq, dk, dv, d_beta, d_gate, d_state = (torch.empty_like(x) for x in (q, k, v, beta, gate, d_final))
+    d_fw, d_kv, dR, d_after = (torch.empty_like(x) for x in (gate, gate, gate, S))
+    d_weight = v.new_empty(b, of.chunks, heads, v.shape[3], dtype=wide)
+    log_total, kv_slope = (v.new_empty(b, heads, t, dtype=wide) for _ in range(2))
+    of.each_chunk_of_queries(
+        reads.queries_backward, q, k, v, gate, norm_weight, cos, sin, ids, unit_k, R, S, dy,
+        dq, d_gate, d_weight, d_fw, d_kv, dR, log_total, kv_slope,
     )  # fmt: skip
-    attended = q, k, v, cos, sin, ids, d_kv, log_total, kv_slope
-    of.each_chunk(attention.query_backward, *attended, dq)
-    of.each_chunk_of_keys(attention.key_backward, *attended, dk, dv)
-    of.each_chunk(delta_rule_backward.read_backward, q, ids, unit_k, R, S, d_fw, dq, d_unit_k, dR)
     of.each_slice(
         delta_rule_backward.carry_backward, q, unit_k, Y, dR, ids, d_fw, d_final, d_after, d_state
     )  # fmt: skip
-    of.each_chunk(
-        delta_rule_backward.write_backward, k, v, beta, ids, unit_k, inverse, R, S, dR, d_after, d_unit_k, dk, dv,
-        d_beta,
+    of.each_chunk_of_pairs(
+        delta_rule_backward.pairs_backward, q, k, v, beta, cos, sin, ids, unit_k, inverse, R, S, d_kv, d_fw,
+        log_total, kv_slope, dR, d_after, dk, dv, d_beta,
     )  # fmt: skip
     return dq, dk, dv, d_beta, d_gate, d_weight.sum(dim=(0, 1, 2)).to(norm_weight.dtype), d_state
 
@@ -141,16 +124,24 @@ backward = torch.library.custom_op("hqlt::synchronous_backward", run_backward, m
 
 
 @backward.register_fake
-def _(q, k, v, beta, gate, norm_weight, state, *_):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v, beta, gate, norm_weight, state))
+def _(q, k, v, beta, gate, norm_weight, *others):
+    d_final = others[9]
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, beta, gate, norm_weight, d_final))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:10])
+    kept = output[2:]
+    ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)  # of what is kept: zeros as large as it
+    ctx.save_for_backward(*inputs[:6], *inputs[7:10], *kept)
     ctx.constants = inputs[10:]
 
 
-def _gradients(ctx: Any, dy: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, dy: Tensor | None, d_final: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    gate, S = ctx.saved_tensors[4], ctx.saved_tensors[-1]
+    dy = torch.zeros_like(gate) if dy is None else dy
+    if d_final is None:
+        d_final = S.new_zeros(S.shape[:1] + S.shape[2:], dtype=at_least_float32(S.dtype))
     return *backward(*ctx.saved_tensors, dy, d_final, *ctx.constants), *(None,) * 6
 
 
@@ -174,13 +165,13 @@ def run_one_token(
     scale: float,
     norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """→ y [b, 1, h, v], and keys, values, matrix, position after the token."""
+    """→ y [b, 1, g·h, v], and keys, values, matrix, position after the token."""
     resets = q.new_zeros(len(q), 1, dtype=torch.bool) if resets is None else resets
     inputs = contiguous(q, k, v, beta, gate, norm_weight, cos, sin, resets, keys, values, matrix, position)
-    q, k, v = inputs[:3]
-    y, keys, values, matrix, position = (torch.empty_like(x) for x in (v, *inputs[-4:]))
+    q, k, v, _, gate = inputs[:5]
+    y, keys, values, matrix, position = (torch.empty_like(x) for x in (gate, *inputs[-4:]))
     of = call(q, k, v, slots=keys.shape[1], scale=scale, norm_eps=norm_eps)
-    of.each_head(step.step, *inputs, y, keys, values, matrix, position)
+    of.each_query_head(step.step, *inputs, y, keys, values, matrix, position)
     return y, keys, values, matrix, position
 
 
@@ -189,4 +180,4 @@ one_token = torch.library.custom_op("hqlt::synchronous_step", run_one_token, mut
 
 @one_token.register_fake
 def _(q, k, v, beta, gate, norm_weight, cos, sin, resets, *others):
-    return tuple(x.new_empty(x.shape) for x in (v, *others[:4]))
+    return tuple(x.new_empty(x.shape) for x in (gate, *others[:4]))

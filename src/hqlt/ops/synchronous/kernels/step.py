@@ -21,11 +21,13 @@ from hqlt.ops.synchronous.kernels.tiles import (
 def step(
     q, k, v, beta, gate, norm_weight, cos, sin, resets, keys, values, W, position,
     y, keys_after, values_after, W_after, position_after, slots,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, BLOCK: tl.constexpr,
-    ACC: tl.constexpr, scale: tl.constexpr, norm_eps: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
+    BLOCK: tl.constexpr, ACC: tl.constexpr, scale: tl.constexpr, norm_eps: tl.constexpr,
 ):  # fmt: skip
-    """One program for each head and row: its matrix and its pairs are read and written once."""
-    _, h, b = this_program(1, H)
+    """One program for each query head and row: matrix and pairs are read once by each of a group, and written once."""
+    _, reader, b = this_program(1, H * G)
+    h = reader // G
+    rows, written = tl.where(reader % G == 0, K, 0), tl.where(reader % G == 0, slots, 0)  # that this program writes
     kc, kc_exists = key_columns(K, KP)
     vc, vc_exists = value_columns(V, VP)
     one = tl.arange(0, 1)
@@ -33,32 +35,47 @@ def step(
     key_mask, value_mask, square = pairs(here, kc_exists), pairs(here, vc_exists), pairs(kc_exists, vc_exists)
     fresh = tl.load(resets + b)
     seen = tl.where(fresh, 0, tl.load(position + b))
-    tl.store(position_after + b, seen + 1, mask=h == 0)
+    tl.store(position_after + b, seen + 1, mask=reader == 0)
 
-    query = load(tile(q, b, one, h, kc, 1, H, K), key_mask, ACC)
-    key = load(tile(k, b, one, h, kc, 1, H, K), key_mask, ACC)
-    value = load(tile(v, b, one, h, vc, 1, H, V), value_mask, ACC)
+    query = load(tile(q, b, 0, one, reader, kc, 1, H * G, K), key_mask, ACC)
+    key = load(tile(k, b, 0, one, h, kc, 1, H, K), key_mask, ACC)
+    value = load(tile(v, b, 0, one, h, vc, 1, H, V), value_mask, ACC)
     latest = slots - 1 + one
-    store(tile(keys_after, b, latest, h, kc, slots, H, K), key, pairs(latest >= 0, kc_exists))
-    store(tile(values_after, b, latest, h, vc, slots, H, V), value, pairs(latest >= 0, vc_exists))
+    store(
+        tile(keys_after, b, slots - 1, one, h, kc, slots, H, K),
+        key,
+        pairs((latest >= 0) & (latest < written), kc_exists),
+    )
+    store(
+        tile(values_after, b, slots - 1, one, h, vc, slots, H, V),
+        value,
+        pairs((latest >= 0) & (latest < written), vc_exists),
+    )
 
     turned = rotated(query, cos, sin, slots + one, here, 1.0, K, KP, ACC)
     top = scale * tl.sum(turned * rotated(key, cos, sin, slots + one, here, 1.0, K, KP, ACC), axis=1)
     total = tl.full((1,), 1.0, ACC)
     kv = value
     for begin in range(0, slots, BLOCK):
-        slot = begin + tl.arange(0, BLOCK)
+        i = tl.arange(0, BLOCK)
+        slot = begin + i
         exists = slot < slots
         held = (slots - slot <= seen) & exists
-        pair = load(tile(keys, b, slot, h, kc, slots, H, K), pairs(held, kc_exists), ACC)
-        store(tile(keys_after, b, slot - 1, h, kc, slots, H, K), pair, pairs(exists & (slot > 0), kc_exists))
+        pair = load(tile(keys, b, begin, i, h, kc, slots, H, K), pairs(held, kc_exists), ACC)
+        store(
+            tile(keys_after, b, begin - 1, i, h, kc, slots, H, K), pair, pairs((slot > 0) & (slot < written), kc_exists)
+        )
         pair = rotated(pair, cos, sin, slot, exists, 1.0, K, KP, ACC)
         score = tl.where(held, scale * tl.sum(turned * pair, axis=1), float("-inf"))
         higher = tl.maximum(top, tl.max(score, axis=0))
         weight = tl.exp(score - higher)
         shrink = tl.exp(top - higher)
-        pair = load(tile(values, b, slot, h, vc, slots, H, V), pairs(held, vc_exists), ACC)
-        store(tile(values_after, b, slot - 1, h, vc, slots, H, V), pair, pairs(exists & (slot > 0), vc_exists))
+        pair = load(tile(values, b, begin, i, h, vc, slots, H, V), pairs(held, vc_exists), ACC)
+        store(
+            tile(values_after, b, begin - 1, i, h, vc, slots, H, V),
+            pair,
+            pairs((slot > 0) & (slot < written), vc_exists),
+        )
         total = total * shrink + tl.sum(weight, axis=0)
         kv = kv * shrink[:, None] + tl.sum(weight[:, None] * pair, axis=0)[None, :]
         top = higher
@@ -69,11 +86,11 @@ def step(
     phi = tl.trans(unit_silu(key))
     predicted = tl.sum(phi * before, axis=0)[None, :]
     after = before + phi * (load(beta + b * H + h + one, here, ACC)[:, None] * (value - predicted))
-    store(matrix(W_after, b * H + h, kc, vc, K, V), after, square)
+    store(matrix(W_after, b * H + h, kc, vc, K, V), after, pairs(kc_exists & (kc < rows), vc_exists))
     fw = scale * tl.sum(tl.trans(unit_silu(query)) * after, axis=0)[None, :]
 
-    gamma = 1 / (1 + tl.exp(-load(tile(gate, b, one, h, vc, 1, H, V), value_mask, ACC)))
+    gamma = 1 / (1 + tl.exp(-load(tile(gate, b, 0, one, reader, vc, 1, H * G, V), value_mask, ACC)))
     mix = kv + gamma * (fw - kv)
     mix *= 1 / tl.sqrt(tl.sum(mix * mix, axis=1) / V + norm_eps)[:, None]
     weight = load(norm_weight + vc, vc_exists, ACC)[None, :]
-    store(tile(y, b, one, h, vc, 1, H, V), mix * weight, value_mask)
+    store(tile(y, b, 0, one, reader, vc, 1, H * G, V), mix * weight, value_mask)

@@ -36,15 +36,18 @@ def value_columns(V: tl.constexpr, VP: tl.constexpr):
 
 
 @triton.jit
-def tile(x, b, row, h, column, ROWS, H: tl.constexpr, WIDTH: tl.constexpr):
-    """Addresses in x [b, ROWS, H, WIDTH] of some rows and columns of a head."""
-    return x + ((b * ROWS + row[:, None]) * H + h) * WIDTH + column[None, :]
+def tile(x, b, first, row, h, column, ROWS, H: tl.constexpr, WIDTH: tl.constexpr):
+    """Addresses in x [b, ROWS, H, WIDTH] of some rows, from `first` on, and columns of a head.
+
+    One 64-bit address, and 32 bits for what is added to it: half the registers.
+    """
+    return x + ((b * ROWS + first) * H + h) * WIDTH + row[:, None] * (H * WIDTH) + column[None, :]
 
 
 @triton.jit
 def matrix(x, index, row, column, K: tl.constexpr, V: tl.constexpr):
     """Addresses in x [index, K, V] of some rows and columns of a matrix."""
-    return x + (index * K + row[:, None]) * V + column[None, :]
+    return x + index * K * V + row[:, None] * V + column[None, :]
 
 
 @triton.jit
@@ -109,9 +112,12 @@ def rotated(x, cos, sin, position, exists, turn, K: tl.constexpr, KP: tl.constex
 
 @triton.jit
 def chunk_segments(ids, b, n, T, L, C: tl.constexpr):
-    """Segments in chunk n of the T new tokens: of its tokens [C], of the matrix at its start, of its last token."""
+    """Segments in chunk n of the T new tokens: of its tokens [C], of the matrix at its start, of its last token.
+
+    Negative n: chunks of the KV entries from before.
+    """
     first = L - T + n * C
-    own = tl.load(ids + b * L + tl.minimum(first + tl.arange(0, C), L - 1))
+    own = tl.load(ids + b * L + tl.minimum(tl.maximum(first + tl.arange(0, C), 0), L - 1))
     before = tl.load(ids + b * L + first - 1, mask=first > 0, other=0)
     last = tl.load(ids + b * L + tl.minimum(first + C, L) - 1)
     return own, before, last
@@ -128,20 +134,18 @@ def joined(D, A, length: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def unit_triangle_inverse(A, C: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + A)⁻¹ of a strictly lower triangular A [C, C]: diagonal blocks of 16 by forward substitution, then joined."""
-    B: tl.constexpr = 16
-    N: tl.constexpr = C // B
-    block, row = tl.arange(0, N), tl.arange(0, B)
-    diagonal = block[:, None, None, None] == block[None, None, :, None]
-    L = tl.sum(tl.where(diagonal, tl.reshape(A, (N, B, N, B)), 0.0), axis=2)
-    D = tl.broadcast_to((row[None, :, None] == row[None, None, :]).to(DTYPE), (N, B, B))
-    for i in range(1, B):
-        is_i = row[None, :, None] == i
-        L_i = tl.sum(tl.where(is_i, L, 0.0), axis=1)
-        D = tl.where(is_i, D - tl.sum(L_i[:, :, None] * D, axis=1)[:, None, :], D)
-    D = tl.reshape(tl.where(diagonal, D[:, :, None, :], 0.0), (C, C))
-    if C >= 32:
-        D = joined(D, A, 16, PRECISION)
-    if C >= 64:
-        D = joined(D, A, 32, PRECISION)
+    """(I + A)⁻¹ of a strictly lower triangular A [C, C]: diagonal blocks of 2, joined two by two.
+
+    Where the factors of these products are rounded (PRECISION "tf32"), D − D ((I + A) D − I) follows, its residual from
+    unrounded ones: what rounding has cost is squared.
+    """
+    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    identity = (i == j).to(DTYPE)
+    D = identity - tl.where((i == j + 1) & (i // 2 == j // 2), A, 0.0)
+    for level in tl.static_range(1, 6):
+        if 2 << level <= C:
+            D = joined(D, A, 1 << level, PRECISION)
+    if PRECISION == "tf32":
+        residual = D - identity + tl.dot(A, D, input_precision="tf32x3")
+        D -= tl.dot(D, residual, input_precision=PRECISION)
     return D

@@ -1,0 +1,134 @@
+"""What the kernels of a synchronous layer take from memory and give to it, address by address, as they are interpreted.
+
+The interpreter runs one program after the other, so that threads and programs which are in each other's way on a GPU
+are not seen by their answers. Their addresses show them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from hqlt.ops import synchronous
+from tests.ops.test_synchronous import INTERPRETED, NO_TRITON, inputs_of, resets_of
+
+pytestmark = pytest.mark.skipif(bool(NO_TRITON) or not INTERPRETED, reason=NO_TRITON or "on a GPU nobody looks on")
+
+CACHE_LINE = 32
+
+
+class Traffic:
+    """Of one launch: which parts of memory, so many bytes each, its programs load and store."""
+
+    def __init__(self, kernel: str, granule: int) -> None:
+        self.kernel, self.granule = kernel, granule
+        self.read: set[int] = set()
+        self.written: dict[int, tuple[int, int]] = {}  # by which program, after how many barriers
+        self.barriers = 0
+        self.conflicts: list[str] = []
+
+    def parts(self, addresses: Any, mask: Any) -> list[int]:
+        there, mask = torch.from_numpy(addresses.astype("int64")), torch.from_numpy(mask.astype(bool))
+        return (there[mask] // self.granule).unique().tolist()
+
+    def load(self, program: int, addresses: Any, mask: Any) -> None:
+        for part in self.parts(addresses, mask):
+            if part not in self.written:
+                self.read.add(part)
+            elif self.written[part][0] != program:
+                self.conflicts.append(f"{self.kernel}: program {program} loads what {self.written[part][0]} stores")
+            elif self.written[part][1] == self.barriers:
+                self.conflicts.append(f"{self.kernel}: {program} loads what it has stored, with no barrier between")
+
+    def store(self, program: int, addresses: Any, mask: Any) -> None:
+        for part in self.parts(addresses, mask):
+            if self.written.get(part, (program,))[0] != program:
+                self.conflicts.append(f"{self.kernel}: {program} stores where {self.written[part][0]} has stored")
+            self.written[part] = program, self.barriers
+
+
+@contextlib.contextmanager
+def watched(granule: int) -> Iterator[list[Traffic]]:
+    """Within this context every launch of an interpreted kernel leaves its traffic."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    from hqlt.ops.synchronous.kernels import launch
+
+    launches: list[Traffic] = []
+    original = {
+        name: getattr(InterpreterBuilder, f"create_{name}") for name in ("masked_load", "masked_store", "barrier")
+    }
+    begin = launch.launch
+
+    def launched(kernel: Any, *others: Any) -> None:
+        launches.append(Traffic(kernel.fn.__name__, granule))
+        begin(kernel, *others)
+
+    def load(self: Any, pointers: Any, mask: Any, *others: Any) -> Any:
+        launches[-1].load(self.grid_idx[0], pointers.data, mask.data)
+        return original["masked_load"](self, pointers, mask, *others)
+
+    def store(self: Any, pointers: Any, value: Any, mask: Any, *others: Any) -> Any:
+        launches[-1].store(self.grid_idx[0], pointers.data, mask.data)
+        return original["masked_store"](self, pointers, value, mask, *others)
+
+    def barrier(self: Any) -> Any:
+        launches[-1].barriers += 1
+        return original["barrier"](self)
+
+    changed = {"create_masked_load": load, "create_masked_store": store, "create_barrier": barrier}
+    with mock.patch.object(launch, "launch", launched), mock.patch.multiple(InterpreterBuilder, **changed):
+        yield launches
+
+
+def forward_and_backward(inputs: list[torch.Tensor], window: int, resets: torch.Tensor | None = None) -> None:
+    *inputs, state = (x.detach().requires_grad_() for x in inputs)
+    y, W = synchronous(*inputs, state=state, window=window, resets=resets, backend="triton")
+    torch.autograd.grad([y, W], [*inputs, state], [torch.ones_like(y), torch.ones_like(W)])
+
+
+UNITS = {
+    "prepare": (2, 3.5),
+    "carry": (3, 3),
+    "read": (8, 1),
+    "queries_backward": (9, 5),
+    "carry_backward": (5, 3),
+    "pairs_backward": (12.5, 2),
+}
+"""What each kernel reads and writes, in tensors [b, t, h, 128] of the inputs' type: the table of docs/gpu.md."""
+
+
+def test_forward_and_backward_move_57_units():
+    """A part of memory counts once a launch, and not where the launch has written it: it comes from the cache then.
+
+    What one more chunk of tokens costs, so that nothing counts that is read once in a call.
+    """
+    heads, sizes = 2, (128, 192)
+    moved = []
+    for t in sizes:
+        with watched(CACHE_LINE) as launches:
+            forward_and_backward(inputs_of(1, t, key=128, value=128, dtype=torch.float16, heads=heads), window=64)
+        moved.append({of.kernel: (len(of.read), len(of.written)) for of in launches})
+    unit = (sizes[1] - sizes[0]) * heads * 128 * torch.float16.itemsize / CACHE_LINE
+    few, many = moved
+    units = {name: [(y - x) / unit for x, y in zip(few[name], many[name], strict=True)] for name in many}
+    assert list(units) == list(UNITS)
+    for name, counted in units.items():
+        for got, expected in zip(counted, UNITS[name], strict=True):
+            assert expected <= got < expected + 0.1, f"{name}: {counted}"  # β, segments, denominators, slopes
+    assert 57 <= sum(map(sum, units.values())) < 57.3
+
+
+@pytest.mark.parametrize("heads", [2])
+def test_programs_are_not_in_each_other_s_way(heads):
+    """No program loads or stores what another of the same launch stores, and what it stores itself it loads again
+    behind a barrier only: in any order, at any time, the answers are the same."""
+    with watched(1) as launches:
+        forward_and_backward(inputs_of(2, 35, held=5, key=8, value=20, heads=heads), 9, resets_of(2, 40))
+    assert len(launches) == 6
+    assert [conflict for of in launches for conflict in of.conflicts] == []
