@@ -243,9 +243,14 @@ def draw_positions(axes: Axes, groups: Mapping[str, Sequence[Row]], styles: dict
     draw(axes, {name: [curve(row) for row in group] for name, group in groups.items()}, styles)
     for window in {row["probe"]["window"] for group in groups.values() for row in group} - {None}:
         axes.axvline(window, color="#8a8a8a", linewidth=0.8, linestyle=(0, (1, 3)))
-        axes.annotate(
-            "window", (window, 1), xycoords=("data", "axes fraction"), fontsize=8, color="#666666", ha="right"
-        )
+        place = {
+            "xy": (window, 0.98),
+            "xycoords": ("data", "axes fraction"),
+            "ha": "right",
+            "va": "top",
+            "rotation": 90,
+        }
+        axes.annotate("window", fontsize=8, color="#666666", **place)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     axes.set_xlabel("position, tokens")
