@@ -243,7 +243,7 @@ def draw_positions(axes: Axes, groups: Mapping[str, Sequence[Row]], styles: dict
     draw(axes, {name: [curve(row) for row in group] for name, group in groups.items()}, styles)
     for window in {row["probe"]["window"] for group in groups.values() for row in group} - {None}:
         axes.axvline(window, color="#8a8a8a", linewidth=0.8, linestyle=(0, (1, 3)))
-        place = {
+        place: dict[str, Any] = {
             "xy": (window, 0.98),
             "xycoords": ("data", "axes fraction"),
             "ha": "right",
