@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import signal
 
 import pytest
@@ -48,9 +49,13 @@ def test_each_stage_brings_its_loss_down(whole):
     assert len({window, result, bypassed}) == 3, "one layer stays full, and the FW-memories say something"
 
 
-def test_stage_1_brings_each_layer_to_the_original(teacher, text, tmp_path):
+def test_stage_1_brings_each_layer_to_the_original(teacher, text, tmp_path, capsys):
     found = retrofit(teacher, text, tmp_path / "run", "--fit.tokens=9216", "--distill.tokens=0")
     original, result = load_model(teacher), load_model(tmp_path / "run")
+    said = capsys.readouterr().out
+    assert re.search(
+        r"untrained: 0\.\d+ nats from the original, perplexity .*stage 1 done: 0\.\d+ nats", said, re.DOTALL
+    )
     batch = Windows(TokenFiles(tmp_path / "run" / "data"), 48).batch(0, 16)
     scored, layers = beyond(batch, reach=5), sorted({0, 1, 2} - set(found["run"]["layers"]["full"]))
     with torch.no_grad():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,15 +66,15 @@ def _by_error(errors: list[float]) -> list[int]:
     return sorted(range(len(errors)), key=lambda layer: -errors[layer])
 
 
-def errors_in(folder: Path, measured: dict[str, Any], measure: Iterator[list[float]]) -> list[float]:
-    """What `measure` yields, or what an earlier start of the same run has measured."""
+def errors_in(folder: Path, measured: dict[str, Any], measure: Callable[[], list[float]]) -> list[float]:
+    """What `measure` finds, or what an earlier start of the same run has found."""
     file = folder / "layers.json"
     if file.is_file():
         found = json.loads(file.read_text())
         if found["of"] == measured:
             errors: list[float] = found["errors"]
             return errors
-    errors = next(measure)
+    errors = measure()
     write_whole(file, json.dumps({"of": measured, "errors": errors}, indent=1).encode())
     return errors
 

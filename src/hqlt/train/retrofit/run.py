@@ -122,9 +122,8 @@ def chosen(
     asked = ("window", "sinks", "measure_tokens", "seed", "precision")
     measured = {"source": source, "data": files.digest, "length": windows.length}
     measured |= {name: getattr(settings, name) for name in asked}
-
     with console.status(f"stage 0: what a window of {settings.window} changes in each layer"):
-        errors = errors_in(folder, measured, (errors_of_window(settings, teacher, windows) for _ in range(1)))
+        errors = errors_in(folder, measured, lambda: errors_of_window(settings, teacher, windows))
     config: Any = teacher.config
     choice = choose(settings, config, errors)
     each = ", ".join(f"{layer}: {100 * error:.0f}%" for layer, error in enumerate(errors))

@@ -323,10 +323,12 @@ class RetrofitTrainer(Trainer[Update]):
         return [*words, f"gradient {told.gradient_norm:.2f}", f"{memory_in_use(self.device) / 2**20:,.0f} MiB"]
 
     def news(self, told: Update) -> str | None:
-        return f"stage {STAGES.index(told.stage) + 1} done: {said(told.scores)}" if told.scores else None
+        scores = self.kept["scores"]
+        news = [f"untrained: {said(scores['start'])}"] if told.step == 1 and scores["start"] else []
+        if told.scores:
+            news.append(f"stage {STAGES.index(told.stage) + 1} done: {said(told.scores)}")
+        return "; ".join(news) or None
 
 
 def said(scores: dict[str, float]) -> str:
-    if not scores:
-        return "nothing is held out"
     return f"{scores['kl']:.4f} nats from the original, perplexity {math.exp(scores['nats']):.2f} beyond the window"
