@@ -252,3 +252,12 @@ def test_compiled_it_is_one_operator(kind, calls):
     got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")("fla"), leaves)
     for mine, theirs in zip(got, expected, strict=True):
         close(mine, theirs)
+
+
+def test_the_operator_is_one_of_torch_s(calls):
+    from hqlt.ops.fast_weights.fla import operator
+
+    q, k, v, beta, decay = Kind("matrix", "k").inputs(2, 5)
+    tensors = q, k[:, :, 0], v[:, :, 0], beta[:, :, 0], decay, normal(2, HEADS, KEY, VALUE)
+    given = *(x.requires_grad_() for x in tensors), None, True, 0.5
+    torch.library.opcheck(operator, given)
