@@ -127,8 +127,12 @@ def reference(folder: Path) -> None:
     for name, command in commands():
         page += ["", f"## {name}", "", "```text", parser_of(command, name).format_help().rstrip(), "```"]
     (place / "commands.md").write_text("\n".join(page) + "\n")
-    page = ["# Configurations", "", "Files for `hqlt train --config` and `hqlt rl train --config`."]
-    for file in sorted((ROOT / "configs").glob("*.yaml")):
+    page = [
+        "# Configurations",
+        "",
+        "Files of options that come with the library: `hqlt train --config=NAME`, `hqlt rl train --config=NAME`.",
+    ]
+    for file in sorted((ROOT / "src" / "hqlt" / "configs").glob("*.yaml")):
         page += ["", f"## {file.name}", "", "```yaml", file.read_text().rstrip(), "```"]
     (place / "configs.md").write_text("\n".join(page) + "\n")
     pages = ["commands", "configs", *API]

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import hqlt
 from hqlt import MemoryState, load_state, save_state
 from tests.laws import close
 from tests.layers import EVERY_STATE, build_layer, tokens
@@ -182,3 +183,11 @@ class TestTruncatedBackpropagation:
         (got,) = torch.autograd.grad(cut.square().sum(), x)
         assert not got[:, :5].any()
         assert got[:, 5:].any()
+
+
+def test_a_state_is_printed_in_a_line():
+    _, state = hqlt.HybridMemory(8, 2, window=3)(torch.zeros(2, 5, 8))
+    assert repr(state) == (
+        "MemoryState(kv.keys [2, 2, 2, 4], kv.values [2, 2, 2, 4], fw.matrix [2, 2, 4, 4], convolution [2, 0, 24], "
+        "position [2]; 264 bytes per row)"
+    )

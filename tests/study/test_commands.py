@@ -1,3 +1,4 @@
+import dataclasses
 import shlex
 import sys
 from types import SimpleNamespace
@@ -41,14 +42,12 @@ def test_every_run_of_a_table_is_a_command_of_ours(what, count):
         assert 10 < run.hours < 200
 
 
-def test_blocks_that_are_computed_twice_take_longer(tmp_path, monkeypatch):
-    recipe = (commands.CHECKOUT / "configs" / "hqlt-340m.yaml").read_text()
-    (tmp_path / "configs").mkdir()
-    monkeypatch.chdir(tmp_path)
+def test_blocks_that_are_computed_twice_take_longer(monkeypatch):
+    name, recipe = commands.recipe_of("340m")
     hours = []
-    for choice in ("true", "false"):
-        changed = recipe.replace("activation_checkpointing: true", f"activation_checkpointing: {choice}")
-        (tmp_path / "configs" / "hqlt-340m.yaml").write_text(changed)
+    for choice in (True, False):
+        changed = dataclasses.replace(recipe, activation_checkpointing=choice)
+        monkeypatch.setattr(commands, "recipe_of", lambda size, changed=changed: (name, changed))
         hours.append(commands.run_of("hqlt-340m", {}, 8).hours)
     assert hours[0] == pytest.approx(hours[1] * 4 / 3)
 
@@ -106,13 +105,3 @@ def test_options_that_do_not_apply_are_refused(ran, options, message):
     with pytest.raises(SystemExit, match=message):
         main(["reproduce", "language", "--scale=paper", *options])
     assert ran.commands == []
-
-
-def test_without_the_recipe_it_is_named(ran, monkeypatch, tmp_path):
-    monkeypatch.setattr(commands, "CHECKOUT", tmp_path)
-    with pytest.raises(SystemExit, match=r"configs.hqlt-340m.yaml: expected the paper's recipe in "):
-        main(["reproduce", "language", "--scale=paper"])
-    (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "hqlt-340m.yaml").write_text("steps: 0")
-    with pytest.raises(SystemExit, match=r"hqlt-340m.yaml: expected settings of hqlt train: steps: "):
-        main(["reproduce", "language", "--scale=paper"])

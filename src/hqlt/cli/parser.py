@@ -8,6 +8,7 @@ import json
 import keyword
 import re
 from collections.abc import Callable, Collection, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -54,6 +55,14 @@ SYNONYMS |= {
     name: [f"model.{name}", *SYNONYMS.get(f"model.{name}", ())] for name in MODEL_FIELDS if name != "vocab_size"
 }
 
+ALIASES = {
+    "lr": "learning_rate",
+    "max_new_tokens": "tokens",
+    "context_length": "length",
+    "gradient_checkpointing": "activation_checkpointing",
+}
+"""Names of other tools that an option is taken by, too."""
+
 ALIKE = 0.7
 """How alike two names must be for one to be proposed in the place of the other, from 0 to 1."""
 
@@ -94,7 +103,12 @@ def parser_of(command: Callable[..., None], prog: str) -> Parser:
         description=inspect.cleandoc(command.__doc__ or "").split("\n\nArgs:")[0],
         allow_abbrev=False,
     )
-    parser.add_argument("--config", action="config", help="a YAML or JSON file with options, or a run's config.json")
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="a YAML or JSON file with options, a run's config.json, or the name of one that comes with hqlt: "
+        + ", ".join(known_configs()),
+    )
     parser.add_function_arguments(command, as_positional=True, as_group=False)
     for name, begins_with in getattr(command, "more_options", dict)().items():
         parser.add_argument(f"--{name}", type=type(begins_with), default=begins_with)
@@ -120,9 +134,10 @@ def canonical(arguments: Sequence[str], parser: Parser) -> list[str]:
     --greedy                --greedy=true
     --betas=0.9,0.99        --betas=[0.9,0.99]
     --as=llama              --as_=llama               (a word of Python's)
+    --lr=0.001              --learning_rate=0.001     (ALIASES)
     --steps=3 --config=a    --config=a --steps=3      (the command line goes before a file, in whatever order)
     """
-    defaults = parser.get_defaults()
+    defaults, known = parser.get_defaults(), parser.names()
     files: list[str] = []
     others: list[str] = []
     rest = list(arguments)
@@ -135,6 +150,8 @@ def canonical(arguments: Sequence[str], parser: Parser) -> list[str]:
             continue
         name, equals, value = argument.partition("=")
         name = "--" + name[2:].replace("-", "_") + "_" * keyword.iskeyword(name[2:])
+        if (alias := ALIASES.get(name[2:])) in known and name[2:] not in known:
+            name = f"--{alias}"
         default = defaults.get(name[2:])
         if not equals and isinstance(default, bool):
             equals, value = "=", rest.pop(0) if rest[:1] in (["true"], ["false"]) else "true"
@@ -149,12 +166,20 @@ def canonical(arguments: Sequence[str], parser: Parser) -> list[str]:
     return [*files, *others]
 
 
+def known_configs() -> dict[str, Path]:
+    """The files of options that come with the library, by name."""
+    folder = Path(str(resources.files("hqlt"))) / "configs"
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
 def options_in(file: str) -> str:
     """A file of options as the parser takes it: its name; of a run's config.json, the settings in it as JSON.
 
     Raises ValueError or OSError for a file that is not there, or is not a mapping of options.
     """
     path = Path(file).expanduser()
+    if not path.exists():
+        path = known_configs().get(file, path)
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

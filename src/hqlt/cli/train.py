@@ -12,7 +12,7 @@ def train(folder: Path | None = None, device: str | None = None, **settings: Any
     """Train a language model from scratch, on a text file for one: `hqlt train --data=book.txt`.
 
     Without options: the smallest model on the source of Python's standard library. The same command resumes where an
-    earlier one was stopped, exactly; `--config=runs/X/config.json` repeats a run. `--config configs/hqlt-340m.yaml` is
+    earlier one was stopped, exactly; `--config=runs/X/config.json` repeats a run. `--config hqlt-340m` is
     the paper's recipe; under `torchrun --no-python` the same command uses all processes. Any field of the model can be
     given by `--model.NAME`.
 

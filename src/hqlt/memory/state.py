@@ -80,6 +80,13 @@ class MemoryState(NamedTuple):
     position: Tensor
     """[b] int64: tokens that the row has seen since its last reset."""
 
+    def __repr__(self) -> str:
+        """In one line: each tensor's shape."""
+        if not all(isinstance(x, Tensor) for x in self.leaves()):  # a tree of what describes them
+            return tuple.__repr__(self)
+        shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in self.named_leaves().items())
+        return f"MemoryState({shapes}; {self.bytes_per_row():,} bytes per row)"
+
     def leaves(self) -> list[Tensor]:
         """All tensors, in the order of their names."""
         return leaves(self)

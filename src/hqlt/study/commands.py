@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,7 +26,6 @@ DATA = (
 )  # fmt: skip
 PROGRAMS = {"hqlt": ("-m", "hqlt"), "torchrun": ("-m", "torch.distributed.run")}
 """How this very Python runs them."""
-CHECKOUT = Path(__file__).parents[3]
 GPU, PEAK, USED = "H100", 989e12, 0.4
 """A GPU's peak in bfloat16, and the share of it that such runs use."""
 
@@ -66,8 +66,8 @@ def run_of(preset: str, changes: Mapping[str, Any], gpus: int) -> Run:
 
     name = "-".join([preset, *(f"{key}-{value}" for key, value in changes.items())])
     folder = Path("runs") / name
-    file, recipe = recipe_of("1.3b" if "1.3b" in preset else "340m")
-    train = ["torchrun", f"--nproc-per-node={gpus}", "--module", "hqlt", "train", f"--config={file}"]
+    config, recipe = recipe_of("1.3b" if "1.3b" in preset else "340m")
+    train = ["torchrun", f"--nproc-per-node={gpus}", "--module", "hqlt", "train", f"--config={config}"]
     train += [f"--preset={preset}", f"--folder={folder}", *(f"--model.{key}={value}" for key, value in changes.items())]
     score = ["hqlt", "eval", str(folder), "--suite=paper", "--device=cuda", f"--folder={folder / 'eval'}"]
     cost = flops_per_token(preset_of(preset, **changes), recipe.length)
@@ -77,20 +77,15 @@ def run_of(preset: str, changes: Mapping[str, Any], gpus: int) -> Run:
     return Run(name, folder, Path(recipe.data), [train, score], cost / (PEAK * USED) / 3600)
 
 
-def recipe_of(size: str) -> tuple[Path, TrainSettings]:
-    """configs/hqlt-SIZE.yaml of this folder, or else of the checkout that hqlt runs from."""
+def recipe_of(size: str) -> tuple[str, TrainSettings]:
+    """The name and the settings of the paper's recipe: `hqlt train --config=hqlt-SIZE`."""
     import yaml
 
     from hqlt.train.language.settings import TrainSettings
 
-    name = Path("configs") / f"hqlt-{size}.yaml"
-    file = next((file for file in (name, CHECKOUT / name) if file.is_file()), None)
-    if file is None:
-        raise FileNotFoundError(f"{name}: expected the paper's recipe in {Path.cwd()}; it comes with hqlt's source")
-    try:
-        return file, TrainSettings(**yaml.safe_load(file.read_text(encoding="utf-8")))
-    except (TypeError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{file}: expected settings of hqlt train: {error}") from None
+    name = f"hqlt-{size}"
+    file = Path(str(resources.files("hqlt"))) / "configs" / f"{name}.yaml"
+    return name, TrainSettings(**yaml.safe_load(file.read_text(encoding="utf-8")))
 
 
 def print_and_run(what: str, only: str | None, console: Console) -> None:

@@ -341,9 +341,8 @@ def test_without_gymnasium_the_other_commands_work(command, said):
     assert "Traceback" not in process.stderr
 
 
-def test_the_setting_in_configs_is_read(tmp_path):
-    config = Path(__file__).parents[3] / "configs" / "visual-match.yaml"
-    main(["rl", "train", f"--config={config}", "--steps=5000", f"--folder={tmp_path}"])
+def test_a_config_that_comes_with_the_library_is_read_by_its_name(tmp_path):
+    main(["rl", "train", "--config=visual-match", "--steps=5000", f"--folder={tmp_path}"])
     settings = json.loads((tmp_path / "config.json").read_text())["settings"]
     assert (settings["world"], settings["options"]["distractor"], settings["ppo"]["rollout"]) == ("VisualMatch", 60, 81)
     assert settings["ppo"]["advantages"] == "raw"

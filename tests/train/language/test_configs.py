@@ -8,12 +8,13 @@ import pytest
 import torch
 import yaml
 
+import hqlt
 from hqlt.data import prepare
 from hqlt.model import HQLTForCausalLM, preset
 from hqlt.train.language import Trainer, TrainSettings
 from hqlt.train.language.ranks import Ranks
 
-CONFIGS = Path(__file__).parents[3] / "configs"
+CONFIGS = Path(hqlt.__file__).parent / "configs"
 
 
 @pytest.mark.parametrize("size", ["340m", "1.3b"])
