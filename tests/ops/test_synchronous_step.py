@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 
-from hqlt import MemoryState
+from hqlt import HybridMemory, MemoryState, ops
 from hqlt.blend import Memories, Synchronous, Tokens
+from hqlt.layer import fused
 from hqlt.memory import Heads, Held, KVMemory
 from hqlt.memory.fw import DeltaGates, MatrixState
 from hqlt.memory.rotary import Rotary
 from hqlt.ops import synchronous
 from hqlt.ops.synchronous.step import step
-from tests.laws import close
+from tests.laws import close, normal
 from tests.ops.inputs import HEADS, KEY, VALUE, strided
 from tests.ops.test_synchronous import INTERPRETED, device_of, inputs_of, needs_triton
 
@@ -32,19 +35,19 @@ def empty_state(b, window, key, value, dtype):
 
 
 def twin(q, k, v, beta, gate, weight, state, window, rotary, resets):
-    blend, heads = Synchronous(window), Heads(HEADS * KEY, HEADS, HEADS, HEADS, k.shape[3], v.shape[3])
+    blend, heads = Synchronous(window), Heads(HEADS * KEY, q.shape[2], HEADS, HEADS, k.shape[3], v.shape[3])
     timeline = blend.timeline(Tokens(q, k, v, DeltaGates(beta)), state, resets)
     y, W = synchronous(
         q, timeline.keys, timeline.values, beta, gate, weight, window=window, rotary=rotary,
         state=state.fw.matrix, resets=timeline.resets, backend="reference",
     )  # fmt: skip
-    return y, blend.state_after(Memories(KVMemory(heads), None), timeline, MatrixState(W))
+    return y, blend.state_after(Memories(KVMemory(heads, rope_theta=None), None), timeline, MatrixState(W))
 
 
-def follow(window, key=KEY, value=VALUE, dtype=torch.float64, rotated=True, arranged=lambda x: x):
+def follow(window, key=KEY, value=VALUE, dtype=torch.float64, rotated=True, arranged=lambda x: x, group=1):
     """Three rows, reset at different tokens, until every buffer is full: each token as its twin, the state going on."""
     t = min(window + 3, 9)
-    *inputs, weight, _ = (x.to(DEVICE) for x in inputs_of(3, t, key=key, value=value, dtype=dtype))
+    *inputs, weight, _ = (x.to(DEVICE) for x in inputs_of(3, t, key=key, value=value, dtype=dtype, group=group))
     rotary = Rotary(100.0).table(window, key, torch.device(DEVICE), dtype) if rotated else None
     state = empty_state(3, window, key, value, dtype)
     for i in range(t):
@@ -59,7 +62,8 @@ def follow(window, key=KEY, value=VALUE, dtype=torch.float64, rotated=True, arra
         for mine, theirs in zip(got, expected, strict=True):
             assert mine.dtype == theirs.dtype
             close(mine, theirs, TOLERANCE[dtype])
-        state = state._replace(keys=got.keys, values=got.values, fast_weights=got.matrix, position=got.position)
+        kv = state.kv._replace(keys=got.keys, values=got.values)
+        state = state._replace(kv=kv, fw=MatrixState(got.matrix), position=got.position)
 
 
 @needs_triton
@@ -75,6 +79,34 @@ def test_dtypes(dtype):
 def test_sizes(window, key, value):
     """No held pairs at all, fewer than a block of the kernel, and more."""
     follow(window, key, value, rotated=key % 2 == 0)
+
+
+@needs_triton
+def test_query_heads_share_pairs_and_matrix():
+    follow(4, group=3)
+
+
+@needs_triton
+@pytest.mark.parametrize("heads", [{}, {"num_kv_heads": 2}])
+def test_a_layer_s_token_reaches_it(heads):
+    """Without gradients: the same outputs and states as its parts, with a reset on the way."""
+    layer = HybridMemory(16, 4, window=3, **heads).double().to(DEVICE)
+    x = normal(2, 6, 16).to(DEVICE)
+    resets = torch.zeros(2, 6, dtype=torch.bool, device=DEVICE)
+    resets[0, 4] = True
+    answers = []
+    for backend, times in [("triton", 5), ("reference", 0)]:
+        one_token = mock.Mock(wraps=step)
+        with ops.use_backend(backend), mock.patch.object(fused, "step", one_token), torch.no_grad():
+            out, state = layer(x[:, :1])
+            outputs = [out]
+            for i in range(1, 6):
+                out, state = layer(x[:, i : i + 1], state, resets[:, i : i + 1] if i == 4 else None)
+                outputs.append(out)
+        assert one_token.call_count == times
+        answers.append([*outputs, *state.leaves()])
+    for mine, theirs in zip(*answers, strict=True):
+        close(mine, theirs)
 
 
 @needs_triton

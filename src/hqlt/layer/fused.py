@@ -33,6 +33,7 @@ from hqlt.ops.step import (
     plan,
     run,
 )
+from hqlt.ops.synchronous.step import step
 from hqlt.shapes import Resets, Values
 
 Numbers: TypeAlias = tuple[Rotary | None, float, float, Retained | None]
@@ -138,7 +139,8 @@ def without_native_form(parts: Parts) -> list[str]:
 
 
 class InOneOperation:
-    """A synchronous layer by `hqlt.ops.synchronous`, where an implementation runs that does more than the parts do."""
+    """A synchronous layer by `hqlt.ops.synchronous`, where an implementation runs that does more than the parts do; one
+    token without gradients by its `step`."""
 
     def __call__(
         self, parts: Parts, projected: Projected, state: MemoryState | None, resets: Resets | None
@@ -146,16 +148,25 @@ class InOneOperation:
         _, kv, fw, blend, mixer, norm = parts
         if type(blend) is not Synchronous or type(mixer) is not VectorMixer or type(norm) is not RMSNorm:
             return None
-        if type(kv) is not KVMemory or kv.kept or type(fw) is not DeltaMemory or kv.heads.queries != kv.heads.pairs:
+        if type(kv) is not KVMemory or kv.kept or type(fw) is not DeltaMemory:
             return None
         if explain("synchronous", projected.q).name != "triton":
             return None
         assert projected.gate is not None
         new = parts.tokens(projected)
+        gate = projected.gate.view(*new.q.shape[:3], -1)
+        window, one = blend.window, new.q.shape[1] == 1 and not torch.is_grad_enabled()
+        if one and window is not None and state is not None and isinstance(state.kv, Held):
+            y, keys, values, matrix, position = step(
+                new.q, new.keys, new.values, new.gates.beta, gate, norm.weight, state.kv.keys, state.kv.values,
+                state.fw.matrix, state.position, rotary=kv.rotary(window, new.q), norm_eps=norm.eps, resets=resets,
+            )  # fmt: skip
+            held = state.kv._replace(keys=keys, values=values)
+            return y, state._replace(kv=held, fw=MatrixState(matrix), position=position)
         timeline = blend.timeline(new, state, resets)
         y, matrix = synchronous(
-            new.q, timeline.keys, timeline.values, new.gates.beta, projected.gate.view(new.values.shape), norm.weight,
-            window=blend.window, rotary=kv.rotary(timeline.keys.shape[1], new.q), norm_eps=norm.eps,
+            new.q, timeline.keys, timeline.values, new.gates.beta, gate, norm.weight,
+            window=window, rotary=kv.rotary(timeline.keys.shape[1], new.q), norm_eps=norm.eps,
             state=None if state is None else state.fw.matrix, resets=timeline.resets,
         )  # fmt: skip
         return y, blend.state_after(Memories(kv, fw), timeline, MatrixState(matrix))

@@ -61,7 +61,7 @@ def step(
     if size["t"] != 1:
         raise ValueError(f"q: expected one token, [b, 1, g·h, k], got shape {list(q.shape)}; use hqlt.ops.synchronous")
     check_resets(resets, size["b"], 1)
-    check_runs(q, v, widest=128)
+    check_runs(q, v, widest=256)
     from hqlt.ops.synchronous.kernels.operators import one_token
 
     cos, sin = rotary_in(v.dtype, rotary)

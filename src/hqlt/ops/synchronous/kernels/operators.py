@@ -166,7 +166,6 @@ def run_one_token(
     norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """→ y [b, 1, g·h, v], and keys, values, matrix, position after the token."""
-    resets = q.new_zeros(len(q), 1, dtype=torch.bool) if resets is None else resets
     inputs = contiguous(q, k, v, beta, gate, norm_weight, cos, sin, resets, keys, values, matrix, position)
     q, k, v, _, gate = inputs[:5]
     y, keys, values, matrix, position = (torch.empty_like(x) for x in (gate, *inputs[-4:]))

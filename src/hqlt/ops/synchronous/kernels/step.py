@@ -33,7 +33,9 @@ def step(
     one = tl.arange(0, 1)
     here = one == 0
     key_mask, value_mask, square = pairs(here, kc_exists), pairs(here, vc_exists), pairs(kc_exists, vc_exists)
-    fresh = tl.load(resets + b)
+    fresh = b < 0  # never
+    if resets is not None:
+        fresh = tl.load(resets + b)
     seen = tl.where(fresh, 0, tl.load(position + b))
     tl.store(position_after + b, seen + 1, mask=reader == 0)
 
