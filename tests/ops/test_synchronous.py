@@ -274,6 +274,17 @@ def test_a_layer_runs_it_when_asked_to():
         close(mine, theirs, 1e-9)
 
 
+@needs_triton
+@pytest.mark.parametrize("option", [{"partial_rotary_factor": 0.5}, {"sinks": 2}, {"fast_weights": "linear"}])
+def test_a_layer_that_it_does_not_know_runs_part_by_part(option):
+    layer = HybridMemory(16, 2, window=3, **option).double().to(device_of("triton"))
+    x, answers = normal(1, 6, 16).to(device_of("triton")), []
+    for backend in ("triton", "reference"):
+        with ops.use_backend(backend):
+            answers.append(layer(x)[0])
+    close(*answers)
+
+
 def operator_inputs(device):
     """Of `operators.forward`: with entries from before, a reset, rotary tables."""
     inputs = [x.to(device).requires_grad_() for x in inputs_of(2, 4, held=3)]

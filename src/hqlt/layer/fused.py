@@ -150,6 +150,8 @@ class InOneOperation:
             return None
         if type(kv) is not KVMemory or kv.kept or type(fw) is not DeltaMemory:
             return None
+        if kv.positions is not None and kv.positions.fraction != 1:
+            return None
         if explain("synchronous", projected.q).name != "triton":
             return None
         assert projected.gate is not None
