@@ -4,6 +4,7 @@ A wheel is one a platform: what is built knows no version of Python, and picks i
 """
 
 import hashlib
+import re
 from glob import glob
 from pathlib import Path
 
@@ -13,6 +14,15 @@ from setuptools.command.bdist_wheel import bdist_wheel
 SOURCES = sorted([*glob("src/hqlt/native/*.h"), "src/hqlt/native/memories.cpp"])
 DIGEST = hashlib.sha256(b"".join(Path(file).read_bytes() for file in SOURCES)).hexdigest()  # as hqlt.native computes it
 
+URL = "https://github.com/hqlt/hqlt"
+
+
+def readme() -> str:
+    """README.md with whole addresses, because a package index shows it alone."""
+    text = Path("README.md").read_text(encoding="utf-8")
+    text = re.sub(r"(!\[[^]]*\]\()(?!http)", rf"\1{URL}/raw/main/", text)
+    return re.sub(r"((?<!!)\[[^]]*\]\()(?!http|#)", rf"\1{URL}/blob/main/", text)
+
 
 class PlatformWheel(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
@@ -20,6 +30,8 @@ class PlatformWheel(bdist_wheel):
 
 
 setup(
+    long_description=readme(),
+    long_description_content_type="text/markdown",
     cmdclass={"bdist_wheel": PlatformWheel},
     ext_modules=[
         Extension(

@@ -67,6 +67,7 @@ def for_site(text: str, source: str, page: str) -> str:
         in_tree = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
         on_site = re.sub(r"^docs/", "", in_tree)
         on_site = re.sub(r"^(results/.+)/README\.md$", r"\1/index.md", on_site)
+        on_site = "results/index.md" if in_tree == "results" else on_site
         if on_site == in_tree and not in_tree.startswith("results/"):
             return f"]({SOURCE}{in_tree}{anchor})"
         return f"]({posixpath.relpath(on_site, posixpath.dirname(page) or '.')}{anchor})"
