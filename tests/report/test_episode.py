@@ -56,7 +56,9 @@ def test_the_legend_of_a_film_is_whole(width):
 @pytest.mark.parametrize("steps", [1, 2, 30])
 def test_what_is_left_of_a_film(tmp_path, steps, shares):
     pictures = leave_film(film_of(steps, shares=shares), tmp_path)
-    assert [picture.partition(";")[0] for picture in pictures] == ["data:image/png", "data:image/gif"]
+    assert [list(picture) for picture in pictures] == [["plot"], ["film"]]
+    assert pictures[0]["plot"].count("<svg") == min(steps + 1, 9) + 1 + 2 * shares, "moments, time, a legend"
+    assert pictures[1]["film"].startswith("data:image/gif;base64,")
     with Image.open(tmp_path / "episode.gif") as gif:
         assert gif.n_frames == steps + 1 and gif.width >= 640
 

@@ -87,7 +87,7 @@ def test_a_page_shows_them(tmp_path):
     write_page(tmp_path / "page.html", title="t", introduction="i", protocol="p", settings="s", kept=kept)
     page = (tmp_path / "page.html").read_text()
     assert "the more of the 4 KV heads\n(of 2 layers) still hold" in page
-    assert page.count('<span class="recent" title=') == 4 and page.count("rgba(var(--kept),1.00)") >= 1
+    assert page.count('<span class="recent" title=') == 4 and page.count("rgba(var(--kv),1.00)") >= 1
     assert "&lt;</span>" in page and "<b>é" not in page
     write_page(tmp_path / "page.html", title="t", introduction="i", protocol="p", settings="s", kept=None)
     assert "Which entries stay" not in (tmp_path / "page.html").read_text()
@@ -103,7 +103,8 @@ def test_a_page_shows_them(tmp_path):
 def test_a_plot_names_heads_or_if_they_are_many_layers(heads, named):
     index = torch.arange(30).expand(len(heads), 1, 30)
     figure = figure_of_kept(KeptPairs((index + 9).clamp(max=30), (index + 4).clamp(max=30), heads))
-    axes, bar = figure.axes
+    (axes,) = figure.axes
+    (bar,) = axes.child_axes
     assert [label.get_text() for label in axes.get_yticklabels()] == named
     assert axes.get_xlim() == (0.5, 30.5)
     figure.canvas.draw()

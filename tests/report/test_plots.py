@@ -4,7 +4,7 @@ import pytest
 from matplotlib import pyplot
 from PIL import Image
 
-from hqlt.report.plots import MANY, coincide, figure_of, grouped, save, styles_of
+from hqlt.report.plots import MANY, figure_of, goes_through, grouped, save, styles_of
 from hqlt.report.table import table_of
 from tests.report.test_report import RESULTS, result
 
@@ -25,6 +25,10 @@ def of_experiment(label, results, **changes):
     return [r._replace(cell=dataclasses.replace(r.cell, experiment=label, **changes)) for r in results]
 
 
+def looks(line):
+    return line.get_color(), line.get_linestyle()
+
+
 def medians(axes):
     """The thick lines, by model."""
     return {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
@@ -32,10 +36,9 @@ def medians(axes):
 
 def test_every_seed_is_drawn_and_their_median(tmp_path):
     figure = figure_of(RESULTS)
-    assert [len(axes.lines) for axes in figure.axes] == [3 + 1 + 1, 2] * 2
-    assert list(figure.axes[0].lines[3].get_ydata()) == [0.5, 0.5]
-    url = save(figure, tmp_path / "curves.png")
-    assert url.startswith("data:image/png;base64,")
+    assert [len(axes.lines) for axes in figure.axes] == [3 + 1 + 1 + 1, 2] * 2, "and chance"
+    assert list(medians(figure.axes[0])["DeltaNet"].get_ydata()) == [0.5, 0.5]
+    assert save(figure, tmp_path / "curves.png").count("<svg") == 2 + 4
     with Image.open(tmp_path / "curves.png") as image:
         assert image.mode == "P"
 
@@ -49,21 +52,36 @@ def test_many_experiments_have_room_and_models_colours_and_markers_of_their_own(
     panels = panels_of(results)
     assert len(panels) == 12
     for axes in panels:
-        assert len({line.get_color() for line in axes.lines}) == len({line.get_marker() for line in axes.lines}) == 7
+        lines = medians(axes).values()
+        assert len({line.get_marker() for line in lines}) == len({looks(line) for line in lines}) == 7
     assert table_of(results).columns == ["model", *(f"parity {j}, accuracy %" for j in range(6)), "seconds"]
 
 
-def test_curves_that_coincide_take_turns():
-    """So that each colour is in sight: their dashes and markers do not overlap."""
+def test_curves_that_coincide_are_seen_around_each_other():
+    """And take turns with their markers."""
     axes = panels_of([result(model, "parity", value) for model, value in (("A", 1.0), ("B", 0.5), ("C", 1.0))])[0]
     lines = medians(axes)
-    assert lines["B"].get_linestyle() == "-"
-    assert [lines[model].get_markevery() for model in "ABC"] == [(0, 2), (0, 1), (1, 2)]
-    patterns = [lines[model]._unscaled_dash_pattern for model in "AC"]
-    (first, (dash, gap)), (second, same) = patterns
-    assert same == (dash, gap)
-    assert dash <= gap
-    assert abs(first - second) == dash
+    assert [lines[model].get_markevery() for model in "ABC"] == [[0], [0, 1], [1]]
+    (behind,) = [line for line in axes.lines if line.get_linewidth() > lines["A"].get_linewidth()]
+    assert behind.get_color() == lines["A"].get_color() != lines["C"].get_color()
+    assert behind.get_zorder() < lines["C"].get_zorder() and list(behind.get_ydata()) == [1, 1]
+
+
+def test_of_many_that_coincide_the_first_is_the_widest():
+    axes = panels_of([result(f"model {i}", "parity", 1.0) for i in range(MANY)])[0]
+    lines = list(medians(axes).values())
+    behind = [line for line in axes.lines if line.get_linewidth() > lines[0].get_linewidth()]
+    widths = [line.get_linewidth() for line in behind]
+    assert len(widths) == MANY - 1 and widths == sorted(widths, reverse=True) and widths[0] <= 10
+    low, high = axes.get_ylim()
+    assert 72 * axes.get_position().height * axes.figure.get_figheight() * (high - 1) / (high - low) > widths[0] / 2
+
+
+def test_chance_is_marked_where_it_is_known():
+    parity, text, *_ = panels_of([result("A", "parity", 0.5), result("A", "text", 2.0)])
+    assert [[note.get_text() for note in axes.texts] for axes in (parity, text)] == [["chance"], []]
+    assert parity.get_ylabel() == "accuracy above chance, %" and parity.yaxis.get_major_formatter()(0.5) == "50"
+    assert text.get_ylabel() == "bits per byte"
 
 
 def test_nothing_is_clipped():
@@ -81,7 +99,7 @@ def test_more_models_than_can_be_told_apart_take_columns_by_family():
     panels = panels_of([result(name, "parity", 0.5) for name in names])
     assert [len(medians(axes)) for axes in panels] == [MANY, 3, MANY, 3]
     for group in grouped(names):
-        assert len({style["color"] for style in styles_of(group).values()}) == len(group)
+        assert len({(style["color"], style["linestyle"]) for style in styles_of(group).values()}) == len(group)
     assert [axes.get_legend() is not None for axes in panels] == [False, False, True, True]
 
 
@@ -105,12 +123,25 @@ def test_an_experiment_without_a_coordinate_has_one_panel(monkeypatch):
     assert len(panels_of(of_experiment("bare", results))) == 1
 
 
-def test_large_numbers_have_one_format():
+@pytest.mark.parametrize(("end", "ticks"), [(1_200_000, ["0", "50k", "1,200k"]), (5000, ["0"])])
+def test_the_numbers_of_an_axis_have_one_format(end, ticks):
     (bottom,) = panels_of([result("A", "parity", 0.5)])[1:]
-    assert [bottom.xaxis.get_major_formatter()(value) for value in (200_000, 1_200_000, 50)] == ["200k", "1.2M", "50"]
+    bottom.set_xlim(0, end)
+    shown = bottom.xaxis.get_major_formatter()
+    assert [shown(value) for value in (0, 50_000, 1_200_000)][: len(ticks)] == ticks
 
 
-def test_curves_on_other_points_do_not_coincide():
-    assert coincide([(0, 1.0), (1, 1.0)], [(0, 1.0), (1, 0.995)])
-    assert not coincide([(0, 1.0), (1, 1.0)], [(0, 1.0), (1, 0.9)])
-    assert not coincide([(0, 1.0)], [(1, 1.0)])
+def test_the_eye_takes_curves_of_the_same_points_for_one():
+    assert goes_through([(0, 1.0), (1, 1.0)], [(0, 1.0), (1, 0.995)])
+    assert not goes_through([(0, 1.0), (1, 1.0)], [(0, 1.0), (1, 0.9)])
+    assert not goes_through([(0, 1.0)], [(1, 1.0)])
+
+
+def test_a_model_has_the_same_colour_in_all_figures():
+    names = ["Transformer", "DeltaNet", "Delayed-Streaming", "Delayed-Chunk", "Synchronous", "LSTM"]
+    alone = {name: styles_of([name])[name]["color"] for name in names}
+    assert len(set(alone.values())) == 6
+    together = styles_of(["Synchronous, surprise", *reversed(names), "DeltaNet, β ≤ 1"])
+    assert {name: together[name]["color"] for name in names} == alone
+    assert styles_of(["Transformer, window 8"])["Transformer, window 8"]["color"] == alone["Transformer"]
+    assert styles_of(["DeltaNet, β ≤ 1", "DeltaNet, β ≤ 2"])["DeltaNet, β ≤ 2"]["color"] == alone["DeltaNet"]

@@ -3,13 +3,15 @@ import re
 
 import pytest
 import torch
+from matplotlib import pyplot
 from rich.console import Console
 
 from hqlt.evaluate import Score
 from hqlt.model import HQLTConfig, HQLTForCausalLM
 from hqlt.report import memory_shares
 from hqlt.report.page import write_page
-from hqlt.report.table import table_of
+from hqlt.report.plots import figure_of, save
+from hqlt.report.table import TOO_SMALL, table_of
 from hqlt.train.fit import Budget, Fit, Progress
 from hqlt.train.grid import Result
 from hqlt.train.task_cell import TaskCell
@@ -64,7 +66,7 @@ def test_a_page_stands_alone_and_escapes_what_it_is_given(tmp_path):
         title="<script>alert(1)</script>",
         introduction="i",
         table=table_of(RESULTS),
-        plot="data:image/png;base64,",
+        plot="",
         samples=[{"model": "m", "temperature": 1, "seed": 0, "prompt": "def ", "text": "<b>x</b>"}],
         protocol="p",
         settings="s",
@@ -86,23 +88,61 @@ def test_a_page_has_a_place_for_a_sample_and_folds_its_settings(tmp_path):
     assert "A sample" not in (tmp_path / "page.html").read_text()
 
 
-def test_a_page_serves_dark_screens_and_narrow_ones(tmp_path):
-    """A plot is turned dark, a row becomes a list in which each number has its column's name."""
-    write_page(
-        tmp_path / "page.html",
-        title="t",
-        introduction="i",
-        table=table_of(RESULTS),
-        plot="data:image/png;base64,",
-        protocol="p",
-        settings="s",
-    )
+def test_plots_follow_the_page_in_light_and_dark(tmp_path):
+    """Drawn in the page's ink: no picture, no background, nothing black."""
+    figure = figure_of(RESULTS)
+    content = {"title": "t", "introduction": "i", "protocol": "p", "settings": "s", "table": table_of(RESULTS)}
+    write_page(tmp_path / "page.html", **content, plot=save(figure, tmp_path / "curves.png"))
     page = (tmp_path / "page.html").read_text()
-    assert "prefers-color-scheme: dark" in page
-    assert "max-width: 40rem" in page
-    for column in table_of(RESULTS).columns:
-        assert page.count(f'data-column="{column}"') == 2
-    assert '<div class="wide"><img src="data:image/png;base64,"' in page
+    light, dark = page.split("prefers-color-scheme: dark")
+    for name in ("ink", "paper", "quiet", "line", "grid", "box", "kv", "fw"):
+        assert f"--{name}: " in light and f"--{name}: " in dark.partition("</style>")[0]
+    assert "<img" not in page and "<image" not in page and "<style" not in page.partition("</style>")[2]
+    assert page.count("<svg") == 2 + 4, "two models' keys, two panels for each of two experiments"
+    assert "#000000" not in page and "currentColor" in page and "var(--grid)" in page
+    assert ">accuracy above chance, %</text>" in page, "text is text"
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', page) and "DejaVu" not in page
+    names = re.findall(r' id="([^"]+)"', page)
+    for name in re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', page):
+        assert max(name) in names
+
+
+def test_panels_of_an_experiment_stand_below_each_other(tmp_path):
+    plot = save(figure_of(RESULTS), tmp_path / "curves.png")
+    keys, plots = plot.split('<div class="plots">')
+    assert re.findall(r"</svg>([^<]+)</span>", keys) == ["DeltaNet", "Synchronous"]
+    columns = plots.split('<div style="--width: ')[1:]
+    assert [column.count("<svg") for column in columns] == [2, 2]
+    assert ["parity" in column for column in columns] == [True, False]
+    for column in columns:
+        first, second = (float(box.split()[2]) for box in re.findall(r'viewBox="([^"]+)"', column))
+        assert first == pytest.approx(second) == pytest.approx(float(column.partition("px")[0]), abs=1)
+
+
+def test_axes_on_each_other_are_one_panel(tmp_path):
+    figure, (top, bottom) = pyplot.subplots(2, 1)
+    bottom.twinx().plot([1, 2])
+    top.imshow([[1.0]])
+    plot = save(figure, tmp_path / "x.png")
+    assert plot.count("<svg") == plot.count("--width") == 2
+    assert 'class="keys"' not in plot and "data:image/png" in plot, "and a heat map is a picture in it"
+
+
+def test_a_table_is_scrolled_by_itself_beside_its_first_column(tmp_path):
+    content = {"title": "t", "introduction": "i", "protocol": "p", "settings": "s", "table": table_of(RESULTS)}
+    write_page(tmp_path / "page.html", **content, plot="")
+    page = (tmp_path / "page.html").read_text()
+    assert '<div class="wide"><table>' in page and re.search(r"\.wide \{[^}]*overflow-x: auto", page)
+    assert re.search(r"td:first-child \{[^}]*position: sticky", page) and re.search(r"td \{[^}]*nowrap", page)
+
+
+def test_quick_tables_have_no_winner(tmp_path):
+    content = {"title": "t", "introduction": "i", "protocol": "p", "settings": "s"}
+    for quick in (False, True):
+        table = table_of(RESULTS, quick=quick)
+        write_page(tmp_path / "page.html", **content, table=table, plot="")
+        page = (tmp_path / "page.html").read_text()
+        assert ('class="best"' in page) == ("**" in table.as_markdown()) == (TOO_SMALL not in page) == (not quick)
 
 
 def model(**options):

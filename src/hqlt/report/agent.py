@@ -12,6 +12,7 @@ from rich.console import Console
 
 from hqlt.agent.collect import Evaluation
 from hqlt.report.episode import film, leave_film
+from hqlt.report.palette import GREY, VERMILLION
 from hqlt.report.table import Table, TableCell
 from hqlt.report.training import history_of, leave_report
 from hqlt.train.agent.settings import TEST_SEED
@@ -61,8 +62,8 @@ def leave_agent_report(
         f"The weights that did best there are kept, and were tested once, in {len(tested.outcomes)} other episodes.",
         shown=f"![An episode](episode.png)\n\n{caption}\n\n{film_there}",
         pictures=[
-            {"title": heading, "caption": said, "data": data}
-            for (heading, said), data in zip(titles, pictured, strict=False)
+            {"title": heading, "caption": said, **picture}
+            for (heading, said), picture in zip(titles, pictured, strict=False)
         ],
     )
     console.print(f"page: {folder / 'report.html'}" + (f"    film: {folder / 'episode.gif'}" if filmed.frames else ""))
@@ -90,15 +91,16 @@ def figure_of_agent(history: Sequence[dict[str, Any]]) -> Figure:
         name for name in ("return", "success", "entropy") if any(value_of(line, name) is not None for line in history)
     ]
     figure, panels = pyplot.subplots(
-        len(told), 1, figsize=(8, 2.6 * len(told)), sharex=True, layout="constrained", squeeze=False
+        len(told), 1, figsize=(6, 2.3 * len(told)), sharex=True, layout="constrained", squeeze=False
     )
     for axes, name in zip(panels[:, 0], told, strict=True):
         played = [(line["step"], value) for line in history if (value := value_of(line, name)) is not None]
-        axes.plot(*zip(*played, strict=True), linewidth=0.6, color="#7a7a7a", label="training")
+        axes.plot(*zip(*played, strict=True), linewidth=0.6, color=GREY, label="training")
         greedy = [(line["step"], value) for line in history if (value := line.get(f"evaluated_{name}")) is not None]
         if greedy:
-            axes.plot(*zip(*greedy, strict=True), marker="o", markersize=3, color="#c0392b", label="greedy")
+            axes.plot(*zip(*greedy, strict=True), marker="o", markersize=3, color=VERMILLION, label="greedy")
         axes.set_ylabel("entropy of the policy, nats" if name == "entropy" else name)
+        axes.set_gid("agent")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0, 0].legend(frameon=False)

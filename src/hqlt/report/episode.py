@@ -22,6 +22,7 @@ from hqlt.agent.collect import play
 from hqlt.agent.episode import Batch, Episode
 from hqlt.report.kept import KeptPairs, kept_during
 from hqlt.report.kept_page import draw_kept
+from hqlt.report.palette import FW, GREEN, GREY
 from hqlt.report.plots import save
 from hqlt.report.shares import Shares, shares_during
 from hqlt.train.agent.trainer import AgentTrainer
@@ -38,7 +39,7 @@ PIXELS = 640
 """Least width of a film."""
 WIDTH, HEIGHT, CAPTION = 11.0, 4.2, 0.3
 """Of a strip, in inches: its width, its greatest height, and what the line above a frame takes."""
-FW, KV, EARNED = "#c0392b", "#7a7a7a", "#2a9d8f"
+EARNED = GREEN
 
 
 class Film(NamedTuple):
@@ -118,12 +119,13 @@ def while_chosen(trainer: AgentTrainer, episode: Episode, during: Any) -> Any:
     return None
 
 
-def leave_film(film: Film, folder: Path) -> list[str]:
-    """Write episode.png, and episode.gif where there are frames → both as data URLs."""
-    pictures = [save(figure_of_film(film), folder / "episode.png")]
+def leave_film(film: Film, folder: Path) -> list[dict[str, str]]:
+    """Write episode.png, and episode.gif where there are frames → for a page: `plot` (HTML), `film` (data URL)."""
+    pictures = [{"plot": save(figure_of_film(film), folder / "episode.png")}]
     if film.frames:
         write_gif(film, folder / "episode.gif")
-        pictures.append("data:image/gif;base64," + base64.b64encode((folder / "episode.gif").read_bytes()).decode())
+        gif = base64.b64encode((folder / "episode.gif").read_bytes()).decode()
+        pictures.append({"film": f"data:image/gif;base64,{gif}"})
     return pictures
 
 
@@ -135,22 +137,25 @@ def figure_of_film(film: Film) -> Figure:
     strip = 0.0 if film.kept is None else min(max(0.25 * len(film.kept.heads), 0.8), 3) + 0.5
     figure = pyplot.figure(figsize=(WIDTH, 2.8 + strip + height), layout="constrained")
     parts: Any = figure.subfigures(2, 1, height_ratios=[height, 2.8 + strip]) if shown else [figure]
+    rows = math.ceil(len(shown) / columns)
+    panels = parts[0].subplots(rows, columns, squeeze=False).ravel() if shown else ()  # first: on a page as well
     if film.kept is None:
         below = parts[-1].subplots()
     else:
         below, kept = parts[-1].subplots(2, 1, sharex=True, height_ratios=[2.8, strip])
+        draw_kept(kept, film.kept, "step")
+        kept.set_gid("time")
     draw_time(below, film, parts[-1])
+    below.set_gid("time")
     if film.kept is not None:
-        draw_kept(kept, film.kept, parts[-1], "step")
         below.set_xlabel("")
-    if shown:
-        panels = parts[0].subplots(math.ceil(len(shown) / columns), columns, squeeze=False).ravel()
-        for axes in panels:
-            axes.set_axis_off()
-        for axes, step in zip(panels, shown, strict=False):
-            axes.imshow(film.frames[step], interpolation="nearest")
-            axes.set_title(f"step {step}" if step else "start", fontsize=9)
-            below.axvline(step + 0.5, color="#bbbbbb", linewidth=0.6, zorder=0)
+    for axes in panels[len(shown) :]:
+        axes.remove()
+    for axes, step in zip(panels, shown, strict=False):
+        axes.set_axis_off()
+        axes.imshow(film.frames[step], interpolation="nearest")
+        axes.set_title(f"step {step}" if step else "start", fontsize=9)
+        below.axvline(step + 0.5, color=GREY, linewidth=0.5, zorder=0)
     return figure
 
 
@@ -184,7 +189,7 @@ def draw_time(axes: Axes, film: Film, figure: Any) -> None:
         for layer in layers if len(layers) > 1 else ():
             axes.plot(steps, layer, color=FW, linewidth=0.7, alpha=0.5)
         axes.plot(steps, layers.mean(0), color=FW, linewidth=2, label="FW-memory's share")
-        axes.plot(steps, film.shares.gate[:, 0].mean(0), color=KV, linestyle="--", label="mixer's weight of FW")
+        axes.plot(steps, film.shares.gate[:, 0].mean(0), color=FW, lw=1, ls="--", label="mixer's weight of FW")
         axes.set_ylim(0, 1)
         axes.set_ylabel("FW-memory", color=FW)
         figure.legend(frameon=False, loc="outside upper center", ncols=2)

@@ -10,16 +10,18 @@ from matplotlib.figure import Figure
 
 from hqlt.evaluate.lengths import Bin
 from hqlt.evaluate.retrieval import Found
+from hqlt.report.palette import GREY, VERMILLION
 
 
 def figure_of_lengths(bins: Sequence[Bin], every: int, unit: str) -> Figure:
     """Bits by position, everything remembered and the memories emptied every so often."""
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(6, 3.8), layout="constrained")
     middles = [(part.begin + part.end) / 2 for part in bins]
-    axes.plot(middles, [part.carried for part in bins], marker="o", markersize=3, color="#c0392b", label="all before")
+    axes.plot(middles, [part.carried for part in bins], marker="o", markersize=3, color=VERMILLION, label="all before")
     emptied = [part.emptied for part in bins]
-    axes.plot(middles, emptied, linestyle="--", color="#7a7a7a", label=f"emptied every {every:,} tokens")
-    axes.set_xscale("log")
+    axes.plot(middles, emptied, linestyle="--", color=GREY, label=f"emptied every {every:,} tokens")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     axes.set_xlabel("position in the text, tokens")
     axes.set_ylabel(f"bits per {unit}")
     axes.grid(alpha=0.25)
@@ -48,7 +50,7 @@ def heat_map(axes: Axes, name: str, results: Sequence[Found]) -> None:
     axes.imshow(shares, cmap="Greens", vmin=0, vmax=1, aspect="auto")
     for y, row in enumerate(shares):
         for x, share in enumerate(row):
-            shade = "white" if share > 0.6 else "black"
+            shade = "white" if share > 0.6 else "#111111"
             axes.text(x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=shade)
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=30, ha="right")
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])

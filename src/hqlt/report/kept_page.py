@@ -16,13 +16,14 @@ from torch import nn
 from hqlt.data import Tokenizer
 from hqlt.layer import HybridMemory
 from hqlt.report.kept import KeptPairs, kept_pairs, marked
+from hqlt.report.palette import GREY, KV
 from hqlt.report.plots import save
 
 SHOWN = 480
 """Tokens of a text on a page."""
 NAMED = 16
 """Heads that have a name each beside a plot; of more, layers have."""
-SHADES = LinearSegmentedColormap.from_list("kept", ["#ffffff", "#2a9d8f", "#0b4f47"]).with_extremes(bad="#d9d9d9")
+SHADES = LinearSegmentedColormap.from_list("kept", [KV + "00", KV]).with_extremes(bad=GREY + "66")
 
 
 def keeps(model: nn.Module) -> bool:
@@ -55,11 +56,11 @@ def figure_of_kept(pairs: KeptPairs) -> Figure:
     """A row for each head, a column for each token of the first row of the batch."""
     height = min(max(0.22 * len(pairs.heads), 1.2), 8) + 0.9
     figure = pyplot.figure(figsize=(11, height), layout="constrained")
-    draw_kept(figure.subplots(), pairs, figure)
+    draw_kept(figure.subplots(), pairs)
     return figure
 
 
-def draw_kept(axes: Axes, pairs: KeptPairs, figure: Any, name: str = "token") -> None:
+def draw_kept(axes: Axes, pairs: KeptPairs, name: str = "token") -> None:
     """How long entries stayed, by shade, the first token at 1; a bar beside it says what a shade means."""
     n, _, t = pairs.until.shape
     stayed = pairs.stayed()[:, 0].cpu().numpy()
@@ -77,5 +78,5 @@ def draw_kept(axes: Axes, pairs: KeptPairs, figure: Any, name: str = "token") ->
     labels = [f"{layer + 1}.{head + 1}" if n <= NAMED else f"{layer + 1}" for layer, head in pairs.heads]
     axes.set_yticks(list(places), [labels[i] for i in places], fontsize=8)
     axes.set_ylabel("layer.head" if n <= NAMED else "layer")
-    bar = figure.colorbar(image, ax=axes, ticks=[0, 1], pad=0.01, aspect=min(max(2 * n, 8), 60))
+    bar = axes.figure.colorbar(image, cax=axes.inset_axes((1.01, 0, 0.012, 1)), ticks=[0, 1])
     bar.ax.set_yticklabels(["left with\nthe window", "held to\nthe end"], fontsize=8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import itertools
 import math
@@ -15,27 +14,18 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import FuncFormatter, PercentFormatter
 from PIL import Image
 
+from hqlt.report.palette import GREY, PALETTE
+from hqlt.report.palette import MODELS as MODEL_COLOURS
+from hqlt.report.vector import plot_of
 from hqlt.train.grid import Result
 
 Curve: TypeAlias = Sequence[tuple[float, float]]
 
-COLOURS = {
-    "Transformer": "#7a7a7a",
-    "DeltaNet": "#d98e04",
-    "DeltaNet, β ≤ 2": "#d98e04",
-    "Delayed-Streaming": "#2a9d8f",
-    "Delayed-Chunk": "#7b5ea7",
-    "Synchronous": "#c0392b",
-    "LSTM": "#00441b",
-}
-OTHERS = (
-    "#1f77b4", "#e377c2", "#8c564b", "#9acd32", "#17becf", "#000080", "#000000", "#ff7f0e", "#ff00ff",
-)  # fmt: skip
-"""Colours of models that have none of their own, in the order in which they come."""
 MARKERS = "os^DvPX*h"
+DASHES = ("-", "--", ":")
 MANY = 9
 """Models of a panel, at most: more cannot be told apart."""
 TITLES = {
@@ -44,15 +34,19 @@ TITLES = {
     "text": "Real text: Python's library",
 }
 METRICS = {
-    "accuracy": "accuracy (chance = 0)",
-    "exact": "answers exactly right",
+    "accuracy": "accuracy above chance, %",
+    "exact": "answers exactly right, %",
     "bits": "bits per byte",
-    "success": "success",
+    "success": "success, %",
 }
 WIDTH, HEIGHT = 4.6, 3.1
 """Of a panel, in inches."""
-DASH = 5
-"""Length of a dash where curves coincide, in widths of the line."""
+LINE, NESTED, WIDEST = 1.5, 2.4, 10.0
+"""Width of a line; what it is wider by for each that hides it, so that it is seen around them; and the most it is."""
+CLOSE = 0.01
+"""Curves that differ by less hide each other."""
+THOUSANDS = 10_000
+"""An axis that reaches this far is told in thousands."""
 COLUMNS = 4
 """Experiments side by side."""
 
@@ -60,8 +54,8 @@ COLUMNS = 4
 def figure_of(results: Sequence[Result]) -> Figure:
     """Two panels an experiment, one above the other: the test score along the task's coordinate, and learning curves.
 
-    Where there are several seeds, each is a thin line and their median a thick one. Where curves coincide, each is seen
-    in turn. More models than MANY take several columns, side by side.
+    Where there are several seeds, each is a thin line and their median a thick one. More models than MANY take several
+    columns, side by side.
     """
     groups = grouped(list(dict.fromkeys(result.cell.model for result in results)))
     columns = [
@@ -88,13 +82,15 @@ def figure_of(results: Sequence[Result]) -> Figure:
     panels = figure.subplot_mosaic(mosaic)
     for j, (of_column, group) in enumerate(columns):
         own = [panels[name] for name in (f"test {j}", f"learning {j}") if name in panels]
+        for axes in own:
+            axes.set_gid(f"column {j}")
         draw_experiment(own, of_column, styles_of(group))
         if not together:
             if len(family := {model.partition(",")[0] for model in group}) == 1:
                 own[0].set_title(f"{own[0].get_title()}, {family.pop()}")
             own[-1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
     if together:
-        handles = [Line2D([], [], markersize=4, **style) for style in styles_of(groups[0]).values()]
+        handles = [Line2D([], [], markersize=5, **style) for style in styles_of(groups[0]).values()]
         figure.legend(handles=handles, loc="outside lower center", ncols=fit, frameon=False)
     return figure
 
@@ -114,12 +110,19 @@ def grouped(models: Sequence[str]) -> list[list[str]]:
 
 
 def styles_of(models: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """A colour and a marker for each."""
-    others = itertools.cycle(OTHERS)
-    return {
-        model: {"color": COLOURS.get(model) or next(others), "marker": marker, "label": model}
-        for model, marker in zip(models, itertools.cycle(MARKERS), strict=False)
-    }
+    """A marker for each, and a colour: of its own or, for the first of a family, the family's. The others take what
+    colours are left, solid, then dashed."""
+    colours = {model: MODEL_COLOURS[model] for model in models if model in MODEL_COLOURS}
+    for model in models:
+        family = MODEL_COLOURS.get(model.partition(",")[0])
+        if model not in colours and family is not None and family not in colours.values():
+            colours[model] = family
+    left = itertools.cycle((colour, dash) for dash in DASHES for colour in PALETTE if colour not in colours.values())
+    styles = {}
+    for model, marker in zip(models, itertools.cycle(MARKERS), strict=False):
+        colour, dash = (colours[model], "-") if model in colours else next(left)
+        styles[model] = {"color": colour, "linestyle": dash, "marker": marker, "label": model}
+    return styles
 
 
 def entries_beside(models: Sequence[str], width: float) -> int:
@@ -146,26 +149,58 @@ def draw_experiment(panels: Sequence[Axes], results: Sequence[Result], styles: M
         draw(axes, {model: of_model for model, of_model in drawn.items() if of_model}, styles)
         axes.set_xlabel(name)
         axes.set_ylabel(METRICS[metric])
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_major_formatter(in_thousands(axes))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
         if metric != "bits":
-            axes.set_ylim(min(-0.05, axes.dataLim.y0 - 0.05), 1.05)
+            axes.set_ylim(min(-0.05, axes.dataLim.y0 - 0.05), 1.06)
+            axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
+        if metric == "accuracy":
+            axes.axhline(0, color=GREY, linewidth=1, linestyle=(0, (1, 1.5)), zorder=1)
+            beside = ("axes fraction", "data")
+            axes.annotate("chance", xy=(1.01, 0), xycoords=beside, va="center", fontsize=8, color=GREY)
+
+
+def in_thousands(axes: Axes) -> FuncFormatter:
+    """One format for all numbers below the axes."""
+
+    def text(x: float, _: object = None) -> str:
+        return f"{x / 1000:,g}k" if x and axes.get_xlim()[1] >= THOUSANDS else f"{x:,g}"
+
+    return FuncFormatter(text)
 
 
 def draw(axes: Axes, curves: Mapping[str, Sequence[Curve]], styles: Mapping[str, dict[str, Any]]) -> None:
-    """By model: one curve as it is; several thin, and their median, point by point."""
+    """By model: one curve as it is; several thin, and their median, point by point. Where medians coincide, each is
+    seen around those drawn after it, and they take turns with their markers."""
     medians = {model: median_of(of_model) for model, of_model in curves.items()}
-    for model, of_model in curves.items():
-        style = styles[model]
-        if len(of_model) > 1:
-            for curve in of_model:
-                axes.plot(*zip(*curve, strict=True), color=style["color"], linewidth=0.6, alpha=0.4)
-        alike = [other for other, curve in medians.items() if coincide(curve, medians[model])]
-        turn, turns = alike.index(model), len(alike)
-        dashes = "-" if turns == 1 else (turn * DASH, (DASH, (turns - 1) * DASH))
-        every = (turn % len(medians[model]), turns)
-        axes.plot(*zip(*medians[model], strict=True), markersize=4, markevery=every, **{"linestyle": dashes} | style)
+    wider = min(NESTED, (WIDEST - LINE) / max(len(medians) - 1, 1))
+    for i, (model, curve) in enumerate(medians.items()):
+        style, others = styles[model], list(medians.values())
+        if len(curves[model]) > 1:
+            for one in curves[model]:
+                axes.plot(*zip(*one, strict=True), color=style["color"], linewidth=0.6, alpha=0.4)
+        draw_around(axes, curve, others[i + 1 :], style["color"], wider)
+        turns = [
+            [sum(goes_through(other, [point]) for other in part) for part in (others[:i], others)] for point in curve
+        ]
+        marked = [k for k, (turn, alike) in enumerate(turns) if k % alike == turn]
+        axes.plot(*zip(*curve, strict=True), markersize=5, markevery=marked, linewidth=LINE, zorder=2.1, **style)
+
+
+def draw_around(axes: Axes, curve: Curve, later: Sequence[Curve], colour: str, wider: float) -> None:
+    """Where later curves hide it: a wider line behind them, the wider the more they are."""
+    hidden = [sum(goes_through(other, part) for other in later) for part in itertools.pairwise(curve)]
+    for count, run in itertools.groupby(range(len(hidden)), hidden.__getitem__):
+        first, *more = run
+        if count:
+            axes.plot(
+                *zip(*curve[first : first + len(more) + 2], strict=True),
+                color=colour,
+                linewidth=LINE + count * wider,
+                zorder=2 - 0.01 * count,
+                solid_capstyle="butt",
+            )
 
 
 def median_of(curves: Sequence[Curve]) -> Curve:
@@ -173,11 +208,10 @@ def median_of(curves: Sequence[Curve]) -> Curve:
     return [(x, middle) for (x, _), middle in zip(curves[0], y, strict=True)]
 
 
-def coincide(one: Curve, other: Curve) -> bool:
-    """To the eye: one hides the other."""
-    if [x for x, _ in one] != [x for x, _ in other]:
-        return False
-    return max(abs(a - b) for (_, a), (_, b) in zip(one, other, strict=True)) < 0.01
+def goes_through(curve: Curve, points: Curve) -> bool:
+    """To the eye."""
+    y = dict(curve)
+    return all(x in y and abs(y[x] - value) < CLOSE for x, value in points)
 
 
 def test_curve(result: Result) -> Curve:
@@ -189,11 +223,11 @@ def learning_curve(result: Result) -> Curve:
 
 
 def save(figure: Figure, path: Path) -> str:
-    """Write a PNG of 256 colours, and return it as a data URL for a page that needs no other file."""
-    drawn, picture = io.BytesIO(), io.BytesIO()
+    """Write a PNG of 256 colours, and return the same as HTML for a page that needs no other file."""
+    drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=110)
-    pyplot.close(figure)
     with Image.open(drawn) as image:  # a third of the bytes, and the same to the eye
-        image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(picture, format="png", optimize=True)
-    path.write_bytes(picture.getvalue())
-    return "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode()
+        image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, format="png", optimize=True)
+    plot = plot_of(figure)
+    pyplot.close(figure)
+    return plot

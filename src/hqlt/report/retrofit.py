@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from rich.console import Console
 
+from hqlt.report.palette import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION
 from hqlt.report.plots import Curve, draw
 from hqlt.report.table import Table, TableCell
 from hqlt.report.training import leave_report
@@ -28,9 +29,9 @@ Row: TypeAlias = Mapping[str, Any]
 ORIGINAL, WINDOW = "original", "window + sinks"
 """Names of the rows that all others are measured between: everything recovered, and nothing."""
 BYPASSED = ", FW bypassed"
-GREY = {ORIGINAL: "#000000", WINDOW: "#8a8a8a"}
-COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-"""Of the other rows: Okabe and Ito's, which colour-blind readers tell apart."""
+BETWEEN = {ORIGINAL: BLACK, WINDOW: GREY}
+COLOURS = (VERMILLION, BLUE, GREEN, PURPLE, ORANGE, SKY)
+"""Of the other rows."""
 MARKERS = "osD^vPX*h"
 BYPASS = 0.02
 """Nats per token: a retrofit that loses less without its FW-memories does not use them."""
@@ -219,7 +220,7 @@ def styles_of_rows(groups: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, A
     """A colour and a marker for each model; bypassed, the same one dotted and hollow."""
     own = [name for name in groups if not name.endswith(BYPASSED)]
     colours, marks = itertools.cycle(COLOURS), itertools.cycle(MARKERS)
-    chosen = {name: (GREY.get(name) or next(colours), next(marks)) for name in own}
+    chosen = {name: (BETWEEN.get(name) or next(colours), next(marks)) for name in own}
     styles = {}
     for name in groups:
         colour, marker = chosen[name.removesuffix(BYPASSED)]
@@ -242,7 +243,7 @@ def draw_positions(axes: Axes, groups: Mapping[str, Sequence[Row]], styles: dict
 
     draw(axes, {name: [curve(row) for row in group] for name, group in groups.items()}, styles)
     for window in {row["probe"]["window"] for group in groups.values() for row in group} - {None}:
-        axes.axvline(window, color="#8a8a8a", linewidth=0.8, linestyle=(0, (1, 3)))
+        axes.axvline(window, color=GREY, linewidth=0.8, linestyle=(0, (1, 3)))
         place: dict[str, Any] = {
             "xy": (window, 0.98),
             "xycoords": ("data", "axes fraction"),
@@ -250,7 +251,7 @@ def draw_positions(axes: Axes, groups: Mapping[str, Sequence[Row]], styles: dict
             "va": "top",
             "rotation": 90,
         }
-        axes.annotate("window", fontsize=8, color="#666666", **place)
+        axes.annotate("window", fontsize=8, color=GREY, **place)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     axes.set_xlabel("position, tokens")
@@ -272,7 +273,7 @@ def draw_shares(axes: Axes, groups: Mapping[str, Sequence[Row]], styles: dict[st
     axes.set_ylabel("share of the FW-memory, %")
     axes.set_title("What the FW-memories contribute")
     if not axes.lines:
-        axes.text(0.5, 0.5, "no FW-memories", transform=axes.transAxes, ha="center", color="#666666")
+        axes.text(0.5, 0.5, "no FW-memories", transform=axes.transAxes, ha="center", color=GREY)
 
 
 def draw_needles(

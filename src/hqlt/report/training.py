@@ -11,10 +11,12 @@ from typing import Any
 
 from matplotlib import pyplot
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from rich.console import Console
 from rich.text import Text
 
 from hqlt.report.page import write_page
+from hqlt.report.palette import BLUE, GREEN, GREY, VERMILLION
 from hqlt.report.plots import save
 from hqlt.report.table import Table, TableCell
 
@@ -106,23 +108,26 @@ def table_of_run(told: dict[str, Any], results: dict[str, Any], history: Sequenc
 
 def figure_of_run(history: Sequence[dict[str, Any]], bytes_per_token: float) -> Figure:
     """Bits per byte in training, and in validation where measured; below them gradient and learning rate."""
-    figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
+    figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(6, 5.5), sharex=True, layout="constrained")
     steps = [line["step"] for line in history]
     bits = [(line["loss"] or math.nan) / math.log(2) / bytes_per_token for line in history]
-    top.plot(steps, bits, linewidth=0.6, color="#7a7a7a", label="training")
+    top.plot(steps, bits, linewidth=0.6, color=GREY, label="training")
     scored = [(line["step"], line["validation"]) for line in history if line["validation"] is not None]
     if scored:
-        top.plot(*zip(*scored, strict=True), marker="o", color="#c0392b", label="validation")
+        top.plot(*zip(*scored, strict=True), marker="o", color=VERMILLION, label="validation")
     top.set_ylabel("bits per byte")
-    bottom.plot(steps, [line["gradient_norm"] or math.nan for line in history], linewidth=0.6, color="#1f77b4")
+    bottom.plot(steps, [line["gradient_norm"] or math.nan for line in history], linewidth=0.6, color=BLUE)
     bottom.set_yscale("log")
+    bottom.yaxis.set_major_formatter(LogFormatter())
+    bottom.yaxis.set_minor_formatter(LogFormatter())
     bottom.set_ylabel("gradient norm")
     bottom.set_xlabel("updates")
     rate = bottom.twinx()
-    rate.plot(steps, [line["learning_rate"] for line in history], color="#d98e04")
-    rate.set_ylabel("learning rate", color="#d98e04")
+    rate.plot(steps, [line["learning_rate"] for line in history], color=GREEN)
+    rate.set_ylabel("learning rate", color=GREEN)
     top.legend(frameon=False)
     for axes in (top, bottom):
+        axes.set_gid("run")
         axes.grid(alpha=0.25)
         axes.spines["top"].set_visible(False)
     return figure

@@ -257,7 +257,7 @@ def test_what_is_left(finished):
     assert results["run"]["settings"]["options"] == {"corridor": 6}
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())][-1] == f"step-{results['steps']:08d}"
     page = (folder / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 and page.count("data:image/gif;base64,") == 1
+    assert page.count("data:image/png;base64,") == 8 and page.count("data:image/gif;base64,") == 1
     readme = (folder / "README.md").read_text()
     assert "| synchronous | TMazePassive |" in readme and "(episode.gif)" in readme
     with Image.open(folder / "episode.gif") as gif:
