@@ -1,4 +1,8 @@
 import dataclasses
+import json
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 from matplotlib import pyplot
@@ -6,7 +10,10 @@ from PIL import Image
 
 from hqlt.report.plots import MANY, figure_of, goes_through, grouped, save, styles_of
 from hqlt.report.table import table_of
+from hqlt.train.grid import as_json
 from tests.report.test_report import RESULTS, result
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -145,3 +152,15 @@ def test_a_model_has_the_same_colour_in_all_figures():
     assert {name: together[name]["color"] for name in names} == alone
     assert styles_of(["Transformer, window 8"])["Transformer, window 8"]["color"] == alone["Transformer"]
     assert styles_of(["DeltaNet, β ≤ 1", "DeltaNet, β ≤ 2"])["DeltaNet, β ≤ 2"]["color"] == alone["DeltaNet"]
+
+
+def test_committed_curves_are_drawn_from_their_numbers(tmp_path, monkeypatch):
+    kept = json.loads(json.dumps([as_json(r) for r in RESULTS]))
+    (tmp_path / "results.json").write_text(json.dumps(kept))
+    monkeypatch.setattr(sys, "argv", ["results.py", str(tmp_path / "results.json")])
+    made = runpy.run_path(str(ROOT / "docs" / "figures" / "results.py"), run_name="__main__")
+    with Image.open(tmp_path / "curves.png") as image:
+        assert image.mode == "P"
+    assert json.loads(json.dumps([as_json(made["result"](one)) for one in kept])) == kept
+    (agents,) = (ROOT / "results" / "visual-match").glob("*.json")
+    assert made["result"](json.loads(agents.read_text())[0]).cell.coordinate_name == "distractor"

@@ -3,9 +3,10 @@ too pale for a line on white. A model has the same colour in all figures; one of
 
 from __future__ import annotations
 
-ORANGE, BLUE, VERMILLION, GREEN, PURPLE, SKY, BLACK = PALETTE = (
-    "#e69f00", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#000000",
+SKY, BLACK, PURPLE, GREEN, ORANGE, BLUE, VERMILLION = PALETTE = (
+    "#56b4e9", "#000000", "#cc79a7", "#009e73", "#e69f00", "#0072b2", "#d55e00",
 )  # fmt: skip
+"""In the order in which models take them that have none of their own."""
 GREY = "#808080"
 """Of what all else is compared with, and of notes."""
 KV, FW = ORANGE, BLUE
