@@ -109,8 +109,8 @@ def test_one_graph_with_checkpoints(selective, mode):
 
 @needs_fake_cuda
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("kept", [False, True])
-def test_the_operator_of_a_synchronous_layer_is_one_node(kept, mode):
+@pytest.mark.parametrize(("kept", "rule"), [(False, "delta"), (True, "delta"), (False, "gated-delta")])
+def test_the_operator_of_a_synchronous_layer_is_one_node(kept, rule, mode):
     """Forward and backward, and computed again in the backward pass unless a policy keeps what it made."""
     importlib.import_module("hqlt.ops.synchronous.kernels.operators")  # registers it
     operator, graphs = torch.ops.hqlt.synchronous.default, []
@@ -118,7 +118,7 @@ def test_the_operator_of_a_synchronous_layer_is_one_node(kept, mode):
     def policy(context: object, op: object, *arguments: object, **options: object) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE if op is operator and kept else CheckpointPolicy.MUST_RECOMPUTE
 
-    model = fake()
+    model = fake(fast_weights=rule)
     selective = partial(create_selective_checkpoint_contexts, policy)
     model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": selective})
     record = make_boxed_compiler(lambda graph, _: graphs.append(graph) or graph)

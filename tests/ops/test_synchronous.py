@@ -50,8 +50,8 @@ def skip_without_dot(backend, dtype):
         pytest.skip("the interpreter's products of bfloat16 are wrong")
 
 
-def inputs_of(b, t, held=0, key=KEY, value=VALUE, dtype=torch.float64, heads=HEADS, group=1):
-    """q, k, v, β, gate, norm weight, W_0. The last two that accumulate are wide in every dtype."""
+def inputs_of(b, t, held=0, key=KEY, value=VALUE, dtype=torch.float64, heads=HEADS, group=1, decays=False):
+    """q, k, v, β, gate, norm weight, W_0, and if it decays log α. What accumulates is wide in every dtype."""
     l, wide = held + t, torch.promote_types(dtype, torch.float32)
     return [
         normal(b, t, heads * group, key).to(dtype),
@@ -61,6 +61,7 @@ def inputs_of(b, t, held=0, key=KEY, value=VALUE, dtype=torch.float64, heads=HEA
         normal(b, t, heads * group, value, seed=4).to(dtype),
         1 + 0.3 * normal(value, seed=5).to(dtype),
         normal(b, heads, key, value, seed=6).to(wide),
+        *([-0.1 * (1.5 * normal(b, t, heads, seed=9)).exp().to(wide)] if decays else []),
     ]
 
 
@@ -70,11 +71,11 @@ def resets_of(b, l, part=0.05, seed=7):
 
 def run(inputs, window, resets, backend, rotary=True):
     """The operation where its backend runs, its answer on the CPU."""
-    *inputs, state = (x.to(device_of(backend)) for x in inputs)
-    q, k = inputs[:2]
+    q, k, *inputs, state, decay = (x if x is None else x.to(device_of(backend)) for x in [*inputs, None][:8])
     table = Rotary(100.0).table(k.shape[1], k.shape[3], q.device, q.dtype) if rotary and k.shape[3] % 2 == 0 else None
     resets = None if resets is None else resets.to(q.device)
-    y, W = synchronous(*inputs, window=window, rotary=table, state=state, resets=resets, backend=backend)
+    given = {"window": window, "rotary": table, "state": state, "decay": decay, "resets": resets}
+    y, W = synchronous(q, k, *inputs, **given, backend=backend)
     return y.cpu(), W.cpu()
 
 
@@ -85,14 +86,14 @@ def with_gradients(inputs, window, resets, backend, **options):
     return [*out, *torch.autograd.grad(out, inputs, directions)]
 
 
-NAMES = ("y", "W", "dq", "dk", "dv", "dβ", "dgate", "dnorm", "dW")
+NAMES = ("y", "W", "dq", "dk", "dv", "dβ", "dgate", "dnorm", "dW", "dlogα")
 
 
 def assert_as_reference(inputs, window, resets, backend, **options):
     """Outputs, final state and all gradients, in norm; and each gradient has its input's type."""
     got = with_gradients(inputs, window, resets, backend, **options)
     expected = with_gradients([x.double() for x in inputs], window, resets, "reference", **options)
-    for name, mine, theirs in zip(NAMES, got, expected, strict=True):
+    for name, mine, theirs in zip(NAMES[: len(got)], got, expected, strict=True):
         assert mine.shape == theirs.shape, name
         error = (mine.double() - theirs).norm() / theirs.norm().clamp_min(1e-6)
         assert error < TOLERANCE[inputs[0].dtype], f"{name} differs by {error:.1e}"
@@ -103,6 +104,7 @@ class TestLaws(Laws):
     """With the pairs and positions that the layer's blend holds between calls."""
 
     longest = 35  # more than a chunk of what is tested in float64
+    decays = False
 
     @pytest.fixture(params=BACKENDS)
     def build(self, request):
@@ -112,7 +114,7 @@ class TestLaws(Laws):
 
             def run_in(backend):
                 def run(inputs, state, resets):
-                    q, k, v, beta, gate = (x.to(device_of(backend)) for x in inputs)
+                    q, k, v, beta, gate, *decay = (x.to(device_of(backend)) for x in inputs)
                     b, t = q.shape[:2]
                     state = state and layer.state_of(state).to(q.device)
                     if t == 0:
@@ -123,7 +125,8 @@ class TestLaws(Laws):
                     table = Rotary(100.0).table(timeline.keys.shape[1], KEY, q.device, q.dtype)
                     y, W = synchronous(
                         q, timeline.keys, timeline.values, beta, gate, weight.to(q.device), window=window,
-                        rotary=table, state=state and state.fw.matrix, resets=timeline.resets, backend=backend,
+                        decay=decay[0] if decay else None, rotary=table,
+                        state=state and state.fw.matrix, resets=timeline.resets, backend=backend,
                     )  # fmt: skip
                     after = layer.blend.state_after(Memories(layer.kv, layer.fw), timeline, MatrixState(W))
                     return y.cpu(), tuple(after.to("cpu").leaves())
@@ -131,19 +134,55 @@ class TestLaws(Laws):
                 return run
 
             def inputs(b, t):
-                return tuple(x[:, :t] for x in inputs_of(b, t, value=KEY)[:5])
+                given = inputs_of(b, t, value=KEY, decays=self.decays)
+                return tuple(x[:, :t] for x in (*given[:5], *given[7:]))
 
             return Memory(run_in(request.param), run_in("reference"), inputs)
 
         return build
 
 
+class TestLawsWithDecay(TestLaws):
+    decays = True
+
+
+every_rule = pytest.mark.parametrize("decays", [False, True])
+
+
 @every_backend
+@every_rule
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_dtypes(backend, dtype):
+def test_dtypes(backend, dtype, decays):
     """Over two chunks of every dtype's length, with resets and pairs held from before."""
     skip_without_dot(backend, dtype)
-    assert_as_reference(inputs_of(2, 131, held=9, key=6, dtype=dtype), 10, resets_of(2, 140, 0.02), backend)
+    inputs = inputs_of(2, 131, held=9, key=6, dtype=dtype, decays=decays)
+    assert_as_reference(inputs, 10, resets_of(2, 140, 0.02), backend)
+
+
+@every_backend
+@pytest.mark.parametrize("log_alpha", [0.0, -30.0, -1e4, float("-inf")])
+def test_extreme_decays(backend, log_alpha):
+    """Now and then, between small ones; and throughout."""
+    inputs, resets = inputs_of(1, 35, held=2, decays=True), resets_of(1, 37, 0.1)
+    inputs[7][:, ::5] = log_alpha
+    assert_as_reference(inputs, 4, resets, backend)
+    inputs[7][:] = log_alpha
+    for x in with_gradients(inputs, 4, resets, backend):
+        assert x.isfinite().all()
+
+
+def test_decay_is_what_it_says():
+    """Token by token in plain numbers: decay, then write, then read."""
+    q, k, v, beta, gate, weight, W, log = inputs_of(1, 5, decays=True)
+    y, final = synchronous(q, k, v, beta, gate + 50, weight, window=1, decay=log, state=W, backend="reference")
+    unit = lambda x: F.silu(x) / (F.silu(x).square().sum(-1, keepdim=True) + 1e-6).sqrt()  # noqa: E731
+    for t in range(5):
+        W = W * log[:, t].exp()[..., None, None]
+        error = beta[:, t, :, None] * (v[:, t] - torch.einsum("bhkv,bhk->bhv", W, unit(k[:, t])))
+        W = W + unit(k[:, t])[..., None] * error[..., None, :]
+        fw = KEY**-0.5 * torch.einsum("bhkv,bhk->bhv", W, unit(q[:, t]))
+        close(y[:, t], fw / (fw.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight, 1e-8)
+    close(final, W)
 
 
 @every_backend
@@ -176,16 +215,17 @@ def test_sizes(backend, b, t, held, key, value, window):
 
 @every_backend
 @pytest.mark.parametrize("width", [32, 64, 128, 256])
-def test_head_widths(backend, width):
+@every_rule
+def test_head_widths(backend, width, decays):
     """Two chunks, the second of one token."""
-    inputs = inputs_of(1, 33, held=2, key=width, value=width, heads=1)
+    inputs = inputs_of(1, 33, held=2, key=width, value=width, heads=1, decays=decays)
     assert_as_reference(inputs, 4, None, backend)
 
 
 @every_backend
-@pytest.mark.parametrize("group", [2, 3])
-def test_query_heads_share_pairs_and_matrix(backend, group):
-    inputs = inputs_of(2, 35, held=5, group=group)
+@pytest.mark.parametrize(("group", "decays"), [(2, False), (3, False), (2, True)])
+def test_query_heads_share_pairs_and_matrix(backend, group, decays):
+    inputs = inputs_of(2, 35, held=5, group=group, decays=decays)
     assert_as_reference(inputs, 9, resets_of(2, 40), backend)
 
 
@@ -194,7 +234,7 @@ def test_query_heads_share_pairs_and_matrix(backend, group):
 def test_any_shape_window_and_resets(backend, data):
     b, t, held, window = (data.draw(st.integers(*ends)) for ends in [(1, 3), (1, 70), (0, 40), (1, 80)])
     resets = resets_of(b, held + t, data.draw(st.sampled_from([0.0, 0.03, 0.3, 1.0])), data.draw(st.integers(0, 99)))
-    assert_as_reference(inputs_of(b, t, held), window, resets, backend)
+    assert_as_reference(inputs_of(b, t, held, decays=data.draw(st.booleans())), window, resets, backend)
 
 
 @every_backend
@@ -213,7 +253,7 @@ def test_equal_keys_stay_accurate(backend, dtype, beta):
 
 @every_backend
 def test_memory_layout_does_not_matter(backend):
-    inputs, resets = inputs_of(2, 37, held=5), resets_of(2, 42)
+    inputs, resets = inputs_of(2, 37, held=5, decays=True), resets_of(2, 42)
     expected = with_gradients(inputs, 6, resets, backend)
     got = with_gradients([strided(x) for x in inputs], 6, strided(resets), backend)
     for mine, theirs in zip(got, expected, strict=True):
@@ -224,18 +264,18 @@ def test_memory_layout_does_not_matter(backend):
 @pytest.mark.parametrize("t", [1, 35])
 def test_every_output_is_written(backend, t, poisoned_memory):
     for held, resets in [(0, None), (3, resets_of(2, t + 3, 0.2))]:
-        for x in with_gradients(inputs_of(2, t, held), 4, resets, backend):
+        for x in with_gradients(inputs_of(2, t, held, decays=True), 4, resets, backend):
             assert x.isfinite().all()
 
 
 @every_backend
 def test_an_unseen_row_of_nan_stays_alone(backend):
-    inputs = inputs_of(3, 40, held=4)
+    inputs = inputs_of(3, 40, held=4, decays=True)
     alone = with_gradients([x if x.dim() == 1 else x[:2] for x in inputs], 6, None, backend)
     for x in inputs:
         if x.dim() > 1:
             x[2] = torch.nan
-    for name, mine, theirs in zip(NAMES, with_gradients(inputs, 6, None, backend), alone, strict=True):
+    for name, mine, theirs in zip(NAMES, with_gradients(inputs, 6, None, backend), alone, strict=False):
         if name != "dnorm":
             close(mine[:2], theirs, 1e-12 if backend == "reference" else 1e-10)
 
@@ -254,9 +294,10 @@ def test_composed_is_the_layer():
 
 
 @needs_triton
-def test_a_layer_runs_it_when_asked_to():
+@pytest.mark.parametrize("choice", ["synchronous-vector-delta-plain", "synchronous-gated-delta"])
+def test_a_layer_runs_it_when_asked_to(choice):
     """In two pieces with a reset: outputs, final state and gradients of the whole layer."""
-    layer = build_layer("synchronous-vector-delta-plain", 5).to(device_of("triton"))
+    layer = build_layer(choice, 5).to(device_of("triton"))
     x = tokens(2, 40).to(device_of("triton")).requires_grad_()
     resets = resets_of(2, 40).to(x.device)
     answers = []
@@ -275,7 +316,16 @@ def test_a_layer_runs_it_when_asked_to():
 
 
 @needs_triton
-@pytest.mark.parametrize("option", [{"partial_rotary_factor": 0.5}, {"sinks": 2}, {"fast_weights": "linear"}])
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"partial_rotary_factor": 0.5},
+        {"sinks": 2},
+        {"fast_weights": "linear"},
+        {"feature_map": "learned"},
+        {"kv_activation": None},
+    ],
+)
 def test_a_layer_that_it_does_not_know_runs_part_by_part(option):
     layer = HybridMemory(16, 2, window=3, **option).double().to(device_of("triton"))
     x, answers = normal(1, 6, 16).to(device_of("triton")), []
@@ -285,41 +335,45 @@ def test_a_layer_that_it_does_not_know_runs_part_by_part(option):
     close(*answers)
 
 
-def operator_inputs(device):
+def operator_inputs(device, decays):
     """Of `operators.forward`: with entries from before, a reset, rotary tables."""
-    inputs = [x.to(device).requires_grad_() for x in inputs_of(2, 4, held=3)]
+    *inputs, decay = (x.to(device).requires_grad_() for x in inputs_of(2, 4, held=3, decays=True))
+    decay = decay if decays else None
     resets = torch.zeros(2, 7, dtype=torch.bool, device=device)
     resets[1, 5] = True
-    return *inputs, *Rotary(100.0).table(7, KEY, torch.device(device), torch.float64), resets, 4, 0.5, 1e-6
+    return *inputs, decay, *Rotary(100.0).table(7, KEY, torch.device(device), torch.float64), resets, 4, 0.5, 1e-6
 
 
 @needs_triton
-def test_both_directions_are_operators_of_torch():
+@pytest.mark.parametrize("decays", [False, True])
+def test_both_directions_are_operators_of_torch(decays):
     """Schema, shapes without numbers, gradients: what compilers, checkpointing and export go by."""
     from hqlt.ops.synchronous.kernels.operators import backward, forward
 
-    given = operator_inputs(device_of("triton"))
+    given = operator_inputs(device_of("triton"), decays)
     torch.library.opcheck(forward, given)
     with torch.no_grad():
         y, W, *kept = forward(*given)
-        torch.library.opcheck(backward, (*given[:6], *given[7:10], *kept, y, W, *given[10:]))
+        torch.library.opcheck(backward, (*given[:6], *given[7:11], *kept, y, W, *given[11:]))
 
 
 @needs_triton
-def test_torch_compile_sees_one_graph():
+@pytest.mark.parametrize("decays", [False, True])
+def test_torch_compile_sees_one_graph(decays):
     """Forward and backward, no break, the same numbers."""
     torch._dynamo.reset()
 
     def loss(*inputs):
-        y, W = synchronous(*inputs, window=4, resets=resets, rotary=rotary, state=state, backend="triton")
+        y, W = synchronous(*inputs, **options, backend="triton")
         return y.square().sum() + W.sum()
 
-    *inputs, state, cos, sin, resets = operator_inputs(device_of("triton"))[:10]
-    rotary = cos, sin
+    *inputs, state, decay, cos, sin, resets = operator_inputs(device_of("triton"), decays)[:11]
+    options = {"window": 4, "resets": resets, "rotary": (cos, sin), "state": state, "decay": decay}
+    wanted = [state] if decay is None else [state, decay]
     expected = loss(*inputs)
     got = torch.compile(loss, fullgraph=True, backend="aot_eager")(*inputs)
     assert torch.equal(got, expected)
-    for mine, theirs in zip(*(torch.autograd.grad(x, [*inputs, state]) for x in (got, expected)), strict=True):
+    for mine, theirs in zip(*(torch.autograd.grad(x, [*inputs, *wanted]) for x in (got, expected)), strict=True):
         assert torch.equal(mine, theirs)
 
 
@@ -395,6 +449,7 @@ def test_a_matrix_s_gradient_is_summed_wide():
         ({"q": torch.zeros(2, 5, 3, KEY), "gate": torch.zeros(2, 5, 3, VALUE)}, "a multiple of the 2 heads of k"),
         ({"norm_weight": torch.zeros(KEY)}, r"norm_weight: expected \[v\] with v = 3"),
         ({"window": 0}, "window: expected at least 1"),
+        ({"decay": torch.zeros(2, 5, 1)}, r"decay: expected \[b, t, h\] with h = 2"),
         ({"resets": torch.zeros(2, 4, dtype=torch.bool)}, r"resets: .* \[2, 5\]"),
         ({"rotary": (torch.zeros(4, 1, 2), torch.zeros(5, 1, 2))}, r"cos of shape .*\[≥ 5, 1, 2\], got \[4, 1, 2\]"),
         ({"backend": "cuda"}, "synchronous: backend: expected one of 'reference', 'composed', 'triton', got 'cuda'"),

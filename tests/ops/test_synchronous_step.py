@@ -34,30 +34,34 @@ def empty_state(b, window, key, value, dtype):
     )  # fmt: skip
 
 
-def twin(q, k, v, beta, gate, weight, state, window, rotary, resets):
+def twin(q, k, v, beta, gate, weight, state, window, rotary, resets, decay):
     blend, heads = Synchronous(window), Heads(HEADS * KEY, q.shape[2], HEADS, HEADS, k.shape[3], v.shape[3])
     timeline = blend.timeline(Tokens(q, k, v, DeltaGates(beta)), state, resets)
     y, W = synchronous(
         q, timeline.keys, timeline.values, beta, gate, weight, window=window, rotary=rotary,
-        state=state.fw.matrix, resets=timeline.resets, backend="reference",
+        decay=decay, state=state.fw.matrix, resets=timeline.resets, backend="reference",
     )  # fmt: skip
     return y, blend.state_after(Memories(KVMemory(heads, rope_theta=None), None), timeline, MatrixState(W))
 
 
-def follow(window, key=KEY, value=VALUE, dtype=torch.float64, rotated=True, arranged=lambda x: x, group=1):
+def follow(
+    window, key=KEY, value=VALUE, dtype=torch.float64, rotated=True, arranged=lambda x: x, group=1, decays=False
+):
     """Three rows, reset at different tokens, until every buffer is full: each token as its twin, the state going on."""
     t = min(window + 3, 9)
-    *inputs, weight, _ = (x.to(DEVICE) for x in inputs_of(3, t, key=key, value=value, dtype=dtype, group=group))
+    given = inputs_of(3, t, key=key, value=value, dtype=dtype, group=group, decays=True)
+    *inputs, weight, _, logs = (x.to(DEVICE) for x in given)
     rotary = Rotary(100.0).table(window, key, torch.device(DEVICE), dtype) if rotated else None
     state = empty_state(3, window, key, value, dtype)
     for i in range(t):
         token = [x[:, i : i + 1] for x in inputs]
+        decay = logs[:, i : i + 1] if decays else None
         resets = torch.tensor([[i == 2], [False], [i == 4]], device=DEVICE) if i % 2 == 0 else None
         held = [*state.kv[:2], state.fw.matrix, state.position]
         before = [x.clone() for x in held]
-        got = step(*map(arranged, [*token, weight, *held]), rotary=rotary, resets=resets)
+        got = step(*map(arranged, [*token, weight, *held]), decay=decay, rotary=rotary, resets=resets)
         assert all(map(torch.equal, held, before))
-        y, state = twin(*token, weight, state, window, rotary, resets)
+        y, state = twin(*token, weight, state, window, rotary, resets, decay)
         expected = y, *state.kv[:2], state.fw.matrix, state.position
         for mine, theirs in zip(got, expected, strict=True):
             assert mine.dtype == theirs.dtype
@@ -87,10 +91,15 @@ def test_query_heads_share_pairs_and_matrix():
 
 
 @needs_triton
-@pytest.mark.parametrize("heads", [{}, {"num_kv_heads": 2}])
-def test_a_layer_s_token_reaches_it(heads):
+def test_decay():
+    follow(4, decays=True)
+
+
+@needs_triton
+@pytest.mark.parametrize("options", [{}, {"num_kv_heads": 2}, {"fast_weights": "gated-delta"}])
+def test_a_layer_s_token_reaches_it(options):
     """Without gradients: the same outputs and states as its parts, with a reset on the way."""
-    layer = HybridMemory(16, 4, window=3, **heads).double().to(DEVICE)
+    layer = HybridMemory(16, 4, window=3, **options).double().to(DEVICE)
     x = normal(2, 6, 16).to(DEVICE)
     resets = torch.zeros(2, 6, dtype=torch.bool, device=DEVICE)
     resets[0, 4] = True

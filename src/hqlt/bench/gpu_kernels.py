@@ -27,7 +27,7 @@ from hqlt.ops.synchronous.kernels import launch, operators
 from hqlt.ops.synchronous.kernels.launch import Launch
 from hqlt.shapes import at_least_float32
 
-NAMES = ("y", "W", "dq", "dk", "dv", "dβ", "dgate", "dnorm", "dW")
+NAMES = ("y", "W", "dq", "dk", "dv", "dβ", "dgate", "dnorm", "dW", "dlogα")
 TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 6e-3, torch.float32: 3e-6, torch.float64: 1e-12}
 """Of outputs and gradients, as a part of their norm, against the reference in float64 on the same numbers."""
 BLOCKED = ("carry", "carry_backward", "pairs_backward")
@@ -37,7 +37,7 @@ LAUNCHES = 20
 
 
 class Shape(NamedTuple):
-    """Of a call: rows, tokens, heads, widths; KV entries from before, and the window."""
+    """Of a call: rows, tokens, heads, widths; KV entries from before, the window, and whether the matrix decays."""
 
     b: int
     t: int
@@ -46,6 +46,7 @@ class Shape(NamedTuple):
     v: int
     held: int = 0
     window: int = 64
+    decays: bool = False
 
 
 SHAPES = (
@@ -54,8 +55,10 @@ SHAPES = (
     Shape(2, 131, 2, 64, 64, held=9, window=10),
     Shape(2, 330, 2, 128, 128, held=63, window=64),
     Shape(2, 256, 3, 128, 64, held=0, window=256),
+    Shape(2, 131, 2, 64, 64, held=9, window=10, decays=True),
+    Shape(2, 330, 2, 128, 128, held=63, window=64, decays=True),
 )
-TINY = Shape(1, 35, 1, 4, 3, held=2, window=3)
+TINY = Shape(1, 35, 1, 4, 3, held=2, window=3, decays=True)
 
 
 class Launched(NamedTuple):
@@ -94,7 +97,7 @@ def recorded(then: Callable[..., None] = lambda *_: None) -> Iterator[list[Launc
 
 def launches_of(shape: Shape, dtype: torch.dtype, resets: bool = True) -> list[Launched]:
     """Everything that forward, backward and a call of one token launch."""
-    b, t, h, k, v, held, window = shape
+    b, t, h, k, v, held, window, decays = shape
     l, wide = held + t, at_least_float32(dtype)
 
     def of(*size: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -103,15 +106,17 @@ def launches_of(shape: Shape, dtype: torch.dtype, resets: bool = True) -> list[L
     q, key, value, gate, weight = of(b, t, h, k), of(b, l, h, k), of(b, l, h, v), of(b, t, h, v), of(v)
     beta, matrix, table = of(b, t, h, dtype=wide), of(b, h, k, v, dtype=wide), of(l, 1, k // 2, dtype=wide)
     marks, position = of(b, l, dtype=torch.bool) if resets else None, of(b, dtype=torch.long)
-    inputs = q, key, value, beta, gate, weight, matrix, table, table, marks
+    decay = of(b, t, h, dtype=wide) if decays else None
+    inputs = q, key, value, beta, gate, weight, matrix, decay, table, table, marks
     new_q, new_k, new_v, new_beta, new_gate = (x[:, :1] for x in (q, key, value, beta, gate))
+    new_decay = None if decay is None else decay[:, :1]
     scale, norm_eps = k**-0.5, 1e-6
     with recorded() as launches:
         _, _, *kept = operators.run_forward(*inputs, window, scale, norm_eps)
         given: tuple[Any, ...] = *inputs[:6], *inputs[7:], *kept, gate, matrix, window, scale, norm_eps
         operators.run_backward(*given)
         operators.run_one_token(
-            new_q, new_k, new_v, new_beta, new_gate, weight, table, table, None,
+            new_q, new_k, new_v, new_beta, new_gate, weight, new_decay, table, table, None,
             of(b, window - 1, h, k), of(b, window - 1, h, v), matrix, position, scale, norm_eps,
         )  # fmt: skip
     return list({call.name: call for call in launches}.values())
@@ -124,8 +129,8 @@ def warm_up(launches: list[Launched]) -> list[Future[Any]]:
 
 
 def inputs_of(shape: Shape, dtype: torch.dtype, device: str) -> list[Tensor]:
-    """q, k, v, β, gate, norm weight, W_0: the same numbers in every type, up to rounding."""
-    b, t, h, k, v, held, _ = shape
+    """q, k, v, β, gate, norm weight, W_0, and if it decays log α: the same numbers in every type, up to rounding."""
+    b, t, h, k, v, held, _, decays = shape
     random, wide = torch.Generator().manual_seed(0), at_least_float32(dtype)
 
     def normal(*size: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -133,32 +138,36 @@ def inputs_of(shape: Shape, dtype: torch.dtype, device: str) -> list[Tensor]:
 
     q, key, value = normal(b, t, h, k), normal(b, held + t, h, k), normal(b, held + t, h, v)
     beta = (2 * normal(b, t, h, dtype=torch.float64).sigmoid()).to(wide)
-    return [q, key, value, beta, normal(b, t, h, v), 1 + 0.3 * normal(v), normal(b, h, k, v, dtype=wide)]
+    given = [q, key, value, beta, normal(b, t, h, v), 1 + 0.3 * normal(v), normal(b, h, k, v, dtype=wide)]
+    return [*given, -0.1 * normal(b, t, h, dtype=wide).exp()] if decays else given
 
 
 def answers(given: list[Tensor], shape: Shape, resets: Tensor, backend: str = "triton") -> list[Tensor]:
     """Outputs, final matrix, and all gradients of a fixed direction."""
-    *inputs, state = (x.detach().requires_grad_() for x in given)
+    wanted = [x.detach().requires_grad_() for x in given]
+    *inputs, state = wanted[:7]
+    decay = wanted[7] if shape.decays else None
     device, wide = given[0].device, at_least_float32(given[0].dtype)
     rotary = None if shape.k % 2 else Rotary(1e4).table(shape.held + shape.t, shape.k, device, wide)
     options: dict[str, Any] = {
         "window": shape.window,
         "rotary": rotary,
         "state": state,
+        "decay": decay,
         "resets": resets,
         "backend": backend,
     }
     out = synchronous(*inputs, **options)
     random = torch.Generator().manual_seed(1)
     directions = [torch.randn(x.shape, generator=random, dtype=torch.float64).to(x) for x in out]
-    return [x.detach() for x in (*out, *torch.autograd.grad(out, [*inputs, state], directions))]
+    return [x.detach() for x in (*out, *torch.autograd.grad(out, wanted, directions))]
 
 
 def errors(got: list[Tensor], expected: list[Tensor]) -> dict[str, float]:
     """‖got − expected‖ / ‖expected‖ of each, by name."""
     return {
         name: ((mine.double() - theirs.double()).norm() / theirs.double().norm().clamp_min(1e-6)).item()
-        for name, mine, theirs in zip(NAMES, got, expected, strict=True)
+        for name, mine, theirs in zip(NAMES[: len(got)], got, expected, strict=True)
     }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hqlt.blend import Memories, Synchronous
 from hqlt.layer.norm import RMSNorm
 from hqlt.layer.parts import Fused, Parts, Projected, native_form
-from hqlt.memory import DeltaMemory, Held, KVMemory, MemoryState
+from hqlt.memory import Held, KVMemory, MemoryState
 from hqlt.memory.fw import MatrixState
 from hqlt.memory.rotary import Rotary, Table
 from hqlt.mixer import VectorMixer
@@ -146,29 +146,30 @@ class InOneOperation:
         self, parts: Parts, projected: Projected, state: MemoryState | None, resets: Resets | None
     ) -> tuple[Values, MemoryState] | None:
         _, kv, fw, blend, mixer, norm = parts
-        if type(blend) is not Synchronous or type(mixer) is not VectorMixer or type(norm) is not RMSNorm:
+        if fw is None or type(blend) is not Synchronous or type(mixer) is not VectorMixer or type(norm) is not RMSNorm:
             return None
-        if type(kv) is not KVMemory or kv.kept or type(fw) is not DeltaMemory:
+        if type(kv) is not KVMemory or kv.kept or native_form(fw) not in ("delta", "gated-delta"):
             return None
-        if kv.positions is not None and kv.positions.fraction != 1:
+        if type(fw.v_activation) is not nn.Identity or (kv.positions is not None and kv.positions.fraction != 1):
             return None
         if explain("synchronous", projected.q).name != "triton":
             return None
         assert projected.gate is not None
         new = parts.tokens(projected)
         gate = projected.gate.view(*new.q.shape[:3], -1)
+        beta, decay = (*new.gates, None)[:2]
         window, one = blend.window, new.q.shape[1] == 1 and not torch.is_grad_enabled()
         if one and window is not None and state is not None and isinstance(state.kv, Held):
             y, keys, values, matrix, position = step(
-                new.q, new.keys, new.values, new.gates.beta, gate, norm.weight, state.kv.keys, state.kv.values,
-                state.fw.matrix, state.position, rotary=kv.rotary(window, new.q), norm_eps=norm.eps, resets=resets,
+                new.q, new.keys, new.values, beta, gate, norm.weight, state.kv.keys, state.kv.values, state.fw.matrix,
+                state.position, decay=decay, rotary=kv.rotary(window, new.q), norm_eps=norm.eps, resets=resets,
             )  # fmt: skip
             held = state.kv._replace(keys=keys, values=values)
             return y, state._replace(kv=held, fw=MatrixState(matrix), position=position)
         timeline = blend.timeline(new, state, resets)
         y, matrix = synchronous(
-            new.q, timeline.keys, timeline.values, new.gates.beta, gate, norm.weight,
-            window=window, rotary=kv.rotary(timeline.keys.shape[1], new.q), norm_eps=norm.eps,
+            new.q, timeline.keys, timeline.values, beta, gate, norm.weight, decay=decay, window=window,
+            rotary=kv.rotary(timeline.keys.shape[1], new.q), norm_eps=norm.eps,
             state=None if state is None else state.fw.matrix, resets=timeline.resets,
         )  # fmt: skip
         return y, blend.state_after(Memories(kv, fw), timeline, MatrixState(matrix))

@@ -21,6 +21,7 @@ def synchronous(
     gate: Values,
     norm_weight: Tensor,
     *,
+    decay: Strengths | None = None,
     window: int | None,
     rotary: tuple[Tensor, Tensor] | None = None,
     norm_eps: float = 1e-6,
@@ -31,15 +32,16 @@ def synchronous(
 ) -> tuple[Values, Matrix]:
     """Both memories read by the same queries, mixed by a gate for each number, normed over each head.
 
-        fw_t = scale · W_tᵀ φ(q_t)         W_t = W_{t−1} + φ(k_t) ⊗ β_t (v_t − W_{t−1}ᵀ φ(k_t))
+        fw_t = scale · W_tᵀ φ(q_t)         W_t = α_t W_{t−1} + φ(k_t) ⊗ β_t (v_t − α_t W_{t−1}ᵀ φ(k_t))
         kv_t = Σ_j softmax_j(scale · R_t q_t · R_j k_j) v_j         over the `window` latest tokens j
         mix  = σ(gate) ⊙ fw + (1 − σ(gate)) ⊙ kv         y = mix / √(mean(mix²) + norm_eps) ⊙ norm_weight
 
     q: [b, t, g·h, k]. k: [b, l, h, k], v: [b, l, h, v] with l ≥ t: the last t pairs are the queries' own, those before
     were held from earlier and are read by attention alone; query head i reads pairs and matrix of head i // g. q and k
     are raw: φ is `hqlt.ops.features.unit_silu`, R_j the rotation by row j of rotary = (cos, sin), [≥ l, 1, k/2] each
-    (None: none). beta: [b, t, h]. gate: [b, t, g·h, v], logits. norm_weight: [v]. window: None for all. scale: k^-0.5
-    where None. state: W_0 [b, h, k, v], zeros where None. resets: Bool[b, l], True at a token that begins a segment.
+    (None: none). beta: [b, t, h]. gate: [b, t, g·h, v], logits. norm_weight: [v]. decay: log α, at most 0, [b, t, h];
+    None: α = 1, the delta rule. window: None for all. scale: k^-0.5 where None. state: W_0 [b, h, k, v], zeros where
+    None. resets: Bool[b, l], True at a token that begins a segment.
     backend: the name of one implementation, None picks.
 
     → y [b, t, g·h, v] in v's dtype, W_t [b, h, k, v] in at least float32. Sizes of 0 as in the operations it is made
@@ -50,9 +52,11 @@ def synchronous(
 
     Source: the paper, sections 2 and 3, "Synchronous blending".
     """
+    given = {"state": (state, "b h k v"), "decay": (decay, "b t h")}
+    others = {name: (x, axes) for name, (x, axes) in given.items() if x is not None}
     size = match_heads(match_floats(
         q=(q, "b t g·h k"), k=(k, "b l h k"), v=(v, "b l h v"), beta=(beta, "b t h"), gate=(gate, "b t g·h v"),
-        norm_weight=(norm_weight, "v"), **({} if state is None else {"state": (state, "b h k v")}),
+        norm_weight=(norm_weight, "v"), **others,
     ))  # fmt: skip
     b, t, l = size["b"], size["t"], size["l"]
     check_resets(resets, b, l, q.device)
@@ -66,9 +70,10 @@ def synchronous(
     state = q.new_zeros(b, *(size[x] for x in "hkv"), dtype=wide) if state is None else state.to(wide)
     run = implementation("synchronous", q, backend, size)
     if t == 0:
-        return empty_read(v, size["g·h"], q, k, beta, gate, norm_weight, state), state
+        gated = () if decay is None else (decay,)
+        return empty_read(v, size["g·h"], q, k, beta, gate, norm_weight, state, *gated), state
     scale = max(size["k"], 1) ** -0.5 if scale is None else scale
-    y, state = run(Inputs(q, k, v, beta, gate, norm_weight, window, rotary, norm_eps, scale, state, resets))
+    y, state = run(Inputs(q, k, v, beta, gate, norm_weight, window, rotary, norm_eps, scale, state, resets, decay))
     return y.to(v.dtype), state
 
 

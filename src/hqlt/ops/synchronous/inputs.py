@@ -22,3 +22,4 @@ class Inputs(NamedTuple):
     scale: float
     state: Matrix
     resets: Resets | None
+    decay: Strengths | None

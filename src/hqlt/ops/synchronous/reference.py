@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from hqlt.ops.backend import register_backend
 from hqlt.ops.delta_rule import delta_rule
+from hqlt.ops.fast_weights import fast_weights
 from hqlt.ops.features import rotated, unit_silu
 from hqlt.ops.synchronous.inputs import Inputs
 from hqlt.ops.window_attention import window_attention
@@ -27,8 +30,9 @@ def reads(x: Inputs, backend: str | None = None) -> tuple[Values, Values, Matrix
     q, k, v, resets, scale = x.q, x.k, x.v, x.resets, x.scale
     t, l = q.shape[1], k.shape[1]
     own = slice(l - t, l)
-    fw, matrix = delta_rule(
-        unit_silu(q, backend=backend), unit_silu(k[:, own], backend=backend), v[:, own], x.beta,
+    write = delta_rule if x.decay is None else partial(fast_weights, decay=x.decay)
+    fw, matrix = write(
+        unit_silu(q, backend=backend), unit_silu(k[:, own], backend=backend), v[:, own], beta=x.beta,
         scale=scale, state=x.state, resets=None if resets is None else resets[:, own], backend=backend,
     )  # fmt: skip
     if x.rotary is not None:

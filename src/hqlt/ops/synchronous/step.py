@@ -36,6 +36,7 @@ def step(
     matrix: Matrix,
     position: Positions,
     *,
+    decay: Strengths | None = None,
     rotary: tuple[Tensor, Tensor] | None = None,
     norm_eps: float = 1e-6,
     scale: float | None = None,
@@ -44,7 +45,7 @@ def step(
     """`hqlt.ops.synchronous` of one token, with the state that a layer holds between two tokens. Without gradients.
 
     q: [b, 1, g·h, k], k: [b, 1, h, k], v: [b, 1, h, v], beta: [b, 1, h], gate: [b, 1, g·h, v], norm_weight: [v],
-    resets: Bool[b, 1].
+    decay: log α [b, 1, h]; None: α = 1. resets: Bool[b, 1].
     Held: keys [b, s, h, k] and values [b, s, h, v] with s = window − 1, oldest first, the latest in slot s−1, of which
     a row that has seen fewer tokens uses the last ones; matrix [b, h, k, v]; position [b], tokens since the reset.
     rotary: (cos, sin) of at least s + 1 positions [·, 1, k/2], the token's own at row s. scale: k^-0.5 where None.
@@ -56,7 +57,7 @@ def step(
     size = match_heads(match(
         q=(q, "b t g·h k"), k=(k, "b t h k"), v=(v, "b t h v"), beta=(beta, "b t h"), gate=(gate, "b t g·h v"),
         norm_weight=(norm_weight, "v"), keys=(keys, "b s h k"), values=(values, "b s h v"), matrix=(matrix, "b h k v"),
-        position=(position, "b"),
+        position=(position, "b"), **({} if decay is None else {"decay": (decay, "b t h")}),
     ))  # fmt: skip
     if size["t"] != 1:
         raise ValueError(f"q: expected one token, [b, 1, g·h, k], got shape {list(q.shape)}; use hqlt.ops.synchronous")
@@ -67,4 +68,4 @@ def step(
     cos, sin = rotary_in(v.dtype, rotary)
     scale = size["k"] ** -0.5 if scale is None else scale
     held = keys, values, matrix, position
-    return Step(*one_token(q, k, v, beta, gate, norm_weight, cos, sin, resets, *held, scale, norm_eps))
+    return Step(*one_token(q, k, v, beta, gate, norm_weight, decay, cos, sin, resets, *held, scale, norm_eps))

@@ -28,7 +28,7 @@ def synchronous(x: Inputs) -> tuple[Values, Matrix]:
     cos, sin = rotary_in(x.v.dtype, x.rotary)
     window = min(x.window, k.shape[1])
     y, matrix, *_ = forward(
-        q, k, x.v, x.beta, gate, x.norm_weight, x.state, cos, sin, x.resets, window, x.scale, x.norm_eps
+        q, k, x.v, x.beta, gate, x.norm_weight, x.state, x.decay, cos, sin, x.resets, window, x.scale, x.norm_eps
     )  # fmt: skip
     return y, matrix
 

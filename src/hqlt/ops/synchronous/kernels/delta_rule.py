@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from hqlt.ops.synchronous.kernels.decay import between, from_start, throughout, to_end
 from hqlt.ops.synchronous.kernels.tiles import (
     chunk_segments,
     kernel,
@@ -30,11 +31,11 @@ def within_chunk(phi, key, own, C: tl.constexpr, DTYPE: tl.constexpr):
 
 @kernel
 def prepare(
-    k, v, beta, ids, unit_k, inverse, Y, U, T, L,
+    k, v, beta, decay, ids, unit_k, inverse, Y, U, T, L,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, C: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """For each chunk φ(k), (I + L)⁻¹ with L = tril(β φK φKᵀ, −1), and of the WY form Y and U."""
+    """For each chunk φ(k), (I + L)⁻¹ with L = tril(β φK φKᵀ, −1), decayed, and of the WY form Y and U."""
     n, h, b = this_program(tl.cdiv(T, C), H)
     DTYPE: tl.constexpr = k.dtype.element_ty
     i = tl.arange(0, C)
@@ -50,11 +51,12 @@ def prepare(
 
     key = key.to(DTYPE)
     reaches = (i[:, None] > i[None, :]) & (own[:, None] == own[None, :])
-    lower = tl.where(reaches, strength * product(key, tl.trans(key), DTYPE), 0.0)
+    gram = between(product(key, tl.trans(key), DTYPE), decay, b, n, h, T, H, C, ACC, 0)
+    lower = tl.where(reaches, strength * gram, 0.0)
     inverted = unit_triangle_inverse(lower, C, ACC, PRECISION)
     store(tile(inverse, b, n * C, i, h, i, T, H, C), inverted, pairs(exists, i < C))
 
-    seen = tl.where((own == before)[:, None], strength * key.to(ACC), 0.0)
+    seen = tl.where((own == before)[:, None], strength * from_start(key.to(ACC), decay, b, n, h, T, H, C, ACC), 0.0)
     store(tile(Y, b, n * C, i, h, kc, T, H, K), product(inverted, seen, DTYPE), pairs(exists, kc_exists))
     value = load(tile(v, b, L - T + n * C, i, h, vc, L, H, V), pairs(exists, vc_exists), ACC)
     store(tile(U, b, n * C, i, h, vc, T, H, V), product(inverted, strength * value, DTYPE), pairs(exists, vc_exists))
@@ -62,11 +64,11 @@ def prepare(
 
 @kernel
 def carry(
-    unit_k, Y, R, ids, initial, S, final, T, L,
+    unit_k, Y, R, decay, ids, initial, S, final, T, L,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, C: tl.constexpr,
     ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Chunk after chunk, for some columns of S: S at the chunk's start, R = U − Y S in U's place, S + φKᵀ R."""
+    """Chunk after chunk, for some columns of S: S at its start, R = U − Y S in U's place, S + φKᵀ R, all decayed."""
     part, h, b = this_program(tl.cdiv(V, BLOCK), H)
     DTYPE: tl.constexpr = unit_k.dtype.element_ty
     kc, kc_exists = key_columns(K, KP)
@@ -84,5 +86,6 @@ def carry(
         r = load(R_at, pairs(exists, vc < V), ACC) - product(y, now, DTYPE)
         store(R_at, r, pairs(exists, vc < V))
         key = load(tile(unit_k, b, n * C, i, h, kc, T, H, K), pairs(exists & (own == last), kc_exists), DTYPE)
-        now = tl.where(before == last, now, 0.0) + product(tl.trans(key), r, DTYPE)
+        now = tl.where(before == last, throughout(now, decay, b, n, h, T, H, C, ACC), 0.0)
+        now += product(tl.trans(key), to_end(r, decay, b, n, h, T, H, C, ACC), DTYPE)
     store(matrix(final, b * H + h, kc, vc, K, V), now, mask)

@@ -3,6 +3,7 @@
 import triton.language as tl
 
 from hqlt.ops.synchronous.kernels.attention import pair_backward
+from hqlt.ops.synchronous.kernels.decay import between, from_start, throughout, to_end
 from hqlt.ops.synchronous.kernels.tiles import (
     chunk_segments,
     kernel,
@@ -23,7 +24,7 @@ from hqlt.ops.synchronous.kernels.tiles import (
 
 @kernel
 def carry_backward(
-    q, unit_k, Y, dR, ids, d_fw, d_final, d_after, d_initial, T, L,
+    q, unit_k, Y, dR, decay, ids, d_fw, d_final, d_after, d_initial, T, L,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, C: tl.constexpr,
     ACC: tl.constexpr, BLOCK: tl.constexpr, scale: tl.constexpr,
 ):  # fmt: skip
@@ -47,24 +48,26 @@ def carry_backward(
         own, before, last = chunk_segments(ids, b, n, T, L, C)
         store(matrix(d_after, (b * chunks + n) * H + h, kc, vc, K, V), after, mask)
         key = load(tile(unit_k, b, n * C, i, h, kc, T, H, K), pairs(exists & (own == last), kc_exists), DTYPE)
-        dr = product(key, after, DTYPE)
+        dr = to_end(product(key, after, DTYPE), decay, b, n, h, T, H, C, ACC)
         for g in range(G):
             dr += load(tile(dR, b, n * C, i, h * G + g, vc, T, H * G, V), pairs(exists, vc < V), ACC)
         store(tile(dR, b, n * C, i, h * G, vc, T, H * G, V), dr, pairs(exists, vc < V))
         y = load(tile(Y, b, n * C, i, h, kc, T, H, K), pairs(exists, kc_exists), DTYPE)
-        after = tl.where(before == last, after, 0.0) - product(tl.trans(y), dr, DTYPE)
+        after = tl.where(before == last, throughout(after, decay, b, n, h, T, H, C, ACC), 0.0) - product(
+            tl.trans(y), dr, DTYPE
+        )
         for g in range(G):
             sees = pairs(exists & (own == before), kc_exists)
             phi = unit_silu(load(tile(q, b, n * C, i, h * G + g, kc, T, H * G, K), sees, ACC))
             d_read = load(tile(d_fw, b, n * C, i, h * G + g, vc, T, H * G, V), pairs(exists, vc < V), ACC)
-            after += product(tl.trans(phi), scale * d_read, DTYPE)
+            after += product(tl.trans(phi), from_start(scale * d_read, decay, b, n, h, T, H, C, ACC), DTYPE)
     store(matrix(d_initial, b * H + h, kc, vc, K, V), after, mask)
 
 
 @kernel
 def pairs_backward(
-    q, k, v, beta, cos, sin, ids, unit_k, inverse, R, S, d_kv, d_fw, log_total, kv_slope, dR, d_after,
-    dk, dv, d_beta, T, L, window,
+    q, k, v, beta, decay, cos, sin, ids, unit_k, inverse, R, S, d_kv, d_fw, log_total, kv_slope, d_log_read, dR,
+    d_after, dk, dv, d_beta, d_decay, T, L, window,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
     C: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr, scale: tl.constexpr,
 ):  # fmt: skip
@@ -91,6 +94,12 @@ def pairs_backward(
     at_start = (b * tl.cdiv(T, C) + n) * H + h
     segment = tl.where(exists, own, -1)
 
+    if decay is not None:
+        carried = load(matrix(S, at_start, kc, vc, K, V), square, ACC)
+        carried *= load(matrix(d_after, at_start, kc, vc, K, V), square, ACC)
+        carried = throughout(tl.sum(tl.sum(carried, axis=1), axis=0), decay, b, n, h, T, H, C, ACC)
+        carried = tl.where(before == last, carried, 0.0)
+
     key_at, value_at = tile(k, b, held + n * C, i, h, kc, L, H, K), tile(v, b, held + n * C, i, h, vc, L, H, V)
     d_key, d_value = pair_backward(
         rotated(load(key_at, keys, ACC), cos, sin, pair, exists, 1.0, K, KP, ACC).to(DTYPE),
@@ -106,21 +115,36 @@ def pairs_backward(
     store(tile(dv, b, held + n * C, i, h, vc, L, H, V), d_value + strength * dE, values)
     key = load(tile(unit_k, b, n * C, i, h, kc, T, H, K), pairs(new, kc_exists), DTYPE)
     start = load(matrix(S, at_start, kc, vc, K, V), square, DTYPE)
-    error = load(value_at, pairs(new, vc_exists), ACC) - tl.where(sees, product(key, start, DTYPE), 0.0)
+    error = load(value_at, pairs(new, vc_exists), ACC)
+    predicted = tl.where(sees, from_start(product(key, start, DTYPE), decay, b, n, h, T, H, C, ACC), 0.0)
+    d_log = -tl.sum(strength * dE * predicted, axis=1)
+    error -= predicted
     r = load(tile(R, b, n * C, i, h, vc, T, H, V), pairs(new, vc_exists), DTYPE)
     dL = tl.where((i[:, None] > i[None, :]) & same, -product(dE, tl.trans(r), DTYPE), 0.0)
-    d_strength = tl.sum(dE * error, axis=1) + tl.sum(dL * product(key, tl.trans(key), DTYPE), axis=1)
+    dL = between(dL, decay, b, n, h, T, H, C, ACC, 0)
+    from_L = dL * product(key, tl.trans(key), DTYPE)
+    d_strength = tl.sum(dE * error, axis=1) + tl.sum(from_L, axis=1)
+    d_log += tl.sum(strength * from_L, axis=1) - tl.sum(strength * from_L, axis=0)
     store(d_beta + (b * T + token) * H + h, d_strength, new)
 
-    d_phi = -tl.where(sees, strength * product(dE, tl.trans(start), DTYPE), 0.0)
+    d_phi = -tl.where(
+        sees, strength * from_start(product(dE, tl.trans(start), DTYPE), decay, b, n, h, T, H, C, ACC), 0.0
+    )
     after = load(matrix(d_after, at_start, kc, vc, K, V), square, DTYPE)
-    d_phi += tl.where(reaches_end, product(r, tl.trans(after), DTYPE), 0.0)
+    d_written = tl.where(reaches_end, to_end(product(r, tl.trans(after), DTYPE), decay, b, n, h, T, H, C, ACC), 0.0)
+    d_phi += d_written
+    if decay is not None:
+        to_the_end = tl.sum(d_written * key.to(ACC), axis=1)
+        for g in range(G):
+            d_log += load(d_log_read + (b * H * G + h * G + g) * T + token, new, ACC)
+        d_log = tl.cumsum(d_log - to_the_end, axis=0, reverse=True) + tl.sum(to_the_end, axis=0) + carried
+        store(d_decay + (b * T + token) * H + h, d_log, new)
     d_gram = strength * dL
     d_phi += product(d_gram + tl.trans(d_gram), key, DTYPE)
     for g in range(G):
         phi = unit_silu(load(tile(q, b, n * C, i, h * G + g, kc, T, H * G, K), pairs(new, kc_exists), ACC))
         d_read = load(tile(d_fw, b, n * C, i, h * G + g, vc, T, H * G, V), pairs(new, vc_exists), DTYPE)
         d_attention = tl.where((i[:, None] <= i[None, :]) & same, scale * product(r, tl.trans(d_read), DTYPE), 0.0)
-        d_phi += product(d_attention, phi, DTYPE)
+        d_phi += product(between(d_attention, decay, b, n, h, T, H, C, ACC, 1), phi, DTYPE)
     d_key += unit_silu_backward(load(key_at, keys, ACC), d_phi)
     store(tile(dk, b, held + n * C, i, h, kc, L, H, K), d_key, keys)

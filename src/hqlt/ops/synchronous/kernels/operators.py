@@ -39,6 +39,7 @@ def run_forward(
     gate: Tensor,
     norm_weight: Tensor,
     state: Tensor,
+    decay: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
     resets: Tensor | None,
@@ -47,15 +48,15 @@ def run_forward(
     norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """→ y [b, t, g·h, v], the final matrix [b, h, k, v]; for the backward pass φK, (I + L)⁻¹, Y, R and S."""
-    inputs = contiguous(q, k, v, beta, gate, norm_weight, state, cos, sin)
-    q, k, v, beta, gate, norm_weight, state, cos, sin = inputs
+    inputs = contiguous(q, k, v, beta, gate, norm_weight, state, decay, cos, sin)
+    q, k, v, beta, gate, norm_weight, state, decay, cos, sin = inputs
     ids = _ids(k, resets)
     of = call(q, k, v, window=window, scale=scale, norm_eps=norm_eps)
     y, final, *kept = _outputs(q, k, v, beta, gate, norm_weight, state)
     unit_k, inverse, Y, R, S = kept
-    of.each_chunk(delta_rule.prepare, k, v, beta, ids, unit_k, inverse, Y, R)
-    of.each_slice(delta_rule.carry, unit_k, Y, R, ids, state, S, final)
-    of.each_chunk_of_queries(reads.read, q, k, v, gate, norm_weight, cos, sin, ids, unit_k, R, S, y)
+    of.each_chunk(delta_rule.prepare, k, v, beta, decay, ids, unit_k, inverse, Y, R)
+    of.each_slice(delta_rule.carry, unit_k, Y, R, decay, ids, state, S, final)
+    of.each_chunk_of_queries(reads.read, q, k, v, gate, norm_weight, decay, cos, sin, ids, unit_k, R, S, y)
     return y, final, unit_k, inverse, Y, R, S
 
 
@@ -82,6 +83,7 @@ def run_backward(
     beta: Tensor,
     gate: Tensor,
     norm_weight: Tensor,
+    decay: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
     resets: Tensor | None,
@@ -95,10 +97,10 @@ def run_backward(
     window: int,
     scale: float,
     norm_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """→ the gradients of q, k, v, β, gate, norm weight and initial matrix."""
-    inputs = contiguous(q, k, v, beta, gate, norm_weight, cos, sin, dy, d_final)
-    q, k, v, beta, gate, norm_weight, cos, sin, dy, d_final = inputs
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """→ the gradients of q, k, v, β, gate, norm weight, initial matrix and decay (of none: nothing, [0])."""
+    inputs = contiguous(q, k, v, beta, gate, norm_weight, decay, cos, sin, dy, d_final)
+    q, k, v, beta, gate, norm_weight, decay, cos, sin, dy, d_final = inputs
     ids = _ids(k, resets)
     of = call(q, k, v, window=window, scale=scale, norm_eps=norm_eps)
     (b, t, heads, _), wide = q.shape, at_least_float32(q.dtype)
@@ -106,43 +108,50 @@ def run_backward(
     d_fw, d_kv, dR, d_after = (torch.empty_like(x) for x in (gate, gate, gate, S))
     d_weight = v.new_empty(b, of.chunks, heads, v.shape[3], dtype=wide)
     log_total, kv_slope = (v.new_empty(b, heads, t, dtype=wide) for _ in range(2))
+    d_log_read, d_decay = None if decay is None else torch.empty_like(kv_slope), _gradient_of(decay, beta)
     of.each_chunk_of_queries(
-        reads.queries_backward, q, k, v, gate, norm_weight, cos, sin, ids, unit_k, R, S, dy,
-        dq, d_gate, d_weight, d_fw, d_kv, dR, log_total, kv_slope,
+        reads.queries_backward, q, k, v, gate, norm_weight, decay, cos, sin, ids, unit_k, R, S, dy,
+        dq, d_gate, d_weight, d_fw, d_kv, dR, log_total, kv_slope, d_log_read,
     )  # fmt: skip
     of.each_slice(
-        delta_rule_backward.carry_backward, q, unit_k, Y, dR, ids, d_fw, d_final, d_after, d_state
+        delta_rule_backward.carry_backward, q, unit_k, Y, dR, decay, ids, d_fw, d_final, d_after, d_state
     )  # fmt: skip
     of.each_chunk_of_pairs(
-        delta_rule_backward.pairs_backward, q, k, v, beta, cos, sin, ids, unit_k, inverse, R, S, d_kv, d_fw,
-        log_total, kv_slope, dR, d_after, dk, dv, d_beta,
+        delta_rule_backward.pairs_backward, q, k, v, beta, decay, cos, sin, ids, unit_k, inverse, R, S, d_kv, d_fw,
+        log_total, kv_slope, d_log_read, dR, d_after, dk, dv, d_beta, d_decay,
     )  # fmt: skip
-    return dq, dk, dv, d_beta, d_gate, d_weight.sum(dim=(0, 1, 2)).to(norm_weight.dtype), d_state
+    return dq, dk, dv, d_beta, d_gate, d_weight.sum(dim=(0, 1, 2)).to(norm_weight.dtype), d_state, d_decay
+
+
+def _gradient_of(decay: Tensor | None, beta: Tensor) -> Tensor:
+    return beta.new_empty(0) if decay is None else torch.empty_like(decay)
 
 
 backward = torch.library.custom_op("hqlt::synchronous_backward", run_backward, mutates_args=())
 
 
 @backward.register_fake
-def _(q, k, v, beta, gate, norm_weight, *others):
+def _(q, k, v, beta, gate, norm_weight, decay, *others):
     d_final = others[9]
-    return tuple(x.new_empty(x.shape) for x in (q, k, v, beta, gate, norm_weight, d_final))
+    gradients = (x.new_empty(x.shape) for x in (q, k, v, beta, gate, norm_weight, d_final))
+    return *gradients, _gradient_of(decay, beta)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     kept = output[2:]
     ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)  # of what is kept: zeros as large as it
-    ctx.save_for_backward(*inputs[:6], *inputs[7:10], *kept)
-    ctx.constants = inputs[10:]
+    ctx.save_for_backward(*inputs[:6], *inputs[7:11], *kept)
+    ctx.constants = inputs[11:]
 
 
 def _gradients(ctx: Any, dy: Tensor | None, d_final: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    gate, S = ctx.saved_tensors[4], ctx.saved_tensors[-1]
+    gate, decay, S = (ctx.saved_tensors[i] for i in (4, 6, -1))
     dy = torch.zeros_like(gate) if dy is None else dy
     if d_final is None:
         d_final = S.new_zeros(S.shape[:1] + S.shape[2:], dtype=at_least_float32(S.dtype))
-    return *backward(*ctx.saved_tensors, dy, d_final, *ctx.constants), *(None,) * 6
+    *gradients, d_decay = backward(*ctx.saved_tensors, dy, d_final, *ctx.constants)
+    return *gradients, None if decay is None else d_decay, *(None,) * 6
 
 
 forward.register_autograd(_gradients, setup_context=_setup_context)
@@ -155,6 +164,7 @@ def run_one_token(
     beta: Tensor,
     gate: Tensor,
     norm_weight: Tensor,
+    decay: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
     resets: Tensor | None,
@@ -166,7 +176,7 @@ def run_one_token(
     norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """→ y [b, 1, g·h, v], and keys, values, matrix, position after the token."""
-    inputs = contiguous(q, k, v, beta, gate, norm_weight, cos, sin, resets, keys, values, matrix, position)
+    inputs = contiguous(q, k, v, beta, gate, norm_weight, decay, cos, sin, resets, keys, values, matrix, position)
     q, k, v, _, gate = inputs[:5]
     y, keys, values, matrix, position = (torch.empty_like(x) for x in (gate, *inputs[-4:]))
     of = call(q, k, v, slots=keys.shape[1], scale=scale, norm_eps=norm_eps)
@@ -178,5 +188,5 @@ one_token = torch.library.custom_op("hqlt::synchronous_step", run_one_token, mut
 
 
 @one_token.register_fake
-def _(q, k, v, beta, gate, norm_weight, cos, sin, resets, *others):
+def _(q, k, v, beta, gate, norm_weight, decay, cos, sin, resets, *others):
     return tuple(x.new_empty(x.shape) for x in (gate, *others[:4]))

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from hqlt.ops.synchronous.kernels.attention import attended, query_backward
+from hqlt.ops.synchronous.kernels.decay import between, from_start
 from hqlt.ops.synchronous.kernels.delta_rule import within_chunk
 from hqlt.ops.synchronous.kernels.tiles import (
     chunk_segments,
@@ -25,11 +26,11 @@ from hqlt.ops.synchronous.kernels.tiles import (
 
 @triton.jit
 def both(
-    q, k, v, cos, sin, ids, unit_k, R, S, b, n, reader, scale: tl.constexpr, T, L, window,
+    q, k, v, decay, cos, sin, ids, unit_k, R, S, b, n, reader, scale: tl.constexpr, T, L, window,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
     C: tl.constexpr, ACC: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """→ fw = scale (φQ S + tril(φQ φKᵀ) R), kv, and the logarithms of the softmax's denominators."""
+    """→ fw = scale (φQ S + tril(φQ φKᵀ) R), decayed, kv, and the logarithms of the softmax's denominators."""
     h, i = reader // G, tl.arange(0, C)
     token = n * C + i
     exists = token < T
@@ -44,16 +45,19 @@ def both(
     )  # fmt: skip
     phi = unit_silu(load(tile(q, b, n * C, i, reader, kc, T, H * G, K), keys, ACC)).to(DTYPE)
     start = load(matrix(S, (b * tl.cdiv(T, C) + n) * H + h, kc, vc, K, V), pairs(kc_exists, vc_exists), DTYPE)
-    fw = tl.where((own == before)[:, None], scale * product(phi, start, DTYPE), 0.0)
+    fw = tl.where(
+        (own == before)[:, None], scale * from_start(product(phi, start, DTYPE), decay, b, n, h, T, H, C, ACC), 0.0
+    )
     key = load(tile(unit_k, b, n * C, i, h, kc, T, H, K), keys, DTYPE)
     r = load(tile(R, b, n * C, i, h, vc, T, H, V), pairs(exists, vc_exists), DTYPE)
-    fw += scale * product(within_chunk(phi, key, own, C, DTYPE), r, DTYPE)
+    attention = between(within_chunk(phi, key, own, C, DTYPE), decay, b, n, h, T, H, C, ACC, 0)
+    fw += scale * product(attention, r, DTYPE)
     return fw, kv, log_total
 
 
 @kernel
 def read(
-    q, k, v, gate, norm_weight, cos, sin, ids, unit_k, R, S, y, T, L, window,
+    q, k, v, gate, norm_weight, decay, cos, sin, ids, unit_k, R, S, y, T, L, window,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
     C: tl.constexpr, ACC: tl.constexpr, scale: tl.constexpr, norm_eps: tl.constexpr,
 ):  # fmt: skip
@@ -65,7 +69,8 @@ def read(
     vc, vc_exists = value_columns(V, VP)
     values = pairs(token < T, vc_exists)
     fw, kv, _ = both(
-        q, k, v, cos, sin, ids, unit_k, R, S, b, n, reader, scale, T, L, window, H, G, K, V, KP, VP, C, ACC, DTYPE
+        q, k, v, decay, cos, sin, ids, unit_k, R, S, b, n, reader, scale, T, L, window, H, G, K, V, KP, VP, C, ACC,
+        DTYPE,
     )  # fmt: skip
     gamma = 1 / (1 + tl.exp(-load(tile(gate, b, n * C, i, reader, vc, T, H * G, V), values, ACC)))
     mix = kv + gamma * (fw - kv)
@@ -76,8 +81,8 @@ def read(
 
 @kernel
 def queries_backward(
-    q, k, v, gate, norm_weight, cos, sin, ids, unit_k, R, S, dy,
-    dq, d_gate, d_weight, d_fw, d_kv, dR, log_total, kv_slope, T, L, window,
+    q, k, v, gate, norm_weight, decay, cos, sin, ids, unit_k, R, S, dy,
+    dq, d_gate, d_weight, d_fw, d_kv, dR, log_total, kv_slope, d_log_read, T, L, window,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
     C: tl.constexpr, ACC: tl.constexpr, scale: tl.constexpr, norm_eps: tl.constexpr,
 ):  # fmt: skip
@@ -97,7 +102,8 @@ def queries_backward(
     own, before, _ = chunk_segments(ids, b, n, T, L, C)
     position = L - T + token
     fw, kv, denominator = both(
-        q, k, v, cos, sin, ids, unit_k, R, S, b, n, reader, scale, T, L, window, H, G, K, V, KP, VP, C, ACC, DTYPE
+        q, k, v, decay, cos, sin, ids, unit_k, R, S, b, n, reader, scale, T, L, window, H, G, K, V, KP, VP, C, ACC,
+        DTYPE,
     )  # fmt: skip
 
     gamma = 1 / (1 + tl.exp(-load(tile(gate, b, n * C, i, reader, vc, T, H * G, V), values, ACC)))
@@ -130,11 +136,18 @@ def queries_backward(
     d_read = load(tile(d_fw, b, n * C, i, reader, vc, T, H * G, V), values, DTYPE)
     phi = unit_silu(load(queries, keys, ACC)).to(DTYPE)
     key = load(tile(unit_k, b, n * C, i, h, kc, T, H, K), keys, DTYPE)
-    attention = within_chunk(phi, key, own, C, DTYPE)
+    attention = between(within_chunk(phi, key, own, C, DTYPE), decay, b, n, h, T, H, C, ACC, 0)
     store(tile(dR, b, n * C, i, reader, vc, T, H * G, V), scale * product(tl.trans(attention), d_read, DTYPE), values)
     start = load(matrix(S, (b * tl.cdiv(T, C) + n) * H + h, kc, vc, K, V), square, DTYPE)
     r = load(tile(R, b, n * C, i, h, vc, T, H, V), values, DTYPE)
-    d_phi = scale * product(within_chunk(d_read, r, own, C, DTYPE), key, DTYPE)
-    d_phi += tl.where((own == before)[:, None], scale * product(d_read, tl.trans(start), DTYPE), 0.0)
+    d_attention = within_chunk(d_read, r, own, C, DTYPE)
+    d_phi = scale * product(between(d_attention, decay, b, n, h, T, H, C, ACC, 0), key, DTYPE)
+    d_before = from_start(product(d_read, tl.trans(start), DTYPE), decay, b, n, h, T, H, C, ACC)
+    d_before = tl.where((own == before)[:, None], scale * d_before, 0.0)
+    d_phi += d_before
+    if decay is not None:
+        within = scale * attention * d_attention
+        d_log = tl.sum(within, axis=1) - tl.sum(within, axis=0) + tl.sum(phi.to(ACC) * d_before, axis=1)
+        store(d_log_read + at_token, d_log, exists)
     d_query += unit_silu_backward(load(queries, keys, ACC), d_phi)
     store(tile(dq, b, n * C, i, reader, kc, T, H * G, K), d_query, keys)

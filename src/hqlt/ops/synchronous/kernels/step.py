@@ -19,7 +19,7 @@ from hqlt.ops.synchronous.kernels.tiles import (
 
 @kernel
 def step(
-    q, k, v, beta, gate, norm_weight, cos, sin, resets, keys, values, W, position,
+    q, k, v, beta, gate, norm_weight, decay, cos, sin, resets, keys, values, W, position,
     y, keys_after, values_after, W_after, position_after, slots,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
     BLOCK: tl.constexpr, ACC: tl.constexpr, scale: tl.constexpr, norm_eps: tl.constexpr,
@@ -84,6 +84,8 @@ def step(
     kv /= total[:, None]
 
     before = load(matrix(W, b * H + h, kc, vc, K, V), square, ACC)
+    if decay is not None:
+        before *= tl.exp(load(decay + b * H + h + one, here, ACC))[:, None]
     before = tl.where(fresh, 0.0, before)
     phi = tl.trans(unit_silu(key))
     predicted = tl.sum(phi * before, axis=0)[None, :]
