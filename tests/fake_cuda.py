@@ -24,11 +24,11 @@ needs_fake_cuda = pytest.mark.skipif(INSIDE not in os.environ, reason="runs in a
 outside = pytest.mark.skipif(INSIDE in os.environ, reason="this is that process")
 
 
-def in_its_own_process(file: str) -> None:
-    """Run the tests of a file where fake CUDA tensors have gradients."""
+def in_its_own_process(file: str, *options: str) -> None:
+    """Run the tests of a file where fake CUDA tensors have gradients. options: pytest's."""
     if not torch.backends.cuda.is_built() and shutil.which("g++") is None:
         pytest.skip("no g++ to build the device guard with")
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", file]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", file, *options]
     done = subprocess.run(command, env=os.environ | {INSIDE: "1"}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout, done.stdout

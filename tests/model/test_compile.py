@@ -35,9 +35,18 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+OTHERS = ("synchronous-linear", "fw-only-delta-product", "kv-only")
+
+
 @outside
 def test_on_fake_cuda_tensors():
     fake_cuda.in_its_own_process(__file__)
+
+
+@outside
+@pytest.mark.slow
+def test_the_others_on_fake_cuda_tensors():
+    fake_cuda.in_its_own_process(__file__, "-m", "slow")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -71,7 +80,7 @@ def train(model: HQLTForCausalLM, mode: FakeTensorMode, t: int = 9, backend: Any
 
 
 @needs_fake_cuda
-@pytest.mark.parametrize("choice", MODELS)
+@pytest.mark.parametrize("choice", [pytest.param(x, marks=[pytest.mark.slow] * (x in OTHERS)) for x in MODELS])
 def test_one_graph(choice, mode):
     train(fake(choice), mode)
 
