@@ -21,7 +21,7 @@ void expiry_forward(int threads, const int64_t* n, double, void* const* x) {
     const int64_t* leaves = all_leaves + row * l;
     int64_t* until = expiry + row * l * h + head;
     std::vector<Entry> best;
-    best.reserve(kept);
+    best.reserve(std::min(kept, l));
     for (int64_t i = 0; i < l; ++i) {
       if (resets && resets[row * l + i]) best.clear();
       until[i * h] = never;

@@ -184,7 +184,7 @@ def draw(axes: Axes, curves: Mapping[str, Sequence[Curve]], styles: Mapping[str,
         turns = [
             [sum(goes_through(other, [point]) for other in part) for part in (others[:i], others)] for point in curve
         ]
-        marked = [k for k, (turn, alike) in enumerate(turns) if k % alike == turn]
+        marked = [k for k, (turn, alike) in enumerate(turns) if k % max(alike, 1) == turn]  # 0: no number there
         axes.plot(*zip(*curve, strict=True), markersize=5, markevery=marked, linewidth=LINE, zorder=2.1, **style)
 
 
