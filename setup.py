@@ -5,6 +5,7 @@ A wheel is one a platform: what is built knows no version of Python, and picks i
 
 import hashlib
 import re
+import tomllib
 from glob import glob
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 SOURCES = sorted([*glob("src/hqlt/native/*.h"), "src/hqlt/native/memories.cpp"])
 DIGEST = hashlib.sha256(b"".join(Path(file).read_bytes() for file in SOURCES)).hexdigest()  # as hqlt.native computes it
 
-URL = "https://github.com/hqlt/hqlt"
+URL = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
 
 
 def readme() -> str:

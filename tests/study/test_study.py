@@ -15,6 +15,7 @@ from hqlt.train.agent.run import load_agent
 from hqlt.train.agent.settings import TEST_SEED
 from hqlt.train.fit import Budget
 from hqlt.train.grid import as_json, load_result, save_result
+from tests.cells import switched_after_training
 
 GIVEN = {
     "title": "t",
@@ -93,19 +94,7 @@ def test_a_model_may_be_trained_as_another_and_switched_for_the_test(tmp_path):
     assert switched.config == plain.config
     assert switched.switched == {"retention": "surprise", "window": 2, "kept": 3}
 
-    def run(cell, folder):
-        (*told, result) = cell.run(folder)
-        (folder / "cells").mkdir(exist_ok=True)
-        save_result(folder, result)
-        return told, result
-
-    told_alone, alone = run(switched, tmp_path / "alone")
-    _, other = run(plain, tmp_path / "both")
-    told, result = run(switched, tmp_path / "both")
-    assert told_alone and not told
-    for mine, theirs in ((result.fit.test, alone.fit.test), (result.fit.validation, other.fit.validation)):
-        assert json.dumps(mine._asdict()) == json.dumps(theirs._asdict())
-    assert result.seconds == other.seconds
+    result, other = switched_after_training(switched, plain, tmp_path)
     assert result.state_bytes != other.state_bytes
     kept = HQLTForCausalLM.from_pretrained(tmp_path / "both" / "models" / switched.name)
     assert kept.config.retention == "surprise"

@@ -1,14 +1,12 @@
 """A cell of a study that trains an agent, and one that tests another cell's agent with a retention switched on."""
 
-import json
-
 import torch
 from safetensors.torch import load_file
 
 from hqlt.layer import HybridMemory
 from hqlt.train.agent.cell import AgentBudget, AgentCell
 from hqlt.train.agent.run import load_agent
-from hqlt.train.grid import save_result
+from tests.cells import switched_after_training
 
 COMMON = {
     "config": {"memory": "synchronous", "hidden_size": 8, "num_heads": 2, "num_layers": 1, "window": 4},
@@ -25,18 +23,7 @@ SWITCHED = AgentCell(
 def test_an_agent_may_be_trained_as_another_and_switched_for_the_test(tmp_path):
     """Its weights are the other's, whether they are there already or not; what is tested has a retention."""
 
-    def run(cell, folder):
-        (*told, result) = cell.run(folder)
-        (folder / "cells").mkdir(exist_ok=True)
-        save_result(folder, result)
-        return told, result
-
-    told_alone, alone = run(SWITCHED, tmp_path / "alone")
-    _, other = run(PLAIN, tmp_path / "both")
-    told, result = run(SWITCHED, tmp_path / "both")
-    assert told_alone and not told
-    for mine, theirs in ((result.fit.test, alone.fit.test), (result.fit.validation, other.fit.validation)):
-        assert json.dumps(mine._asdict()) == json.dumps(theirs._asdict())
+    result, _ = switched_after_training(SWITCHED, PLAIN, tmp_path)
     assert [at for at, _ in result.fit.test.curve] == [3.0, 9.0]
     models = tmp_path / "both" / "models"
     mine, theirs = (load_file(models / cell.name / "agent.safetensors") for cell in (SWITCHED, PLAIN))

@@ -87,12 +87,10 @@ class AgentCell(Cell):
         else:
             trainer = AgentTrainer(trained.settings, device, checkpoints)
             yield from self._train(trainer, history)
-        best_step, validation, _ = (
-            done.fit if done else (trainer.best_step, Score("success", trainer.best_score[0], []), 0)
-        )
+        best = done.fit[:2] if done else (trainer.best_step, Score("success", trainer.best_score[0], []))
         if self.switched:
-            best, trainer = trainer.best, AgentTrainer(self.settings, device)
-            trainer.best = best
+            weights, trainer = trainer.best, AgentTrainer(self.settings, device)
+            trainer.best = weights
         tested = trainer.test(self.budget.test_episodes).success
         keep_agent(trainer, folder / "models" / self.name)
         curve = [
@@ -101,7 +99,7 @@ class AgentCell(Cell):
             for value in values
         ]
         shutil.rmtree(checkpoints, ignore_errors=True)
-        fit = Fit(best_step, validation, Score("success", tested, curve))
+        fit = Fit(*best, Score("success", tested, curve))
         yield Result(self, trainer.size, history[-1].seconds, fit, history)
 
     def _train(self, trainer: AgentTrainer, history: list[Progress]) -> Iterator[Event]:

@@ -88,15 +88,18 @@ def is_sharded(settings: TrainSettings, count: int) -> bool:
     return count > 1 or settings.precision != "float32"
 
 
+def enable_activation_checkpointing(model: nn.Module) -> None:
+    """Blocks keep only their input, and compute the rest again for the gradient."""
+    new_name = getattr(model, "activation_checkpointing_enable", None)  # of transformers 5.23; the old one goes with 6
+    enable: Any = new_name or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def spread(model: nn.Module, settings: TrainSettings, ranks: Ranks) -> nn.Module:
     """The model on its device: activation checkpoints, compiled blocks and sharded weights as the settings say."""
     blocks: nn.ModuleList = model.model.layers  # type: ignore[assignment, union-attr]
     if settings.activation_checkpointing:
-        new_name = getattr(
-            model, "activation_checkpointing_enable", None
-        )  # of transformers 5.23; the old one goes with 6
-        enable: Any = new_name or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        enable_activation_checkpointing(model)
     if settings.compile:
         for block in blocks:
             block.compile()

@@ -19,6 +19,7 @@ from hqlt.model.pretrained.retrofit import retrofitted
 from hqlt.signals import stop_if_asked
 from hqlt.task.task import SPLITS, Batch
 from hqlt.train.checkpoints import Checkpoints
+from hqlt.train.language.ranks import enable_activation_checkpointing
 from hqlt.train.language.trainer import PATIENCE, model_fields
 from hqlt.train.live import memory_in_use
 from hqlt.train.retrofit.layers import Choice
@@ -101,8 +102,7 @@ class RetrofitTrainer(Trainer[Update]):
         torch.manual_seed(settings.seed)
         self.student = retrofitted(teacher.requires_grad_(False), choice.config)
         if settings.activation_checkpointing:
-            enable: Any = getattr(self.student, "activation_checkpointing_enable", None)
-            (enable or self.student.gradient_checkpointing_enable)({"use_reentrant": False})
+            enable_activation_checkpointing(self.student)
         self.size = sum(parameter.numel() for parameter in self.student.parameters())
         self.checkpoints = Checkpoints(folder / "checkpoints", settings.keep)
         self.stage = ""
