@@ -39,18 +39,19 @@ for _package in (hqlt, hqlt.model):
 
 def as_rst(text: str) -> Iterator[str]:
     """A docstring in reStructuredText: ours are written to be read in an editor, with indented equations, `code`, and
-    arguments as `name: what it is`, whose further lines are indented."""
+    sections such as "Args:", whose items are `name: what it is` with further lines indented."""
     for block in re.split(r"\n\s*\n", textwrap.dedent(text).strip("\n")):
-        first, *others = lines = block.split("\n")
-        if first.startswith("    "):
-            yield from ("::", "", *lines)
-        elif first.startswith(">>>"):
+        title = re.match(r"(Args|Returns|Raises|Source|Example):\n", block)
+        if title:
+            yield from (f"**{title[1]}**", "")
+            block = block[title.end() :]
+        lines = textwrap.dedent(block).split("\n")
+        if lines[0].startswith(">>>"):
             yield from lines
-        elif any(line.startswith("    ") for line in others):
-            if first.endswith(":"):  # "Args:"
-                yield from (f"**{first}**", "")
-                block = textwrap.dedent("\n".join(others))
-            yield from (f"- {escaped(item)}" for item in re.split(r"\n(?=\S)", block))
+        elif not title and block.startswith("    "):
+            yield from ("::", "", *block.split("\n"))
+        elif any(line.startswith("    ") for line in lines[1:]) or (title and title[1] in ("Args", "Raises")):
+            yield from (f"- {escaped(item)}" for item in re.split(r"\n(?=\S)", "\n".join(lines)))
         else:
             yield escaped(block)
         yield ""

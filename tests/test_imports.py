@@ -171,17 +171,25 @@ def test_a_part_whose_package_is_missing_says_how_to_get_it():
     assert "ModuleNotFoundError: expected the package transformers; pip install " in done.stderr
 
 
-def lines_of_code(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """But for its docstring, which the command line shows as help."""
-    total, first = (function.end_lineno or 0) - function.lineno + 1, function.body[0]
-    return total - ((first.end_lineno or 0) - first.lineno + 1) * (ast.get_docstring(function) is not None)
+DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def lines_of(node: ast.stmt) -> int:
+    return (node.end_lineno or 0) - node.lineno + 1
+
+
+def lines_of_docstrings(tree: ast.AST) -> int:
+    documented = (node for node in ast.walk(tree) if isinstance(node, DOCUMENTED))
+    return sum(lines_of(node.body[0]) for node in documented if ast.get_docstring(node) is not None)
 
 
 def test_functions_and_files_are_short():
+    """Docstrings do not count."""
     for name, file in FILES.items():
         if Path(name).parts[0] not in ("ops", "native"):
             text = file.read_text()
-            assert text.count("\n") <= 400, name
-            for node in ast.walk(ast.parse(text)):
+            tree = ast.parse(text)
+            assert text.count("\n") - lines_of_docstrings(tree) <= 400, name
+            for node in ast.walk(tree):
                 if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                    assert lines_of_code(node) <= 50, f"{name}: {node.name}"
+                    assert lines_of(node) - lines_of_docstrings(node) <= 50, f"{name}: {node.name}"

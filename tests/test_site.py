@@ -54,9 +54,10 @@ def test_a_docstring_becomes_rst():
     as_rst = runpy.run_path(str(DOCS / "conf.py"))["as_rst"]
     given = (
         "What *it* does to `x`s.\n\n    y = W x\n\nx: numbers,\n    many\ny: one_\n\nArgs:\n    a: first\n    b: second"
+        "\n\nReturns:\n    two\n    lines\n\nExample:\n    >>> 1\n    1"
     )
     wanted = (
         "What \\*it\\* does to \\ ``x``\\ s.\n\n::\n\n    y = W x\n\n- x: numbers, many\n- y: one\\_\n\n"
-        "**Args:**\n\n- a: first\n- b: second\n"
+        "**Args**\n\n- a: first\n- b: second\n\n**Returns**\n\ntwo lines\n\n**Example**\n\n>>> 1\n1\n"
     )
     assert "\n".join(as_rst(given)) == wanted
