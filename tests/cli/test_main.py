@@ -51,7 +51,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         (["trian"], "hqlt: expected one of train, .*, got trian (did you mean train?)"),
         (["data", "prepar", "x"], "hqlt data: expected one of prepare, check, got prepar (did you mean prepare?)"),
         (["train", "--stepz=3"], "got --stepz=3 (did you mean --steps?)"),
-        (["train", "--config=FILE"], "Option 'warmpu' is not accepted (did you mean --warmup?)"),
+        (["train", "--config=FILE"], "Option 'warmpu' is not accepted (did you mean --warmup-steps?)"),
         (["train", "--steps=many"], "hqlt train: --steps: expected a whole number, got many; see hqlt train --help"),
         (["train", "--micro-batch-size=x"], "--micro-batch-size: expected a whole number or null, got x"),
         (["train", "--precision=half"], "--precision: expected float32, bfloat16, got half"),

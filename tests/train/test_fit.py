@@ -38,14 +38,14 @@ def test_the_best_checkpoint_by_validation_is_tested():
 
 
 def test_learning_rate_warms_up_and_falls_by_a_cosine():
-    budget = Budget(steps=100, batch_size=1, learning_rate=2.0, warmup=0.1)
+    budget = Budget(steps=100, batch_size=1, learning_rate=2.0, warmup_ratio=0.1)
     rates = [budget.learning_rate_at(step) for step in range(100)]
     assert rates[0] == pytest.approx(0.2)
     assert max(rates) == rates[10] == rates[9] == pytest.approx(2.0)
     assert rates[55] == pytest.approx(2.0 * (0.001 + 0.999 * 0.5))
     assert rates[99] < 0.01
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
-    constant = dataclasses.replace(budget, final_rate=1.0)
+    constant = dataclasses.replace(budget, min_lr_ratio=1.0)
     assert {constant.learning_rate_at(step) for step in range(10, 100)} == {2.0}
 
 
@@ -59,7 +59,7 @@ def test_gradients_are_really_clipped(monkeypatch):
         return step(self, *args)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", watch)
-    budget = Budget(steps=3, batch_size=8, clip=1e-3, validations=1, validation_rows=4, test_rows=4)
+    budget = Budget(steps=3, batch_size=8, max_grad_norm=1e-3, validations=1, validation_rows=4, test_rows=4)
     told = [told for told in fit(tiny(), TASK, budget, seed=0) if not isinstance(told, Fit)]
     assert all(t.gradient_norm > 1e-3 for t in told)
     assert seen == pytest.approx([1e-3] * 3, rel=1e-2)
@@ -76,12 +76,14 @@ def test_an_update_whose_gradient_is_not_finite_is_skipped_and_counted():
 
 
 def test_the_average_of_the_weights_is_scored_and_kept():
-    """ā_i = d ā_{i−1} + (1 − d) a_i with d = min(average, i / (i + 9)); training itself does not change."""
+    """ā_i = d ā_{i−1} + (1 − d) a_i with d = min(ema_decay, i / (i + 9)); training itself does not change."""
     budget = dataclasses.replace(BUDGET, validations=1)
     model, averaged = tiny(), tiny()
     expected = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     both = zip(
-        fit(model, TASK, budget, seed=0), fit(averaged, TASK, dataclasses.replace(budget, average=0.3), 0), strict=True
+        fit(model, TASK, budget, seed=0),
+        fit(averaged, TASK, dataclasses.replace(budget, ema_decay=0.3), 0),
+        strict=True,
     )
     for i in range(1, budget.steps + 1):
         raw, told = next(both)

@@ -27,14 +27,15 @@ folder out output output_dir out_dir dir
 data prompt_file source dataset train_data file input text
 device gpu cuda cpu
 precision dtype bf16 fp16 amp
-clip max_grad_norm grad_clip clip_grad gradient_clip
-warmup warmup_steps warmup_iters
-final_rate min_lr_ratio min_lr final_lr
+max_grad_norm clip grad_clip clip_grad gradient_clip
+warmup_steps warmup warmup_iters
+min_lr_ratio final_rate min_lr final_lr
 betas beta1 beta2 adam_beta1 adam_beta2
 weight_decay wd decay
 micro_batch_size grad_accum gradient_accumulation gradient_accumulation_steps
 activation_checkpointing gradient_checkpointing checkpointing
 save_every save_interval save_steps checkpoint_every
+keep_checkpoints keep save_total_limit
 validate_every evaluate_every eval_every eval_interval eval_steps
 world env environment env_id game
 num_envs copies envs n_envs

@@ -26,8 +26,8 @@ class Checkpoints:
     One is written beside its place and has its name only once all of it is on disk; until then the last one stands.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, max_to_keep: int) -> None:
+        self.folder, self.max_to_keep = folder, max_to_keep
 
     def whole(self) -> list[Path]:
         """The whole ones, from the oldest to the newest."""
@@ -96,7 +96,7 @@ class Checkpoints:
             shutil.rmtree(place)
         os.replace(unfinished, place)
         sync_folder(self.folder)
-        for old in self.whole()[: -self.keep]:
+        for old in self.whole()[: -self.max_to_keep]:
             shutil.rmtree(old)
 
     def not_written(self, place: Path, error: BaseException) -> OSError:

@@ -30,15 +30,15 @@ class Budget:
     """Sequences in an update."""
     learning_rate: float = 1e-2
     """Peak of the schedule: linear warm-up, then a cosine."""
-    warmup: float = 0.1
+    warmup_ratio: float = 0.1
     """Share of the steps that the learning rate takes to its peak."""
-    final_rate: float = 0.001
+    min_lr_ratio: float = 0.001
     """What the learning rate falls to at the end, as a share of its peak."""
     weight_decay: float = 0.0
     """AdamW's, on matrices; norms and embeddings have none."""
-    clip: float = 1.0
+    max_grad_norm: float = 1.0
     """Greatest norm of a gradient; a longer one is shortened to it."""
-    average: float = 0.0
+    ema_decay: float = 0.0
     """Decay of an exponential average of the weights, which is scored and kept in their place; 0: none."""
     curriculum: float = 0.0
     """Share of the steps over which the greatest training length grows from the least to its own; 0: none."""
@@ -55,13 +55,15 @@ class Budget:
 
     def __post_init__(self) -> None:
         all_in_range(self, steps=COUNT, batch_size=COUNT, validations=COUNT, validation_rows=COUNT, test_rows=COUNT)
-        all_in_range(self, learning_rate=POSITIVE, clip=POSITIVE, weight_decay=NOT_NEGATIVE)
-        all_in_range(self, warmup=SHARE, final_rate=SHARE, average=SHARE, curriculum=SHARE)
+        all_in_range(self, learning_rate=POSITIVE, max_grad_norm=POSITIVE, weight_decay=NOT_NEGATIVE)
+        all_in_range(self, warmup_ratio=SHARE, min_lr_ratio=SHARE, ema_decay=SHARE, curriculum=SHARE)
 
     def learning_rate_at(self, step: int) -> float:
         """step counts from 0."""
-        warm = max(round(self.warmup * self.steps), 1)
-        return self.learning_rate * warmup_then_cosine(step, warmup=warm, steps=self.steps, final=self.final_rate)
+        warm = max(round(self.warmup_ratio * self.steps), 1)
+        return self.learning_rate * warmup_then_cosine(
+            step, warmup_steps=warm, steps=self.steps, min_ratio=self.min_lr_ratio
+        )
 
     def task_at(self, task: Task, step: int) -> Task:
         """The task with the training lengths of this step."""
@@ -76,7 +78,7 @@ class Budget:
 
     def average_decay_at(self, step: int) -> float:
         """step counts from 0. Early weights are forgotten sooner."""
-        return min(self.average, (step + 1) / (step + 10))
+        return min(self.ema_decay, (step + 1) / (step + 10))
 
 
 class Progress(NamedTuple):
@@ -115,7 +117,7 @@ def fit(model: nn.Module, task: Task, budget: Budget, seed: int) -> Iterator[Pro
     source = generator_for("train", seed)
     validation_set = task.sample(generator_for("validation", 0), budget.validation_rows, "validation")
     validate_at = {round(budget.steps * (i + 1) / budget.validations) for i in range(budget.validations)}
-    average = averaged(model, budget) if budget.average else None
+    average = averaged(model, budget) if budget.ema_decay else None
     scored = average.module if average else model
     best_step, best, best_weights = 0, None, dict[str, Tensor]()
     tokens, skipped, begun = 0, 0, time.perf_counter()
@@ -128,7 +130,7 @@ def fit(model: nn.Module, task: Task, budget: Budget, seed: int) -> Iterator[Pro
         loss = loss_of(model, batch, budget.precision)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), budget.clip)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), budget.max_grad_norm)
         if norm.isfinite():
             optimiser.step()
         else:

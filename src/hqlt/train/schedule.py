@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 
 
-def warmup_then_cosine(step: int, *, warmup: int, steps: int, final: float) -> float:
+def warmup_then_cosine(step: int, *, warmup_steps: int, steps: int, min_ratio: float) -> float:
     """The share of its peak that the learning rate has at a step, counted from 0.
 
-    Linear over `warmup` steps to 1, then half a cosine down to `final` at `steps`.
+    Linear over `warmup_steps` steps to 1, then half a cosine down to `min_ratio` at `steps`.
     """
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = min((step - warmup) / max(steps - warmup, 1), 1.0)
-    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = min((step - warmup_steps) / max(steps - warmup_steps, 1), 1.0)
+    return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))

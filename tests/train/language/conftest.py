@@ -14,7 +14,7 @@ from hqlt.data import prepare
 
 SMALL = [
     "--model={hidden_size: 16, num_heads: 2, num_hidden_layers: 2, intermediate_size: 32, window: 4}",
-    "--length=24", "--batch-size=8", "--steps=12", "--warmup=2", "--save-every=4", "--validate-every=6",
+    "--length=24", "--batch-size=8", "--steps=12", "--warmup-steps=2", "--save-every=4", "--validate-every=6",
     "--validation-rows=4",
 ]  # fmt: skip
 

@@ -128,5 +128,5 @@ def test_a_run_that_diverged_says_so(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text(TEXT)
     monkeypatch.setattr("hqlt.train.language.trainer.PATIENCE", 3)
     with pytest.raises(ValueError, match=r"training diverged: 3 of 4 updates .* smaller --learning-rate than 1e\+30"):
-        run(settings(tmp_path / "a.txt", learning_rate=1e30, warmup=0, steps=50), tmp_path / "run")
+        run(settings(tmp_path / "a.txt", learning_rate=1e30, warmup_steps=0, steps=50), tmp_path / "run")
     assert not (tmp_path / "run" / "model").exists()

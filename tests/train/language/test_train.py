@@ -91,7 +91,7 @@ def test_a_signal_saves_and_leaves(text, whole, tmp_path, number):
 def test_a_second_ctrl_c_leaves_at_once(text, tmp_path):
     folder = tmp_path / "run"
     process = subprocess.Popen(
-        command(text, folder, "--batch-size=4096", "--warmup=0"),  # updates of many seconds
+        command(text, folder, "--batch-size=4096", "--warmup-steps=0"),  # updates of many seconds
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -145,10 +145,10 @@ def test_two_processes_are_one(text, whole, tmp_path, options):
 def test_goes_on_with_another_number_of_processes(text, tmp_path, options):
     train(text, alone := tmp_path / "alone", *options)
     folder = tmp_path / "run"
-    train(text, folder, *options, "--steps=4", "--final-rate=1", processes=2)
-    train(text, folder, *options, "--steps=8", "--final-rate=1")
-    train(text, folder, *options, "--final-rate=1", processes=2)
-    train(text, alone := tmp_path / "constant", *options, "--final-rate=1")
+    train(text, folder, *options, "--steps=4", "--min-lr-ratio=1", processes=2)
+    train(text, folder, *options, "--steps=8", "--min-lr-ratio=1")
+    train(text, folder, *options, "--min-lr-ratio=1", processes=2)
+    train(text, alone := tmp_path / "constant", *options, "--min-lr-ratio=1")
     same_run(folder, alone)
 
 

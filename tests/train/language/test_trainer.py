@@ -147,7 +147,7 @@ def test_a_write_that_was_killed_hides_nothing(text, run):
     unfinished = run / "checkpoints" / "step-00000008.unfinished"
     unfinished.mkdir()
     (unfinished / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"half")
-    training = trainer(text, run, steps=8, keep=1)
+    training = trainer(text, run, steps=8, keep_checkpoints=1)
     assert training.resume() == 6
     training.update()
     training.save()
@@ -219,11 +219,11 @@ def test_carried_memory_is_one_long_sequence(text, tmp_path):
         ({"eps": math.nan}, "eps: expected a number above 0"),
         ({"batch_size": 0}, "batch_size: expected a whole number of at least 1"),
         ({"weight_decay": math.nan}, "weight_decay: expected a number of at least 0"),
-        ({"final_rate": -1.0}, "final_rate: expected a number from 0 to 1"),
-        ({"final_rate": 2.0}, "final_rate: expected a number from 0 to 1"),
+        ({"min_lr_ratio": -1.0}, "min_lr_ratio: expected a number from 0 to 1"),
+        ({"min_lr_ratio": 2.0}, "min_lr_ratio: expected a number from 0 to 1"),
         ({"betas": (0.9, 1.0)}, "betas: expected two numbers from 0 to below 1"),
         ({"seed": -1}, "seed: expected a whole number from 0"),
-        ({"warmup": 7, "steps": 6}, "warmup: expected a whole number from 0 to 6, got 7"),
+        ({"warmup_steps": 7, "steps": 6}, "warmup_steps: expected a whole number from 0 to 6, got 7"),
         ({"micro_batch_size": 0}, "micro_batch_size: expected a whole number of at least 1"),
         ({"shard_over": -1}, "shard_over: expected a whole number of at least 1"),
     ],
@@ -234,7 +234,7 @@ def test_settings_that_cannot_be(settings, message):
 
 
 def test_warm_up_is_at_most_a_tenth_of_a_short_run():
-    assert [TrainSettings(steps=steps).warmup_updates for steps in (3, 100, 600, 10_000)] == [0, 10, 60, 60]
+    assert [TrainSettings(steps=steps).num_warmup_steps for steps in (3, 100, 600, 10_000)] == [0, 10, 60, 60]
 
 
 def documents(folder, *texts):
@@ -282,7 +282,7 @@ def test_a_package_of_the_report_is_missed_before_anything_is_trained(text, tmp_
 
 
 def test_learning_rate_rises_and_falls():
-    settings = TrainSettings(steps=100, warmup=10, learning_rate=1.0, final_rate=0.1)
+    settings = TrainSettings(steps=100, warmup_steps=10, learning_rate=1.0, min_lr_ratio=0.1)
     rates = [settings.learning_rate_at(step) for step in range(101)]
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert rates[10] == 1.0

@@ -27,8 +27,8 @@ warnings.filterwarnings(
 class SharedCheckpoints(Checkpoints):
     """Of all processes of a run. `save` copies the tensors, and begins to write them."""
 
-    def __init__(self, folder: Path, keep: int, ranks: Ranks) -> None:
-        super().__init__(folder, keep)
+    def __init__(self, folder: Path, max_to_keep: int, ranks: Ranks) -> None:
+        super().__init__(folder, max_to_keep)
         self.ranks = ranks
         self._writing: tuple[Path, Future[Any]] | None = None
 

@@ -33,9 +33,9 @@ class TrainSettings:
 
     learning_rate: float = 3e-3
     """Peak of the schedule: linear warm-up, then a cosine."""
-    warmup: int | None = None
+    warmup_steps: int | None = None
     """Updates until the peak; null: 60, or a tenth of the steps where that is less."""
-    final_rate: float = 0.1
+    min_lr_ratio: float = 0.1
     """What the learning rate falls to at the end, as a share of its peak."""
     weight_decay: float = 0.1
     """AdamW's, on matrices; norms, convolutions and embeddings have none."""
@@ -43,7 +43,7 @@ class TrainSettings:
     """AdamW's."""
     eps: float = 1e-8
     """AdamW's."""
-    clip: float = 1.0
+    max_grad_norm: float = 1.0
     """Greatest norm of a gradient; a longer one is shortened to it."""
     seed: int = 0
     """Of weights and of the order of the data."""
@@ -59,7 +59,7 @@ class TrainSettings:
 
     save_every: int = 200
     """Updates from checkpoint to checkpoint; there is one at the end in any case."""
-    keep: int = 2
+    keep_checkpoints: int = 2
     """How many checkpoints stay, the newest."""
     validate_every: int = 100
     """Updates from validation to validation; there is one at the end in any case."""
@@ -68,19 +68,23 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         all_in_range(self, length=COUNT, batch_size=COUNT, steps=COUNT, micro_batch_size=COUNT, shard_over=COUNT)
-        all_in_range(self, save_every=COUNT, keep=COUNT, validate_every=COUNT, validation_rows=COUNT, seed=SEED)
-        all_in_range(self, learning_rate=POSITIVE, eps=POSITIVE, clip=POSITIVE, weight_decay=NOT_NEGATIVE)
-        all_in_range(self, final_rate=SHARE, warmup=Range(0, self.steps, whole=True))
+        all_in_range(
+            self, save_every=COUNT, keep_checkpoints=COUNT, validate_every=COUNT, validation_rows=COUNT, seed=SEED
+        )
+        all_in_range(self, learning_rate=POSITIVE, eps=POSITIVE, max_grad_norm=POSITIVE, weight_decay=NOT_NEGATIVE)
+        all_in_range(self, min_lr_ratio=SHARE, warmup_steps=Range(0, self.steps, whole=True))
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas: expected two numbers from 0 to below 1, got {self.betas}")
 
     @property
-    def warmup_updates(self) -> int:
-        return min(60, self.steps // 10) if self.warmup is None else self.warmup
+    def num_warmup_steps(self) -> int:
+        return min(60, self.steps // 10) if self.warmup_steps is None else self.warmup_steps
 
     def learning_rate_at(self, step: int) -> float:
         """step counts from 0."""
-        share = warmup_then_cosine(step, warmup=self.warmup_updates, steps=self.steps, final=self.final_rate)
+        share = warmup_then_cosine(
+            step, warmup_steps=self.num_warmup_steps, steps=self.steps, min_ratio=self.min_lr_ratio
+        )
         return self.learning_rate * share
 
     def micro_batches(self, ranks: int) -> tuple[int, int]:

@@ -120,7 +120,7 @@ class Trainer(Base[Update]):
         """Of the last update; None before the first one here."""
         self.caches: list[HQLTCache] = []
         """The memories of each micro-batch's rows, where they are carried."""
-        self.checkpoints = SharedCheckpoints(folder / "checkpoints", settings.keep, ranks)
+        self.checkpoints = SharedCheckpoints(folder / "checkpoints", settings.keep_checkpoints, ranks)
         self._peak: float | None = None
         self._flops = 0.0
 
@@ -169,7 +169,7 @@ class Trainer(Base[Update]):
                 part = self._summed_loss(batch, i) / (scored or math.nan)
                 (part * ranks.count).backward()  # FSDP takes the mean over processes
             loss += part.item()
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), settings.clip)
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), settings.max_grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.loss = loss = ranks.sum([loss])[0]
         if scored and norm.isfinite():
@@ -348,7 +348,7 @@ class Trainer(Base[Update]):
         raise ValueError(
             f"training diverged: {self.skipped} of {self.step} updates were skipped, because their gradients were not "
             f"finite, and the loss no longer is; give a smaller --learning-rate than {self.settings.learning_rate:g} "
-            f"or a longer --warmup, and another --folder"
+            f"or a longer --warmup-steps, and another --folder"
         )
 
     def export(self, folder: Path) -> None:

@@ -32,7 +32,7 @@ class Stage:
 
     def share_at(self, step: int) -> float:
         """Of the peak that the learning rate has at a step, counted from 0."""
-        return warmup_then_cosine(step, warmup=min(60, self.steps // 10), steps=self.steps, final=0.1)
+        return warmup_then_cosine(step, warmup_steps=min(60, self.steps // 10), steps=self.steps, min_ratio=0.1)
 
 
 BEGIN = {"feature_map": "learned", "beta_bias": -6.0, "kv_gate": True}
@@ -80,7 +80,7 @@ class RetrofitSettings:
     lora_learning_rate: float = 5e-4
     """Its peak."""
 
-    clip: float = 1.0
+    max_grad_norm: float = 1.0
     """Greatest norm of a gradient; a longer one is shortened to it."""
     micro_batch_size: int = 1
     """Sequences that are taken at once."""
@@ -92,7 +92,7 @@ class RetrofitSettings:
     """Whether blocks keep only their input, and compute the rest again for the gradient."""
     save_every: int = 50
     """Updates from checkpoint to checkpoint; there is one at the end of each stage in any case."""
-    keep: int = 2
+    keep_checkpoints: int = 2
     """How many checkpoints stay, the newest."""
     validation_rows: int = 8
     """Held-out sequences of stage 2's length, on which the model is scored before training and after each stage; 0:
@@ -100,8 +100,8 @@ class RetrofitSettings:
 
     def __post_init__(self) -> None:
         all_in_range(self, window=COUNT, sinks=INDEX, kept=INDEX, measure_tokens=COUNT, seed=SEED, lora_rank=INDEX)
-        all_in_range(self, lora_learning_rate=POSITIVE, clip=POSITIVE, micro_batch_size=COUNT)
-        all_in_range(self, save_every=COUNT, keep=COUNT, validation_rows=INDEX)
+        all_in_range(self, lora_learning_rate=POSITIVE, max_grad_norm=POSITIVE, micro_batch_size=COUNT)
+        all_in_range(self, save_every=COUNT, keep_checkpoints=COUNT, validation_rows=INDEX)
         for name in STAGES:
             stage: Stage = getattr(self, name)
             all_in_range(stage, f"{name}.", tokens=INDEX, length=COUNT, batch_size=COUNT, learning_rate=NOT_NEGATIVE)

@@ -28,7 +28,7 @@ from hqlt.train.retrofit.losses import beyond, divergence, layer_errors, micro_b
 from hqlt.train.retrofit.settings import STAGES, RetrofitSettings, Stage
 from hqlt.train.run import Trainer
 
-FREE = ("data", "keep", "save_every", "micro_batch_size", "activation_checkpointing", "full", "full_choice")
+FREE = ("data", "keep_checkpoints", "save_every", "micro_batch_size", "activation_checkpointing", "full", "full_choice")
 """Settings that may change when a run is resumed: the data and the layers are in the identity themselves."""
 LEAST = 2 * (KEY + VALUE) * len(DEPTHS)
 """Tokens of a text that has room for the probes' facts."""
@@ -104,7 +104,7 @@ class RetrofitTrainer(Trainer[Update]):
         if settings.activation_checkpointing:
             enable_activation_checkpointing(self.student)
         self.size = sum(parameter.numel() for parameter in self.student.parameters())
-        self.checkpoints = Checkpoints(folder / "checkpoints", settings.keep)
+        self.checkpoints = Checkpoints(folder / "checkpoints", settings.keep_checkpoints)
         self.stage = ""
         """The name of the one that is under way."""
         self.lora: Lora | None = None
@@ -213,7 +213,7 @@ class RetrofitTrainer(Trainer[Update]):
         groups: list[Any] = [self.student.parameters()]
         if name == "fit":
             groups = [block.parameters() for block in self.student.model.layers]
-        norms = [nn.utils.clip_grad_norm_(group, self.settings.clip) for group in groups]
+        norms = [nn.utils.clip_grad_norm_(group, self.settings.max_grad_norm) for group in groups]
         return torch.stack(norms).norm()
 
     def tokens(self) -> int:
