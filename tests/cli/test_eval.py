@@ -24,7 +24,9 @@ def folder(tmp_path):
 
 def test_lengths_and_keys_leave_one_page(folder, tmp_path, capsys):
     place = tmp_path / "results"
-    main(["eval", str(folder), f"--lengths={LIBRARY / 'ast.py'}", "--passkey", "--longest=1500", f"--folder={place}"])
+    main(
+        ["eval", str(folder), f"--lengths={LIBRARY / 'ast.py'}", "--passkey", "--max-tokens=1500", f"--folder={place}"]
+    )
     assert {file.name for file in place.iterdir()} == {"results.json", "report.html", "lengths.png", "passkey.png"}
     results = json.loads((place / "results.json").read_text())["results"]
     assert results["lengths"][-1]["end"] == 1499
@@ -49,7 +51,7 @@ def test_tasks_stand_beside_the_paper(folder, tmp_path, capsys):
     settings = written["settings"]
     assert len(settings["fingerprint"]) == 64
     options = {"tasks": "lambada_local", "local": str(local), "limit": 2, "batch_size": 8, "max_length": None}
-    options |= {"lengths": None, "longest": 1_000_000, "every": 2048, "device": "cpu"}
+    options |= {"lengths": None, "max_tokens": 1_000_000, "reset_every": 2048, "device": "cpu"}
     assert options.items() <= settings.items()
     said = " ".join(capsys.readouterr().out.split())
     assert "The paper has no such model." in said
@@ -64,13 +66,13 @@ def test_earlier_evaluations_stand_beside(folder, tmp_path, monkeypatch, capsys)
     asked = ["eval", str(folder), "--tasks=piqa"]
     main([*asked, f"--folder={tmp_path / 'first'}"])
     assert "50 ± 1" in capsys.readouterr().out
-    main([*asked, f"--folder={tmp_path / 'second'}", f"--beside={tmp_path / 'first'}"])
+    main([*asked, f"--folder={tmp_path / 'second'}", f"--compare={tmp_path / 'first'}"])
     page = (tmp_path / "second" / "report.html").read_text()
     assert ">25<" in page and ">50 ± 1<" in page and f"<th>{tmp_path / 'first'}</th>" in page
-    main([*asked, f"--folder={tmp_path / 'third'}", f"--beside={tmp_path / 'first'}, {tmp_path / 'second'}"])
+    main([*asked, f"--folder={tmp_path / 'third'}", f"--compare={tmp_path / 'first'}, {tmp_path / 'second'}"])
     assert ">–<" in (tmp_path / "third" / "report.html").read_text(), "another metric"
-    with pytest.raises(SystemExit, match=r"beside: expected an evaluation with limit 3, got None in "):
-        main([*asked, "--limit=3", f"--beside={tmp_path / 'first'}", f"--folder={tmp_path / 'fourth'}"])
+    with pytest.raises(SystemExit, match=r"compare: expected an evaluation with limit 3, got None in "):
+        main([*asked, "--limit=3", f"--compare={tmp_path / 'first'}", f"--folder={tmp_path / 'fourth'}"])
     assert not (tmp_path / "fourth").exists()
 
 
@@ -94,7 +96,14 @@ def test_what_is_finished_is_left_when_something_later_fails(folder, tmp_path, m
     place = tmp_path / "results"
     with pytest.raises(SystemExit):
         main(
-            ["eval", str(folder), f"--lengths={LIBRARY / 'ast.py'}", "--longest=900", "--passkey", f"--folder={place}"]
+            [
+                "eval",
+                str(folder),
+                f"--lengths={LIBRARY / 'ast.py'}",
+                "--max-tokens=900",
+                "--passkey",
+                f"--folder={place}",
+            ]
         )
     assert list(json.loads((place / "results.json").read_text())["results"]) == ["lengths"]
     assert "Far beyond training" in (place / "report.html").read_text()
@@ -107,8 +116,8 @@ def test_what_is_finished_is_left_when_something_later_fails(folder, tmp_path, m
         (["--passkey", "--lengths=nowhere"], "nowhere"),
         (["--passkey", f"--lengths={sys.executable}"], "expected text in UTF-8"),
         ([f"--lengths={LIBRARY}"], "Is a directory"),
-        ([f"--lengths={LIBRARY / 'ast.py'}", "--longest=1"], "ast.py: expected at least two tokens"),
-        ([f"--lengths={LIBRARY / 'ast.py'}", "--passkey", "--longest=50"], "length: expected at least"),
+        ([f"--lengths={LIBRARY / 'ast.py'}", "--max-tokens=1"], "ast.py: expected at least two tokens"),
+        ([f"--lengths={LIBRARY / 'ast.py'}", "--passkey", "--max-tokens=50"], "length: expected at least"),
         (["--passkey", "--tasks=mine", "--local=nowhere"], "local: expected a folder, got nowhere"),
         (
             ["--passkey", "--tasks=lambda_local", "--local=LOCAL"],
@@ -119,12 +128,12 @@ def test_what_is_finished_is_left_when_something_later_fails(folder, tmp_path, m
             "expected tasks whose data can be loaded, got .* see the files",
         ),
         (["--passkey", "--tasks=,"], "expected the name of a task, got ','"),
-        (["--passkey", "--beside=runs/x"], "beside: expected together with tasks"),
-        (["--tasks=piqa", "--beside=nowhere"], "nowhere"),
-        (["--passkey", "--longest=0"], "longest: expected at least 1, got 0"),
+        (["--passkey", "--compare=runs/x"], "compare: expected together with tasks"),
+        (["--tasks=piqa", "--compare=nowhere"], "nowhere"),
+        (["--passkey", "--max-tokens=0"], "max-tokens: expected at least 1, got 0"),
         (["--passkey", "--limit=0"], "limit: expected at least 1, got 0"),
         (["--passkey", "--trials=0"], "trials: expected at least 1, got 0"),
-        (["--passkey", "--every=0"], "every: expected at least 1, got 0"),
+        (["--passkey", "--reset-every=0"], "reset-every: expected at least 1, got 0"),
         (["--passkey", "--batch-size=0"], "batch-size: expected at least 1, got 0"),
         (["--passkey", "--max-length=0"], "max-length: expected at least 1, got 0"),
         (["--passkey", "--device=nothing"], "device: expected one that torch can use here"),

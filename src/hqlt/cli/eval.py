@@ -37,13 +37,13 @@ def eval(
     tasks: str | None = None,
     local: Path | None = None,
     limit: int | None = None,
-    beside: str | None = None,
+    compare: str | None = None,
     batch_size: int = 8,
     max_length: int | None = None,
     lengths: Path | None = None,
     passkey: bool = False,
-    longest: int = 1_000_000,
-    every: int = 2048,
+    max_tokens: int = 1_000_000,
+    reset_every: int = 2048,
     trials: int = 2,
     device: str | None = None,
     folder: Path | None = None,
@@ -62,14 +62,14 @@ def eval(
         local: a folder of data for local tasks (lambada_local, wikitext2_local, piqa_local) and of task files of your
             own, in which {local} stands for the folder. Python files that they name are run.
         limit: documents of each task, to see that everything runs.
-        beside: folders of earlier evaluations on tasks, with commas between them: a column of the table for each.
+        compare: folders of earlier evaluations on tasks, with commas between them: a column of the table for each.
         batch_size: texts side by side.
         max_length: tokens that tasks read at most to predict the next: contexts lose their beginning, long documents
             are read in windows. 2,048 for the suite, otherwise nothing is cut by default.
         lengths: a text file; how well it is predicted at each distance from its beginning.
         passkey: find a five-digit key in repeated sentences and in real text, by length and depth.
-        longest: tokens that `--lengths` and `--passkey` go up to.
-        every: `--lengths` compares with memories emptied every so many tokens.
+        max_tokens: tokens that `--lengths` and `--passkey` go up to.
+        reset_every: `--lengths` compares with memories emptied every so many tokens.
         trials: keys for each length and depth.
         device: where the model runs, such as cpu; cuda where there is one by default.
         folder: where results go; a new one under runs/ by default.
@@ -88,9 +88,9 @@ def eval(
     if suite and max_length is None:
         options["max_length"] = tables()["max_length"]
     tokenizer = tokenizer_of(model, config.vocab_size)
-    text = tokens_of(lengths, tokenizer, longest) if lengths else []
-    haystacks = haystacks_for(tokenizer, longest) if passkey else []
-    others = earlier(options) if beside else {}
+    text = tokens_of(lengths, tokenizer, max_tokens) if lengths else []
+    haystacks = haystacks_for(tokenizer, max_tokens) if passkey else []
+    others = earlier(options) if compare else {}
     loaded = tasks_of(suite, tasks, local)
     with alone_in(place):
         job = Job(retention.load(model, options["device"], Console()), tokenizer, place, options)
@@ -98,9 +98,9 @@ def eval(
         if loaded:
             on_tasks(job, loaded, others)
         if lengths:
-            on_lengths(job, lengths.name, text, every)
+            on_lengths(job, lengths.name, text, reset_every)
         if passkey:
-            on_passkey(job, haystacks, longest, trials)
+            on_passkey(job, haystacks, max_tokens, trials)
 
 
 def check(options: dict[str, Any], place: Path) -> None:
@@ -108,9 +108,9 @@ def check(options: dict[str, Any], place: Path) -> None:
     on_tasks = options["suite"] or options["tasks"]
     if not (on_tasks or options["lengths"] or options["passkey"]):
         raise ValueError("expected something to evaluate: --suite paper, --tasks NAMES, --lengths FILE or --passkey")
-    if options["beside"] is not None and not on_tasks:
-        raise ValueError("beside: expected together with tasks, whose figures stand side by side; give --tasks NAMES")
-    for name in ("limit", "batch_size", "max_length", "longest", "every", "trials"):
+    if options["compare"] is not None and not on_tasks:
+        raise ValueError("compare: expected together with tasks, whose figures stand side by side; give --tasks NAMES")
+    for name in ("limit", "batch_size", "max_length", "max_tokens", "reset_every", "trials"):
         if options[name] is not None and options[name] < 1:
             raise ValueError(f"{name.replace('_', '-')}: expected at least 1, got {options[name]}")
     if options["local"] and not options["local"].is_dir():
@@ -249,16 +249,16 @@ def earlier(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
     Raises ValueError and OSError for folders without, and for evaluations of other documents or contexts than this.
     """
     found = {}
-    for name in filter(None, map(str.strip, options["beside"].split(","))):
+    for name in filter(None, map(str.strip, options["compare"].split(","))):
         file = Path(name) / "results.json"
         told = json.loads(file.read_text(encoding="utf-8"))
         if "tasks" not in told.get("results", {}):
-            raise ValueError(f"beside: expected an evaluation of `hqlt eval --tasks` in {name}, got one without tasks")
+            raise ValueError(f"compare: expected an evaluation of `hqlt eval --tasks` in {name}, got one without tasks")
         for asked in ("limit", "max_length"):
             if (theirs := told["settings"][asked]) != options[asked]:
                 option = asked.replace("_", "-")
                 raise ValueError(
-                    f"beside: expected an evaluation with {option} {options[asked]}, got {theirs} in {name}"
+                    f"compare: expected an evaluation with {option} {options[asked]}, got {theirs} in {name}"
                 )
         found[name] = told["results"]["tasks"]
     return found
