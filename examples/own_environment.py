@@ -21,7 +21,7 @@ class Recall(gymnasium.Env):
 
 envs = gymnasium.vector.SyncVectorEnv([Recall] * 16)
 memory = build_memory("synchronous", hidden_size=32, num_layers=1, window=3)
-agent = PPO(envs, memory, PPOSettings(learning_rate=1e-3, rollout=40, minibatches=2))
+agent = PPO(envs, memory, PPOSettings(learning_rate=1e-3, rollout_steps=40, num_minibatches=2))
 for progress in agent.train_in(envs, steps=20_000):
     print(f"{progress.steps:6} steps   success {progress.played.success:.2f}")
 print(evaluate(agent, envs, episodes=20).success)

@@ -16,7 +16,7 @@ from hqlt.agent import PPO, SAC, Batch, Episode, MemoryModel, PPOSettings, SACSe
 from tests.agent.worlds_of_one_cue import Cue, Told, copies
 from tests.toys.agents import Reinforce, ReinforceSettings
 
-SMALL = SACSettings(heads=(16,), batch_episodes=4, random_episodes=4, updates_per_step=0.5)
+SMALL = SACSettings(hidden_sizes=(16,), batch_episodes=4, random_episodes=4, updates_per_step=0.5)
 
 
 def sac(settings=SMALL, memory="synchronous", seed=0, make=Cue):
@@ -50,7 +50,7 @@ def parts_of(names):
 
 
 def test_what_trains_what():
-    agent = sac(SACSettings(entropy_share=0.5))
+    agent = sac(SACSettings(target_entropy_ratio=0.5))
     losses = agent.losses(Batch.of(episodes()))
     assert parts_of(gradients(agent, losses["critic"])) == {"core", "critics"}
     losses = agent.losses(Batch.of(episodes()))
@@ -82,7 +82,7 @@ def test_only_the_heads_have_targets_and_they_follow_slowly():
 
 @pytest.mark.parametrize("share", [None, 0.1])
 def test_the_temperature_is_fixed_or_learned(share):
-    agent = sac(SACSettings(entropy_share=share))
+    agent = sac(SACSettings(target_entropy_ratio=share))
     told = [agent.update(Batch.of(episodes())) for _ in range(3)]
     assert math.isclose(told[0]["alpha"], 0.1, rel_tol=1e-6)
     assert (told[-1]["alpha"] < 0.09999) == (share is not None)  # more random than wanted: α falls
@@ -118,7 +118,7 @@ def test_ppo_is_put_aside_exactly(make):
     def ppo(seed):
         torch.manual_seed(seed)
         memory = build_memory("deltanet", hidden_size=8, num_layers=1)
-        settings = PPOSettings(rollout=8, epochs=2, minibatches=2)
+        settings = PPOSettings(rollout_steps=8, epochs=2, num_minibatches=2)
         return PPO(copies(make, 1), memory, settings, seed=seed)
 
     first, second = ppo(0), ppo(1)
@@ -134,7 +134,7 @@ def test_ppo_is_put_aside_exactly(make):
 def ppo_of(make, seed=0):
     torch.manual_seed(seed)
     memory = build_memory("synchronous", hidden_size=8, num_layers=1, window=2)
-    return PPO(copies(make, 1), memory, PPOSettings(rollout=5, epochs=1, minibatches=2), seed=seed)
+    return PPO(copies(make, 1), memory, PPOSettings(rollout_steps=5, epochs=1, num_minibatches=2), seed=seed)
 
 
 @pytest.mark.parametrize("mode", list(AutoresetMode))
@@ -227,8 +227,8 @@ def trained(kind, memory, steps, seed=0, make=Cue):
     torch.manual_seed(seed)
     envs = copies(make, 16)
     settings = {
-        SAC: SACSettings(learning_rate=3e-3, batch_episodes=32, heads=(32,), updates_per_step=0.1),
-        PPO: PPOSettings(learning_rate=3e-3, rollout=32, minibatches=2),
+        SAC: SACSettings(learning_rate=3e-3, batch_episodes=32, hidden_sizes=(32,), updates_per_step=0.1),
+        PPO: PPOSettings(learning_rate=3e-3, rollout_steps=32, num_minibatches=2),
         Reinforce: ReinforceSettings(),
     }[kind]
     agent = kind(envs, memory, settings, seed=seed)

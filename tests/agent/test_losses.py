@@ -74,8 +74,8 @@ def test_generalised_advantages():
         next_values=tensor([1.0, 8.0, math.nan, 6.0]),
         terminated=torch.tensor([[NO, NO, YES, NO]]),
         ended=torch.tensor([[NO, YES, YES, NO]]),
-        discount=0.5,
-        trace=0.5,
+        gamma=0.5,
+        gae_lambda=0.5,
     )
     second = 2 + 0.5 * 8 - 1
     close(got, [[1 + 0.5 * 1 - 0 + 0.25 * second, second, 3 - 1, 4 + 0.5 * 6 - 2]])

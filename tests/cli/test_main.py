@@ -93,10 +93,10 @@ def test_the_name_that_was_meant_and_no_misleading_one(wrong, meant):
 
 
 def test_names_of_several_algorithms():
-    names = ["ppo.learning_rate", "ppo.clip_ratio", "sac.learning_rate", "steps"]
+    names = ["ppo.learning_rate", "ppo.clip_range", "sac.learning_rate", "steps"]
     assert nearest("lr", names) == ["ppo.learning_rate", "sac.learning_rate"]
     assert nearest("ppo.lr", names) == ["ppo.learning_rate"]
-    assert nearest("ppo.clip-ratoi", names) == ["ppo.clip_ratio"]
+    assert nearest("ppo.clip-ragne", names) == ["ppo.clip_range"]
 
 
 def toy(source: Path, rates: tuple[float, float] = (0.1, 0.2), greedy: bool = False, top_p: float = 1.0) -> None:

@@ -76,8 +76,8 @@ def test_what_was_kept_stands_below_the_same_steps():
 
 def test_an_episode_of_an_agent_that_keeps():
     kept = {"hidden_size": 8, "window": 2, "retention": "surprise", "kept": 3}
-    ppo = PPOSettings(rollout=8, heads=(8,))
-    settings = AgentSettings(options={"corridor": 9}, model=kept, copies=1, hyperparameters=ppo)
+    ppo = PPOSettings(rollout_steps=8, hidden_sizes=(8,))
+    settings = AgentSettings(options={"corridor": 9}, model=kept, num_envs=1, hyperparameters=ppo)
     filmed = film(AgentTrainer(settings), seed=0)
     steps = len(filmed.rewards)
     assert filmed.kept.until.shape == (4, 1, steps) and filmed.shares.fw.shape == (2, 1, steps)
@@ -94,9 +94,9 @@ def test_an_environment_that_cannot_be_seen_has_a_picture_of_its_rewards(tmp_pat
 def test_a_long_episode_is_filmed_in_frames_evenly_apart(monkeypatch):
     """No more of them are held than twice what a film shows; the first and the last are there."""
     monkeypatch.setattr(episode, "FILMED", 5)
-    ppo = PPOSettings(rollout=8, heads=(8,))
+    ppo = PPOSettings(rollout_steps=8, hidden_sizes=(8,))
     trainer = AgentTrainer(
-        AgentSettings(options={"corridor": 69}, model={"hidden_size": 8}, copies=1, hyperparameters=ppo)
+        AgentSettings(options={"corridor": 69}, model={"hidden_size": 8}, num_envs=1, hyperparameters=ppo)
     )
     filmed = film(trainer, seed=0)
     assert len(filmed.rewards) == 70

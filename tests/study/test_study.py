@@ -259,8 +259,8 @@ AGENTS = {
             "common": {"hidden_size": 8, "num_layers": 1, "window": 2},
             "budget": {
                 "steps": 100,
-                "copies": 4,
-                "settings": {"rollout": 8},
+                "num_envs": 4,
+                "settings": {"rollout_steps": 8},
                 "evaluations": 2,
                 "episodes": 4,
                 "test_episodes": 6,

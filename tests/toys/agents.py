@@ -49,9 +49,9 @@ class Bell(World):
 class ReinforceSettings:
     learning_rate: float = 1e-2
     """Adam's, of everything."""
-    discount: float = 0.99
+    gamma: float = 0.99
     """γ."""
-    entropy_weight: float = 0.01
+    entropy_coef: float = 0.01
     """What an entropy of one nat is worth in the loss."""
 
 
@@ -78,10 +78,10 @@ class Reinforce(Agent):
         logits, returns = self.logits(features[:, :-1]), torch.zeros_like(batch.rewards)
         for t in reversed(range(returns.shape[1])):
             ahead = returns[:, t + 1] if t + 1 < returns.shape[1] else 0
-            returns[:, t] = batch.rewards[:, t] + self.settings.discount * ahead
+            returns[:, t] = batch.rewards[:, t] + self.settings.gamma * ahead
         log_pi = of_action(logits.log_softmax(-1), batch.actions)
         policy = -masked_mean(standardised(returns, batch.mask) * log_pi, batch.mask)
         spread = masked_mean(entropy(logits), batch.mask)
-        loss = policy - self.settings.entropy_weight * spread
+        loss = policy - self.settings.entropy_coef * spread
         gradient = self.descend(loss, 1.0)
         return {"loss": loss.item(), "entropy": spread.item(), "gradient": gradient}

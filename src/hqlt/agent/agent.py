@@ -161,11 +161,11 @@ class Agent(nn.Module):
         """a ~ π, by the agent's own generator: [b, a] → [b]."""
         return torch.multinomial(logits.softmax(dim=-1).cpu(), 1, generator=self.generator)[:, 0].to(logits.device)
 
-    def descend(self, loss: Tensor, clip: float | None) -> float:
+    def descend(self, loss: Tensor, max_grad_norm: float | None) -> float:
         """One step of the optimiser, left out where the gradient is not finite → its norm, before it was clipped."""
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters(), math.inf if clip is None else clip)
+        norm = nn.utils.clip_grad_norm_(self.parameters(), math.inf if max_grad_norm is None else max_grad_norm)
         if norm.isfinite():
             self.optimiser.step()
         else:

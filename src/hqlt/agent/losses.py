@@ -32,13 +32,13 @@ def of_action(x: PerAction, actions: PerStep) -> PerStep:
     return x.gather(-1, actions[..., None])[..., 0]
 
 
-def soft_value(q: PerAction, logits: PerAction, temperature: Tensor | float) -> PerStep:
+def soft_value(q: PerAction, logits: PerAction, alpha: Tensor | float) -> PerStep:
     """V_t = Σ_a π(a | t) (Q_t(a) − α log π(a | t)).
 
     Source: Christodoulou 2019, "Soft Actor-Critic for Discrete Action Settings", eq. 10.
     """
     log_pi = F.log_softmax(logits, dim=-1)
-    return (log_pi.exp() * (q - temperature * log_pi)).sum(dim=-1)
+    return (log_pi.exp() * (q - alpha * log_pi)).sum(dim=-1)
 
 
 def soft_target(
@@ -46,8 +46,8 @@ def soft_target(
     terminated: PerStep,
     next_q: PerAction,
     next_logits: PerAction,
-    temperature: Tensor | float,
-    discount: float,
+    alpha: Tensor | float,
+    gamma: float,
 ) -> PerStep:
     """y_t = r_t + γ (1 − terminated_t) V_{t+1}, no gradient.
 
@@ -55,8 +55,8 @@ def soft_target(
     last step still looks ahead. Source: Christodoulou 2019, eqs. 3 and 10.
     """
     with torch.no_grad():
-        ahead = soft_value(next_q, next_logits, temperature)
-        return rewards + discount * torch.where(terminated, 0, ahead)
+        ahead = soft_value(next_q, next_logits, alpha)
+        return rewards + gamma * torch.where(terminated, 0, ahead)
 
 
 def q_loss(q: PerAction, actions: PerStep, target: PerStep, mask: PerStep) -> Tensor:
@@ -67,12 +67,12 @@ def q_loss(q: PerAction, actions: PerStep, target: PerStep, mask: PerStep) -> Te
     return masked_mean(0.5 * (of_action(q, actions) - target) ** 2, mask)
 
 
-def actor_loss(logits: PerAction, q: PerAction, temperature: Tensor | float, mask: PerStep) -> Tensor:
+def actor_loss(logits: PerAction, q: PerAction, alpha: Tensor | float, mask: PerStep) -> Tensor:
     """mean_t Σ_a π(a | t) (α log π(a | t) − Q_t(a)), with a gradient to π alone.
 
     Source: Christodoulou 2019, eq. 12.
     """
-    return -masked_mean(soft_value(q.detach(), logits, temperature), mask)
+    return -masked_mean(soft_value(q.detach(), logits, alpha), mask)
 
 
 def temperature_loss(log_temperature: Tensor, logits: PerAction, target_entropy: float, mask: PerStep) -> Tensor:
@@ -89,21 +89,21 @@ def generalised_advantages(
     next_values: PerStep,
     terminated: PerStep,
     ended: PerStep,
-    discount: float,
-    trace: float,
+    gamma: float,
+    gae_lambda: float,
 ) -> PerStep:
     """A_t = δ_t + γλ (1 − ended_t) A_{t+1}        δ_t = r_t + γ (1 − terminated_t) V'_t − V_t
 
     values: V of what each action was chosen from; next_values: V' of what it led to. An episode ends by terminating or
-    by being cut short, and in the second case alone looks beyond its end. trace: λ. No gradient.
+    by being cut short, and in the second case alone looks beyond its end. gae_lambda: λ. No gradient.
 
     Source: Schulman et al. 2016, "High-Dimensional Continuous Control Using Generalized Advantage Estimation", eq. 16.
     """
     with torch.no_grad():
-        delta = rewards + discount * torch.where(terminated, 0, next_values) - values
+        delta = rewards + gamma * torch.where(terminated, 0, next_values) - values
         advantages, ahead = torch.empty_like(delta), torch.zeros_like(delta[:, 0])
         for t in reversed(range(delta.shape[1])):
-            ahead = delta[:, t] + discount * trace * torch.where(ended[:, t], 0, ahead)
+            ahead = delta[:, t] + gamma * gae_lambda * torch.where(ended[:, t], 0, ahead)
             advantages[:, t] = ahead
         return advantages
 
@@ -120,14 +120,16 @@ def standardised(x: PerStep, mask: PerStep) -> PerStep:
 
 
 def clipped_policy_loss(
-    log_pi: PerStep, log_pi_before: PerStep, advantages: PerStep, clip: float, mask: PerStep
+    log_pi: PerStep, log_pi_before: PerStep, advantages: PerStep, clip_range: float, mask: PerStep
 ) -> Tensor:
     """−mean_t min(ρ_t A_t, clip(ρ_t, 1 − ε, 1 + ε) A_t)        ρ_t = π(a_t | t) / π_before(a_t | t)
 
     Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", eq. 7.
     """
     ratio = (log_pi - log_pi_before).exp()
-    return -masked_mean(torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages), mask)
+    return -masked_mean(
+        torch.minimum(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages), mask
+    )
 
 
 def value_loss(values: PerStep, returns: PerStep, mask: PerStep) -> Tensor:

@@ -35,36 +35,36 @@ class PPOSettings:
 
     learning_rate: float = 3e-4
     """Adam's, of everything."""
-    discount: float = 0.99
+    gamma: float = 0.99
     """γ."""
-    trace: float = 0.95
+    gae_lambda: float = 0.95
     """λ of the advantages."""
     advantages: Literal["raw", "centred", "standardised"] = "standardised"
     """What a minibatch's advantages become: as they are, less their mean, or with standard deviation 1 as well. Those
     of a policy that has settled are noise, which the last makes as loud as what it learned from: where rewards are of
     the order of 1, better not."""
-    clip_ratio: float = 0.2
+    clip_range: float = 0.2
     """ε: how far the policy may go from the one that played before its gain is cut off."""
-    entropy_weight: float = 0.01
+    entropy_coef: float = 0.01
     """What an entropy of one nat is worth in the loss."""
-    value_weight: float = 0.5
+    value_coef: float = 0.5
     """What the value's loss weighs."""
-    rollout: int = 128
+    rollout_steps: int = 128
     """Steps of each copy between two updates, and the reach of gradients through time."""
     epochs: int = 4
     """How often a rollout is learned from."""
-    minibatches: int = 4
+    num_minibatches: int = 4
     """Parts of a rollout, of whole sequences: at most as many as there are copies."""
-    heads: tuple[int, ...] = (64,)
+    hidden_sizes: tuple[int, ...] = (64,)
     """Hidden widths of the actor and of the critic."""
-    clip: float | None = 0.5
+    max_grad_norm: float | None = 0.5
     """Greatest norm of a gradient; a longer one is shortened to it. None: there is none."""
 
     def __post_init__(self) -> None:
         one_of("ppo.advantages", self.advantages, ("raw", "centred", "standardised"))
-        all_in_range(self, "ppo.", rollout=COUNT, epochs=COUNT, minibatches=COUNT, heads=COUNT)
-        all_in_range(self, "ppo.", learning_rate=POSITIVE, clip_ratio=POSITIVE, clip=POSITIVE)
-        all_in_range(self, "ppo.", discount=SHARE, trace=SHARE, entropy_weight=NOT_NEGATIVE, value_weight=NOT_NEGATIVE)
+        all_in_range(self, "ppo.", rollout_steps=COUNT, epochs=COUNT, num_minibatches=COUNT, hidden_sizes=COUNT)
+        all_in_range(self, "ppo.", learning_rate=POSITIVE, clip_range=POSITIVE, max_grad_norm=POSITIVE)
+        all_in_range(self, "ppo.", gamma=SHARE, gae_lambda=SHARE, entropy_coef=NOT_NEGATIVE, value_coef=NOT_NEGATIVE)
 
 
 @register("algorithm", "ppo")
@@ -79,7 +79,7 @@ class PPO(Agent):
     """
 
     Settings = PPOSettings
-    in_runs: ClassVar = {"learning_rate": 5e-4, "rollout": 64, "advantages": "centred"}
+    in_runs: ClassVar = {"learning_rate": 5e-4, "rollout_steps": 64, "advantages": "centred"}
     settings: PPOSettings
     collector: Collector | None = None
     """Of the call of `train_in` that is under way."""
@@ -87,8 +87,8 @@ class PPO(Agent):
     """What `collector` carried when the checkpoint was taken that this agent was restored from."""
 
     def build(self, width: int) -> torch.optim.Optimizer:
-        self.actor = mlp(width, self.settings.heads, self.actions)
-        self.critic = mlp(width, self.settings.heads, 1)
+        self.actor = mlp(width, self.settings.hidden_sizes, self.actions)
+        self.critic = mlp(width, self.settings.hidden_sizes, 1)
         return torch.optim.Adam(self.parameters(), self.settings.learning_rate, eps=1e-5)
 
     def logits(self, features: Hidden) -> Tensor:
@@ -109,7 +109,7 @@ class PPO(Agent):
         """[b, t], from V at every step."""
         following, settings = rollout.next_values(values), self.settings
         return generalised_advantages(
-            rollout.rewards, values, following, rollout.terminated, rollout.ended, settings.discount, settings.trace
+            rollout.rewards, values, following, rollout.terminated, rollout.ended, settings.gamma, settings.gae_lambda
         )
 
     def learn(self, rollout: Rollout) -> dict[str, float]:
@@ -123,9 +123,9 @@ class PPO(Agent):
         told = []
         for _ in range(settings.epochs):
             order = torch.randperm(len(log_pi), generator=self.generator).to(self.device)
-            for rows in order.chunk(settings.minibatches):
+            for rows in order.chunk(settings.num_minibatches):
                 losses = self.losses(rollout.select(rows), log_pi[rows], advantages[rows], returns[rows])
-                norm = self.descend(losses["loss"], settings.clip)
+                norm = self.descend(losses["loss"], settings.max_grad_norm)
                 told.append({name: loss.item() for name, loss in losses.items()} | {"gradient": norm})
         return means(told)
 
@@ -136,9 +136,9 @@ class PPO(Agent):
         log_pi = of_action(logits.log_softmax(dim=-1), rollout.actions)
         if settings.advantages != "raw":
             advantages = (centred if settings.advantages == "centred" else standardised)(advantages, mask)
-        policy = clipped_policy_loss(log_pi, log_pi_before, advantages, settings.clip_ratio, mask)
+        policy = clipped_policy_loss(log_pi, log_pi_before, advantages, settings.clip_range, mask)
         value, spread = value_loss(values, returns, mask), masked_mean(entropy(logits), mask)
-        loss = policy + settings.value_weight * value - settings.entropy_weight * spread
+        loss = policy + settings.value_coef * value - settings.entropy_coef * spread
         return {"loss": loss, "policy": policy, "value": value, "entropy": spread}
 
     def collect(self, envs: VectorEnv, *, stopped: Sequence[int] = ()) -> Collected:
@@ -148,7 +148,7 @@ class PPO(Agent):
             self._before = None
         if self.collector is None:
             self.collector = Collector(envs, self, self.seed_of(self.steps), stopped=stopped)
-        rollout, ended = self.collector.rollout(self, self.settings.rollout)
+        rollout, ended = self.collector.rollout(self, self.settings.rollout_steps)
         return Collected(rollout, ended, int(rollout.mask.sum()))
 
     def train_in(self, envs: VectorEnv, steps: int, *, stopped: Sequence[int] = ()) -> Iterator[Progress]:

@@ -28,17 +28,17 @@ class SACSettings:
 
     learning_rate: float = 3e-4
     """Adam's, of everything."""
-    discount: float = 0.99
+    gamma: float = 0.99
     """γ."""
-    target_rate: float = 0.005
+    tau: float = 0.005
     """τ: how much of the critics' heads goes into their targets at an update."""
-    temperature: float = 0.1
+    alpha: float = 0.1
     """α, what an entropy of one nat is worth; where it is learned, what it begins with."""
-    entropy_share: float | None = None
+    target_entropy_ratio: float | None = None
     """Learn α so that the policy's entropy is this share of log(actions), the greatest there is; None: α is fixed."""
-    heads: tuple[int, ...] = (256, 256)
+    hidden_sizes: tuple[int, ...] = (256, 256)
     """Hidden widths of the actor and of each critic."""
-    clip: float | None = None
+    max_grad_norm: float | None = None
     """Greatest norm of a gradient; a longer one is shortened to it. None: there is none."""
     batch_episodes: int = 64
     """Episodes in an update."""
@@ -46,15 +46,15 @@ class SACSettings:
     """Updates for each step of the environment."""
     random_episodes: int = 10
     """Episodes played at random before the agent plays."""
-    capacity: int = 1_000_000
+    buffer_size: int = 1_000_000
     """Steps that the replay holds."""
 
     def __post_init__(self) -> None:
-        all_in_range(self, "sac.", batch_episodes=COUNT, random_episodes=INDEX, capacity=COUNT, heads=COUNT)
+        all_in_range(self, "sac.", batch_episodes=COUNT, random_episodes=INDEX, buffer_size=COUNT, hidden_sizes=COUNT)
         all_in_range(
-            self, "sac.", learning_rate=POSITIVE, temperature=POSITIVE, updates_per_step=POSITIVE, clip=POSITIVE
+            self, "sac.", learning_rate=POSITIVE, alpha=POSITIVE, updates_per_step=POSITIVE, max_grad_norm=POSITIVE
         )
-        all_in_range(self, "sac.", discount=SHARE, target_rate=PART, entropy_share=SHARE)
+        all_in_range(self, "sac.", gamma=SHARE, tau=PART, target_entropy_ratio=SHARE)
 
 
 class TwinCritics(nn.Module):
@@ -91,13 +91,13 @@ class SAC(Agent):
 
     def build(self, width: int) -> torch.optim.Optimizer:
         settings = self.settings
-        self.actor = mlp(width, settings.heads, self.actions)
-        self.critics = TwinCritics(width, settings.heads, self.actions)
-        self.targets = TwinCritics(width, settings.heads, self.actions).requires_grad_(False)
+        self.actor = mlp(width, settings.hidden_sizes, self.actions)
+        self.critics = TwinCritics(width, settings.hidden_sizes, self.actions)
+        self.targets = TwinCritics(width, settings.hidden_sizes, self.actions).requires_grad_(False)
         self.targets.load_state_dict(self.critics.state_dict())
-        learned = settings.entropy_share is not None
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(settings.temperature)), requires_grad=learned)
-        self.replay = Replay(settings.capacity, int(self.seed))
+        learned = settings.target_entropy_ratio is not None
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(settings.alpha)), requires_grad=learned)
+        self.replay = Replay(settings.buffer_size, int(self.seed))
         for name in ("rounds", "updates"):
             self.register_buffer(name, torch.tensor(0))
         return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], settings.learning_rate)
@@ -138,7 +138,7 @@ class SAC(Agent):
     def update(self, batch: Batch) -> dict[str, float]:
         """One, from a batch of whole episodes."""
         losses = self.losses(batch.to(self.device))
-        norm = self.descend(losses["critic"] + losses["actor"] + losses["temperature"], self.settings.clip)
+        norm = self.descend(losses["critic"] + losses["actor"] + losses["temperature"], self.settings.max_grad_norm)
         self.track()
         self.updates += 1
         return {name: loss.item() for name, loss in losses.items()} | {"gradient": norm}
@@ -155,10 +155,10 @@ class SAC(Agent):
             self.targets(features[:, 1:]).amin(0),
             logits[:, 1:],
             alpha,
-            settings.discount,
+            settings.gamma,
         )
         q = self.critics(features[:, :-1])
-        share = settings.entropy_share
+        share = settings.target_entropy_ratio
         return {
             "critic": q_loss(q[0], batch.actions, target, mask) + q_loss(q[1], batch.actions, target, mask),
             "actor": actor_loss(now, q.amin(0), alpha, mask),
@@ -174,4 +174,4 @@ class SAC(Agent):
     def track(self) -> None:
         """Q̄ ← (1 − τ) Q̄ + τ Q."""
         for average, weight in zip(self.targets.parameters(), self.critics.parameters(), strict=True):
-            average.lerp_(weight, self.settings.target_rate)
+            average.lerp_(weight, self.settings.tau)

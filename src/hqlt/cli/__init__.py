@@ -137,7 +137,7 @@ def run_command(arguments: Sequence[str], machine: Load) -> None:
         raise
 
 
-SMALLER = ("micro_batch_size", "batch_size", "batch", "length", "num_envs", "copies", "workers", "preset", "model")
+SMALLER = ("micro_batch_size", "batch_size", "batch", "length", "num_envs", "workers", "preset", "model")
 """Options that memory in use grows with."""
 
 

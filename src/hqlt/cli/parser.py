@@ -37,10 +37,19 @@ activation_checkpointing gradient_checkpointing checkpointing
 save_every save_interval save_steps checkpoint_every
 keep_checkpoints keep save_total_limit
 validate_every evaluate_every eval_every eval_interval eval_steps
-world env environment env_id game
+env world environment env_id game
 num_envs copies envs n_envs
-discount gamma
-trace lambda gae_lambda
+gamma discount discount_factor
+gae_lambda lambda lam trace
+clip_range clip_ratio clip_coef clip_eps
+entropy_coef ent_coef entropy_weight
+value_coef vf_coef value_weight
+rollout_steps rollout rollout_length
+num_minibatches minibatches n_minibatches
+hidden_sizes net_arch
+buffer_size capacity replay_size
+tau target_rate polyak
+target_entropy_ratio entropy_share target_entropy target_entropy_scale
 tokens max_tokens max_new_tokens num_tokens n
 temperature temp
 top_k top_n

@@ -45,7 +45,7 @@ def leave_agent_report(
     }
     filmed = film(trainer, TEST_SEED - 1)
     pictured = leave_film(filmed, folder)
-    title = f"{settings.memory} memory in {settings.world}"
+    title = f"{settings.memory} memory in {settings.env}"
     caption = FILM if filmed.kept is None else FILM + KEPT
     titles = ("An episode", caption), ("The same episode as a film", "Step by step; also as episode.gif.")
     film_there = "![The same episode as a film](episode.gif)\n\n" if filmed.frames else ""
@@ -74,7 +74,7 @@ def table_of_agent(trainer: AgentTrainer, tested: Evaluation, steps: int) -> Tab
     columns = ["memory", "world", "steps", "best at", "test return", "test success", "episode, steps"]
     row = [
         settings.memory,
-        settings.world,
+        settings.env,
         f"{steps:,}",
         f"{trainer.best_step:,}",
         f"{tested.mean_return:.2f}",

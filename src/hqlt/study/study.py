@@ -146,7 +146,7 @@ def quick(budget: Any) -> Any:
     if isinstance(budget, Budget):
         most, new = {"steps": 15, "batch_size": 32}, {"validations": 2, "validation_rows": 16, "test_rows": 64}
     else:
-        most, new = {"steps": 2000, "copies": 8}, {"evaluations": 2, "episodes": 4, "test_episodes": 8}
+        most, new = {"steps": 2000, "num_envs": 8}, {"evaluations": 2, "episodes": 4, "test_episodes": 8}
         few = find("algorithm", budget.algorithm).in_quick_runs
         budget = dataclasses.replace(budget, settings={**budget.settings, **few})
     return dataclasses.replace(budget, **new, **{name: min(getattr(budget, name), n) for name, n in most.items()})
@@ -389,7 +389,7 @@ def _try(cell: Any) -> None:
             settings = cell.settings
             tested = [{name: value} for name, values in cell.budget.along.items() for value in values]
             for options in ({}, *tested):
-                make_worlds(settings.world, 1, 0, **settings.options | options)
+                make_worlds(settings.env, 1, 0, **settings.options | options)
             build_memory(settings.memory, **settings.model)
     except (ValueError, ModuleNotFoundError):
         raise

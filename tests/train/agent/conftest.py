@@ -21,13 +21,13 @@ SMALL = {
 def settings(request):
     """A run of a second, by each algorithm."""
     if request.param == "toy-reinforce":
-        options = {**SMALL, "world": "Bell", "options": {"wait": 2}, "steps": 400, "evaluate_every": 150}
-        return AgentSettings(**options, algorithm=request.param, copies=3)
+        options = {**SMALL, "env": "Bell", "options": {"wait": 2}, "steps": 400, "evaluate_every": 150}
+        return AgentSettings(**options, algorithm=request.param, num_envs=3)
     if request.param == "ppo":
-        ppo = PPOSettings(rollout=7, heads=(8,), minibatches=2, epochs=2)
-        return AgentSettings(**SMALL, algorithm="ppo", copies=4, hyperparameters=ppo)
-    sac = SACSettings(heads=(8,), batch_episodes=4, random_episodes=4)
-    return AgentSettings(**SMALL, algorithm="sac", copies=2, hyperparameters=sac)
+        ppo = PPOSettings(rollout_steps=7, hidden_sizes=(8,), num_minibatches=2, epochs=2)
+        return AgentSettings(**SMALL, algorithm="ppo", num_envs=4, hyperparameters=ppo)
+    sac = SACSettings(hidden_sizes=(8,), batch_episodes=4, random_episodes=4)
+    return AgentSettings(**SMALL, algorithm="sac", num_envs=2, hyperparameters=sac)
 
 
 class Waiting(gymnasium.Env):

@@ -12,7 +12,9 @@ COMMON = {
     "config": {"memory": "synchronous", "hidden_size": 8, "num_heads": 2, "num_layers": 1, "window": 4},
     "task": "TMazePassive",
     "task_options": {"corridor": 3},
-    "budget": AgentBudget(steps=128, copies=4, evaluations=2, episodes=4, test_episodes=4, along={"corridor": [3, 9]}),
+    "budget": AgentBudget(
+        steps=128, num_envs=4, evaluations=2, episodes=4, test_episodes=4, along={"corridor": [3, 9]}
+    ),
 }
 PLAIN = AgentCell(model="Window", **COMMON)
 SWITCHED = AgentCell(

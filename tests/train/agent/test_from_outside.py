@@ -18,12 +18,12 @@ from hqlt.train.agent.run import load_agent, run
 from tests.toys.agents import Bell, Reinforce, ReinforceSettings
 
 OPTIONS = [
-    "--world=Bell", "--options.wait=2", "--algorithm=toy-reinforce", "--toy-reinforce.discount=0.9",
-    "--model.hidden_size=8", "--copies=4", "--steps=400", "--evaluate-every=200", "--episodes=4",
+    "--env=Bell", "--options.wait=2", "--algorithm=toy-reinforce", "--toy-reinforce.gamma=0.9",
+    "--model.hidden_size=8", "--num-envs=4", "--steps=400", "--evaluate-every=200", "--episodes=4",
 ]  # fmt: skip
 SETTINGS = AgentSettings(
-    world="Bell", options={"wait": 2}, algorithm="toy-reinforce", hyperparameters={"discount": 0.9},
-    model={"hidden_size": 8, "num_layers": 1, "window": 4}, copies=4, steps=400, evaluate_every=200, episodes=4,
+    env="Bell", options={"wait": 2}, algorithm="toy-reinforce", hyperparameters={"gamma": 0.9},
+    model={"hidden_size": 8, "num_layers": 1, "window": 4}, num_envs=4, steps=400, evaluate_every=200, episodes=4,
 )  # fmt: skip
 
 
@@ -37,7 +37,7 @@ def test_the_command_line_is_the_python_call(tmp_path):
     run(SETTINGS, tmp_path / "call")
     assert lines(tmp_path / "command") == lines(tmp_path / "call")
     settings = json.loads((tmp_path / "command" / "config.json").read_text())["settings"]
-    assert settings["algorithm"] == "toy-reinforce" and settings["toy_reinforce"]["discount"] == 0.9
+    assert settings["algorithm"] == "toy-reinforce" and settings["toy_reinforce"]["gamma"] == 0.9
     trainer = load_agent(tmp_path / "command")
     assert isinstance(trainer.agent, Reinforce) and isinstance(trainer.envs, Bell)
     assert trainer.settings == SETTINGS
@@ -63,7 +63,7 @@ def test_it_resumes_exactly_in_processes_of_their_own(tmp_path):
 
 
 def test_a_study_scores_it(tmp_path):
-    budget = AgentBudget(steps=60, algorithm="toy-reinforce", settings={"discount": 0.9}, copies=4, evaluations=2,
+    budget = AgentBudget(steps=60, algorithm="toy-reinforce", settings={"gamma": 0.9}, num_envs=4, evaluations=2,
                          episodes=4, test_episodes=4, along={"wait": [1, 2]})  # fmt: skip
     common = {"model": "LSTM", "config": {"memory": "lstm", "hidden_size": 8}, "task": "Bell"}
     *_, result = AgentCell(**common, task_options={"wait": 2}, budget=budget).run(tmp_path)
@@ -71,15 +71,15 @@ def test_a_study_scores_it(tmp_path):
 
 
 def test_what_is_wrong_is_said_by_name(tmp_path, capsys):
-    with pytest.raises(ValueError, match=r"toy-reinforce: expected one of .*, got 'discont'; did you mean 'discount'"):
-        dataclasses.replace(SETTINGS, hyperparameters={"discont": 1})
+    with pytest.raises(ValueError, match=r"toy-reinforce: expected one of .*, got 'gama'; did you mean 'gamma'"):
+        dataclasses.replace(SETTINGS, hyperparameters={"gama": 1})
     with pytest.raises(ValueError, match="hyperparameters: expected PPOSettings, for ppo, got ReinforceSettings"):
         AgentSettings(hyperparameters=ReinforceSettings())
     with pytest.raises(ValueError, match="did you mean 'wait'"):
         AgentTrainer(dataclasses.replace(SETTINGS, options={"wat": 2}))
     with pytest.raises(SystemExit):
-        main(["rl", "train", "--toy-reinforce.discont=1", f"--folder={tmp_path}"])
-    assert "did you mean --toy-reinforce.discount" in capsys.readouterr().err
+        main(["rl", "train", "--toy-reinforce.gama=1", f"--folder={tmp_path}"])
+    assert "did you mean --toy-reinforce.gamma" in capsys.readouterr().err
 
 
 def test_a_module_before_the_colon_is_imported():

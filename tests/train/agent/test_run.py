@@ -27,12 +27,12 @@ from hqlt.train.agent.run import keep_agent, load_agent
 from hqlt.train.checkpoints import Checkpoints
 
 COMMAND = [
-    "rl", "train", "--options.corridor=6", "--model.hidden_size=8", "--copies=8", "--steps=6000", "--ppo.rollout=10",
-    "--evaluate-every=800", "--episodes=4",
+    "rl", "train", "--options.corridor=6", "--model.hidden_size=8", "--num-envs=8", "--steps=6000",
+    "--ppo.rollout-steps=10", "--evaluate-every=800", "--episodes=4",
 ]  # fmt: skip
 SAC = [
-    "rl", "train", "--options.corridor=4", "--model.hidden_size=8", "--algorithm=sac", "--copies=2", "--steps=600",
-    "--sac.batch_episodes=4", "--sac.heads=[8]", "--evaluate-every=200", "--episodes=2",
+    "rl", "train", "--options.corridor=4", "--model.hidden_size=8", "--algorithm=sac", "--num-envs=2", "--steps=600",
+    "--sac.batch_episodes=4", "--sac.hidden-sizes=[8]", "--evaluate-every=200", "--episodes=2",
 ]  # fmt: skip
 
 
@@ -90,8 +90,8 @@ def test_killed_and_stopped_it_ends_as_if_nothing_had_happened(finished, tmp_pat
 
 
 SLOW = [
-    "rl", "train", "--world=tests.train.agent.conftest:hqlt-tests/Slow-v0", "--copies=1", "--steps=40",
-    "--evaluate-every=20", "--ppo.rollout=5", "--model.hidden_size=8", "--episodes=4", "--options.after=25",
+    "rl", "train", "--env=tests.train.agent.conftest:hqlt-tests/Slow-v0", "--num-envs=1", "--steps=40",
+    "--evaluate-every=20", "--ppo.rollout-steps=5", "--model.hidden_size=8", "--episodes=4", "--options.after=25",
 ]  # fmt: skip
 
 
@@ -145,17 +145,17 @@ def refused(command):
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        ("--ppo.rollout=0", "--ppo.rollout: expected a whole number of at least 1, got 0"),
+        ("--ppo.rollout-steps=0", "--ppo.rollout-steps: expected a whole number of at least 1, got 0"),
         ("--ppo.learning_rate=-1", "--ppo.learning-rate: expected a number above 0, got -1"),
-        ("--ppo.clip=-1", "--ppo.clip: expected a number above 0, got -1"),
+        ("--ppo.max-grad-norm=-1", "--ppo.max-grad-norm: expected a number above 0, got -1"),
         ("--sac.batch-episodes=0", "--sac.batch-episodes: expected a whole number of at least 1, got 0"),
-        ("--sac.discount=1.5", "--sac.discount: expected a number from 0 to 1, got 1.5"),
-        ("--copies=0", "copies: expected a whole number of at least 1, got 0"),
+        ("--sac.gamma=1.5", "--sac.gamma: expected a number from 0 to 1, got 1.5"),
+        ("--num-envs=0", "num_envs: expected a whole number of at least 1, got 0"),
         ("--options.coridor=3", "did you mean 'corridor'?"),
         ("--model.windw=3", "did you mean 'window'?"),
-        ("--world=TMazePasive", "did you mean 'TMazePassive'?"),
+        ("--env=TMazePasive", "did you mean 'TMazePassive'?"),
         ("--memory=synchronus", "did you mean 'synchronous'?"),
-        ("--world=no_such_module:X-v0", "no_such_module"),
+        ("--env=no_such_module:X-v0", "no_such_module"),
         ("--device=cuda:99", "device: expected one that torch can use here"),
     ],
 )
@@ -175,14 +175,14 @@ def test_what_cannot_be_trained_is_refused_and_leaves_no_folder(tmp_path, option
 )
 @pytest.mark.parametrize("algorithm", ["ppo", "sac"])
 def test_an_environment_that_is_broken_is_named(tmp_path, fault, said, algorithm):
-    world = "--world=tests.train.agent.conftest:hqlt-tests/Broken-v0"
-    options = [f"--options.fault={fault}", "--copies=2", f"--algorithm={algorithm}", f"--folder={tmp_path}"]
-    assert said in refused(["rl", "train", world, *options])
+    env = "--env=tests.train.agent.conftest:hqlt-tests/Broken-v0"
+    options = [f"--options.fault={fault}", "--num-envs=2", f"--algorithm={algorithm}", f"--folder={tmp_path}"]
+    assert said in refused(["rl", "train", env, *options])
 
 
 def test_a_run_that_diverged_says_so(tmp_path, capsys, monkeypatch):
     """The report is of the best weights; the status is no success."""
-    monkeypatch.setattr(PPO, "descend", lambda agent, loss, clip: agent.left_out.add_(1) and math.nan)
+    monkeypatch.setattr(PPO, "descend", lambda agent, loss, max_grad_norm: agent.left_out.add_(1) and math.nan)
     said = refused([*COMMAND, "--steps=800", f"--folder={tmp_path}"])
     assert "training diverged: gradient was no finite number at step 8" in said and "--ppo.learning_rate" in said
     assert (tmp_path / "report.html").exists()
@@ -231,11 +231,11 @@ def test_a_damaged_agent_is_reported(finished, tmp_path):
 
 
 def test_options_that_change_what_is_seen_are_refused(tmp_path):
-    trainer = AgentTrainer(AgentSettings(model={"hidden_size": 8}, copies=2))
+    trainer = AgentTrainer(AgentSettings(model={"hidden_size": 8}, num_envs=2))
     keep_agent(trainer, tmp_path)
     assert "did you mean 'corridor'" in refused(["rl", "play", str(tmp_path), '--options={"coridor": 9}'])
     played = load_agent(tmp_path)
-    played.settings = dataclasses.replace(played.settings, world="CartPole-v1")
+    played.settings = dataclasses.replace(played.settings, env="CartPole-v1")
     with pytest.raises(
         ValueError, match=r"observation: expected shape \[..., 2\], as in the environments that the enc"
     ):
@@ -288,8 +288,8 @@ def test_it_plays_again(finished, capsys, tmp_path):
 def test_any_environment_and_a_memory_that_cannot_be_told_apart(tmp_path, capsys):
     main(
         [
-            "rl", "train", "--world=CartPole-v1", "--memory=lstm", "--copies=4", "--steps=200", "--episodes=2",
-            "--evaluate-every=100", "--ppo.rollout=20", f"--folder={tmp_path}",
+            "rl", "train", "--env=CartPole-v1", "--memory=lstm", "--num-envs=4", "--steps=200", "--episodes=2",
+            "--evaluate-every=100", "--ppo.rollout-steps=20", f"--folder={tmp_path}",
         ]
     )  # fmt: skip
     assert "lstm" in capsys.readouterr().out
@@ -309,7 +309,7 @@ def test_another_run_or_a_damaged_checkpoint_is_refused_and_left_alone(finished,
         main(command)
     assert place.exists()
     with pytest.raises(SystemExit):
-        main([*SAC[:2], "--sac.temprature=1"])
+        main([*SAC[:2], "--sac.gama=1"])
 
 
 def test_a_full_disk_leaves_the_checkpoints_from_before(settings, tmp_path, monkeypatch):
@@ -344,6 +344,10 @@ def test_without_gymnasium_the_other_commands_work(command, said):
 def test_a_config_that_comes_with_the_library_is_read_by_its_name(tmp_path):
     main(["rl", "train", "--config=visual-match", "--steps=5000", f"--folder={tmp_path}"])
     settings = json.loads((tmp_path / "config.json").read_text())["settings"]
-    assert (settings["world"], settings["options"]["distractor"], settings["ppo"]["rollout"]) == ("VisualMatch", 60, 81)
+    assert (settings["env"], settings["options"]["distractor"], settings["ppo"]["rollout_steps"]) == (
+        "VisualMatch",
+        60,
+        81,
+    )
     assert settings["ppo"]["advantages"] == "raw"
-    assert settings["ppo"]["trace"] == 0.95
+    assert settings["ppo"]["gae_lambda"] == 0.95

@@ -29,7 +29,7 @@ def assert_same_agent(one, other):
 
 
 def test_a_run_goes_on_from_every_checkpoint_as_if_it_had_never_stopped(settings, tmp_path):
-    whole, told = AgentTrainer(dataclasses.replace(settings, keep=100), folder=tmp_path), []
+    whole, told = AgentTrainer(dataclasses.replace(settings, keep_checkpoints=100), folder=tmp_path), []
     for update in whole.updates():
         told.append(update.as_line())
         whole.save()
@@ -135,18 +135,18 @@ def test_a_test_by_the_first_weights_counts_all_steps(settings, tmp_path):
 
 
 def test_where_no_episode_can_end_before_an_evaluation_it_says_so():
-    ppo = {"rollout": 8}
+    ppo = {"rollout_steps": 8}
     settings = AgentSettings(
-        world="KeyToDoor", model={"hidden_size": 8}, copies=4, hyperparameters=ppo, evaluate_every=200
+        env="KeyToDoor", model={"hidden_size": 8}, num_envs=4, hyperparameters=ppo, evaluate_every=200
     )
     with pytest.raises(ValueError, match="evaluate_every: expected more than 4 copies × the longest episode"):
         list(AgentTrainer(settings).updates())
 
 
 def test_a_last_stretch_too_short_for_an_episode_is_no_mistake():
-    ppo = {"rollout": 8}
+    ppo = {"rollout_steps": 8}
     settings = AgentSettings(
-        world="KeyToDoor", options={"distractor": 5}, model={"hidden_size": 8}, copies=2, hyperparameters=ppo,
+        env="KeyToDoor", options={"distractor": 5}, model={"hidden_size": 8}, num_envs=2, hyperparameters=ppo,
         steps=110, evaluate_every=100, episodes=1,
     )  # fmt: skip
     assert list(AgentTrainer(settings).updates())[-1].evaluated_return is not None
@@ -156,8 +156,8 @@ def test_a_run_goes_on_exactly_where_episodes_are_cut(tmp_path):
     """In a world with more to begin anew than a place: apples that were eaten come back."""
     options, model = {"explore": 3, "distractor": 30, "reward": 4}, {"hidden_size": 8, "num_layers": 1, "window": 2}
     settings = AgentSettings(
-        world="VisualMatch", options=options, model=model, copies=4, steps=900, evaluate_every=300, episodes=2,
-        hyperparameters=PPOSettings(rollout=11, heads=(8,), minibatches=1, epochs=1),
+        env="VisualMatch", options=options, model=model, num_envs=4, steps=900, evaluate_every=300, episodes=2,
+        hyperparameters=PPOSettings(rollout_steps=11, hidden_sizes=(8,), num_minibatches=1, epochs=1),
     )  # fmt: skip
     whole, told = AgentTrainer(settings, folder=tmp_path), []
     for update in whole.updates():
@@ -184,7 +184,7 @@ def test_what_is_no_number_is_no_json_and_what_was_left_out_is_counted(settings,
 
 def test_neighbouring_seeds_meet_other_worlds(settings):
     seeds = [AgentTrainer(dataclasses.replace(settings, seed=seed)).agent.seed_of(torch.tensor(0)) for seed in (0, 1)]
-    assert abs(seeds[0] - seeds[1]) > settings.copies
+    assert abs(seeds[0] - seeds[1]) > settings.num_envs
     assert max(seeds) < 2**31 <= VALIDATION_SEED < TEST_SEED
 
 
@@ -205,7 +205,7 @@ def test_a_test_may_be_in_a_world_of_other_options(settings):
     trainer = AgentTrainer(settings)
     for _ in trainer.updates():
         pass
-    length = {"Bell": "wait"}.get(settings.world, "corridor")
+    length = {"Bell": "wait"}.get(settings.env, "corridor")
     assert trainer.test(2, **{length: 9}).mean_length == 10
 
 
@@ -215,16 +215,16 @@ def test_a_test_may_be_in_a_world_of_other_options(settings):
         ({"steps": 0}, "steps: expected a whole number of at least 1, got 0"),
         ({"seed": -1}, "seed: expected a whole number from 0 to"),
         ({"memory": "lstmm"}, "did you mean 'lstm'"),
-        ({"world": "TMazePasive"}, "did you mean 'TMazePassive'"),
+        ({"env": "TMazePasive"}, "did you mean 'TMazePassive'"),
         ({"options": {"coridor": 3}}, "TMazePassive: options: .*, got 'coridor'; did you mean 'corridor'"),
         ({"options": {"corridor": "x"}}, "TMazePassive: corridor: expected a whole number of at least 1, got 'x'"),
         ({"model": {"windw": 3}}, "model: argument: .*, got 'windw'; did you mean 'window'"),
         ({"model": {"window": 0}}, "model: window: expected a whole number of at least 1, got 0"),
         ({"model": {"beta_max": "x"}}, "model: "),
-        ({"world": "CartPole-v1", "options": {"max_epsiode_steps": 9}}, "did you mean 'max_episode_steps'"),
-        ({"world": "CartPole-v1", "options": {"max_episode_steps": 0}}, "CartPole-v1: "),
+        ({"env": "CartPole-v1", "options": {"max_epsiode_steps": 9}}, "did you mean 'max_episode_steps'"),
+        ({"env": "CartPole-v1", "options": {"max_episode_steps": 0}}, "CartPole-v1: "),
         ({"algorithm": "a2c"}, "algorithm: expected one of"),
-        ({"world": "CartPole-v1", "options": {"render_mode": "human"}}, "CartPole-v1: .*pygame"),
+        ({"env": "CartPole-v1", "options": {"render_mode": "human"}}, "CartPole-v1: .*pygame"),
     ],
 )
 def test_bad_settings(change, message):
@@ -241,8 +241,8 @@ def test_an_unknown_kind_of_advantages_is_refused():
 def test_an_episode_that_does_not_end_is_an_error(algorithm, monkeypatch):
     """Whoever waits for it: a collection, or a greedy evaluation where those of the collection ended by chance."""
     monkeypatch.setattr("hqlt.agent.stream.LONGEST", 100)
-    world = "tests.train.agent.conftest:hqlt-tests/Waiting-v0"
-    settings = AgentSettings(world=world, algorithm=algorithm, copies=4, steps=600, evaluate_every=300, episodes=2)
+    env = "tests.train.agent.conftest:hqlt-tests/Waiting-v0"
+    settings = AgentSettings(env=env, algorithm=algorithm, num_envs=4, steps=600, evaluate_every=300, episodes=2)
     trainer = AgentTrainer(settings)
     with torch.no_grad():
         trainer.agent.actor[-1].weight.zero_()

@@ -28,7 +28,7 @@ class AgentBudget:
     algorithm: str = "ppo"
     settings: dict[str, Any] = field(default_factory=dict)
     """Fields of its Settings."""
-    copies: int = 64
+    num_envs: int = 64
     """Of the environment, played side by side."""
     evaluations: int = 20
     """How often the agent is scored, evenly over the steps."""
@@ -40,7 +40,7 @@ class AgentBudget:
     """One argument of the world, and values of it at which the chosen agent is tested too: {distractor: [10, 100]}."""
 
     def __post_init__(self) -> None:
-        all_in_range(self, steps=COUNT, copies=COUNT, evaluations=COUNT, episodes=COUNT, test_episodes=COUNT)
+        all_in_range(self, steps=COUNT, num_envs=COUNT, evaluations=COUNT, episodes=COUNT, test_episodes=COUNT)
         if len(self.along) > 1:
             raise ValueError(f"along: expected at most one argument of the world, got {', '.join(self.along)}")
 
@@ -63,13 +63,13 @@ class AgentCell(Cell):
         """As it is tested. Raises ValueError or TypeError for what cannot be built."""
         budget, model = self.budget, {**self.config, **self.switched}
         return AgentSettings(
-            world=self.task,
+            env=self.task,
             options=self.task_options,
             memory=model.pop("memory"),
             model=model,
             algorithm=budget.algorithm,
             hyperparameters=budget.settings,
-            copies=budget.copies,
+            num_envs=budget.num_envs,
             steps=budget.steps,
             seed=self.seed,
             evaluate_every=max(budget.steps // budget.evaluations, 1),

@@ -37,7 +37,7 @@ def run(settings: AgentSettings, folder: Path | None = None, device: str = "cpu"
         leave_agent_report(trainer, tested, folder, told, console)
         refuse_divergence(trainer, folder)
 
-    place = folder or Path("runs") / f"{settings.world.replace('/', '-')}-{settings.memory}"
+    place = folder or Path("runs") / f"{settings.env.replace('/', '-')}-{settings.memory}"
     run_of("agent", place, lambda _: AgentTrainer(settings, device, place / "checkpoints"), finish)
 
 

@@ -21,7 +21,7 @@ VALIDATION_SEED, TEST_SEED = 2**32, 2**33
 class AgentSettings:
     """The defaults solve a T-maze in a minute: one bit, remembered along a corridor that a window cannot see."""
 
-    world: str = "TMazePassive"
+    env: str = "TMazePassive"
     """TMazePassive, TMazeActive, KeyToDoor, VisualMatch, or an id that gymnasium knows (MODULE:ID imports it first)."""
     options: dict[str, Any] = field(default_factory=dict)
     """The world's arguments: --options.corridor=50."""
@@ -33,7 +33,7 @@ class AgentSettings:
     """ppo for many copies, sac for few and for all that can be learned from an episode; or one that was registered."""
     hyperparameters: Any = None
     """The algorithm's Settings, or a mapping of some of their fields; None: those that it has in runs."""
-    copies: int = 64
+    num_envs: int = 64
     """Of the environment, played side by side."""
     steps: int = 200_000
     """Of the environment, of all copies together."""
@@ -44,12 +44,12 @@ class AgentSettings:
     there: take much more than copies × the longest episode."""
     episodes: int = 20
     """Greedy episodes of an evaluation, always the same; as many others are played once, at the end."""
-    keep: int = 2
+    keep_checkpoints: int = 2
     """How many checkpoints stay, the newest."""
 
     def __post_init__(self) -> None:
-        all_in_range(self, copies=COUNT, steps=COUNT, seed=SEED)
-        all_in_range(self, evaluate_every=COUNT, episodes=COUNT, keep=COUNT)
+        all_in_range(self, num_envs=COUNT, steps=COUNT, seed=SEED)
+        all_in_range(self, evaluate_every=COUNT, episodes=COUNT, keep_checkpoints=COUNT)
         one_of("memory", self.memory, names_of_memories())
         given = self.agent.in_runs if self.hyperparameters is None else self.hyperparameters
         if isinstance(given, Mapping):
@@ -87,5 +87,5 @@ class AgentSettings:
 
 
 def option_of(algorithm: str) -> str:
-    """What stands before its hyperparameters where they are typed: --ppo.rollout=64."""
+    """What stands before its hyperparameters where they are typed: --ppo.rollout-steps=64."""
     return algorithm.replace("-", "_")

@@ -23,7 +23,7 @@ from hqlt.train.metrics import known
 from hqlt.train.run import Trainer
 
 BEST = "best."
-FREE = ("steps", "keep")
+FREE = ("steps", "keep_checkpoints")
 """Settings that may change when a run is resumed."""
 
 
@@ -71,7 +71,7 @@ class AgentTrainer(Trainer[Update]):
     def __init__(self, settings: AgentSettings, device: str = "cpu", folder: Path = Path("checkpoints")) -> None:
         self.settings, self.device = settings, usable_device(device)
         torch.manual_seed(settings.seed)
-        self.envs = self.worlds(settings.copies, settings.seed)
+        self.envs = self.worlds(settings.num_envs, settings.seed)
         try:
             memory = build_memory(settings.memory, **settings.model)
         except (TypeError, ValueError) as error:
@@ -79,7 +79,7 @@ class AgentTrainer(Trainer[Update]):
         self.agent = settings.agent(self.envs, memory, settings.hyperparameters, seed=settings.seed)
         torch.nn.Module.to(self.agent, self.device)
         self.size = sum(parameter.numel() for parameter in self.agent.parameters())
-        self.checkpoints, self.kept = Checkpoints(folder, settings.keep), {}
+        self.checkpoints, self.kept = Checkpoints(folder, settings.keep_checkpoints), {}
         self.ended = 0
         """Episodes since the last evaluation."""
         self.unscored: Update | None = None
@@ -111,7 +111,7 @@ class AgentTrainer(Trainer[Update]):
                 if progress.steps >= until:
                     if not self.ended and until < settings.steps:  # the last stretch may be short
                         raise ValueError(
-                            f"evaluate_every: expected more than {settings.copies} copies × the longest episode, so "
+                            f"evaluate_every: expected more than {settings.num_envs} copies × the longest episode, so "
                             f"that episodes end, got {settings.evaluate_every}: by step {progress.steps} none had"
                         )
                     told = self.scored(told)
@@ -139,12 +139,12 @@ class AgentTrainer(Trainer[Update]):
         Raises ValueError for options that it does not take, and whatever else keeps it from being made.
         """
         try:
-            return make_worlds(self.settings.world, copies, seed, **{**self.settings.options, **options})
+            return make_worlds(self.settings.env, copies, seed, **{**self.settings.options, **options})
         except ImportError:
             raise
         except Exception as error:  # what other people's environments raise
             kind = "" if isinstance(error, (ValueError, gymnasium.error.Error)) else f"{type(error).__name__}: "
-            raise ValueError(f"{self.settings.world}: {kind}{error}") from error
+            raise ValueError(f"{self.settings.env}: {kind}{error}") from error
 
     def keep_the_best(self, scored: Evaluation) -> None:
         """By success, then by return; the later of equals, which has learned for longer."""
@@ -187,7 +187,7 @@ class AgentTrainer(Trainer[Update]):
     def title(self) -> str:
         settings = self.settings
         return (
-            f"{settings.algorithm.upper()} in {settings.copies} × {settings.world}, {settings.memory} memory, "
+            f"{settings.algorithm.upper()} in {settings.num_envs} × {settings.env}, {settings.memory} memory, "
             f"{self.size:,} parameters"
         )
 
