@@ -28,7 +28,6 @@ TO_DO: set[str] = {
     "memory",
     "mixer",
     "model",
-    "ops",
     "registry",
     "report",
     "shapes",

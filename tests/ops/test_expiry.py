@@ -130,7 +130,7 @@ def test_the_fastest_runs_on_a_cpu():
         ({"kept": 0}, "kept: expected at least 1 entry, got 0"),
         (
             {"leaves": torch.arange(5)[None]},
-            r"leaves: expected int64 \[1, 4\], an index for each entry, got .*\[1, 5\]",
+            r"leaves: expected int64 \[1, 4\], one index per entry, got .*\[1, 5\]",
         ),
         ({"leaves": torch.zeros(1, 4)}, "leaves: expected int64 .* got torch.float32"),
         ({"used": torch.ones(1, 3, dtype=torch.bool)}, "used"),

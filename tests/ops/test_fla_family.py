@@ -150,7 +150,7 @@ def test_types_that_its_kernels_do_not_take_are_refused(monkeypatch, calls):
 
 
 class TestTrial:
-    """On a GPU its kernels are picked where they answered as the reference does; CPU tensors stand in for a GPU's."""
+    """On a GPU its kernels are selected if they match the reference; CPU tensors stand in for a GPU's."""
 
     kind = Kind("matrix", "k")
 
@@ -178,7 +178,7 @@ class TestTrial:
         for segments in (False, True):
             choice = self.explained(segments=segments)
             assert choice.name == "fla"
-            assert "answered as the reference on this GPU" in choice.why
+            assert "matched the reference on this GPU" in choice.why
         assert len(calls) == 2
         assert self.explained().name == "fla"
         assert len(calls) == 2, "tried once for each kind"

@@ -444,7 +444,10 @@ def test_a_matrix_s_gradient_is_summed_wide():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"k": torch.zeros(2, 4, HEADS, KEY), "v": torch.zeros(2, 4, HEADS, VALUE)}, "as many pairs as the 5 queries"),
+        (
+            {"k": torch.zeros(2, 4, HEADS, KEY), "v": torch.zeros(2, 4, HEADS, VALUE)},
+            "as many entries as the 5 queries",
+        ),
         ({"gate": torch.zeros(2, 5, HEADS, KEY)}, r"gate: expected \[b, t, g·h, v\] with v = 3"),
         ({"q": torch.zeros(2, 5, 3, KEY), "gate": torch.zeros(2, 5, 3, VALUE)}, "a multiple of the 2 heads of k"),
         ({"norm_weight": torch.zeros(KEY)}, r"norm_weight: expected \[v\] with v = 3"),

@@ -139,7 +139,7 @@ def test_every_output_is_written(backend, t, window, poisoned_memory):
     [
         ({"window": 0}, "window: expected at least 1 .* got 0"),
         ({"reach": "near"}, 'reach: expected "sliding" or "chunk", got \'near\''),
-        ({"k": torch.zeros(2, 4, HEADS, 4), "v": torch.zeros(2, 4, HEADS, 3)}, "at least as many pairs as the 5"),
+        ({"k": torch.zeros(2, 4, HEADS, 4), "v": torch.zeros(2, 4, HEADS, 3)}, "at least as many entries as the 5"),
         ({"resets": torch.zeros(2, 4, dtype=torch.bool)}, r"resets: .*\[2, 5\]"),
         (
             {"backend": "chunked"},

@@ -1,4 +1,4 @@
-"""The memories' reads and writes as pure functions: (inputs, state) → (outputs, state)."""
+"""The operations of both memories as pure functions: (inputs, state) → (outputs, state)."""
 
 from __future__ import annotations
 
@@ -39,13 +39,21 @@ __all__ = [
 
 
 def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """This package's operators in ONNX, as `torch.onnx.export` takes them.
+    """Translations of this package's custom operators to ONNX, for `torch.onnx.export`.
 
-    >>> torch.onnx.export(layer, (x,), dynamo=True, custom_translation_table=hqlt.ops.onnx_translations())
+    Two PyTorch operators that the exporter does not support are included: `cummax` and the stable `sort`.
 
-    Two of torch's operators, which its exporter does not know, are among them (`cummax` and a stable `sort`).
+    Returns:
+        A dictionary from operator to translation, to be passed as `custom_translation_table`.
 
-    Raises ModuleNotFoundError without onnxscript.
+    Raises:
+        ModuleNotFoundError: If onnxscript is not installed.
+
+    Example:
+        >>> import torch, hqlt
+        >>> def export(layer, x, file):
+        ...     table = hqlt.ops.onnx_translations()
+        ...     torch.onnx.export(layer, (x,), file, dynamo=True, custom_translation_table=table)
     """
     try:
         return importlib.import_module("hqlt.ops.onnx").translations()

@@ -1,7 +1,8 @@
-"""Which implementation runs, and why.
+"""Selection of the implementation (backend) that runs, and the reason for it.
 
-Every operation has a readable `reference` and faster twins of the same signature. The first of its rules that holds for
-a call names the one that runs. A caller may name one (`backend="chunked"`), or force one for a while:
+Every operation has a readable `reference` implementation and faster ones with the same signature. `RULES` lists the
+conditions for each; the first that holds for a call selects the backend. A caller can name one instead
+(`backend="chunked"`), or force one within a context:
 
     with hqlt.ops.use_backend("reference"):
         y, state = layer(x)
@@ -27,14 +28,21 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Choice(NamedTuple):
+    """The backend that runs, and the reason it was selected."""
+
     name: str
+    """Name of the backend."""
     why: str
+    """The reason, as a phrase for people to read."""
 
 
 class Rule(NamedTuple):
+    """A backend and the condition under which it is selected."""
+
     choice: Choice
     holds: Callable[..., bool | str]
-    """Of a call's first argument, and of the options that decide (a window). A text: no, and why not."""
+    """Takes the call's first argument and the options that matter, such as the window. Returns True, False, or a string
+    that says why the backend was rejected."""
 
 
 def _rule(name: str, holds: Callable[..., bool | str], why: str) -> Rule:
@@ -45,12 +53,12 @@ def _always(x: Tensor, **options: Any) -> bool:
     return True
 
 
-def _natively(x: Tensor) -> bool:
+def _can_run_native(x: Tensor) -> bool:
     return x.device.type == "cpu" and native.available()
 
 
-def _dense_or_native(q: Tensor, window: int | None) -> bool:
-    """Whether a native pass over the window is no more work than one call of torch's over all pairs."""
+def _native_attention_pays(q: Tensor, window: int | None) -> bool:
+    """Whether a native pass over the window is no more work than one PyTorch call over all KV entries."""
     return is_symbolic(q.shape[1]) or q.shape[1] <= 1024 or _mostly_masked(q, window)
 
 
@@ -59,113 +67,142 @@ def _mostly_masked(q: Tensor, window: int | None) -> bool:
 
 
 _tried: dict[tuple[fla.Kind, int | None], str] = {}
-"""Why flash-linear-attention does not serve calls of a kind on a GPU; "" where it answered as the reference does."""
+"""Why flash-linear-attention was rejected, by kind of call and GPU; "" if its results matched the reference."""
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _why_not_fla(device: int | None, *call: Any) -> str:
-    """call: a `fla.Kind`'s, one by one: torch's compiler knows no constant NamedTuple."""
+    """Why flash-linear-attention must not be used, or "".
+
+    call: the fields of a `fla.Kind`, passed separately because torch.compile does not support a constant NamedTuple.
+    """
     kind = fla.Kind(*call)
     if (kind, device) not in _tried:
         if _len_torch_dispatch_stack() or native.is_transformed():
-            return "not tried yet on this GPU: a mode of torch watches"
+            return "not tried yet on this GPU: a torch dispatch mode or transform is active"
         known = IMPLEMENTATIONS[kind.op]
-        _tried[kind, device] = fla.why_wrong(kind, known["fla"], known["reference"], device)
+        _tried[kind, device] = fla.find_mismatch(kind, known["fla"], known["reference"], device)
     return _tried[kind, device]
 
 
-def _by_fla(q: Tensor, kind: fla.Kind | None = None) -> bool | str:
-    """Whether its kernel runs on this GPU and answers as the reference does: tried once a process and kind of call."""
+def _can_run_fla(q: Tensor, kind: fla.Kind | None = None) -> bool | str:
+    """Whether the fla kernel runs on this GPU and matches the reference; checked once per process and kind of call."""
     if kind is None or q.shape[1] < fla.CHUNK or not fla.on_gpu(q):
         return False
     return _why_not_fla(q.device.index, *kind) or True
 
 
 ON_CPU = "on a CPU: one pass in C++, the memory stays in the cache"
-MATRIX = (
-    _rule("native", lambda q, **options: _natively(q), ON_CPU),
+FAST_WEIGHTS = (
+    _rule("native", lambda q, **options: _can_run_native(q), ON_CPU),
     _rule(
         "reference",
         lambda q, **options: q.shape[1] <= 1,
-        "one token or none: the equation itself takes the fewest calls",
+        "at most one token: the reference takes the fewest calls",
     ),
-    _rule("fla", _by_fla, "many tokens: flash-linear-attention's kernel, which answered as the reference on this GPU"),
+    _rule("fla", _can_run_fla, "many tokens: flash-linear-attention's kernel, which matched the reference on this GPU"),
     _rule("chunked", _always, "many tokens: matrix products over chunks"),
 )
-ROWS = (
+ELEMENTWISE = (
     _rule(
         "native",
-        lambda x: _natively(x) and x.dtype in (torch.float32, torch.float64),
-        "on a CPU: all factors in one pass over the numbers",
+        lambda x: _can_run_native(x) and x.dtype in (torch.float32, torch.float64),
+        "on a CPU: all steps fused into one pass",
     ),
-    _rule("reference", _always, "a factor a call"),
+    _rule("reference", _always, "one PyTorch call per step"),
 )
-PAIRS = (
-    _rule("native", lambda q, window=None: _dense_or_native(q, window) and _natively(q), ON_CPU),
+ATTENTION = (
+    _rule("native", lambda q, window=None: _native_attention_pays(q, window) and _can_run_native(q), ON_CPU),
     _rule("dense", lambda q, window=None: is_symbolic(q.shape[1]), "exported for any length: one fused call"),
     _rule("dense", lambda q, window=None: q.shape[1] <= 128, "a short sequence: one fused call"),
     _rule(
         "dense",
         lambda q, window=None: not _mostly_masked(q, window),
-        "a window of over half the sequence: hardly less work",
+        "the window is over half the sequence: blocks would save little work",
     ),
     _rule("blocked", _always, "many windows in the sequence: work linear in length"),
 )
-ENTRIES = (
-    _rule("native", _natively, "on a CPU: one pass in C++ with a heap of the kept entries"),
-    _rule("chunked", _always, "kept entries and a chunk of new ones at a time"),
+EXPIRY = (
+    _rule("native", _can_run_native, "on a CPU: one pass in C++ with a heap of the kept entries"),
+    _rule("chunked", _always, "the kept entries and one chunk of new entries at a time"),
 )
 RULES: dict[str, tuple[Rule, ...]] = {
-    "delta_rule": MATRIX,
-    "fast_weights": MATRIX,
-    "linear_attention": tuple(rule for rule in MATRIX if rule.choice.name != "fla"),
-    "window_attention": PAIRS,
-    "expiry": ENTRIES,
+    "delta_rule": FAST_WEIGHTS,
+    "fast_weights": FAST_WEIGHTS,
+    "linear_attention": tuple(rule for rule in FAST_WEIGHTS if rule.choice.name != "fla"),
+    "window_attention": ATTENTION,
+    "expiry": EXPIRY,
     "synchronous": (_rule("composed", _always, "the fastest operation for each memory; triton is not measured yet"),),
-    "unit_silu": ROWS,
-    "rotated": ROWS,
-    "rms_norm": ROWS,
-    "mix": ROWS,
+    "unit_silu": ELEMENTWISE,
+    "rotated": ELEMENTWISE,
+    "rms_norm": ELEMENTWISE,
+    "mix": ELEMENTWISE,
 }
 
 IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {op: {} for op in RULES}
-"""By operation and name, as they were registered."""
+"""All registered implementations, by operation and name."""
 
 _forced: Setting[str | None] = Setting("hqlt.ops.use_backend", None)
 
 
 def register_backend(op: str, name: str) -> Callable[[F], F]:
-    """A decorator: from now on this name means the function, as an implementation of the operation.
+    """Decorator that registers a function as a backend of an operation.
 
-        @hqlt.ops.register_backend("rms_norm", "mine")
-        def rms_norm(x, weight, eps): ...
+    The function must accept the same arguments as the operation's `reference` and return the same values. It is never
+    selected automatically; it runs only if `backend=` or `use_backend` names it.
 
-    It takes what the operation's `reference` takes, and returns what that returns. No rule picks it: it runs where
-    `backend=` or `use_backend` names it.
+    Args:
+        op: Name of the operation, such as `"delta_rule"`.
+        name: Name of the new backend.
 
-    Raises ValueError for an unknown operation, and for a name that another implementation of it has.
+    Returns:
+        The decorator, which returns the function unchanged.
+
+    Raises:
+        ValueError: If the operation is unknown, or another implementation of it already has this name.
+
+    Example:
+        >>> import torch, hqlt
+        >>> @hqlt.ops.register_backend("rms_norm", "mine")
+        ... def rms_norm(x, weight, eps):
+        ...     return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        >>> hqlt.ops.rms_norm(torch.ones(3), torch.ones(3), eps=0.0, backend="mine")
+        tensor([1., 1., 1.])
     """
     one_of("op", op, IMPLEMENTATIONS)
 
-    def enter(function: F) -> F:
-        holder = IMPLEMENTATIONS[op].setdefault(name, function)
-        if (holder.__module__, holder.__qualname__) != (function.__module__, function.__qualname__):
+    def register(function: F) -> F:
+        registered = IMPLEMENTATIONS[op].setdefault(name, function)
+        if (registered.__module__, registered.__qualname__) != (function.__module__, function.__qualname__):
             raise ValueError(
-                f"name: expected one that no implementation of {op} has, got {name!r}, which is {holder.__module__}."
-                f"{holder.__qualname__}; choose another"
+                f"name: expected one that is not yet a backend of {op}, got {name!r}, which is "
+                f"{registered.__module__}.{registered.__qualname__}; choose another name"
             )
-        IMPLEMENTATIONS[op][name] = function  # the same one, defined anew where a module is imported again
+        IMPLEMENTATIONS[op][name] = function  # replaces the same function if its module was imported again
         return function
 
-    return enter
+    return register
 
 
 def use_backend(name: str | None) -> AbstractContextManager[None]:
-    """Force the implementation of this name in every operation that has it, until the context ends.
+    """Context manager that forces a backend in every operation that has one of this name.
 
-    It holds for the current thread (and asyncio task); a thread that is started within it begins with the default.
+    It applies to the current thread (and asyncio task) only; a thread started within the context uses the default.
 
-    Raises ValueError for a name that no operation has.
+    Args:
+        name: Name of the backend; None restores the automatic selection.
+
+    Returns:
+        The context manager.
+
+    Raises:
+        ValueError: If no operation has a backend of this name.
+
+    Example:
+        >>> import torch, hqlt
+        >>> layer, x = hqlt.HybridMemory(hidden_size=8, num_heads=2, window=4), torch.randn(1, 3, 8)
+        >>> with hqlt.ops.use_backend("reference"):
+        ...     y, state = layer(x)
     """
     if name is not None and not any(name in names for names in IMPLEMENTATIONS.values()):
         load_plugins()
@@ -174,27 +211,40 @@ def use_backend(name: str | None) -> AbstractContextManager[None]:
 
 
 def forced() -> str | None:
-    """The implementation that `use_backend` forces here; None: the operation picks."""
+    """The backend forced by `use_backend`, or None if the selection is automatic."""
     return _forced.get()
 
 
-OWN_OPERATIONS = ("reference", "composed")
-"""Made of torch's own operations alone, or of operations that choose for themselves: any transform serves them."""
-TRACEABLE = (*OWN_OPERATIONS, "native")
-"""What torch.jit.trace records as it is."""
+TRANSFORMABLE = ("reference", "composed")
+"""Backends made of PyTorch's own operations, or of operations that select a backend themselves: every transform
+supports them."""
+TRACEABLE = (*TRANSFORMABLE, "native")
+"""Backends that torch.jit.trace can record."""
 
 
 def explain(op: str, x: Tensor, *, backend: str | None = None, **options: Any) -> Choice:
-    """Which implementation of `op` would run on x, its first argument, and why.
+    """Which backend of an operation would run on `x`, and why.
 
-    >>> hqlt.ops.explain("window_attention", q, window=64)
-    Choice(name='blocked', why='many windows in the sequence: work linear in length')
+    Args:
+        op: Name of the operation.
+        x: The operation's first argument, such as queries `[b, t, g·h, k]`. For `rms_norm` and `mix`, the weight, whose
+            dtype is the one they compute in.
+        backend: Name of a backend, as passed to the operation.
+        options: `window`, for `window_attention`. `kind` (`hqlt.ops.fla.Kind`), for `fast_weights` and `delta_rule`;
+            without it, flash-linear-attention is not considered.
 
-    x: queries [b, t, g·h, k]; of `rms_norm` and `mix` the weight, in whose dtype they compute. options: the window, of
-    `window_attention`; of `fast_weights` and `delta_rule` the kind of call (`hqlt.ops.fla.Kind`), without which
-    flash-linear-attention is not considered.
+    Returns:
+        The name of the backend and the reason.
 
-    Raises ValueError for an unknown operation or backend, RuntimeError for a backend that cannot serve what watches.
+    Raises:
+        ValueError: If the operation or the backend is unknown.
+        RuntimeError: If the named or forced backend does not support the transform or tracer that is active.
+
+    Example:
+        >>> import torch, hqlt
+        >>> q = torch.empty(1, 4096, 8, 64, device="meta")
+        >>> hqlt.ops.explain("window_attention", q, window=64)
+        Choice(name='blocked', why='many windows in the sequence: work linear in length')
     """
     if op not in RULES:
         one_of("op", op, RULES)
@@ -202,34 +252,34 @@ def explain(op: str, x: Tensor, *, backend: str | None = None, **options: Any) -
     if name is None and (name := forced()) not in known:
         name = None
     if name is None:
-        choice = _chosen(op, x, **options)
+        choice = _select(op, x, **options)
     else:
         if name not in known:
             load_plugins()
             one_of(f"{op}: backend", name, known)
         choice = Choice(name, "forced by hqlt.ops.use_backend" if backend is None else "named by the caller")
-    watcher = _not_served(choice.name)
-    if watcher and name is not None:
+    transform = _unsupported_transform(choice.name)
+    if transform and name is not None:
         raise RuntimeError(
-            f"{op}: backend {name!r} does not run under {watcher}; call it within "
+            f"{op}: backend {name!r} does not run under {transform}; call it within "
             f'hqlt.ops.use_backend("reference"), or name no backend'
         )
-    return Choice("reference", f"{watcher} needs torch's own operations") if watcher else choice
+    return Choice("reference", f"{transform} needs torch's own operations") if transform else choice
 
 
-def _chosen(op: str, x: Tensor, **options: Any) -> Choice:
-    """Of the first rule that holds, with what those before it say."""
-    said = ""
+def _select(op: str, x: Tensor, **options: Any) -> Choice:
+    """The choice of the first rule that holds; the reasons for rejecting earlier ones are appended."""
+    rejections = ""
     for (name, why), holds in RULES[op]:
         if (answer := holds(x, **options)) is True:
-            return Choice(name, why + said)
-        said += f"; not {name}: {answer}" if answer else ""
+            return Choice(name, why + rejections)
+        rejections += f"; not {name}: {answer}" if answer else ""
     raise AssertionError(f"no rule holds for {op}")
 
 
-def _not_served(name: str) -> str:
-    """What watches the call that this implementation cannot serve; "" where it serves."""
-    if name not in OWN_OPERATIONS and native.is_transformed():
+def _unsupported_transform(name: str) -> str:
+    """The active transform or tracer that this backend does not support, or ""."""
+    if name not in TRANSFORMABLE and native.is_transformed():
         return "forward-mode AD or a transform of torch.func"
     if name not in TRACEABLE and native.is_jit_traced():
         return "torch.jit.trace"
@@ -237,13 +287,12 @@ def _not_served(name: str) -> str:
 
 
 def implementation(op: str, x: Tensor, backend: str | None, size: dict[str, int], **options: Any) -> Callable[..., Any]:
-    """The one that runs. Where a size is 0 the reference: there is nothing to be fast at, and torch's own operations
-    know what nothing is."""
+    """The implementation that runs. If any size is 0, this is the reference, which handles empty tensors."""
     name = explain(op, x, backend=backend, **options).name
     return IMPLEMENTATIONS[op]["reference" if 0 in size.values() else name]
 
 
 def empty_read(v: Tensor, heads: int, *inputs: Tensor) -> Tensor:
-    """What no queries read, [b, 0, heads, v]: a function of v and all other inputs, whose gradients are zeros."""
+    """The output for zero queries, [b, 0, heads, v]. It depends on all inputs, so that their gradients are zeros."""
     empty = v.new_zeros(v.shape[0], 0, heads, v.shape[3])
     return sum((x.narrow(0, 0, 0).sum() for x in (v, *inputs)), start=empty)

@@ -48,7 +48,7 @@ def on_gpu(q: Tensor) -> bool:
     return q.is_cuda
 
 
-def why_wrong(kind: Kind, run: Callable[..., Any], reference: Callable[..., Any], device: int | None) -> str:
+def find_mismatch(kind: Kind, run: Callable[..., Any], reference: Callable[..., Any], device: int | None) -> str:
     """Why `run` is not to be used for calls of this kind: what it refuses, or how it differs from the reference.
 
     Both are called on the same small inputs, the reference in float64: outputs, final matrix and all gradients.

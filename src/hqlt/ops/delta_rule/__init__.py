@@ -1,4 +1,4 @@
-"""The FW-memory's read and write by the delta rule: one name, one signature, an implementation a file."""
+"""Fast weights written by the delta rule. Each file holds one implementation; all share one name and signature."""
 
 from __future__ import annotations
 
@@ -23,23 +23,41 @@ def delta_rule(
     live: Live | None = None,
     backend: str | None = None,
 ) -> tuple[Values, Matrix]:
-    """Fast weights written by the delta rule, each token written before it is read.
+    """Fast weights written by the delta rule. Each token is written before its query reads.
 
         W_t = W_{t−1} + φk_t ⊗ β_t (v_t − W_{t−1}ᵀ φk_t)          out_t = scale · W_tᵀ φq_t
 
-    q: [b, t, g·h, k], k: [b, t, h, k], already mapped by φ; query head i reads the matrix of head i // g. v:
-    [b, t, h, v]. beta: [b, t, h], from 0 (write nothing) over 1 (replace) to 2 (reflect: a negative eigenvalue, needed
-    to track state). scale: k^-0.5 where None. state: W_0 [b, h, k, v], zeros where None. resets: Bool[b, t], W is
-    emptied before a marked token is written. live: Bool[b, t], a token that is not marked leaves W as it is, whatever
-    its k, v and beta hold, and is read all the same; None: all are live. backend: the name of one implementation, None
-    picks (see `hqlt.ops.explain`).
+    The matrix is accumulated in at least float32. Tensors with a size of 0 give empty outputs; if k = 0, the output is
+    zero.
 
-    → out [b, t, g·h, v] in v's dtype, W_t [b, h, k, v] in at least float32. Runs in float64, float32 and bfloat16;
-    the matrix accumulates in at least float32. Sizes of 0 give empty tensors, and reads of 0 where k is 0.
+    Args:
+        q (`[b, t, g·h, k]`): Queries, already mapped by φ. Query head i reads the matrix of head i // g.
+        k (`[b, t, h, k]`): Keys, already mapped by φ.
+        v (`[b, t, h, v]`): Values.
+        beta (`[b, t, h]`): Write strengths. 0 writes nothing and 1 replaces the value stored under the key. Up to 2 is
+            allowed: above 1, the transition has a negative eigenvalue, which state tracking needs.
+        scale: Factor of the output, k^-0.5 by default.
+        state (`[b, h, k, v]`): W_0, zeros by default.
+        resets (`Bool[b, t]`): Tokens before which the matrix is reset to zero.
+        live (`Bool[b, t]`): Tokens that are written, all by default. Other tokens leave the matrix unchanged, whatever
+            their k, v and beta hold; their queries still read.
+        backend: Name of a backend; selected automatically by default (see `hqlt.ops.explain`).
 
-    Raises ValueError for shapes, dtypes and devices that do not fit, and for an unknown backend.
+    Returns:
+        The outputs `[b, t, g·h, v]` in the dtype of v, and the final matrix `[b, h, k, v]` in at least float32.
 
-    Source: Schlag, Irie, Schmidhuber 2021, "Linear Transformers Are Secretly Fast Weight Programmers", eq. 24.
+    Raises:
+        ValueError: If shapes, dtypes or devices do not match, or the backend is unknown.
+
+    Source:
+        Schlag, Irie and Schmidhuber 2021, "Linear Transformers Are Secretly Fast Weight Programmers", eq. 24.
+
+    Example:
+        >>> import torch, hqlt
+        >>> q, k, v = torch.randn(3, 2, 5, 4, 8)
+        >>> out, state = hqlt.ops.delta_rule(q, hqlt.ops.unit_silu(k), v, torch.ones(2, 5, 4))
+        >>> out.shape, state.shape
+        (torch.Size([2, 5, 4, 8]), torch.Size([2, 4, 8, 8]))
     """
     held = {} if state is None else {"state": (state, "b h k v")}
     size = match_scan(q, k, v, resets, live, beta=(beta, "b t h"), **held)

@@ -1,4 +1,4 @@
-"""The FW-memory's read and write by plain addition: one name, one signature, an implementation a file."""
+"""Fast weights written by plain addition. Each file holds one implementation; all share one name and signature."""
 
 from __future__ import annotations
 
@@ -21,22 +21,39 @@ def linear_attention(
     live: Live | None = None,
     backend: str | None = None,
 ) -> tuple[Values, LinearState]:
-    """Fast weights written by addition and read with a normaliser that sums over time.
+    """Linear attention: fast weights written by addition, with normalised reads.
 
         W_t = W_{t−1} + φk_t ⊗ v_t      z_t = z_{t−1} + φk_t      out_t = W_tᵀ φq_t / (z_t·φq_t + 1e-10)
 
-    q: [b, t, g·h, k], k: [b, t, h, k], already mapped by a positive φ; query head i reads the matrix of head i // g. v:
-    [b, t, h, v]. state: (W_0 [b, h, k, v], z_0 [b, h, k]), zeros where None. resets: Bool[b, t], the memory is emptied
-    before a marked token is written. live: Bool[b, t], a token that is not marked leaves the memory as it is, whatever
-    its k and v hold, and is read all the same; None: all are live. backend: the name of one implementation, None picks.
-    The read has no scale: the normaliser would cancel it.
+    There is no scale, because the normaliser would cancel it. Reading an empty memory gives zero. Tensors with a size
+    of 0 give empty outputs; if k = 0, the output is zero.
 
-    → out [b, t, g·h, v] in v's dtype, LinearState in at least float32. An empty memory reads as zero. Sizes of 0 give
-    empty tensors, and reads of 0 where k is 0.
+    Args:
+        q (`[b, t, g·h, k]`): Queries, already mapped by a positive φ. Query head i reads the matrix of head i // g.
+        k (`[b, t, h, k]`): Keys, already mapped by φ.
+        v (`[b, t, h, v]`): Values.
+        state: W_0 `[b, h, k, v]` and z_0 `[b, h, k]`, zeros by default.
+        resets (`Bool[b, t]`): Tokens before which the memory is reset to zero.
+        live (`Bool[b, t]`): Tokens that are written, all by default. Other tokens leave the memory unchanged, whatever
+            their k and v hold; their queries still read.
+        backend: Name of a backend; selected automatically by default (see `hqlt.ops.explain`).
 
-    Raises ValueError for shapes, dtypes and devices that do not fit, and for an unknown backend.
+    Returns:
+        The outputs `[b, t, g·h, v]` in the dtype of v, and the final state in at least float32.
 
-    Source: Katharopoulos et al. 2020, "Transformers are RNNs", eqs. 18–20.
+    Raises:
+        ValueError: If shapes, dtypes or devices do not match, or the backend is unknown.
+
+    Source:
+        Katharopoulos et al. 2020, "Transformers are RNNs", eqs. 18–20.
+
+    Example:
+        >>> import torch, hqlt
+        >>> q, k, v = torch.rand(3, 2, 5, 4, 8)
+        >>> out, state = hqlt.ops.linear_attention(q, k, v)
+        >>> more, state = hqlt.ops.linear_attention(q, k, v, state=state)  # continues where the first call ended
+        >>> state.key_sum.shape
+        torch.Size([2, 4, 8])
     """
     held = {} if state is None else {"matrix": (state[0], "b h k v"), "key_sum": (state[1], "b h k")}
     size = match_scan(q, k, v, resets, live, **held)

@@ -1,4 +1,4 @@
-"""What becomes of what was read: RMSNorm, by itself or after the vector mixer."""
+"""RMSNorm of a memory's read, by itself or fused with the vector mixer."""
 
 from __future__ import annotations
 
@@ -12,17 +12,29 @@ __all__ = ["mix", "native", "reference", "rms_norm"]
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float, backend: str | None = None) -> Tensor:
-    """RMSNorm over the last axis:
+    """RMSNorm over the last axis, computed in the dtype of the weight.
 
         y = weight ⊙ x / √(mean x² + eps)
 
-    x: [..., d]. weight: [d]. backend: the name of one implementation, None picks.
+    Args:
+        x (`[..., d]`): Input.
+        weight (`[d]`): Scale of each component.
+        eps: Added to the mean square.
+        backend: Name of a backend; selected automatically by default.
 
-    → y, shaped as x, in the dtype of the weight, in which everything is computed.
+    Returns:
+        y `[..., d]`, in the dtype of the weight.
 
-    Raises ValueError for shapes, dtypes and devices that do not fit, and for an unknown backend.
+    Raises:
+        ValueError: If shapes, dtypes or devices do not match, or the backend is unknown.
 
-    Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", eq. 4.
+    Source:
+        Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", eq. 4.
+
+    Example:
+        >>> import torch, hqlt
+        >>> hqlt.ops.rms_norm(torch.tensor([[3.0, 4.0]]), torch.full((2,), 12.5**0.5), eps=0.0)
+        tensor([[3., 4.]])
     """
     leading = " ".join(map(str, range(x.dim() - 1)))
     size = match_floats(x=(x, f"{leading} d"), weight=(weight, "d"))
@@ -30,17 +42,33 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float, backend: str | None = Non
 
 
 def mix(fw: Values, kv: Values, gate: Tensor, weight: Tensor, *, eps: float, backend: str | None = None) -> Values:
-    """The reads weighed by a gate, then RMSNorm over each head:
+    """The vector mixer and RMSNorm in one operation, computed in the dtype of the weight.
 
         m = γ ⊙ fw + (1 − γ) ⊙ kv,  γ = σ(gate)        y = weight ⊙ m / √(mean m² + eps)
 
-    fw, kv, gate: [b, t, h, v]. weight: [v]. backend: the name of one implementation, None picks.
+    Args:
+        fw (`[b, t, h, v]`): Read of the FW-memory.
+        kv (`[b, t, h, v]`): Read of the KV-memory.
+        gate (`[b, t, h, v]`): Logits of the gate γ.
+        weight (`[v]`): Weight of the RMSNorm over each head.
+        eps: Added to the mean square.
+        backend: Name of a backend; selected automatically by default.
 
-    → y [b, t, h, v] in the dtype of the weight, in which everything is computed.
+    Returns:
+        y `[b, t, h, v]`, in the dtype of the weight.
 
-    Raises ValueError for shapes, dtypes and devices that do not fit, and for an unknown backend.
+    Raises:
+        ValueError: If shapes, dtypes or devices do not match, or the backend is unknown.
 
-    Source: the paper, section 3, the dynamic vector mixer.
+    Source:
+        Irie, Yau and Gershman 2025, "Blending Complementary Memory Systems in Hybrid Quadratic-Linear Transformers",
+        section 3, dynamic vector mixing.
+
+    Example:
+        >>> import torch, hqlt
+        >>> fw, kv, gate = torch.randn(3, 2, 5, 4, 8)
+        >>> hqlt.ops.mix(fw, kv, gate, torch.ones(8), eps=1e-6).shape
+        torch.Size([2, 5, 4, 8])
     """
     size = match_floats(fw=(fw, "b t h v"), kv=(kv, "b t h v"), gate=(gate, "b t h v"), weight=(weight, "v"))
     run, dtype = implementation("mix", weight, backend, size), weight.dtype

@@ -1,4 +1,4 @@
-"""Everything of a synchronous layer between its projections, as one operation."""
+"""The core of a synchronous layer, everything between its projections, as one operation."""
 
 from __future__ import annotations
 
@@ -30,38 +30,60 @@ def synchronous(
     resets: Resets | None = None,
     backend: str | None = None,
 ) -> tuple[Values, Matrix]:
-    """Both memories read by the same queries, mixed by a gate for each number, normed over each head.
+    """Both memories read by the same queries, mixed by an elementwise gate and normalised per head.
 
         fw_t = scale · W_tᵀ φ(q_t)         W_t = α_t W_{t−1} + φ(k_t) ⊗ β_t (v_t − α_t W_{t−1}ᵀ φ(k_t))
         kv_t = Σ_j softmax_j(scale · R_t q_t · R_j k_j) v_j         over the `window` latest tokens j
         mix  = σ(gate) ⊙ fw + (1 − σ(gate)) ⊙ kv         y = mix / √(mean(mix²) + norm_eps) ⊙ norm_weight
 
-    q: [b, t, g·h, k]. k: [b, l, h, k], v: [b, l, h, v] with l ≥ t: the last t pairs are the queries' own, those before
-    were held from earlier and are read by attention alone; query head i reads pairs and matrix of head i // g. q and k
-    are raw: φ is `hqlt.ops.features.unit_silu`, R_j the rotation by row j of rotary = (cos, sin), [≥ l, 1, k/2] each
-    (None: none). beta: [b, t, h]. gate: [b, t, g·h, v], logits. norm_weight: [v]. decay: log α, at most 0, [b, t, h];
-    None: α = 1, the delta rule. window: None for all. scale: k^-0.5 where None. state: W_0 [b, h, k, v], zeros where
-    None. resets: Bool[b, l], True at a token that begins a segment.
-    backend: the name of one implementation, None picks.
+    φ is `hqlt.ops.unit_silu`, and R_j the rotary embedding of position j.
 
-    → y [b, t, g·h, v] in v's dtype, W_t [b, h, k, v] in at least float32. Sizes of 0 as in the operations it is made
-    of.
+    Args:
+        q (`[b, t, g·h, k]`): Queries, before φ and before the rotary embedding. Query head i reads the entries and the
+            matrix of head i // g.
+        k (`[b, l, h, k]`): Keys, l ≥ t, before φ and before the rotary embedding. The last t belong to the new tokens;
+            those before them are held entries, which only attention reads.
+        v (`[b, l, h, v]`): Values.
+        beta (`[b, t, h]`): Write strengths.
+        gate (`[b, t, g·h, v]`): Logits of the mixer's gate.
+        norm_weight (`[v]`): Weight of the RMSNorm over each head.
+        decay (`[b, t, h]`): log α, at most 0. α = 1, the delta rule, by default.
+        window: Number of latest tokens that attention reads; None for all.
+        rotary: cos and sin of at least l positions, `[≥ l, 1, k/2]` each; no rotary embedding by default.
+        norm_eps: Added to the mean square in the norm.
+        scale: Factor of the FW read and of the attention scores, k^-0.5 by default.
+        state (`[b, h, k, v]`): W_0, zeros by default.
+        resets (`Bool[b, l]`): Tokens that begin a segment.
+        backend: Name of a backend; selected automatically by default.
 
-    Raises ValueError for shapes, dtypes and devices that do not fit, a window below 1, an unknown backend, and what a
-    backend refuses.
+    Returns:
+        y `[b, t, g·h, v]` in the dtype of v, and the final matrix `[b, h, k, v]` in at least float32.
 
-    Source: the paper, sections 2 and 3, "Synchronous blending".
+    Raises:
+        ValueError: If shapes, dtypes or devices do not match, the window is below 1, or the backend is unknown or does
+            not support the call.
+
+    Source:
+        Irie, Yau and Gershman 2025, "Blending Complementary Memory Systems in Hybrid Quadratic-Linear Transformers",
+        sections 2 and 3, synchronous blending.
+
+    Example:
+        >>> import torch, hqlt
+        >>> q, k, v, gate = torch.randn(4, 2, 5, 4, 8)
+        >>> y, state = hqlt.ops.synchronous(q, k, v, torch.rand(2, 5, 4), gate, torch.ones(8), window=3)
+        >>> y.shape, state.shape
+        (torch.Size([2, 5, 4, 8]), torch.Size([2, 4, 8, 8]))
     """
-    given = {"state": (state, "b h k v"), "decay": (decay, "b t h")}
-    others = {name: (x, axes) for name, (x, axes) in given.items() if x is not None}
+    others = {"state": (state, "b h k v"), "decay": (decay, "b t h")}
+    optional = {name: (x, axes) for name, (x, axes) in others.items() if x is not None}
     size = match_heads(match_floats(
         q=(q, "b t g·h k"), k=(k, "b l h k"), v=(v, "b l h v"), beta=(beta, "b t h"), gate=(gate, "b t g·h v"),
-        norm_weight=(norm_weight, "v"), **others,
+        norm_weight=(norm_weight, "v"), **optional,
     ))  # fmt: skip
     b, t, l = size["b"], size["t"], size["l"]
     check_resets(resets, b, l, q.device)
     if l < t:
-        raise ValueError(f"k, v: expected at least as many pairs as the {t} queries (their own), got {l}")
+        raise ValueError(f"k, v: expected at least as many entries as the {t} queries (their own), got {l}")
     window = max(l, 1) if window is None else window
     if window < 1:
         raise ValueError(f"window: expected at least 1 (the token itself) or None for all, got {window}")
