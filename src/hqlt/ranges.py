@@ -35,18 +35,18 @@ class Range(NamedTuple):
 
 
 COUNT, INDEX = Range(1, whole=True), Range(0, whole=True)
-POSITIVE, NOT_NEGATIVE = Range(0, above=True), Range(0)
-SHARE, PART = Range(0, 1), Range(0, 1, above=True)
+POSITIVE, NON_NEGATIVE = Range(0, above=True), Range(0)
+FRACTION, POSITIVE_FRACTION = Range(0, 1), Range(0, 1, above=True)
 SEED = Range(0, 2**63 - 1, whole=True)
 
 
-def in_range(name: str, value: Any, allowed: Range) -> None:
+def check_range(name: str, value: Any, allowed: Range) -> None:
     """Raises ValueError that says what the name may be."""
     if value not in allowed:
         raise ValueError(f"{name}: expected {allowed}, got {value!r}")
 
 
-def all_in_range(settings: Any, prefix: str = "", **ranges: Range) -> None:
+def check_ranges(settings: Any, prefix: str = "", **ranges: Range) -> None:
     """Check the fields of a dataclass: numbers, each number of a tuple, and None where the field's type has it.
 
     prefix: what stands before the names where they are typed, such as "ppo.". Raises ValueError for the first field
@@ -58,4 +58,4 @@ def all_in_range(settings: Any, prefix: str = "", **ranges: Range) -> None:
         if value is None and "None" in types[name]:
             continue
         for number in value if isinstance(value, (tuple, list)) else (value,):
-            in_range(prefix + name, number, allowed)
+            check_range(prefix + name, number, allowed)

@@ -42,7 +42,7 @@ def register(kind: str, name: str) -> Callable[[C], C]:
 
     Raises ValueError for an unknown kind and for a name that another class has.
     """
-    one_of("kind", kind, HOME)
+    check_choice("kind", kind, HOME)
 
     def enter(cls: C) -> C:
         holder = _known[kind].setdefault(name, cls)
@@ -71,7 +71,7 @@ def find(kind: str, name: str, argument: str | None = None) -> Any:
     """
     if name not in names(kind):
         load_plugins()
-    one_of(argument or kind, name, _known[kind])
+    check_choice(argument or kind, name, _known[kind])
     return _known[kind][name]
 
 
@@ -93,7 +93,7 @@ def options_of(cls: Callable[..., Any]) -> dict[str, Any]:
     return {argument.name: argument.default for argument in arguments if argument.kind is argument.KEYWORD_ONLY}
 
 
-def share_out(options: dict[str, Any], takers: dict[str, Callable[..., Any]]) -> list[dict[str, Any]]:
+def split_options(options: dict[str, Any], takers: dict[str, Callable[..., Any]]) -> list[dict[str, Any]]:
     """Each taker's own options. takers: by what chose them, such as "fast_weights='delta'".
 
     Raises ValueError for an option that none of them uses.
@@ -108,7 +108,7 @@ def share_out(options: dict[str, Any], takers: dict[str, Callable[..., Any]]) ->
     return [{name: options[name] for name in own if name in options} for own in known.values()]
 
 
-def outside() -> list[str]:
+def plugin_modules() -> list[str]:
     """The modules beyond this package whose import registered something: what another process must import, too."""
     known = {cls.__module__ for classes in _known.values() for cls in classes.values()}
     return sorted(module for module in known if module.partition(".")[0] != __package__)
@@ -121,11 +121,11 @@ def build(kind: str, name: str, **options: Any) -> Any:
     """
     cls = find(kind, name)
     for option in options:
-        one_of(f"{kind} {name}, option", option, options_of(cls))
+        check_choice(f"{kind} {name}, option", option, options_of(cls))
     return cls(**options)
 
 
-def one_of(name: str, got: str, names: Iterable[str]) -> None:
+def check_choice(name: str, got: str, names: Iterable[str]) -> None:
     """Refuse a name that is not among the known ones, and offer the nearest."""
     names = list(names)
     if got not in names:

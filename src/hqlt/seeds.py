@@ -8,15 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 GAMMA = np.uint64(0x9E3779B97F4A7C15)
-"""2⁶⁴ divided by the golden ratio: numbers this far apart, mixed, are SplitMix64."""
+"""2⁶⁴ divided by the golden ratio: numbers this far apart, mix64, are SplitMix64."""
 
 
-def hashed(*parts: object) -> int:
-    """64 bits of the SHA-256 of the parts, a slash between them: hashed("train", 0) is of "train/0"."""
+def hash64(*parts: object) -> int:
+    """64 bits of the SHA-256 of the parts, a slash between them: hash64("train", 0) is of "train/0"."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "little")
 
 
-def mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def mix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """A bijection of 64 bits in which every bit of x flips about half of the bits: SplitMix64's finaliser.
 
     Source: Steele, Lea, Flood 2014, "Fast Splittable Pseudorandom Number Generators", figure 16.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hqlt.agent import PPOSettings, SACSettings
-from hqlt.ranges import COUNT, PART, POSITIVE, SHARE, Range
+from hqlt.ranges import COUNT, FRACTION, POSITIVE, POSITIVE_FRACTION, Range
 from hqlt.train.agent import AgentSettings
 from hqlt.train.agent.cell import AgentBudget
 
@@ -52,8 +52,8 @@ def test_none_is_a_value_where_the_type_has_it(settings, field):
     [
         (COUNT, [1, 10**9, np.int64(3)], [0, 1.0, True], "a whole number of at least 1"),
         (POSITIVE, [1e-9, 3, np.float32(0.5)], [0, -1, math.nan, math.inf], "a number above 0"),
-        (SHARE, [0, 1, 0.5], [-1e-9, 1.1], "a number from 0 to 1"),
-        (PART, [1, 1e-9], [0, 1.1], "a number above 0 and at most 1"),
+        (FRACTION, [0, 1, 0.5], [-1e-9, 1.1], "a number from 0 to 1"),
+        (POSITIVE_FRACTION, [1, 1e-9], [0, 1.1], "a number above 0 and at most 1"),
         (Range(0, 22, whole=True), [0, 22], [23, 3.5], "a whole number from 0 to 22"),
     ],
 )

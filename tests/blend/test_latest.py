@@ -15,12 +15,12 @@ def pairs(b: int, l: int) -> Held:
 
 def test_full_attention_copies_nothing_where_every_slot_is_used():
     held = pairs(2, 5)
-    assert Blend(None).latest(held, torch.tensor([5, 5])) is held
+    assert Blend(None).latest_entries(held, torch.tensor([5, 5])) is held
 
 
 def test_full_attention_after_a_reset():
     held = pairs(2, 5)
-    latest = Blend(None).latest(held, torch.tensor([5, 2]))
+    latest = Blend(None).latest_entries(held, torch.tensor([5, 2]))
     assert torch.equal(latest.keys[0], held.keys[0])
     assert latest.keys[1, :3].abs().sum() == latest.values[1, :3].abs().sum() == 0
     assert torch.equal(latest.keys[1, 3:], held.keys[1, 3:])
@@ -28,6 +28,6 @@ def test_full_attention_after_a_reset():
 
 def test_a_window_holds_the_latest():
     held = pairs(1, 5)
-    latest = Blend(3).latest(held, torch.tensor([5]))
+    latest = Blend(3).latest_entries(held, torch.tensor([5]))
     assert torch.equal(latest.keys, held.keys[:, 3:])
     assert latest.keys.untyped_storage().data_ptr() != held.keys.untyped_storage().data_ptr(), "the rest is let go"

@@ -297,7 +297,7 @@ def test_a_rule_that_predicts_says_its_errors(rule):
     """The same as from the reference, and of one write a token ‖βe‖ = β‖e‖."""
     layer = build_layer("", 3, blend="synchronous", fast_weights=rule)
     new = layer.parts().tokens(layer.project(tokens(2, 7), None, None)[0])
-    if not layer.fw.says_errors:
+    if not layer.fw.returns_errors:
         assert rule in ("linear", "retnet", "lightning", "gla", "mamba2", "hgrn2", "mlstm") or "speeds" in rule
         return
     write = Write(new.keys, new.values, new.gates, None)

@@ -81,7 +81,7 @@ def test_a_learned_map_begins_as_none():
     for rule in ("delta", "gated-delta", "linear"):
         plain, learned = (build_layer("", fast_weights=rule, feature_map=name) for name in (None, "learned"))
         learned.load_state_dict(plain.state_dict(), strict=False)
-        learned.fw.feature_map.begin()
+        learned.fw.feature_map.init_parameters()
         torch.testing.assert_close(learned(x)[0], plain(x)[0], rtol=0, atol=1e-12)
         learned(x)[0].square().sum().backward()
         assert learned.fw.feature_map.q.grad.abs().sum() > 0
@@ -91,7 +91,7 @@ def test_a_learned_map_begins_as_none():
 def test_hedgehog():
     """Its equation, and a matrix of twice the rows."""
     layer = build_layer("fw-only", fast_weights="linear", feature_map="hedgehog")
-    layer.fw.feature_map.begin()
+    layer.fw.feature_map.init_parameters()
     x = torch.randn(1, 1, 2, 4, dtype=torch.float64)
     phi, _ = layer.fw.feature_map(x, x)
     torch.testing.assert_close(phi, torch.cat([x.softmax(-1), (-x).softmax(-1)], dim=-1))

@@ -9,7 +9,7 @@ import torch
 from torch.export import Dim
 
 from hqlt import registry
-from hqlt.memory.fw import begin_at
+from hqlt.memory.fw import init_parameter
 from hqlt.model import HQLTConfig, HQLTForCausalLM, register_cache_for_export
 from hqlt.train.fit import parameter_groups
 from tests.laws import close
@@ -46,11 +46,11 @@ def test_what_begins_somewhere_begins_there_once_more_unless_it_was_read(rule):
     own = dict(fw.named_parameters(recurse=False))
     for weight in own.values():
         torch.nn.init.constant_(weight, 7.0)
-    fw.begin()
+    fw.init_parameters()
     assert all((weight != 7).all() for weight in own.values()), "where a rule's own parameters begin, `begin` says"
     for weight in own.values():
         weight._is_hf_initialized = True
-        begin_at(weight, torch.zeros_like(weight))
+        init_parameter(weight, torch.zeros_like(weight))
         assert weight.any()
 
 

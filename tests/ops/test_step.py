@@ -482,7 +482,7 @@ def test_kept_entries_that_do_not_fit_are_left_to_the_twin():
     given = Given(*own, *state.kv[:2], NOTHING, state.fw.matrix, NOTHING, state.position)
     usual = Schedule("own", True, 4, "delta", "vector", Retained("error", 0, False, "true"))
     assert width == 4
-    turns = Rotary(3.0).waves(digits(), width, torch.float64)
+    turns = Rotary(3.0).cos_sin(digits(), width, torch.float64)
 
     def serves(schedule=usual, rotary=(ones, ones, *turns), **parts):
         kept = GivenKept(*state.kv.kept)._replace(**parts)

@@ -20,7 +20,7 @@ class OneBehind(Blend):
     def slots(self) -> int:
         return max(self.window - 1, 1)
 
-    def held(self, count):
+    def held_count(self, count):
         return count.clamp(max=self.slots)
 
     def scan(self, fw, new, timeline, past, resets):
@@ -30,5 +30,5 @@ class OneBehind(Blend):
         def earlier(x):
             return F.pad(x, (*(0, 0) * (x.dim() - 2), 1, 0))[:, -t - 1 : -1]
 
-        write = Write(*self.alive(tree_map(earlier, timeline[:3]), before), before)
+        write = Write(*self.zero_not_live(tree_map(earlier, timeline[:3]), before), before)
         return fw(new.q, write, past, resets)

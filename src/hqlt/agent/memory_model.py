@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_map
 
 from hqlt.layer import Block, HybridMemory, RMSNorm, SwiGLU, arguments_of, layer_arguments
 from hqlt.memory import MemoryState
-from hqlt.ranges import COUNT, in_range
-from hqlt.registry import names, one_of
+from hqlt.ranges import COUNT, check_range
+from hqlt.registry import check_choice, names
 from hqlt.shapes import Hidden, Resets
 
 State: TypeAlias = tuple[Any, ...]
@@ -150,13 +150,13 @@ def build_memory(
     window: steps that the KV-memory reaches (None: the whole episode, for "transformer" and "synchronous"); what has no
     window, heads or layers does without. layer: other arguments of `hqlt.HybridMemory`, for the first five.
     """
-    one_of("memory", name, names_of_memories())
+    check_choice("memory", name, names_of_memories())
     own = ("hidden_size", "num_heads", "num_layers", "window")
     for option in layer:
-        one_of("argument", option, sorted({*own, *layer_arguments()} - {"blend"}))
+        check_choice("argument", option, sorted({*own, *layer_arguments()} - {"blend"}))
     for option, value in zip(own, (hidden_size, num_heads, num_layers, window), strict=True):
         if value is not None or option != "window":
-            in_range(option, value, COUNT)
+            check_range(option, value, COUNT)
     if name not in ("lstm", "none"):
         blend = BLENDS.get(name, name)
         used = arguments_of(blend, *(layer.get(choice) for choice in ("mixer", "fast_weights", "retention")))

@@ -24,8 +24,8 @@ from hqlt.agent.losses import (
 )
 from hqlt.agent.memory_model import State
 from hqlt.agent.rollout import Collector, Rollout
-from hqlt.ranges import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, all_in_range
-from hqlt.registry import one_of, register
+from hqlt.ranges import COUNT, FRACTION, NON_NEGATIVE, POSITIVE, check_ranges
+from hqlt.registry import check_choice, register
 from hqlt.shapes import Hidden
 
 
@@ -61,10 +61,12 @@ class PPOSettings:
     """Greatest norm of a gradient; a longer one is shortened to it. None: there is none."""
 
     def __post_init__(self) -> None:
-        one_of("ppo.advantages", self.advantages, ("raw", "centred", "standardised"))
-        all_in_range(self, "ppo.", rollout_steps=COUNT, epochs=COUNT, num_minibatches=COUNT, hidden_sizes=COUNT)
-        all_in_range(self, "ppo.", learning_rate=POSITIVE, clip_range=POSITIVE, max_grad_norm=POSITIVE)
-        all_in_range(self, "ppo.", gamma=SHARE, gae_lambda=SHARE, entropy_coef=NOT_NEGATIVE, value_coef=NOT_NEGATIVE)
+        check_choice("ppo.advantages", self.advantages, ("raw", "centred", "standardised"))
+        check_ranges(self, "ppo.", rollout_steps=COUNT, epochs=COUNT, num_minibatches=COUNT, hidden_sizes=COUNT)
+        check_ranges(self, "ppo.", learning_rate=POSITIVE, clip_range=POSITIVE, max_grad_norm=POSITIVE)
+        check_ranges(
+            self, "ppo.", gamma=FRACTION, gae_lambda=FRACTION, entropy_coef=NON_NEGATIVE, value_coef=NON_NEGATIVE
+        )
 
 
 @register("algorithm", "ppo")

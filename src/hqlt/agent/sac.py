@@ -17,7 +17,7 @@ from hqlt.agent.core import mlp
 from hqlt.agent.episode import Batch, Episode
 from hqlt.agent.losses import actor_loss, entropy, masked_mean, q_loss, soft_target, temperature_loss
 from hqlt.agent.replay import Replay
-from hqlt.ranges import COUNT, INDEX, PART, POSITIVE, SHARE, all_in_range
+from hqlt.ranges import COUNT, FRACTION, INDEX, POSITIVE, POSITIVE_FRACTION, check_ranges
 from hqlt.registry import register
 from hqlt.shapes import Hidden
 
@@ -50,11 +50,11 @@ class SACSettings:
     """Steps that the replay holds."""
 
     def __post_init__(self) -> None:
-        all_in_range(self, "sac.", batch_episodes=COUNT, random_episodes=INDEX, buffer_size=COUNT, hidden_sizes=COUNT)
-        all_in_range(
+        check_ranges(self, "sac.", batch_episodes=COUNT, random_episodes=INDEX, buffer_size=COUNT, hidden_sizes=COUNT)
+        check_ranges(
             self, "sac.", learning_rate=POSITIVE, alpha=POSITIVE, updates_per_step=POSITIVE, max_grad_norm=POSITIVE
         )
-        all_in_range(self, "sac.", gamma=SHARE, tau=PART, target_entropy_ratio=SHARE)
+        check_ranges(self, "sac.", gamma=FRACTION, tau=POSITIVE_FRACTION, target_entropy_ratio=FRACTION)
 
 
 class TwinCritics(nn.Module):

@@ -83,9 +83,9 @@ class Blend(nn.Module):
 
     def __init__(self, window: int | None) -> None:
         super().__init__()
-        self.window = self.checked(window)
+        self.window = self.valid_window(window)
 
-    def checked(self, window: int | None) -> int | None:
+    def valid_window(self, window: int | None) -> int | None:
         """A window that serves; ValueError for another."""
         if window is None and self.needs_window:
             name = name_of("blend", type(self))
@@ -110,13 +110,13 @@ class Blend(nn.Module):
                 f"retention: expected one whose scores do not ask for the FW-memory's errors, or a blend that writes a "
                 f"pair when it arrives (blend='synchronous'), got {name!r}: here its error is not known by then"
             )
-        if fw is not None and not fw.says_errors:
+        if fw is not None and not fw.returns_errors:
             raise ValueError(
                 f"retention: expected one whose scores do not ask for the FW-memory's errors (retention='value-norm'), "
                 f"because fast_weights={name_of('rule', type(fw))!r} predicts nothing when it writes, got {name!r}"
             )
 
-    def held(self, count: Tensor) -> Tensor:
+    def held_count(self, count: Tensor) -> Tensor:
         """How many of a segment's latest pairs the KV-memory holds on to after `count` tokens: [b]."""
         return count if self.slots is None else count.clamp(max=self.slots)
 
@@ -130,7 +130,7 @@ class Blend(nn.Module):
         """
         raise NotImplementedError
 
-    def begins(self, timeline: Timeline) -> Resets | None:
+    def kv_resets(self, timeline: Timeline) -> Resets | None:
         """Where what the KV-memory reaches begins anew, within the latest `window` pairs: Bool[b, l]."""
         return timeline.resets
 
@@ -148,7 +148,7 @@ class Blend(nn.Module):
             if (own := fw.skip(new.values)) is not None:
                 fw_read = fw_read + repeated(new.q, own)[0]
         if kv is not None:
-            keys, values, marks = timeline.keys, timeline.values, self.begins(timeline)
+            keys, values, marks = timeline.keys, timeline.values, self.kv_resets(timeline)
             candidates = self.candidates(kv, new, timeline, state, errors[0] if errors else None)
             kv_read = kv(new.q, keys, values, self.window, marks, *([] if candidates is None else [candidates]))
         return Reads(fw_read, kv_read), self.state_after(memories, timeline, fw_after, candidates)
@@ -174,7 +174,7 @@ class Blend(nn.Module):
         keys, values = behind(state.kv.keys, keys), behind(state.kv.values, values)
         return Timeline(keys, values, pytree.tree_map(behind, state.kv.gates, gates), position, position == 0)
 
-    def leaves(self, position: Tensor) -> Tensor:
+    def leave_position(self, position: Tensor) -> Tensor:
         """The position at which a pair leaves the window, from its own."""
         assert self.window is not None, "the layer refuses a retention that keeps more"
         return position + self.window
@@ -188,11 +188,13 @@ class Blend(nn.Module):
         keys, values, _, position, resets = timeline
         count = torch.zeros_like(position[:, 0]) if state is None else state.position
         past: Kept | None = state.kv.kept if state is not None and isinstance(state.kv, Held) else None
-        known = kept.Timeline(keys, values, position, resets, self.leaves(position), count, count - self.held(count))
+        known = kept.Timeline(
+            keys, values, position, resets, self.leave_position(position), count, count - self.held_count(count)
+        )
         return kv.candidates(known, new.q.shape[1], past, errors)
 
     @staticmethod
-    def alive(x: Tree, live: Tensor) -> Tree:
+    def zero_not_live(x: Tree, live: Tensor) -> Tree:
         """Zeros in place of what is not live, [b, t, …] each: whatever it held then reaches nobody."""
         return pytree.tree_map(lambda x: x.masked_fill(~live.view(*live.shape, *(1,) * (x.dim() - 2)), 0), x)
 
@@ -205,16 +207,16 @@ class Blend(nn.Module):
         held: Held | tuple[()] = ()
         if memories.kv is not None:
             scores = () if candidates is None else candidates.scores[:, candidates.scores.shape[1] - l :]
-            held = self.latest(Held(keys, values, gates, scores), count)
+            held = self.latest_entries(Held(keys, values, gates, scores), count)
         if memories.kv is not None and candidates is not None and isinstance(held, Held):
-            used = count - self.held(count)
+            used = count - self.held_count(count)
             begin = candidates.scores.shape[1] - count  # of the running segment, as an index
-            after = memories.kv.kept_after(candidates, held.kept, begin + used, begin + self.leaves(used - 1))
+            after = memories.kv.kept_after(candidates, held.kept, begin + used, begin + self.leave_position(used - 1))
             held = held._replace(kept=after)
         return MemoryState(held, fw, keys.new_zeros(keys.shape[0], 0, 0), count)
 
     @staticmethod
-    def known_not(condition: Tensor) -> bool:
+    def is_known_false(condition: Tensor) -> bool:
         """Whether it is known not to hold. While traced nobody knows, and the general way is always right."""
         unknown = is_traced() or condition.is_meta or type(condition) is not Tensor
         return not unknown and not condition
@@ -222,15 +224,15 @@ class Blend(nn.Module):
     def extra_repr(self) -> str:
         return f"window={self.window}"
 
-    def latest(self, pairs: Held, count: Tensor) -> Held:
+    def latest_entries(self, pairs: Held, count: Tensor) -> Held:
         """The latest pairs, zeros in unused slots. count: [b] tokens that each row's segment has."""
         l = pairs.keys.shape[1]
         s = l if self.slots is None else self.slots
-        unused = torch.arange(s, 0, -1, device=count.device) > self.held(count)[:, None]  # [b, s]
+        unused = torch.arange(s, 0, -1, device=count.device) > self.held_count(count)[:, None]  # [b, s]
         index = None
         if is_symbolic(l) or l < s:  # a slot before the first pair is unused, whatever is taken for it
             index = torch.arange(l - s, l, device=count.device).clamp(min=0)
-        elif l == s and count.device.type == "cpu" and self.known_not(unused.any()):
+        elif l == s and count.device.type == "cpu" and self.is_known_false(unused.any()):
             return pairs  # full attention, a token further: nothing to copy
 
         def latest(x: Tensor) -> Tensor:

@@ -38,22 +38,22 @@ class DelayedChunk(Blend):
         assert self.window is not None
         return self.window
 
-    def held(self, count: Tensor) -> Tensor:
+    def held_count(self, count: Tensor) -> Tensor:
         return torch.where(count > 0, (count - 1) % self.slots + 1, 0)
 
-    def leaves(self, position: Tensor) -> Tensor:
+    def leave_position(self, position: Tensor) -> Tensor:
         return (position // self.slots + 1) * self.slots
 
-    def begins(self, timeline: Timeline) -> Resets:
+    def kv_resets(self, timeline: Timeline) -> Resets:
         return timeline.position % self.slots == 0
 
     def scan(
         self, fw: FWMemory, new: Tokens, timeline: Timeline, past: Tree | None, resets: Resets | None
     ) -> tuple[Values, Tree]:
-        q, begins_chunk = new.q, self.begins(timeline)
+        q, begins_chunk = new.q, self.kv_resets(timeline)
         if past is None and resets is None and not is_symbolic(q.shape[1]):
             return self._scan_aligned(fw, q, timeline)
-        if past is not None and self.known_not(begins_chunk[:, -q.shape[1] :].any()):
+        if past is not None and self.is_known_false(begins_chunk[:, -q.shape[1] :].any()):
             return self._read_only(fw, q, timeline, past), past  # no chunk begins, so none is written
         return self._scan_in_order(fw, q, timeline, begins_chunk, past)
 
@@ -111,7 +111,7 @@ class DelayedChunk(Blend):
             """[b, l, …] → [b, t + l, …] by events, zeros where they read."""
             return _take(torch.cat([x.new_zeros(x.shape[0], t, *x.shape[2:]), x], dim=1), order)
 
-        pairs = self.alive((timeline.keys, timeline.values, timeline.gates), closed)
+        pairs = self.zero_not_live((timeline.keys, timeline.values, timeline.gates), closed)
         keys, values, gates, live = pytree.tree_map(writes, (*pairs, closed))
         begins = reads(timeline.position[:, l - t :] == 0)  # a segment's first read finds an empty memory
         out, after = fw(reads(q), Write(keys, values, gates, live), past, begins)

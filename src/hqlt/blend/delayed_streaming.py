@@ -8,7 +8,7 @@ from torch.utils import _pytree as pytree
 
 from hqlt.blend.blend import Blend, Memories, Timeline, Tokens
 from hqlt.memory import FWMemory, Tree, Write
-from hqlt.registry import name_of, one_of, register
+from hqlt.registry import check_choice, name_of, register
 from hqlt.shapes import Resets, Values
 
 WRITE_GATES = ("current", "own")
@@ -28,7 +28,7 @@ class DelayedStreaming(Blend):
 
     def __init__(self, window: int | None, *, write_gates: str = "current") -> None:
         super().__init__(window)
-        one_of("write_gates", write_gates, WRITE_GATES)
+        check_choice("write_gates", write_gates, WRITE_GATES)
         self.keeps_gates = write_gates == "own"
 
     @property
@@ -56,12 +56,12 @@ class DelayedStreaming(Blend):
         t, l = new.q.shape[1], timeline.keys.shape[1]
         live = timeline.position[:, -t:] >= self.slots  # else token t−S is of another segment, or none
 
-        def falling_out(x: Tensor) -> Tensor:
+        def leaving(x: Tensor) -> Tensor:
             """What token t−S had, for each new token t."""
             return F.pad(x, (*(0, 0) * (x.dim() - 2), self.slots - (l - t), 0))[:, :t]
 
-        keys, values, gates = pytree.tree_map(falling_out, (timeline.keys, timeline.values, timeline.gates))
-        keys, values, gates = self.alive((keys, values, gates if self.keeps_gates else new.gates), live)
+        keys, values, gates = pytree.tree_map(leaving, (timeline.keys, timeline.values, timeline.gates))
+        keys, values, gates = self.zero_not_live((keys, values, gates if self.keeps_gates else new.gates), live)
         read, after = fw(new.q, Write(keys, values, gates, live), past, resets)
         return read, after
 

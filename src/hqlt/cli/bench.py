@@ -16,7 +16,7 @@ from rich.console import Console
 from hqlt import native
 from hqlt.bench.race import table_of
 from hqlt.disk import check_writable, write_whole
-from hqlt.registry import one_of
+from hqlt.registry import check_choice
 
 CAPTION = "float32; ×: times faster than the first; %: of the measured ceiling"
 
@@ -76,7 +76,7 @@ def check_options(parts: Sequence[str], threads: int, rounds: int, only: str | N
     if rounds < 1:
         raise ValueError(f"rounds: expected at least 1, got {rounds}")
     if only is not None:
-        one_of("only", only, parts)
+        check_choice("only", only, parts)
 
 
 def setting_of_cpu(threads: int) -> dict[str, Any]:

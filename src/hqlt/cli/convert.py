@@ -101,7 +101,7 @@ def read_source(source: Path, settings: Path | None, map: Path | None) -> Source
     from hqlt.language.pretrained import TEXT_OF, convert_pretrained, read_their_config
     from hqlt.model.pretrained import ARCHITECTURES, config_of
     from hqlt.model.pretrained.gguf import is_gguf
-    from hqlt.registry import one_of
+    from hqlt.registry import check_choice
 
     if is_gguf(source):
         refuse_settings("GGUF file", settings, map)
@@ -110,7 +110,7 @@ def read_source(source: Path, settings: Path | None, map: Path | None) -> Source
         raise ValueError(f"{source}: expected a GGUF file or a folder with config.json; name one of {listed(files)}")
     told = settings_of(source, settings)
     architecture = str(told.get("model_type"))
-    one_of("model_type", architecture, (*ARCHITECTURES, *TEXT_OF, *DEFAULTS))
+    check_choice("model_type", architecture, (*ARCHITECTURES, *TEXT_OF, *DEFAULTS))
     renames = read_renames(map) if map else None
     beside = any((folder_of(source) / name).is_file() for name in TOKENIZER_FILES)
     named = str(folder_of(source)) if beside else None

@@ -65,18 +65,18 @@ class Keeping:
         from hqlt.language.folder import load_model
 
         model = load_model(where, device)
-        self.switch_on(model, console)
+        self.enable_retention(model, console)
         return model
 
-    def switch_on(self, model: nn.Module, console: Console) -> None:
+    def enable_retention(self, model: nn.Module, console: Console) -> None:
         """Change the model, where something was asked for, and print in a line what it is and what it costs."""
-        from hqlt.layer import HybridMemory, switch_on
+        from hqlt.layer import HybridMemory, enable_retention
 
         if self.retention is None:
             return
         layers = [part for part in model.modules() if isinstance(part, HybridMemory)]
         before = {layer: layer.init_state(1).bytes_per_row() for layer in layers}
-        changed = switch_on(model, retention=self.retention, window=self.window, **self.options)
+        changed = enable_retention(model, retention=self.retention, window=self.window, **self.options)
         after = {layer: layer.init_state(1).bytes_per_row() for layer in changed}
         was, now = (sum(of[layer] for layer in changed) // len(changed) for of in (before, after))
         console.print(

@@ -9,7 +9,7 @@ from typing import Literal
 from rich.console import Console
 
 from hqlt.device import usable_device
-from hqlt.registry import one_of, outside
+from hqlt.registry import check_choice, plugin_modules
 from hqlt.study import known_studies, read_study
 from hqlt.study.commands import TABLES, print_and_run
 from hqlt.study.run import run_study
@@ -62,7 +62,7 @@ def reproduce(
     study = study.quick() if quick else study
     given["folder"] = folder = folder or Path("runs") / (f"{name}-quick" if quick else name)
     options = {"scale": scale, "only": only, **given}
-    imported = [f"--import={module}" for module in outside()]
+    imported = [f"--import={module}" for module in plugin_modules()]
     again = [
         "hqlt",
         *imported,
@@ -81,7 +81,7 @@ def find(what: str, scale: str) -> tuple[str, Path]:
     if what.endswith((".yaml", ".yml")):
         return Path(what).stem, Path(what)
     studies = known_studies()
-    one_of("what", what, sorted({*ALIASES, *(name.rpartition("-")[0] for name in studies)} - {""}))
+    check_choice("what", what, sorted({*ALIASES, *(name.rpartition("-")[0] for name in studies)} - {""}))
     name = f"{ALIASES.get(what, what)}-{scale}"
     if name not in studies:
         raise ValueError(f"scale: expected one that {what} has, got {scale!r}; there are {', '.join(studies)}")

@@ -65,18 +65,18 @@ def play(
 
     from rich.console import Console
 
-    from hqlt.ranges import COUNT, SEED, in_range
+    from hqlt.ranges import COUNT, SEED, check_range
     from hqlt.train.agent.run import load_agent
 
     console = Console(highlight=False, soft_wrap=True)
-    in_range("--episodes", episodes, COUNT)
-    in_range("--seed", seed, SEED)
+    check_range("--episodes", episodes, COUNT)
+    check_range("--seed", seed, SEED)
     if film is not None:
         from hqlt.report import episode  # and the folder is looked at: nothing is played in vain
 
         check_writable(film, folder=True)
     retention, trainer = Keeping(**keeping), load_agent(folder)
-    retention.switch_on(trainer.agent, console)
+    retention.enable_retention(trainer.agent, console)
     trainer.settings = dataclasses.replace(trainer.settings, options={**trainer.settings.options, **(options or {})})
     played = trainer.score(episodes, seed)
     success = "" if played.success != played.success else f", success {100 * played.success:.0f}%"

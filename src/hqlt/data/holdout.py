@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from hqlt.seeds import hashed
+from hqlt.seeds import hash64
 from hqlt.task.task import Split
 
 FEW = 4096
@@ -23,7 +23,7 @@ class Holdout(NamedTuple):
     second: int
 
     def split_of(self, text: str) -> Split:
-        u = hashed(text)
+        u = hash64(text)
         return "validation" if u < self.first else "test" if u < self.second else "train"
 
     @classmethod
@@ -35,7 +35,7 @@ class Holdout(NamedTuple):
         check_shares(validation, test)
         if not validation and not test:
             return cls(0, 0)
-        seen = [hashed(text) for text in itertools.islice(filter(None, documents), FEW)]
+        seen = [hash64(text) for text in itertools.islice(filter(None, documents), FEW)]
         if len(seen) == FEW:
             return cls(round(validation * 2**64), round((validation + test) * 2**64))
         hashes = sorted(set(seen))

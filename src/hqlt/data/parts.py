@@ -14,7 +14,7 @@ from hqlt.data.hub import Hub
 from hqlt.data.local import NAMED_KINDS, LocalFormat, TextFiles, kind_of
 from hqlt.data.source import Source
 from hqlt.errors import require
-from hqlt.seeds import hashed
+from hqlt.seeds import hash64
 from hqlt.task.task import Split
 from hqlt.task.text import library_files
 
@@ -49,7 +49,7 @@ class Part:
     def without(self, elsewhere: Collection[int], texts: Iterable[str]) -> Iterator[str]:
         """The source's documents but for those that are held out by files of one's own."""
         unknown = not elsewhere or isinstance(self.split, str)
-        return (text for text in texts if unknown or hashed(text.strip()) not in elsewhere)
+        return (text for text in texts if unknown or hash64(text.strip()) not in elsewhere)
 
     def identity(self) -> dict[str, Any]:
         return {**self.source.identity(), "for": self.split}
@@ -140,7 +140,7 @@ def held_out_documents(parts: Sequence[Part]) -> frozenset[int]:
     if all(isinstance(part.split, str) for part in parts):  # the splits of one source, which has its own rule
         return frozenset()
     own = (part for part in parts if isinstance(part.split, str))
-    return frozenset(hashed(text.strip()) for part in own for text in copy.copy(part.source))
+    return frozenset(hash64(text.strip()) for part in own for text in copy.copy(part.source))
 
 
 def training_texts(parts: Sequence[Part]) -> Iterator[str]:

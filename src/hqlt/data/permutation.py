@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from hqlt.seeds import GAMMA, mixed
+from hqlt.seeds import GAMMA, mix64
 
 ROUNDS = 8
 
@@ -38,4 +38,4 @@ def permute(index: NDArray[np.int64], size: int, key: int) -> NDArray[np.int64]:
 
 def _hashed(x: NDArray[np.uint64], key: int, line: int) -> NDArray[np.uint64]:
     """Of x, the key and the number of the line."""
-    return mixed(x + np.uint64((key + (line + 1) * int(GAMMA)) % 2**64))
+    return mix64(x + np.uint64((key + (line + 1) * int(GAMMA)) % 2**64))

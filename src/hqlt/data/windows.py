@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from hqlt.data.files import TokenFiles
 from hqlt.data.permutation import permute
-from hqlt.seeds import hashed
+from hqlt.seeds import hash64
 from hqlt.task.task import IGNORE, Batch
 
 
@@ -51,7 +51,7 @@ class Windows:
         windows = np.empty_like(slots)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            windows[here] = permute(slots[here], len(self), key=hashed("windows", self.seed, epoch))
+            windows[here] = permute(slots[here], len(self), key=hash64("windows", self.seed, epoch))
         return windows
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from hqlt.registry import one_of
+from hqlt.registry import check_choice
 
 ORDINARY, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
 """Types of tokens."""
@@ -55,7 +55,7 @@ def tokenizer_in(fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     Raises ValueError for a tokenizer that is not rebuilt exactly here, by what is unknown of it.
     """
     said = {name.removeprefix("tokenizer.ggml."): value for name, value in fields.items() if "tokenizer.ggml." in name}
-    one_of("tokenizer.ggml.model", str(said.get("model")), KINDS)
+    check_choice("tokenizer.ggml.model", str(said.get("model")), KINDS)
     try:
         tokenizer, begins = KINDS[said["model"]](said)
         tokens, types = said["tokens"], said["token_type"]
@@ -88,7 +88,7 @@ def tokenizer_in(fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
 
 def bpe_over_bytes(said: Mapping[str, Any]) -> tuple[Any, bool]:
     """And whether `bos` stands before every text where the file does not say."""
-    one_of("tokenizer.ggml.pre", str(said.get("pre")), WORDS)
+    check_choice("tokenizer.ggml.pre", str(said.get("pre")), WORDS)
     words = WORDS[said["pre"]]
     merges = [tuple(merge.split(" ")) for merge in said["merges"]]
     tokenizer: Any = Tokenizer(models.BPE(vocab=_vocabulary(said), merges=merges, ignore_merges=words.ignore_merges))

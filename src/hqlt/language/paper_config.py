@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from huggingface_hub.errors import StrictDataclassError
 
 from hqlt.model import HQLTConfig
-from hqlt.registry import one_of
+from hqlt.registry import check_choice
 
 COPIED: dict[str, Any] = {
     "hidden_size": 2048, "num_hidden_layers": 24, "norm_eps": 1e-6, "vocab_size": 32_000, "tie_word_embeddings": False,
@@ -81,7 +81,7 @@ def read_settings(given: Mapping[str, Any]) -> Settings:
 
 def _read(given: Mapping[str, Any]) -> Settings:
     kind = given.get("model_type")
-    one_of("model_type", str(kind), DEFAULTS)
+    check_choice("model_type", str(kind), DEFAULTS)
     assert isinstance(kind, str)
     theirs = {name: given.get(name, default) for name, default in DEFAULTS[kind].items()}
     for name, value in MUST_BE[kind].items():
@@ -98,7 +98,7 @@ def _read(given: Mapping[str, Any]) -> Settings:
 
 
 def _hybrid(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    one_of("attn_mode", theirs["attn_mode"], MODES)
+    check_choice("attn_mode", theirs["attn_mode"], MODES)
     blend, rule = MODES[theirs["attn_mode"]]
     mixer = "vector" if theirs["use_memory_gate"] else "scalar" if theirs["use_memory_dynamic_scaler"] else "sum"
     fields = {

@@ -4,7 +4,7 @@ from hqlt.layer.block import BLOCK_NORMS, Block, SwiGLU
 from hqlt.layer.convolution import ShortConvolution
 from hqlt.layer.layer import HybridMemory, arguments_of, layer_arguments
 from hqlt.layer.norm import RMSNorm, ZeroCenteredRMSNorm
-from hqlt.layer.switch import switch_on, with_retention
+from hqlt.layer.retention import enable_retention, with_retention
 
 __all__ = [
     "BLOCK_NORMS",
@@ -15,7 +15,7 @@ __all__ = [
     "SwiGLU",
     "ZeroCenteredRMSNorm",
     "arguments_of",
+    "enable_retention",
     "layer_arguments",
-    "switch_on",
     "with_retention",
 ]

@@ -8,7 +8,7 @@ from torch import nn
 from hqlt.layer.layer import HybridMemory
 from hqlt.layer.norm import RMSNorm, ZeroCenteredRMSNorm
 from hqlt.memory import MemoryState
-from hqlt.registry import one_of
+from hqlt.registry import check_choice
 from hqlt.shapes import Hidden, Resets
 
 
@@ -50,7 +50,7 @@ class Block(nn.Module):
         zero_centered: bool = False,
     ) -> None:
         super().__init__()
-        one_of("norms", norms, BLOCK_NORMS)
+        check_choice("norms", norms, BLOCK_NORMS)
         kind = ZeroCenteredRMSNorm if zero_centered else RMSNorm
 
         def norm(wanted: bool) -> nn.Module:

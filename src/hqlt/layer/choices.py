@@ -43,5 +43,5 @@ def builders_of(
     Raises ValueError as `choices` does, and for an option that none of them uses.
     """
     chosen = choices(blend, mixer, fast_weights, retention)
-    own = registry.share_out(options, {f"{argument}={name!r}": cls for argument, (name, cls) in chosen.items()})
+    own = registry.split_options(options, {f"{argument}={name!r}": cls for argument, (name, cls) in chosen.items()})
     return {argument: partial(cls, **given) for (argument, (_, cls)), given in zip(chosen.items(), own, strict=True)}

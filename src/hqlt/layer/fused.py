@@ -39,7 +39,7 @@ from hqlt.shapes import Resets, Values
 Numbers: TypeAlias = tuple[Rotary | None, float, float, Retained | None]
 
 
-class OneToken:
+class OneTokenStep:
     """One token by `hqlt.ops.step`, where all parts have a native form.
 
     It remembers which parts it was asked about, and how the last call looked and what that meant: as long as both are
@@ -51,12 +51,12 @@ class OneToken:
         self.last: tuple[Any, Plan | None] = (None, None)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return OneToken, ()  # a copy of a layer has parts of its own
+        return OneTokenStep, ()  # a copy of a layer has parts of its own
 
     def __call__(
         self, parts: Parts, projected: Projected, state: MemoryState | None, resets: Resets | None
     ) -> tuple[Values, MemoryState] | None:
-        if state is None or projected.q.shape[1] != 1 or not self.knows(asked := (parts, numbers_of(parts))):
+        if state is None or projected.q.shape[1] != 1 or not self.knows(asked := (parts, step_numbers(parts))):
             return None
         q, k, v, write, gate = projected
         kv, fw, norm = state.kv, state.fw, parts.norm
@@ -94,7 +94,7 @@ class OneToken:
         return known
 
 
-def numbers_of(parts: Parts) -> Numbers:
+def step_numbers(parts: Parts) -> Numbers:
     """Rotary positions, β's maximum, ε of the norm, what stays beyond the window: what a part is used with, and may
     change in its lifetime."""
     _, kv, fw, _, _, norm = [{} if part is None else part.__dict__ for part in parts]
@@ -122,7 +122,7 @@ def plan_of(parts: Parts, numbers: Numbers, layouts: tuple[Layout, ...]) -> Plan
 
 @functools.lru_cache(maxsize=16)
 def _waves_of_digits(positions: Rotary, width: int, dtype: torch.dtype) -> Table:
-    return positions.waves(digits(), width, dtype)
+    return positions.cos_sin(digits(), width, dtype)
 
 
 def without_native_form(parts: Parts) -> list[str]:
@@ -135,10 +135,10 @@ def without_native_form(parts: Parts) -> list[str]:
     )
     unknown += [] if usual else ["v_activation"]
     unknown += [] if native_form(norm) or type(norm) is nn.Identity else ["o_norm"]
-    return unknown + (["grouped heads"] if mixer.heads.queries != mixer.heads.pairs else [])
+    return unknown + (["grouped heads"] if mixer.heads.queries != mixer.heads.keys else [])
 
 
-class InOneOperation:
+class SynchronousOperation:
     """A synchronous layer by `hqlt.ops.synchronous`, where an implementation runs that does more than the parts do; one
     token without gradients by its `step`."""
 
@@ -175,7 +175,7 @@ class InOneOperation:
         return y, blend.state_after(Memories(kv, fw), timeline, MatrixState(matrix))
 
 
-class MixedAndNormed:
+class FusedMixAndNorm:
     """Vector mixer and norm in one pass."""
 
     def __call__(
@@ -189,5 +189,5 @@ class MixedAndNormed:
         return mix(fw, kv, gate.view(fw.shape), norm.weight, eps=norm.eps), after
 
 
-FUSED: tuple[Callable[[], Fused], ...] = (OneToken, InOneOperation, MixedAndNormed)
-"""A layer has one of each. Where nobody watches its parts (`Parts.watched`), the first that serves a call runs it."""
+FUSED: tuple[Callable[[], Fused], ...] = (OneTokenStep, SynchronousOperation, FusedMixAndNorm)
+"""A layer has one of each. Where nobody watches its parts (`Parts.hooked`), the first that serves a call runs it."""

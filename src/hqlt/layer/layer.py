@@ -16,14 +16,14 @@ from hqlt.blend import Blend, Memories
 from hqlt.layer.choices import builders_of, choices
 from hqlt.layer.convolution import ShortConvolution
 from hqlt.layer.fused import FUSED, without_native_form
-from hqlt.layer.norm import RMSNorm, ZeroCenteredRMSNorm, norms_of_heads
+from hqlt.layer.norm import RMSNorm, ZeroCenteredRMSNorm, head_norms
 from hqlt.layer.parts import Parts, Projected
 from hqlt.memory import Entry, FWMemory, Heads, Held, KVMemory, MemoryState
 from hqlt.memory.fw import LowRank
 from hqlt.memory.state import leaves, named
 from hqlt.mixer import Alone, Mixer
 from hqlt.ops import Choice
-from hqlt.registry import one_of
+from hqlt.registry import check_choice
 from hqlt.shapes import Hidden, Keys, Queries, Resets, Values, check_resets, match
 
 ACTIVATIONS = {"silu": nn.SiLU}
@@ -108,7 +108,7 @@ class HybridMemory(nn.Module):
         self.sizes = heads = Heads.of(hidden_size, num_heads, num_kv_heads, head_dim, num_value_heads, value_dim, alone)
         self.kv: KVMemory | None = None if alone else self._kv(parts)
         self.mixer: Mixer = parts["mixer"](heads) if "mixer" in parts else Alone(heads)
-        widths = heads.queries * heads.k, heads.pairs * heads.k, heads.matrices * heads.v
+        widths = heads.queries * heads.k, heads.keys * heads.k, heads.matrices * heads.v
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(hidden_size, width, bias=qkv_bias) for width in widths)
         # After the projections: seeds draw weights in this order, and published figures hang on it.
         self.fw: FWMemory | None = self._fw(parts) if "fast_weights" in parts else None
@@ -118,10 +118,10 @@ class HybridMemory(nn.Module):
         self.conv = ShortConvolution(self.channels, conv_size) if conv_size else None
         self.q_norm, self.k_norm = self._qk_norms(qk_norm, norm_eps, zero_centered_norms)
         normed = self.blend.has_fw if head_norm is None else head_norm
-        self.o_norm, self.g_norm = norms_of_heads(normed, heads, norm_eps, output_gate, norm_after_gate)
+        self.o_norm, self.g_norm = head_norms(normed, heads, norm_eps, output_gate, norm_after_gate)
         self.g_proj, self.output_gate = _output_gate(output_gate, gate_rank, hidden_size, heads.reads * heads.v)
         self.o_proj = nn.Linear(heads.reads * heads.v, hidden_size, bias=o_bias)
-        self._remember()
+        self._register_like()
 
     def _kv(self, parts: dict[str, Callable[..., Any]]) -> KVMemory:
         kv: KVMemory = parts["memory"](self.sizes, parts["retention"](self.sizes))
@@ -137,24 +137,24 @@ class HybridMemory(nn.Module):
         """Keep other entries beyond the window from now on, as `hqlt.with_retention` of this layer does, in place."""
         assert self.kv is not None and self.blend.window is not None, "there is nothing beyond the window"
         kind = registry.find("retention", retention)
-        takers = {f"retention={retention!r}": kind, "KV": KVMemory.keeping}
-        own, others = registry.share_out(options, takers)
-        kv = self.kv.keeping(kind(self.sizes, **own), **others)
+        takers = {f"retention={retention!r}": kind, "KV": KVMemory.with_retention}
+        own, others = registry.split_options(options, takers)
+        kv = self.kv.with_retention(kind(self.sizes, **own), **others)
         self.blend.check(Memories(kv, self.fw))
-        self.blend.window = self.blend.checked(self.blend.window if window is None else window)
+        self.blend.window = self.blend.valid_window(self.blend.window if window is None else window)
         self.kv = kv.to(self.like).train(self.training)
-        self._look_at_parts()
+        self._cache_derived()
 
     def _fw(self, parts: dict[str, Callable[..., Any]]) -> FWMemory:
         fw: FWMemory = parts["fast_weights"](self.sizes)
         return fw
 
-    def _remember(self) -> None:
+    def _register_like(self) -> None:
         self.like: Tensor
         self.register_buffer("like", torch.empty(0), persistent=False)  # has the layer's dtype, its weights or not
-        self._look_at_parts()
+        self._cache_derived()
 
-    def _look_at_parts(self) -> None:
+    def _cache_derived(self) -> None:
         """What every call looks at, and is the same for all of them."""
         self.entries = self._entries()
         self.sizes_held = [entry.sizes for entry in leaves(self.entries)]
@@ -167,7 +167,7 @@ class HybridMemory(nn.Module):
         fw = "silu" if fw == "default" else fw
         for name, value in {"kv_activation": kv, "fw_activation": fw}.items():
             if value is not None:
-                one_of(name, value, ACTIVATIONS)
+                check_choice(name, value, ACTIVATIONS)
         shared = fw if self.kv is None else kv
         if self.kv is not None and self.fw is not None and kv != fw:
             if kv is not None:
@@ -185,10 +185,10 @@ class HybridMemory(nn.Module):
             if zero_centered:
                 raise ValueError("zero_centered_norms: expected together with qk_norm, got it without")
             return None, None
-        one_of("qk_norm", kind, QK_NORMS)
+        check_choice("qk_norm", kind, QK_NORMS)
         self.norms_heads = kind == "head"
         k, wide = self.sizes.k, kind == "full"
-        q_width, k_width = (k * (heads if wide else 1) for heads in (self.sizes.queries, self.sizes.pairs))
+        q_width, k_width = (k * (heads if wide else 1) for heads in (self.sizes.queries, self.sizes.keys))
         norm = ZeroCenteredRMSNorm if zero_centered else RMSNorm
         return norm(q_width, eps), norm(k_width, eps)
 
@@ -199,7 +199,7 @@ class HybridMemory(nn.Module):
         if self.kv is not None:
             gates = self.fw.gate_entries() if self.fw is not None and self.blend.keeps_gates else ()
             gates = pytree.tree_map(lambda entry: Entry((s, *entry.sizes), entry.dtype), gates)
-            keys, values = (Entry((s, heads.pairs, width), "narrow") for width in (heads.k, heads.v))
+            keys, values = (Entry((s, heads.keys, width), "narrow") for width in (heads.k, heads.v))
             kv = Held(keys, values, gates, self.kv.kept_entries(s or 0))  # type: ignore[arg-type]
         taps = self.conv.size - 1 if self.conv else 0
         fw = () if self.fw is None else self.fw.state_entries()
@@ -261,11 +261,11 @@ class HybridMemory(nn.Module):
         (b, t, _), (q_norm, k_norm) = q.shape, (self.q_norm, self.k_norm)
         if q_norm is not None and k_norm is not None and not self.norms_heads:
             q, k = q_norm(q), k_norm(k)
-        q, k = q.view(b, t, heads.queries, heads.k), k.view(b, t, heads.pairs, heads.k)
+        q, k = q.view(b, t, heads.queries, heads.k), k.view(b, t, heads.keys, heads.k)
         if q_norm is not None and k_norm is not None and self.norms_heads:
             q, k = q_norm(q), k_norm(k)
-        if heads.matrices > heads.pairs:
-            q, k = (x.repeat_interleave(heads.matrices // heads.pairs, dim=2) for x in (q, k))
+        if heads.matrices > heads.keys:
+            q, k = (x.repeat_interleave(heads.matrices // heads.keys, dim=2) for x in (q, k))
         return q, k, v.view(b, t, heads.matrices, heads.v)
 
     def heads(
@@ -277,7 +277,7 @@ class HybridMemory(nn.Module):
         the parts run one by one.
         """
         parts = self.parts()
-        if not parts.watched():
+        if not parts.hooked():
             for fused in self.fused:
                 if (done := fused(parts, projected, state, resets)) is not None:
                     return done
@@ -343,14 +343,14 @@ class HybridMemory(nn.Module):
         return f"hidden_size={self.hidden_size}, num_heads={self.num_heads}"
 
 
-OF_FW_ONLY = ("num_value_heads", "value_dim")
+FW_ONLY_ARGUMENTS = ("num_value_heads", "value_dim")
 
 
 def arguments_of(blend: str, mixer: str | None, fast_weights: str | None, retention: str | None = None) -> list[str]:
     """The names of the arguments that a layer of these choices uses."""
     chosen = choices(blend, mixer, fast_weights, retention)
     unused = {name for name in ("mixer", "fast_weights", "retention") if name not in chosen}
-    unused |= set(OF_FW_ONLY) if "memory" in chosen else set()
+    unused |= set(FW_ONLY_ARGUMENTS) if "memory" in chosen else set()
     own = [name for name in _own_arguments() if name not in unused]
     return [*own, *_options(cls for _, cls in chosen.values())]
 
@@ -381,7 +381,7 @@ def _output_gate(
     if rank is not None and not name:
         raise ValueError(f"gate_rank: expected together with output_gate, got {rank} without")
     kind = "silu" if isinstance(name, bool) else name
-    one_of("output_gate", kind, OUTPUT_GATES)
+    check_choice("output_gate", kind, OUTPUT_GATES)
     if rank is not None:
         return LowRank(hidden_size, rank, width, bias=True), OUTPUT_GATES[kind]
     return (nn.Linear(hidden_size, width, bias=False) if name else None), OUTPUT_GATES[kind]

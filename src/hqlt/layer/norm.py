@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from hqlt.memory import Heads
 from hqlt.ops import rms_norm
-from hqlt.registry import one_of
+from hqlt.registry import check_choice
 from hqlt.shapes import Values
 
 
@@ -53,7 +53,7 @@ class GroupedRMSNorm(RMSNorm):
 HEAD_NORMS = ("head", "group", "full")
 
 
-def norms_of_heads(
+def head_norms(
     kind: bool | str, heads: Heads, eps: float, gate: bool | str, after_gate: bool
 ) -> tuple[nn.Module, nn.Module | None]:
     """The norm before the output gate and the one after it, of which one at most does anything.
@@ -66,7 +66,7 @@ def norms_of_heads(
     if kind is False:
         return nn.Identity(), None
     kind = "head" if kind is True else kind
-    one_of("head_norm", kind, HEAD_NORMS)
-    groups = {"group": heads.pairs, "full": 1}
+    check_choice("head_norm", kind, HEAD_NORMS)
+    groups = {"group": heads.keys, "full": 1}
     norm = RMSNorm(heads.v, eps) if kind == "head" else GroupedRMSNorm(heads.reads, heads.v, groups[kind], eps)
     return (nn.Identity(), norm) if after_gate else (norm, None)

@@ -60,16 +60,16 @@ class Parts(NamedTuple):
         gates = () if self.fw is None else self.fw.gates(given.write)
         return Tokens(given.q, given.k, self.activation(given.v), gates)
 
-    def watched(self) -> bool:
+    def hooked(self) -> bool:
         """Whether a part has hooks (its own, or those of all modules), or a `forward` or `score` of its own.
 
         Then it must be called, and nothing fused runs. (What watches tensors instead, `hqlt.native.is_traced` knows.)
         """
         parts = *self, self.retention
-        return _has_any_global_hook() or any([is_watched(part) for part in parts if part is not None])  # noqa: C419
+        return _has_any_global_hook() or any([has_hooks(part) for part in parts if part is not None])  # noqa: C419
 
 
-def is_watched(part: nn.Module) -> bool:
+def has_hooks(part: nn.Module) -> bool:
     """Whether a module has hooks, or a `forward` or `score` of its own."""
     own = part.__dict__
     return bool(

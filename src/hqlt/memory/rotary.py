@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hqlt import ops
 from hqlt.native import is_traced
-from hqlt.registry import one_of
+from hqlt.registry import check_choice
 from hqlt.shapes import Keys, at_least_float32
 
 Table = tuple[Tensor, Tensor]
@@ -87,7 +87,7 @@ class Rotary(NamedTuple):
         """
         return (_new_table if is_traced() else _kept_table)(self, l, k, device, dtype)
 
-    def waves(self, positions: Tensor, k: int, dtype: torch.dtype) -> Table:
+    def cos_sin(self, positions: Tensor, k: int, dtype: torch.dtype) -> Table:
         """cos and sin of the angles at these positions, Int[l]: [l, 1, width/2] each. The angles are float64."""
         f, factor = self.frequencies(k)
         angle = positions.double()[:, None, None] * f.to(positions.device)
@@ -197,7 +197,7 @@ def _read(rope_scaling: Mapping[str, Any] | None) -> tuple[tuple[str, Any], ...]
             f"rope_scaling: expected a type whose frequencies are fixed, got {kind!r}: its frequencies change with the "
             f"length of the text, so that keys held from before would have to be turned anew"
         )
-    one_of("rope_scaling's rope_type", kind, ("default", *SCALINGS))
+    check_choice("rope_scaling's rope_type", kind, ("default", *SCALINGS))
     spec = inspect.getfullargspec(SCALINGS.get(kind, lambda: None))
     optional = set(spec.kwonlydefaults or {})
     required = set(spec.kwonlyargs) - optional
@@ -217,7 +217,7 @@ def _read(rope_scaling: Mapping[str, Any] | None) -> tuple[tuple[str, Any], ...]
 
 
 def _new_table(rotary: Rotary, l: int, k: int, device: torch.device, dtype: torch.dtype) -> Table:
-    cos, sin = rotary.waves(torch.arange(l, device="cpu"), k, dtype)
+    cos, sin = rotary.cos_sin(torch.arange(l, device="cpu"), k, dtype)
     return cos.to(device), sin.to(device)
 
 

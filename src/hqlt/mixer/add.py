@@ -22,10 +22,10 @@ class AddMixer(Gated):
     def __init__(self, heads: Heads, *, gate_bias: float | None = None, kv_gate: bool = False) -> None:
         self.sizes = heads.reads * heads.v, heads.reads if kv_gate else 0
         super().__init__(heads, sum(self.sizes), gate_bias)
-        self.begin()
+        self.init_parameters()
 
-    def begin(self) -> None:
-        super().begin()
+    def init_parameters(self) -> None:
+        super().init_parameters()
         nn.init.zeros_(self.gate_proj.weight)  # type: ignore[arg-type]
         if self.gate_bias is not None:
             nn.init.zeros_(self.gate_proj.bias[self.sizes[0] :])  # type: ignore[index]

@@ -39,7 +39,7 @@ class Mixer(nn.Module):
         (fw, kv), (fw_gate, kv_gate) = reads.both(), self.gates(logits)
         return fw_gate * fw + kv_gate * kv
 
-    def begin(self) -> None:
+    def init_parameters(self) -> None:
         """Put the gates to where they begin, whatever else has initialised their projections."""
 
 
@@ -58,7 +58,7 @@ class Gated(Mixer):
         logits: Tensor = self.gate_proj(x)
         return logits
 
-    def begin(self) -> None:
+    def init_parameters(self) -> None:
         if self.gate_bias is not None:
             nn.init.constant_(self.gate_proj.bias, self.gate_bias)  # type: ignore[arg-type]
 

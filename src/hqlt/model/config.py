@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from hqlt.layer import BLOCK_NORMS, HybridMemory, arguments_of, layer_arguments
 from hqlt.memory import KVMemory
-from hqlt.registry import find, one_of, options_of, share_out
+from hqlt.registry import check_choice, find, options_of, split_options
 
 LAYER_KINDS = ("hybrid", "kv", "fw")
 CONV_INITS = ("uniform", "identity")
@@ -227,8 +227,8 @@ class HQLTConfig(PreTrainedConfig):
         Raises ValueError as `check` does.
         """
         kind, before = find("retention", retention), find("retention", self.retention)
-        share_out(options, {f"retention={retention!r}": kind, "KV": KVMemory.keeping})
-        changed = {"retention"}.union(*(options_of(of) for of in (before, kind, KVMemory.keeping)))
+        split_options(options, {f"retention={retention!r}": kind, "KV": KVMemory.with_retention})
+        changed = {"retention"}.union(*(options_of(of) for of in (before, kind, KVMemory.with_retention)))
         own = {field.name: field.default for field in fields(self) if field.name in changed}
         if window is not None:
             each = self.kv_window if isinstance(self.kv_window, list) else [self.kv_window]
@@ -262,7 +262,7 @@ class HQLTConfig(PreTrainedConfig):
         used = arguments_of(**choices)
         if kind == "kv" and kv_window is None:  # there is nothing beyond its reach
             choices["retention"] = "recent"
-            used = [name for name in arguments_of(**choices) if name not in options_of(KVMemory.keeping)]
+            used = [name for name in arguments_of(**choices) if name not in options_of(KVMemory.with_retention)]
         if given["beta_max"] is None and "beta_max" in used:
             given = given | {"beta_max": options_of(find("rule", choices["fast_weights"]))["beta_max"]}
         return {name: given[name] for name in used if name in given} | choices | {"window": window}
@@ -290,12 +290,12 @@ class HQLTConfig(PreTrainedConfig):
                 f"(num_hidden_layers), got {len(self.kinds)}: {self.kinds}"
             )
         for kind in self.kinds:
-            one_of("layer_kinds", kind, LAYER_KINDS)
-        one_of("conv_init", self.conv_init, CONV_INITS)
+            check_choice("layer_kinds", kind, LAYER_KINDS)
+        check_choice("conv_init", self.conv_init, CONV_INITS)
         for kind, own in (self.of_kind or {}).items():
             self._check_kind(kind, own)
         for layer in range(self.num_hidden_layers):
-            one_of("block_norms", self.block_options(layer)["norms"], BLOCK_NORMS)
+            check_choice("block_norms", self.block_options(layer)["norms"], BLOCK_NORMS)
         if isinstance(self.kv_window, list) and len(self.kv_window) != self.num_hidden_layers:
             raise ValueError(
                 f"kv_window: expected one number, or an entry for each of the {self.num_hidden_layers} layers, got "
@@ -308,10 +308,12 @@ class HQLTConfig(PreTrainedConfig):
                 HybridMemory(**options)
 
     def _check_kind(self, kind: str, own: dict[str, Any]) -> None:
-        one_of("of_kind", kind, dict.fromkeys(self.kinds))
+        check_choice("of_kind", kind, dict.fromkeys(self.kinds))
         used = self.layer_options(self.kinds.index(kind))
         for name in own:
-            one_of(f"of_kind[{kind!r}]", name, sorted({"block_norms", *used} - {"hidden_size", "window", "blend"}))
+            check_choice(
+                f"of_kind[{kind!r}]", name, sorted({"block_norms", *used} - {"hidden_size", "window", "blend"})
+            )
 
     def _refuse_unused(self, layers: list[dict[str, Any]]) -> None:
         """An option that was changed, and that no layer uses."""

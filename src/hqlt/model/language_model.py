@@ -66,7 +66,7 @@ class HQLTPreTrainedModel(PreTrainedModel):
         if isinstance(module, ZeroCenteredRMSNorm):
             nn.init.zeros_(module.weight)
         elif isinstance(module, (FWMemory, KVMemory, LearnedMap, Mixer)):
-            module.begin()
+            module.init_parameters()
         elif isinstance(module, ShortConvolution):
             if self.config.conv_init == "identity":
                 nn.init.zeros_(module.weight)

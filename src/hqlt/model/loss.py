@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from hqlt.layer.parts import is_watched
+from hqlt.layer.parts import has_hooks
 from hqlt.native import is_transformed
 from hqlt.shapes import Hidden, at_least_float32
 
@@ -40,7 +40,7 @@ def summed_cross_entropy(x: Hidden, head: nn.Module, targets: Tensor, at_once: i
 
 
 def _is_a_matrix(head: nn.Module) -> bool:
-    if type(head) is not nn.Linear or is_watched(head) or "bias" in dict(head.named_parameters(recurse=False)):
+    if type(head) is not nn.Linear or has_hooks(head) or "bias" in dict(head.named_parameters(recurse=False)):
         return False
     return not is_traceable_wrapper_subclass(head.weight)
 

@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 
 from hqlt.model.config import HQLTConfig
-from hqlt.registry import one_of
+from hqlt.registry import check_choice
 
 SIZES: dict[str, dict[str, Any]] = {
     "340m": {"hidden_size": 1024, "num_hidden_layers": 24},
@@ -47,7 +47,7 @@ def preset(name: str, **changes: Any) -> HQLTConfig:
 
     Source: the paper, section 4.1 and appendix.
     """
-    one_of("preset", name, PRESETS)
+    check_choice("preset", name, PRESETS)
     try:
         return HQLTConfig(**{**PRESETS[name], **changes})
     except StrictDataclassError as error:  # of the wrong type

@@ -21,7 +21,7 @@ from torch._C import _len_torch_dispatch_stack
 from hqlt import native
 from hqlt.context import Setting
 from hqlt.ops import fla
-from hqlt.registry import load_plugins, one_of
+from hqlt.registry import check_choice, load_plugins
 from hqlt.shapes import is_symbolic
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -169,7 +169,7 @@ def register_backend(op: str, name: str) -> Callable[[F], F]:
         >>> hqlt.ops.rms_norm(torch.ones(3), torch.ones(3), eps=0.0, backend="mine")
         tensor([1., 1., 1.])
     """
-    one_of("op", op, IMPLEMENTATIONS)
+    check_choice("op", op, IMPLEMENTATIONS)
 
     def register(function: F) -> F:
         registered = IMPLEMENTATIONS[op].setdefault(name, function)
@@ -206,7 +206,7 @@ def use_backend(name: str | None) -> AbstractContextManager[None]:
     """
     if name is not None and not any(name in names for names in IMPLEMENTATIONS.values()):
         load_plugins()
-        one_of("backend", name, sorted({name for names in IMPLEMENTATIONS.values() for name in names}))
+        check_choice("backend", name, sorted({name for names in IMPLEMENTATIONS.values() for name in names}))
     return _forced.set(name)
 
 
@@ -247,7 +247,7 @@ def explain(op: str, x: Tensor, *, backend: str | None = None, **options: Any) -
         Choice(name='blocked', why='many windows in the sequence: work linear in length')
     """
     if op not in RULES:
-        one_of("op", op, RULES)
+        check_choice("op", op, RULES)
     known, name = IMPLEMENTATIONS[op], backend
     if name is None and (name := forced()) not in known:
         name = None
@@ -256,7 +256,7 @@ def explain(op: str, x: Tensor, *, backend: str | None = None, **options: Any) -
     else:
         if name not in known:
             load_plugins()
-            one_of(f"{op}: backend", name, known)
+            check_choice(f"{op}: backend", name, known)
         choice = Choice(name, "forced by hqlt.ops.use_backend" if backend is None else "named by the caller")
     transform = _unsupported_transform(choice.name)
     if transform and name is not None:

@@ -61,7 +61,7 @@ def kept_during(model: nn.Module, run: Callable[[], object]) -> KeptPairs:
         end, position = (candidates.expiry[:, older:] - older).clamp(max=t), candidates.positions[:, older:]
         index = torch.arange(t, device=q.device)[:, None]
         until.append(end.movedim(2, 0))
-        leaves.append((layer.blend.leaves(position) - position + index).minimum(end).movedim(2, 0))
+        leaves.append((layer.blend.leave_position(position) - position + index).minimum(end).movedim(2, 0))
         heads.extend((number, head) for head in range(end.shape[2]))
 
     layers = [part for part in model.modules() if isinstance(part, HybridMemory)]

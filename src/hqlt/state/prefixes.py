@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hqlt.memory import MemoryState
-from hqlt.registry import one_of
+from hqlt.registry import check_choice
 from hqlt.state.folder import PrefixFolder
 from hqlt.state.small import FORMS, pack, unpack
 from hqlt.state.storage import fingerprint, layers_of, unwrapped
@@ -108,7 +108,7 @@ class PrefixStore:
         if not self.layers:
             raise ValueError(f"model: expected one with layers of hqlt, got a {type(self.module).__name__} without")
         if form is not None:
-            one_of("form", form, FORMS)
+            check_choice("form", form, FORMS)
         if folder is None and max_disk_bytes is not None:
             raise ValueError(f"max_disk_bytes: expected together with a folder, got {max_disk_bytes} without")
         self.max_bytes, self.form = max_bytes, form

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hqlt.memory import MemoryState
 from hqlt.memory.state import named
-from hqlt.registry import one_of
+from hqlt.registry import check_choice
 from hqlt.state.storage import layers_of, states_from, tensors_of
 
 FORMS = ("bfloat16", "int8")
@@ -31,7 +31,7 @@ def pack(states: Sequence[MemoryState], form: str | None = None) -> dict[str, Te
     What a model makes of a rounded state differs from what it makes of the state: `docs/states.md` says by how much.
     """
     if form is not None:
-        one_of("form", form, FORMS)
+        check_choice("form", form, FORMS)
     packed: dict[str, Tensor] = {}
     for name, x in tensors_of([state.detach() for state in states]).items():
         in_channels = x.is_floating_point() and x.dim() >= 4 and x.numel()  # [b, ·, ·, channels]

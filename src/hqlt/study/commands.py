@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.console import Console
 
 from hqlt.evaluate.paper import tables
-from hqlt.registry import one_of
+from hqlt.registry import check_choice
 
 if TYPE_CHECKING:
     from hqlt.train.language.settings import TrainSettings
@@ -102,7 +102,7 @@ def print_and_run(what: str, only: str | None, console: Console) -> None:
     found = torch.cuda.device_count()
     runs = runs_of(what, found or 8)
     if only is not None:
-        one_of("only", only, [run.name for run in runs])
+        check_choice("only", only, [run.name for run in runs])
         runs = [run for run in runs if run.name == only]
     console.print(
         f"By estimate {sum(r.hours for r in runs):,.0f} hours of one {GPU} in all, at {USED:.0%} of its peak."

@@ -25,7 +25,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from hqlt.errors import reason
 from hqlt.layer import with_retention
-from hqlt.registry import find, names, one_of, options_of
+from hqlt.registry import check_choice, find, names, options_of
 from hqlt.train.fit import Budget
 from hqlt.train.grid import Cell
 from hqlt.train.task_cell import TaskCell
@@ -103,14 +103,14 @@ class Study:
         if other is None:
             return own, {}
         with at(f"models.{model}.trained_as"):
-            one_of("label", other, [label for label, fields in self.models.items() if "trained_as" not in fields])
+            check_choice("label", other, [label for label, fields in self.models.items() if "trained_as" not in fields])
         return self.built_from(other, experiment)[0], {"trained_as": other, "switched": own}
 
     def only(self, label: str | None) -> Study:
         """The study with one experiment; with all of them for None."""
         if label is None:
             return self
-        one_of("only", label, self.experiments)
+        check_choice("only", label, self.experiments)
         return dataclasses.replace(self, experiments={label: self.experiments[label]})
 
     def quick(self) -> Study:
@@ -242,7 +242,7 @@ def read_study(path: Path) -> Study:
             of_models = {"models": experiment.models or (), "own": experiment.own, "paper": experiment.paper}
             for name, labels in of_models.items():
                 for model in labels:
-                    one_of(f"experiments.{label}.{name}", model, study.models)
+                    check_choice(f"experiments.{label}.{name}", model, study.models)
         _check(study.cells())
     return study
 
@@ -280,7 +280,7 @@ def _kind(where: str, name: Any) -> str:
     except ModuleNotFoundError:  # of gymnasium, without which a name that is like no task's may be a world's
         if not difflib.get_close_matches(str(name), known, n=1):
             raise
-    one_of(where, name, known)
+    check_choice(where, name, known)
     raise AssertionError
 
 
@@ -350,7 +350,7 @@ def _keys(kind: type, given: Any) -> dict[str, Any]:
     """The mapping, with no key that is not an option and none missing that has no default."""
     options = options_of(kind)
     for name in _mapping(given):
-        one_of("key", name, options)
+        check_choice("key", name, options)
     for name, default in options.items():
         if default is inspect.Parameter.empty and name not in given:
             raise ValueError(f"expected the key {name!r}, got {', '.join(map(repr, given)) or 'nothing'}")

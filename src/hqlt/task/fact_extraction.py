@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hqlt.registry import one_of, register
+from hqlt.registry import check_choice, register
 from hqlt.task.task import IGNORE, SPLITS, Batch, Split, Task
 from hqlt.task.text import files_of
 
@@ -68,7 +68,7 @@ class FactExtraction(Task):
     def __post_init__(self) -> None:
         if self.length < 64:
             raise ValueError(f"length: expected at least 64 bytes, got {self.length}")
-        one_of("labels", self.labels, ("text", "answer"))
+        check_choice("labels", self.labels, ("text", "answer"))
 
     def sample(self, generator: torch.Generator, rows: int, split: Split) -> Batch:
         source, facts = files_of(split)[0].numpy(), facts_of(split)

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hqlt.registry import one_of, register
+from hqlt.registry import check_choice, register
 from hqlt.task.state_tracking import StateTracking
 
 
@@ -35,7 +35,7 @@ class Permutations(StateTracking):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("group", self.group, ("S3", "S4", "A5", "S5"))
+        check_choice("group", self.group, ("S3", "S4", "A5", "S5"))
 
     @property
     def vocab_size(self) -> int:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hqlt.registry import one_of
+from hqlt.registry import check_choice
 from hqlt.task.task import IGNORE, Batch, Split, Task
 
 
@@ -33,7 +33,7 @@ class Growing(Task):
                 raise ValueError(
                     f"{name}: expected the least and the greatest length, {self.shortest} or more, got {lengths}"
                 )
-        one_of("labels", self.labels, ("answer", "prefix"))
+        check_choice("labels", self.labels, ("answer", "prefix"))
 
     def lengths(self, split: Split) -> tuple[int, int]:
         return self.train_lengths if split == "train" else self.test_lengths

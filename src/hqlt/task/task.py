@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from hqlt.seeds import hashed
+from hqlt.seeds import hash64
 from hqlt.shapes import Resets
 
 Split = Literal["train", "validation", "test"]
@@ -92,4 +92,4 @@ class Task(ABC):
 
 def generator_for(split: Split, seed: int) -> torch.Generator:
     """A source of randomness that no other split or seed shares."""
-    return torch.Generator().manual_seed(hashed(split, seed) >> 1)
+    return torch.Generator().manual_seed(hash64(split, seed) >> 1)

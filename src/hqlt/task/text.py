@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hqlt.registry import register
-from hqlt.seeds import hashed
+from hqlt.seeds import hash64
 from hqlt.task.task import Batch, Split, Task
 
 LEFT_OUT = {
@@ -79,7 +79,7 @@ def library_files(split: Split) -> list[Path]:
 
 
 def _hash(path: Path) -> bytes:
-    return hashed(path.as_posix()).to_bytes(8, "little")
+    return hash64(path.as_posix()).to_bytes(8, "little")
 
 
 def _split_of(path: Path) -> Split:

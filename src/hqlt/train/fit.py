@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from hqlt.evaluate.scores import Score, evaluate
-from hqlt.ranges import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, all_in_range
+from hqlt.ranges import COUNT, FRACTION, NON_NEGATIVE, POSITIVE, check_ranges
 from hqlt.task import IGNORE, Batch, Growing, Task, generator_for
 from hqlt.train.schedule import warmup_then_cosine
 
@@ -54,9 +54,9 @@ class Budget:
     """Sequences in the test set."""
 
     def __post_init__(self) -> None:
-        all_in_range(self, steps=COUNT, batch_size=COUNT, validations=COUNT, validation_rows=COUNT, test_rows=COUNT)
-        all_in_range(self, learning_rate=POSITIVE, max_grad_norm=POSITIVE, weight_decay=NOT_NEGATIVE)
-        all_in_range(self, warmup_ratio=SHARE, min_lr_ratio=SHARE, ema_decay=SHARE, curriculum=SHARE)
+        check_ranges(self, steps=COUNT, batch_size=COUNT, validations=COUNT, validation_rows=COUNT, test_rows=COUNT)
+        check_ranges(self, learning_rate=POSITIVE, max_grad_norm=POSITIVE, weight_decay=NON_NEGATIVE)
+        check_ranges(self, warmup_ratio=FRACTION, min_lr_ratio=FRACTION, ema_decay=FRACTION, curriculum=FRACTION)
 
     def learning_rate_at(self, step: int) -> float:
         """step counts from 0."""

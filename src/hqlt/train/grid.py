@@ -27,7 +27,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from hqlt.disk import write_whole
-from hqlt.registry import outside
+from hqlt.registry import plugin_modules
 from hqlt.signals import stop_if_asked, stopping
 from hqlt.train.fit import Fit, Progress
 
@@ -220,7 +220,7 @@ class Workers:
     def start(self, cell: Cell) -> None:
         ours, theirs = self.context.Pipe(duplex=False)
         process = self.context.Process(
-            target=_work, args=(cell, self.folder, self.device, theirs, outside()), daemon=True
+            target=_work, args=(cell, self.folder, self.device, theirs, plugin_modules()), daemon=True
         )
         process.start()
         theirs.close()

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from hqlt.agent.worlds.streams import Indices
 from hqlt.agent.worlds.world import Observations, Rewards, World
-from hqlt.ranges import COUNT, INDEX, Range, in_range
+from hqlt.ranges import COUNT, INDEX, Range, check_range
 
 Places: TypeAlias = NDArray[np.int16]
 """Cells of a board with its margin, row · WIDTH + column."""
@@ -110,7 +110,7 @@ class ThreePhases(World):
             ("apples", apples, Range(0, len(TREES), whole=True)),
             ("respawn", 0 if respawn is None else respawn, INDEX),
         ):
-            in_range(name, value, allowed)
+            check_range(name, value, allowed)
         super().__init__(num_envs, Box(0, 255, (3, SEEN, SEEN), np.uint8), explore + distractor + reward, render_mode)
         self.explore, self.distractor, self.reward, self.apples, self.respawn = (
             explore, distractor, reward, apples, respawn,

@@ -15,7 +15,7 @@ from gymnasium.vector import SyncVectorEnv, VectorEnv
 
 from hqlt.agent.worlds.world import OneCopy
 from hqlt.errors import how_to_install
-from hqlt.registry import find, load_plugins, names, one_of
+from hqlt.registry import check_choice, find, load_plugins, names
 
 EXTRAS = {"popgym-": "popgym", "MiniGrid-": "minigrid", "BabyAI-": "minigrid"}
 """How ids begin, and the package (and extra of hqlt) that registers them when it is imported."""
@@ -82,7 +82,7 @@ def check_names(options: dict[str, Any], world: Any, *others: Any) -> None:
         return
     known = [name for taker in takers for name in taker if name not in ("num_envs", "id", "kwargs")]
     for name in options:
-        one_of("options", name, known)
+        check_choice("options", name, known)
 
 
 def _image_of_minigrid(name: str, options: dict[str, Any]) -> gymnasium.Env[Any, Any]:

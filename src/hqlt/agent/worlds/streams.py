@@ -7,14 +7,14 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from hqlt.seeds import GAMMA, mixed
+from hqlt.seeds import GAMMA, mix64
 
 Indices: TypeAlias = NDArray[np.intp]
 """Which copies, [m]."""
 
 
 class Streams:
-    """SplitMix64, n generators side by side: state ← state + γ, and what is drawn is mixed(state).
+    """SplitMix64, n generators side by side: state ← state + γ, and what is drawn is mix64(state).
 
     Copy i's stream follows from seed + i alone, so it is the same among any number of copies.
 
@@ -26,13 +26,13 @@ class Streams:
 
     def seed(self, copies: Indices, seed: int) -> None:
         """Begin anew: copy i with seed + i."""
-        self.state[copies] = mixed(np.uint64(seed % 2**64) + copies.astype(np.uint64))
+        self.state[copies] = mix64(np.uint64(seed % 2**64) + copies.astype(np.uint64))
 
     def bits(self, copies: Indices, count: int) -> NDArray[np.uint64]:
         """[m, count] 64 bits each."""
         drawn = self.state[copies, None] + np.arange(1, count + 1, dtype=np.uint64) * GAMMA
         self.state[copies] = drawn[:, -1]
-        return mixed(drawn)
+        return mix64(drawn)
 
     def below(self, copies: Indices, k: int) -> Indices:
         """[m] of 0 … k − 1, each as likely as the others (to within k / 2⁶⁴)."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from hqlt.agent.worlds.streams import Indices
 from hqlt.agent.worlds.world import Observations, Rewards, World
-from hqlt.ranges import COUNT, INDEX, in_range
+from hqlt.ranges import COUNT, INDEX, check_range
 from hqlt.registry import register
 
 ACROSS, ALONG = np.array([1, -1, 0, 0]), np.array([0, 0, -1, 1])
@@ -59,8 +59,8 @@ class TMaze(World):
         render_mode: str | None = None,
     ) -> None:
         oracle = self.ORACLE if oracle is None else oracle
-        in_range("corridor", corridor, COUNT)
-        in_range("oracle", oracle, INDEX)
+        check_range("corridor", corridor, COUNT)
+        check_range("oracle", oracle, INDEX)
         self.corridor, self.oracle, self.junction = corridor, oracle, corridor + oracle
         self.goal_reward, self.penalty = goal_reward, -1 / corridor if penalty is None else penalty
         super().__init__(num_envs, Box(-1, 1, (2,), np.float32), corridor + 2 * oracle + 1, render_mode)

@@ -14,7 +14,7 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from hqlt.agent.worlds.streams import Indices, Streams
-from hqlt.ranges import COUNT, in_range
+from hqlt.ranges import COUNT, check_range
 
 Observations: TypeAlias = NDArray[Any]
 """[n, …] one a copy."""
@@ -48,7 +48,7 @@ class World(VectorEnv[Observations, NDArray[Any], NDArray[Any]]):
     def __init__(
         self, num_envs: int, observation: gymnasium.Space[Any], episode_length: int, render_mode: str | None
     ) -> None:
-        in_range("num_envs", num_envs, COUNT)
+        check_range("num_envs", num_envs, COUNT)
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise ValueError(f"render_mode: expected None or 'rgb_array', got {render_mode!r}")
         self.num_envs, self.episode_length, self.render_mode = num_envs, episode_length, render_mode

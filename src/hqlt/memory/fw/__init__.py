@@ -15,7 +15,7 @@ from hqlt.memory.fw.mamba2 import Mamba2Memory
 from hqlt.memory.fw.mlstm import MLSTMMemory
 from hqlt.memory.fw.recurrence import Erasing, MatrixState, Recurrence, Terms
 from hqlt.memory.fw.retnet import RetNetMemory
-from hqlt.memory.fw.rule import Errors, FWMemory, LowRank, Write, begin_at, gate_projection
+from hqlt.memory.fw.rule import Errors, FWMemory, LowRank, Write, gate_projection, init_parameter
 from hqlt.memory.fw.rwkv7 import RWKV7Memory
 
 __all__ = [
@@ -43,6 +43,6 @@ __all__ = [
     "RetNetMemory",
     "Terms",
     "Write",
-    "begin_at",
     "gate_projection",
+    "init_parameter",
 ]

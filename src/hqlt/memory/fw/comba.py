@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from hqlt import ops
 from hqlt.memory.fw.gated_delta import GatedDeltaGates, GatedErasing
 from hqlt.memory.fw.recurrence import Terms
-from hqlt.memory.fw.rule import Write, begin_at
+from hqlt.memory.fw.rule import Write, init_parameter
 from hqlt.memory.heads import Heads
 from hqlt.ops.heads import repeated
 from hqlt.ops.segments import written
@@ -45,16 +45,16 @@ class CombaMemory(GatedErasing):
     def __init__(self, heads: Heads, *, correction: float | None = 1.0, inner_decay: bool = True) -> None:
         super().__init__(heads, beta_max=1.0)
         self.correction = correction
-        self.d = nn.Parameter(torch.empty(heads.pairs)) if inner_decay else None
-        self.D = None if correction is None else nn.Parameter(torch.empty(heads.pairs))
-        self.begin()
+        self.d = nn.Parameter(torch.empty(heads.keys)) if inner_decay else None
+        self.D = None if correction is None else nn.Parameter(torch.empty(heads.keys))
+        self.init_parameters()
 
-    def begin(self) -> None:
-        super().begin()
+    def init_parameters(self) -> None:
+        super().init_parameters()
         if self.d is not None:
-            begin_at(self.d, torch.ones_like(self.d))
+            init_parameter(self.d, torch.ones_like(self.d))
         if self.D is not None and self.correction is not None:
-            begin_at(self.D, torch.full_like(self.D, self.correction))
+            init_parameter(self.D, torch.full_like(self.D, self.correction))
 
     def gates(self, logits: tuple[Tensor, Tensor]) -> GatedDeltaGates:
         beta, decay = super().gates(logits)
@@ -76,7 +76,7 @@ class CombaMemory(GatedErasing):
 
     def _each(self, numbers: Tensor) -> Keys:
         """Of each key head → of each matrix: [h, 1]."""
-        return numbers.repeat_interleave(self.heads.matrices // self.heads.pairs)[:, None]
+        return numbers.repeat_interleave(self.heads.matrices // self.heads.keys)[:, None]
 
     def extra_repr(self) -> str:
         return f"correction={self.correction}, inner_decay={self.d is not None}"

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hqlt.memory.fw.rule import FWMemory, begin_at, gate_projection
+from hqlt.memory.fw.rule import FWMemory, gate_projection, init_parameter
 from hqlt.shapes import Strengths, at_least_float32
 
 STEPS = 1e-3, 0.1
@@ -28,12 +28,12 @@ def fixed_decay(log_alpha: list[float], like: Tensor) -> Strengths:
     return numbers.expand(*like.shape[:2], -1)
 
 
-def begin_decay(A_log: nn.Parameter, dt_bias: nn.Parameter, slowest: float = 1.0) -> None:
+def init_decay(A_log: nn.Parameter, dt_bias: nn.Parameter, slowest: float = 1.0) -> None:
     """exp(A_log) uniform in (slowest, 16), softplus(dt_bias) log-uniform in (1e-3, 0.1)."""
-    begin_at(A_log, torch.empty_like(A_log).uniform_(slowest, 16).clamp(min=1e-4).log())
+    init_parameter(A_log, torch.empty_like(A_log).uniform_(slowest, 16).clamp(min=1e-4).log())
     low, high = map(math.log, STEPS)
     dt = torch.empty_like(dt_bias).uniform_(low, high).exp().clamp(min=1e-4)
-    begin_at(dt_bias, dt + (-torch.expm1(-dt)).log())  # softplus⁻¹(dt)
+    init_parameter(dt_bias, dt + (-torch.expm1(-dt)).log())  # softplus⁻¹(dt)
 
 
 class MatrixDecay(FWMemory):
@@ -49,9 +49,9 @@ class MatrixDecay(FWMemory):
         self.decay_proj: nn.Module = gate_projection(self.heads.hidden_size, self.heads.matrices, None)
         self.A_log, self.dt_bias = (nn.Parameter(torch.empty(self.heads.matrices)) for _ in range(2))
 
-    def begin(self) -> None:
-        super().begin()
-        begin_decay(self.A_log, self.dt_bias, self.slowest)
+    def init_parameters(self) -> None:
+        super().init_parameters()
+        init_decay(self.A_log, self.dt_bias, self.slowest)
 
     def log_decay(self, logits: Tensor) -> Strengths:
         """log α from W_α x, in at least float32."""

@@ -53,7 +53,7 @@ class DeltaProductMemory(Erasing):
         super().__init__(heads, beta_max, writes=num_householder)
         self.writes = num_householder
         extra = num_householder - 1
-        widths = extra * heads.pairs * heads.k, extra * heads.matrices * heads.v
+        widths = extra * heads.keys * heads.k, extra * heads.matrices * heads.v
         self.k_proj, self.v_proj = (nn.Linear(heads.hidden_size, width, bias=False) for width in widths)
         self.own_v_activation: nn.Module = nn.Identity()
         self.convolved = dict(zip(("keys", "values"), widths, strict=True))
@@ -66,21 +66,21 @@ class DeltaProductMemory(Erasing):
         beta, keys, values = logits
         return ProductGates(
             self.strengths(beta).unflatten(-1, (m, heads.matrices)),
-            keys.unflatten(-1, (m - 1, heads.pairs, heads.k)),
+            keys.unflatten(-1, (m - 1, heads.keys, heads.k)),
             self.own_v_activation(values).unflatten(-1, (m - 1, heads.matrices, heads.v)),
         )
 
     def gate_entries(self) -> ProductGates:
         heads, m = self.heads, self.writes
         beta = Entry((m, heads.matrices))
-        keys = Entry((m - 1, heads.pairs, heads.k), "narrow")
+        keys = Entry((m - 1, heads.keys, heads.k), "narrow")
         values = Entry((m - 1, heads.matrices, heads.v), "narrow")
         return ProductGates(beta, keys, values)  # type: ignore[arg-type]
 
     def terms(self, q: Queries, write: Write) -> Terms:
         beta, keys, values = write.gates[:3]
         own_values = self.v_activation(write.values)
-        keys = keys.repeat_interleave(self.heads.matrices // self.heads.pairs, dim=3)
+        keys = keys.repeat_interleave(self.heads.matrices // self.heads.keys, dim=3)
         k, v = (
             torch.cat([extra, own[:, :, None]], dim=2).flatten(1, 2)
             for extra, own in ((keys, write.keys), (values, own_values))

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from hqlt.memory.fw.rule import begin_at
+from hqlt.memory.fw.rule import init_parameter
 from hqlt.memory.heads import Heads
-from hqlt.registry import one_of
+from hqlt.registry import check_choice
 from hqlt.shapes import Keys, Queries, at_least_float32
 
 
@@ -25,11 +25,11 @@ class LearnedMap(nn.Module):
 
     def __init__(self, heads: Heads) -> None:
         super().__init__()
-        self.q, self.k = (nn.Parameter(torch.eye(heads.k).repeat(h, 1, 1)) for h in (heads.queries, heads.pairs))
+        self.q, self.k = (nn.Parameter(torch.eye(heads.k).repeat(h, 1, 1)) for h in (heads.queries, heads.keys))
 
-    def begin(self) -> None:
+    def init_parameters(self) -> None:
         for matrices in (self.q, self.k):
-            begin_at(matrices, torch.eye(matrices.shape[-1]).expand_as(matrices))
+            init_parameter(matrices, torch.eye(matrices.shape[-1]).expand_as(matrices))
 
     def forward(self, q: Queries, keys: Keys) -> tuple[Queries, Keys]:
         return self.mapped(self.q, q), self.mapped(self.k, keys)
@@ -64,5 +64,5 @@ def feature_map_of(heads: Heads, name: str | None, known: Sequence[str] = ("lear
     """What a rule's option asks for; None: the rule's φ alone. Raises ValueError for a name that it does not know."""
     if name is None:
         return None
-    one_of("feature_map", name, known)
+    check_choice("feature_map", name, known)
     return MAPS[name](heads)

@@ -56,7 +56,7 @@ class GatedDeltaMemory(GatedErasing):
     def __init__(self, heads: Heads, *, beta_max: float = 1.0, feature_map: str | None = None) -> None:
         super().__init__(heads, beta_max)
         self.feature_map = feature_map_of(heads, feature_map)
-        self.begin()
+        self.init_parameters()
 
     @property
     def native(self) -> str | None:  # type: ignore[override]

@@ -42,7 +42,7 @@ class GatedDeltaProductMemory(MatrixDecay, DeltaProductMemory):
     def __init__(self, heads: Heads, *, num_householder: int = 2, beta_max: float = 2.0) -> None:
         super().__init__(heads, num_householder=num_householder, beta_max=beta_max)
         self.add_decay()
-        self.begin()
+        self.init_parameters()
 
     def logits(self, x: Hidden) -> GatedProductGates:  # type: ignore[override]
         return GatedProductGates(*super().logits(x), self.decay_proj(x))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hqlt.memory.fw.recurrence import Recurrence, Terms
-from hqlt.memory.fw.rule import Write, begin_at, check_depth
+from hqlt.memory.fw.rule import Write, check_depth, init_parameter
 from hqlt.memory.heads import Heads
 from hqlt.registry import register
 from hqlt.shapes import Keys, Queries, at_least_float32
@@ -39,11 +39,11 @@ class HGRN2Memory(Recurrence):
         layer, layers = self.depth = check_depth(depth)
         self.lower_bound = nn.Parameter(torch.empty(heads.matrices, heads.k)) if layer else None
         self.offset = math.log(layer / (layers - layer)) if layer else -math.inf
-        self.begin()
+        self.init_parameters()
 
-    def begin(self) -> None:
+    def init_parameters(self) -> None:
         if self.lower_bound is not None:
-            begin_at(self.lower_bound, torch.zeros_like(self.lower_bound))
+            init_parameter(self.lower_bound, torch.zeros_like(self.lower_bound))
 
     def forget(self, logits: Keys) -> tuple[Keys, Keys]:
         """From f's logits to log f and 1 − f, in at least float32."""

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from hqlt import ops
-from hqlt.memory.fw.decay import begin_decay, log_decay
+from hqlt.memory.fw.decay import init_decay, log_decay
 from hqlt.memory.fw.recurrence import Erasing, Terms
-from hqlt.memory.fw.rule import LowRank, Write, begin_at
+from hqlt.memory.fw.rule import LowRank, Write, init_parameter
 from hqlt.memory.heads import Heads
 from hqlt.memory.state import Entry
 from hqlt.registry import register
@@ -49,13 +49,13 @@ class KDAMemory(Erasing):
         self.decay_proj = LowRank(heads.hidden_size, rank, heads.matrices * heads.k)
         self.A_log = nn.Parameter(torch.empty(heads.matrices))
         self.dt_bias = nn.Parameter(torch.empty(heads.matrices * heads.k))
-        self.begin()
+        self.init_parameters()
 
-    def begin(self) -> None:
-        super().begin()
-        begin_decay(self.A_log, self.dt_bias)
+    def init_parameters(self) -> None:
+        super().init_parameters()
+        init_decay(self.A_log, self.dt_bias)
         if self.decay_floor is not None:
-            begin_at(self.A_log, torch.zeros_like(self.A_log))
+            init_parameter(self.A_log, torch.zeros_like(self.A_log))
 
     def logits(self, x: Hidden) -> tuple[Tensor, Tensor]:
         return self.beta_proj(x), self.decay_proj(x)

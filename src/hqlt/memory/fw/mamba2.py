@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hqlt.memory.fw.decay import begin_decay, log_decay
+from hqlt.memory.fw.decay import init_decay, log_decay
 from hqlt.memory.fw.recurrence import Recurrence, Terms
-from hqlt.memory.fw.rule import Write, begin_at, gate_projection
+from hqlt.memory.fw.rule import Write, gate_projection, init_parameter
 from hqlt.memory.heads import Heads
 from hqlt.memory.state import Entry
 from hqlt.registry import register
@@ -45,12 +45,12 @@ class Mamba2Memory(Recurrence):
         self.dt_proj: nn.Module = gate_projection(heads.hidden_size, heads.matrices, None)
         self.A_log, self.dt_bias = (nn.Parameter(torch.empty(heads.matrices)) for _ in range(2))
         self.D = nn.Parameter(torch.empty(heads.matrices)) if skip else None
-        self.begin()
+        self.init_parameters()
 
-    def begin(self) -> None:
-        begin_decay(self.A_log, self.dt_bias)
+    def init_parameters(self) -> None:
+        init_decay(self.A_log, self.dt_bias)
         if self.D is not None:
-            begin_at(self.D, torch.ones_like(self.D))
+            init_parameter(self.D, torch.ones_like(self.D))
 
     def logits(self, x: Hidden) -> Tensor:
         logits: Tensor = self.dt_proj(x)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hqlt import ops
-from hqlt.memory.fw.rule import FWMemory, Write, begin_at, gate_projection
+from hqlt.memory.fw.rule import FWMemory, Write, gate_projection, init_parameter
 from hqlt.memory.heads import Heads
 from hqlt.memory.state import Entry
 from hqlt.ops.heads import repeated
@@ -60,12 +60,12 @@ class MLSTMMemory(FWMemory):
         self.input_proj, self.forget_proj = (
             gate_projection(heads.hidden_size, heads.matrices, bias) for bias in (input_bias, 0.0)
         )
-        self.begin()
+        self.init_parameters()
 
-    def begin(self) -> None:
+    def init_parameters(self) -> None:
         for projection, biases in ((self.input_proj, (self.input_bias,) * 2), (self.forget_proj, (3.0, 6.0))):
-            begin_at(projection.weight, torch.zeros_like(projection.weight))
-            begin_at(projection.bias, torch.linspace(*biases, self.heads.matrices))
+            init_parameter(projection.weight, torch.zeros_like(projection.weight))
+            init_parameter(projection.bias, torch.linspace(*biases, self.heads.matrices))
 
     def logits(self, x: Hidden) -> tuple[Tensor, Tensor]:
         return self.input_proj(x), self.forget_proj(x)

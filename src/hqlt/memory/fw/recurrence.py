@@ -44,7 +44,7 @@ class Recurrence(FWMemory):
         raise NotImplementedError
 
     @property
-    def says_errors(self) -> bool:  # type: ignore[override]
+    def returns_errors(self) -> bool:  # type: ignore[override]
         return self.erases
 
     def forward(
@@ -77,7 +77,7 @@ class Erasing(Recurrence):
         self.beta_max, self.beta_bias = beta_max, beta_bias
         self.beta_proj: nn.Module = gate_projection(heads.hidden_size, writes * heads.matrices, beta_bias)
 
-    def begin(self) -> None:
+    def init_parameters(self) -> None:
         if self.beta_bias is not None:
             nn.init.constant_(self.beta_proj.bias, self.beta_bias)  # type: ignore[arg-type]
 

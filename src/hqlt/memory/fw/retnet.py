@@ -60,7 +60,7 @@ class RetNetMemory(Recurrence):
     def _rotated(self, x: Keys, positions: Positions) -> Keys:
         """x [b, t, ·, k] at positions [b, t], or [1, t] where all rows have the same."""
         assert self.positions is not None
-        cos, sin = self.positions.waves(positions.flatten(), self.heads.k, x.dtype)
+        cos, sin = self.positions.cos_sin(positions.flatten(), self.heads.k, x.dtype)
         shared = not is_symbolic(positions.shape[0]) and positions.shape[0] == 1
         rows = x if shared else x.flatten(0, 1)[None]
         return apply_rotary(rows, cos, sin).view_as(x)

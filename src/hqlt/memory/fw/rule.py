@@ -57,7 +57,7 @@ class FWMemory(nn.Module):
     erases = True
     """Whether a step reads what it erases."""
 
-    says_errors = False
+    returns_errors = False
     """Whether `forward` takes errors=True, and then returns `Errors`, too."""
 
     def __init__(self, heads: Heads) -> None:
@@ -91,7 +91,7 @@ class FWMemory(nn.Module):
         """The gates' `Entry`s, without b and t: for blends that hold on to a pair's own gates, and for none at all."""
         return ()
 
-    def begin(self) -> None:
+    def init_parameters(self) -> None:
         """Put the gates to where they begin, whatever else has initialised their projections."""
 
     def state_entries(self) -> Tree:
@@ -150,7 +150,7 @@ class LowRank(nn.Module):
         return out
 
 
-def begin_at(parameter: Tensor, values: Tensor) -> None:
+def init_parameter(parameter: Tensor, values: Tensor) -> None:
     """Where a gate's parameter begins, unless it was read from a file."""
     if not getattr(parameter, "_is_hf_initialized", False):
         with torch.no_grad():

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hqlt.memory.fw.recurrence import Recurrence, Terms
-from hqlt.memory.fw.rule import Errors, LowRank, Write, begin_at, check_depth
+from hqlt.memory.fw.rule import Errors, LowRank, Write, check_depth, init_parameter
 from hqlt.memory.heads import Heads
 from hqlt.memory.state import Entry
 from hqlt.registry import register
@@ -58,24 +58,24 @@ class RWKV7Memory(Recurrence):
         self.decay_proj = LowRank(heads.hidden_size, rank, width, bias=True, activation=nn.Tanh())
         self.a_proj = LowRank(heads.hidden_size, rank, width, bias=True)
         self.k_k, self.k_a = (nn.Parameter(torch.empty(width)) for _ in range(2))
-        self.begin()
+        self.init_parameters()
 
-    def begin(self) -> None:
+    def init_parameters(self) -> None:
         h, k = self.heads.matrices, self.heads.k
         layer, layers = self.depth
         later = (layer / max(layers - 1, 1)) ** 0.3
         along = torch.linspace(0, 1, h * k)
         within = torch.linspace(-1, 1, k).repeat(h)
         bends = within * within.abs()
-        begin_at(self.decay_proj.up.bias, 6 * along ** (1 + later) - 5.5 + 2.5 * bends)
-        begin_at(self.a_proj.up.bias, 0.4 * (along - 0.5) - 0.19 + 0.3 * bends)
-        begin_at(self.k_k, 0.71 - 0.1 * (along - 0.5))
-        begin_at(self.k_a, torch.full((h * k,), 1.02))
+        init_parameter(self.decay_proj.up.bias, 6 * along ** (1 + later) - 5.5 + 2.5 * bends)
+        init_parameter(self.a_proj.up.bias, 0.4 * (along - 0.5) - 0.19 + 0.3 * bends)
+        init_parameter(self.k_k, 0.71 - 0.1 * (along - 0.5))
+        init_parameter(self.k_a, torch.full((h * k,), 1.02))
         for proj in (self.decay_proj, self.a_proj):
-            begin_at(proj.down.weight, torch.zeros(()))
+            init_parameter(proj.down.weight, torch.zeros(()))
             rows, columns = proj.up.weight.shape
             gain = 0.1 * max(math.sqrt(columns / rows), 1)
-            begin_at(proj.up.weight, nn.init.orthogonal_(torch.empty(rows, columns), gain))
+            init_parameter(proj.up.weight, nn.init.orthogonal_(torch.empty(rows, columns), gain))
 
     def logits(self, x: Hidden) -> tuple[Tensor, Tensor]:
         return self.decay_proj(x), self.a_proj(x)

@@ -17,7 +17,7 @@ from hqlt.memory.kv.retention import HIGHEST, Entries, Recent, Retention
 from hqlt.memory.rotary import Rotary, apply_rotary
 from hqlt.memory.state import Entry
 from hqlt.ops import Beyond
-from hqlt.registry import one_of
+from hqlt.registry import check_choice
 from hqlt.shapes import Keys, Queries, Resets, Values
 
 KEPT_POSITIONS = ("true", "clamped", "none")
@@ -63,7 +63,7 @@ class KVMemory(nn.Module):
         super().__init__()
         if sinks < 0:
             raise ValueError(f"sinks: expected a number of entries, at least 0, got {sinks}")
-        one_of("kept_positions", kept_positions, KEPT_POSITIONS)
+        check_choice("kept_positions", kept_positions, KEPT_POSITIONS)
         self.heads, self.sinks, self.kept_alike, self.kept_positions = heads, sinks, kept_alike, kept_positions
         retention = Recent(heads) if retention is None else retention
         self.kept = sinks + retention.kept
@@ -79,15 +79,15 @@ class KVMemory(nn.Module):
         if self.positions is not None:
             self.positions.width(heads.k)  # refuses what cannot be turned
         self.q_norm, self.k_norm = (nn.RMSNorm(heads.k, eps=1e-6) if kept_norm else None for _ in range(2))
-        self.gate_begins = kept_gate
+        self.initial_gate = kept_gate
         self.gate = None if kept_gate is None else nn.Parameter(torch.full((heads.queries,), float(kept_gate)))
 
-    def begin(self) -> None:
+    def init_parameters(self) -> None:
         """Put the gate to where it begins, whatever else has initialised it."""
-        if self.gate is not None and self.gate_begins is not None:
-            nn.init.constant_(self.gate, self.gate_begins)
+        if self.gate is not None and self.initial_gate is not None:
+            nn.init.constant_(self.gate, self.initial_gate)
 
-    def keeping(
+    def with_retention(
         self,
         retention: Retention | None,
         *,
@@ -180,13 +180,13 @@ class KVMemory(nn.Module):
         if self.positions is None or keys.shape[1] == 0:
             return keys
         places = candidates.positions[:, : keys.shape[1]] + candidates.offset[:, None, None]
-        cos, sin = self.positions.waves(places.flatten(), self.heads.k, keys.dtype)
+        cos, sin = self.positions.cos_sin(places.flatten(), self.heads.k, keys.dtype)
         return apply_rotary(keys.reshape(1, -1, 1, keys.shape[3]), cos, sin).view_as(keys)
 
     def _turned(self, x: Keys, place: int) -> Keys:
         """x [b, l, h, k], all at one place."""
         assert self.positions is not None
-        cos, sin = self.positions.waves(torch.tensor([place], device=x.device), self.heads.k, x.dtype)
+        cos, sin = self.positions.cos_sin(torch.tensor([place], device=x.device), self.heads.k, x.dtype)
         return apply_rotary(x.flatten(0, 1)[:, None], cos, sin).view_as(x)
 
     def candidates(self, timeline: Timeline, t: int, past: Kept | None, errors: Errors | None) -> Candidates:
@@ -209,7 +209,7 @@ class KVMemory(nn.Module):
         """What the state holds beside s recent entries, without b; () where nothing is kept."""
         if not self.kept:
             return ()
-        h, K = self.heads.pairs, self.kept
+        h, K = self.heads.keys, self.kept
         keys, values = (Entry((K, h, width), "narrow") for width in (self.heads.k, self.heads.v))
         return Kept(keys, values, Entry((K, h), "int64"), Entry((K + s, h)))  # type: ignore[arg-type]
 

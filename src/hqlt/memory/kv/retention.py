@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hqlt.memory.fw import Errors
 from hqlt.memory.heads import Heads
-from hqlt.registry import one_of, register
+from hqlt.registry import check_choice, register
 from hqlt.shapes import Keys, Positions, Values, at_least_float32
 
 HIGHEST = torch.finfo(torch.float32).max
@@ -96,7 +96,7 @@ class Surprise(Retention):
 
     def __init__(self, heads: Heads, *, kept: int = 0, score: str = "error") -> None:
         super().__init__(heads, kept=kept)
-        one_of("score", score, ("error", "beta-error"))
+        check_choice("score", score, ("error", "beta-error"))
         self.weighted = score == "beta-error"
 
     @property
@@ -131,7 +131,7 @@ class Random(Retention):
     native = "random"
 
     def score(self, new: Entries) -> Tensor:
-        h = self.heads.pairs
+        h = self.heads.keys
         x = (new.positions[..., None] * h + torch.arange(h, device=new.positions.device)) & 0xFFFFFFFF
         for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
             x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF

@@ -18,7 +18,7 @@ from hqlt.layer import arguments_of
 from hqlt.memory import KVMemory
 from hqlt.memory.rotary import Rotary
 from hqlt.model.config import HQLTConfig
-from hqlt.registry import one_of, options_of
+from hqlt.registry import check_choice, options_of
 
 SHARED = {
     "vocab_size": "vocab_size",
@@ -134,7 +134,7 @@ def config_of(theirs: PreTrainedConfig) -> HQLTConfig:
 
     Raises ValueError for another architecture, and for a field whose value our layers do not compute.
     """
-    one_of("model_type", theirs.model_type, ARCHITECTURES)
+    check_choice("model_type", theirs.model_type, ARCHITECTURES)
     kind = ARCHITECTURES[theirs.model_type]
     if getattr(theirs, "quantization_config", None):
         raise ValueError(
@@ -169,7 +169,7 @@ def config_as(config: HQLTConfig, architecture: str) -> PreTrainedConfig:
 
     Raises ValueError for another architecture, and for a field whose value the architecture does not have.
     """
-    one_of("architecture", architecture, ARCHITECTURES)
+    check_choice("architecture", architecture, ARCHITECTURES)
     hybrid = ARCHITECTURES[architecture].hybrid
     if "hybrid" in config.kinds or ("fw" in config.kinds) != hybrid:
         expected = "'kv' and 'fw'" if hybrid else "only 'kv'"
@@ -261,7 +261,7 @@ def _in_one_form(layer: dict[str, Any], attends: bool) -> dict[str, Any]:
         "head_norm": "head" if layer["head_norm"] is True else layer["head_norm"],
     }
     filled = {name: value for name, value in defaults.items() if name in layer and layer[name] is None}
-    unsaid = {name for name, default in options_of(KVMemory.keeping).items() if layer.get(name) == default}
+    unsaid = {name for name, default in options_of(KVMemory.with_retention).items() if layer.get(name) == default}
     said = {**layer, **plain, **filled}
     return {name: value for name, value in said.items() if name not in {"window", "blend", *unsaid}}
 

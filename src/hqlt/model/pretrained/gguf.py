@@ -18,7 +18,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConf
 
 from hqlt.memory.rotary import Rotary, llama3
 from hqlt.model.pretrained.weights import shapes_of
-from hqlt.registry import one_of
+from hqlt.registry import check_choice
 
 FAMILIES = {"llama": True, "qwen2": False, "qwen3": False}
 """`general.architecture`, which is transformers' model_type too, and whether llama.cpp turns neighbours in a head of q
@@ -101,7 +101,7 @@ def _plain(value: Any) -> Any:
 def config_in(gguf: Gguf) -> PreTrainedConfig:
     """Raises ValueError for another architecture, and for a field that no model of transformers would follow."""
     architecture = str(gguf.fields.get("general.architecture"))
-    one_of("general.architecture", architecture, FAMILIES)
+    check_choice("general.architecture", architecture, FAMILIES)
     said = {
         name.removeprefix(f"{architecture}."): value
         for name, value in gguf.fields.items()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hqlt.evaluate import Score
-from hqlt.ranges import COUNT, all_in_range
+from hqlt.ranges import COUNT, check_ranges
 from hqlt.train.agent.run import keep_agent, load_agent
 from hqlt.train.agent.settings import AgentSettings
 from hqlt.train.agent.trainer import AgentTrainer, Update
@@ -40,7 +40,7 @@ class AgentBudget:
     """One argument of the world, and values of it at which the chosen agent is tested too: {distractor: [10, 100]}."""
 
     def __post_init__(self) -> None:
-        all_in_range(self, steps=COUNT, num_envs=COUNT, evaluations=COUNT, episodes=COUNT, test_episodes=COUNT)
+        check_ranges(self, steps=COUNT, num_envs=COUNT, evaluations=COUNT, episodes=COUNT, test_episodes=COUNT)
         if len(self.along) > 1:
             raise ValueError(f"along: expected at most one argument of the world, got {', '.join(self.along)}")
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from hqlt.agent import Agent
 from hqlt.agent.memory_model import names_of_memories
-from hqlt.ranges import COUNT, SEED, all_in_range
-from hqlt.registry import find, names, one_of
+from hqlt.ranges import COUNT, SEED, check_ranges
+from hqlt.registry import check_choice, find, names
 
 VALIDATION_SEED, TEST_SEED = 2**32, 2**33
 """Of the episodes that are scored; copy i adds i. Those of training lie below 2³¹."""
@@ -48,13 +48,13 @@ class AgentSettings:
     """How many checkpoints stay, the newest."""
 
     def __post_init__(self) -> None:
-        all_in_range(self, num_envs=COUNT, steps=COUNT, seed=SEED)
-        all_in_range(self, evaluate_every=COUNT, episodes=COUNT, keep_checkpoints=COUNT)
-        one_of("memory", self.memory, names_of_memories())
+        check_ranges(self, num_envs=COUNT, steps=COUNT, seed=SEED)
+        check_ranges(self, evaluate_every=COUNT, episodes=COUNT, keep_checkpoints=COUNT)
+        check_choice("memory", self.memory, names_of_memories())
         given = self.agent.in_runs if self.hyperparameters is None else self.hyperparameters
         if isinstance(given, Mapping):
             for name in given:
-                one_of(self.algorithm, name, [field.name for field in dataclasses.fields(self.agent.Settings)])
+                check_choice(self.algorithm, name, [field.name for field in dataclasses.fields(self.agent.Settings)])
             given = self.agent.Settings(**given)
         if not isinstance(given, self.agent.Settings):
             raise ValueError(

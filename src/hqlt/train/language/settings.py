@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from hqlt.ranges import COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE, Range, all_in_range
+from hqlt.ranges import COUNT, FRACTION, NON_NEGATIVE, POSITIVE, SEED, Range, check_ranges
 from hqlt.train.schedule import warmup_then_cosine
 
 
@@ -67,12 +67,12 @@ class TrainSettings:
     """Sequences in the validation set; as many are tested, once, at the end."""
 
     def __post_init__(self) -> None:
-        all_in_range(self, length=COUNT, batch_size=COUNT, steps=COUNT, micro_batch_size=COUNT, shard_over=COUNT)
-        all_in_range(
+        check_ranges(self, length=COUNT, batch_size=COUNT, steps=COUNT, micro_batch_size=COUNT, shard_over=COUNT)
+        check_ranges(
             self, save_every=COUNT, keep_checkpoints=COUNT, validate_every=COUNT, validation_rows=COUNT, seed=SEED
         )
-        all_in_range(self, learning_rate=POSITIVE, eps=POSITIVE, max_grad_norm=POSITIVE, weight_decay=NOT_NEGATIVE)
-        all_in_range(self, min_lr_ratio=SHARE, warmup_steps=Range(0, self.steps, whole=True))
+        check_ranges(self, learning_rate=POSITIVE, eps=POSITIVE, max_grad_norm=POSITIVE, weight_decay=NON_NEGATIVE)
+        check_ranges(self, min_lr_ratio=FRACTION, warmup_steps=Range(0, self.steps, whole=True))
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas: expected two numbers from 0 to below 1, got {self.betas}")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hqlt.model.pretrained.retrofit import NO_RULE
-from hqlt.ranges import COUNT, INDEX, NOT_NEGATIVE, POSITIVE, SEED, all_in_range
+from hqlt.ranges import COUNT, INDEX, NON_NEGATIVE, POSITIVE, SEED, check_ranges
 from hqlt.registry import find, options_of
 from hqlt.train.schedule import warmup_then_cosine
 
@@ -99,12 +99,12 @@ class RetrofitSettings:
     none."""
 
     def __post_init__(self) -> None:
-        all_in_range(self, window=COUNT, sinks=INDEX, kept=INDEX, measure_tokens=COUNT, seed=SEED, lora_rank=INDEX)
-        all_in_range(self, lora_learning_rate=POSITIVE, max_grad_norm=POSITIVE, micro_batch_size=COUNT)
-        all_in_range(self, save_every=COUNT, keep_checkpoints=COUNT, validation_rows=INDEX)
+        check_ranges(self, window=COUNT, sinks=INDEX, kept=INDEX, measure_tokens=COUNT, seed=SEED, lora_rank=INDEX)
+        check_ranges(self, lora_learning_rate=POSITIVE, max_grad_norm=POSITIVE, micro_batch_size=COUNT)
+        check_ranges(self, save_every=COUNT, keep_checkpoints=COUNT, validation_rows=INDEX)
         for name in STAGES:
             stage: Stage = getattr(self, name)
-            all_in_range(stage, f"{name}.", tokens=INDEX, length=COUNT, batch_size=COUNT, learning_rate=NOT_NEGATIVE)
+            check_ranges(stage, f"{name}.", tokens=INDEX, length=COUNT, batch_size=COUNT, learning_rate=NON_NEGATIVE)
             if stage.batch_size % self.micro_batch_size:
                 raise ValueError(
                     f"micro_batch_size: expected a divisor of {name}.batch_size = {stage.batch_size}, got "

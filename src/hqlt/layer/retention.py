@@ -33,11 +33,13 @@ def with_retention(model: Model, *, retention: str = "surprise", window: int | N
     Raises ValueError for what does not fit together, and where no layer could keep anything.
     """
     changed = copy.deepcopy(model)
-    switch_on(changed, retention=retention, window=window, **options)
+    enable_retention(changed, retention=retention, window=window, **options)
     return changed
 
 
-def switch_on(model: nn.Module, *, retention: str, window: int | None = None, **options: Any) -> list[HybridMemory]:
+def enable_retention(
+    model: nn.Module, *, retention: str, window: int | None = None, **options: Any
+) -> list[HybridMemory]:
     """`with_retention` of the model itself, no copy → the layers that were changed."""
     layers = [part for part in model.modules() if isinstance(part, HybridMemory)]
     able = [layer for layer in layers if layer.kv is not None and layer.blend.window is not None]

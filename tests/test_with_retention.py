@@ -68,7 +68,7 @@ def test_it_is_the_layer_that_is_built_so(retention, changed):
 
 
 def test_all_that_a_layer_takes_can_be_switched_on():
-    later, options = options_of(KVMemory.keeping), options_of(KVMemory)
+    later, options = options_of(KVMemory.with_retention), options_of(KVMemory)
     of_positions = {"rope_theta", "partial_rotary_factor", "rope_scaling"}
     assert later == {name: options[name] for name in options.keys() - of_positions}
     assert {*later, *options_of(Surprise), "retention", "window"} == {field.name for field in fields(Keeping)}
