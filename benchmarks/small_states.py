@@ -29,7 +29,7 @@ from hqlt.memory import MemoryState
 from hqlt.model import HQLTCache, HQLTConfig, HQLTForCausalLM
 from hqlt.registry import build
 from hqlt.state import pack, unpack
-from hqlt.state.small import FORMS, Kept, from_int8, keep, to_int8
+from hqlt.state.small import DTYPES, Kept, from_int8, keep, to_int8
 from hqlt.task import Needles, Task, generator_for
 from hqlt.task.text import files_of
 from hqlt.train.fit import Budget, Fit, fit
@@ -147,7 +147,7 @@ def rounded_once(
 ) -> dict[str, Scores]:
     """By form: tokens [rows, t] are read from states that were rounded before the first of them."""
     made = {}
-    for form in (None, *FORMS):
+    for form in (None, *DTYPES):
         cache, parts = HQLTCache.from_states(unpack(pack(states, form), model)), []
         for piece, after in zip(tokens.split(CHUNK, dim=1), following.split(CHUNK, dim=1), strict=True):
             parts.append(scores(model(piece, past_key_values=cache).logits, after))
@@ -237,7 +237,7 @@ def bytes_of(states: Sequence[MemoryState]) -> dict[str, dict[str, int]]:
     matrices = [state.fw.matrix for state in one]
     scales = {"exact": 0, "bfloat16": 0}
     return {
-        "rounded_once": {form or "exact": sum(x.nbytes for x in pack(one, form).values()) for form in (None, *FORMS)},
+        "rounded_once": {form or "exact": sum(x.nbytes for x in pack(one, form).values()) for form in (None, *DTYPES)},
         "rounded_always": {
             name: sum(int(x.numel() * size) + scales.get(name, 4) * x[..., 0].numel() for x in matrices)
             for name, (_, size) in ROUNDINGS.items()

@@ -19,7 +19,7 @@ from hqlt.language.chat import Chat
 from tests.language.conftest import CHATML, build, save_chat_tokenizer
 from tests.language.test_chat import ascii_model, talk
 
-OPTIONS = ("--tokens=12", "--greedy")
+OPTIONS = ("--max-new-tokens=12", "--greedy")
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_a_template_without_a_place_for_it(said, tmp_path):
 
 
 def test_seeds(folder, said):
-    options = ("--tokens=12", "--temperature=2", "--top-k=90")
+    options = ("--max-new-tokens=12", "--temperature=2", "--top-k=90")
     one, same, other = (said(folder, "One?", "/retry", options=(*options, f"--seed={seed}"))[0] for seed in (1, 1, 2))
     assert one == same != other
     assert len(set(one.split("\n"))) == 3  # another try is another answer
@@ -154,7 +154,11 @@ def test_what_cannot_be_done_is_said(folder, said, line, message):
 
 
 def test_options_that_cannot_be(folder, said):
-    for option, message in (("--tokens=0", "tokens ≥ 1"), ("--top-p=2", "top-p ≤ 1"), ("--kept=3", "retention")):
+    for option, message in (
+        ("--max-new-tokens=0", "max-new-tokens: expected at least 1"),
+        ("--top-p=2", "top-p ≤ 1"),
+        ("--kept=3", "retention"),
+    ):
         with pytest.raises(SystemExit, match=message):
             said(folder, options=[option])
 
@@ -184,7 +188,7 @@ class Terminal:
 @pytest.mark.skipif(sys.platform != "linux", reason="expects readline on a pseudo-terminal")
 def test_in_a_terminal(folder):
     """A prompt, the line before by the arrow key, Ctrl-C for an answer that would never end, Ctrl-D to leave."""
-    terminal = Terminal("chat", str(folder), "--tokens=1000000", "--greedy")
+    terminal = Terminal("chat", str(folder), "--max-new-tokens=1000000", "--greedy")
     terminal.until("Ctrl-D leaves.*main>")
     terminal.type("One?\n")
     terminal.until("One?")

@@ -32,12 +32,12 @@ def said(capsys, *arguments) -> str:
 def test_a_document_read_once(folder, tmp_path, capsys):
     document, state = tmp_path / "document.txt", tmp_path / "state"
     document.write_text("a document, longer than the window\n" * 50)
-    assert said(capsys, folder, "--prompt-file", document, "--tokens=0", "--save-state", state) == ""
-    options = ("--prompt=and?", "--tokens=20", "--seed=3")
+    assert said(capsys, folder, "--prompt-file", document, "--max-new-tokens=0", "--save-state", state) == ""
+    options = ("--prompt=and?", "--max-new-tokens=20", "--seed=3")
     anew = said(capsys, folder / "model", "--prompt-file", document, *options)
     assert len(anew) > 1
     assert said(capsys, folder, "--load-state", state, *options) == anew
-    assert said(capsys, folder, "--load-state", state, "--prompt=and?", "--tokens=20", "--seed=4") != anew
+    assert said(capsys, folder, "--load-state", state, "--prompt=and?", "--max-new-tokens=20", "--seed=4") != anew
 
 
 def test_a_store(folder, tmp_path, capsys):
@@ -45,42 +45,45 @@ def test_a_store(folder, tmp_path, capsys):
     document, store = tmp_path / "document.txt", ("--store", tmp_path / "store")
     document.write_text("a document, longer than the window\n" * 50)
     for prompt, reused in (("", 0), ("and?", 1749), ("and then?", 1753), ("and then?", 1758)):
-        options = ("--prompt-file", document, f"--prompt={prompt}", "--greedy", "--tokens=9")
+        options = ("--prompt-file", document, f"--prompt={prompt}", "--greedy", "--max-new-tokens=9")
         main(["generate", str(folder), *map(str, (*options, *store))])
         told = capsys.readouterr()
         assert f"{reused} of the prompt's {1750 + len(prompt)} tokens were reused from" in told.err
         assert told.out == said(capsys, folder, *options)
-    assert said(capsys, folder, "--prompt=a text", "--tokens=0", *store) == ""
+    assert said(capsys, folder, "--prompt=a text", "--max-new-tokens=0", *store) == ""
 
 
 def test_drafts(folder, tmp_path, capsys):
     """Proposed by a smaller model or looked up in the text: the text is the same, also after a file or a store."""
     smaller, state, prompt = tmp_path / "smaller", tmp_path / "state", "--prompt=" + "once more, and " * 8
     build(hidden_size=8).save_pretrained(smaller)
-    options = ("--tokens=40", "--greedy")
+    options = ("--max-new-tokens=40", "--greedy")
     plain = said(capsys, folder, prompt, *options)
     for drafts in (("--draft", smaller), ("--prompt-lookup",)):
         assert said(capsys, folder, prompt, *options, *drafts) == plain
         for _ in range(2):
             assert said(capsys, folder, prompt, *options, *drafts, "--store", tmp_path / "store") == plain
-        assert said(capsys, folder, "--prompt=once more, and ", "--tokens=0", "--save-state", state) == ""
+        assert said(capsys, folder, "--prompt=once more, and ", "--max-new-tokens=0", "--save-state", state) == ""
         rest = "--prompt=" + "once more, and " * 7
         assert said(capsys, folder, rest, *options, *drafts, "--load-state", state) == plain
     for wrong, match in (
         (("--draft", smaller, "--prompt-lookup"), "prompt-lookup: expected --draft or --prompt-lookup, not both"),
-        (("--prompt-lookup", "--batch=2"), "batch: expected 1 with --draft or --prompt-lookup, got 2"),
+        (
+            ("--prompt-lookup", "--num-return-sequences=2"),
+            "num-return-sequences: expected 1 with --draft or --prompt-lookup, got 2",
+        ),
     ):
         with pytest.raises(SystemExit, match=match):
             main(["generate", str(folder), prompt, *map(str, wrong)])
 
 
 def test_rows_and_their_ends(folder, capsys):
-    out = said(capsys, folder, "--prompt=abc", "--tokens=9", "--batch=3", "--greedy")
+    out = said(capsys, folder, "--prompt=abc", "--max-new-tokens=9", "--num-return-sequences=3", "--greedy")
     rows = out.split("--- ")[1:]
     assert len(rows) == 3
     assert {row.partition("\n")[2].strip() for row in rows} == {rows[0].partition("\n")[2].strip()}
-    greedy = said(capsys, folder, "--prompt=abc", "--tokens=9", "--greedy")
-    assert said(capsys, folder, "--prompt=abc", "--tokens=9", "--temperature=0") == greedy
+    greedy = said(capsys, folder, "--prompt=abc", "--max-new-tokens=9", "--greedy")
+    assert said(capsys, folder, "--prompt=abc", "--max-new-tokens=9", "--temperature=0") == greedy
 
 
 def test_a_prompt_begins_as_the_tokenizer_begins_a_text(tmp_path, capsys, monkeypatch):
@@ -101,11 +104,11 @@ def test_a_prompt_begins_as_the_tokenizer_begins_a_text(tmp_path, capsys, monkey
         ([], [0]),
         (["--prompt=text</s>"], [0, *text, 1]),
     ):
-        said(capsys, tmp_path, "--tokens=1", *options)
+        said(capsys, tmp_path, "--max-new-tokens=1", *options)
         assert given.pop() == expected
     state = tmp_path / "state"
-    said(capsys, tmp_path, "--prompt=text", "--tokens=0", "--save-state", state)
-    said(capsys, tmp_path, "--prompt=text", "--tokens=1", "--load-state", state)
+    said(capsys, tmp_path, "--prompt=text", "--max-new-tokens=0", "--save-state", state)
+    said(capsys, tmp_path, "--prompt=text", "--max-new-tokens=1", "--load-state", state)
     assert given == [[0, *text], text]  # in the middle of a text nothing begins
 
 
@@ -124,7 +127,7 @@ def test_long_rows_are_whole_on_a_terminal():
 
 def test_what_was_read_is_not_lost(folder, tmp_path, capsys, monkeypatch):
     state, saved = tmp_path / "state", generation.save_past
-    options = ("--prompt=a text", "--tokens=9", "--seed=1", "--save-state", state)
+    options = ("--prompt=a text", "--max-new-tokens=9", "--seed=1", "--save-state", state)
 
     def failing(path, *rest):
         if path == state:
@@ -152,11 +155,11 @@ def test_ctrl_c_keeps_the_prompt(folder, tmp_path, capsys, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generation, "go_on", interrupted)
+    monkeypatch.setattr(generation, "continue_text", interrupted)
     with pytest.raises(SystemExit):
         said(capsys, folder, "--prompt=a text", "--save-state", tmp_path / "state")
     monkeypatch.undo()
-    said(capsys, folder, "--prompt=a text", "--tokens=0", "--save-state", tmp_path / "again")
+    said(capsys, folder, "--prompt=a text", "--max-new-tokens=0", "--save-state", tmp_path / "again")
     assert same(tmp_path / "state", tmp_path / "again")
 
 
@@ -166,22 +169,25 @@ def test_ctrl_c_keeps_the_prompt(folder, tmp_path, capsys, monkeypatch):
         (["nowhere", "--prompt=a"], "nowhere: expected a model's folder .* found no such folder"),
         (["FOLDER"], "expected a text of at least one token"),
         (["FOLDER", "--prompt=a", "--load-state=nowhere"], "load-state: expected a file .* found none at nowhere"),
-        (["FOLDER", "--prompt=a", "--batch=2", "--save-state=s"], "save-state: expected one continuation"),
+        (
+            ["FOLDER", "--prompt=a", "--num-return-sequences=2", "--save-state=s"],
+            "save-state: expected one continuation",
+        ),
         (["FOLDER", "--prompt=a", "--save-state=nowhere/s"], "save-state: expected a file in a folder .* got nowhere"),
         (["FOLDER", "--prompt=a", "--save-state=FOLDER"], "save-state: expected a file in a folder"),
-        (["FOLDER", "--prompt=a", "--batch=0"], "batch ≥ 1"),
+        (["FOLDER", "--prompt=a", "--num-return-sequences=0"], "num-return-sequences: expected at least 1"),
         (["FOLDER", "--prompt=a", "--temperature=-1"], "temperature ≥ 0"),
         (["FOLDER", "--prompt=a", "--top-p=2"], "0 < top-p ≤ 1"),
         (["FOLDER", "--prompt=a", "--top-k=0"], "top-k ≥ 1"),
         (["FOLDER", "--prompt=a", "--temperature=.nan"], "temperature ≥ 0"),
         (["FOLDER", "--prompt=a", "--temperature=.inf"], "temperature ≥ 0"),
-        (["FOLDER", "--prompt=a", "--tokens=0"], "tokens: expected at least 1, or --save-state"),
+        (["FOLDER", "--prompt=a", "--max-new-tokens=0"], "max-new-tokens: expected at least 1, or --save-state"),
         (
             ["FOLDER", "--prompt=a", "--store=FOLDER", "--load-state=FOLDER/model/config.json"],
             "store: expected without",
         ),
         (["FOLDER", "--prompt=a", "--store=FOLDER/model/config.json"], "expected a folder, found a file"),
-        (["FOLDER", "--prompt=a", "--tokens=-1"], "tokens ≥ 0"),
+        (["FOLDER", "--prompt=a", "--max-new-tokens=-1"], "max-new-tokens: expected at least 0"),
         (["FOLDER", "--prompt=a", "--seed=-1"], "seed: expected from 0 to"),
         (["FOLDER", "--prompt=a", "--save-state=/proc/sys/s"], "/proc/sys: No such file"),
         (["FOLDER", "--prompt-file=nowhere"], "nowhere: No such file"),

@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 
 def test_a_text_is_continued_as_by_the_model_that_keeps(folder, tmp_path, capsys):
     hqlt.with_retention(load_model(folder), **KEPT).save_pretrained(tmp_path / "kept")
-    asked = ["--prompt=a text, longer than any window", "--tokens=20", "--greedy"]
+    asked = ["--prompt=a text, longer than any window", "--max-new-tokens=20", "--greedy"]
     said = {}
     for name, command in {
         "switched on": [str(folder), *OPTIONS],
@@ -50,8 +50,8 @@ def bytes_of(folder):
 
 def test_a_state_is_of_what_was_switched_on(folder, tmp_path, capsys):
     state = f"{tmp_path / 'state'}"
-    main(["generate", str(folder), *OPTIONS, "--prompt=a text", "--tokens=0", f"--save-state={state}"])
-    again = ["generate", str(folder), "--prompt= and more", "--tokens=3", f"--load-state={state}"]
+    main(["generate", str(folder), *OPTIONS, "--prompt=a text", "--max-new-tokens=0", f"--save-state={state}"])
+    again = ["generate", str(folder), "--prompt= and more", "--max-new-tokens=3", f"--load-state={state}"]
     main([*again, *OPTIONS])
     with pytest.raises(SystemExit, match="state"):
         main(again)

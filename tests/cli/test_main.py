@@ -120,11 +120,11 @@ def test_arguments_have_one_form(parser, tmp_path):
 
 
 def test_names_of_other_tools_are_taken():
-    def tuned(learning_rate: float = 1.0, tokens: int = 1) -> None:
+    def tuned(learning_rate: float = 1.0, length: int = 1) -> None:
         """A command."""
 
-    wanted = ["--learning_rate=0.1", "--tokens", "3"]
-    assert canonical(["--lr=0.1", "--max-new-tokens", "3"], parser_of(tuned, "hqlt tuned")) == wanted
+    wanted = ["--learning_rate=0.1", "--length", "3"]
+    assert canonical(["--lr=0.1", "--context-length", "3"], parser_of(tuned, "hqlt tuned")) == wanted
     assert canonical(["--lr=0.1"], parser_of(toy, "hqlt toy")) == ["--lr=0.1"]
 
 

@@ -26,8 +26,8 @@ def folder(tmp_path_factory):
         (["FOLDER", "--port=70000"], "port: expected 0 to 65535, got 70000"),
         (["FOLDER", "--port=TAKEN"], r"127.0.0.1:\d+: cannot listen there: Address already in use"),
         (["FOLDER", "--host=no.such.name.invalid"], "no.such.name.invalid:8000: cannot listen there: "),
-        (["FOLDER", "--rows=0"], "rows: expected at least 1, got 0"),
-        (["FOLDER", "--queue=-1"], "queue: expected at least 0, got -1"),
+        (["FOLDER", "--max-batch-size=0"], "max-batch-size: expected at least 1, got 0"),
+        (["FOLDER", "--max-queue=-1"], "max-queue: expected at least 0, got -1"),
         (["FOLDER", "--max-tokens=0"], "max-tokens: expected at least 1, got 0"),
         (["FOLDER", "--timeout=0"], "timeout: expected seconds above 0, got 0"),
         (["FOLDER", "--store-disk-bytes=5"], "store-disk-bytes: expected --store FOLDER beside it, got none"),
@@ -63,7 +63,7 @@ def test_all_is_handed_on(folder, monkeypatch, tmp_path, capsys):
     """To the engine, the app and the server, without listening to anyone."""
     monkeypatch.setenv("HQLT_API_KEY", "secret")
     monkeypatch.setattr("hqlt.serve.server.Server.serve_here", lambda server: server.ready())
-    options = ["--name=called", "--rows=3", f"--store={tmp_path / 's'}", "--retention=surprise", "--kept=2"]
+    options = ["--name=called", "--max-batch-size=3", f"--store={tmp_path / 's'}", "--retention=surprise", "--kept=2"]
     main(["serve", str(folder), "--port=0", *options])
     said = capsys.readouterr().err
     assert "called at http://127.0.0.1:" in said

@@ -38,7 +38,7 @@ def talk(chat: Chat, questions: list[str], messages: list[dict[str, str]] | None
     messages, answers = list(messages or []), []
     for question in questions:
         messages.append({"role": "user", "content": question})
-        answers.append(chat.answer(messages, lambda _: None, tokens=12, greedy=True))
+        answers.append(chat.answer(messages, lambda _: None, max_new_tokens=12, greedy=True))
         messages.append({"role": "assistant", "content": answers[-1].text})
     return messages, answers
 
@@ -57,7 +57,7 @@ def test_answers_are_those_to_all_that_was_said(model):
     carried = Chat(model, tokenizer)
     messages, answers = talk(carried, QUESTIONS)
     for i, answer in enumerate(answers):
-        anew = Chat(model, tokenizer).answer(messages[: 2 * i + 1], lambda _: None, tokens=12, greedy=True)
+        anew = Chat(model, tokenizer).answer(messages[: 2 * i + 1], lambda _: None, max_new_tokens=12, greedy=True)
         whole = len(chat_tokens(tokenizer, messages[: 2 * i + 1]))
         assert (anew.text, anew.read, anew.reused) == (answer.text, whole, 0)
         assert answer.read + answer.reused == whole
@@ -72,7 +72,7 @@ def test_a_template_may_change_what_was_said(tmp_path):
     tokenizer, model = model_tokenizer(tmp_path), build(vocab_size=size)
     messages, answers = talk(Chat(model, tokenizer), QUESTIONS)
     for i, answer in enumerate(answers):
-        anew = Chat(model, tokenizer).answer(messages[: 2 * i + 1], lambda _: None, tokens=12, greedy=True)
+        anew = Chat(model, tokenizer).answer(messages[: 2 * i + 1], lambda _: None, max_new_tokens=12, greedy=True)
         assert anew.text == answer.text
 
 
@@ -89,7 +89,7 @@ def test_only_what_is_new_is_read(template, tmp_path):
         before = len(chat_tokens(tokenizer, messages[: 2 * i - 1]))
         made = answers[i - 1].made - 1 if template == "plain" else 0  # elsewhere the answer may be spelled otherwise
         assert answers[i].reused >= before - 1 + made
-    again = chat.answer(messages[:-1], lambda _: None, tokens=12, greedy=True)
+    again = chat.answer(messages[:-1], lambda _: None, max_new_tokens=12, greedy=True)
     assert (again.text, again.read) == (answers[-1].text, 1)  # another try at the last question
     _, (fork,) = talk(chat, ["And then?"], messages[:2])  # two turns taken back, and another way taken
     assert fork.reused >= answers[1].reused
@@ -127,7 +127,7 @@ def test_ctrl_c_ends_an_answer():
         if len(heard) == 3:
             raise KeyboardInterrupt
 
-    answer = chat.answer(ASKED, listen, tokens=12, greedy=True)
+    answer = chat.answer(ASKED, listen, max_new_tokens=12, greedy=True)
     assert answer.interrupted and answer.text == whole.text[:3] == "".join(heard)
     messages = [*ASKED, {"role": "assistant", "content": answer.text}]
     assert talk(chat, QUESTIONS[1:], messages)[0] == talk(Chat(chat.model, chat.tokenizer), QUESTIONS[1:], messages)[0]

@@ -23,7 +23,7 @@ def run(text, tmp_path_factory):
 
 def test_a_trained_run_is_generated_from_evaluated_and_exported(run, text, tmp_path, capsys):
     """Its own config.json holds settings; the model is in model/."""
-    main(["generate", str(run), "--prompt=1 2 3", "--tokens=3"])
+    main(["generate", str(run), "--prompt=1 2 3", "--max-new-tokens=3"])
     assert capsys.readouterr().out
     main(["eval", str(run), f"--lengths={text.parent / 'in' / '1.txt'}", f"--folder={tmp_path / 'eval'}"])
     assert json.loads((tmp_path / "eval" / "results.json").read_text())["settings"]["model"] == str(run / "model")

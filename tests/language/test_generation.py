@@ -7,7 +7,7 @@ import torch
 
 from hqlt.data import load_tokenizer
 from hqlt.language import generation
-from hqlt.language.generation import Past, TextStreamer, go_on, load_past, read, save_past
+from hqlt.language.generation import Past, TextStreamer, continue_text, load_past, read, save_past
 from hqlt.model import HQLTCache
 from tests.language.conftest import build, prepending
 
@@ -37,41 +37,41 @@ def test_read_in_pieces_saved_and_loaded_is_read_anew(model, piece, cut, tmp_pat
 
 def test_what_was_made_is_remembered(model):
     """After new text, the past is that of the prompt and the text; one continuation is as good as two halves."""
-    made, past = go_on(model, read(model, TEXT), tokens=6, greedy=True)
+    made, past = continue_text(model, read(model, TEXT), max_new_tokens=6, greedy=True)
     assert made.shape == (1, 6)
     same(logits_after(model, past), model(torch.tensor([[*TEXT, *made[0].tolist()]])).logits[0, -1])
-    first, middle = go_on(model, read(model, TEXT), tokens=2, greedy=True)
-    second, _ = go_on(model, middle, tokens=4, greedy=True)
+    first, middle = continue_text(model, read(model, TEXT), max_new_tokens=2, greedy=True)
+    second, _ = continue_text(model, middle, max_new_tokens=4, greedy=True)
     assert torch.equal(torch.cat([first, second], dim=1), made)
 
 
 def test_as_transformers_without_a_cache(model):
     tokens = torch.tensor([TEXT])
     anew = model.generate(tokens, max_new_tokens=6, do_sample=False, use_cache=False, pad_token_id=0)
-    assert torch.equal(go_on(model, read(model, TEXT), tokens=6, greedy=True)[0], anew[:, len(TEXT) :])
+    assert torch.equal(continue_text(model, read(model, TEXT), max_new_tokens=6, greedy=True)[0], anew[:, len(TEXT) :])
 
 
 def test_seeds(model):
     past = read(model, TEXT)
-    options = {"tokens": 12, "rows": 3, "temperature": 1.5}
-    made, _ = go_on(model, past, seed=1, **options)
-    assert torch.equal(go_on(model, past, seed=1, **options)[0], made)
-    assert not torch.equal(go_on(model, past, seed=2, **options)[0], made)
+    options = {"max_new_tokens": 12, "num_return_sequences": 3, "temperature": 1.5}
+    made, _ = continue_text(model, past, seed=1, **options)
+    assert torch.equal(continue_text(model, past, seed=1, **options)[0], made)
+    assert not torch.equal(continue_text(model, past, seed=2, **options)[0], made)
     assert not torch.equal(made[0], made[1])
-    likeliest = go_on(model, past, tokens=5, rows=2, greedy=True)[0]
+    likeliest = continue_text(model, past, max_new_tokens=5, num_return_sequences=2, greedy=True)[0]
     for narrow in ({"top_k": 1}, {"top_p": 1e-9}):
-        assert torch.equal(go_on(model, past, tokens=5, rows=2, **narrow)[0], likeliest)
+        assert torch.equal(continue_text(model, past, max_new_tokens=5, num_return_sequences=2, **narrow)[0], likeliest)
 
 
 def test_a_text_ends_where_the_model_ends_it():
     model = build()
     past = read(model, TEXT)
-    made, _ = go_on(model, past, tokens=8, greedy=True)
+    made, _ = continue_text(model, past, max_new_tokens=8, greedy=True)
     eos = [made[0, 3].item()]
     told: list[str] = []
     tokenizer = load_tokenizer("bytes")
     streamer = TextStreamer(tokenizer, 1, eos, lambda row, text: told.append(text))
-    ended, _ = go_on(model, past, tokens=8, greedy=True, eos=eos, streamer=streamer)
+    ended, _ = continue_text(model, past, max_new_tokens=8, greedy=True, eos=eos, streamer=streamer)
     first = made[0].tolist().index(*eos)
     assert ended[0].tolist() == made[0, : first + 1].tolist()
     assert "".join(told) == tokenizer.decode(made[0, :first].tolist())

@@ -85,11 +85,11 @@ def small() -> HQLTForCausalLM:
 
 @contextmanager
 def served(
-    model: HQLTForCausalLM, tokenizer: Tokenizer | None = None, store: PrefixStore | None = None, rows: int = 32,
-    queue: int = 256, grace: float = 5, **options,
+    model: HQLTForCausalLM, tokenizer: Tokenizer | None = None, store: PrefixStore | None = None,
+    max_batch_size: int = 32, max_queue: int = 256, grace: float = 5, **options,
 ) -> Iterator[str]:  # fmt: skip
     """A server in a thread → its URL. options: as `create_app` takes them."""
-    engine = Engine(model, store or PrefixStore(model), rows=rows, queue=queue)
+    engine = Engine(model, store or PrefixStore(model), max_batch_size=max_batch_size, max_queue=max_queue)
     app = create_app(engine, tokenizer or load_tokenizer("bytes"), "small", **options)
     listening, ready = bound("127.0.0.1", 0), threading.Event()
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"

@@ -26,7 +26,7 @@ from tests.serve.conftest import served
 MODEL = build()
 MODEL.lm_head.weight.data[[*range(32), *range(127, 256)]] = 0  # greedy text is printable
 ENDLESS = {"model": "small", "prompt": "a", "max_tokens": 100_000}
-PATIENT = Limits(tokens=100_000)
+PATIENT = Limits(max_tokens=100_000)
 
 
 def health(url):
@@ -44,7 +44,7 @@ def wait_until_idle(url, begun=False):
 
 
 def test_a_client_that_leaves_frees_its_row():
-    with served(MODEL, rows=1, limits=PATIENT) as url:
+    with served(MODEL, max_batch_size=1, limits=PATIENT) as url:
         for _ in range(3):
             with pytest.raises(httpx.ReadTimeout):
                 httpx.post(f"{url}/v1/completions", json=ENDLESS, timeout=httpx.Timeout(60, read=0.2))
@@ -61,7 +61,7 @@ def test_a_client_that_leaves_frees_its_row():
 def test_a_client_that_does_not_read_stops_nobody(monkeypatch):
     """Its answer ends at its time, and then its connection, however much was sent."""
     monkeypatch.setattr("hqlt.serve.responses.LAST_WORDS", 0.1)
-    with served(MODEL, rows=2, limits=Limits(tokens=100_000, seconds=0.5)) as url:
+    with served(MODEL, max_batch_size=2, limits=Limits(max_tokens=100_000, timeout=0.5)) as url:
         host, _, port = url.removeprefix("http://").partition(":")
         with socket.socket() as deaf:
             deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
@@ -139,7 +139,7 @@ def post(*headers, host="127.0.0.1", kind="application/json"):
 
 
 def test_bodies_and_hosts():
-    with served(MODEL, limits=Limits(body=1000, seconds=0.5), hosts={"127.0.0.1"}) as url:
+    with served(MODEL, limits=Limits(max_body=1000, timeout=0.5), hosts={"127.0.0.1"}) as url:
         large = "expected a body of at most 1,000 bytes"
         status, message = said(url, post("Content-Length: 1001"))
         assert (status, message.startswith(large)) == (413, True)
@@ -178,7 +178,9 @@ async def hammer(url, seconds, clients=64):
     prompts = [f"prompt {i} " * (1 + i % 7) for i in range(16)]
     expected = {}
     for prompt in prompts:
-        made, _ = generation.go_on(MODEL, generation.read(MODEL, prompt.encode()), tokens=30, greedy=True)
+        made, _ = generation.continue_text(
+            MODEL, generation.read(MODEL, prompt.encode()), max_new_tokens=30, greedy=True
+        )
         expected[prompt] = bytes(made[0].tolist()).decode(errors="replace")
     until, counts = time.monotonic() + seconds, {"answered": 0, "left": 0}
 
@@ -213,7 +215,7 @@ async def hammer(url, seconds, clients=64):
 @pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.slow)])
 def test_64_streams_of_clients_that_leave(seconds):
     store = PrefixStore(MODEL, max_bytes=1 << 20)
-    with served(MODEL, store=store, rows=32, queue=64) as url:
+    with served(MODEL, store=store, max_batch_size=32, max_queue=64) as url:
         counts, halfway, after = asyncio.run(hammer(url, seconds))
         wait_until_idle(url)
         metrics = httpx.get(f"{url}/metrics").text

@@ -23,13 +23,13 @@ def prompts(n, longest=40):
 
 def alone(model, prompt, tokens):
     """What `hqlt generate` makes of it."""
-    made, _ = generation.go_on(model, generation.read(model, prompt), tokens=tokens, greedy=True)
+    made, _ = generation.continue_text(model, generation.read(model, prompt), max_new_tokens=tokens, greedy=True)
     return made[0].tolist()
 
 
 def test_greedy_alone_is_greedy_among_31_others(model):
     texts = prompts(32)
-    with running(model, chunk=16) as engine:
+    with running(model, prefill_chunk=16) as engine:
         heard = [ask(engine, text, max_tokens=5 + i % 9) for i, text in enumerate(texts)]
         for i, its in enumerate(heard):
             its.wait()
@@ -48,7 +48,7 @@ def test_greedy_alone_is_greedy_among_31_others(model):
 )
 def test_other_memories_among_others(fields):
     model, texts = build(**fields), prompts(8)
-    with running(model, chunk=16) as engine:
+    with running(model, prefill_chunk=16) as engine:
         for text, its in [(text, ask(engine, text)) for text in texts]:
             assert its.wait().made[0] == alone(model, text, 12)
 
@@ -74,7 +74,7 @@ def test_a_seed_makes_the_same_text_among_others(small):
 
 
 def test_turns_resume_from_what_was_read(model):
-    with running(model, chunk=8) as engine:
+    with running(model, prefill_chunk=8) as engine:
         first = ask(engine, b"a long first question", max_tokens=6).wait()
         history = [*b"a long first question", *first.made[0]]
         second = ask(engine, [*history, *b" and more"], max_tokens=6).wait()
@@ -93,7 +93,7 @@ def test_a_beginning_that_others_share_is_read_once(small):
 
 
 def test_a_long_prompt_does_not_stall_the_others(small):
-    with running(small, chunk=8) as engine:
+    with running(small, prefill_chunk=8) as engine:
         long = ask(engine, [7] * 4000, max_tokens=1)
         short = ask(engine, b"short", max_tokens=20).wait()
         assert not long.first.is_set()
@@ -103,7 +103,7 @@ def test_a_long_prompt_does_not_stall_the_others(small):
 
 def test_more_requests_than_rows_wait_and_more_than_that_are_refused(small):
     gate = threading.Event()
-    with running(small, rows=2, queue=3) as engine:
+    with running(small, max_batch_size=2, max_queue=3) as engine:
         slow = [ask(engine, b"a", at=lambda count: gate.wait(60) and False) for _ in range(2)]
         while engine.running < 2:
             time.sleep(0.001)
@@ -156,7 +156,7 @@ def test_logits_that_are_not_finite_fail_their_request(small, caplog):
 
 
 def test_a_cancelled_request_frees_its_row_and_leaves_its_state(small):
-    with running(small, rows=1) as engine:
+    with running(small, max_batch_size=1) as engine:
         first = ask(engine, b"to be cancelled", max_tokens=100_000)
         assert first.first.wait(60)
         waiting = ask(engine, b"never begun", max_tokens=100_000)
@@ -170,7 +170,7 @@ def test_a_cancelled_request_frees_its_row_and_leaves_its_state(small):
 
 
 def test_time_is_limited(small):
-    with running(small, rows=1) as engine:
+    with running(small, max_batch_size=1) as engine:
         late = ask(engine, b"a", max_tokens=100_000, deadline=time.monotonic() + 0.2)
         waits = ask(engine, b"b", deadline=time.monotonic() + 0.1)
         assert isinstance(late.wait().error, Late)
@@ -181,7 +181,7 @@ def test_time_is_limited(small):
 
 def test_closing_stores_what_has_been_read(small):
     store = PrefixStore(small)
-    with running(small, store, rows=1, chunk=4) as engine:
+    with running(small, store, max_batch_size=1, prefill_chunk=4) as engine:
         runs, waits = ask(engine, b"running", max_tokens=100_000), ask(engine, b"waiting")
         assert runs.first.wait(60)
     assert isinstance(runs.wait().error, Closed)

@@ -24,7 +24,7 @@ QUESTION = {"role": "user", "content": "Where is the Louvre?"}
 
 @pytest.fixture(scope="module")
 def url():
-    with served(MODEL, limits=Limits(body=100_000, prompt=10_000, tokens=1000, seconds=60)) as url:
+    with served(MODEL, limits=Limits(max_body=100_000, max_prompt=10_000, max_tokens=1000, timeout=60)) as url:
         yield url
 
 
@@ -39,7 +39,7 @@ def client_of(url, key="none"):
 
 
 def alone(prompt: bytes, tokens: int) -> str:
-    made, _ = generation.go_on(MODEL, generation.read(MODEL, prompt), tokens=tokens, greedy=True)
+    made, _ = generation.continue_text(MODEL, generation.read(MODEL, prompt), max_new_tokens=tokens, greedy=True)
     return bytes(made[0].tolist()).decode(errors="replace")
 
 
@@ -175,7 +175,7 @@ def test_a_template_of_the_tokenizer_and_its_end(tmp_path):
     tokenizer = model_tokenizer(tmp_path)
     model = build(vocab_size=size)
     prompt = chat_tokens(tokenizer, [QUESTION])
-    made, _ = generation.go_on(model, generation.read(model, prompt), tokens=30, greedy=True)
+    made, _ = generation.continue_text(model, generation.read(model, prompt), max_new_tokens=30, greedy=True)
     model.lm_head.weight.data[tokenizer.eos_id] = model.lm_head.weight.data[made[0, 5]] * 1.01
     with served(model, tokenizer) as url, client_of(url) as client:
         answer = client.chat.completions.create(**CHAT, max_tokens=30, temperature=0)
@@ -202,8 +202,8 @@ def test_keys_and_whose_states_are_found():
 
 
 def test_too_many_and_too_slow_requests():
-    limits = Limits(tokens=1_000_000, seconds=1.0)
-    with served(MODEL, rows=1, queue=1, limits=limits) as url, client_of(url) as client:
+    limits = Limits(max_tokens=1_000_000, timeout=1.0)
+    with served(MODEL, max_batch_size=1, max_queue=1, limits=limits) as url, client_of(url) as client:
         endless = {"model": "small", "prompt": "a", "max_tokens": 1_000_000, "temperature": 0}
         stream = client.completions.create(**endless, stream=True)
         next(stream)

@@ -79,7 +79,7 @@ def test_only_for_the_same_model_dtype_form_and_salt(one, files, tmp_path):
     assert found(one, folder) == 4
     assert found(build(seed=1), folder) == 0
     assert found(build().float(), folder) == 0
-    assert found(one, folder, form="int8") == 0
+    assert found(one, folder, dtype="int8") == 0
     assert PrefixStore(one, folder=folder).find(TEXT, "other").length == 0
     assert PrefixStore(one, max_bytes=0, folder=folder).find(TEXT).length == 4
 
@@ -231,8 +231,8 @@ def test_what_cannot_be_written_is_reported_and_stays_in_memory(one, tmp_path, c
         PrefixStore(one, folder=tmp_path / "store")
     with pytest.raises(ValueError, match="max_disk_bytes: expected together with a folder, got 5 without"):
         PrefixStore(one, max_disk_bytes=5)
-    with pytest.raises(ValueError, match="form: expected one of 'bfloat16', 'int8', got 'int9'; did you mean 'int8'"):
-        PrefixStore(one, form="int9")
+    with pytest.raises(ValueError, match="dtype: expected one of 'bfloat16', 'int8', got 'int9'; did you mean 'int8'"):
+        PrefixStore(one, dtype="int9")
 
 
 WRITER = """

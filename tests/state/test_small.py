@@ -91,11 +91,11 @@ def test_tensors_of_another_module_are_refused():
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_a_store_of_rounded_states(form, on_disk, tmp_path):
     model, text = build("synchronous").float(), [1, 2, 3, 4, 5, 6]
-    exact, small = (PrefixStore(model, form=one, folder=tmp_path / "f" if on_disk else None) for one in (None, form))
+    exact, small = (PrefixStore(model, dtype=one, folder=tmp_path / "f" if on_disk else None) for one in (None, form))
     for store in (exact, small):
         put(store, model, text[:4])
     assert small.statistics.bytes < 0.6 * exact.statistics.bytes
-    store = PrefixStore(model, form=form, folder=tmp_path / "f") if on_disk else small
+    store = PrefixStore(model, dtype=form, folder=tmp_path / "f") if on_disk else small
     cache = store.cache_for(text)
     assert cache.seen_tokens == 4
     error = (read(model, text, cache)[0] - read(model, text)[0][4:]).abs().max()

@@ -39,7 +39,7 @@ COMMANDS = {
 def chat(
     model: Path,
     system: str = "",
-    tokens: int = 512,
+    max_new_tokens: int = 512,
     temperature: float = 0.8,
     top_p: float = 0.95,
     top_k: int | None = None,
@@ -60,7 +60,7 @@ def chat(
     Args:
         model: a model's folder, or the run that trained it.
         system: what the model is told before the conversation.
-        tokens: an answer has so many at most.
+        max_new_tokens: maximum number of tokens per answer.
         temperature: below 1 the likely gets likelier; 0 is greedy.
         top_p: choose among the likeliest tokens that have this probability together.
         top_k: choose among this many of the likeliest tokens.
@@ -75,7 +75,7 @@ def chat(
     """
     choice: Any = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "greedy": greedy}
     check_choice(seed=seed, **choice)
-    expect("tokens", tokens, tokens >= 1, "tokens ≥ 1")
+    expect("max-new-tokens", max_new_tokens, max_new_tokens >= 1, "at least 1")
     check_drafts(draft, prompt_lookup)
     if store is not None:
         check_writable(store, folder=True)
@@ -91,7 +91,7 @@ def chat(
     language_model = retention.load(model, device_there, notes)
     drafts = drafts_for(draft, prompt_lookup, tokenizer, device_there)
     talk = Chat(language_model, tokenizer, PrefixStore(language_model, folder=store), drafts)
-    session = Session(talk, notes, {"tokens": tokens, **choice})
+    session = Session(talk, notes, {"max_new_tokens": max_new_tokens, **choice})
     if is_plain(tokenizer):
         notes.print(
             'no chat template beside this model: it continues a text in which messages stand after "User:" and '

@@ -36,12 +36,12 @@ def generate(
     model: Path,
     prompt: str = "",
     prompt_file: Path | None = None,
-    tokens: int = 200,
+    max_new_tokens: int = 200,
     temperature: float = 0.8,
     top_p: float = 0.95,
     top_k: int | None = None,
     seed: int | None = None,
-    batch: int = 1,
+    num_return_sequences: int = 1,
     greedy: bool = False,
     save_state: Path | None = None,
     load_state: Path | None = None,
@@ -51,24 +51,24 @@ def generate(
     device: str | None = None,
     **keeping: Any,
 ) -> None:
-    """Continue a text, and show what comes as it comes. Into a pipe or a file goes the new text alone.
+    """Continue a text. The new text is printed as it is generated; a pipe or file receives nothing else.
 
-    A long document is read once, piece by piece: `--prompt-file BOOK --tokens 0 --save-state F` keeps what the memories
-    hold of it in a file (small whatever the document's length, but for full attention), and
-    `--load-state F --prompt QUESTION` continues from there at once, as often as wanted and on any machine that has the
-    same model. `--store FOLDER` does so by itself: of a prompt that begins like an earlier one, only the rest is read.
+    A long document needs to be read only once: `--prompt-file BOOK --max-new-tokens 0 --save-state F` saves the state
+    after it (small whatever the document's length, except with full attention), and `--load-state F --prompt QUESTION`
+    continues from there immediately, as often as needed and on any machine that has the same model. `--store FOLDER`
+    does this automatically: if a prompt begins like an earlier one, only the rest is read.
 
     Args:
         model: a model's folder, or the run that trained it.
         prompt: the text to continue. It begins with the special tokens that the tokenizer puts before every text, and
             those spelled out in it are special, as in transformers.
         prompt_file: a file with the text, before the prompt where both are given.
-        tokens: how many to make at most; 0 only reads, to save the state.
+        max_new_tokens: maximum number of tokens to generate; 0 only reads the prompt, to save its state.
         temperature: below 1 the likely gets likelier; 0 is greedy.
         top_p: choose among the likeliest tokens that have this probability together.
         top_k: choose among this many of the likeliest tokens.
         seed: the same seed makes the same text; another one at each start by default.
-        batch: continuations side by side.
+        num_return_sequences: number of continuations to generate.
         greedy: always the likeliest token.
         save_state: keep what was read (the prompt, then the new text) in this file.
         load_state: continue from what was kept in this file.
@@ -81,8 +81,8 @@ def generate(
         device: where the model runs, such as cpu; cuda where there is one by default.
     """
     choice: Any = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "greedy": greedy, "seed": seed}
-    check(tokens, batch, save_state, load_state, store, choice)
-    check_drafts(draft, prompt_lookup, batch)
+    check(max_new_tokens, num_return_sequences, save_state, load_state, store, choice)
+    check_drafts(draft, prompt_lookup, num_return_sequences)
     from hqlt.data.text import read_text
     from hqlt.device import usable_device
     from hqlt.language.folder import tokenizer_of
@@ -97,8 +97,13 @@ def generate(
     drafts = drafts_for(draft, prompt_lookup, tokenizer, device_there)(ids)
     past = read(language_model, ids, load_state, store, notes)
     try:
-        if tokens:
-            options = {"tokens": tokens, "rows": batch, "drafts": drafts, **choice}
+        if max_new_tokens:
+            options = {
+                "max_new_tokens": max_new_tokens,
+                "num_return_sequences": num_return_sequences,
+                "drafts": drafts,
+                **choice,
+            }
             past = write_on(language_model, past, tokenizer, text[-SHOWN:], notes, options)
     finally:  # after Ctrl-C, or where the reader of the pipe has left, too
         if save_state is not None:
@@ -108,15 +113,15 @@ def generate(
 def write_on(
     model: HQLTForCausalLM, past: Past, tokenizer: Tokenizer, text: str, notes: Console, options: dict[str, Any]
 ) -> Past:
-    """Show what is made, as it is made, behind the end of the prompt's text. options: of `go_on`."""
+    """Show what is made, as it is made, behind the end of the prompt's text. options: of `continue_text`."""
     from hqlt.language import generation
 
-    rows, eos = options["rows"], tokenizer.eos_ids
+    rows, eos = options["num_return_sequences"], tokenizer.eos_ids
     console = Console(soft_wrap=rows == 1)
     began = time.monotonic()
     with shown(console, text, rows) as write:
         streamer = generation.TextStreamer(tokenizer, rows, eos, write)
-        made, past = generation.go_on(model, past, eos=eos, streamer=streamer, **options)
+        made, past = generation.continue_text(model, past, eos=eos, streamer=streamer, **options)
     if console.is_terminal:
         speed = made.numel() / (time.monotonic() - began)
         notes.print(f"{made.numel()} tokens, {speed:.0f} per second", style="dim")
@@ -164,7 +169,7 @@ def ids_of(text: str, tokenizer: Tokenizer, begins: bool) -> list[int]:
 
 
 def check_choice(*, temperature: float, top_p: float, top_k: int | None, seed: int | None, **_: Any) -> None:
-    """Raises ValueError for options that `hqlt.language.generation.go_on` cannot follow."""
+    """Raises ValueError for options that `hqlt.language.generation.continue_text` cannot follow."""
     expect("temperature", temperature, 0 <= temperature < float("inf"), "temperature ≥ 0")
     expect("top-p", top_p, 0 < top_p <= 1, "0 < top-p ≤ 1")
     expect("top-k", top_k, top_k is None or top_k >= 1, "top-k ≥ 1")
@@ -176,14 +181,19 @@ def expect(name: str, value: object, holds: object, expected: str) -> None:
         raise ValueError(f"{name}: expected {expected}, got {value}")
 
 
-def check_drafts(draft: Path | None, prompt_lookup: bool, batch: int = 1) -> None:
+def check_drafts(draft: Path | None, prompt_lookup: bool, num_return_sequences: int = 1) -> None:
     expect("prompt-lookup", prompt_lookup, not (draft and prompt_lookup), "--draft or --prompt-lookup, not both")
-    expect("batch", batch, batch == 1 or not (draft or prompt_lookup), "1 with --draft or --prompt-lookup")
+    expect(
+        "num-return-sequences",
+        num_return_sequences,
+        num_return_sequences == 1 or not (draft or prompt_lookup),
+        "1 with --draft or --prompt-lookup",
+    )
 
 
 def check(
-    tokens: int,
-    batch: int,
+    max_new_tokens: int,
+    num_return_sequences: int,
     save_state: Path | None,
     load_state: Path | None,
     store: Path | None,
@@ -191,10 +201,13 @@ def check(
 ) -> None:
     """Raises ValueError or OSError for what would only fail after other work is done."""
     check_choice(**choice)
-    expect("batch", batch, batch >= 1, "batch ≥ 1")
-    expect("tokens", tokens, tokens >= 0, "tokens ≥ 0")
+    expect("num-return-sequences", num_return_sequences, num_return_sequences >= 1, "at least 1")
+    expect("max-new-tokens", max_new_tokens, max_new_tokens >= 0, "at least 0")
     expect(
-        "tokens", tokens, tokens or save_state or store, "at least 1, or --save-state or --store to keep what is read"
+        "max-new-tokens",
+        max_new_tokens,
+        max_new_tokens or save_state or store,
+        "at least 1, or --save-state or --store to keep the prompt's state",
     )
     if load_state is not None and not load_state.is_file():
         raise FileNotFoundError(f"load-state: expected a file that --save-state wrote, found none at {load_state}")
@@ -204,8 +217,8 @@ def check(
         check_writable(store, folder=True)
     if save_state is None:
         return
-    if batch > 1 and tokens > 0:
-        raise ValueError("save-state: expected one continuation, or --tokens=0, because a file keeps one text")
+    if num_return_sequences > 1 and max_new_tokens > 0:
+        raise ValueError("save-state: expected one continuation, or --max-new-tokens=0, because a file holds one text")
     if save_state.is_dir() or not save_state.parent.is_dir():
         raise ValueError(f"save-state: expected a file in a folder that is there, got {save_state}")
     probe(save_state.parent)

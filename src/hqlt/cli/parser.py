@@ -50,7 +50,12 @@ hidden_sizes net_arch
 buffer_size capacity replay_size
 tau target_rate polyak
 target_entropy_ratio entropy_share target_entropy target_entropy_scale
-tokens max_tokens max_new_tokens num_tokens n
+max_new_tokens tokens max_tokens num_tokens
+num_return_sequences num_samples n
+max_batch_size rows max_num_seqs
+max_queue queue
+prefill_chunk chunk chunk_size
+store_dtype store_form
 temperature temp
 top_k top_n
 workers num_workers processes jobs j
@@ -67,7 +72,6 @@ SYNONYMS |= {
 
 ALIASES = {
     "lr": "learning_rate",
-    "max_new_tokens": "tokens",
     "context_length": "length",
     "gradient_checkpointing": "activation_checkpointing",
 }

@@ -23,13 +23,13 @@ def serve(
     name: str | None = None,
     api_key: str | None = None,
     shared_prefixes: bool = False,
-    rows: int = 32,
-    queue: int = 256,
-    chunk: int = 256,
+    max_batch_size: int = 32,
+    max_queue: int = 256,
+    prefill_chunk: int = 256,
     store: Path | None = None,
     store_bytes: int = 1 << 30,
     store_disk_bytes: int | None = None,
-    store_form: str | None = None,
+    store_dtype: str | None = None,
     max_body: int = 16 << 20,
     max_prompt: int = 1 << 20,
     max_tokens: int = 16_384,
@@ -53,13 +53,13 @@ def serve(
         api_key: clients must send it; several, each with states of its own, are divided by commas. The variable
             HQLT_API_KEY says the same, and no list of processes shows it.
         shared_prefixes: let what was read for one key be found for others.
-        rows: continuations that run at once.
-        queue: requests that may wait for a row; others are refused with 429.
-        chunk: tokens of prompts that are read between two tokens of the rows that run.
+        max_batch_size: continuations that are decoded at once.
+        max_queue: requests that may wait for a free row; more are refused with 429.
+        prefill_chunk: prompt tokens that are read between two decoding steps.
         store: keep states in this folder, too, over restarts.
         store_bytes: what states in memory may take; the least recently used go first.
         store_disk_bytes: the same for the folder; no limit by default.
-        store_form: bfloat16 or int8 stores states rounded, so that more of them fit; text changes a little.
+        store_dtype: bfloat16 or int8 stores states rounded, so that more of them fit; text changes a little.
         max_body: bytes of a request; more is refused with 413.
         max_prompt: tokens of a prompt; more is refused with 400.
         max_tokens: tokens of an answer; more is refused with 400.
@@ -83,14 +83,19 @@ def serve(
     from hqlt.serve.service import Limits
     from hqlt.state import PrefixStore
 
-    retention, limits = Keeping(**keeping), Limits(body=max_body, prompt=max_prompt, tokens=max_tokens, seconds=timeout)
+    retention, limits = (
+        Keeping(**keeping),
+        Limits(max_body=max_body, max_prompt=max_prompt, max_tokens=max_tokens, timeout=timeout),
+    )
     if threads is not None or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads or max(1, torch.get_num_threads() - 1))
     with bound(host, port) as listening:  # before the model is loaded, which takes a while
         tokenizer = tokenizer_of(model, retention.config_of(model).vocab_size)
         language_model = retention.load(model, usable_device(device), notes)
-        states = PrefixStore(language_model, store_bytes, store, store_disk_bytes, store_form)
-        engine = Engine(language_model, states, rows=rows, queue=queue, chunk=chunk)
+        states = PrefixStore(language_model, store_bytes, store, store_disk_bytes, store_dtype)
+        engine = Engine(
+            language_model, states, max_batch_size=max_batch_size, max_queue=max_queue, prefill_chunk=prefill_chunk
+        )
         called = name or model.resolve().name
         hosts = {*LOOPBACK, "[::1]"} if host in LOOPBACK else None
         app = create_app(engine, tokenizer, called, limits, keys, shared_prefixes, hosts)
@@ -98,23 +103,32 @@ def serve(
 
 
 def check(
-    port: int, rows: int, queue: int, chunk: int, store: Path | None, store_bytes: int, store_disk_bytes: int | None,
-    max_body: int, max_prompt: int, max_tokens: int, timeout: float, grace: int, threads: int | None, **_: object,
+    port: int, max_batch_size: int, max_queue: int, prefill_chunk: int, store: Path | None, store_bytes: int,
+    store_disk_bytes: int | None, max_body: int, max_prompt: int, max_tokens: int, timeout: float, grace: int,
+    threads: int | None, **_: object,
 ) -> None:  # fmt: skip
     """Raises ValueError or OSError for what would only fail after the model was loaded."""
     for least, options in (
         (
             1,
             {
-                "rows": rows,
-                "chunk": chunk,
+                "max-batch-size": max_batch_size,
+                "prefill-chunk": prefill_chunk,
                 "max-body": max_body,
                 "max-prompt": max_prompt,
                 "max-tokens": max_tokens,
                 "threads": 1 if threads is None else threads,
             },
         ),
-        (0, {"queue": queue, "store-bytes": store_bytes, "store-disk-bytes": store_disk_bytes or 0, "grace": grace}),
+        (
+            0,
+            {
+                "max-queue": max_queue,
+                "store-bytes": store_bytes,
+                "store-disk-bytes": store_disk_bytes or 0,
+                "grace": grace,
+            },
+        ),
     ):
         for option, value in options.items():
             if value < least:

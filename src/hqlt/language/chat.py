@@ -138,15 +138,16 @@ class Chat:
         messages: Sequence[Message],
         told: Callable[[str], object],
         *,
-        tokens: int = 512,
+        max_new_tokens: int = 512,
         reading: Callable[[int], AbstractContextManager[Any]] = lambda tokens: nullcontext(),
         **choice: Any,
     ) -> Answer:
         """The answer to the last message, at most so many tokens of it; told(text): as it comes.
 
         reading: given the number of tokens of the conversation, a context for it, which gives what is called with how
-        many are reused and then with how many are read, chunk by chunk. choice: as `hqlt.language.generation.go_on` has
-        it. Ctrl-C ends an answer that has begun; before that it is a KeyboardInterrupt.
+        many are reused and then with how many are read, chunk by chunk. choice: sampling options of
+        `hqlt.language.generation.continue_text`. Ctrl-C ends an answer that has begun; before that it is a
+        KeyboardInterrupt.
 
         Raises ValueError for messages that the template refuses.
         """
@@ -157,10 +158,10 @@ class Chat:
         speech = Speech(self.tokenizer.stream(after=ids[-1:]), self.eos, self.ends, told)
         interrupted = False
         try:
-            made, past = generation.go_on(
+            made, past = generation.continue_text(
                 self.model,
                 past,
-                tokens=tokens,
+                max_new_tokens=max_new_tokens,
                 eos=self.eos,
                 ended=lambda made: speech.add(made[0].tolist()),
                 drafts=self.drafts(ids),

@@ -88,12 +88,12 @@ def read_from(
     return past, length
 
 
-def go_on(
+def continue_text(
     model: HQLTForCausalLM,
     past: Past,
     *,
-    tokens: int,
-    rows: int = 1,
+    max_new_tokens: int,
+    num_return_sequences: int = 1,
     temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int | None = None,
@@ -104,7 +104,7 @@ def go_on(
     ended: Callable[[Tensor], bool] | None = None,
     drafts: Drafts | None = None,
 ) -> tuple[Tensor, Past]:
-    """At most `tokens` more tokens in each of `rows` continuations: [rows, t], and what the model has then read.
+    """Generate n = `num_return_sequences` continuations of at most `max_new_tokens` tokens: [n, t], and the past after.
 
     greedy, or temperature 0: always the likeliest token. seed: the same continuations for the same seed; None: as
     torch's generator stands. eos: the tokens that end a text (a row that ends early is filled with the first). ended:
@@ -118,8 +118,10 @@ def go_on(
         columns = [past.unread, past.unread]
         if drafts is not None and len(drafts.text) > 1:
             columns = [*drafts.text]
-        cache = HQLTCache.from_states([state.repeat(rows) for state in past.states], seen_tokens=len(columns) - 1)
-    given = torch.tensor([columns] * rows, device=model.device)
+        cache = HQLTCache.from_states(
+            [state.repeat(num_return_sequences) for state in past.states], seen_tokens=len(columns) - 1
+        )
+    given = torch.tensor([columns] * num_return_sequences, device=model.device)
     choice: dict[str, Any] = {"do_sample": False}
     if not greedy and temperature > 0:
         choice = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k or 0}
@@ -137,7 +139,7 @@ def go_on(
             given,
             attention_mask=torch.ones_like(given),
             **{CACHE: cache},
-            max_new_tokens=tokens,
+            max_new_tokens=max_new_tokens,
             pad_token_id=next(iter(eos), 0),
             streamer=streamer,
             return_dict_in_generate=True,

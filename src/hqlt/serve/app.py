@@ -55,7 +55,12 @@ def create_app(
     app = FastAPI(title="hqlt serve", version=version, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.metrics = metrics
     app.add_middleware(
-        Guard, keys=keys, hosts=hosts, max_body=limits.body, seconds=min(60.0, limits.seconds), shared=shared_prefixes
+        Guard,
+        keys=keys,
+        hosts=hosts,
+        max_body=limits.max_body,
+        seconds=min(60.0, limits.timeout),
+        shared=shared_prefixes,
     )
     add_routes(app)
     add_errors(app)

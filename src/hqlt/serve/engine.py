@@ -40,15 +40,21 @@ class Engine:
     >>> engine.close()
 
     store: where states after prompts and continuations are kept; a request continues from the longest stored beginning
-    of its prompt. rows: continuations that run at once. queue: requests that may wait for a row. chunk: tokens of
-    prompts that are read between two tokens of the rows that run.
+    of its prompt. max_batch_size: continuations that are decoded at once. max_queue: requests that may wait for a row.
+    prefill_chunk: prompt tokens that are read between two decoding steps.
     """
 
     def __init__(
-        self, model: HQLTForCausalLM, store: PrefixStore, *, rows: int = 32, queue: int = 256, chunk: int = 256
+        self,
+        model: HQLTForCausalLM,
+        store: PrefixStore,
+        *,
+        max_batch_size: int = 32,
+        max_queue: int = 256,
+        prefill_chunk: int = 256,
     ) -> None:
         self.model, self.store = model.eval(), store
-        self.rows, self.queue, self.chunk = rows, queue, chunk
+        self.max_batch_size, self.max_queue, self.prefill_chunk = max_batch_size, max_queue, prefill_chunk
         self.layers = [block.memory for block in model.model.layers]
         self._grow = [layer.kv is not None and layer.blend.slots is None for layer in self.layers]
         self._waiting: deque[Request] = deque()
@@ -65,15 +71,15 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Raises ValueError for what can never be served, Full where too many wait, Closed when it is too late."""
-        if not len(request.prompt) or not 1 <= request.n <= self.rows:
+        if not len(request.prompt) or not 1 <= request.n <= self.max_batch_size:
             raise ValueError(
-                f"expected a prompt of at least one token and 1 to {self.rows} continuations, got "
+                f"expected a prompt of at least one token and 1 to {self.max_batch_size} continuations, got "
                 f"{len(request.prompt)} tokens and {request.n} continuations"
             )
         with self._changed:
             if self._closing:
                 raise Closed("the server is stopping")
-            if len(self._waiting) >= self.queue:
+            if len(self._waiting) >= self.max_queue:
                 raise Full(f"{len(self._waiting)} requests are waiting already; try again later")
             self._waiting.append(request)
             self._changed.notify()
@@ -141,7 +147,7 @@ class Engine:
         now = time.monotonic()
         with self._changed:
             waiting = [request for request in self._waiting if not self._is_over(request, now)]
-            admitted, free = [], self.rows - self.running
+            admitted, free = [], self.max_batch_size - self.running
             while waiting and waiting[0].n <= free:
                 free -= waiting[0].n
                 admitted.append(waiting.pop(0))
@@ -162,7 +168,7 @@ class Engine:
 
     def _read(self) -> None:
         """A chunk of prompts, one after the other and the next time the next ones. What is read joins the batch."""
-        budget, now = self.chunk, time.monotonic()
+        budget, now = self.prefill_chunk, time.monotonic()
         while self._reading and budget > 0:
             reading = self._reading[0]
             request = reading.request

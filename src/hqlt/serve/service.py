@@ -24,13 +24,13 @@ from hqlt.serve.schema import Asked, ChatAsked, CompletionAsked
 class Limits:
     """What one request may ask for."""
 
-    body: int = 16 << 20
+    max_body: int = 16 << 20
     """Bytes (413)."""
-    prompt: int = 1 << 20
+    max_prompt: int = 1 << 20
     """Tokens of a prompt (400)."""
-    tokens: int = 16_384
+    max_tokens: int = 16_384
     """Tokens of a continuation (400), and how many a chat answer has at most where the request does not say."""
-    seconds: float = 600.0
+    timeout: float = 600.0
     """From a request to the end of its answer (408)."""
 
 
@@ -69,7 +69,7 @@ class Service:
             "messages",
             lambda: (chat_tokens(self.tokenizer, messages, encode=encode), self._system(messages, encode)),
         )
-        most = asked.max_completion_tokens or asked.max_tokens or self.limits.tokens
+        most = asked.max_completion_tokens or asked.max_tokens or self.limits.max_tokens
         marks = [common(tokens, mark)] if mark else []
         return self._submit(asked, tokens, "messages", [*asked.stops, *self._chat_ends], most, marks, salt)
 
@@ -103,14 +103,14 @@ class Service:
         salt: str,
     ) -> tuple[Request, Answer]:
         limits = self.limits
-        self._check(param, len(tokens), 1, limits.prompt, "tokens of a prompt")
-        self._check("max_tokens", most, 1, limits.tokens, "tokens of an answer")
-        self._check("n", asked.n, 1, self.engine.rows, "continuations")
+        self._check(param, len(tokens), 1, limits.max_prompt, "tokens of a prompt")
+        self._check("max_tokens", most, 1, limits.max_tokens, "tokens of an answer")
+        self._check("n", asked.n, 1, self.engine.max_batch_size, "continuations")
         answer = Answer(self.outbox, self.tokenizer, tokens, stops, asked.n)
         request = Request(
             tokens=tokens, listener=answer, max_tokens=most, n=asked.n, temperature=asked.temperature,
             top_p=asked.top_p, seed=asked.seed, ends=self._ends, logprobs=asked.top, salt=salt, marks=marks,
-            deadline=time.monotonic() + limits.seconds,
+            deadline=time.monotonic() + limits.timeout,
         )  # fmt: skip
         self.engine.submit(request)
         return request, answer

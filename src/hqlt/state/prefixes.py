@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hqlt.memory import MemoryState
 from hqlt.registry import check_choice
 from hqlt.state.folder import PrefixFolder
-from hqlt.state.small import FORMS, pack, unpack
+from hqlt.state.small import DTYPES, pack, unpack
 from hqlt.state.storage import fingerprint, layers_of, unwrapped
 
 if TYPE_CHECKING:
@@ -87,8 +87,8 @@ class PrefixStore:
     same time, for the same model or others (`hqlt.state.folder.PrefixFolder`; what is damaged there is skipped with a
     warning of the logger `hqlt.state.folder`). max_disk_bytes: what all files in it may take; None: without end.
 
-    form: "bfloat16" or "int8" keeps states rounded (`hqlt.state.pack`), which changes what follows a little; None keeps
-    them exactly. What was stored in one form is not found in another.
+    dtype: "bfloat16" or "int8" stores rounded states (`hqlt.state.pack`), which changes the continuation a little; None
+    stores them exactly. What was stored in one dtype is not found in another.
 
     All methods may be called from several threads at once.
 
@@ -101,19 +101,19 @@ class PrefixStore:
         max_bytes: int = 1 << 30,
         folder: str | Path | None = None,
         max_disk_bytes: int | None = None,
-        form: str | None = None,
+        dtype: str | None = None,
     ) -> None:
         self.module = unwrapped(model)
         self.layers = layers_of(self.module)
         if not self.layers:
             raise ValueError(f"model: expected one with layers of hqlt, got a {type(self.module).__name__} without")
-        if form is not None:
-            check_choice("form", form, FORMS)
+        if dtype is not None:
+            check_choice("dtype", dtype, DTYPES)
         if folder is None and max_disk_bytes is not None:
             raise ValueError(f"max_disk_bytes: expected together with a folder, got {max_disk_bytes} without")
-        self.max_bytes, self.form = max_bytes, form
+        self.max_bytes, self.dtype = max_bytes, dtype
         self.folder = None if folder is None else PrefixFolder(folder, max_disk_bytes)
-        self._maker = f"{fingerprint(self.module)} {self.layers[0].like.dtype} {form}"
+        self._maker = f"{fingerprint(self.module)} {self.layers[0].like.dtype} {dtype}"
         self._lock = threading.Lock()
         self._entries: OrderedDict[str, Entry] = OrderedDict()
         """By key, the least recently used first."""
@@ -132,7 +132,7 @@ class PrefixStore:
         self._check(len(ids), states)
         owner, marks = self._owner(salt), marks_of(ids)
         key = keys_of(ids, owner, marks, [len(ids)])[len(ids)]
-        entry = Entry((len(ids), int(marks[-1])), owner, side_by_side(pack(states, self.form)))
+        entry = Entry((len(ids), int(marks[-1])), owner, side_by_side(pack(states, self.dtype)))
         with self._lock:
             self._insert(key, entry)
         if self.folder is not None:

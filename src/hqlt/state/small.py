@@ -14,14 +14,14 @@ from hqlt.memory.state import named
 from hqlt.registry import check_choice
 from hqlt.state.storage import layers_of, states_from, tensors_of
 
-FORMS = ("bfloat16", "int8")
+DTYPES = ("bfloat16", "int8")
 SCALE = ".scale"
 
 
-def pack(states: Sequence[MemoryState], form: str | None = None) -> dict[str, Tensor]:
+def pack(states: Sequence[MemoryState], dtype: str | None = None) -> dict[str, Tensor]:
     """The tensors of several layers' states by name, "0.fw.matrix", the large ones of them rounded.
 
-    form: None leaves all as they are. "bfloat16" rounds keys, values, matrices and the inputs of a convolution (by 2⁻⁹
+    dtype: None leaves all as they are. "bfloat16" rounds keys, values, matrices and the inputs of a convolution (by 2⁻⁹
     of each number at most). "int8" rounds keys and values to s q / 127, with whole numbers q from −127 to 127 and
     s = max|x| of each head's channel over the entries held; matrices to c r q / 127, with c = max|x| of each column and
     r = max|x / c| of each row; and the inputs of a convolution to bfloat16. s, c and r are bfloat16, and held under the
@@ -30,15 +30,15 @@ def pack(states: Sequence[MemoryState], form: str | None = None) -> dict[str, Te
 
     What a model makes of a rounded state differs from what it makes of the state: `docs/states.md` says by how much.
     """
-    if form is not None:
-        check_choice("form", form, FORMS)
+    if dtype is not None:
+        check_choice("dtype", dtype, DTYPES)
     packed: dict[str, Tensor] = {}
     for name, x in tensors_of([state.detach() for state in states]).items():
         in_channels = x.is_floating_point() and x.dim() >= 4 and x.numel()  # [b, ·, ·, channels]
-        if form == "int8" and in_channels:
+        if dtype == "int8" and in_channels:
             packed[name], scales = to_int8(x, (-2, -1) if ".fw." in name else (1,))
             packed |= {f"{name}{SCALE}{i}": scale for i, scale in enumerate(scales)}
-        elif form is not None and (in_channels or name.endswith(".convolution")):
+        elif dtype is not None and (in_channels or name.endswith(".convolution")):
             packed[name] = x.bfloat16()
         else:
             packed[name] = x

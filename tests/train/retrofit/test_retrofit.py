@@ -77,7 +77,7 @@ def test_the_result_is_a_model_as_any_other(whole, teacher, capsys):
     model = AutoModelForCausalLM.from_pretrained(whole / "model")
     assert sorted(model.config.kinds) == ["hybrid", "hybrid", "kv"]
     assert model.generation_config.eos_token_id == 7
-    main(["generate", str(whole), "--prompt=abc", "--tokens=4", "--greedy"])
+    main(["generate", str(whole), "--prompt=abc", "--max-new-tokens=4", "--greedy"])
     assert capsys.readouterr().out
     theirs, ours = (load_file(folder / "model.safetensors") for folder in (teacher, whole / "model"))
     assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())

@@ -62,10 +62,10 @@ def sample_of(model: HQLTForCausalLM, files: TokenFiles, name: str) -> dict[str,
     tokens = files.read(0, min(PROMPT_TOKENS, len(files)))[0].tolist()
     said: list[str] = []
     eos = files.tokenizer.eos_ids
-    generation.go_on(
+    generation.continue_text(
         model,
         generation.read(model, tokens),
-        tokens=TOKENS,
+        max_new_tokens=TOKENS,
         temperature=TEMPERATURE,
         seed=SEED,
         eos=eos,
