@@ -27,7 +27,6 @@ TO_DO: set[str] = {
     "layer",
     "memory",
     "mixer",
-    "model",
     "registry",
     "report",
     "shapes",

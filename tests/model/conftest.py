@@ -1,4 +1,4 @@
-"""Small models of every kind, in float64, so that equal means equal to 1e-10."""
+"""Small models of every kind, in float64, so that results agree to 1e-10."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def small() -> dict[str, Any]:
-    """The fields of a small model's config."""
+    """The config fields of a small model."""
     return dict(SMALL)
 
 
@@ -51,12 +51,12 @@ def model(request: pytest.FixtureRequest) -> HQLTForCausalLM:
 
 @pytest.fixture
 def one_model() -> HQLTForCausalLM:
-    """Where the kind of model does not matter."""
+    """A model for tests that do not depend on its kind."""
     torch.manual_seed(0)
     return HQLTForCausalLM(HQLTConfig(**SMALL)).double().eval()
 
 
 @pytest.fixture
 def tokens() -> torch.Tensor:
-    """[3, 11]: longer than two windows of 4, and no multiple of one."""
+    """[3, 11]: longer than two windows of 4, and not a multiple of 4."""
     return torch.randint(1, 23, (3, 11), generator=torch.Generator().manual_seed(1))

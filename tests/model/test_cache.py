@@ -20,7 +20,7 @@ def cache(model, tokens) -> HQLTCache:
 
 @torch.no_grad()
 def test_rows_reordered_selected_and_repeated(model, tokens, cache):
-    """Every part of every state follows: what comes after equals what the whole sequences would have given."""
+    """All parts of all states are reordered: continuing equals reading the reordered sequences from the start."""
     for change, rows in (
         (lambda c: c.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0]),
         (lambda c: c.batch_select_indices(torch.tensor([1])), [1]),
@@ -35,7 +35,7 @@ def test_rows_reordered_selected_and_repeated(model, tokens, cache):
 
 
 @torch.no_grad()
-def test_forks_do_not_touch_each_other(model, tokens, cache):
+def test_forks_are_independent(model, tokens, cache):
     fork, deep = cache.fork(), copy.deepcopy(cache)
     model(tokens[:, :4], past_key_values=cache)
     assert (cache.get_seq_length(), fork.get_seq_length()) == (11, 7)
@@ -48,12 +48,12 @@ def test_to_and_from_states(model, tokens, cache):
     again = HQLTCache.from_states(cache.states)
     assert (len(again), again.get_seq_length(), again.batch_size) == (model.config.num_hidden_layers, 7, 3)
     same(model(tokens[:, 7:], past_key_values=again).logits, model(tokens).logits[:, 7:])
-    with pytest.raises(TypeError, match="expected one MemoryState for each layer, got a Tensor"):
+    with pytest.raises(TypeError, match="expected one MemoryState per layer, got a Tensor"):
         HQLTCache.from_states([torch.zeros(1)])
 
 
 @torch.no_grad()
-def test_what_was_padding_follows_the_rows(one_model, tokens):
+def test_attention_mask_is_reordered_with_the_rows(one_model, tokens):
     mask = (torch.arange(11) >= torch.tensor([0, 7, 4])[:, None])[:, :11]
     cache = one_model(tokens, attention_mask=mask, use_cache=True).past_key_values
     for change, rows in (
@@ -70,7 +70,7 @@ def test_what_was_padding_follows_the_rows(one_model, tokens):
 
 
 @torch.no_grad()
-def test_states_know_their_past_only_when_told(one_model, tokens):
+def test_states_without_a_mask_trust_the_first_mask(one_model, tokens):
     mask = torch.arange(11) >= torch.tensor([0, 7, 4])[:, None]
     whole = torch.cat([mask, torch.ones(3, 2, dtype=torch.bool)], dim=1)
     states = one_model(tokens, attention_mask=mask, use_cache=True).past_key_values.states
@@ -94,7 +94,7 @@ def test_reset_empties_the_memories(one_model, tokens):
     same(one_model(tokens, past_key_values=cache).logits, one_model(tokens).logits)
 
 
-def test_tokens_cannot_be_taken_back_without_rollback(one_model, tokens):
+def test_crop_needs_rollback(one_model, tokens):
     cache = one_model(tokens, use_cache=True).past_key_values
     cache.crop(0)
     assert cache.get_seq_length() == 11
@@ -106,12 +106,12 @@ def test_tokens_cannot_be_taken_back_without_rollback(one_model, tokens):
     assert cache.get_seq_length() == 0
 
 
-def test_not_for_attention_layers_of_transformers():
-    with pytest.raises(TypeError, match="serves hqlt's models only"):
+def test_update_by_an_attention_layer_is_refused():
+    with pytest.raises(TypeError, match="works with hqlt's models only"):
         HQLTCache().update(torch.zeros(1), torch.zeros(1), 0)
 
 
-def test_what_transformers_asks(one_model, tokens):
+def test_interface_of_transformers(one_model, tokens):
     cache = HQLTCache()
     assert not cache.has_previous_state()
     assert not cache.is_compileable

@@ -1,4 +1,4 @@
-"""A GPU's compiler sees one graph of every model, forward and backward: traced on fake CUDA tensors."""
+"""torch.compile traces every model as one graph, forward and backward, on fake CUDA tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hqlt.model.loss import summed_cross_entropy
 from tests import fake_cuda
 from tests.fake_cuda import needs_fake_cuda, outside
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch's tracer warns itself
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # raised inside torch's tracer
 SMALL: dict[str, Any] = {
     "hidden_size": 32, "num_heads": 2, "num_hidden_layers": 1, "window": 4, "vocab_size": 64, "intermediate_size": 32
 }  # fmt: skip
@@ -70,7 +70,7 @@ def fake(choice: str = "synchronous", **changes: Any) -> HQLTForCausalLM:
 
 
 def train(model: HQLTForCausalLM, mode: FakeTensorMode, t: int = 9, backend: Any = "aot_eager", **options: Any) -> None:
-    """One graph, or torch.compile raises; every weight gets a gradient."""
+    """torch.compile raises unless it finds one graph; every weight gets a gradient."""
     tokens, resets = (torch.zeros(2, t, dtype=dtype, device="cuda") for dtype in (torch.long, torch.bool))
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     loss = compiled(tokens, labels=tokens, resets=resets, use_cache=False, **options).loss
@@ -87,7 +87,7 @@ def test_one_graph(choice, mode):
 
 @needs_fake_cuda
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_what_is_traced_for_a_gpu_tries_no_kernel_without_one(mode):
+def test_tracing_for_a_gpu_runs_no_kernel(mode):
     q = torch.zeros(1, 70, 1, 8, device="cuda")
     read, _ = torch.compile(ops.delta_rule, fullgraph=True, backend="eager")(q, q, q, q[..., 0])
     assert (read.shape, read.device.type) == (q.shape, "cuda")
@@ -102,7 +102,7 @@ def test_one_graph_with_a_loss_in_chunks(mode, monkeypatch):
 @needs_fake_cuda
 @pytest.mark.parametrize("selective", [False, True])
 def test_one_graph_with_checkpoints(selective, mode):
-    """Selective: the projections' products are kept, all else is computed again."""
+    """Selective checkpointing keeps the outputs of the projections and recomputes everything else."""
 
     def policy(context: object, op: object, *arguments: object, **options: object) -> CheckpointPolicy:
         kept = op in (torch.ops.aten.mm.default, torch.ops.aten.linear.default)
@@ -120,7 +120,7 @@ def test_one_graph_with_checkpoints(selective, mode):
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize(("kept", "rule"), [(False, "delta"), (True, "delta"), (False, "gated-delta")])
 def test_the_operator_of_a_synchronous_layer_is_one_node(kept, rule, mode):
-    """Forward and backward, and computed again in the backward pass unless a policy keeps what it made."""
+    """One node in forward and backward, recomputed in the backward pass unless a policy keeps its output."""
     importlib.import_module("hqlt.ops.synchronous.kernels.operators")  # registers it
     operator, graphs = torch.ops.hqlt.synchronous.default, []
 

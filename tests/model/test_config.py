@@ -18,7 +18,7 @@ def test_fields_of_the_layer_have_its_names_and_defaults():
     config = HQLTConfig()
     for name, parameter in inspect.signature(HybridMemory).parameters.items():
         assert hasattr(config, name)
-        if parameter.default not in (parameter.empty, None):  # a mixer or rule left out is the config's
+        if parameter.default not in (parameter.empty, None):  # the config chooses the mixer and the rule
             assert getattr(config, name) == parameter.default, name
 
 
@@ -32,12 +32,12 @@ def test_width_of_the_mlp(hidden_size, width):
     ("wrong", "right"),
     [("windw", "window"), ("num_head", "num_heads"), ("hidden_sizes", "hidden_size"), ("layer_kind", "layer_kinds")],
 )
-def test_unknown_key_is_refused_with_the_nearest_name(wrong, right):
+def test_unknown_key_is_refused_with_a_suggestion(wrong, right):
     with pytest.raises(ValueError, match=f"unknown '{wrong}'; did you mean '{right}'"):
         HQLTConfig(**{wrong: 8})
 
 
-def test_unknown_key_without_a_near_name_lists_the_fields():
+def test_unknown_key_without_a_similar_field_lists_the_fields():
     with pytest.raises(ValueError, match=r"unknown 'temperature'; the fields are hidden_size, num_heads, window"):
         HQLTConfig(temperature=0.5)
 
@@ -52,8 +52,8 @@ def test_unknown_key_is_refused_when_loading(small, tmp_path):
             load(tmp_path, window=0)
 
 
-def test_what_other_tools_write_survives(small, tmp_path):
-    """Attributes set on a config, or written in its file, are kept; a misspelt field there is still refused."""
+def test_attributes_of_other_tools_are_kept(small, tmp_path):
+    """Attributes set on a config or added to its file are kept; misspelt fields in the file are refused."""
     foreign = {
         "unsloth_version": "2026.1", "tokenizer_class": "PreTrainedTokenizerFast", "max_position_embeddings": 4096,
         "unk_token_id": 3, "task_specific_params": {"a": [1]}, "sep_token_id": 4, "decoder_start_token_id": 5,
@@ -73,8 +73,8 @@ def test_what_other_tools_write_survives(small, tmp_path):
         AutoConfig.from_pretrained(tmp_path)
 
 
-def test_what_loaders_pass_on_is_none_of_the_configs_business(small, tmp_path):
-    """Everything that transformers' loader takes out of its arguments, by the source of the version at hand."""
+def test_arguments_of_loaders_are_ignored(small, tmp_path):
+    """All keyword arguments of transformers' loader, found in the source of the installed version."""
     load_model = PreTrainedModel.from_pretrained
     taken = {
         *re.findall(r'kwargs\.(?:pop|get)\(\s*"(\w+)"', inspect.getsource(load_model)),
@@ -111,7 +111,7 @@ def test_round_trips(small, tmp_path):
         assert a == b
 
 
-def test_what_transformers_adds_is_accepted(small):
+def test_keys_that_transformers_adds_are_accepted(small):
     config = HQLTConfig(
         **small, torch_dtype="bfloat16", attn_implementation="eager", num_labels=3, num_attention_heads=4
     )
@@ -147,12 +147,12 @@ def test_what_transformers_adds_is_accepted(small):
         ),
     ],
 )
-def test_values_that_do_not_fit(fields, message):
+def test_invalid_values_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         HQLTConfig(**fields)
 
 
-def test_what_a_kind_of_layer_has_otherwise(small):
+def test_fields_of_one_kind_of_layer(small):
     own = {"fw": {"num_heads": 4, "fast_weights": "linear"}, "kv": {"rope_theta": None, "block_norms": "both"}}
     model = HQLTForCausalLM(HQLTConfig(**small, layer_kinds=["fw", "kv"], of_kind=own, conv_size=2))
     fw, kv = model.model.layers
@@ -162,7 +162,7 @@ def test_what_a_kind_of_layer_has_otherwise(small):
     assert norms == [["memory_norm", "mlp_norm"], ["memory_norm", "memory_out_norm", "mlp_norm", "mlp_out_norm"]]
 
 
-def test_wrong_types_are_refused_also_when_assigned():
+def test_wrong_types_are_refused_also_on_assignment():
     with pytest.raises(StrictDataclassFieldValidationError, match="window"):
         HQLTConfig(window="8")
     config = HQLTConfig()
@@ -170,5 +170,5 @@ def test_wrong_types_are_refused_also_when_assigned():
         config.num_heads = "8"
 
 
-def test_whole_numbers_will_do_where_a_fraction_could_stand():
+def test_integers_are_accepted_for_floats():
     assert HQLTConfig(beta_max=1, rope_theta=500).beta_max == 1

@@ -1,5 +1,7 @@
-"""Loaded with accelerate's device maps, offloaded or not, a model gives what it gives without; skipped where it is not
-installed."""
+"""A model loaded with accelerate's device maps, offloaded or not, gives the same results.
+
+Skipped if accelerate is not installed.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,7 @@ def test_a_block_is_never_split(one_model):
     from accelerate import infer_auto_device_map
 
     size = sum(p.numel() * p.element_size() for p in one_model.model.layers[0].parameters())
-    whole = list(one_model._no_split_modules)  # a set, which accelerate before 1.13 takes for one class
+    whole = list(one_model._no_split_modules)  # accelerate before 1.13 mistakes a set for one class
     device_map = infer_auto_device_map(
         one_model, max_memory={"cpu": 2 * size, "disk": 10**9}, no_split_module_classes=whole
     )

@@ -1,4 +1,4 @@
-"""torch.export: the program gives what the model gives, for other rows and lengths than it was exported with."""
+"""torch.export: the program gives the model's results, also for other batch sizes and lengths."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def exportable() -> None:
 
 
 def same_after(a, b) -> None:
-    """Logits and memories."""
+    """Check that logits and states are equal."""
     torch.testing.assert_close(a.logits, b.logits, rtol=0, atol=1e-10)
     mine, theirs = a.past_key_values, b.past_key_values
     assert mine.seen_tokens == theirs.seen_tokens
@@ -32,7 +32,7 @@ def same_after(a, b) -> None:
 
 
 def any_rows(model: HQLTForCausalLM) -> list:
-    """The dynamic shapes of a cache: any number of rows, and of entries in the layers that keep all."""
+    """The dynamic shapes of a cache: the number of rows, and of KV entries in layers with full attention."""
 
     def dynamic(entry: Entry) -> dict:
         return {0: ANY} | {i: ANY for i, size in enumerate(entry.sizes, 1) if size is None}
@@ -46,7 +46,7 @@ def some_tokens(b: int, t: int) -> torch.Tensor:
 
 @torch.no_grad()
 def test_a_text_and_then_step_by_step(model, tokens):
-    if len(model.model.layers) == 2:  # of the same kind
+    if len(model.model.layers) == 2:  # both of the same kind
         del model.model.layers[1]
     shapes = {"input_ids": {0: ANY, 1: ANY}, "use_cache": None}
     text = torch.export.export(model, (tokens,), {"use_cache": True}, dynamic_shapes=shapes).module()
@@ -80,7 +80,7 @@ def test_with_a_mask_and_from_a_file(one_model, tokens):
         mine = text(tokens, attention_mask=mask, use_cache=True)
         theirs = one_model(tokens, attention_mask=mask, use_cache=True)
         assert torch.equal(mine.past_key_values.attention_mask, mask.bool())
-        mine.logits[mask == 0] = theirs.logits[mask == 0]  # what padding says of itself does not count
+        mine.logits[mask == 0] = theirs.logits[mask == 0]  # the logits of padding are ignored
         same_after(mine, theirs)
     step = {"attention_mask": torch.cat([mask, torch.ones(4, 1).long()], 1), "past_key_values": theirs.past_key_values}
     rows = [any_rows(one_model)[0], None, {0: ANY, 1: ANY}]
@@ -94,11 +94,11 @@ def test_with_a_mask_and_from_a_file(one_model, tokens):
     theirs = one_model(tokens[:, :1], attention_mask=mask, past_key_values=cache)
     mine.logits[2] = theirs.logits[2]
     same_after(mine, theirs)
-    with pytest.raises(RuntimeError, match="what they were read as, got something else"):
+    with pytest.raises(RuntimeError, match="to match what the cache has read, got a different mask"):
         program(tokens[:, :1], attention_mask=torch.ones(3, 9).long(), past_key_values=mine.past_key_values)
 
 
-def test_a_cache_is_seen_through_only_when_asked(one_model, tokens):
+def test_a_cache_is_a_pytree_only_after_registration(one_model, tokens):
     cache = one_model(tokens, use_cache=True).past_key_values
     leaves, spec = torch.utils._pytree.tree_flatten(cache)
     again = torch.utils._pytree.tree_unflatten(leaves, spec)

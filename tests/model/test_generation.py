@@ -53,7 +53,7 @@ def test_chunked_prefill(model, tokens, padded, chunk):
     assert torch.equal(generate(model, tokens, **given, **GREEDY, prefill_chunk_size=chunk), whole)
 
 
-def test_left_padded_rows_are_what_they_are_alone(model, tokens):
+def test_left_padded_rows_equal_single_rows(model, tokens):
     padded, mask = left_padding(tokens)
     together = generate(model, padded, attention_mask=mask, **GREEDY)
     for i in range(3):
@@ -62,7 +62,7 @@ def test_left_padded_rows_are_what_they_are_alone(model, tokens):
 
 
 def test_logits_of_every_step(model, tokens):
-    """Not only the choice of tokens: the scores agree, in rows that ended at different steps as well."""
+    """Not only the chosen tokens but also the scores agree, also if rows end at different steps."""
     padded, mask = left_padding(tokens)
     scores = [
         model.generate(
@@ -91,8 +91,8 @@ def test_in_training_mode(model, tokens):
     assert torch.equal(generate(model.train(), tokens, **GREEDY), generate(model.eval(), tokens, **GREEDY))
 
 
-def test_goes_on_from_a_cache(model, tokens):
-    """A conversation: what generate returned and what it remembers, then more."""
+def test_continues_from_a_cache(model, tokens):
+    """A second call continues from the result and the cache of the first."""
     first = model.generate(tokens, pad_token_id=0, **GREEDY, return_dict_in_generate=True)
     cache = first.past_key_values
     assert isinstance(cache, HQLTCache)
@@ -105,20 +105,20 @@ def test_goes_on_from_a_cache(model, tokens):
 
 
 def ending(model, tokens: torch.Tensor, mask: torch.Tensor) -> int:
-    """A token that ends one row early, by greedy decoding, and another row not."""
+    """A token that greedy decoding produces early in one row and never in another."""
     made = generate(model, tokens, attention_mask=mask, **GREEDY)[:, 11:]
     return next(t for t in made[:, :2].flatten().tolist() if not (made == t).any(dim=1).all())
 
 
 @pytest.mark.parametrize("pad", ["eos", 0])
 def test_a_second_turn_after_rows_that_ended_early(model, tokens, pad):
-    """What each row gives alone: neither the padding behind its end nor that before its next turn is remembered."""
+    """Each row gives what it gives alone: padding after its end and before its next turn is not remembered."""
     padded, mask = left_padding(tokens)
     end = ending(model, padded, mask)
     options = {**GREEDY, "eos_token_id": end, "pad_token_id": end if pad == "eos" else pad}
     first = model.generate(padded, attention_mask=mask, **options, return_dict_in_generate=True)
     cache, made = first.past_key_values, first.sequences[:, 11:]
-    real = (made == end).cumsum(dim=1) - (made == end).long() == 0  # up to the end, the end included
+    real = (made == end).cumsum(dim=1) - (made == end).long() == 0  # up to and including the end token
     assert not real.all()
     said = torch.cat([mask.bool(), real], dim=1)
     assert torch.equal(cache.attention_mask, said[:, :-1])
@@ -136,8 +136,8 @@ def test_a_second_turn_after_rows_that_ended_early(model, tokens, pad):
         assert torch.equal(second[i, -5:], alone[0, -5:])
 
 
-def test_rows_that_other_criteria_end_go_on_or_are_padded(one_model, tokens):
-    """As transformers has it: padding follows a row's end only where there is a token that ends rows."""
+def test_rows_ended_by_other_criteria(one_model, tokens):
+    """As in transformers: without an eos token, a row continues after its end instead of being padded."""
 
     def second_row_ends(ids: torch.Tensor, scores: object) -> torch.Tensor:
         return torch.tensor([False, ids.shape[1] > 12, False])
@@ -148,8 +148,8 @@ def test_rows_that_other_criteria_end_go_on_or_are_padded(one_model, tokens):
     assert ended.past_key_values.attention_mask.sum(dim=1).tolist() == [15, 13, 15]
 
 
-def test_a_cache_with_nothing_left_to_read_is_refused(one_model, tokens):
-    """transformers would slice the prompt wrongly, and read tokens twice or not at all."""
+def test_a_cache_without_unread_tokens_is_refused(one_model, tokens):
+    """transformers would slice the prompt incorrectly, and read tokens twice or not at all."""
     cache = one_model(tokens, use_cache=True).past_key_values
     ones = torch.ones_like(tokens)
     for prompt, mask in (
@@ -172,7 +172,7 @@ def test_a_cache_with_nothing_left_to_read_is_refused(one_model, tokens):
     assert cache.get_seq_length() == 11
 
 
-def test_a_cache_that_knows_of_padding_wants_a_mask(one_model, tokens):
+def test_a_cache_with_padding_needs_a_mask(one_model, tokens):
     padded, mask = left_padding(tokens)
     cache = one_model(padded, attention_mask=mask, use_cache=True).past_key_values
     longer = torch.cat([padded, tokens[:, :2]], dim=1)
@@ -183,7 +183,7 @@ def test_a_cache_that_knows_of_padding_wants_a_mask(one_model, tokens):
 
 
 def test_a_cache_has_two_names(one_model, tokens):
-    """transformers' before 5.24 and its later one, for whoever calls a model, whichever is installed."""
+    """The name before transformers 5.24 and the later one both work, with any installed version."""
     cache = one_model(tokens[:, :8], use_cache=True).past_key_values
     longer = one_model(tokens).logits[:, 8:]
     for name in ("past_key_values", "cache"):
@@ -197,7 +197,7 @@ def test_a_cache_has_two_names(one_model, tokens):
         one_model(tokens[:, 8:], mems=cache)
 
 
-def test_one_prefix_many_continuations(model, tokens):
+def test_many_continuations_of_one_prefix(model, tokens):
     prefix = model(tokens[:1, :8], use_cache=True).past_key_values
     for last in (2, 5):
         longer = torch.cat([tokens[:1, :8], torch.tensor([[last]])], dim=1)
@@ -213,7 +213,7 @@ def test_other_caches_are_refused(one_model, tokens):
 
 
 def test_no_square_mask_is_built(one_model, tokens):
-    """The default mask for a hybrid layer type is plain causal, which a window is not."""
+    """transformers' default mask for a hybrid layer type is causal, without a window."""
     mask = torch.ones_like(tokens)
     made = one_model.create_masks_for_generate(
         config=one_model.config, inputs_embeds=None, attention_mask=mask, past_key_values=None, position_ids=None
@@ -226,7 +226,7 @@ def test_no_square_mask_is_built(one_model, tokens):
 def test_right_padded_prompts_are_refused(one_model, tokens):
     mask = torch.ones_like(tokens)
     mask[1, -2:] = 0
-    with pytest.raises(ValueError, match="got right padding, after which generate would go on; pad on the left"):
+    with pytest.raises(ValueError, match="got right padding, after which generate would continue; pad on the left"):
         generate(one_model, tokens, attention_mask=mask, **GREEDY)
 
 

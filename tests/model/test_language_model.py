@@ -26,17 +26,17 @@ def same_states(a: HQLTCache, b: HQLTCache) -> None:
             same(x, y)
 
 
-class TestPieces:
-    """One pass ≡ in pieces ≡ step by step, in training as in evaluation: no multi-token call drops a state."""
+class TestChunks:
+    """One pass ≡ in chunks ≡ token by token, in training and evaluation mode: no call drops a state."""
 
     @pytest.mark.parametrize("training", [False, True])
-    @pytest.mark.parametrize("pieces", [(1, 3, 7), (1,) * 11])
-    def test_pieces(self, model, tokens, pieces, training):
+    @pytest.mark.parametrize("chunks", [(1, 3, 7), (1,) * 11])
+    def test_chunks(self, model, tokens, chunks, training):
         model.train(training)
         whole = model(tokens, use_cache=True)
         cache, logits = HQLTCache(), []
-        for piece in tokens.split(pieces, dim=1):
-            out = model(piece, past_key_values=cache)
+        for chunk in tokens.split(chunks, dim=1):
+            out = model(chunk, past_key_values=cache)
             assert out.past_key_values is cache
             logits.append(out.logits)
         same(torch.cat(logits, dim=1), whole.logits)
@@ -64,7 +64,7 @@ class TestPieces:
         assert embeddings.grad[:, :6].abs().sum() == 0
 
     def test_positions_of_later_layers(self, model, tokens):
-        """Every layer counts its own tokens (the paper's code counts once for all: layers above the first were off)."""
+        """Every layer counts its own tokens. In the paper's code, one counter makes all but the first layer wrong."""
         out = model(tokens[:, :7], use_cache=True)
         for state in out.past_key_values.states:
             assert state.position.tolist() == [7, 7, 7]
@@ -81,7 +81,7 @@ class TestPieces:
 
 
 class TestForgetting:
-    """transformers' own caches drop a recurrent state that no convolution was written beside."""
+    """transformers' own caches drop a recurrent state that has no convolution."""
 
     @pytest.mark.parametrize("fields", [{"window": 1}, {"layer_kinds": ["fw", "fw"]}, {"blend": "delayed-chunk"}])
     def test_a_model_without_convolution_remembers_what_left_the_window(self, small, tokens, fields):
@@ -97,46 +97,46 @@ class TestForgetting:
 
 
 class TestPacking:
-    """Packed documents ≡ separate documents: nothing crosses a border, neither in softmax nor in the linear state."""
+    """Packed documents ≡ separate documents: nothing crosses a boundary, in neither memory."""
 
     LENGTHS = (3, 6, 2)
 
-    def borders(self, tokens):
+    def boundaries(self, tokens):
         positions = torch.cat([torch.arange(n) for n in self.LENGTHS])[None].expand(3, -1)
         return positions, positions == 0
 
     @pytest.mark.parametrize("say", ["resets", "position_ids", "one row of position_ids"])
     def test_packed_is_separate(self, model, tokens, say):
-        positions, resets = self.borders(tokens)
+        positions, resets = self.boundaries(tokens)
         given = {
             "resets": {"resets": resets},
             "position_ids": {"position_ids": positions},
             "one row of position_ids": {"position_ids": positions[:1]},
         }[say]
         packed = model(tokens, use_cache=True, **given)
-        alone = [model(piece, use_cache=True) for piece in tokens.split(self.LENGTHS, dim=1)]
+        alone = [model(part, use_cache=True) for part in tokens.split(self.LENGTHS, dim=1)]
         same(packed.logits, torch.cat([out.logits for out in alone], dim=1))
         same(
             model(tokens[:, :4], past_key_values=packed.past_key_values).logits,
             model(tokens[:, :4], past_key_values=alone[-1].past_key_values).logits,
         )
 
-    def test_packed_in_pieces(self, model, tokens):
-        _, resets = self.borders(tokens)
+    def test_packed_in_chunks(self, model, tokens):
+        _, resets = self.boundaries(tokens)
         cache = HQLTCache()
         logits = [
-            model(piece, resets=reset, past_key_values=cache).logits
-            for piece, reset in zip(tokens.split(2, dim=1), resets.split(2, dim=1), strict=True)
+            model(chunk, resets=reset, past_key_values=cache).logits
+            for chunk, reset in zip(tokens.split(2, dim=1), resets.split(2, dim=1), strict=True)
         ]
         same(torch.cat(logits, dim=1), model(tokens, resets=resets).logits)
 
     def test_resets_win_over_positions(self, one_model, tokens):
-        positions, resets = self.borders(tokens)
+        positions, resets = self.boundaries(tokens)
         nowhere = torch.zeros_like(resets)
         same(one_model(tokens, resets=nowhere, position_ids=positions).logits, one_model(tokens).logits)
 
     def test_packed_and_padded(self, model, tokens):
-        positions, resets = self.borders(tokens)
+        positions, resets = self.boundaries(tokens)
         padded = F.pad(tokens, (2, 0))
         mask = F.pad(torch.ones_like(tokens), (2, 0))
         out = model(padded, attention_mask=mask, resets=F.pad(resets, (2, 0)))
@@ -149,7 +149,7 @@ class TestPacking:
             one_model(tokens, position_ids=torch.arange(5)[None])
 
     def test_packing_that_the_model_does_not_read_is_refused(self, one_model, tokens):
-        with pytest.raises(ValueError, match="cu_seq_lens_q: expected packed documents to be told apart"):
+        with pytest.raises(ValueError, match="cu_seq_lens_q: expected packed documents to be marked"):
             one_model(tokens, cu_seq_lens_q=torch.tensor([0, 3, 11]))
 
 
@@ -167,7 +167,7 @@ class TestCheckpointing:
 
         plain = gradients()
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": reentrant})  # its older name is the second
+        enable({"use_reentrant": reentrant})  # the older name
         for a, b in zip(plain, gradients(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
@@ -186,15 +186,15 @@ class TestLoss:
         total = one_model(tokens, labels=tokens, num_items_in_batch=60).loss
         torch.testing.assert_close(total, mean * 30 / 60)
 
-    def test_a_border_is_scored_unless_labelled_otherwise(self, one_model, tokens):
-        """transformers' convention: a document's first token counts, and −100 leaves it out."""
+    def test_a_document_boundary_is_scored_unless_masked(self, one_model, tokens):
+        """transformers' convention: the first token of a document is scored unless its label is −100."""
         resets = torch.zeros_like(tokens, dtype=torch.bool)
         resets[:, 5] = True
         logits = one_model(tokens, resets=resets).logits
         scored = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
         torch.testing.assert_close(one_model(tokens, resets=resets, labels=tokens).loss, scored)
         without = tokens.masked_fill(resets, -100)
-        apart = [one_model(piece, labels=piece).loss * (piece.shape[1] - 1) for piece in tokens.split([5, 6], dim=1)]
+        apart = [one_model(chunk, labels=chunk).loss * (chunk.shape[1] - 1) for chunk in tokens.split([5, 6], dim=1)]
         torch.testing.assert_close(one_model(tokens, resets=resets, labels=without).loss, sum(apart) / 9)
 
     def test_learns(self, small):
@@ -228,7 +228,7 @@ class TestForward:
         with pytest.raises(TypeError, match="did you mean"):
             one_model(tokens, **{wrong: None})
 
-    def test_what_tokenizers_add_is_left_aside(self, one_model, tokens):
+    def test_arguments_from_tokenizers_are_ignored(self, one_model, tokens):
         same(one_model(tokens, token_type_ids=torch.zeros_like(tokens)).logits, one_model(tokens).logits)
 
     def test_wrong_arguments(self, one_model, tokens):
@@ -236,7 +236,7 @@ class TestForward:
             one_model()
         with pytest.raises(ValueError, match=r"input_ids: expected \[b, t\], got shape \[11\]"):
             one_model(tokens[0])
-        with pytest.raises(ValueError, match="labels: expected logits_to_keep = 0"):
+        with pytest.raises(ValueError, match="logits_to_keep: expected 0 with labels"):
             one_model(tokens, labels=tokens, logits_to_keep=1)
 
     def test_another_kind_of_cache_is_refused(self, one_model, tokens):
@@ -246,7 +246,7 @@ class TestForward:
     def test_the_cache_of_another_model_is_refused(self, one_model, small, tokens):
         out = one_model(tokens, use_cache=True)
         other = HQLTForCausalLM(HQLTConfig(**{**small, "num_hidden_layers": 3})).double()
-        with pytest.raises(ValueError, match="expected a state for each of the 3 layers, got 2"):
+        with pytest.raises(ValueError, match="expected one state for each of the 3 layers, got 2"):
             other(tokens, past_key_values=out.past_key_values)
         other = HQLTForCausalLM(HQLTConfig(**{**small, "window": 6})).double()
         with pytest.raises(ValueError, match=r"state\.kv\.keys: expected shape"):
@@ -259,14 +259,14 @@ class TestForward:
         out = model(tokens, use_cache=True)
         assert out.logits.dtype == dtype
         assert out.logits.isfinite().all()
-        # The median token, because the norm of a head that reads next to nothing makes much of a rounding error.
+        # The median over tokens, because the norm of a head whose read is almost zero amplifies rounding errors.
         tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
         assert (out.logits - exact).abs().mean(-1).median() < tolerance * exact.abs().mean()
         for state in out.past_key_values.states:
             assert {x.dtype for x in tree_leaves(state.fw)} <= {torch.float32}
         assert model(tokens, past_key_values=out.past_key_values).logits.dtype == dtype
 
-    @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # PyTorch's, of a slower norm
+    @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # PyTorch falls back to a slower norm
     def test_autocast(self, model, tokens):
         model.float().train()
         with torch.autocast("cpu", torch.bfloat16):
@@ -291,14 +291,14 @@ class TestInitialisation:
             else:
                 assert abs(weight.std() / 0.02 - 1) < 0.05, name
 
-    def test_a_convolution_may_begin_as_the_identity(self, small):
+    def test_a_convolution_can_be_initialized_as_identity(self, small):
         model = HQLTForCausalLM(HQLTConfig(**{**small, "conv_size": 3, "conv_init": "identity"}))
         conv = model.model.layers[0].memory.conv
         x = torch.randn(2, 5, conv.weight.shape[0])
         same(conv(x, None, None)[0], x)
 
-    def test_gates_begin_where_they_are_told_unless_they_were_read(self, small, tmp_path):
-        """transformers initialises no part without parameters of its own, such as a mixer, in code that is not its."""
+    def test_gates_get_their_initial_value_unless_loaded(self, small, tmp_path):
+        """In custom code, transformers does not initialize modules without parameters of their own, such as a mixer."""
         model = HQLTForCausalLM(HQLTConfig(**{**small, "mixer": "vector"}, gate_bias=-2.0, beta_bias=-3.0))
         memories = [block.memory for block in model.model.layers]
         assert all((memory.mixer.gate_proj.bias == -2).all() for memory in memories)
@@ -312,8 +312,8 @@ class TestInitialisation:
             torch.equal(mine, theirs) for mine, theirs in zip(again.parameters(), model.parameters(), strict=True)
         )
 
-    def test_the_sum_that_begins_as_attention(self, small):
-        """Mixer "add": a text within the window is read as by attention alone with the same weights."""
+    def test_mixer_add_is_attention_at_initialization(self, small):
+        """Mixer "add": a text within the window gives the same as attention only, with the same weights."""
         attention = HQLTForCausalLM(HQLTConfig(**small, layer_kinds=["kv", "kv"])).eval()
         both = HQLTForCausalLM(HQLTConfig(**small, layer_kinds=["hybrid", "hybrid"], mixer="add")).eval()
         both.load_state_dict(attention.state_dict(), strict=False)
@@ -342,16 +342,16 @@ class TestSaving:
         assert loaded.config.to_diff_dict() == model.config.to_diff_dict()
         for name, weight in model.state_dict().items():
             assert torch.equal(loaded.state_dict()[name], weight), name
-        same(loaded(tokens).logits, model(tokens).logits)  # products round by where in memory the weights lie
+        same(loaded(tokens).logits, model(tokens).logits)  # rounding depends on the memory alignment of the weights
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_dtype_is_kept_or_asked_for(self, one_model, tokens, tmp_path, dtype):
+    def test_dtype_is_kept_or_converted(self, one_model, tokens, tmp_path, dtype):
         one_model.to(dtype).save_pretrained(tmp_path)
         assert HQLTForCausalLM.from_pretrained(tmp_path).dtype == dtype
         assert HQLTForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).dtype == torch.float64
         assert torch.equal(HQLTForCausalLM.from_pretrained(tmp_path)(tokens).logits, one_model(tokens).logits)
 
-    def test_the_model_without_its_head(self, one_model, tokens, tmp_path):
+    def test_the_model_without_its_output_head(self, one_model, tokens, tmp_path):
         one_model.save_pretrained(tmp_path)
         loaded = AutoModel.from_pretrained(tmp_path)
         assert isinstance(loaded, HQLTModel)
@@ -361,8 +361,8 @@ class TestSaving:
         assert isinstance(AutoModelForCausalLM.from_config(one_model.config), HQLTForCausalLM)
         assert isinstance(AutoModel.from_config(one_model.config), HQLTModel)
 
-    def test_memories_on_disk(self, model, tokens, tmp_path):
-        """Reuse of a saved prefix equals reading it again: no part of a state is left out."""
+    def test_states_on_disk(self, model, tokens, tmp_path):
+        """Continuing from saved states equals reading the prefix again: no part of a state is missing."""
         cache = model(tokens[:, :8], use_cache=True).past_key_values
         hqlt.save_state(tmp_path / "prefix.safetensors", cache.states, model)
         loaded = HQLTCache.from_states(hqlt.load_state(tmp_path / "prefix.safetensors", model))

@@ -1,4 +1,4 @@
-"""The loss a chunk of positions at a time is the plain one: in value, in gradients, and whatever the head is."""
+"""The chunked loss equals the plain one, in value and gradients, for every kind of head."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ B, T, D, VOCABULARY = 2, 7, 5, 11
 
 @pytest.fixture
 def case() -> tuple[Tensor, nn.Linear, Tensor]:
-    """x, a head, targets of which some are not scored."""
+    """x, a head, and targets, some of which are not scored."""
     x, head = normal(B, T, D, seed=1).requires_grad_(), nn.Linear(D, VOCABULARY, bias=False, dtype=torch.float64)
     targets = torch.arange(B * T).view(B, T) % VOCABULARY
     targets[0, 2:5] = targets[1, 0] = -100
@@ -30,7 +30,7 @@ def plain(x: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
 @pytest.mark.parametrize("rows", [1, 3, 4, 13])
 def test_value_and_gradients(case, rows):
     x, head, targets = case
-    got = summed_cross_entropy(x, head, targets, at_once=rows * VOCABULARY)
+    got = summed_cross_entropy(x, head, targets, max_logits=rows * VOCABULARY)
     expected = plain(x, head, targets)
     close(got, expected, 1e-10)
     given = [x, head.weight]
@@ -40,11 +40,11 @@ def test_value_and_gradients(case, rows):
 
 
 @pytest.mark.parametrize("frozen", ["x", "weight", "both"])
-def test_only_the_gradients_that_are_asked_for(case, frozen):
+def test_frozen_inputs_get_no_gradient(case, frozen):
     x, head, targets = case
     x.requires_grad_(frozen == "weight")
     head.requires_grad_(frozen == "x")
-    got = summed_cross_entropy(x, head, targets, at_once=VOCABULARY)
+    got = summed_cross_entropy(x, head, targets, max_logits=VOCABULARY)
     close(got, plain(x, head, targets), 1e-10)
     if frozen == "both":
         assert not got.requires_grad
@@ -53,8 +53,8 @@ def test_only_the_gradients_that_are_asked_for(case, frozen):
     close(torch.autograd.grad(got, given)[0], torch.autograd.grad(plain(x, head, targets), given)[0], 1e-10)
 
 
-def test_all_logits_are_never_there(case, monkeypatch):
-    """No tensor that the loss makes is larger than what may be there at once."""
+def test_logits_are_never_materialized(case, monkeypatch):
+    """No tensor that the loss creates is larger than max_logits allows."""
     x, head, targets = case
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -66,17 +66,17 @@ def test_all_logits_are_never_there(case, monkeypatch):
             return out
 
     with Watch() as watch:
-        summed_cross_entropy(x, head, targets, at_once=6 * VOCABULARY).backward()
+        summed_cross_entropy(x, head, targets, max_logits=6 * VOCABULARY).backward()
     assert watch.largest == max(6 * VOCABULARY, B * T * D)
 
 
-def test_few_logits_are_computed_as_ever(case):
+def test_few_logits_are_computed_in_one_chunk(case):
     x, head, targets = case
     assert torch.equal(summed_cross_entropy(x, head, targets), plain(x, head, targets))
 
 
 @pytest.mark.parametrize("change", ["hook", "bias", "subclass"])
-def test_a_head_that_is_more_than_a_matrix_is_called(case, change):
+def test_a_head_other_than_a_plain_matrix_is_called(case, change):
     x, head, targets = case
 
     class Doubled(nn.Linear):
@@ -87,14 +87,14 @@ def test_a_head_that_is_more_than_a_matrix_is_called(case, change):
         head.register_forward_hook(lambda module, args, out: 2 * out)
     else:
         head = (nn.Linear if change == "bias" else Doubled)(D, VOCABULARY, bias=change == "bias", dtype=torch.float64)
-    close(summed_cross_entropy(x, head, targets, at_once=VOCABULARY), plain(x, head, targets), 1e-10)
+    close(summed_cross_entropy(x, head, targets, max_logits=VOCABULARY), plain(x, head, targets), 1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_narrow_types_sum_wide(case, dtype):
+def test_low_precision_is_summed_in_float32(case, dtype):
     x, head, targets = case
     narrow = x.detach().to(dtype).requires_grad_()
-    got = summed_cross_entropy(narrow, head.to(dtype), targets, at_once=3 * VOCABULARY)
+    got = summed_cross_entropy(narrow, head.to(dtype), targets, max_logits=3 * VOCABULARY)
     assert got.dtype == torch.float32
     got.backward()
     assert (narrow.grad.dtype, head.weight.grad.dtype) == (dtype, dtype)
@@ -106,7 +106,7 @@ def test_autocast(case):
     x, head, targets = case
     x, head = x.detach().float().requires_grad_(), head.float()
     with torch.autocast("cpu", torch.bfloat16):
-        got = summed_cross_entropy(x, head, targets, at_once=3 * VOCABULARY)
+        got = summed_cross_entropy(x, head, targets, max_logits=3 * VOCABULARY)
         expected = summed_cross_entropy(x, head, targets)
     close(got, expected, 1e-2)
     grads = [torch.autograd.grad(y, [x, head.weight]) for y in (got, expected)]
@@ -135,7 +135,7 @@ class TestModel:
         got, expected = model(tokens, **options, skip_logits=True), model(tokens, **options)
         assert got.logits is None
         assert expected.logits is not None
-        close(got.loss, expected.loss.double(), 1e-6)  # transformers' own is float32
+        close(got.loss, expected.loss.double(), 1e-6)  # transformers computes it in float32
         grads = [torch.autograd.grad(out.loss, list(model.parameters())) for out in (got, expected)]
         for mine, theirs in zip(*grads, strict=True):
             close(mine, theirs, 1e-6)

@@ -1,6 +1,6 @@
 """Language models exported to ONNX and run by onnxruntime: a text and its cache, then token by token.
 
-`make test-onnx` runs this where the packages are.
+`make test-onnx` runs this if the packages are installed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Padding is remembered nowhere, in whatever call and place it stands; what the cache has read is known to it."""
+"""Padding never enters a memory, at any place of any call, and masks that contradict the cache are refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def left_padded(rows: list[torch.Tensor], to: int) -> tuple[torch.Tensor, torch.
 
 
 class TestPadding:
-    def test_left_padding_is_no_padding(self, model, tokens):
+    def test_left_padding_changes_nothing(self, model, tokens):
         rows = [tokens[0, :3], tokens[1, :11], tokens[2, :6]]
         padded, mask = left_padded(rows, 13)
         out = model(padded, attention_mask=mask, use_cache=True)
@@ -43,19 +43,19 @@ class TestPadding:
             one_model(tokens[:1, :3]).logits[0],
         )
 
-    @pytest.mark.parametrize("pieces", [(2, 7, 4), (1,) * 13])
+    @pytest.mark.parametrize("chunks", [(2, 7, 4), (1,) * 13])
     @pytest.mark.parametrize("with_positions", [False, True])
-    def test_left_padding_in_pieces(self, model, tokens, pieces, with_positions):
-        """The mask covers past and new tokens; a row may still be all padding when the first piece ends."""
+    def test_left_padding_in_chunks(self, model, tokens, chunks, with_positions):
+        """The mask covers past and new tokens; a row may consist of padding only in the first chunk."""
         rows = [tokens[0, :3], tokens[1, :11], tokens[2, :6]]
         padded, mask = left_padded(rows, 13)
-        positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 0)  # as generate makes them
+        positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 0)  # as `generate` computes them
         cache, logits, end = HQLTCache(), [], 0
-        for piece in padded.split(pieces, dim=1):
-            start, end = end, end + piece.shape[1]
+        for chunk in padded.split(chunks, dim=1):
+            start, end = end, end + chunk.shape[1]
             position_ids = positions[:, start:end] if with_positions else None
             logits.append(
-                model(piece, attention_mask=mask[:, :end], position_ids=position_ids, past_key_values=cache).logits
+                model(chunk, attention_mask=mask[:, :end], position_ids=position_ids, past_key_values=cache).logits
             )
         for i, row in enumerate(rows):
             same(torch.cat(logits, dim=1)[i, 13 - len(row) :], model(row[None]).logits[0])
@@ -82,13 +82,13 @@ class TestPadding:
         same(loss, model(tokens, labels=labels).loss)
 
     @pytest.mark.parametrize("compiled", [False, True])
-    def test_padding_after_remembered_tokens_is_not_read(self, model, tokens, compiled, monkeypatch):
-        """Rows with as many new tokens as they have, between 0 and all, as each of them alone."""
+    def test_padding_after_tokens_is_not_read(self, model, tokens, compiled, monkeypatch):
+        """Rows with any number of new tokens, from none to all, give what each of them gives alone."""
         first = torch.ones(3, 11, dtype=torch.bool)
         first[2, :4] = False
         cache = model(tokens, attention_mask=first, use_cache=True).past_key_values
         new = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0], [0, 1, 0, 1]]).bool()
-        if compiled:  # no one knows which rows these are: whole ones only
+        if compiled:  # while tracing, rows must have all tokens or none
             new[2] = True
             monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
         out = model(tokens[:, :4], attention_mask=torch.cat([first, new], 1), past_key_values=cache)
@@ -105,7 +105,7 @@ class TestPadding:
         mask = torch.ones(3, 13)
         mask[1, 11] = 0
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-        with pytest.raises(RuntimeError, match="expected, in compiled code, rows that remember tokens"):
+        with pytest.raises(RuntimeError, match="expected, in compiled code, each row with a non-empty memory"):
             one_model(tokens[:, :2], attention_mask=mask, past_key_values=cache)
 
     def test_hidden_states_and_gradients_of_uneven_rows(self, model, tokens):
@@ -122,8 +122,8 @@ class TestPadding:
             assert not mine[2].any()
         same(gradient, torch.autograd.grad(alone.logits.sum(), model.lm_head.weight)[0])
 
-    def test_a_mask_that_says_another_past_is_refused(self, one_model, tokens):
-        """Whatever it says, about rows read without a mask as about those read with one."""
+    def test_a_mask_that_contradicts_the_past_is_refused(self, one_model, tokens):
+        """Whether the rows were read with a mask or without."""
         first = torch.ones(3, 11, dtype=torch.long)
         plain = one_model(tokens, use_cache=True).past_key_values
         first[1, :4] = 0
@@ -131,7 +131,7 @@ class TestPadding:
         assert plain.attention_mask is None
         assert torch.equal(padded.attention_mask, first.bool())
         more = torch.cat([first, torch.ones(3, 2, dtype=torch.long)], dim=1)
-        with pytest.raises(ValueError, match=r"begin it with .* Column 0 of row 1 was read as a token"):
+        with pytest.raises(ValueError, match=r"start it with .* Column 0 of row 1 was read as a token"):
             one_model(tokens[:, :2], attention_mask=more, past_key_values=plain)
         with pytest.raises(ValueError, match="Column 0 of row 1 was read as padding"):
             one_model(tokens[:, :2], attention_mask=torch.ones_like(more), past_key_values=padded)
@@ -150,7 +150,7 @@ class TestPadding:
             one_model(tokens, attention_mask=torch.ones(3, 1, 11, 11))
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler's own
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # raised inside the compiler
 def test_compiled_code_checks_what_eager_code_checks(small):
     torch.manual_seed(0)
     model = HQLTForCausalLM(HQLTConfig(**{**small, "num_hidden_layers": 1})).double().eval()
@@ -167,8 +167,8 @@ def test_compiled_code_checks_what_eager_code_checks(small):
         for mine, theirs in zip(*(cache.states[0].leaves() for cache in caches), strict=True):
             same(mine, theirs)
         for wrong, message in (
-            (torch.ones(3, 8), "what they were read as, got something else"),
-            (torch.cat([row_ended, torch.tensor([[1, 1], [0, 1], [1, 1]])], dim=1), "got padding beside tokens"),
+            (torch.ones(3, 8), "to match what the cache has read, got a different mask"),
+            (torch.cat([row_ended, torch.tensor([[1, 1], [0, 1], [1, 1]])], dim=1), "got both"),
         ):
             with pytest.raises(RuntimeError, match=message):
                 compiled(tokens[:, :2], attention_mask=wrong, past_key_values=caches[1].fork())

@@ -23,7 +23,7 @@ def on_meta(config) -> HQLTForCausalLM:
         ("hqlt-1.3b", "vector", 1_465_750_528),
     ],
 )
-def test_parameter_counts_are_the_paper_s(name, mixer, parameters):
+def test_parameter_counts_match_the_paper(name, mixer, parameters):
     assert sum(p.numel() for p in on_meta(preset(name, mixer=mixer)).parameters()) == parameters
 
 
@@ -59,7 +59,7 @@ def test_tiny_is_tiny():
     assert model(torch.randint(256, (1, 5))).logits.shape == (1, 5, 256)
 
 
-def test_changes_come_on_top():
+def test_changes_override_the_preset():
     assert preset("tiny", window=16, hidden_size=96).window == 16
     assert preset("tiny", hidden_size=96).intermediate_size == 256
 

@@ -1,4 +1,4 @@
-"""Tokens taken back: whatever is cropped, what follows is as if it had never been read."""
+"""Rollback: after a crop, everything is as if the removed tokens had never been read."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def model_of(name: str) -> HQLTForCausalLM:
     padded=st.booleans(),
 )
 @torch.no_grad()
-def test_what_follows_is_as_if_it_had_never_been_read(name, rollback, calls, padded):
-    """Calls of some tokens, some taken back after each: every call's logits are those of the text that is left."""
+def test_cropped_tokens_leave_no_trace(name, rollback, calls, padded):
+    """Some tokens are removed after each call: the logits of every call are those of the remaining text."""
     model = model_of(name)
     generator = torch.Generator().manual_seed(0)
     cache, text = HQLTCache(rollback=rollback), torch.zeros(2, 0, dtype=torch.long)
@@ -70,7 +70,7 @@ def test_what_follows_is_as_if_it_had_never_been_read(name, rollback, calls, pad
 
 
 @torch.no_grad()
-def test_segments_that_began_within(one_model, tokens):
+def test_segments_that_begin_in_the_removed_part(one_model, tokens):
     resets = torch.zeros(3, 11, dtype=torch.bool)
     resets[0, 7] = resets[2, 4] = True
     for marks in ({"resets": resets}, {"position_ids": torch.where(resets, 0, 1 + torch.arange(11))}):
@@ -100,7 +100,7 @@ def test_rows_forks_and_copies(one_model, tokens):
 
 
 @torch.no_grad()
-def test_from_states_that_were_stored(one_model, tokens):
+def test_from_saved_states(one_model, tokens):
     first = one_model(tokens[:, :5], use_cache=True).past_key_values
     cache = HQLTCache.from_states(first.states, rollback=4)
     one_model(tokens[:, 5:8], past_key_values=cache)
@@ -122,7 +122,7 @@ def test_its_size_does_not_depend_on_the_context(one_model):
         assert len(history.snapshots) <= 2 * math.log2(rollback) + 2
         assert sum(part.x.shape[1] for part in history.columns) <= 2 * rollback + max(calls[-20:])
         ages = [history.seen - snapshot.seen for snapshot in history.snapshots]
-        again = [history.back(m)[1] for m in range(1, rollback + 1)]
+        again = [history.rolled_back(m)[1] for m in range(1, rollback + 1)]
         assert all(part is None or part.x.shape[1] <= max(m, calls[-1]) for m, part in enumerate(again, 1)), ages
         sizes[len(calls)] = len(history.snapshots)
 
@@ -141,16 +141,16 @@ def test_refused(one_model, tokens):
     model = built()
     for token in tokens.T[:3]:
         model(token[:, None], past_key_values=other)
-    other.crop(-1)  # an earlier state is there
+    other.crop(-1)  # a snapshot of this state exists
     model(tokens[:, 2:5], past_key_values=other)
     del model
-    with pytest.raises(ValueError, match="crop: expected the model that read these tokens to be there still"):
+    with pytest.raises(ValueError, match="crop: expected the model that read these tokens to still exist"):
         other.crop(-1)
 
 
 @pytest.mark.parametrize("name", [*KINDS, "surprise", "rule kda"])
 def test_assisted_generation_gives_the_greedy_text(name, tokens):
-    """A draft model (another one, the model itself) and prompt lookup: the text is that of plain greedy decoding."""
+    """With a draft model (another one, or the model itself) and prompt lookup, the text is that of greedy decoding."""
     model = model_of(name)
     drafts = [{"assistant_model": model}, {"assistant_model": built(hidden_size=8)}, {"prompt_lookup_num_tokens": 3}]
     for prompt in (tokens[:1, :5], tokens[:1].repeat(1, 2)):

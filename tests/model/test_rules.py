@@ -1,4 +1,4 @@
-"""A model of every registered rule: its config, its weights in a file, its dtypes and devices, its programs."""
+"""Models with every registered rule: saving and loading, dtypes, the meta device, torch.export."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def build(rule, **changes):
 
 @every_rule
 def test_weights_survive_a_file(rule, tmp_path, tokens):
-    """Each as it was, those that begin at drawn numbers (A_log, dt_bias) included; so does the config."""
+    """All weights, including those with random initial values (A_log, dt_bias), and the config."""
     model = build(rule)
     with torch.no_grad():
         for weight in model.parameters():
@@ -41,13 +41,13 @@ def test_weights_survive_a_file(rule, tmp_path, tokens):
 
 
 @every_rule
-def test_what_begins_somewhere_begins_there_once_more_unless_it_was_read(rule):
+def test_init_parameters_resets_parameters_unless_they_were_loaded(rule):
     fw = build(rule).model.layers[0].memory.fw
     own = dict(fw.named_parameters(recurse=False))
     for weight in own.values():
         torch.nn.init.constant_(weight, 7.0)
     fw.init_parameters()
-    assert all((weight != 7).all() for weight in own.values()), "where a rule's own parameters begin, `begin` says"
+    assert all((weight != 7).all() for weight in own.values()), "it sets all of the rule's own parameters"
     for weight in own.values():
         weight._is_hf_initialized = True
         init_parameter(weight, torch.zeros_like(weight))
@@ -57,7 +57,7 @@ def test_what_begins_somewhere_begins_there_once_more_unless_it_was_read(rule):
 @every_rule
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_dtypes(rule, dtype, tokens):
-    """Outputs of the model's dtype, fast weights in at least float32, near those of float64."""
+    """Outputs have the model's dtype, fast weights at least float32, and both are close to float64."""
     model = build(rule).to(dtype)
     out = model(tokens, use_cache=True)
     assert out.logits.dtype == dtype
@@ -71,9 +71,10 @@ def test_dtypes(rule, dtype, tokens):
 
 
 @every_rule
-def test_a_model_is_built_without_numbers_first(rule, tokens):
-    """On the meta device, as FSDP and transformers build one; then its weights come. No parameter is a scalar, and
-    none is shared: FSDP shards along the first axis."""
+def test_a_model_can_be_built_on_the_meta_device(rule, tokens):
+    """As FSDP and transformers do before loading weights. No parameter is a scalar or shared, because FSDP shards
+    along the first axis.
+    """
     model = build(rule)
     with torch.device("meta"):
         empty = build(rule)
@@ -99,7 +100,7 @@ def test_only_linear_maps_decay(rule):
 @every_rule
 @torch.no_grad()
 def test_a_program_from_a_file(rule, tokens):
-    """torch.export knows the rule's gates and state, in the file of a program too."""
+    """torch.export supports the rule's gates and state, also in a saved program."""
     register_cache_for_export()
     model = build(rule).double()
     del model.model.layers[1:]

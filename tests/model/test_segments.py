@@ -7,11 +7,11 @@ from hqlt.model.segments import read_segments
 
 
 def test_worked_example():
-    """Row 0 is padded on the left, row 1 on the right: its padding is read first, and then forgotten."""
+    """Row 0 is padded on the left, row 1 on the right; its padding is read first and then forgotten."""
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
     resets, order, tokens, counts = read_segments(2, 4, None, attention_mask=mask)
     assert torch.equal(tokens, mask.bool())
-    assert counts is None  # nothing was remembered
+    assert counts is None  # the memories are empty
     assert order.tolist() == [[0, 1, 2, 3], [3, 0, 1, 2]]
     assert resets.int().tolist() == [[0, 0, 1, 0], [0, 1, 0, 0]]
 
@@ -32,19 +32,19 @@ def test_sort_and_restore_are_inverse():
         {"resets": torch.tensor([[True, False, False, False]] * 2)},
     ],
 )
-def test_nothing_to_do_for_one_segment_a_row(given):
-    """So that plain causal attention can take its fastest way."""
+def test_one_segment_per_row_needs_no_resets(given):
+    """So that causal attention can use its fastest implementation."""
     assert read_segments(2, 4, None, **given)[:2] == (None, None)
 
 
-def test_a_first_token_begins_a_segment_where_something_is_remembered():
+def test_position_0_begins_a_segment_with_a_non_empty_memory():
     assert read_segments(2, 2, 5, position_ids=torch.arange(2)[None]).resets.tolist() == [[True, False]] * 2
     assert read_segments(2, 2, 5, position_ids=torch.arange(5, 7)[None]).resets is None
     assert read_segments(2, 2, 5, attention_mask=torch.ones(2, 7)).resets is None
 
 
 def test_while_tracing(model, tokens, monkeypatch):
-    """The way that looks at no values gives the same."""
+    """The code path that reads no tensor values gives the same results."""
     mask = torch.ones_like(tokens)
     mask[0, :4] = mask[1, 8:] = 0
     plain = model(tokens, attention_mask=mask, use_cache=True)

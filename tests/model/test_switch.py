@@ -1,4 +1,4 @@
-"""A language model whose layers keep entries beyond their window from now on."""
+"""Switching a language model to a retention that keeps entries beyond the window."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TOKENS = torch.arange(22).view(2, 11) * 7 % 256
 
 
 @pytest.mark.parametrize("kind", {**KINDS, "transformer": {"layer_kinds": ["kv", "kv"], "kv_window": [None, 5]}})
-def test_its_config_says_so(kind, tmp_path):
+def test_the_config_is_updated(kind, tmp_path):
     fields = {**KINDS, "transformer": {"layer_kinds": ["kv", "kv"], "kv_window": [None, 5]}}[kind]
     model = build(**fields)
     switched = hqlt.with_retention(model, **KEPT)
@@ -34,7 +34,7 @@ def test_its_config_says_so(kind, tmp_path):
     assert model.config.retention == "recent" and model.config.kept == 0
 
 
-def test_fields_of_a_kind_and_of_a_package():
+def test_fields_of_a_kind_and_of_a_registered_retention():
     fields = {"retention": "key-norm", "kept": 2, "options": {"order": 1.0}, "of_kind": {"hybrid": {"sinks": 1}}}
     model = build(**fields)
     assert hqlt.with_retention(model, retention="recent").config.to_diff_dict() == {
@@ -55,12 +55,12 @@ def test_fields_of_a_kind_and_of_a_package():
         ({}, {"kept": 2, "order": 1}, "order: expected an option of what was chosen"),
     ],
 )
-def test_what_cannot_be(fields, options, message):
+def test_invalid_options_are_refused(fields, options, message):
     with pytest.raises(ValueError, match=message):
         hqlt.with_retention(build(**fields), **options)
 
 
-def test_full_attention_among_others_keeps_all_it_sees():
+def test_layers_with_full_attention_need_no_retention():
     config = HQLTConfig(**{**KEPT, "layer_kinds": ["kv", "hybrid"], "num_hidden_layers": 2})
     assert config.layer_options(0) | {"window": None, "retention": "recent"} == config.layer_options(0)
     with pytest.raises(ValueError, match="sinks: expected an option that a layer uses"):

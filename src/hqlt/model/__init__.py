@@ -1,4 +1,4 @@
-"""Language models for transformers, known to its Auto classes."""
+"""Language models for transformers, registered with its Auto classes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ AutoConfig.register(HQLTConfig.model_type, HQLTConfig, exist_ok=True)
 AutoModel.register(HQLTConfig, HQLTModel, exist_ok=True)
 AutoModelForCausalLM.register(HQLTConfig, HQLTForCausalLM, exist_ok=True)
 
-# `transformers serve` and pipelines look among transformers' attributes for the architecture that a config names, and
-# transformers loads itself twice (transformers.processing_utils), so that some of its modules hold an older one.
+# `transformers serve` and pipelines look up a config's architecture among the attributes of the transformers module.
+# transformers.processing_utils imports transformers a second time, so some modules hold an older module object: set the
+# classes on each of them.
 _parts = [vars(part) for name, part in list(sys.modules.items()) if name.partition(".")[0] == "transformers"]
 for _transformers in (
     sys.modules["transformers"],

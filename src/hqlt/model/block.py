@@ -12,10 +12,10 @@ from hqlt.shapes import Hidden, Resets
 
 
 class HQLTBlock(Block, GradientCheckpointingLayer):
-    """A block that transformers can checkpoint: computed again in the backward pass instead of kept.
+    """A block that supports transformers' gradient checkpointing.
 
-    Checkpointing then sees the tensors of a state, not the tree that they make: gradients flow through a carried state
-    with it as without.
+    Checkpointing only tracks tensors, so the state is passed as a flat sequence of tensors and rebuilt inside the
+    block. Gradients then flow through a carried state with and without checkpointing.
     """
 
     def __call__(self, x: Hidden, resets: Resets | None = None, state: MemoryState | None = None) -> Any:

@@ -1,4 +1,4 @@
-"""A model's memories between two calls, in the shape in which transformers hands caches around."""
+"""The cache of a model: the states of its memories between calls, as a transformers cache."""
 
 from __future__ import annotations
 
@@ -23,34 +23,41 @@ if TYPE_CHECKING:
     from hqlt.model.language_model import HQLTModel
 
 CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
-"""What the installed transformers calls a cache, in arguments and outputs: past_key_values, and cache from 5.24 on."""
+"""Name of the cache argument and output field in the installed transformers: `cache` from 5.24 on, else
+`past_key_values`."""
 
-OTHER_PAST = (
-    "attention_mask: expected it to say of the columns that the cache has read what they were read as, got something "
-    "else; begin it with what the cache knows: torch.cat([cache.attention_mask, new_columns], dim=1), or ones where "
+MASK_MISMATCH = (
+    "attention_mask: expected its first columns to match what the cache has read, got a different mask; start it with "
+    "the cache's own mask: torch.cat([cache.attention_mask, new_columns], dim=1), or with ones if "
     "cache.attention_mask is None."
 )
 
 
 class HQLTCache(Cache):
-    """One `MemoryState` for each layer, how many columns the model has seen, and which of them were padding.
+    """The memory states of a model, one `MemoryState` per layer, and the attention mask of the tokens read so far.
 
-    A call of the model puts new states in place of the old; the states themselves are values that never change. So
-    `fork()` costs nothing, and a fork kept from before is a return to where it was made:
+    A forward pass replaces the states; the states themselves are immutable. `fork()` is therefore free, and a fork can
+    be used to return to an earlier point. `crop` removes the last tokens without a fork, at a cost and with memory
+    that do not depend on the length of the context (`hqlt.model.rollback.History`).
 
-    >>> out = model(prompt, use_cache=True)
-    >>> before = out.past_key_values.fork()
-    >>> model(answer, past_key_values=out.past_key_values)   # `before` still ends at the prompt
+    The caches of transformers cannot be used here: they drop a recurrent state that has no convolution, and they
+    reorder only the tensors they know.
 
-    rollback: how many of the last tokens `crop` can take back, counted from the furthest that was read, at a cost and
-    memory that do not depend on the context (`hqlt.model.rollback.History`):
+    Args:
+        rollback (tokens): maximum number of tokens that `crop` can remove, counted from the furthest token that was
+            read.
 
-    >>> cache = HQLTCache(rollback=16)
-    >>> model(tokens, past_key_values=cache)
-    >>> cache.crop(-5)                                       # as if the last five had not been read
+    Raises:
+        ValueError: when rollback is negative.
 
-    transformers' own caches cannot serve: they forget a recurrent state that has no convolution beside it, and reorder
-    only the parts that they know.
+    Example:
+        >>> import torch
+        >>> from hqlt.model import HQLTCache, HQLTForCausalLM, preset
+        >>> model, tokens = HQLTForCausalLM(preset("tiny")).eval(), torch.arange(12)[None]
+        >>> cache = model(tokens, past_key_values=HQLTCache(rollback=8)).past_key_values
+        >>> cache.crop(-5)  # as if the last five tokens had not been read
+        >>> cache.seen_tokens
+        7
     """
 
     def __init__(self, rollback: int = 0) -> None:
@@ -58,35 +65,35 @@ class HQLTCache(Cache):
         if rollback < 0:
             raise ValueError(f"rollback: expected a number of tokens, at least 0, got {rollback}")
         self.states: tuple[MemoryState, ...] = ()
-        """One state a layer; none before the first call."""
+        """One state per layer; empty before the first call."""
         self._seen: int | Tensor = 0
         self._mask: Tensor | None = None
-        self._any_past = False
+        self._past_is_unknown = False
         self._history: History | None = None
         self._reader: weakref.ref[HQLTModel] | None = None
-        self._remember(rollback)
+        self._start_history(rollback)
 
-    def _remember(self, rollback: int) -> None:
-        """From now on, be able to take back this many tokens."""
+    def _start_history(self, rollback: int) -> None:
+        """Record history from here on, so that up to `rollback` tokens can be removed."""
         self._history = History(rollback, (Snapshot(self.seen_tokens, self.states),)) if rollback else None
 
     @property
     def rollback(self) -> int:
-        """How many of the last tokens `crop` can take back."""
+        """Maximum number of tokens that `crop` can remove."""
         return self._history.rollback if self._history is not None else 0
 
     @property
     def seen_tokens(self) -> int:
-        """Columns that the model has been given so far: the length of an attention mask over the past."""
+        """Number of columns read so far, padding included: the length of an attention mask over the past."""
         if self._mask is not None:
             return self._mask.shape[1]
         return int(self._seen) if isinstance(self._seen, Tensor) else self._seen
 
     @property
     def attention_mask(self) -> Tensor | None:
-        """Bool[b, seen_tokens], True for the columns that were read as tokens; None where there was no padding.
+        """Bool[b, seen_tokens], True for tokens and False for padding; None if there was no padding.
 
-        A mask for the next call begins with it: torch.cat([cache.attention_mask, new], dim=1).
+        The mask of the next call starts with it: torch.cat([cache.attention_mask, new], dim=1).
         """
         return self._mask
 
@@ -98,19 +105,29 @@ class HQLTCache(Cache):
         attention_mask: Tensor | None = None,
         rollback: int = 0,
     ) -> HQLTCache:
-        """A cache that resumes from these states, one a layer: loaded ones, or those of selected or joined rows.
+        """Build a cache from states: loaded ones, or those of selected or concatenated rows.
 
-        seen_tokens: the length of the attention mask over the past, where masks are used; None: the longest row's
-        tokens since its last reset. attention_mask: [b, seen_tokens], what the columns of the past were; None: that is
-        not known, and the first attention mask that the model is given is believed. rollback: how many of the tokens
-        that follow `crop` can take back.
+        Args:
+            states: one state per layer.
+            seen_tokens (tokens): length of the attention mask over the past. Default: the number of tokens since the
+                last reset, of the longest row.
+            attention_mask (bool, [b, seen_tokens]): which columns of the past were tokens. If None, this is unknown,
+                and the first attention mask passed to the model is trusted.
+            rollback (tokens): maximum number of the following tokens that `crop` can remove.
+
+        Returns:
+            A cache from which the model continues.
+
+        Raises:
+            TypeError: when a state is not a `MemoryState`.
+            ValueError: when the shape of attention_mask does not match.
         """
         for state in states:
             if not isinstance(state, MemoryState):
-                raise TypeError(f"states: expected one MemoryState for each layer, got a {type(state).__name__}")
+                raise TypeError(f"states: expected one MemoryState per layer, got a {type(state).__name__}")
         cache = cls()
         cache.states = tuple(states)
-        cache._any_past = attention_mask is None
+        cache._past_is_unknown = attention_mask is None
         if attention_mask is not None:
             b, seen = cache.batch_size, attention_mask.shape[-1] if seen_tokens is None else seen_tokens
             if tuple(attention_mask.shape) != (b, seen):
@@ -121,27 +138,31 @@ class HQLTCache(Cache):
         if seen_tokens is None:
             seen_tokens = int(states[0].position.max()) if states and cache.batch_size else 0
         cache._seen = seen_tokens
-        cache._remember(rollback)
+        cache._start_history(rollback)
         return cache
 
     def check_past(self, mask: Tensor) -> None:
-        """Refuse an attention mask, [b, at least seen_tokens], that says of the past something else than what was read.
+        """Check that an attention mask agrees with what the cache has read.
 
-        Raises ValueError.
+        Args:
+            mask ([b, at least seen_tokens]): an attention mask over past and new columns.
+
+        Raises:
+            ValueError: when it marks a token that was read as padding, or the other way round.
         """
         past = mask[:, : self.seen_tokens].bool()
-        if self._any_past:
+        if self._past_is_unknown:
             self._mask = None if not torch.compiler.is_compiling() and past.all() else past
-            self._any_past = False
+            self._past_is_unknown = False
             return
         same = past.all() if self._mask is None else (past == self._mask).all()
         if torch.compiler.is_compiling():
-            torch._assert_async(same, OTHER_PAST)
+            torch._assert_async(same, MASK_MISMATCH)
         elif not same:
             other = ~past if self._mask is None else past != self._mask
             row, column = other.nonzero()[0].tolist()
             read = "a token" if self._mask is None or self._mask[row, column] else "padding"
-            raise ValueError(f"{OTHER_PAST} Column {column} of row {row} was read as {read}.")
+            raise ValueError(f"{MASK_MISMATCH} Column {column} of row {row} was read as {read}.")
 
     def advance(
         self,
@@ -151,9 +172,14 @@ class HQLTCache(Cache):
         columns: Columns | None = None,
         reader: HQLTModel | None = None,
     ) -> None:
-        """Put in the states after `tokens` more columns, which were tokens where new, Bool[b, tokens], is True.
+        """Store the states after more columns were read.
 
-        columns, reader: what was read, and who can read it again, where tokens may be taken back.
+        Args:
+            states: the new states, one per layer.
+            tokens: number of columns that were read.
+            new (bool, [b, tokens]): True for tokens, False for padding. If None, all are tokens.
+            columns: the inputs that were read. Required with rollback.
+            reader: the model, which reads them again after a rollback. Required with rollback.
         """
         if new is not None and self._mask is None and (torch.compiler.is_compiling() or not new.all()):
             self._mask = new.new_ones(new.shape[0], self.seen_tokens)
@@ -163,27 +189,31 @@ class HQLTCache(Cache):
         self.states = tuple(states)
         self._seen = self._seen + tokens
         if self._history is not None:
-            assert columns is not None and reader is not None, "whoever advances a cache with a history gives both"
-            self._history, self._reader = self._history.after(self.states, columns), weakref.ref(reader)
+            assert columns is not None and reader is not None, "a cache with rollback needs columns and reader"
+            self._history, self._reader = self._history.appended(self.states, columns), weakref.ref(reader)
 
     def fork(self) -> HQLTCache:
-        """Another cache with the same memories. What is done to one does not show in the other."""
+        """Return an independent cache with the same states. No tensors are copied."""
         return copy.copy(self)
 
     def detach(self) -> HQLTCache:
-        """Forget how the states came about, in place: truncated back-propagation through time."""
-        self._change(MemoryState.detach, Tensor.detach)
+        """Detach the states from the autograd graph, in place, for truncated backpropagation through time.
+
+        Returns:
+            The cache itself.
+        """
+        self._map(MemoryState.detach, Tensor.detach)
         return self
 
-    def _change(self, states: Callable[[MemoryState], MemoryState], rows: Callable[[Tensor], Tensor]) -> None:
-        """The same change to the rows of all that is held: states, and tensors [b, …]."""
+    def _map(self, states: Callable[[MemoryState], MemoryState], rows: Callable[[Tensor], Tensor]) -> None:
+        """Apply the same row operation to all states and to all tensors [b, …]."""
         self.states = tuple(map(states, self.states))
         if self._mask is not None:
             self._mask = rows(self._mask)
         if self._history is not None:
             self._history = self._history.map(states, rows)
 
-    # What transformers asks of a cache.
+    # The interface of transformers.Cache.
 
     def __len__(self) -> int:
         return len(self.states)
@@ -192,11 +222,11 @@ class HQLTCache(Cache):
         return f"HQLTCache(layers={len(self)}, batch_size={self.batch_size}, seen_tokens={self.seen_tokens})"
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns seen so far, padding included."""
+        """Number of columns read so far, padding included."""
         return self.seen_tokens
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """No maximum, which transformers writes as -1."""
+        """Return -1: there is no maximum length."""
         return -1
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
@@ -204,103 +234,115 @@ class HQLTCache(Cache):
         return self.seen_tokens + query_length, 0
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        """Whether anything has been read."""
         return bool(self.states)
 
     @property
     def batch_size(self) -> int:
-        """Rows, or -1 before the first call."""
+        """Number of rows, or -1 before the first call."""
         return len(self.states[0].position) if self.states else -1
 
     @property
     def is_compileable(self) -> bool:
-        """Whether `generate` should compile and build static masks: no, there is no mask."""
+        """False: `generate` must neither compile nor build static masks."""
         return False
 
     @property
     def is_initialized(self) -> bool:
+        """Whether anything has been read."""
         return bool(self.states)
 
     @property
     def is_croppable(self) -> bool:
-        """Whether the latest tokens can be taken back."""
+        """Whether `crop` can remove the last tokens."""
         return self.rollback > 0
 
     def activate_past_recording(self) -> None:
-        """What transformers calls where it is about to take tokens back: assisted generation, prompt lookup."""
+        """Enable `crop`. transformers calls this before assisted generation and prompt lookup."""
         if self._history is None:
-            self._remember(ASSISTED)
+            self._start_history(ASSISTED)
         elif self.rollback < ASSISTED:
             self._history = replace(self._history, rollback=ASSISTED)
 
     @property
     def is_linear(self) -> list[bool]:
-        """No layer is one that has no sequence length: `generate` passes on the columns that are not read yet."""
+        """False for every layer: all track a sequence length, so `generate` passes only the unread columns."""
         return [False] * max(len(self), 1)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes what row beam_idx[i] was, in every part of every state."""
-        self._change(lambda state: state.select(beam_idx), lambda x: x.index_select(0, beam_idx.to(x.device).long()))
+        """Replace row i by row beam_idx[i], in every part of every state."""
+        self._map(lambda state: state.select(beam_idx), lambda x: x.index_select(0, beam_idx.to(x.device).long()))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows: indices, or a boolean mask over the batch."""
+        """Keep these rows, given as indices or as a boolean mask over the batch."""
         self.reorder_cache(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row `repeats` times, copies side by side."""
-        self._change(lambda state: state.repeat(repeats), lambda x: x.repeat_interleave(repeats, dim=0))
+        """Repeat every row `repeats` times, as `torch.repeat_interleave` does."""
+        self._map(lambda state: state.repeat(repeats), lambda x: x.repeat_interleave(repeats, dim=0))
 
     def reset(self) -> None:
-        """Empty memories."""
+        """Clear all memories."""
         self.states = ()
-        self._seen, self._mask, self._any_past = 0, None, False
-        self._remember(self.rollback)
+        self._seen, self._mask, self._past_is_unknown = 0, None, False
+        self._start_history(self.rollback)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last -tokens_to_remove columns: as if they had not been read.
+        """Remove the last -tokens_to_remove columns, as if they had not been read.
 
-        Possible for as many as `rollback`, of those read since it was asked for, and for all of them. The cache returns
-        to an earlier state and what followed it is read again, without gradients, by the model that read it.
+        The cache returns to an earlier snapshot, and the model that filled it reads what followed again, without
+        gradients.
 
-        Raises ValueError for others: a matrix does not tell what it held some tokens ago.
+        Args:
+            tokens_to_remove (tokens, negative): at most `rollback` of the columns read since rollback was enabled, or
+                all columns.
+
+        Raises:
+            ValueError: for any other number, because a matrix cannot be restored to an arbitrary earlier time.
         """
         columns, seen = -tokens_to_remove, self.seen_tokens
-        most = self._history.most() if self._history is not None else 0
+        most = self._history.available() if self._history is not None else 0
         if columns >= seen:
             self.reset()
         elif not 0 <= columns <= most:
             few = f"0 to -{most}" if most else "0"
             raise ValueError(
                 f"crop: expected {few}, or -{seen} (everything), got {tokens_to_remove}: rollback is {self.rollback}, "
-                f"and a matrix does not tell what it held earlier. Make the cache with HQLTCache(rollback=n) to take "
-                f"back up to n tokens, or keep `cache.fork()` from before them."
+                f"and a matrix cannot be restored to an arbitrary earlier time. Create the cache with "
+                f"HQLTCache(rollback=n) to remove up to n tokens, or keep a `cache.fork()` from before them."
             )
         elif columns:
-            self._go_back(columns)
+            self._roll_back(columns)
 
-    def _go_back(self, columns: int) -> None:
+    def _roll_back(self, columns: int) -> None:
         assert self._history is not None
         mask = None if self._mask is None else self._mask[:, : self.seen_tokens - columns]
-        past, again = self._history.back(columns)
+        past, unread = self._history.rolled_back(columns)
         self.states, self._seen, self._history = past.snapshots[-1].states, past.seen, past
         self._mask = None if mask is None else mask[:, : past.seen]
-        if again is not None:
+        if unread is not None:
             reader = None if self._reader is None else self._reader()
             if reader is None:
-                raise ValueError("crop: expected the model that read these tokens to be there still, but it is gone")
+                raise ValueError("crop: expected the model that read these tokens to still exist, but it was deleted")
             with torch.no_grad():
-                reader(inputs_embeds=again.x, resets=again.resets, attention_mask=mask, use_cache=True, **{CACHE: self})
+                reader(
+                    inputs_embeds=unread.x, resets=unread.resets, attention_mask=mask, use_cache=True, **{CACHE: self}
+                )
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Raise TypeError: an HQLTCache is updated by its model, not by attention layers."""
         raise TypeError(
-            "HQLTCache holds hqlt.MemoryState values and serves hqlt's models only; "
+            "HQLTCache holds hqlt.MemoryState values and works with hqlt's models only; "
             "give an attention layer of transformers a cache of transformers, such as DynamicCache"
         )
 
 
 def one_cache(past_key_values: object, cache: object) -> HQLTCache | None:
-    """The cache that a caller gave, under whichever of its two names."""
+    """The cache that was passed under either of its two names."""
     if past_key_values is not None and cache is not None and past_key_values is not cache:
-        raise ValueError("past_key_values, cache: expected one of them, because both name the same thing, got both")
+        raise ValueError(
+            "past_key_values, cache: expected one of them, because they are two names of one argument, got both"
+        )
     given = past_key_values if cache is None else cache
     if given is not None and not isinstance(given, HQLTCache):
         raise TypeError(
@@ -311,13 +353,20 @@ def one_cache(past_key_values: object, cache: object) -> HQLTCache | None:
 
 
 def register_cache_for_export() -> None:
-    """Let torch.export take an HQLTCache as input and output: from now on torch sees the tensors in it.
+    """Register `HQLTCache` as a pytree, so that torch.export accepts it as input and output.
 
-    A call of its own, because FSDP and other users of torch's pytrees build what is registered anew on its way
-    into a model: a cache given to such a model would not be brought up to date, only the one that it returns.
-    A rule or retention that is registered later, outside this package, asks for another call.
+    This is not done on import, because FSDP and other users of pytrees rebuild registered containers on their way into
+    a model. A cache passed to such a model would not be updated in place; only the returned one would be. Call it again
+    after registering a rule or retention outside this package.
+
+    Example:
+        >>> from torch.utils import _pytree
+        >>> from hqlt.model import HQLTCache, register_cache_for_export
+        >>> register_cache_for_export()
+        >>> HQLTCache in _pytree.SUPPORTED_NODES
+        True
     """
-    torch.serialization.add_safe_globals([HQLTCache, *named_tuples()])  # of the example that a program's file holds
+    torch.serialization.add_safe_globals([HQLTCache, *named_tuples()])  # to load an exported program's example inputs
     for cls in named_tuples() - pytree.SUPPORTED_NODES.keys():
         package = cls.__module__.partition(".")[0]
         pytree._register_namedtuple(cls, serialized_type_name=f"{package}.{cls.__name__}")
@@ -327,12 +376,12 @@ def register_cache_for_export() -> None:
             _flatten,
             _unflatten,
             serialized_type_name="hqlt.model.HQLTCache",
-            flatten_with_keys_fn=lambda cache: ([*zip(PARTS, _flatten(cache)[0], strict=True)], cache._any_past),
+            flatten_with_keys_fn=lambda cache: ([*zip(PARTS, _flatten(cache)[0], strict=True)], cache._past_is_unknown),
         )
 
 
 def named_tuples() -> set[Any]:
-    """What states can be made of: the NamedTuples that the modules of all registered rules and retentions know."""
+    """All NamedTuples that a state can consist of: those in the modules of registered rules and retentions."""
     classes = [registry.find(kind, name) for kind in ("rule", "retention") for name in registry.names(kind)]
     modules = {base.__module__ for cls in [MemoryState, *classes] for base in cls.__mro__}
     known = [value for module in modules for value in vars(sys.modules[module]).values() if isinstance(value, type)]
@@ -346,11 +395,11 @@ def _flatten(cache: HQLTCache) -> tuple[list[Any], bool]:
     if cache.rollback:
         raise ValueError(f"torch.export: expected a cache without rollback, got rollback={cache.rollback}")
     seen = cache._seen if isinstance(cache._seen, Tensor) else torch.tensor(cache._seen)
-    return [list(cache.states), seen, cache._mask], cache._any_past
+    return [list(cache.states), seen, cache._mask], cache._past_is_unknown
 
 
-def _unflatten(parts: Iterable[Any], any_past: bool) -> HQLTCache:
+def _unflatten(parts: Iterable[Any], past_is_unknown: bool) -> HQLTCache:
     cache = HQLTCache()
     states, cache._seen, cache._mask = parts
-    cache.states, cache._any_past = tuple(states), any_past
+    cache.states, cache._past_is_unknown = tuple(states), past_is_unknown
     return cache

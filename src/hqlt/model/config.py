@@ -1,6 +1,6 @@
-"""A language model's configuration: `HybridMemory`'s own field names, and what a model adds to a layer."""
+"""The configuration of a language model: the arguments of `HybridMemory`, and those of the model around it."""
 
-# No `from __future__ import annotations` here: the type checks of transformers' configs read the types themselves.
+# No `from __future__ import annotations` here: transformers' config validation needs the types, not strings.
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -32,20 +32,20 @@ FROM_TRANSFORMERS = frozenset(
         "torch_dtype",
     }
 )
-"""Keys that are no fields of a config, and that transformers itself passes: in `to_dict`, saving, loading, the Auto
-classes. Its private ones, which begin with an underscore, come on top."""
+"""Keys that are not config fields but that transformers itself passes in `to_dict`, when saving and loading, and in its
+Auto classes. Its private keys, which begin with an underscore, are accepted too."""
 
 MISSPELT = 0.85
-"""How like a field a key in a file must be to count as that field misspelt. (unk_token_id is not bos_token_id.)"""
+"""Similarity from which a key in a file counts as a misspelt field. (unk_token_id must not count as bos_token_id.)"""
 
 
 def fields_of(kind: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What layers of this kind are built from: the fields that all share, `options`, and the kind's own (`of_kind`)."""
+    """The fields of layers of this kind: shared fields, overridden by `options` and by the kind's own (`of_kind`)."""
     return {**fields, **(fields.get("options") or {}), **(fields.get("of_kind") or {}).get(kind, {})}
 
 
 def choices_of(kind: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What is chosen by name in a layer of this kind."""
+    """The registered parts that a layer of this kind uses, by name."""
     return {
         "blend": fields["blend"] if kind == "hybrid" else f"{kind}-only",
         "mixer": fields["mixer"] if kind == "hybrid" else None,
@@ -55,16 +55,17 @@ def choices_of(kind: str, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_unused(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """The fields that several models share, without those that a model with these fields of its own has no use for.
+    """Drop the shared fields of several models that a model with these own fields does not use.
 
-    Raises ValueError for an unknown name.
+    Raises:
+        ValueError: when the name of a part is unknown.
     """
     defaults = {"blend": "synchronous", "mixer": "vector", "fast_weights": "delta", "retention": "recent"}
     fields = defaults | shared | own
     kinds = fields.get("layer_kinds") or "hybrid"
     several = kinds if isinstance(kinds, list) else [kinds]
     choices = [choices_of(kind, fields_of(kind, fields)) for kind in LAYER_KINDS if kind in several]
-    if not choices:  # none of those kinds is one: the config says so
+    if not choices:  # all kinds are unknown, which the config reports
         return shared
     used = {name for choice in choices for name in arguments_of(**choice)}
     return {name: value for name, value in shared.items() if name in used or name not in layer_arguments()}
@@ -72,15 +73,22 @@ def without_unused(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any
 
 @strict
 class HQLTConfig(PreTrainedConfig):
-    """What `HQLTForCausalLM` is built from. The defaults are the paper's 340M model.
+    """The configuration of an `HQLTForCausalLM`. The defaults are the paper's 340M model.
 
-    >>> HQLTConfig(hidden_size=256, num_heads=4, num_hidden_layers=4, blend="delayed-chunk")
-    >>> HQLTConfig(num_hidden_layers=4, layer_kinds=["fw", "kv", "fw", "kv"], kv_window=256)  # alternates over depth
+    Unlike other configs of transformers, it rejects unknown keys. When loading a file, it rejects only keys that look
+    like misspelt fields: other tools add attributes to config files, which are kept, and loaders pass unrelated keyword
+    arguments, which are ignored.
 
-    Raises ValueError for values that do not fit together and for unknown keys (transformers keeps those silently),
-    and huggingface_hub's StrictDataclassFieldValidationError for a value of the wrong type, also when it is assigned.
-    In a file, and among what is given beside a file, only keys that look like misspelt fields are refused: other tools
-    write attributes of their own there (they are kept), and loaders pass on what is not the config's (it is ignored).
+    Raises:
+        ValueError: when values do not fit together, or for an unknown key.
+        StrictDataclassFieldValidationError: when a value has the wrong type, also on assignment.
+
+    Example:
+        >>> from hqlt import HQLTConfig
+        >>> config = HQLTConfig(hidden_size=256, num_heads=4, num_hidden_layers=4, blend="delayed-chunk")
+        >>> config = HQLTConfig(num_hidden_layers=4, layer_kinds=["fw", "kv", "fw", "kv"], kv_window=256)
+        >>> config.kinds
+        ['fw', 'kv', 'fw', 'kv']
     """
 
     model_type = "hqlt"
@@ -90,115 +98,116 @@ class HQLTConfig(PreTrainedConfig):
     hidden_size: int = 1024
     """Width of the residual stream."""
     num_heads: int = 8
-    """Heads of every layer; they divide `hidden_size`."""
+    """Number of query heads per layer; divides `hidden_size`."""
     window: int | None = 64
-    """Tokens that a hybrid layer's KV-memory reaches, the current one included; None: all (synchronous only)."""
+    """Window of a hybrid layer's KV-memory in tokens, including the current one; None: unlimited (synchronous only)."""
     blend: str = "synchronous"
     """When a token reaches each memory of a hybrid layer: "synchronous", "delayed-streaming", "delayed-chunk"."""
     mixer: str = "vector"
-    """How a hybrid layer's two reads become one: "vector", "scalar", "sum", "add"."""
+    """How a hybrid layer combines its two reads: "vector", "scalar", "sum", "add"."""
     fast_weights: str = "delta"
     """The FW-memory's write rule: "delta", "linear", "gated-delta", … (docs/rules.md)."""
     retention: str = "recent"
-    """Which entries stay visible beyond a KV-memory's window: "recent" for none, "surprise", "value-norm", "random"."""
+    """Which KV entries stay visible beyond the window: "recent" (none), "surprise", "value-norm", "random"."""
     kept: int = 0
-    """Entries that a KV head keeps beyond its window, with another retention than "recent"."""
+    """Number of KV entries that each KV head keeps beyond its window. Needs a retention other than "recent"."""
     score: str = "error"
-    """What retention "surprise" compares: "error" or "beta-error"."""
+    """Score that retention "surprise" ranks entries by: "error" or "beta-error"."""
     sinks: int = 0
-    """First entries of a segment that stay visible beyond the window."""
+    """Number of first KV entries of a segment that always stay visible."""
     kept_alike: bool = False
     """Whether all heads keep the same entries."""
     kept_positions: str = "true"
-    """How entries beyond the window are turned: "true" distance, "clamped" to the window, or "none"."""
+    """Rotary distance of entries beyond the window: "true", "clamped" to the window, or "none"."""
     kept_norm: bool = False
-    """RMSNorm of q and k of its own for entries beyond the window."""
+    """Whether entries beyond the window have an RMSNorm of q and k of their own."""
     kept_gate: float | int | None = None
-    """Where the logarithm of their weight begins, a number for each query head; None: no such weight."""
+    """Initial log weight of entries beyond the window, learned per query head; None: no weight."""
     beta_max: float | int | None = None
-    """The largest write strength: 2.0 lets a rule track state, 1.0 is DeltaNet's. None: the rule's own default."""
+    """Maximum write strength β: 2.0 allows state tracking, 1.0 is DeltaNet's. None: the rule's default."""
     beta_bias: float | int | None = None
-    """Where the bias of the write strengths' logits begins; None: there is none."""
+    """Initial bias of the logits of β; None: no bias."""
     gate_bias: float | int | None = None
-    """Where the bias of the mixer's logits begins; None: there is none."""
+    """Initial bias of the mixer's logits; None: no bias."""
     write_gates: str = "current"
-    """What Delayed-Streaming writes with: the gates of the "current" token, or the written one's "own"."""
+    """Gates with which Delayed-Streaming writes: those of the "current" token, or the written token's "own"."""
     rope_theta: float | int | None = 10_000.0
-    """Base of the KV-memory's rotary positions; None: no positions."""
+    """Base of the rotary embedding of the KV-memory; None: no positional encoding."""
     partial_rotary_factor: float | int = 1.0
-    """The part of a head that rotary positions turn."""
+    """Share of each head to which the rotary embedding is applied."""
     rope_scaling: dict[str, Any] | None = None
-    """How rotary positions are scaled, as transformers names it; None: not."""
+    """Scaling of the rotary embedding, in transformers' format; None: no scaling."""
     num_kv_heads: int | None = None
-    """Heads of pairs and matrices, which query heads share; None: `num_heads`."""
+    """Number of key-value heads and FW matrices, shared by the query heads; None: `num_heads`."""
     head_dim: int | None = None
     """Width of a query or key head; None: hidden_size / num_heads."""
     num_value_heads: int | None = None
-    """Value heads of an "fw" layer, a multiple of its key heads; None: as many."""
+    """Number of value heads of an "fw" layer, a multiple of its key heads; None: as many as key heads."""
     value_dim: int | None = None
     """Width of a value head of an "fw" layer; None: `head_dim`."""
     qkv_bias: bool = False
-    """Whether the projections to q, k and v have biases."""
+    """Whether the q, k and v projections have biases."""
     o_bias: bool = False
-    """Whether the projection of what was read has a bias."""
+    """Whether the output projection has a bias."""
     qk_norm: str | None = None
-    """RMSNorm of q and k, over each "head" or the "full" width; None: none."""
+    """RMSNorm of q and k, over each "head" or the "full" width; None: no norm."""
     zero_centered_norms: bool = False
-    """Whether the weight of the norms of q and k is 1 + w."""
+    """Whether the norms of q and k multiply by 1 + w instead of w."""
     kv_activation: str | None = "default"
-    """Of the values that the KV-memory sees: "silu" or None; "default": as `HybridMemory` has it."""
+    """Activation of the KV-memory's values: "silu" or None; "default": that of `HybridMemory`."""
     fw_activation: str | None = "default"
-    """Of the values that the FW-memory sees: "silu" or None; "default": as `HybridMemory` has it."""
+    """Activation of the FW-memory's values: "silu" or None; "default": that of `HybridMemory`."""
     head_norm: bool | str | None = None
-    """RMSNorm of what was read: over each "head" (or True), "group" of value heads with a common key head, or the
-    "full" width; False: none; None: over heads where there is an FW-memory."""
+    """RMSNorm of the mixed reads: over each "head" (or True), each "group" of value heads that share a key head, or the
+    "full" width; False: no norm; None: over heads in layers with an FW-memory."""
     norm_eps: float = 1e-6
-    """Added under the root of every RMSNorm."""
+    """Epsilon of every RMSNorm."""
     conv_size: int = 0
-    """Taps of a short convolution on q, k and v; 0: none."""
+    """Kernel size of a short convolution over q, k and v; 0: no convolution."""
     output_gate: bool | str = False
-    """What a layer's normed heads are multiplied by: "silu" (or True) of W_g x, "sigmoid" of it; False: nothing."""
+    """Activation of an output gate W_g x that multiplies the normed heads: "silu" (or True) or "sigmoid"; False: no
+    gate."""
     gate_rank: int | None = None
-    """Numbers that the output gate's logits pass through; None: one matrix."""
+    """Rank of the output gate's projection; None: full rank."""
     norm_after_gate: bool = False
-    """Whether what the output gate has multiplied is normed, instead of the heads before it."""
+    """Whether the norm of the heads is applied after the output gate, not before it."""
 
     options: dict[str, Any] | None = None
     """Options of registered rules, mixers and blends that have no field here, by name."""
 
     layer_kinds: list[str] | None = None
-    """One of "hybrid", "kv" (KV-memory alone) and "fw" (FW-memory alone) for each layer; None: all hybrid."""
+    """Kind of each layer: "hybrid", "kv" (KV-memory only) or "fw" (FW-memory only); None: all hybrid."""
     kv_window: int | list[int | None] | None = None
-    """Tokens that a "kv" layer reaches, or a list with an entry for each layer; None: all, full attention."""
+    """Window of "kv" layers in tokens, or a list with one entry per layer; None: full attention."""
     of_kind: dict[str, dict[str, Any]] | None = None
-    """What layers of one kind have otherwise than these fields: {"fw": {"num_heads": 16, "conv_size": 4}}."""
+    """Fields that differ for layers of one kind, such as {"fw": {"num_heads": 16, "conv_size": 4}}."""
     block_norms: str = "before"
-    """Where a block has norms: "before" its memory and its MLP, "after" them (of what they add), or "both"."""
+    """Position of a block's norms: "before" its memory and MLP, "after" them (on their outputs), or "both"."""
     zero_centered_block_norms: bool = False
-    """Whether the weight of the blocks' norms, and of the last one, is 1 + w."""
+    """Whether the norms of the blocks and the final norm multiply by 1 + w instead of w."""
     num_hidden_layers: int = 24
-    """Blocks of the model."""
+    """Number of blocks."""
     intermediate_size: int | None = None
     """Width of the SwiGLU MLPs; None: 256·⌈(8/3)·hidden_size/256⌉."""
     mlp_bias: bool = False
     """Whether the MLPs have biases."""
     vocab_size: int = 32_000
-    """Tokens that the model knows."""
+    """Number of tokens in the vocabulary."""
     tie_word_embeddings: bool = False
-    """Whether the head uses the embeddings' matrix."""
+    """Whether the output head shares its weight with the embeddings."""
     initializer_range: float = 0.02
-    """Standard deviation of the initial linear maps and embeddings, but for those that write to the residual stream."""
+    """Standard deviation of initial linear maps and embeddings, except those that write to the residual stream."""
     conv_init: str = "uniform"
-    """How short convolutions begin: "uniform" in ±1/√conv_size, or "identity", the current token as it is."""
+    """Initial weights of short convolutions: "uniform" in ±1/√conv_size, or "identity"."""
 
     use_cache: bool = True
-    """Whether a call returns the memories' states, so that another call can go on."""
+    """Whether a forward pass returns the states of the memories, so that another one can continue from them."""
     bos_token_id: int | None = None
-    """The token that begins a text, if there is one."""
+    """Token that begins a text, if there is one."""
     eos_token_id: int | list[int] | None = None
-    """The token or tokens that end generation, if there are any."""
+    """Token or tokens that end generation, if there are any."""
     pad_token_id: int | None = None
-    """The token that fills up batches, if there is one. Its embedding is a token's like any other."""
+    """Padding token, if there is one. Its embedding is not treated specially."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._refuse_unknown(kwargs)
@@ -209,7 +218,7 @@ class HQLTConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers, but misspelt fields are refused, and the overridden config is checked again."""
+        """As in transformers, but misspelt fields are rejected, and the config is checked again with all overrides."""
         return_unused = kwargs.pop("return_unused_kwargs", False)
         foreign = {name: value for name, value in config_dict.items() if not cls._knows(name)}
         cls._refuse_misspelt(foreign)
@@ -222,18 +231,24 @@ class HQLTConfig(PreTrainedConfig):
         return (config, unused) if return_unused else config
 
     def set_retention(self, retention: str, window: int | None = None, **options: Any) -> None:
-        """Say what `hqlt.with_retention` changes: what is not given is as by default, in layers of every kind.
+        """Change the retention of all layers, as `hqlt.with_retention` does. Options that are not given are reset.
 
-        Raises ValueError as `check` does.
+        Args:
+            retention: name of the retention.
+            window (tokens): new window of all layers that have one. Default: unchanged.
+            **options: options of the retention.
+
+        Raises:
+            ValueError: as `check` does.
         """
         kind, before = find("retention", retention), find("retention", self.retention)
         split_options(options, {f"retention={retention!r}": kind, "KV": KVMemory.with_retention})
         changed = {"retention"}.union(*(options_of(of) for of in (before, kind, KVMemory.with_retention)))
         own = {field.name: field.default for field in fields(self) if field.name in changed}
         if window is not None:
-            each = self.kv_window if isinstance(self.kv_window, list) else [self.kv_window]
-            each = [None if reach is None else window for reach in each]
-            self.kv_window = each if isinstance(self.kv_window, list) else each[0]
+            windows = self.kv_window if isinstance(self.kv_window, list) else [self.kv_window]
+            windows = [None if old is None else window for old in windows]
+            self.kv_window = windows if isinstance(self.kv_window, list) else windows[0]
             self.window = None if self.window is None else window
         for name, default in own.items():
             setattr(self, name, options.get(name, default))
@@ -253,14 +268,14 @@ class HQLTConfig(PreTrainedConfig):
         return ["hybrid"] * self.num_hidden_layers if self.layer_kinds is None else self.layer_kinds
 
     def layer_options(self, layer: int) -> dict[str, Any]:
-        """What `HybridMemory` is built with for this layer: its kind's choices, and the options that they use."""
+        """The arguments of `HybridMemory` for this layer: the parts of its kind, and the options that they use."""
         kind = self.kinds[layer]
         kv_window = self.kv_window[layer] if isinstance(self.kv_window, list) else self.kv_window
         window = {"hybrid": self.window, "kv": kv_window, "fw": None}[kind]
         given = {"depth": (layer, self.num_hidden_layers)} | self._fields_of(kind)
         choices = choices_of(kind, given)
         used = arguments_of(**choices)
-        if kind == "kv" and kv_window is None:  # there is nothing beyond its reach
+        if kind == "kv" and kv_window is None:  # nothing lies beyond an unlimited window
             choices["retention"] = "recent"
             used = [name for name in arguments_of(**choices) if name not in options_of(KVMemory.with_retention)]
         if given["beta_max"] is None and "beta_max" in used:
@@ -268,7 +283,7 @@ class HQLTConfig(PreTrainedConfig):
         return {name: given[name] for name in used if name in given} | choices | {"window": window}
 
     def block_options(self, layer: int) -> dict[str, Any]:
-        """What this layer's `Block` is built with beside its parts."""
+        """The arguments of this layer's `Block`, other than its memory and MLP."""
         norms = self._fields_of(self.kinds[layer])["block_norms"]
         return {"norm_eps": self.norm_eps, "norms": norms, "zero_centered": self.zero_centered_block_norms}
 
@@ -277,7 +292,11 @@ class HQLTConfig(PreTrainedConfig):
         return fields_of(kind, {name: getattr(self, name) for name in shared if hasattr(self, name)})
 
     def check(self) -> None:
-        """Raise ValueError, saying what was expected and what came, where no model can be built from these values."""
+        """Check that a model can be built.
+
+        Raises:
+            ValueError: when it cannot.
+        """
         for name in ("num_hidden_layers", "intermediate_size", "vocab_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -303,7 +322,7 @@ class HQLTConfig(PreTrainedConfig):
             )
         layers = [self.layer_options(layer) for layer in range(self.num_hidden_layers)]
         self._refuse_unused(layers)
-        with torch.device("meta"):  # the layer knows what it refuses, and on this device costs nothing
+        with torch.device("meta"):  # the layer checks its own arguments, and costs nothing on this device
             for options in {repr(options): options for options in layers}.values():
                 HybridMemory(**options)
 
@@ -316,7 +335,7 @@ class HQLTConfig(PreTrainedConfig):
             )
 
     def _refuse_unused(self, layers: list[dict[str, Any]]) -> None:
-        """An option that was changed, and that no layer uses."""
+        """Refuse options that differ from their defaults and that no layer uses."""
         used, known = {name for options in layers for name in options}, set(layer_arguments())
         changed = [
             field.name for field in fields(self) if field.name in known and getattr(self, field.name) != field.default
@@ -326,8 +345,7 @@ class HQLTConfig(PreTrainedConfig):
                 raise ValueError(
                     f"{name}: expected an option that a layer uses (layer_kinds {sorted(set(self.kinds))}, "
                     f"blend={self.blend!r}, mixer={self.mixer!r}, fast_weights={self.fast_weights!r}, "
-                    f"retention={self.retention!r}), got one that "
-                    f"none does; leave it out"
+                    f"retention={self.retention!r}), got one that no layer uses; remove it"
                 )
 
     @classmethod
@@ -336,7 +354,7 @@ class HQLTConfig(PreTrainedConfig):
 
     @classmethod
     def _knows(cls, name: str) -> bool:
-        """Whether it is a field, or one of transformers' own keys."""
+        """Whether it is a field, or a key that transformers itself passes."""
         known = {field.name for field in fields(cls)} | FROM_TRANSFORMERS | cls.attribute_map.keys()
         return name.startswith("_") or name in known
 

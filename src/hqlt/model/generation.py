@@ -1,4 +1,4 @@
-"""`generate` with memories for a cache: what is read is read once, and padding is not read."""
+"""transformers' `generate` with an `HQLTCache`."""
 
 from __future__ import annotations
 
@@ -16,17 +16,23 @@ NEVER = torch.iinfo(torch.long).max
 
 
 class HQLTGenerationMixin(GenerationMixin):
-    """transformers' `generate`, with an HQLTCache, and with rows that end early kept as they ended."""
+    """transformers' `generate` with an `HQLTCache`. The states of rows that end early do not change any more."""
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers. A row that has ended is fed padding, which its memories do not read.
+        """Generate tokens, as in transformers. Padding after a row has ended does not change its memories.
 
-        past_key_values (or cache): what has been read already. The prompt is then the whole text, or the tokens that
-        have not been read with an attention_mask over all. A row's first token to read can be the last of an earlier
-        call's sequences: `generate` does not read the last token that it makes.
+        Args:
+            inputs ([b, t]): the prompts, padded on the left. With a cache: the whole text, or only the unread tokens
+                together with an attention_mask over all. The first unread token can be the last one of an earlier
+                result, because `generate` does not read the last token that it produces.
+            *args: as in transformers.
+            **kwargs: as in transformers. past_key_values (or cache) is an `HQLTCache` with what has been read already.
 
-        Raises ValueError where the cache has nothing left to read of the prompt, and where the attention mask says of
-        what was read something else than the cache knows.
+        Returns:
+            As in transformers.
+
+        Raises:
+            ValueError: when the prompt has no unread token, or the attention mask differs from what the cache has read.
         """
         given = one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         if given is not None:
@@ -37,19 +43,19 @@ class HQLTGenerationMixin(GenerationMixin):
                 )
                 check_unread(given, prompt.shape[1], kwargs.get("attention_mask"))
         if getattr(kwargs.get("generation_config"), "is_assistant", False) and kwargs.get("attention_mask") is None:
-            # The text so far, without padding: a token that looks like it is one that was made.
+            # transformers would mask generated tokens that equal the padding token. There is no padding here.
             kwargs["attention_mask"] = torch.ones_like(kwargs["input_ids"] if inputs is None else inputs)
         theirs: Any = super()
         return theirs.generate(inputs, *args, **kwargs)
 
-    def _sample(  # type: ignore[override]  # so that an argument more or less breaks nothing
+    def _sample(  # type: ignore[override]  # *args and **kwargs, so that it works with more versions of transformers
         self, input_ids: Tensor, *args: Any, stopping_criteria: StoppingCriteriaList, **kwargs: Any
     ) -> Any:
         ended = EndedRows(stopping_criteria)
         theirs: Any = super()
         return theirs._sample(input_ids, *args, stopping_criteria=ended, ended=ended, **kwargs)
 
-    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` looks at its signature
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` inspects its signature
     def prepare_inputs_for_generation(  # type: ignore[override]
         self,
         input_ids: Tensor,
@@ -58,8 +64,8 @@ class HQLTGenerationMixin(GenerationMixin):
         ended: EndedRows | None = None,
         **kwargs: Any,
     ) -> Any:
-        # As there; the padding that follows rows that have ended is masked, and what a cache has read is not read again
-        # (as assisted generation would, in its first step).
+        # As in transformers, but padding after ended rows is masked, and columns that the cache has read are not passed
+        # again, as the first step of assisted generation would do.
         cache, whole = kwargs.get(CACHE), attention_mask is None or attention_mask.shape[1] == input_ids.shape[1]
         if ended is not None:
             attention_mask = ended.mask(input_ids, attention_mask, cache)
@@ -70,13 +76,13 @@ class HQLTGenerationMixin(GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-        """The mask over tokens as it is: the memories need no [b, 1, t, l] of transformers."""
+        """Return the mask unchanged: the model does not use the [b, 1, t, l] masks of transformers."""
         return attention_mask
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """`generate` starts from a cache of ours. Refuses other kinds, and right padding, which it would continue."""
+        """Start with an `HQLTCache`. Refuse other cache implementations and right-padded prompts."""
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 f"cache_implementation: expected None, because this model's memories have one static shape, got "
@@ -85,22 +91,22 @@ class HQLTGenerationMixin(GenerationMixin):
         mask = model_kwargs.get("attention_mask")
         if mask is not None and not mask[:, -1].all():
             raise ValueError(
-                "attention_mask: expected a token at the end of every prompt, got right padding, after which generate "
-                "would go on; pad on the left (tokenizer.padding_side = 'left')"
+                "attention_mask: expected every prompt to end with a token, got right padding, after which generate "
+                "would continue; pad on the left (tokenizer.padding_side = 'left')"
             )
         if model_kwargs.get(CACHE) is None and generation_config.use_cache is not False:
             model_kwargs[CACHE] = HQLTCache()
-        if generation_config.is_assistant:  # the model that drafts: what the other refuses is taken back
+        if generation_config.is_assistant:  # rejected draft tokens are removed from the assistant's cache
             model_kwargs[CACHE].activate_past_recording()
 
 
 class EndedRows(StoppingCriteriaList):
-    """The stopping criteria of a call of `generate`, and where they found each row to end."""
+    """The stopping criteria of a call of `generate`. It also records where each row ended."""
 
     def __init__(self, criteria: StoppingCriteriaList) -> None:
         super().__init__(criteria)
-        self.pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)  # otherwise ended rows go on
-        self.ends: Tensor | None = None  # [b] columns until each row's end, or NEVER; None: no row has ended
+        self.pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)  # without eos, no row is padded
+        self.ends: Tensor | None = None  # [b] length of each row at its end, or NEVER; None: no row has ended
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         ended: Tensor = super().__call__(input_ids, scores, **kwargs)
@@ -110,7 +116,7 @@ class EndedRows(StoppingCriteriaList):
         return ended
 
     def mask(self, input_ids: Tensor, attention_mask: Tensor | None, cache: HQLTCache | None) -> Tensor | None:
-        """The attention mask for input_ids, [b, l], without what was put behind rows that had ended."""
+        """The attention mask for input_ids, [b, l], with 0 for the padding after ended rows."""
         if self.ends is None:
             return attention_mask
         padding = (input_ids.shape[1] - self.ends).clamp(min=0)
@@ -123,19 +129,19 @@ class EndedRows(StoppingCriteriaList):
 
 
 def check_unread(cache: HQLTCache, tokens: int, attention_mask: Tensor | None) -> None:
-    """Refuse a prompt of this many tokens a row that the cache cannot continue."""
+    """Refuse a prompt, of this many tokens per row, that does not continue what the cache has read."""
     seen, columns = cache.seen_tokens, tokens if attention_mask is None else attention_mask.shape[1]
     if columns <= seen or columns not in (tokens, seen + tokens):
         raise ValueError(
             f"past_key_values: expected a prompt with tokens that the cache has not read, after the {seen} columns "
-            f"that it has read, got {tokens} tokens and an attention mask over {columns}; give the whole text and at "
-            f"least one token more, or only the new tokens with an attention_mask over [b, {seen} + new]. (To start "
-            f"from the last token again, keep `cache.fork()` from before it.)"
+            f"that it has read, got {tokens} tokens and an attention mask over {columns}; pass the whole text with at "
+            f"least one new token, or only the new tokens with an attention_mask over [b, {seen} + new]. (To restart "
+            f"from the last token, keep a `cache.fork()` from before it.)"
         )
     if attention_mask is not None:
         cache.check_past(attention_mask.repeat_interleave(cache.batch_size // len(attention_mask), dim=0))
     elif cache.attention_mask is not None:
         raise ValueError(
-            "attention_mask: expected one, because the cache has read padding, got None; it is "
+            "attention_mask: expected one, because the cache has read padding, got None; pass "
             "torch.cat([cache.attention_mask, new_columns], dim=1)"
         )

@@ -1,4 +1,4 @@
-"""The language model, in the shape that transformers gives to one."""
+"""The language model, as a model of transformers."""
 
 from __future__ import annotations
 
@@ -47,6 +47,8 @@ PACKING = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx"})
 
 
 class HQLTPreTrainedModel(PreTrainedModel):
+    """Base class: config, initialization and the attributes that transformers expects."""
+
     config_class = HQLTConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -54,14 +56,16 @@ class HQLTPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        """Of code that is not its own, transformers passes over modules whose own parameters were all read from a file:
-        over those without any, too, such as a mixer, which says where the gates that it holds begin.
+        """Initialize a module without parameters of its own even if it is custom code.
+
+        transformers skips custom modules whose own parameters were all loaded. That includes modules without any, such
+        as a mixer, which sets the initial values of the gates inside it.
         """
         owns = next(module.parameters(recurse=False), None) is not None
         super()._initialize_weights(module, is_custom_code and owns)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Linear maps and embeddings normal(0, initializer_range), norms 1, convolutions as `conv_init` says."""
+        """Linear maps and embeddings: normal(0, initializer_range). Norms: 1. Convolutions: by `conv_init`."""
         super()._init_weights(module)
         if isinstance(module, ZeroCenteredRMSNorm):
             nn.init.zeros_(module.weight)
@@ -77,9 +81,20 @@ class HQLTPreTrainedModel(PreTrainedModel):
 
 
 class HQLTModel(HQLTPreTrainedModel):
-    """Embeddings, blocks, a final norm: tokens → hidden states.
+    """The model without an output head: embeddings, blocks and a final norm.
 
-    Source: the paper, section 4.1.
+    Args:
+        config: sizes of the model and the memories of its layers.
+
+    Source:
+        Irie et al. 2025 (arXiv 2506.00744), section 4.1.
+
+    Example:
+        >>> import torch
+        >>> from hqlt.model import HQLTModel, preset
+        >>> model = HQLTModel(preset("tiny"))
+        >>> list(model(torch.tensor([[72, 105]])).last_hidden_state.shape)
+        [1, 2, 192]
     """
 
     def __init__(self, config: HQLTConfig) -> None:
@@ -91,7 +106,7 @@ class HQLTModel(HQLTPreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """What writes to the residual stream: Kaiming-uniform(a=√5), that is ±1/√inputs, divided by √(2·layers)."""
+        """Maps that write to the residual stream: Kaiming-uniform(a=√5), i.e. ±1/√inputs, divided by √(2·layers)."""
         super()._init_weights(module)
         for block in self.layers:
             if isinstance(block, HQLTBlock) and isinstance(module, nn.Linear) and module in block.residual_writers():
@@ -112,26 +127,36 @@ class HQLTModel(HQLTPreTrainedModel):
         cache: HQLTCache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
-        """The normed hidden states of the last block, [b, t, d], and the memories after the last token.
+        """Read tokens.
 
-        input_ids: [b, t], or inputs_embeds: [b, t, d]. past_key_values, or cache (transformers' name for it from 5.24
-        on): what an earlier call returned or was given; it is brought up to date in place. use_cache: whether to
-        return one (None: as the config says).
+        Args:
+            input_ids ([b, t]): the tokens.
+            attention_mask ([b, past + t]): 1 for a token, 0 for padding. Padding may stand anywhere and never enters a
+                memory. The first token of a row begins a segment.
+            position_ids ([b, t] or [1, t]): a segment begins where it is 0. Ignored if resets are given.
+            past_key_values: the cache that an earlier call returned. It is updated in place.
+            inputs_embeds ([b, t, d]): embeddings, instead of input_ids.
+            use_cache: whether to return a cache. Default: as in the config.
+            resets (bool, [b, t]): a segment begins where it is True.
+            output_hidden_states: whether to return the hidden states before each block too.
+            return_dict: whether to return an output object instead of a tuple. Default: as in the config.
+            cache: the same as past_key_values; the name of transformers from 5.24 on.
+            **kwargs: ignored, unless one looks like a misspelt argument.
 
-        Segments begin where resets, Bool[b, t], is True; without it, where position_ids, [b, t] or [1, t], is 0. With
-        attention_mask, [b, past + t], a row's first real token begins one, and padding is remembered nowhere, wherever
-        it stands. The same in training and in evaluation.
+        Returns:
+            The hidden states after the final norm, [b, t, d], and the cache.
 
-        Raises ValueError for shapes that do not fit and for a mask that says of the past something else than what the
-        cache has read, TypeError for another kind of cache or a misspelt argument.
+        Raises:
+            ValueError: when shapes do not match, or the mask differs from what the cache has read.
+            TypeError: for another type of cache or a misspelt argument.
         """
         refuse_misspelt(kwargs, packed=position_ids is not None or resets is not None)
         x = self._embed(input_ids, inputs_embeds)
         memory = self._cache(one_cache(past_key_values, cache), use_cache)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden = self._read(x, memory, bool(wanted), attention_mask, position_ids, resets)
-        named: Any = {CACHE: memory, "hidden_states": tuple(hidden) if wanted else None}
-        output = BaseModelOutputWithPast(last_hidden_state=hidden[-1], **named)
+        optional: Any = {CACHE: memory, "hidden_states": tuple(hidden) if wanted else None}
+        output = BaseModelOutputWithPast(last_hidden_state=hidden[-1], **optional)
         return output if _as_dict(return_dict, self.config) else output.to_tuple()
 
     def _read(
@@ -143,15 +168,15 @@ class HQLTModel(HQLTPreTrainedModel):
         position_ids: Positions | None,
         resets: Resets | None,
     ) -> list[Hidden]:
-        """The hidden states [b, t, d] before each block where they are wanted, and after the last, normed.
+        """The hidden states [b, t, d]: before each block if `wanted`, and after the final norm.
 
-        The memory is brought up to date: at once, or in two steps, so that it has a state from `rollback` columns ago.
+        A cache with rollback is updated in two steps, so that it holds the state from `rollback` columns ago.
         """
         n, t = memory.rollback if memory is not None else 0, x.shape[1]
         if n == 0:
             segments = self._segments(x, memory, attention_mask, position_ids, resets)
             return self._read_segments(x, memory, wanted, segments)
-        if n < t:  # what does not fit is refused before a part of it is read
+        if n < t:  # check all inputs before a part of them is read
             self._segments(x, memory, attention_mask, position_ids, resets)
         parts = []
         for begin, end in pairwise([0, t - n, t] if n < t else [0, t]):
@@ -192,7 +217,7 @@ class HQLTModel(HQLTPreTrainedModel):
         position_ids: Positions | None,
         resets: Resets | None,
     ) -> Segments:
-        """How the columns are read; a mask over the past must say what the cache remembers."""
+        """How the columns are read. Also checks that the mask agrees with what the cache has read."""
         b, t = x.shape[:2]
         if memory is None or not memory.states:
             return read_segments(b, t, None, attention_mask, position_ids, resets)
@@ -220,18 +245,25 @@ class HQLTModel(HQLTPreTrainedModel):
             return HQLTCache() if (self.config.use_cache if use_cache is None else use_cache) else None
         if given.states and len(given.states) != len(self.layers):
             raise ValueError(
-                f"past_key_values: expected a state for each of the {len(self.layers)} layers, got "
+                f"past_key_values: expected one state for each of the {len(self.layers)} layers, got "
                 f"{len(given.states)}; is it the cache of another model?"
             )
         return given
 
 
 class HQLTForCausalLM(HQLTPreTrainedModel, HQLTGenerationMixin):
-    """`HQLTModel` and a head over the vocabulary: tokens → logits of the next token.
+    """A causal language model: `HQLTModel` with an output head over the vocabulary.
 
-    >>> model = HQLTForCausalLM(hqlt.preset("tiny"))
-    >>> model(tokens, labels=tokens).loss
-    >>> model.generate(tokens, max_new_tokens=20)
+    Args:
+        config: sizes of the model and the memories of its layers.
+
+    Example:
+        >>> import torch
+        >>> from hqlt.model import HQLTForCausalLM, preset
+        >>> model, tokens = HQLTForCausalLM(preset("tiny")), torch.tensor([[72, 101, 108, 108, 111]])
+        >>> model(tokens, labels=tokens).loss.backward()
+        >>> model.generate(tokens, max_new_tokens=3).shape
+        torch.Size([1, 8])
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -260,20 +292,41 @@ class HQLTForCausalLM(HQLTPreTrainedModel, HQLTGenerationMixin):
         skip_logits: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """Logits [b, t, vocabulary] of the token after each; the rest as in `HQLTModel.forward`.
+        """Predict the next token at each position.
 
-        labels: [b, t], in the convention of transformers: labels[:, i] is the token at i, the shift by one happens
-        here, -100 is not scored. A document's first token is predicted from the document before it, as in every model
-        of transformers: give it the label -100 to leave it out. shift_labels: labels that are shifted already.
-        num_items_in_batch (among kwargs) divides the summed loss where gradients are accumulated. skip_logits: return
-        the loss alone, and compute it a chunk of positions at a time (`hqlt.model.loss`): logits of a large vocabulary
-        take more memory than the rest of a step. logits_to_keep: the last n positions only (0: all), or their indices.
+        Args:
+            input_ids ([b, t]): the tokens.
+            attention_mask ([b, past + t]): see `HQLTModel.forward`.
+            position_ids ([b, t] or [1, t]): see `HQLTModel.forward`.
+            past_key_values: see `HQLTModel.forward`.
+            inputs_embeds ([b, t, d]): embeddings, instead of input_ids.
+            labels ([b, t]): usually equal to input_ids, because they are shifted here. Positions with label -100 are
+                not scored. Set the first label of each packed document to -100, or it is predicted from the document
+                before.
+            use_cache: see `HQLTModel.forward`.
+            resets (bool, [b, t]): see `HQLTModel.forward`.
+            logits_to_keep: compute only the last n logits (0: all), or those at these indices.
+            output_hidden_states: see `HQLTModel.forward`.
+            return_dict: see `HQLTModel.forward`.
+            cache: see `HQLTModel.forward`.
+            shift_labels ([b, t]): labels that are shifted already.
+            skip_logits: return only the loss, and compute it in chunks of positions (`hqlt.model.loss`). With a large
+                vocabulary, the logits need more memory than the rest of a training step.
+            **kwargs: num_items_in_batch divides the summed loss when gradients are accumulated. Others: see
+                `HQLTModel.forward`.
+
+        Returns:
+            The loss (with labels), the logits [b, t, vocabulary] and the cache.
+
+        Raises:
+            ValueError: when labels are combined with logits_to_keep, or skip_logits is given without labels; and as
+                `HQLTModel.forward` does.
         """
         given = labels if shift_labels is None else shift_labels
         if given is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
-            raise ValueError("labels: expected logits_to_keep = 0 beside them, because all positions are scored")
+            raise ValueError("logits_to_keep: expected 0 with labels, because all positions are scored")
         if given is None and skip_logits:
-            raise ValueError("skip_logits: expected labels (or shift_labels) beside it, got none, and so no loss")
+            raise ValueError("skip_logits: expected labels (or shift_labels), got none; without them there is no loss")
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -308,21 +361,26 @@ class HQLTForCausalLM(HQLTPreTrainedModel, HQLTGenerationMixin):
         num_items_in_batch: int | Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """`loss_function` of the head's logits, which are never all there."""
+        """The same loss as `loss_function`, computed in chunks of positions."""
         targets = F.pad(labels, (0, 1), value=IGNORE)[:, 1:] if shift_labels is None else shift_labels
         scored = (targets != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
         return summed_cross_entropy(x, self.lm_head, targets) / scored
 
 
 def build_block(config: HQLTConfig, layer: int) -> HQLTBlock:
-    """The block of a layer, whose memories are of its kind."""
+    """Build the block of a layer."""
     assert config.intermediate_size is not None, "the config sets it"
     mlp = SwiGLU(config.hidden_size, config.intermediate_size, config.mlp_bias)
     return HQLTBlock(HybridMemory(**config.layer_options(layer)), mlp, **config.block_options(layer))
 
 
 def refuse_misspelt(kwargs: dict[str, Any], packed: bool) -> None:
-    """Arguments that callers of transformers add are left aside, but not one that was meant for us."""
+    """Ignore unknown arguments, which transformers' callers add, unless one looks like ours or marks packed documents.
+
+    Raises:
+        TypeError: for a cache under another name, or a misspelt argument.
+        ValueError: when packed documents are marked only by an argument that this model does not read.
+    """
     for name, value in kwargs.items():
         if isinstance(value, Cache):
             raise TypeError(f"forward: expected a cache as past_key_values (or cache), got it as {name!r}")
@@ -331,8 +389,8 @@ def refuse_misspelt(kwargs: dict[str, Any], packed: bool) -> None:
             raise TypeError(f"forward: got an unknown argument {name!r}; did you mean {near[0]!r}?")
         if name in PACKING and not packed:
             raise ValueError(
-                f"{name}: expected packed documents to be told apart by `position_ids` (0 where one begins) or "
-                f"`resets`, got {name} alone, which this model does not read"
+                f"{name}: expected packed documents to be marked by `position_ids` (0 where one begins) or `resets`, "
+                f"got only {name}, which this model does not read"
             )
 
 

@@ -1,4 +1,4 @@
-"""Cross-entropy of a head over the vocabulary, a chunk of positions at a time: [b, t, vocabulary] is never there."""
+"""Cross-entropy over the vocabulary in chunks of positions, without materializing logits [b, t, vocabulary]."""
 
 from __future__ import annotations
 
@@ -15,38 +15,46 @@ from hqlt.native import is_transformed
 from hqlt.shapes import Hidden, at_least_float32
 
 IGNORE = -100
-AT_ONCE = 2**26
-"""Logits that are there at once: 256 MiB of float32. Fewer are computed as ever."""
+MAX_LOGITS = 2**26
+"""Logits that may exist at the same time: 256 MiB of float32. Fewer are computed in one chunk."""
 
 
-def summed_cross_entropy(x: Hidden, head: nn.Module, targets: Tensor, at_once: int = AT_ONCE) -> Tensor:
-    """Σ −log softmax(head(x))[target] over the positions whose target is not −100, in at least float32.
+def summed_cross_entropy(x: Hidden, head: nn.Module, targets: Tensor, max_logits: int = MAX_LOGITS) -> Tensor:
+    """Summed cross-entropy of a language model's head, in at least float32.
 
-    x: [b, t, d] what the head reads. targets: [b, t] the token to be named at each position. at_once: logits that may
-    be there at the same time. A head that is more than a matrix (hooks, a bias, an adapter, a weight that is sharded or
-    quantised) is called with all positions, whatever that takes.
+        Σ −log softmax(head(x))[target]     over the positions whose target is not −100
 
-    The gradients are computed with the loss, where any are asked for, so that no logit is computed twice.
+    If gradients are needed, they are computed together with the loss, so that no logit is computed twice.
+
+    Args:
+        x ([b, t, d]): the inputs of the head.
+        head: the output head. Unless it is a plain matrix (hooks, a bias, an adapter, a sharded or quantized weight),
+            it is called once with all positions.
+        targets ([b, t]): the token to predict at each position.
+        max_logits: number of logits that may exist at the same time.
+
+    Returns:
+        The loss, a scalar.
     """
     vocabulary = getattr(head, "out_features", 0)
-    if x[..., 0].numel() * vocabulary <= at_once or not _is_a_matrix(head) or is_transformed():
+    if x[..., 0].numel() * vocabulary <= max_logits or not _is_plain_matrix(head) or is_transformed():
         logits = head(x)
         wide = logits.to(at_least_float32(logits.dtype))
         return F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
     assert isinstance(head.weight, Tensor)
-    rows = max(at_once // vocabulary, 1)
+    rows = max(max_logits // vocabulary, 1)
     loss: Tensor = _SummedCrossEntropy.apply(x.flatten(0, 1), head.weight, targets.flatten(), rows)
     return loss
 
 
-def _is_a_matrix(head: nn.Module) -> bool:
+def _is_plain_matrix(head: nn.Module) -> bool:
     if type(head) is not nn.Linear or has_hooks(head) or "bias" in dict(head.named_parameters(recurse=False)):
         return False
     return not is_traceable_wrapper_subclass(head.weight)
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    """With P = softmax(x Wᵀ) − onehot(target) of the scored positions: dx = P W, dW = Pᵀ x."""
+    """dx = P W and dW = Pᵀ x, where P = softmax(x Wᵀ) − onehot(target) at the scored positions."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The models of the paper, by name."""
+"""Named configurations: the models of the paper, and a tiny one."""
 
 from __future__ import annotations
 
@@ -30,25 +30,40 @@ def _all_presets() -> dict[str, dict[str, Any]]:
 
 
 PRESETS = _all_presets()
-"""What each preset changes of `HQLTConfig`'s defaults."""
+"""The fields of each preset that differ from `HQLTConfig`'s defaults."""
 
 
 def preset(name: str, **changes: Any) -> HQLTConfig:
-    """The configuration of this name, with some fields changed if wanted.
+    """Return a named configuration.
 
-    "hqlt-340m", "hqlt-1.3b": synchronous, vector mixer, window 64, heads of 128; with "-delayed-streaming" and
-    "-delayed-chunk" the other blends. "transformer-340m", "transformer-1.3b": Transformer++, full causal attention
-    with rotary positions, heads of 64 (16 and 32; the paper gives the 16). "deltanet-340m", "deltanet-1.3b": heads of
-    128, β in (0, 1), no convolution. "tiny": a synchronous model of 2 million parameters over bytes.
+    - "hqlt-340m", "hqlt-1.3b": synchronous blend, vector mixer, window 64, head width 128. With the suffix
+      "-delayed-streaming" or "-delayed-chunk": the other blends.
+    - "transformer-340m", "transformer-1.3b": Transformer++, i.e. full causal attention with rotary embeddings, head
+      width 64 (16 and 32 heads; the paper only gives the 16).
+    - "deltanet-340m", "deltanet-1.3b": head width 128, β in (0, 1), no convolution.
+    - "tiny": a synchronous model with 2 million parameters over bytes.
 
-    >>> preset("hqlt-340m", window=128)
+    Args:
+        name: name of the preset.
+        **changes: fields of `HQLTConfig` to override.
 
-    Raises ValueError for an unknown name, with the nearest one, and for what HQLTConfig refuses.
+    Returns:
+        A new configuration.
 
-    Source: the paper, section 4.1 and appendix.
+    Raises:
+        ValueError: when the name is unknown, or as `HQLTConfig` does.
+
+    Source:
+        Irie et al. 2025 (arXiv 2506.00744), section 4.1 and appendix.
+
+    Example:
+        >>> from hqlt.model import preset
+        >>> config = preset("hqlt-340m", window=128)
+        >>> config.num_hidden_layers, config.window
+        (24, 128)
     """
     check_choice("preset", name, PRESETS)
     try:
         return HQLTConfig(**{**PRESETS[name], **changes})
-    except StrictDataclassError as error:  # of the wrong type
+    except StrictDataclassError as error:  # a value of the wrong type
         raise ValueError(" ".join(str(error).split())) from error

@@ -1,4 +1,4 @@
-"""Taking tokens back: earlier states of a model, and what it has read since."""
+"""Rollback: earlier states of a model, and the inputs that it has read since."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from hqlt.memory import MemoryState
 from hqlt.shapes import Hidden, Resets
 
 ASSISTED = 256
-"""Tokens that can be taken back in transformers' assisted generation, which does not say how many it needs."""
+"""Rollback in transformers' assisted generation, which does not say how many tokens it needs."""
 
 
 class Snapshot(NamedTuple):
-    """States of a model, one a layer, after `seen` columns; () before the first."""
+    """The states of a model, one per layer, after `seen` columns; () before the first."""
 
     seen: int
     states: tuple[MemoryState, ...]
 
 
 class Columns(NamedTuple):
-    """What one call was given: x [b, t, d], embedded, and where resets mark a segment's beginning, Bool[b, t]."""
+    """The inputs of one call: embeddings x [b, t, d], and resets, Bool[b, t], where segments begin."""
 
     x: Hidden
     resets: Resets
@@ -36,66 +36,71 @@ class Columns(NamedTuple):
 
 @dataclass(frozen=True)
 class History:
-    """Enough of the past to return to any of the last `rollback` columns: an earlier state, and the inputs since.
+    """Snapshots and inputs from which any of the last `rollback` columns can be restored.
 
-    Snapshots are the states after earlier calls: values, which cost nothing to keep but their memory. Seen from the
-    present their ages grow by powers of two, so some 2·log₂(rollback) are kept, and to take m columns back, at most m
-    columns are read again, or those of one call. None of it depends on the length of the context.
+    A snapshot holds the states after an earlier call. The ages of the snapshots grow by powers of two, so about
+    2·log₂(rollback) are kept, and removing m columns reads at most m columns again, or those of one call. Neither cost
+    nor memory depends on the length of the context.
     """
 
     rollback: int
+    """Maximum number of columns that can be removed."""
     snapshots: tuple[Snapshot, ...]
-    """The oldest first; the last is the present."""
+    """Oldest first; the last one is the present."""
     columns: tuple[Columns, ...] = ()
-    """The calls after the oldest snapshot."""
+    """Inputs of the calls after the oldest snapshot."""
 
     @property
     def seen(self) -> int:
+        """Number of columns read so far."""
         return self.snapshots[-1].seen
 
-    def most(self) -> int:
-        """How many columns can be taken back now."""
+    def available(self) -> int:
+        """Number of columns that can be removed now."""
         return min(self.rollback, self.seen - self.snapshots[0].seen)
 
-    def after(self, states: tuple[MemoryState, ...], columns: Columns) -> History:
+    def appended(self, states: tuple[MemoryState, ...], columns: Columns) -> History:
         """The history after one more call."""
         present = Snapshot(self.seen + columns.x.shape[1], states)
         kept = [present]
         for i, snapshot in reversed([*enumerate(self.snapshots)]):
             newer = present.seen - kept[-1].seen
             if newer >= self.rollback:
-                break  # nothing as old as this is ever asked for
+                break  # older than any rollback
             older = present.seen - self.snapshots[i - 1].seen if i else None
             if older is None or older > 2 * newer or len(kept) == 1:
                 kept.append(snapshot)
         return replace(self, snapshots=tuple(reversed(kept)), columns=(*self.columns, columns))._trimmed()
 
     def _trimmed(self) -> History:
-        """Without the calls before the oldest snapshot. (Snapshots lie between calls.)"""
+        """Drop the calls before the oldest snapshot. Snapshots lie between calls."""
         length, columns = sum(part.x.shape[1] for part in self.columns), list(self.columns)
         while columns and length > self.seen - self.snapshots[0].seen:
             length -= columns.pop(0).x.shape[1]
         return replace(self, columns=tuple(columns))
 
-    def back(self, columns: int) -> tuple[History, Columns | None]:
-        """The history at the newest snapshot from which the place `columns` ago is reached by reading, and what."""
-        place = self.seen - columns
-        snapshots = tuple(snapshot for snapshot in self.snapshots if snapshot.seen <= place)
+    def rolled_back(self, columns: int) -> tuple[History, Columns | None]:
+        """The history at the newest snapshot that is at least `columns` old, and the inputs to read again from there.
+
+        Reading those inputs leads to the state `columns` ago; None if the snapshot is that state.
+        """
+        target = self.seen - columns
+        snapshots = tuple(snapshot for snapshot in self.snapshots if snapshot.seen <= target)
         past = replace(self, snapshots=snapshots, columns=())
         before: list[Columns] = []
-        again: list[Columns] = []
+        unread: list[Columns] = []
         at, begin = self.snapshots[0].seen, past.seen
         for part in self.columns:
             at += part.x.shape[1]
-            (before if at <= begin else again).append(part)
+            (before if at <= begin else unread).append(part)
         past = replace(past, columns=tuple(before))
-        if place == begin:
+        if target == begin:
             return past, None
-        x, resets = (torch.cat(parts, dim=1)[:, : place - begin] for parts in zip(*again, strict=True))
+        x, resets = (torch.cat(parts, dim=1)[:, : target - begin] for parts in zip(*unread, strict=True))
         return past, Columns(x, resets)
 
     def map(self, states: Callable[[MemoryState], MemoryState], rows: Callable[[Tensor], Tensor]) -> History:
-        """The same change to the rows of all states, and of all that was read."""
+        """Apply the same row operation to all states and to all inputs."""
         return replace(
             self,
             snapshots=tuple(Snapshot(seen, tuple(map(states, layers))) for seen, layers in self.snapshots),

@@ -1,4 +1,4 @@
-"""Where segments begin, as Hugging Face says it: masks and positions become resets."""
+"""Conversion of attention masks and position ids to resets, which mark where segments begin."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from hqlt.shapes import Hidden, Positions, Resets, check_resets
 
 
 class Segments(NamedTuple):
-    """How a call's tokens are read: in which order, and where a segment begins in that order."""
+    """The order in which the columns of a call are read, and where segments begin in that order."""
 
     resets: Resets | None
-    order: Tensor | None = None  # [b, t] the column that is read at each place; None: as they come
-    tokens: Tensor | None = None  # Bool[b, t], the columns that are no padding; None: all
-    counts: Tensor | None = None  # [b] tokens of each row, where a row that remembers something has fewer than t
+    order: Tensor | None = None  # [b, t] column that is read at each step; None: in the given order
+    tokens: Tensor | None = None  # Bool[b, t], False for padding; None: no padding
+    counts: Tensor | None = None  # [b] tokens per row; None unless a row with a non-empty memory has padding
 
     def sort(self, x: Tensor) -> Tensor:
-        """x: [b, t, d], by columns → in the order in which it is read."""
+        """Reorder the columns of x, [b, t, d], into the order in which they are read."""
         return x if self.order is None else _take(x, self.order)
 
     def restore(self, x: Tensor) -> Tensor:
@@ -37,14 +37,22 @@ def read_segments(
     position_ids: Positions | None = None,
     resets: Resets | None = None,
 ) -> Segments:
-    """Where the segments of t new columns begin, after `past` earlier ones (None: there is no state from before).
+    """Find where the segments of t new columns begin, and how to skip padding.
 
-    resets: Bool[b, t], begins a segment where True. Without it, position_ids, [b, t] or [1, t], begin one where 0.
-    attention_mask: [b, past + t], 0 where padding. A row's first real token begins a segment, and padding is nowhere
-    remembered: it is read before the row's real tokens, wherever it stood, or, in a row that remembers tokens, not at
-    all (`read_rows`). What a padding token says of itself does not count.
+    The first token of a row begins a segment. Padding never enters a memory: in a row with an empty memory it is read
+    before the row's tokens, whatever its column; in a row with a non-empty memory it is not read at all (`read_rows`).
+    Resets and positions of padding are ignored.
 
-    Raises ValueError for shapes that do not fit.
+    Args:
+        b: number of rows.
+        t: number of new columns.
+        past: number of columns that the cache has read. None: there is no state yet.
+        attention_mask ([b, past + t]): 1 for a token, 0 for padding.
+        position_ids ([b, t] or [1, t]): a segment begins where it is 0. Used only without resets.
+        resets (bool, [b, t]): a segment begins where it is True.
+
+    Raises:
+        ValueError: when shapes do not match.
     """
     resets = segment_starts(b, t, position_ids, resets)
     order = new = counts = None
@@ -63,12 +71,12 @@ def read_segments(
                 whole = (counts == 0) | (counts == t) | ~carried[:, 0]
                 torch._assert_async(whole.all(), UNEVEN)
     if resets is not None and not _maybe(resets[:, 1:] if past is None else resets):
-        resets = None  # the first token of empty memories begins a segment anyway
+        resets = None  # a segment begins at the first token of an empty memory anyway
     return Segments(resets, order, new, counts)
 
 
 def segment_starts(b: int, t: int, position_ids: Positions | None, resets: Resets | None) -> Resets | None:
-    """Where the caller says that segments begin, Bool[b, t]; None: nowhere."""
+    """Bool[b, t], True where resets or position_ids begin a segment; None if neither is given."""
     check_resets(resets, b, t)
     if resets is not None or position_ids is None:
         return resets
@@ -81,8 +89,8 @@ def segment_starts(b: int, t: int, position_ids: Positions | None, resets: Reset
 
 
 UNEVEN = (
-    "attention_mask: expected, in compiled code, rows that remember tokens to get new ones in every column or in none, "
-    "got padding beside tokens; compile without this call, or give it rows of equal length."
+    "attention_mask: expected, in compiled code, each row with a non-empty memory to have only tokens or only padding, "
+    "got both; exclude this call from compilation, or pass rows of equal length."
 )
 
 
@@ -91,34 +99,34 @@ def _check_mask(attention_mask: Tensor, b: int, t: int, past: int) -> Tensor:
         seen = f"the {past} tokens in the cache and the {t} new ones" if past else "the tokens"
         raise ValueError(
             f"attention_mask: expected [b, {past + t}], 1 for a token and 0 for padding, over {seen}, with b = {b}; "
-            f"got shape {list(attention_mask.shape)}. Leave it out where nothing is padded; packed documents are told "
-            f"apart by `resets` or `position_ids`."
+            f"got shape {list(attention_mask.shape)}. Omit it if nothing is padded; mark packed documents by `resets` "
+            f"or `position_ids`."
         )
     return attention_mask.bool()
 
 
 def _take(x: Hidden, columns: Tensor) -> Hidden:
-    """These columns of each row. (take_along_dim does the same, but not for sizes that torch.export leaves open.)"""
+    """Gather these columns of each row. take_along_dim would not support the dynamic sizes of torch.export."""
     return x.gather(1, columns[..., None].expand_as(x))
 
 
 def _maybe(condition: Tensor) -> bool:
-    """Whether it holds anywhere. While tracing nobody knows, and yes is always right, if slower."""
+    """Whether the condition may hold anywhere. While tracing this is unknown, and True is always correct, if slower."""
     return torch.compiler.is_compiling() or bool(condition.any())
 
 
 Read = Callable[[Hidden, Resets | None, Sequence[MemoryState]], tuple[list[Hidden], list[MemoryState]]]
-"""x [b, t, d], sorted, where segments begin, the states before → hidden states [b, t, d] each, the states after."""
+"""(sorted x [b, t, d], resets, states before) → (hidden states, [b, t, d] each, states after)"""
 
 
 def read_rows(
     read: Read, x: Hidden, segments: Segments, states: Sequence[MemoryState]
 ) -> tuple[list[Hidden], list[MemoryState]]:
-    """`read`, where rows that remember something may have padding: it leaves their memories as they are.
+    """Call `read` so that padding does not change the memories of rows with a non-empty memory.
 
-    Rows with as many tokens as each other are read together, each without its padding. The hidden states of padding
-    are 0. While tracing, when no one knows which rows these are, all rows are read and those without a token keep
-    their states; others are refused (`read_segments`).
+    Rows with the same number of tokens are read together, without their padding. The hidden states of padding are 0.
+    While tracing, these rows are unknown: all rows are read, and those without any token keep their states. Those with
+    both tokens and padding then raise an error (`read_segments`).
     """
     resets, counts, t = segments.resets, segments.counts, x.shape[1]
     if counts is None:
@@ -126,7 +134,7 @@ def read_rows(
     if torch.compiler.is_compiling():
         hidden, after = read(x, resets, states)
         return hidden, [old.where(counts == 0, new) for old, new in zip(states, after, strict=True)]
-    groups, pieces, whole = [], [], [torch.zeros_like(x)]
+    groups, states_of_groups, whole = [], [], [torch.zeros_like(x)]
     for n in counts.unique().tolist():
         rows = (counts == n).nonzero()[:, 0]
         after = [state.select(rows) for state in states]
@@ -136,6 +144,6 @@ def read_rows(
             for out, part in zip(whole, hidden, strict=True):
                 out[rows, t - n :] = part
         groups.append(rows)
-        pieces.append(after)
+        states_of_groups.append(after)
     back = torch.cat(groups).argsort()
-    return whole, [MemoryState.concatenate(parts).select(back) for parts in zip(*pieces, strict=True)]
+    return whole, [MemoryState.concatenate(parts).select(back) for parts in zip(*states_of_groups, strict=True)]

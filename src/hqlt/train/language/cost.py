@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from hqlt.model import HQLTConfig, HQLTForCausalLM
-from hqlt.model.loss import AT_ONCE
+from hqlt.model.loss import MAX_LOGITS
 
 PEAKS = {
     "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,
@@ -113,7 +113,7 @@ def parts_of_update(
     assert config.intermediate_size is not None, "the config sets it"
     moved = COMPILED if compiled else EAGER
     numbers = moved.hidden * config.hidden_size + moved.inner * config.intermediate_size
-    chunks = -(-tokens * vocabulary // AT_ONCE) if in_chunks else 0
+    chunks = -(-tokens * vocabulary // MAX_LOGITS) if in_chunks else 0
     logits = tokens * vocabulary * (LOSS_IN_CHUNKS if in_chunks else PLAIN_LOSS)
     return [
         Part("matrix products", tokens * linear_flops_per_token(config), 0, GEMMS_SLOWER),
