@@ -27,7 +27,7 @@ import torch
 from rich.console import Console
 
 import hqlt
-from hqlt.disk import write_whole
+from hqlt.disk import write_atomic
 from hqlt.evaluate.probes import probe, probed
 from hqlt.language.folder import load_model, read_config, tokenizer_of
 from hqlt.model import HQLTForCausalLM
@@ -107,7 +107,7 @@ def known(file: Path, asked: dict[str, Any], make: Any) -> list[dict[str, Any]]:
     if not file.exists():
         rows = make()
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps({"asked": asked, "rows": rows}).encode())
+        write_atomic(file, json.dumps({"asked": asked, "rows": rows}).encode())
     told = json.loads(file.read_text())
     if told["asked"] != asked:
         raise SystemExit(f"{file}: expected rows of {asked}, found those of {told['asked']}; name another --folder")

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hqlt.disk import write_whole
+from hqlt.disk import write_atomic
 from hqlt.memory import MemoryState
 from hqlt.model import HQLTCache, HQLTConfig, HQLTForCausalLM
 from hqlt.registry import build
@@ -69,8 +69,8 @@ def main() -> None:
         "torch": torch.__version__, "python": platform.python_version(), "results": results,
     }  # fmt: skip
     options.results.mkdir(parents=True, exist_ok=True)
-    write_whole(options.results / "results.json", (json.dumps(told, indent=1) + "\n").encode())
-    write_whole(options.results / "README.md", page(results, rows, distances).encode())
+    write_atomic(options.results / "results.json", (json.dumps(told, indent=1) + "\n").encode())
+    write_atomic(options.results / "README.md", page(results, rows, distances).encode())
 
 
 def measured(name: str, rule: str, options: argparse.Namespace, rows: int, distances: Sequence[int]) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def measured(name: str, rule: str, options: argparse.Namespace, rows: int, dista
     model, place = trained(name, rule, options), options.models / f"{name}-{rule}" / "measured.json"
     if not place.exists():
         measure = {"text": measured_on_text, "needles": measured_on_needles}[name]
-        write_whole(place, json.dumps(measure(model, rows, distances)).encode())
+        write_atomic(place, json.dumps(measure(model, rows, distances)).encode())
     told: dict[str, Any] = json.loads(place.read_text())
     return told
 

@@ -14,19 +14,19 @@ UNFINISHED = ".unfinished"
 """What is being written has this behind its name, and is moved to its place when all of it is on disk."""
 
 
-def beside(path: Path) -> Path:
+def unfinished_path(path: Path) -> Path:
     """Where a file or folder is written before it has its name."""
     return path.with_name(path.name + UNFINISHED)
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes) -> None:
     """Replace a file in one step: it holds what it held, or all of the data."""
-    with told_if_not_written(path):
+    with explain_write_errors(path):
         try:
-            write_synced(beside(path), data)
-            beside(path).replace(path)
+            write_synced(unfinished_path(path), data)
+            unfinished_path(path).replace(path)
         finally:
-            beside(path).unlink(missing_ok=True)
+            unfinished_path(path).unlink(missing_ok=True)
         sync_folder(path.parent)
 
 
@@ -52,7 +52,7 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def told_if_not_written(path: Path) -> Iterator[None]:
+def explain_write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -75,7 +75,7 @@ def check_writable(path: Path, *, folder: bool = False) -> None:
     if there != path and not there.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, f"{there} is a file, not a folder", str(path))
     try:
-        probe(there if there.is_dir() else there.parent)
+        check_folder_writable(there if there.is_dir() else there.parent)
         if there.is_file():
             there.open("ab").close()
     except OSError as error:
@@ -87,7 +87,7 @@ def holds_files(folder: Path) -> bool:
     return any(not path.name.endswith(UNFINISHED) for path in folder.iterdir())
 
 
-def probe(folder: Path) -> None:
+def check_folder_writable(folder: Path) -> None:
     """Raises OSError where no file can be written in a folder, before work is done for it."""
     try:
         tempfile.TemporaryFile(dir=folder).close()
@@ -96,7 +96,7 @@ def probe(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def exclusive_folder(folder: Path) -> Iterator[None]:
     """Make the folder, and refuse it while another process works in it (where the system can tell).
 
     A folder made here that is still empty at the end is removed, for instance because a command failed.
@@ -105,10 +105,10 @@ def alone_in(folder: Path) -> Iterator[None]:
         raise ValueError(f"{folder}: expected a folder, found a file; give another name")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        with told_if_not_written(folder):
+        with explain_write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            probe(folder)  # it may be there and read-only
-        with locked(folder):
+            check_folder_writable(folder)  # it may be there and read-only
+        with folder_lock(folder):
             yield
     finally:
         with contextlib.suppress(OSError):  # not empty
@@ -117,12 +117,12 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def new_in(folder: Path) -> Iterator[None]:
+def new_folder(folder: Path) -> Iterator[None]:
     """Make the folder, which is to be new or empty, and leave nothing in it where what is written is not whole.
 
     Raises FileExistsError where it holds something, OSError where it cannot be written.
     """
-    with alone_in(folder):
+    with exclusive_folder(folder):
         if holds_files(folder):
             raise FileExistsError(
                 f"{folder}: expected a new or empty folder, because nothing is overwritten; name another"
@@ -136,7 +136,7 @@ def new_in(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
+def folder_lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Keep others out who lock the folder, too, processes and threads, or wait for them (where the system can)."""
     if os.name != "posix":
         yield

@@ -54,7 +54,7 @@ def extra_for(error: BaseException) -> str | None:
     return EXTRAS.get(missing.partition(".")[0])
 
 
-def listed(names: Sequence[str], count: int | None = None) -> str:
+def join_names(names: Sequence[str], count: int | None = None) -> str:
     """The first of some names, and how many more there are. count: of all; None: as many as are given."""
     more = (len(names) if count is None else count) - SHOWN
     return ", ".join(names[:SHOWN]) + (f" and {more:,} more" if more > 0 else "")

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from hqlt.disk import UNFINISHED, alone_in, write_whole
+from hqlt.disk import UNFINISHED, exclusive_folder, write_atomic
 
 MARKER = "run.json"
 """Says which kind of run a folder belongs to."""
@@ -28,7 +28,7 @@ def run_folder(folder: Path, kind: str) -> Iterator[None]:
     it is a run of another kind, and where it holds files but no run. A new run that ends before it has written anything
     leaves no folder behind.
     """
-    with alone_in(folder):
+    with exclusive_folder(folder):
         found = kind_of(folder)
         if found is None:
             if any(not path.name.endswith(UNFINISHED) for path in folder.iterdir()):
@@ -36,7 +36,7 @@ def run_folder(folder: Path, kind: str) -> Iterator[None]:
                     f"{folder}: expected a new or empty folder, or one that {COMMANDS[kind]} made, found other files "
                     f"in it; give another folder"
                 )
-            write_whole(folder / MARKER, json.dumps({"kind": kind}).encode())
+            write_atomic(folder / MARKER, json.dumps({"kind": kind}).encode())
         elif found != kind:
             raise ValueError(
                 f"{folder}: expected a run of {COMMANDS[kind]}, found one of {COMMANDS[found]}; give another folder"

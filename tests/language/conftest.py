@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hqlt.data.tokenizer import Fast
+from hqlt.data.tokenizer import FastTokenizer
 from hqlt.model import HQLTConfig, HQLTForCausalLM
 
 SMALL: dict[str, Any] = {
@@ -35,7 +35,7 @@ def build(**fields: Any) -> HQLTForCausalLM:
     return HQLTForCausalLM(HQLTConfig(**{**SMALL, **fields})).double().eval()
 
 
-def prepending() -> Fast:
+def prepending() -> FastTokenizer:
     """A tokenizer of characters that begins each text with a blank, ▁, and decodes without it, as Llama's does."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
@@ -45,7 +45,7 @@ def prepending() -> Fast:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(content=" ", left=1, right=0)]
     )
-    return Fast("prepending", tokenizer, eos_id=1)
+    return FastTokenizer("prepending", tokenizer, eos_id=1)
 
 
 CHATML = (

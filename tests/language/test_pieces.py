@@ -9,7 +9,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from hqlt.data import load_tokenizer
-from hqlt.data.tokenizer import Fast
+from hqlt.data.tokenizer import FastTokenizer
 from hqlt.language import pieces
 from hqlt.language.pieces import Encoder
 
@@ -17,7 +17,7 @@ SPECIAL = ["<s>", "<<s>", "<|end|>", "<mask>", "<pad>", "<tool>", "Word", "hey"]
 CORPUS = ["the cat sat on the mat, the hat. \n\n"] * 9
 
 
-def trained(kind: str) -> Fast:
+def trained(kind: str) -> FastTokenizer:
     """With all kinds of added tokens: some take the blanks around them, some are words, one is found after norming."""
     backend = Backend(models.BPE(unk_token=None))
     match kind:
@@ -38,7 +38,7 @@ def trained(kind: str) -> Fast:
         [AddedToken("<tool>", normalized=False, rstrip=True), AddedToken("Word", single_word=True, normalized=False)]
     )
     backend.add_tokens(["hey"])
-    return Fast(kind, backend, eos_id=None)
+    return FastTokenizer(kind, backend, eos_id=None)
 
 
 TOKENIZERS = [trained(kind) for kind in ("bytes", "blank before all", "first", "always", "never")]
@@ -75,5 +75,5 @@ def test_what_was_encoded_is_not_encoded_again(monkeypatch):
 def test_special_tokens_that_are_read_as_text_cut_nothing():
     text = "<s>the cat<|end|>"
     assert load_tokenizer("bytes").pieces(text) == [text]
-    tokenizer = Fast("as text", TOKENIZERS[0].tokenizer, eos_id=None, split_special_tokens=True)
+    tokenizer = FastTokenizer("as text", TOKENIZERS[0].tokenizer, eos_id=None, split_special_tokens=True)
     assert tokenizer.pieces(text) == [text] and Encoder(tokenizer)(text) == tokenizer.encode(text)

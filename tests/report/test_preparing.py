@@ -3,13 +3,13 @@ import io
 import pytest
 from rich.console import Console
 
-from hqlt.data import Told
+from hqlt.data import PrepareProgress
 from hqlt.report.preparing import PreparingDisplay
 from hqlt.train import live
 
 
 def told(tokens, done, kept=0):
-    return Told(documents=tokens // 10, tokens=tokens, done=done, kept=kept)
+    return PrepareProgress(documents=tokens // 10, tokens=tokens, done=done, kept=kept)
 
 
 def test_a_line_says_how_fast_and_how_long():

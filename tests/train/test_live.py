@@ -7,15 +7,15 @@ import io
 import pytest
 from rich.console import Console
 
-from hqlt.train.live import LiveLine, as_many_as_fit
+from hqlt.train.live import LiveLine, fit_into_width
 
 WORDS = ["loss 1.234 nats/token", "12,345 tokens/s", "12% of peak", "gradient 0.12", "1,234 MiB"]
 
 
 def test_whole_words_and_the_first_of_them():
-    assert as_many_as_fit(WORDS, 38) == "loss 1.234 nats/token  12,345 tokens/s"
-    assert as_many_as_fit(WORDS, 37) == "loss 1.234 nats/token"
-    assert as_many_as_fit(WORDS, 3) == ""
+    assert fit_into_width(WORDS, 38) == "loss 1.234 nats/token  12,345 tokens/s"
+    assert fit_into_width(WORDS, 37) == "loss 1.234 nats/token"
+    assert fit_into_width(WORDS, 3) == ""
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 100, 200])

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from hqlt import native
 from hqlt.bench.race import table_of
-from hqlt.disk import check_writable, write_whole
+from hqlt.disk import check_writable, write_atomic
 from hqlt.registry import check_choice
 
 CAPTION = "float32; ×: times faster than the first; %: of the measured ceiling"
@@ -65,7 +65,7 @@ def bench(
         console.width = 160
     console.print(table_of(title, results, getattr(module, "CAPTION", CAPTION)))
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, (json_format.dumps({"setting": setting, "results": results}, indent=1) + "\n").encode())
+    write_atomic(file, (json_format.dumps({"setting": setting, "results": results}, indent=1) + "\n").encode())
 
 
 def check_options(parts: Sequence[str], threads: int, rounds: int, only: str | None) -> None:

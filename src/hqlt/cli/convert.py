@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from rich.console import Console
 
 from hqlt.data.text import read_text
-from hqlt.errors import listed, require
+from hqlt.errors import join_names, require
 
 if TYPE_CHECKING:
     from hqlt.language.convert import Converted
@@ -43,7 +43,7 @@ def convert(
         check: run both models on a text, in float32, and write nothing where their logits differ by more than rounding.
     """
     from hqlt.data import load_tokenizer
-    from hqlt.disk import new_in
+    from hqlt.disk import new_folder
     from hqlt.language.export import save
 
     console = Console(highlight=False)
@@ -56,7 +56,7 @@ def convert(
                 f"tokenizer: expected at most {found.config.vocab_size} tokens, as many as the checkpoint knows, got "
                 f"one of {text.vocab_size}; is it another model's? Name its own by --tokenizer"
             )
-        with new_in(folder):
+        with new_folder(folder):
             converted = found.make()
             report(console, converted)
             if check and converted.reference is not None:
@@ -107,7 +107,9 @@ def read_source(source: Path, settings: Path | None, map: Path | None) -> Source
         refuse_settings("GGUF file", settings, map)
         return read_gguf_source(source)
     if not (source / "config.json").exists() and (files := sorted(file.name for file in source.glob("*.gguf"))):
-        raise ValueError(f"{source}: expected a GGUF file or a folder with config.json; name one of {listed(files)}")
+        raise ValueError(
+            f"{source}: expected a GGUF file or a folder with config.json; name one of {join_names(files)}"
+        )
     told = settings_of(source, settings)
     architecture = str(told.get("model_type"))
     check_choice("model_type", architecture, (*ARCHITECTURES, *TEXT_OF, *DEFAULTS))

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from hqlt.data import Manifest, check, prepare
-from hqlt.errors import listed
+from hqlt.errors import join_names
 from hqlt.report.preparing import PreparingDisplay
 
 
@@ -84,7 +84,7 @@ def summary(folder: Path, manifest: Manifest) -> str:
     if skipped["documents"]:
         lines.append(f"skipped {skipped['documents']:,} documents that are also in the files for validation and test")
     if skipped["files"]:
-        names = listed(skipped["names"], skipped["files"])
+        names = join_names(skipped["names"], skipped["files"])
         lines.append(
             f"skipped {skipped['files']:,} files, as their kind is not known: {names}; --pattern chooses files"
         )

@@ -15,7 +15,7 @@ from rich.console import Console
 from hqlt.cli.keeping import Keeping
 from hqlt.cli.progress import progress
 from hqlt.data.text import beginning_of
-from hqlt.disk import alone_in
+from hqlt.disk import exclusive_folder
 from hqlt.errors import require
 from hqlt.run_folder import COMMANDS, kind_of
 
@@ -92,7 +92,7 @@ def eval(
     haystacks = haystacks_for(tokenizer, max_tokens) if passkey else []
     others = earlier(options) if compare else {}
     loaded = tasks_of(suite, tasks, local)
-    with alone_in(place):
+    with exclusive_folder(place):
         job = Job(retention.load(model, options["device"], Console()), tokenizer, place, options)
         job.kept = kept_in(job, text, haystacks)
         if loaded:

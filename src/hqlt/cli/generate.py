@@ -18,7 +18,7 @@ from rich.text import Text
 
 from hqlt.cli.keeping import Keeping
 from hqlt.cli.progress import progress
-from hqlt.disk import check_writable, probe
+from hqlt.disk import check_folder_writable, check_writable
 from hqlt.errors import reason
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def check(
         raise ValueError("save-state: expected one continuation, or --max-new-tokens=0, because a file holds one text")
     if save_state.is_dir() or not save_state.parent.is_dir():
         raise ValueError(f"save-state: expected a file in a folder that is there, got {save_state}")
-    probe(save_state.parent)
+    check_folder_writable(save_state.parent)
 
 
 def keep(path: Path, past: Past, model: HQLTForCausalLM, notes: Console) -> None:

@@ -9,16 +9,16 @@ from hqlt.data.bpe import train_tokenizer
 from hqlt.data.files import TokenFiles, check
 from hqlt.data.manifest import Manifest
 from hqlt.data.parts import parts_of, training_texts
-from hqlt.data.prepare import Told, prepare
+from hqlt.data.prepare import PrepareProgress, prepare
 from hqlt.data.tokenizer import Tokenizer, load_tokenizer
 from hqlt.data.windows import Stream, Windows
 
 __all__ = [
     "Manifest",
+    "PrepareProgress",
     "Stream",
     "TokenFiles",
     "Tokenizer",
-    "Told",
     "Windows",
     "check",
     "load_tokenizer",

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from hqlt.data.tokenizer import END_OF_TEXT, Fast, load_tokenizer
-from hqlt.disk import new_in
+from hqlt.data.tokenizer import END_OF_TEXT, FastTokenizer, load_tokenizer
+from hqlt.disk import new_folder
 
 LEAST = 257
 """Every byte, and the end of a text."""
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary: int, folder: str | Path, limit_bytes: int | None = None) -> Fast:
+def train_tokenizer(
+    texts: Iterable[str], vocabulary: int, folder: str | Path, limit_bytes: int | None = None
+) -> FastTokenizer:
     """Learn the merges of byte-level BPE from the texts, and write what `load_tokenizer` and AutoTokenizer read.
 
     Every text can be encoded, and decodes to itself. The same texts give the same file. Id 0 is `<|endoftext|>`.
@@ -30,14 +32,14 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, folder: str | Path, l
         )
     if limit_bytes is not None and limit_bytes < 1:
         raise ValueError(f"limit_bytes: expected at least 1, got {limit_bytes}")
-    with new_in(folder):
+    with new_folder(folder):
         _trained(up_to(texts, limit_bytes), vocabulary, str(folder)).save(folder)
     trained = load_tokenizer(folder)
-    assert isinstance(trained, Fast)
+    assert isinstance(trained, FastTokenizer)
     return trained
 
 
-def _trained(texts: Iterable[str], vocabulary: int, name: str) -> Fast:
+def _trained(texts: Iterable[str], vocabulary: int, name: str) -> FastTokenizer:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -51,7 +53,7 @@ def _trained(texts: Iterable[str], vocabulary: int, name: str) -> Fast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return Fast(name, tokenizer, tokenizer.token_to_id(END_OF_TEXT))
+    return FastTokenizer(name, tokenizer, tokenizer.token_to_id(END_OF_TEXT))
 
 
 def up_to(texts: Iterable[str], limit_bytes: int | None) -> Iterator[str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from hqlt.data.local import text_of
-from hqlt.data.network import hub_asked_once
+from hqlt.data.network import offline_if_unreachable
 from hqlt.data.source import Source
 from hqlt.errors import first_line
 
@@ -57,7 +57,7 @@ class Hub(Source):
     def _load(self) -> Any:
         from datasets import load_dataset
 
-        with hub_asked_once(self.name) as silent:
+        with offline_if_unreachable(self.name) as silent:
             try:
                 dataset = load_dataset(self.name, name=self.subset, split=self.split, streaming=True)
             except Exception as error:  # of many libraries below: network, hub, file formats

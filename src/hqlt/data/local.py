@@ -11,7 +11,7 @@ from typing import Any
 from hqlt.data.source import Files, without_lone_surrogates
 from hqlt.data.text import COMPRESSIONS, decoded, opened, without_mark
 from hqlt.data.walk import files_below, hidden
-from hqlt.errors import listed, require
+from hqlt.errors import join_names, require
 
 
 class TextFiles(Files):
@@ -118,7 +118,7 @@ class LocalFormat:
             raise ValueError(f"{path}: expected a file or a folder, got neither")
         kinds = {kind_of(file, NAMED_KINDS) or text_or_refused(file) for file in files}
         if len(kinds) != 1:
-            others = f" (skipped, as their kind is not known: {listed(names)})" if names else ""
+            others = f" (skipped, as their kind is not known: {join_names(names)})" if names else ""
             what = " and ".join(sorted(kind.__name__ for kind in kinds)) or f"none{others}"
             raise ValueError(
                 f"{path}: expected files of one kind among {', '.join(KINDS)}, found {what}; choose by --pattern, "

@@ -10,7 +10,7 @@ from typing import Any
 
 from hqlt.data.shard import Shard
 from hqlt.data.tokenizer import Tokenizer
-from hqlt.disk import write_whole
+from hqlt.disk import write_atomic
 from hqlt.task.task import SPLITS
 
 FORMAT = "hqlt-tokens-1"
@@ -67,7 +67,7 @@ class Manifest:
 
     def save(self, folder: Path, name: str = MANIFEST, **more: Any) -> None:
         told = {"format": FORMAT, **dataclasses.asdict(self), **more}
-        write_whole(folder / name, (json.dumps(told, indent=1, ensure_ascii=False) + "\n").encode())
+        write_atomic(folder / name, (json.dumps(told, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def read_manifest(folder: Path, name: str = MANIFEST) -> tuple[Manifest, dict[str, Any]]:

@@ -11,7 +11,7 @@ SECONDS = 5
 
 
 @contextlib.contextmanager
-def hub_asked_once(name: str = "") -> Iterator[str]:
+def offline_if_unreachable(name: str = "") -> Iterator[str]:
     """Where the hub does not answer, only what is cached is looked for within the context.
 
     name: of what is looked for; a local file or folder needs no hub. Gives an empty text, or a clause that says so.

@@ -16,14 +16,14 @@ from hqlt.data.parts import Part, held_out_documents, parts_of
 from hqlt.data.shard import ShardWriter
 from hqlt.data.source import Source
 from hqlt.data.tokenizer import Tokenizer, load_tokenizer
-from hqlt.disk import alone_in, holds_files, sync_folder
+from hqlt.disk import exclusive_folder, holds_files, sync_folder
 from hqlt.task.task import SPLITS
 
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 1024, 1 << 22
 """A batch of texts for the tokenizer ends at whichever comes first."""
 
 
-class Told(NamedTuple):
+class PrepareProgress(NamedTuple):
     """What can be told after each batch."""
 
     documents: int
@@ -41,7 +41,7 @@ def prepare(
     tokenizer: str | Path = "bytes",
     limit_tokens: int | None = None,
     shard_tokens: int = 1 << 25,
-    on_progress: Callable[[Told], None] = lambda told: None,
+    on_progress: Callable[[PrepareProgress], None] = lambda told: None,
     **how: Any,
 ) -> Manifest:
     """Write the documents of a source as tokens into a folder that `TokenFiles` reads.
@@ -73,7 +73,7 @@ def prepare(
     skipped = [name for part in parts for name in part.source.skipped]
     identities = [part.identity() for part in parts]
     wanted = Manifest.begin(str(source), identities, limit_tokens, shard_tokens, tok, skipped)
-    with alone_in(folder):
+    with exclusive_folder(folder):
         manifest, place = begun_in(folder, wanted, tok)
         if place is None:
             return manifest
@@ -134,7 +134,7 @@ class Writing:
         manifest: Manifest,
         tokenizer: Tokenizer,
         parts: Sequence[Part],
-        on_progress: Callable[[Told], None],
+        on_progress: Callable[[PrepareProgress], None],
     ) -> None:
         self.folder, self.manifest, self.tokenizer, self.parts = folder, manifest, tokenizer, parts
         self.on_progress = on_progress
@@ -206,7 +206,7 @@ class Writing:
         documents += sum(len(writer.starts) for writer in self.round.values())
         tokens = sum(self.tokens.values())
         kept = tokens - sum(writer.tokens for writer in self.round.values())
-        self.on_progress(Told(documents, tokens, self._done(), kept))
+        self.on_progress(PrepareProgress(documents, tokens, self._done(), kept))
 
     def _done(self) -> float | None:
         sizes = [part.source.size for part in self.parts]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hqlt.disk import beside, told_if_not_written, write_synced
+from hqlt.disk import explain_write_errors, unfinished_path, write_synced
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +38,13 @@ class ShardWriter:
         self.tokens = self.bytes = 0
         self.starts: list[int] = []
         self.digest = hashlib.sha256()
-        with told_if_not_written(self.paths[0]):
-            self.file = beside(self.paths[0]).open("wb", buffering=1 << 20)
+        with explain_write_errors(self.paths[0]):
+            self.file = unfinished_path(self.paths[0]).open("wb", buffering=1 << 20)
 
     def add(self, ids: NDArray[Any], text_bytes: int) -> None:
         """One document."""
         data = ids.astype(self.dtype).tobytes()
-        with told_if_not_written(self.paths[0]):
+        with explain_write_errors(self.paths[0]):
             self.file.write(data)
         self.digest.update(data)
         self.starts.append(self.tokens)
@@ -53,14 +53,14 @@ class ShardWriter:
 
     def finish(self) -> Shard:
         starts = np.array(self.starts, dtype=stored("uint64")).tobytes()
-        with told_if_not_written(self.paths[0]):
+        with explain_write_errors(self.paths[0]):
             self.file.flush()
             os.fsync(self.file.fileno())
             self.file.close()
-        with told_if_not_written(self.paths[1]):
-            write_synced(beside(self.paths[1]), starts)
+        with explain_write_errors(self.paths[1]):
+            write_synced(unfinished_path(self.paths[1]), starts)
             for path in self.paths:
-                beside(path).replace(path)
+                unfinished_path(path).replace(path)
         return Shard(
             name=self.name,
             tokens=self.tokens,
@@ -74,7 +74,7 @@ class ShardWriter:
         with contextlib.suppress(OSError):  # what is still buffered may not fit either
             self.file.close()
         for path in self.paths:
-            beside(path).unlink(missing_ok=True)
+            unfinished_path(path).unlink(missing_ok=True)
 
 
 def stored(dtype: str) -> np.dtype[Any]:

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hqlt.data.network import hub_asked_once
-from hqlt.disk import write_whole
+from hqlt.data.network import offline_if_unreachable
+from hqlt.disk import write_atomic
 from hqlt.errors import first_line
 
 END_OF_TEXT = "<|endoftext|>"
@@ -128,9 +128,9 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     if str(name) == "bytes":
         return Bytes()
     if path.is_file():
-        return Fast.from_file(path, str(name))
+        return FastTokenizer.from_file(path, str(name))
     if (path / "tokenizer.json").is_file():
-        return Fast.from_file(path / "tokenizer.json", str(name))
+        return FastTokenizer.from_file(path / "tokenizer.json", str(name))
     if path.is_dir() and not (path / "tokenizer_config.json").is_file():
         raise ValueError(f"{name}: expected a folder with a tokenizer.json, found none in it")
     return _auto_tokenizer(str(name))
@@ -149,7 +149,7 @@ def model_tokenizer(folder: Path) -> Tokenizer:
 def _auto_tokenizer(name: str) -> Tokenizer:
     from transformers import AutoTokenizer
 
-    with hub_asked_once(name) as silent:
+    with offline_if_unreachable(name) as silent:
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
         except Exception as error:  # of many libraries below: network, hub, file formats, packages that it needs
@@ -160,9 +160,11 @@ def _auto_tokenizer(name: str) -> Tokenizer:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     ours: Tokenizer
     if backend is None:
-        ours = Slow(name, tokenizer)
+        ours = SlowTokenizer(name, tokenizer)
     else:
-        ours = Fast(name, backend, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.split_special_tokens)
+        ours = FastTokenizer(
+            name, backend, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.split_special_tokens
+        )
     template = tokenizer.chat_template
     ours.chat_template = template.get("default") if isinstance(template, dict) else template
     return ours
@@ -203,7 +205,7 @@ class ByteStream(TextStream):
         return self.decoder.decode(b"", final=True)
 
 
-class OfSubwords(Tokenizer):
+class SubwordTokenizer(Tokenizer):
     """What those of `tokenizers` and of transformers have in common."""
 
     tokenizer: Any
@@ -213,7 +215,7 @@ class OfSubwords(Tokenizer):
         return text
 
 
-class Fast(OfSubwords):
+class FastTokenizer(SubwordTokenizer):
     """A tokenizer of `tokenizers`: it encodes batches in parallel."""
 
     def __init__(
@@ -234,7 +236,7 @@ class Fast(OfSubwords):
         self.vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
 
     @classmethod
-    def from_file(cls, file: Path, name: str) -> Fast:
+    def from_file(cls, file: Path, name: str) -> FastTokenizer:
         from tokenizers import Tokenizer as Backend
 
         try:
@@ -279,17 +281,17 @@ class Fast(OfSubwords):
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "tokenizer.json", self.tokenizer.to_str(pretty=True).encode())
+        write_atomic(folder / "tokenizer.json", self.tokenizer.to_str(pretty=True).encode())
         told = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         told |= {"eos_token": None if self.eos_id is None else self.tokenizer.id_to_token(self.eos_id)}
         if self.bos_id is not None:
             told |= {"bos_token": self.tokenizer.id_to_token(self.bos_id)}
         if self.chat_template is not None:
             told |= {"chat_template": self.chat_template}
-        write_whole(folder / "tokenizer_config.json", (json.dumps(told, indent=1, ensure_ascii=False) + "\n").encode())
+        write_atomic(folder / "tokenizer_config.json", (json.dumps(told, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-class Slow(OfSubwords):
+class SlowTokenizer(SubwordTokenizer):
     """A tokenizer of transformers that `tokenizers` does not know."""
 
     def __init__(self, name: str, tokenizer: Any) -> None:

@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from hqlt.data import Tokenizer
-from hqlt.data.network import hub_asked_once
+from hqlt.data.network import offline_if_unreachable
 from hqlt.errors import first_line
 from hqlt.evaluate.likelihood import PIECE, likelihoods
 from hqlt.model import HQLTForCausalLM
@@ -235,7 +235,7 @@ def load_tasks(names: Sequence[str], local: Path | None = None) -> list[Any]:
             if not set(names) <= set(here):
                 manager = TaskManager(include_path=places)
                 hint = "tasks on files of your own need no network: --local FOLDER --tasks lambada_local, for one"
-                silent = stack.enter_context(hub_asked_once())
+                silent = stack.enter_context(offline_if_unreachable())
             unknown = [name for name in names if name not in manager.all_tasks]
             loaded = {} if unknown else manager.load(list(names))
         except ImportError as error:  # of a package that a task needs, or of a Python file that it names

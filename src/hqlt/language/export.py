@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from hqlt.data import Tokenizer as OurTokenizer
-from hqlt.disk import new_in
+from hqlt.disk import new_folder
 from hqlt.language.folder import find_model, load_model, read_config, tokenizer_of
 from hqlt.language.template import plain_template
 from hqlt.model import HQLTForCausalLM
@@ -46,7 +46,7 @@ def export(where: str | Path, folder: Path, dtype: torch.dtype | None = None, ar
     if architecture is not None:
         config_as(config, architecture)
     tokenizer = tokenizer_of(where, config.vocab_size)
-    with new_in(folder):
+    with new_folder(folder):
         model, source = load_model(where), str(find_model(where))
         if dtype is not None:
             nn.Module.to(model, dtype)

@@ -14,7 +14,7 @@ from torch import nn
 
 from hqlt.data import Tokenizer, load_tokenizer
 from hqlt.data.tokenizer import model_tokenizer
-from hqlt.errors import listed
+from hqlt.errors import join_names
 
 if TYPE_CHECKING:
     from hqlt.model import HQLTConfig, HQLTForCausalLM
@@ -51,7 +51,7 @@ def found_in(folder: Path) -> str:
         return "no such folder"
     models = [str(path) for path in sorted(folder.glob("models/*")) if holds_model(path)]
     if models:
-        return f"a study; name one of its models: {listed(models)}"
+        return f"a study; name one of its models: {join_names(models)}"
     if (folder / "config.json").is_file():
         return "a config.json without model_type, as a run's is; a run has its model/ once training has ended"
     return "no config.json"

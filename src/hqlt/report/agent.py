@@ -17,7 +17,7 @@ from hqlt.report.table import Table, TableCell
 from hqlt.report.training import history_of, leave_report
 from hqlt.train.agent.settings import TEST_SEED
 from hqlt.train.agent.trainer import AgentTrainer
-from hqlt.train.metrics import known
+from hqlt.train.metrics import finite_or_none
 
 FILM = (
     "A greedy episode that was not scored: moments of it, and below them the reward of each step and the FW-memory's "
@@ -37,7 +37,7 @@ def leave_agent_report(
     history = history_of(folder)
     results = {
         "test_return": tested.mean_return,
-        "test_success": known(tested.success),
+        "test_success": finite_or_none(tested.success),
         "test_episodes": len(tested.outcomes),
         "best_step": trainer.best_step,
         "steps": history[-1]["step"],
@@ -70,7 +70,7 @@ def leave_agent_report(
 
 
 def table_of_agent(trainer: AgentTrainer, tested: Evaluation, steps: int) -> Table:
-    settings, success = trainer.settings, known(tested.success)
+    settings, success = trainer.settings, finite_or_none(tested.success)
     columns = ["memory", "world", "steps", "best at", "test return", "test success", "episode, steps"]
     row = [
         settings.memory,

@@ -84,7 +84,7 @@ class Camera(VectorWrapper):
 def film(trainer: AgentTrainer, seed: int) -> Film:
     """Play one greedy episode. Raises what `play` raises."""
     with contextlib.closing(world_to_film(trainer, seed)) as envs:
-        (episode,) = play(trainer.agent, envs, 1, seed=seed, greedy=True, stopped=trainer.stopped)
+        (episode,) = play(trainer.agent, envs, 1, seed=seed, greedy=True, stopped=trainer.signals)
         frames = envs.frames if isinstance(envs, Camera) else {}
     shares, kept = (while_chosen(trainer, episode, during) for during in (shares_during, kept_during))
     return Film(

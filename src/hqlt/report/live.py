@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hqlt.train.grid import Cell, Event, Result
-from hqlt.train.live import Display, clock
+from hqlt.train.live import Display, format_duration
 
 COLUMNS = ("task", "model", "seed", "step", "loss", "gradient", "validation", "skipped", "speed", "left")
 NAMES = ("task", "model")
@@ -79,7 +79,7 @@ class GridDisplay(Display):
             TextColumn("cells"),
             BarColumn(bar_width=max(min(self.console.width - 36, 40), 4)),
             MofNCompleteColumn(),
-            TextColumn("" if left is None else f"about {clock(left)} left"),
+            TextColumn("" if left is None else f"about {format_duration(left)} left"),
         )
         bar.add_task("", total=self.cells, completed=self.done)
         return Group(self._table([figures_of(event) for event in running.values()]), bar)
@@ -116,7 +116,7 @@ def figures_of(event: Event) -> dict[str, str]:
         "validation": "" if progress.validation is None else score_text(cell.metric, progress.validation),
         "skipped": f"{progress.skipped}" if progress.skipped else "",
         "speed": f"{speed:,.0f} {cell.unit}/s",
-        "left": clock(progress.seconds / progress.step * (cell.budget.steps - progress.step)),
+        "left": format_duration(progress.seconds / progress.step * (cell.budget.steps - progress.step)),
     }
 
 

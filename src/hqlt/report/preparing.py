@@ -7,8 +7,8 @@ import time
 from rich.console import Console
 from rich.live import Live
 
-from hqlt.data import Told
-from hqlt.train.live import Display, clock
+from hqlt.data import PrepareProgress
+from hqlt.train.live import Display, format_duration
 
 
 class PreparingDisplay(Display):
@@ -16,7 +16,7 @@ class PreparingDisplay(Display):
 
     def __init__(self, console: Console) -> None:
         super().__init__(console, Live(console=console, refresh_per_second=4, transient=True))
-        self.first: Told | None = None
+        self.first: PrepareProgress | None = None
         """Where this start began."""
         self.kept = 0
 
@@ -25,7 +25,7 @@ class PreparingDisplay(Display):
         """Whether there was anything to do."""
         return self.first is not None
 
-    def on_progress(self, told: Told) -> None:
+    def on_progress(self, told: PrepareProgress) -> None:
         self.kept = told.kept
         if self.first is None:
             self.first = told
@@ -37,10 +37,10 @@ class PreparingDisplay(Display):
         self.log(line)
 
     @staticmethod
-    def line_of(told: Told, first: Told, seconds: float) -> str:
+    def line_of(told: PrepareProgress, first: PrepareProgress, seconds: float) -> str:
         speed = (told.tokens - first.tokens) / seconds
         line = f"{told.documents:,} documents  {told.tokens:,} tokens  {speed:,.0f} tokens/s"
         if told.done is not None and first.done is not None and told.done > first.done:
             left = seconds * (1 - told.done) / (told.done - first.done)
-            line += f"  {100 * told.done:.0f} %  about {clock(left)} left"
+            line += f"  {100 * told.done:.0f} %  about {format_duration(left)} left"
         return line

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from hqlt.disk import UNFINISHED, check_writable, locked, write_whole
+from hqlt.disk import UNFINISHED, check_writable, folder_lock, write_atomic
 from hqlt.errors import reason
 
 FORMAT = "hqlt-prefix-1"
@@ -103,13 +103,13 @@ class PrefixFolder:
                 return
             told = {"format": FORMAT, "owner": owner, "checksum": _checksum(tensors)}
             data = save({TOKENS: torch.from_numpy(ids)} | {name: x.clone() for name, x in tensors.items()}, told)
-            with locked(self.path, wait=True):
+            with folder_lock(self.path, wait=True):
                 if not self._is_there(path) and self._make_room(len(data)):
                     path.parent.mkdir(mode=0o700, exist_ok=True)
                     listing = self._list(owner)
                     for killed in path.parent.glob(f"*{ENDING}{UNFINISHED}"):
                         killed.unlink()
-                    write_whole(path, data)
+                    write_atomic(path, data)
                     listing.add(key)
                     listing.changed = path.parent.stat().st_mtime_ns  # as nobody else has changed it meanwhile
                     self._skipped.discard(path)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from hqlt.disk import write_whole
+from hqlt.disk import write_atomic
 from hqlt.memory.state import MemoryState, named
 
 FORMAT = "hqlt-state-3"
@@ -119,7 +119,7 @@ def save_state(
         "notes": notes,
     }
     on_cpu = {name: x.detach().to("cpu", copy=True).contiguous() for name, x in tensors.items()}  # none shared
-    write_whole(path, save(on_cpu, metadata))
+    write_atomic(path, save(on_cpu, metadata))
 
 
 def load_state(

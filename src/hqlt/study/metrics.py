@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from hqlt.disk import write_whole
+from hqlt.disk import write_atomic
 from hqlt.train.fit import Progress
 from hqlt.train.grid import Event, Result
 
@@ -16,7 +16,7 @@ class StudyMetrics:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.cells: dict[str, list[Progress]] = {}
-        write_whole(path, b"")
+        write_atomic(path, b"")
         self.file = path.open("a", buffering=1)
 
     def on_event(self, event: Event | Result) -> None:
@@ -24,7 +24,7 @@ class StudyMetrics:
         if isinstance(event, Result):
             self.cells[name] = event.history
             self._rewrite()
-        elif event.kept:
+        elif event.in_history:
             told = self.cells.setdefault(name, [])
             if told and told[-1].step >= event.progress.step:
                 told.clear()
@@ -37,7 +37,7 @@ class StudyMetrics:
 
     def _rewrite(self) -> None:
         self.close()
-        write_whole(self.path, "".join(line(name, one) for name, told in self.cells.items() for one in told).encode())
+        write_atomic(self.path, "".join(line(name, one) for name, told in self.cells.items() for one in told).encode())
         self.file = self.path.open("a", buffering=1)
 
 

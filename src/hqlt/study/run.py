@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 
 from hqlt._version import version
-from hqlt.disk import check_writable, write_whole
+from hqlt.disk import check_writable, write_atomic
 from hqlt.run_folder import run_folder
 from hqlt.signals import Stopped
 from hqlt.study.metrics import StudyMetrics
@@ -74,7 +74,7 @@ def run_study(
         finished_results(folder, cells)
         metrics = StudyMetrics(folder / "metrics.jsonl")
         told = json.dumps(settings | {"cells": [dataclasses.asdict(cell) for cell in cells]}, indent=1)
-        write_whole(folder / "config.json", told.encode())
+        write_atomic(folder / "config.json", told.encode())
         console.print(f"{len(cells)} cells on {workers} processes → {folder}", highlight=False, soft_wrap=True)
         begun = time.monotonic()
         try:

@@ -14,10 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hqlt.disk import UNFINISHED, beside, sync, sync_folder
+from hqlt.disk import UNFINISHED, sync, sync_folder, unfinished_path
 from hqlt.errors import first_line
 
-TENSORS, TOLD = "tensors.safetensors", "trainer.json"
+TENSORS, METADATA = "tensors.safetensors", "trainer.json"
 
 
 class Checkpoints:
@@ -46,7 +46,7 @@ class Checkpoints:
         place = self.place(step)
         try:
             self.begin(place, told)
-            save_file(dict(tensors), beside(place) / TENSORS)
+            save_file(dict(tensors), unfinished_path(place) / TENSORS)
             self.finish(place)
         except (OSError, SafetensorError) as error:
             raise self.not_written(place, error) from error
@@ -57,14 +57,16 @@ class Checkpoints:
     def poll(self) -> None:
         """Give a checkpoint its name, if all of it is written."""
 
-    def told(self, place: Path) -> dict[str, Any]:
+    def metadata(self, place: Path) -> dict[str, Any]:
         """What `save` was told. Raises ValueError where it cannot be read."""
         try:
-            told: dict[str, Any] = json.loads((place / TOLD).read_bytes())
+            told: dict[str, Any] = json.loads((place / METADATA).read_bytes())
             int(told["step"]), dict(told["run"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             why = error if isinstance(error, OSError | ValueError) else f"no step and run in it ({error})"
-            raise ValueError(f"{place}: expected a checkpoint with a {TOLD}: {why}; {advice(place)}") from error
+            raise ValueError(
+                f"{place}: expected a checkpoint with a {METADATA}: {why}; {recovery_hint(place)}"
+            ) from error
         return told
 
     def load(self, place: Path) -> dict[str, Tensor]:
@@ -83,12 +85,12 @@ class Checkpoints:
         """Make the folder that it is written in, and remove those of writes that were killed."""
         for killed in self.folder.glob(f"step-*{UNFINISHED}"):
             shutil.rmtree(killed)
-        beside(place).mkdir(parents=True)
-        (beside(place) / TOLD).write_text(json.dumps(told, indent=1))
+        unfinished_path(place).mkdir(parents=True)
+        (unfinished_path(place) / METADATA).write_text(json.dumps(told, indent=1))
 
     def finish(self, place: Path) -> None:
         """Give it its name, and let go of all but the newest."""
-        unfinished = beside(place)
+        unfinished = unfinished_path(place)
         for path in unfinished.iterdir():
             sync(path)
         sync_folder(unfinished)
@@ -100,15 +102,15 @@ class Checkpoints:
             shutil.rmtree(old)
 
     def not_written(self, place: Path, error: BaseException) -> OSError:
-        shutil.rmtree(beside(place), ignore_errors=True)
+        shutil.rmtree(unfinished_path(place), ignore_errors=True)
         newest = self.newest()
         stands = f"{newest} is whole" if newest else "there is none from before"
         return OSError(f"{place}: could not be written ({first_line(error)}); {stands}")
 
     def not_read(self, place: Path, error: BaseException) -> ValueError:
-        return ValueError(f"{place}: could not be read ({first_line(error)}); {advice(place)}")
+        return ValueError(f"{place}: could not be read ({first_line(error)}); {recovery_hint(place)}")
 
 
-def advice(place: Path) -> str:
+def recovery_hint(place: Path) -> str:
     """What to do about a checkpoint that cannot be read."""
     return f"remove {place.name} to go on from the checkpoint before it, or give another folder"

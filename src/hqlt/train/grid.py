@@ -26,7 +26,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from hqlt.disk import write_whole
+from hqlt.disk import write_atomic
 from hqlt.registry import plugin_modules
 from hqlt.signals import stop_if_asked, stopping
 from hqlt.train.fit import Fit, Progress
@@ -111,7 +111,7 @@ class Event(NamedTuple):
     progress: Progress
 
     @property
-    def kept(self) -> bool:
+    def in_history(self) -> bool:
         """Whether it stays in the cell's history: validations, and as many others as make a smooth curve."""
         every = max(self.cell.budget.steps // 100, 1)
         return self.progress.validation is not None or self.progress.step % every == 0
@@ -277,7 +277,7 @@ def save_failure(folder: Path, cell: Cell, failure: Failure) -> Path:
 def save_result(folder: Path, result: Result) -> None:
     """Whole or not at all: written beside its place, then moved there."""
     place = folder / "cells" / f"{result.cell.name}.json"
-    write_whole(place, json.dumps(as_json(result), indent=1).encode())
+    write_atomic(place, json.dumps(as_json(result), indent=1).encode())
 
 
 def load_result(folder: Path, cell: Cell) -> Result | None:

@@ -64,13 +64,13 @@ class LiveLine(Display):
     def show(self, done: int, words: Sequence[str], news: str | None = None) -> None:
         """words: of now, the most important first; a narrow terminal shows only those. news: a line that stays."""
         room = self.console.width - len(f"{self.total}/{self.total} 0:00:00 left ")
-        self.bar.update(self.task, completed=done, description=as_many_as_fit(words, room))
+        self.bar.update(self.task, completed=done, description=fit_into_width(words, room))
         left = (time.monotonic() - self.begun) / max(done - self.begun_at, 1) * max(self.total - done, 0)
         line = "  ".join([*words, *filter(None, [news])])
         self.log(f"{done:>7}  {line}  {left:,.0f} s left", at_once=news is not None)
 
 
-def as_many_as_fit(words: Sequence[str], room: int) -> str:
+def fit_into_width(words: Sequence[str], room: int) -> str:
     """The first of the words, whole, that fit side by side into so many columns."""
     ends = itertools.accumulate(len(word) + 2 for word in words)
     return "  ".join(word for word, end in zip(words, ends, strict=True) if end - 2 <= room)
@@ -89,7 +89,7 @@ class Speed:
         return (count - before) / (now - then) if now > then else 0.0
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     seconds = max(seconds, 0)
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 

@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import Any, TextIO
 
-from hqlt.disk import write_whole
+from hqlt.disk import write_atomic
 
 
 class Metrics:
@@ -21,18 +21,18 @@ class Metrics:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
         whole = [line for line in lines if line.endswith("\n")]
         kept = [line for i, line in enumerate(whole, start=1) if _step_of(line, f"{path}, line {i}") <= step]
-        write_whole(path, "".join(kept).encode())
+        write_atomic(path, "".join(kept).encode())
         self.file: TextIO = path.open("a", buffering=1)
 
     def write(self, line: dict[str, Any]) -> None:
-        plain = {name: known(value) if isinstance(value, float) else value for name, value in line.items()}
+        plain = {name: finite_or_none(value) if isinstance(value, float) else value for name, value in line.items()}
         self.file.write(json.dumps(plain, allow_nan=False) + "\n")
 
     def close(self) -> None:
         self.file.close()
 
 
-def known(number: float) -> float | None:
+def finite_or_none(number: float) -> float | None:
     """None in place of NaN and infinities, which JSON does not have."""
     return number if math.isfinite(number) else None
 

@@ -18,10 +18,10 @@ from rich.console import Console
 from torch import Tensor
 
 from hqlt._version import version
-from hqlt.disk import write_whole
+from hqlt.disk import write_atomic
 from hqlt.run_folder import run_folder
 from hqlt.signals import Stopped, stopping
-from hqlt.train.checkpoints import Checkpoints, advice
+from hqlt.train.checkpoints import Checkpoints, recovery_hint
 from hqlt.train.live import LiveLine, Speed
 from hqlt.train.metrics import Metrics, Trackers
 
@@ -54,9 +54,9 @@ class Trainer(ABC, Generic[U]):
     device: torch.device
     size: int
     """Parameters."""
-    stopped: Sequence[int] = ()
+    signals: Sequence[int] = ()
     """Looked at now and then; once there is anything in it, Stopped is raised."""
-    kept: dict[str, Any]
+    extra_state: dict[str, Any]
     """Whatever else is to go into checkpoints, as JSON."""
     _saved: dict[str, Any] | None = None
 
@@ -66,7 +66,7 @@ class Trainer(ABC, Generic[U]):
         """Done so far, of `settings.steps`."""
 
     @property
-    def reported(self) -> int:
+    def last_logged_step(self) -> int:
         """The last step whose line in metrics.jsonl stays where the run is resumed from here."""
         return self.step
 
@@ -77,7 +77,7 @@ class Trainer(ABC, Generic[U]):
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]: ...
     @abstractmethod
-    def told(self) -> dict[str, Any]: ...
+    def metadata(self) -> dict[str, Any]: ...
     @abstractmethod
     def identity(self) -> dict[str, Any]: ...
     @abstractmethod
@@ -85,11 +85,11 @@ class Trainer(ABC, Generic[U]):
     @abstractmethod
     def title(self) -> str: ...
     @abstractmethod
-    def about(self) -> dict[str, Any]: ...
+    def description(self) -> dict[str, Any]: ...
     @abstractmethod
-    def words(self, told: U, speed: float) -> list[str]: ...
+    def status(self, told: U, speed: float) -> list[str]: ...
     @abstractmethod
-    def news(self, told: U) -> str | None: ...
+    def message(self, told: U) -> str | None: ...
 
     def train(self) -> Iterator[U]:
         """The updates, with checkpoints as they are due."""
@@ -102,7 +102,7 @@ class Trainer(ABC, Generic[U]):
 
     def save(self) -> None:
         """Begin a checkpoint of this moment, unless there is one."""
-        moment = {"step": self.step, **self.kept, **self.told()}
+        moment = {"step": self.step, **self.extra_state, **self.metadata()}
         if moment != self._saved:
             self._saved = moment
             self.checkpoints.save(self.step, self.tensors(), {**moment, "run": self.identity()})
@@ -115,8 +115,8 @@ class Trainer(ABC, Generic[U]):
         place = self.checkpoints.newest()
         if place is None:
             return None
-        told = self.checkpoints.told(place)
-        there, asked = flat(told["run"]), flat(self.identity())
+        told = self.checkpoints.metadata(place)
+        there, asked = flattened(told["run"]), flattened(self.identity())
         for name in [name for name in there | asked if there.get(name) != asked.get(name)]:
             raise ValueError(
                 f"{place}: is of a run with another {name}: {there.get(name)!r}, not {asked.get(name)!r}. "
@@ -124,10 +124,10 @@ class Trainer(ABC, Generic[U]):
             )
         try:
             self.restore(place, told)
-            self.kept = {name: told[name] for name in self.kept}
+            self.extra_state = {name: told[name] for name in self.extra_state}
         except (RuntimeError, KeyError, TypeError) as error:
-            raise ValueError(f"{place}: expected a checkpoint of this run: {error}; {advice(place)}") from error
-        self._saved = {"step": self.step, **self.kept, **self.told()}
+            raise ValueError(f"{place}: expected a checkpoint of this run: {error}; {recovery_hint(place)}") from error
+        self._saved = {"step": self.step, **self.extra_state, **self.metadata()}
         return self.step
 
 
@@ -148,14 +148,14 @@ def run(kind: str, folder: Path, build: Callable[[Console], T], finish: Finish[T
         console = Console(highlight=False, soft_wrap=True, quiet=not first)
         trainer = build(console)
         resumed = trainer.resume()
-        told = made_by(trainer)
+        told = run_info(trainer)
         if first:
-            write_whole(folder / "config.json", json.dumps(told, indent=1).encode())
+            write_atomic(folder / "config.json", json.dumps(told, indent=1).encode())
         since = f", resuming after step {resumed:,}" if resumed else ""
         console.print(f"{trainer.title()} → {folder}{since}", markup=False)
-        with stopping() as trainer.stopped:
+        with stopping() as trainer.signals:
             try:
-                follow(trainer, folder, console, first)
+                train_and_log(trainer, folder, console, first)
                 finish(trainer, folder, told, console)
             except Stopped as stopped:
                 trainer.save()
@@ -164,7 +164,7 @@ def run(kind: str, folder: Path, build: Callable[[Console], T], finish: Finish[T
                 sys.exit(128 + stopped.number)
 
 
-def follow(trainer: Trainer[Any], folder: Path, console: Console, first: bool) -> None:
+def train_and_log(trainer: Trainer[Any], folder: Path, console: Console, first: bool) -> None:
     """Train; the first process reports each update: the live line, metrics.jsonl, trackers."""
     if not first:
         for _ in trainer.train():
@@ -172,23 +172,23 @@ def follow(trainer: Trainer[Any], folder: Path, console: Console, first: bool) -
         return
     begun, speed_of, done = time.monotonic(), Speed(), trainer.step
     with contextlib.ExitStack() as stack:
-        metrics = stack.enter_context(contextlib.closing(Metrics(folder / "metrics.jsonl", trainer.reported)))
-        trackers = stack.enter_context(contextlib.closing(Trackers(folder, trainer.about()["settings"], done)))
+        metrics = stack.enter_context(contextlib.closing(Metrics(folder / "metrics.jsonl", trainer.last_logged_step)))
+        trackers = stack.enter_context(contextlib.closing(Trackers(folder, trainer.description()["settings"], done)))
         line = stack.enter_context(LiveLine(console, trainer.settings.steps, done))
         for told in trainer.train():
             speed = speed_of.at(told.units)
-            line.show(told.step, trainer.words(told, speed), trainer.news(told))
+            line.show(told.step, trainer.status(told, speed), trainer.message(told))
             metrics.write(told.as_line())
             trackers.write(told.as_line() | {f"{trainer.unit}_per_second": speed})
     console.print(f"{time.monotonic() - begun:.0f} s in this start")
 
 
-def made_by(trainer: Trainer[Any]) -> dict[str, Any]:
+def run_info(trainer: Trainer[Any]) -> dict[str, Any]:
     """What made a run, as JSON: its command and settings, and what it ran on."""
     device = trainer.device
     return {
         "command": shlex.join(["hqlt", *sys.argv[1:]]),
-        **trainer.about(),
+        **trainer.description(),
         "parameters": trainer.size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "hqlt": version,
@@ -197,10 +197,10 @@ def made_by(trainer: Trainer[Any]) -> dict[str, Any]:
     }
 
 
-def flat(told: Mapping[str, Any]) -> dict[str, Any]:
+def flattened(told: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a mapping and of those in it: {"model": {"window": 4}} has model.window."""
     fields: dict[str, Any] = {}
     for name, value in told.items():
-        inner = flat(value) if isinstance(value, Mapping) else None
+        inner = flattened(value) if isinstance(value, Mapping) else None
         fields |= {name: value} if inner is None else {f"{name}.{field}": inner[field] for field in inner}
     return fields

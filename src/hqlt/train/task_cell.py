@@ -55,7 +55,7 @@ class TaskCell(Cell):
         for told in () if done else fit(model, task, self.budget, self.seed):
             if isinstance(told, Progress):
                 event = Event(self, told)
-                if event.kept:
+                if event.in_history:
                     history.append(told)
                 yield event
             else:

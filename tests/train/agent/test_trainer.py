@@ -64,7 +64,7 @@ def test_stopped_anywhere_it_ends_as_if_it_had_never_been(settings, tmp_path, lo
     whole = AgentTrainer(settings)
     told = lines(whole.updates())
     trainer, got = AgentTrainer(settings, folder=tmp_path), []
-    trainer.stopped = StoppedAt(look)
+    trainer.signals = StoppedAt(look)
     with contextlib.suppress(Stopped):
         for update in trainer.train():
             got.append(update.as_line())
@@ -79,13 +79,13 @@ def test_stopped_anywhere_it_ends_as_if_it_had_never_been(settings, tmp_path, lo
 
 def test_stopped_in_an_evaluation_nothing_of_the_training_before_is_lost(settings, tmp_path):
     trainer = AgentTrainer(settings, folder=tmp_path)
-    score, trainer.score = trainer.score, lambda *arguments: setattr(trainer, "stopped", [2]) or score(*arguments)
+    score, trainer.score = trainer.score, lambda *arguments: setattr(trainer, "signals", [2]) or score(*arguments)
     with pytest.raises(Stopped):
         list(trainer.updates())
     assert trainer.step >= settings.evaluate_every and trainer.unscored.step == trainer.step
     trainer.save()
     again = AgentTrainer(settings, folder=tmp_path)
-    assert again.resume() == trainer.step == again.reported + 1
+    assert again.resume() == trainer.step == again.last_logged_step + 1
     assert next(again.updates()).step == trainer.step
 
 

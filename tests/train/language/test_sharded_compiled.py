@@ -14,7 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hqlt import ops
 from hqlt.model import HQLTForCausalLM, preset
-from hqlt.train.language.ranks import Ranks, spread
+from hqlt.train.language.ranks import Ranks, parallelize
 from hqlt.train.language.settings import TrainSettings
 
 
@@ -34,7 +34,7 @@ def test_a_block_is_one_graph(mesh, checkpoints):
     settings = TrainSettings(compile=True, precision="bfloat16", activation_checkpointing=checkpoints)
     strictly = partial(nn.Module.compile, backend="aot_eager", fullgraph=True)
     with mock.patch.object(nn.Module, "compile", lambda block: strictly(block)):
-        model = spread(HQLTForCausalLM(preset("tiny", **small)), settings, Ranks(0, 2, torch.device("cpu"), mesh))
+        model = parallelize(HQLTForCausalLM(preset("tiny", **small)), settings, Ranks(0, 2, torch.device("cpu"), mesh))
     tokens = torch.zeros(2, 9, dtype=torch.long)
     torch._dynamo.utils.counters.clear()
     with ops.use_backend("chunked"):  # what runs on a GPU

@@ -14,7 +14,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from hqlt.data import prepare
-from hqlt.disk import alone_in
+from hqlt.disk import exclusive_folder
 from hqlt.model import HQLTConfig
 from hqlt.run_folder import run_folder
 from hqlt.train.language import Trainer, TrainSettings
@@ -157,7 +157,7 @@ def test_a_write_that_was_killed_hides_nothing(text, run):
 
 def test_two_starts_in_one_folder_are_refused(text, tmp_path):
     settings = TrainSettings(data=str(text), length=24, steps=1, model=CONFIG)
-    with alone_in(tmp_path), pytest.raises(ValueError, match="another process is at work there"):
+    with exclusive_folder(tmp_path), pytest.raises(ValueError, match="another process is at work there"):
         language_run(settings, tmp_path)
     assert not (tmp_path / "config.json").exists()
 

@@ -16,7 +16,7 @@ from hqlt.train.agent.settings import AgentSettings
 from hqlt.train.agent.trainer import AgentTrainer, Update
 from hqlt.train.fit import Fit, Progress
 from hqlt.train.grid import Cell, Event, Result, load_result
-from hqlt.train.metrics import known
+from hqlt.train.metrics import finite_or_none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,23 +103,23 @@ class AgentCell(Cell):
         yield Result(self, trainer.size, history[-1].seconds, fit, history)
 
     def _train(self, trainer: AgentTrainer, history: list[Progress]) -> Iterator[Event]:
-        trainer.kept = {"history": []}
+        trainer.extra_state = {"history": []}
         trainer.resume()
-        history += [Progress(*told) for told in trainer.kept["history"]]
+        history += [Progress(*told) for told in trainer.extra_state["history"]]
         begun = time.perf_counter() - (history[-1].seconds if history else 0.0)
         for told in trainer.train():
             event = Event(self, progress_of(told, time.perf_counter() - begun))
-            if event.kept:
+            if event.in_history:
                 history.append(event.progress)
-            trainer.kept["history"] = list(history)
+            trainer.extra_state["history"] = list(history)
             yield event
 
 
 def progress_of(told: Update, seconds: float) -> Progress:
     return Progress(
         step=told.step,
-        loss=known(told.losses.get("loss", told.losses.get("critic", 0.0))) or 0.0,
-        gradient_norm=known(told.losses.get("gradient", 0.0)) or 0.0,
+        loss=finite_or_none(told.losses.get("loss", told.losses.get("critic", 0.0))) or 0.0,
+        gradient_norm=finite_or_none(told.losses.get("gradient", 0.0)) or 0.0,
         seconds=seconds,
         tokens=told.step,
         validation=told.evaluated_success,

@@ -10,7 +10,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from hqlt.disk import write_whole
+from hqlt.disk import write_atomic
 from hqlt.errors import reason
 from hqlt.run_folder import COMMANDS, kind_of
 from hqlt.train.agent.settings import AgentSettings, option_of
@@ -57,8 +57,8 @@ def refuse_divergence(trainer: AgentTrainer, folder: Path) -> None:
 def keep_agent(trainer: AgentTrainer, folder: Path, told: dict[str, Any] | None = None) -> None:
     """Write what `load_agent` takes: config.json with the settings, and the weights as they are, last and at once."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "config.json", json.dumps(told or trainer.about(), indent=1).encode())
-    write_whole(folder / WEIGHTS, save(trainer.agent.state_dict()))
+    write_atomic(folder / "config.json", json.dumps(told or trainer.description(), indent=1).encode())
+    write_atomic(folder / WEIGHTS, save(trainer.agent.state_dict()))
 
 
 def load_agent(folder: Path, device: str = "cpu") -> AgentTrainer:

@@ -19,7 +19,7 @@ from hqlt.agent.worlds import make_worlds
 from hqlt.device import usable_device
 from hqlt.train.agent.settings import TEST_SEED, VALIDATION_SEED, AgentSettings
 from hqlt.train.checkpoints import Checkpoints
-from hqlt.train.metrics import known
+from hqlt.train.metrics import finite_or_none
 from hqlt.train.run import Trainer
 
 BEST = "best."
@@ -79,7 +79,7 @@ class AgentTrainer(Trainer[Update]):
         self.agent = settings.agent(self.envs, memory, settings.hyperparameters, seed=settings.seed)
         torch.nn.Module.to(self.agent, self.device)
         self.size = sum(parameter.numel() for parameter in self.agent.parameters())
-        self.checkpoints, self.kept = Checkpoints(folder, settings.keep_checkpoints), {}
+        self.checkpoints, self.extra_state = Checkpoints(folder, settings.keep_checkpoints), {}
         self.ended = 0
         """Episodes since the last evaluation."""
         self.unscored: Update | None = None
@@ -94,7 +94,7 @@ class AgentTrainer(Trainer[Update]):
         return int(self.agent.steps)
 
     @property
-    def reported(self) -> int:
+    def last_logged_step(self) -> int:
         return self.step - (self.unscored is not None)  # its line comes with the evaluation that is due
 
     def updates(self) -> Iterator[Update]:
@@ -105,7 +105,7 @@ class AgentTrainer(Trainer[Update]):
         while self.step < settings.steps:
             until = (self.step // settings.evaluate_every + 1) * settings.evaluate_every
             until = min(until, settings.steps)
-            for progress in self.agent.train_in(self.envs, until, stopped=self.stopped):
+            for progress in self.agent.train_in(self.envs, until, stopped=self.signals):
                 told = update_of(progress, int(self.agent.left_out))
                 self.ended += told.episodes
                 if progress.steps >= until:
@@ -123,7 +123,7 @@ class AgentTrainer(Trainer[Update]):
         scored = self.score(self.settings.episodes, VALIDATION_SEED)
         self.keep_the_best(scored)
         self.unscored, self.ended = None, 0
-        return told._replace(evaluated_return=scored.mean_return, evaluated_success=known(scored.success))
+        return told._replace(evaluated_return=scored.mean_return, evaluated_success=finite_or_none(scored.success))
 
     def due(self, told: Update) -> bool:
         return told.evaluated_return is not None
@@ -131,7 +131,7 @@ class AgentTrainer(Trainer[Update]):
     def score(self, episodes: int, seed: int, **options: Any) -> Evaluation:
         """Greedy episodes in the same world, or in one with other options."""
         with contextlib.closing(self.worlds(min(episodes, 64), seed, **options)) as envs:
-            return evaluate(self.agent, envs, episodes, seed=seed, stopped=self.stopped)
+            return evaluate(self.agent, envs, episodes, seed=seed, stopped=self.signals)
 
     def worlds(self, copies: int, seed: int, **options: Any) -> VectorEnv:
         """The settings' world, with other options where given.
@@ -148,7 +148,7 @@ class AgentTrainer(Trainer[Update]):
 
     def keep_the_best(self, scored: Evaluation) -> None:
         """By success, then by return; the later of equals, which has learned for longer."""
-        score = (known(scored.success) or 0.0, scored.mean_return)
+        score = (finite_or_none(scored.success) or 0.0, scored.mean_return)
         if score >= self.best_score:
             self.best_step, self.best_score = self.step, score
             self.best = {name: weight.clone() for name, weight in self.agent.state_dict().items()}
@@ -163,7 +163,7 @@ class AgentTrainer(Trainer[Update]):
     def tensors(self) -> dict[str, Tensor]:
         return self.agent.checkpoint() | {BEST + name: weight for name, weight in self.best.items()}
 
-    def told(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         return {
             "ended": self.ended,
             "best_step": self.best_step,
@@ -191,10 +191,10 @@ class AgentTrainer(Trainer[Update]):
             f"{self.size:,} parameters"
         )
 
-    def about(self) -> dict[str, Any]:
+    def description(self) -> dict[str, Any]:
         return {"settings": self.settings.as_json()}
 
-    def words(self, told: Update, speed: float) -> list[str]:
+    def status(self, told: Update, speed: float) -> list[str]:
         """Return, success, what the losses are, steps a second."""
         words = [] if told.mean_return is None else [f"return {told.mean_return:.2f}"]
         if told.success is not None:
@@ -204,7 +204,7 @@ class AgentTrainer(Trainer[Update]):
             words.append(f"{told.left_out} updates skipped")
         return [*words, f"{speed:,.0f} steps/s"]
 
-    def news(self, told: Update) -> str | None:
+    def message(self, told: Update) -> str | None:
         if told.evaluated_return is None:
             return None
         success = told.evaluated_success
@@ -222,9 +222,9 @@ def update_of(progress: Progress, left_out: int) -> Update:
     return Update(
         progress.steps,
         len(played.outcomes),
-        known(played.mean_return),
-        known(played.mean_length),
-        known(played.success),
+        finite_or_none(played.mean_return),
+        finite_or_none(played.mean_length),
+        finite_or_none(played.success),
         progress.losses,
         left_out,
     )

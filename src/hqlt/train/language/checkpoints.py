@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from hqlt.disk import beside
+from hqlt.disk import unfinished_path
 from hqlt.train.checkpoints import Checkpoints
 from hqlt.train.language.ranks import Ranks
 
@@ -24,7 +24,7 @@ warnings.filterwarnings(
 )  # torch 2.9's own
 
 
-class SharedCheckpoints(Checkpoints):
+class DistributedCheckpoints(Checkpoints):
     """Of all processes of a run. `save` copies the tensors, and begins to write them."""
 
     def __init__(self, folder: Path, max_to_keep: int, ranks: Ranks) -> None:
@@ -38,7 +38,7 @@ class SharedCheckpoints(Checkpoints):
         if self.ranks.first:
             self.begin(place, told)
         self.ranks.wait()
-        writer = HuggingFaceStorageWriter(str(beside(place)), save_distributed=True)
+        writer = HuggingFaceStorageWriter(str(unfinished_path(place)), save_distributed=True)
         future = async_save(
             dict(tensors), storage_writer=writer, process_group=self.ranks.beside, no_dist=self.ranks.mesh is None
         )

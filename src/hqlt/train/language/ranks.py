@@ -95,7 +95,7 @@ def enable_activation_checkpointing(model: nn.Module) -> None:
     enable({"use_reentrant": False})
 
 
-def spread(model: nn.Module, settings: TrainSettings, ranks: Ranks) -> nn.Module:
+def parallelize(model: nn.Module, settings: TrainSettings, ranks: Ranks) -> nn.Module:
     """The model on its device: activation checkpoints, compiled blocks and sharded weights as the settings say."""
     blocks: nn.ModuleList = model.model.layers  # type: ignore[assignment, union-attr]
     if settings.activation_checkpointing:
@@ -117,12 +117,12 @@ def spread(model: nn.Module, settings: TrainSettings, ranks: Ranks) -> nn.Module
 
 
 @contextlib.contextmanager
-def without_communication(model: nn.Module, apart: bool) -> Iterator[None]:
-    """Gradients stay here (apart) until the last micro-batch, and are summed over processes once."""
+def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
+    """Sum gradients over processes in the backward passes of this context if enabled; else accumulate them locally."""
     if not isinstance(model, FSDPModule):
         yield
         return
-    model.set_requires_gradient_sync(not apart)
+    model.set_requires_gradient_sync(enabled)
     try:
         yield
     finally:

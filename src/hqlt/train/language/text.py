@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hqlt.data import TokenFiles, parts_of, prepare
 from hqlt.data.local import TextFiles
 from hqlt.data.text import printable
-from hqlt.disk import write_whole
+from hqlt.disk import write_atomic
 
 if TYPE_CHECKING:
     from hqlt.model import HQLTForCausalLM
@@ -39,7 +39,7 @@ def prepare_file(file: Path, folder: Path, tokenizer: str | Path = "bytes") -> P
             raise ValueError(f"{file}: was changed since {folder} was begun; give another --folder")
     for name, text in parts.items():
         (folder / "text").mkdir(exist_ok=True)
-        write_whole(folder / "text" / f"{name}.txt", text.encode())
+        write_atomic(folder / "text" / f"{name}.txt", text.encode())
     held_out: dict[str, Any] = {"validation": folder / "text" / "validation.txt", "test_share": 0}
     prepare(folder / "text" / "train.txt", folder / "data", tokenizer=tokenizer, **held_out)
     return folder / "data"

@@ -21,9 +21,9 @@ from hqlt.model import HQLTCache, HQLTConfig, HQLTForCausalLM
 from hqlt.signals import stop_if_asked
 from hqlt.task.task import IGNORE, SPLITS, Batch, Split
 from hqlt.train.fit import parameter_groups
-from hqlt.train.language.checkpoints import SharedCheckpoints
+from hqlt.train.language.checkpoints import DistributedCheckpoints
 from hqlt.train.language.cost import flops_per_token, peak_flops
-from hqlt.train.language.ranks import Ranks, local, spread, without_communication
+from hqlt.train.language.ranks import Ranks, gradient_sync, local, parallelize
 from hqlt.train.language.settings import TrainSettings
 from hqlt.train.live import memory_in_use
 from hqlt.train.run import Trainer as Base
@@ -72,12 +72,12 @@ class Trainer(Base[Update]):
     """
 
     kind, unit = "language", "tokens"
-    checkpoints: SharedCheckpoints
+    checkpoints: DistributedCheckpoints
     step = 0
 
     def __init__(self, settings: TrainSettings, config: HQLTConfig, data: Path, folder: Path, ranks: Ranks) -> None:
         self.settings, self.config, self.ranks = settings, config, ranks
-        self.device, self.kept = ranks.device, {}
+        self.device, self.extra_state = ranks.device, {}
         train = TokenFiles(data, "train")
         if len(train) <= train.documents:
             raise ValueError(
@@ -100,7 +100,7 @@ class Trainer(Base[Update]):
             self.source = Windows(train, settings.length, settings.seed)
         self.micro_batches, self.micro_rows = settings.micro_batches(ranks.count)
         torch.manual_seed(settings.seed)
-        self.model: Any = spread(HQLTForCausalLM(config), settings, ranks)
+        self.model: Any = parallelize(HQLTForCausalLM(config), settings, ranks)
         self.size = sum(parameter.numel() for parameter in self.model.parameters())
         self.parameters = dict(self.model.named_parameters())
         fused = self.device.type == "cuda"  # one kernel for all weights, instead of some ten passes over them
@@ -120,7 +120,7 @@ class Trainer(Base[Update]):
         """Of the last update; None before the first one here."""
         self.caches: list[HQLTCache] = []
         """The memories of each micro-batch's rows, where they are carried."""
-        self.checkpoints = SharedCheckpoints(folder / "checkpoints", settings.keep_checkpoints, ranks)
+        self.checkpoints = DistributedCheckpoints(folder / "checkpoints", settings.keep_checkpoints, ranks)
         self._peak: float | None = None
         self._flops = 0.0
 
@@ -145,8 +145,8 @@ class Trainer(Base[Update]):
 
     def stop_if_asked(self) -> None:
         """Raises Stopped where a signal reached any process."""
-        if self.ranks.sum([float(bool(self.stopped))])[0] > 0:
-            stop_if_asked(self.stopped or [signal.SIGTERM])  # none here: another process got it
+        if self.ranks.sum([float(bool(self.signals))])[0] > 0:
+            stop_if_asked(self.signals or [signal.SIGTERM])  # none here: another process got it
 
     def update(self) -> Update:
         """One batch: its loss is the mean over all scored tokens of all processes.
@@ -165,7 +165,7 @@ class Trainer(Base[Update]):
         self.optimiser.zero_grad(set_to_none=True)
         loss = 0.0
         for i, batch in enumerate(batches):
-            with without_communication(self.model, apart=i + 1 < len(batches)):
+            with gradient_sync(self.model, enabled=i + 1 == len(batches)):
                 part = self._summed_loss(batch, i) / (scored or math.nan)
                 (part * ranks.count).backward()  # FSDP takes the mean over processes
             loss += part.item()
@@ -246,7 +246,7 @@ class Trainer(Base[Update]):
     def tensors(self) -> dict[str, Tensor]:
         return self._weights() | self._memories()
 
-    def told(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         return {"skipped": self.skipped}
 
     def identity(self) -> dict[str, Any]:
@@ -316,7 +316,7 @@ class Trainer(Base[Update]):
             f"{count} process{'es' * (count > 1)} on {self.device.type}"
         )
 
-    def about(self) -> dict[str, Any]:
+    def description(self) -> dict[str, Any]:
         files = self.splits["train"]
         return {
             "settings": dataclasses.asdict(self.settings),
@@ -325,7 +325,7 @@ class Trainer(Base[Update]):
             "processes": self.ranks.count,
         }
 
-    def words(self, told: Update, speed: float) -> list[str]:
+    def status(self, told: Update, speed: float) -> list[str]:
         """Loss, speed, share of the processors' peak, gradient, memory."""
         words = [f"loss {told.loss:.3f} nats/token", f"{speed:,.0f} tokens/s"]
         if not self._flops:
@@ -337,7 +337,7 @@ class Trainer(Base[Update]):
             words.insert(1, f"{told.skipped} updates skipped")
         return words
 
-    def news(self, told: Update) -> str | None:
+    def message(self, told: Update) -> str | None:
         return None if told.validation is None else f"validation {told.validation:.4f} bits/byte"
 
     def refuse_diverged(self, loss: float | None, validation: float | None) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hqlt.data import Windows
-from hqlt.disk import write_whole
+from hqlt.disk import write_atomic
 from hqlt.model import HQLTConfig, HQLTForCausalLM
 from hqlt.model.pretrained.retrofit import NO_RULE, config_for, retrofitted
 from hqlt.train.retrofit.losses import layer_errors, micro_batches
@@ -75,7 +75,7 @@ def errors_in(folder: Path, measured: dict[str, Any], measure: Callable[[], list
             errors: list[float] = found["errors"]
             return errors
     errors = measure()
-    write_whole(file, json.dumps({"of": measured, "errors": errors}, indent=1).encode())
+    write_atomic(file, json.dumps({"of": measured, "errors": errors}, indent=1).encode())
     return errors
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from hqlt.data import TokenFiles, Windows, load_tokenizer, prepare
 from hqlt.device import usable_device
-from hqlt.disk import write_whole
+from hqlt.disk import write_atomic
 from hqlt.errors import require
 from hqlt.evaluate.probes import probe, probed
 from hqlt.language.checkpoint import weight_files
@@ -61,13 +61,17 @@ def run(settings: RetrofitSettings, model: Path, folder: Path, device: str | Non
     def finish(trainer: RetrofitTrainer, folder: Path, told: dict[str, Any], console: Console) -> None:
         trainer.refuse_diverged()
         keep(trainer, model, folder)
-        told |= {"scores": trainer.kept["scores"], "tokens": trainer.tokens(), "updates_skipped": trainer.skipped}
+        told |= {
+            "scores": trainer.extra_state["scores"],
+            "tokens": trainer.tokens(),
+            "updates_skipped": trainer.skipped,
+        }
         rows = rows_of(trainer, console)
         if rows:
             title = f"{find_model(model).name} with a bounded memory"
             leave_retrofit_report(folder, rows, told, console, title=title, introduction=trainer.title() + ".")
         else:
-            write_whole(folder / "results.json", json.dumps({"run": told, "rows": []}, indent=1).encode())
+            write_atomic(folder / "results.json", json.dumps({"run": told, "rows": []}, indent=1).encode())
         console.print(f"written to {folder / 'model'}", markup=False)
 
     run_of("retrofit", folder, build, finish)
@@ -144,7 +148,7 @@ def rows_of(trainer: RetrofitTrainer, console: Console) -> list[dict[str, Any]]:
     named = "window + sinks, trained" if settings.rule == NO_RULE else settings.rule
     rows: list[dict[str, Any]] = []
     for name, model in ((ORIGINAL, teacher), (WINDOW, alone), (named, trainer.student)):
-        stop_if_asked(trainer.stopped)
+        stop_if_asked(trainer.signals)
         with console.status(f"probing {name}"), trainer.autocast():
             if model is trainer.student:
                 rows += probed(name, model, trainer.held_out.inputs)

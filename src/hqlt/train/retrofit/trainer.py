@@ -110,16 +110,16 @@ class RetrofitTrainer(Trainer[Update]):
         self.lora: Lora | None = None
         self.optimiser: torch.optim.Optimizer
         self.skipped, self.skipped_in_a_row = 0, 0
-        self.kept = {"scores": {}}
+        self.extra_state = {"scores": {}}
 
     # Training.
 
     def updates(self) -> Iterator[Update]:
         """Raises ValueError too, once training diverged."""
-        scores = self.kept["scores"]
+        scores = self.extra_state["scores"]
         if self.step == 0 and "start" not in scores:
             scores |= {"original": self.score(self.teacher), "start": self.score(self.student)}
-            stop_if_asked(self.stopped)
+            stop_if_asked(self.signals)
         while self.step < self.settings.steps:
             name, stage, first = self.stage_at(self.step)
             if name != self.stage:
@@ -132,7 +132,7 @@ class RetrofitTrainer(Trainer[Update]):
             if self.skipped_in_a_row == PATIENCE:
                 self.refuse_diverged()
             if self.step < self.settings.steps:
-                stop_if_asked(self.stopped)
+                stop_if_asked(self.signals)
 
     def refuse_diverged(self) -> None:
         """Raises ValueError where the last updates were skipped."""
@@ -272,7 +272,7 @@ class RetrofitTrainer(Trainer[Update]):
                 tensors |= {f"optimiser.{name}.{key}": value for key, value in kept}
         return tensors
 
-    def told(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         return {"stage": self.stage, "skipped": self.skipped}
 
     def identity(self) -> dict[str, Any]:
@@ -306,7 +306,7 @@ class RetrofitTrainer(Trainer[Update]):
             f"{which}; {len(self.splits['train']):,} tokens, on {self.device.type}"
         )
 
-    def about(self) -> dict[str, Any]:
+    def description(self) -> dict[str, Any]:
         files = self.splits["train"]
         return {
             "settings": dataclasses.asdict(self.settings),
@@ -315,15 +315,15 @@ class RetrofitTrainer(Trainer[Update]):
             "data": {"folder": str(files.folder), "digest": files.digest, "bytes_per_token": files.bytes / len(files)},
         }
 
-    def words(self, told: Update, speed: float) -> list[str]:
+    def status(self, told: Update, speed: float) -> list[str]:
         number, unit = STAGES.index(told.stage) + 1, {"fit": "relative error", "distill": "KL"}.get(told.stage, "loss")
         words = [f"stage {number}", f"{unit} {told.loss:.4f}", f"{speed:,.0f} tokens/s"]
         if told.skipped:
             words.append(f"{told.skipped} updates skipped")
         return [*words, f"gradient {told.gradient_norm:.2f}", f"{memory_in_use(self.device) / 2**20:,.0f} MiB"]
 
-    def news(self, told: Update) -> str | None:
-        scores = self.kept["scores"]
+    def message(self, told: Update) -> str | None:
+        scores = self.extra_state["scores"]
         news = [f"untrained: {said(scores['start'])}"] if told.step == 1 and scores["start"] else []
         if told.scores:
             news.append(f"stage {STAGES.index(told.stage) + 1} done: {said(told.scores)}")
