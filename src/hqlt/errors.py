@@ -20,6 +20,7 @@ EXTRAS = {
     **dict.fromkeys(("gguf", "accelerate", "peft"), "retrofit"),
     **dict.fromkeys(("popgym",), "popgym"),
     **dict.fromkeys(("minigrid",), "minigrid"),
+    **dict.fromkeys(("shtab",), "completion"),
 }
 """Packages that only some commands need, and the extra of hqlt that brings them."""
 

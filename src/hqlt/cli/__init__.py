@@ -51,6 +51,7 @@ COMMANDS = {
     "demo": About("train five small models on three tasks, in minutes", ("transformers", *PAGES)),
     "reproduce": About("reproduce a table of the paper, or run a study of your own", ("transformers", *PAGES)),
     "bench": About("measure speed beside other implementations"),
+    "completion": About("print a script that completes commands and options in bash or zsh", ("shtab",)),
 }
 
 IMPORT = "  --import MODULE  import a module of your own first, whose hqlt.register(...) adds tasks, rules, worlds, ..."
