@@ -32,7 +32,6 @@ TO_DO: set[str] = {
     "shapes",
     "state",
     "study",
-    "task",
     "train",
 }
 """Parts of the package whose docstrings are not in this form yet."""

@@ -152,7 +152,7 @@ def test_what_cannot_be_switched_is_refused(tmp_path, fields, message):
         ([*PARITY, "budget", "steps"], "many", "parity.budget: steps: expected a whole number, got 'many'$"),
         ([*PARITY, "budget"], {}, r"parity.budget: expected the key 'steps', got nothing"),
         ([*PARITY, "options", "train_length"], 1, r"parity.options: key: .*did you mean 'train_lengths'\?"),
-        ([*PARITY, "options", "train_lengths"], [9, 3], r"parity.options: .*expected the least and the greatest"),
+        ([*PARITY, "options", "train_lengths"], [9, 3], r"parity.options: .*expected the smallest and the largest"),
         ([*PARITY, "common", "hiden_size"], 8, r"DeltaNet in short parity: .*did you mean 'hidden_size'\?"),
         ([*PARITY, "common", "hidden_size"], None, r"DeltaNet in short parity: hidden_size: expected .* got 'nothing'"),
         ([*PARITY, "common", "num_heads"], "two", r"study.yaml: DeltaNet in short parity: num_heads: .* got 'two'"),

@@ -1,6 +1,6 @@
 """The laws of a task, written once and inherited by every task.
 
-A class of tests inherits `Laws` and gives one fixture, `case`: a `Case`.
+A test class inherits `Laws` and provides one fixture, `case`, which returns a `Case`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from hqlt.train.grid import as_json, load_result, save_result
 
 class Case(NamedTuple):
     name: str
-    """In the registry."""
+    """Name in the registry."""
     verifier: Callable[[list[int]], dict[int, int]] | None = None
-    """The tokens of a row → {position: what is to be named there in tests}, found in another way."""
+    """Maps the tokens of a row to {position: target in tests}, computed independently."""
 
     @property
     def task(self):
@@ -38,7 +38,7 @@ class Case(NamedTuple):
         return self.task.sample(generator_for(split, seed), rows, split)
 
     def study(self, folder, **changes):
-        """Of a small model on this task, with all its options in the file."""
+        """A study of a small model on this task, with all options of the task in its file."""
         experiment = {
             "task": self.name,
             "options": json.loads(json.dumps(dataclasses.asdict(self.task))) | changes,
@@ -52,23 +52,23 @@ class Case(NamedTuple):
 
 
 class Laws:
-    def test_its_name_means_it(self, case):
+    def test_its_name_finds_it(self, case):
         assert type(case.task) is find("task", case.name)
         assert name_of("task", type(case.task)) == case.name
 
-    def test_an_option_that_it_has_not_is_refused_with_the_nearest(self, case):
+    def test_an_unknown_option_is_refused_with_the_nearest(self, case):
         for option in options_of(type(case.task)):
             with pytest.raises(ValueError, match=rf"task {case.name}, option: expected .* did you mean '{option}'\?"):
                 build("task", case.name, **{f"{option}s": 1})
         with pytest.raises(ValueError, match=r"option: expected .*, got 'metric'"):
             build("task", case.name, metric="accuracy")
 
-    def test_it_cannot_be_changed(self, case):
+    def test_it_is_immutable(self, case):
         with pytest.raises(dataclasses.FrozenInstanceError):
             case.task.metric = "bits"
 
     @pytest.mark.parametrize("split", SPLITS)
-    def test_a_batch_has_the_shapes_and_tokens_that_it_says(self, case, split):
+    def test_a_batch_has_the_documented_shapes_and_tokens(self, case, split):
         task, batch = case.task, case.batch(split, rows=7)
         assert batch.inputs.shape == batch.targets.shape == batch.coordinate.shape
         assert batch.inputs.dtype == batch.targets.dtype == torch.long
@@ -79,12 +79,12 @@ class Laws:
         assert asked.any(dim=1).all()
         assert 0 <= batch.targets[asked].min() <= batch.targets[asked].max() < task.vocab_size
 
-    def test_a_seed_gives_the_same_batches_and_another_one_others(self, case):
+    def test_equal_seeds_give_equal_batches_and_other_seeds_other_ones(self, case):
         first, again, other = (case.batch(seed=seed) for seed in (0, 0, 1))
         assert all(map(torch.equal, first[:3], again[:3]))
         assert sequences(first).isdisjoint(sequences(other))
 
-    def test_all_chance_comes_from_the_generator(self, case):
+    def test_all_randomness_comes_from_the_generator(self, case):
         before = torch.get_rng_state()
         first = case.batch()
         assert torch.equal(torch.get_rng_state(), before)
@@ -95,19 +95,19 @@ class Laws:
         drawn = [sequences(case.batch(split, rows=12)) for split in SPLITS]
         assert all(one.isdisjoint(other) for one, other in itertools.combinations(drawn, 2))
 
-    def test_the_answers_are_those_that_were_found_in_another_way(self, case):
+    def test_the_answers_match_independent_ones(self, case):
         if case.verifier is None:
-            pytest.skip("by tests of its own")
+            pytest.skip("has tests of its own")
         for split in ("validation", "test"):
             batch = case.batch(split, rows=12)
             for inputs, targets in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True):
                 asked = {i: target for i, target in enumerate(targets) if target != IGNORE}
                 assert asked == case.verifier(inputs)
 
-    def test_who_knows_every_answer_scores_best(self, case):
+    def test_a_model_that_knows_every_answer_gets_the_best_score(self, case):
         task, batch = case.task, case.batch("test")
         logits = 100 * torch.nn.functional.one_hot(batch.targets.clamp(min=0), task.vocab_size).double()
-        score = evaluate(Told(logits), task, batch)
+        score = evaluate(FixedLogits(logits), task, batch)
         assert score.metric == task.metric
         assert score.value == pytest.approx(0.0 if task.metric == "bits" else 1.0, abs=1e-9)
 
@@ -124,11 +124,13 @@ class Laws:
             begins = [*packed.resets[row].nonzero()[:, 0].tolist(), packed.inputs.shape[1]]
             for start, end in itertools.pairwise(begins):
                 found.append([part[row, start:end].tolist() for part in packed[:3]])
-        found = [sequence for sequence in found if set(sequence[1]) != {IGNORE}]  # an odd row out is alone
+        found = [
+            sequence for sequence in found if set(sequence[1]) != {IGNORE}
+        ]  # with an odd number of rows, one stays alone
         given = [[part[row].tolist() for part in batch[:3]] for row in range(len(batch.inputs))]
         assert sorted(map(until_the_last_target, found)) == sorted(map(until_the_last_target, given))
 
-    def test_a_study_names_it_with_all_its_options_and_trains_it(self, case, tmp_path):
+    def test_a_study_can_set_all_its_options_and_train_on_it(self, case, tmp_path):
         (cell,) = case.study(tmp_path).cells()
         drawn = cell.build_task().sample(generator_for("train", 0), 6, "train")
         assert torch.equal(drawn.inputs, case.batch().inputs)
@@ -146,8 +148,8 @@ class Laws:
                 case.study(tmp_path, **{field.name: {"a": 1}})
 
 
-class Told(torch.nn.Module):
-    """A model whose answers are given."""
+class FixedLogits(torch.nn.Module):
+    """A model with fixed logits."""
 
     def __init__(self, logits):
         super().__init__()
@@ -160,7 +162,7 @@ class Told(torch.nn.Module):
 
 
 def sequences(batch):
-    """The rows' tokens."""
+    """The set of the rows' tokens."""
     return set(map(tuple, batch.inputs.tolist()))
 
 

@@ -6,7 +6,7 @@ TASK = AssociativeRecall(vocabulary=64, train_sizes=((8, 2), (32, 8)), test_size
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_every_key_is_asked_for_once_and_its_value_is_the_answer(split):
+def test_every_key_is_queried_once_and_its_value_is_the_answer(split):
     generator = generator_for(split, 0)
     sizes = set()
     for _ in range(6):
@@ -30,21 +30,21 @@ def test_every_key_is_asked_for_once_and_its_value_is_the_answer(split):
     assert sizes == ({2, 8} if split == "train" else {4, 8})
 
 
-def test_a_training_batch_asks_for_as_many_values_whatever_its_pairs():
+def test_all_training_batches_have_the_same_number_of_queries():
     generator = generator_for("train", 0)
     batches = [TASK.sample(generator, 20, "train") for _ in range(6)]
     assert {tuple(batch.inputs.shape) for batch in batches} == {(80, 8), (20, 32)}
     assert {int((batch.targets != IGNORE).sum()) for batch in batches} == {160}
 
 
-def test_all_sizes_are_tested_alike():
+def test_all_test_sizes_are_equally_frequent():
     batch = TASK.sample(generator_for("test", 0), 20, "test")
     assert batch.inputs.shape == (20, 32)
     assert sorted((batch.targets != IGNORE).sum(dim=1).tolist()) == [4] * 10 + [8] * 10
     assert (batch.inputs[:10, 24:] == 0).all()
 
 
-def test_scores_may_be_drawn_against_the_pairs():
+def test_the_coordinate_may_be_the_number_of_pairs():
     task = AssociativeRecall(vocabulary=64, test_sizes=((24, 4), (32, 8)), train_sizes=((8, 2),), against="pairs")
     batch = task.sample(generator_for("test", 0), 6, "test")
     asked = batch.targets != IGNORE
@@ -54,7 +54,7 @@ def test_scores_may_be_drawn_against_the_pairs():
     assert task.coordinate_name == "pairs"
 
 
-def test_soon_is_more_likely_than_late():
+def test_early_queries_are_more_likely_than_late_ones():
     batch = AssociativeRecall(vocabulary=64, test_sizes=((128, 4),), train_sizes=((128, 4),)).sample(
         generator_for("test", 0), 500, "test"
     )
@@ -72,7 +72,7 @@ def test_the_worked_example():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"train_sizes": ((6, 2),)}, "train_sizes: expected at least 4 tokens a pair"),
+        ({"train_sizes": ((6, 2),)}, "train_sizes: expected at least 4 tokens per pair"),
         ({"vocabulary": 16, "test_sizes": ((32, 8),)}, "test_sizes: expected 1 to 7 pairs"),
         ({"vocabulary": 16, "train_sizes": ((8, 0),)}, "train_sizes: expected 1 to 7 pairs"),
     ],

@@ -9,7 +9,7 @@ from hqlt.task.text import files_of
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
-def test_the_answer_is_what_the_passage_says_last_of_the_name(split):
+def test_the_answer_is_the_last_value_that_the_passage_assigns_to_the_name(split):
     task = FactExtraction(length=300, labels="answer")
     batch = task.sample(generator_for(split, 1), 60, split)
     for inputs, targets, distance in zip(batch.inputs, batch.targets, batch.coordinate[:, 0].tolist(), strict=True):
@@ -17,16 +17,16 @@ def test_the_answer_is_what_the_passage_says_last_of_the_name(split):
         answer = bytes(targets[asked].tolist())
         passage, question = bytes(inputs[: asked[0] + 1].tolist()).rsplit(b"\n", 1)
         name = re.fullmatch(rb"([\w.]+) = ", question)[1]
-        told = [match for match in FACT.finditer(passage + b"\n") if match[1] == name]
-        assert told[-1][2] + b"\n" == answer
+        facts = [match for match in FACT.finditer(passage + b"\n") if match[1] == name]
+        assert facts[-1][2] + b"\n" == answer
         again = rb"^[ \t]*" + re.escape(name) + rb"[ \t]*(:[^\n=]*)?([-+*/|&^%@]|//|<<|>>|\*\*)?=[^=]"
-        assert not re.search(again, passage[told[-1].end(2) :], re.MULTILINE)
-        assert len(passage) - told[-1].end(2) == distance < 300
+        assert not re.search(again, passage[facts[-1].end(2) :], re.MULTILINE)
+        assert len(passage) - facts[-1].end(2) == distance < 300
         assert len(passage) <= 300
         assert bytes(inputs[asked[1:]].tolist()) == answer[:-1]
 
 
-def test_distances_are_uniform_in_tests_and_their_logarithms_in_training():
+def test_distances_are_uniform_in_tests_and_log_uniform_in_training():
     task, generator = FactExtraction(length=256), generator_for("test", 0)
     tested, trained = ([task.distance(generator, split) for _ in range(2000)] for split in ("test", "train"))
     assert (min(trained), max(tested)) == (1, 255)
@@ -43,7 +43,7 @@ def test_training_may_score_every_byte():
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
-def test_facts_are_many_and_told_nowhere_else(split):
+def test_there_are_many_facts_and_their_values_occur_nowhere_else(split):
     facts = facts_of(split)
     assert len(facts.name) > {"train": 3000, "validation": 200, "test": 200}[split]
     library = b"\n".join(files_of(each)[0].numpy().tobytes() for each in ("train", "validation", "test"))
@@ -51,8 +51,8 @@ def test_facts_are_many_and_told_nowhere_else(split):
     for i in range(0, len(facts.name), len(facts.name) // 20):
         name, value = source[facts.name[i] : facts.value[i] - 3], source[facts.value[i] : facts.end[i]]
         assert name.split(b".")[-1] != value
-        told = re.findall(rb"^[ \t]*[A-Za-z_][\w.]* = " + re.escape(value) + rb"\n", library, re.MULTILINE)
-        assert len(told) == 1
+        found = re.findall(rb"^[ \t]*[A-Za-z_][\w.]* = " + re.escape(value) + rb"\n", library, re.MULTILINE)
+        assert len(found) == 1
 
 
 @pytest.mark.parametrize("wrong", [{"length": 10}, {"labels": "none"}])

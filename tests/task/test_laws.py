@@ -1,4 +1,4 @@
-"""Every task obeys the laws of tasks: ours, and one that hqlt does not know."""
+"""Every task obeys the laws of tasks: those of hqlt, and one that is registered from outside."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from tests.toys import task as toy
 
 
 def at_the_end(answer):
-    """A verifier, from a function of all tokens to the answer at the last one."""
+    """Make a verifier from a function that maps all tokens to the answer at the last one."""
     return lambda row: {row.index(0) - 1: answer(row[: row.index(0)])} if 0 in row else {len(row) - 1: answer(row)}
 
 
@@ -45,6 +45,6 @@ class TestATaskFromOutside(Laws):
         return Case("toy-majority", majority)
 
 
-def test_no_task_of_ours_is_forgotten():
+def test_every_task_of_hqlt_is_tested():
     assert {case.name for case in CASES} == set(OURS)
     assert toy.Majority.__module__ == "tests.toys.task"

@@ -3,7 +3,7 @@ import pytest
 from hqlt.task import IGNORE, SelectiveCopying, generator_for
 
 
-def test_the_tokens_are_asked_for_in_their_order():
+def test_the_targets_are_the_tokens_in_order():
     task = SelectiveCopying(length=20, tokens=5, vocabulary=8)
     batch = task.sample(generator_for("train", 0), 200, "train")
     for inputs, targets, coordinate in zip(
@@ -26,7 +26,10 @@ def test_the_worked_example():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"length": 8, "tokens": 9}, "tokens: expected 1 to 8"), ({"vocabulary": 3}, "vocabulary: expected at least 4")],
+    [
+        ({"length": 8, "tokens": 9}, r"tokens: expected 1 to 8 \(the length\)"),
+        ({"vocabulary": 3}, "vocabulary: expected at least 4"),
+    ],
 )
 def test_impossible_settings_are_refused(options, message):
     with pytest.raises(ValueError, match=message):

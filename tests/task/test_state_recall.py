@@ -32,7 +32,7 @@ def test_the_value_of_symbol_and_setting_is_the_answer(switches, symbols, longes
         assert max(inputs) < task.vocab_size
 
 
-def test_labels_at_every_prefix_name_the_setting():
+def test_prefix_labels_are_the_setting():
     task = StateRecall(switches=2, symbols=1, values=4, labels="prefix", train_lengths=(2, 9), test_lengths=(2, 9))
     for inputs, targets, walk in rows_of(task.sample(generator_for("train", 0), 50, "train")):
         setting = 0
@@ -60,8 +60,8 @@ def test_the_worked_example():
         assert int(label) == 1 + setting
 
 
-def test_a_walk_without_its_first_flip_tells_nothing():
-    """Given all but one flip, every setting is as likely: the bound on a window."""
+def test_a_walk_without_its_first_flip_reveals_nothing():
+    """Given all flips but one, every setting is equally likely: this bounds what a window can do."""
     task = StateRecall(switches=2, symbols=1, values=4, questions=1, train_lengths=(2, 2))
     batch = task.sample(generator_for("train", 0), 8000, "train")
     asked = batch.targets[batch.targets != IGNORE]
@@ -80,7 +80,7 @@ def test_a_walk_without_its_first_flip_tells_nothing():
         ({"switches": 0}, "switches: expected at least 1"),
         ({"values": 31}, "values: expected at least 32, one for each of 16 symbols in each of 2 settings, got 31"),
         ({"labels": "all"}, "labels: expected one of 'answer', 'prefix'"),
-        ({"train_lengths": (5, 3)}, "train_lengths: expected the least and the greatest length"),
+        ({"train_lengths": (5, 3)}, "train_lengths: expected the smallest and the largest length"),
     ],
 )
 def test_impossible_settings_are_refused(options, message):

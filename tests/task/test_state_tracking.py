@@ -1,4 +1,4 @@
-"""Every task that tracks a state, held against answers that were found in another way."""
+"""State-tracking tasks, checked against independently computed answers."""
 
 import re
 
@@ -42,7 +42,7 @@ def lengths(draw):
 
 
 def rows_of(batch):
-    """(tokens without the padding, targets up to there, length) of each row."""
+    """Yield each row's tokens without padding, their targets and its length n."""
     for inputs, targets, n in zip(
         batch.inputs.tolist(), batch.targets.tolist(), batch.coordinate[:, 0].tolist(), strict=True
     ):
@@ -66,7 +66,7 @@ def test_the_answer_stands_at_the_last_token(name, lengths, seed):
 
 @pytest.mark.parametrize("name", WITH_PREFIXES)
 @given(lengths=lengths(), seed=seeds)
-def test_labels_at_every_prefix_are_for_training_alone(name, lengths, seed):
+def test_prefix_labels_are_used_in_training_only(name, lengths, seed):
     kind, options, answer = CASES[name]
     task = kind(train_lengths=lengths, test_lengths=lengths, labels="prefix", **options)
     for tokens, targets, _ in rows_of(task.sample(generator_for("train", seed), 8, "train")):
@@ -76,7 +76,7 @@ def test_labels_at_every_prefix_are_for_training_alone(name, lengths, seed):
 
 
 @every_task
-def test_every_length_and_every_answer_comes(name):
+def test_every_length_and_every_answer_occurs(name):
     kind, options, _ = CASES[name]
     task = kind(**options)
     batch = task.sample(generator_for("train", 0), 5000, "train")
@@ -84,13 +84,13 @@ def test_every_length_and_every_answer_comes(name):
     assert set(batch.coordinate[:, 0].tolist()) == set(lengths)
     answers = batch.targets[batch.targets != IGNORE].bincount()
     assert (answers > 0).sum() == round(1 / task.chance)
-    if name not in ("arithmetic", "brackets"):  # where a product makes 0 more likely
+    if name not in ("arithmetic", "brackets"):  # products make 0 more likely
         assert answers.max() < 1.5 * 5000 * task.chance + 20
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ("S4", "A5", "S5")])  # the example is in S3
 def test_the_worked_example(name):
-    """As the docstring shows it: inputs, the answer, and the labels at every prefix."""
+    """The docstring's inputs, answer and prefix labels are right."""
     kind, _, answer = CASES[name]
     inputs = numbers(re.search(r"^ +inputs +([\d ]+)", kind.__doc__, flags=re.MULTILINE)[1])
     targets = re.search(r"^ +targets +((?:· +)+)(\d+)", kind.__doc__, flags=re.MULTILINE)
@@ -105,8 +105,8 @@ def numbers(text):
     return [int(number) for number in text.split()]
 
 
-def test_brackets_are_those_of_the_source():
-    """Expressions of at most four characters, and longer ones in one pair of brackets around an operator."""
+def test_expressions_have_the_form_of_the_source():
+    """Expressions have at most four characters, or are one pair of brackets around an operator."""
     batch = BracketedArithmetic(train_lengths=(3, 60)).sample(generator_for("train", 0), 300, "train")
     texts = [verifiers.expression(tokens) for tokens, _, _ in rows_of(batch)]
     short = {"d", "-d", "(d)", "(-d)"}
@@ -123,11 +123,11 @@ def test_brackets_are_those_of_the_source():
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        (Parity, {"train_lengths": (2, 5)}, "train_lengths: expected the least and the greatest length, 3 or more"),
+        (Parity, {"train_lengths": (2, 5)}, "train_lengths: expected the smallest and the largest length, 3 or more"),
         (Parity, {"test_lengths": (5, 4)}, "test_lengths: expected"),
         (Parity, {"labels": "all"}, "labels: expected one of 'answer', 'prefix', got 'all'"),
-        (ModularArithmetic, {"train_lengths": (4, 4)}, "expected an odd length among them, got 4 alone"),
-        (BracketedArithmetic, {"labels": "prefix"}, "brackets that are open have no value"),
+        (ModularArithmetic, {"train_lengths": (4, 4)}, "expected a range that contains an odd length, got 4 only"),
+        (BracketedArithmetic, {"labels": "prefix"}, "an expression with open brackets has no value"),
         (CycleNavigation, {"positions": 1}, "positions: expected at least 2"),
         (Permutations, {"group": "A4"}, "group: expected one of 'S3', 'S4', 'A5', 'S5', got 'A4'"),
     ],

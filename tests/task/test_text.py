@@ -15,14 +15,14 @@ def test_the_next_byte_is_the_target_and_files_begin_segments():
     assert not batch.resets.all()
 
 
-def test_a_file_stands_in_one_split_only():
+def test_a_file_is_in_one_split_only():
     whole = {split: bytes(files_of(split)[0].numpy()) for split in ("train", "validation", "test")}
     source = (Path(sysconfig.get_paths()["stdlib"]) / "argparse.py").read_bytes()
     assert sum(source in text for text in whole.values()) == 1
     assert min(map(len, whole.values())) > 100_000
 
 
-def test_a_segment_begins_where_a_file_does():
+def test_every_file_begins_a_segment():
     text, begins = files_of("test")
     starts = [*begins.nonzero()[:, 0].tolist(), len(text)]
     sizes = sorted(end - start for start, end in itertools.pairwise(starts))

@@ -1,6 +1,6 @@
-"""The answers of the tasks, found in another way: Python's own `eval`, and plain loops.
+"""Independent computations of the tasks' answers, by Python's own `eval` and plain loops.
 
-Those of the tasks that track a state take the tokens of a sequence and give the token of the answer, the others give
+The verifiers of state-tracking tasks map the tokens of a sequence to the token of its answer; the others map them to
 {position: answer}.
 """
 
@@ -31,7 +31,7 @@ def cycle(tokens):
 
 
 def expression(tokens):
-    """What stands before the `=`, or all digits so far."""
+    """The expression before the `=`, or up to the last digit."""
     text = "".join(CHARACTERS[token] for token in tokens if token != 4)
     return text.rstrip("+-*")
 
@@ -41,21 +41,21 @@ def arithmetic(tokens):
 
 
 def permutations_of(group):
-    """The answer in a group: where each of its elements sends a row of letters, one after the other."""
+    """The verifier of a group, which applies the elements one after the other to a row of letters."""
     letters = "abcde"[: int(group[1])]
-    everyone = [p for p in itertools.permutations(range(len(letters))) if group[0] == "S" or swaps(p) % 2 == 0]
+    elements = [p for p in itertools.permutations(range(len(letters))) if group[0] == "S" or swaps(p) % 2 == 0]
 
     def answer(tokens):
-        where = list(range(len(letters)))  # of each letter
+        where = list(range(len(letters)))  # place of each letter
         for token in tokens:
-            where = [everyone[token - 1][place] for place in where]
-        return 1 + everyone.index(tuple(where))
+            where = [elements[token - 1][place] for place in where]
+        return 1 + elements.index(tuple(where))
 
     return answer
 
 
 def swaps(p):
-    """How many exchanges of two put p in order."""
+    """Number of swaps that sort p."""
     p, n = list(p), 0
     for i in range(len(p)):
         while p[i] != i:
@@ -66,11 +66,11 @@ def swaps(p):
 
 
 def state_recall(tokens, switches, symbols):
-    """{position: answer} by walking through the tokens one by one."""
+    """{position: answer}, found by going through the tokens one by one."""
     m = 2**switches
     on, value_of, key, found = [False] * switches, {}, None, {}
     for i, token in enumerate(tokens):
-        if 1 <= token <= m:  # a flip: the digits of token − 1 say which switches
+        if 1 <= token <= m:  # a flip of the switches that are the binary digits of token − 1
             for switch in range(switches):
                 if (token - 1) // 2**switch % 2:
                     on[switch] = not on[switch]
@@ -85,7 +85,7 @@ def state_recall(tokens, switches, symbols):
 
 
 def recall(tokens, half=4096):
-    """Pairs first: as many as there are values."""
+    """{position of a query: value}; the pairs come first, as many as there are values."""
     pairs = sum(token >= half for token in tokens)
     value_of = dict(zip(tokens[0 : 2 * pairs : 2], tokens[1 : 2 * pairs : 2], strict=True))
     return {i: value_of[token] for i, token in enumerate(tokens) if i >= 2 * pairs and token}
@@ -97,6 +97,6 @@ def selective_copying(tokens):
 
 
 def needles(tokens, keys=16):
-    """{position of a question: the value}: keys come again only as questions, 0 behind them."""
+    """{position of a query: value}; a query is a key that 0 follows."""
     asked = [i for i, token in enumerate(tokens[:-1]) if 1 <= token <= keys and tokens[i + 1] == 0]
     return {i: tokens[tokens.index(tokens[i]) + 1] for i in asked}

@@ -1,4 +1,4 @@
-"""Tasks: a file each, in the registry by its name, with one worked example in its docstring."""
+"""Tasks: one file per task, registered by name, with a worked example in the docstring."""
 
 from hqlt.task.associative_recall import AssociativeRecall
 from hqlt.task.bracketed_arithmetic import BracketedArithmetic

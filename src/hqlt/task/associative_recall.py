@@ -1,4 +1,4 @@
-"""Multi-query associative recall: many pairs, then every key is asked for once. It needs a precise memory."""
+"""Multi-query associative recall: many key–value pairs, then one query for every key. It needs a precise memory."""
 
 from __future__ import annotations
 
@@ -15,29 +15,33 @@ from hqlt.task.task import IGNORE, Batch, Split, Task
 @register("task", "recall")
 @dataclass(frozen=True, kw_only=True)
 class AssociativeRecall(Task):
-    """Keys are drawn without repetition from the lower half of the vocabulary, values from the upper half.
+    """Read key–value pairs, then predict the value of each key at its query.
 
-        two pairs of vocabulary 8       the keys asked for, at gaps drawn by a power law
+    Keys are drawn without repetition from the lower half of the vocabulary, values from the upper half.
+
+        two pairs, vocabulary 8         queries, at gaps from a power law
         inputs    3 5 1 6               1 0 3 0 0 0
         targets   · · · ·               6 · 5 · · ·
 
-    Token 0 fills the gaps, and is no key. The defaults are zoology's settings.
+    Token 0 fills the gaps and is never a key. The defaults are the settings of zoology.
 
-    Source: Arora et al. 2023, "Zoology: Measuring and Improving Recall in Efficient Language Models", section 3; sizes
-    as in Arora et al. 2024, "Simple linear attention language models balance the recall-throughput tradeoff".
+    Source:
+        Arora et al. 2023, "Zoology: Measuring and Improving Recall in Efficient Language Models", section 3; sizes as
+        in Arora et al. 2024, "Simple linear attention language models balance the recall-throughput tradeoff".
     """
 
     vocabulary: int = 8192
+    """Number of tokens."""
     train_sizes: Sequence[tuple[int, int]] = ((64, 4), (128, 8), (256, 16), (256, 32), (256, 64))
-    """(tokens, pairs) of training sequences: each batch draws one. Few pairs teach what many cannot begin to."""
+    """(tokens, pairs) of training sequences; each batch draws one size. Sizes with few pairs help learning to start."""
     test_sizes: Sequence[tuple[int, int]] = (
         (64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256),
     )  # fmt: skip
-    """(tokens, pairs) in validation and test, as many sequences of each, the shorter ones filled up with 0."""
+    """(tokens, pairs) in validation and test: equally many sequences of each size, the shorter ones padded with 0."""
     power: float = 0.01
-    """The gap after the pairs has a density ∝ gap^(power − 1): most keys are asked for soon."""
+    """Exponent of the gap between the pairs and a query, with density ∝ gap^(power − 1): most queries come early."""
     against: Literal["distance", "pairs"] = "distance"
-    """What the scores are drawn against: the tokens between a pair and its query, or the sequence's pairs."""
+    """Coordinate of the scores: the number of tokens between a pair and its query, or the number of pairs."""
 
     def __post_init__(self) -> None:
         most = self.vocabulary // 2 - 1
@@ -50,7 +54,7 @@ class AssociativeRecall(Task):
                     )
                 if tokens < 4 * pairs:
                     raise ValueError(
-                        f"{name}: expected at least 4 tokens a pair, two for the pair and two for its query, got "
+                        f"{name}: expected at least 4 tokens per pair, two for the pair and two for its query, got "
                         f"{tokens} for {pairs} pairs"
                     )
 
@@ -67,7 +71,7 @@ class AssociativeRecall(Task):
         return "pairs" if self.against == "pairs" else "tokens between pair and query"
 
     def sample(self, generator: torch.Generator, rows: int, split: Split) -> Batch:
-        """A training batch of fewer pairs has as many more rows, so that it asks for as many values."""
+        """Draw sequences. Training batches with fewer pairs have more rows, so that all have equally many queries."""
         if split == "train":
             tokens, pairs = self.train_sizes[int(torch.randint(len(self.train_sizes), (), generator=generator))]
             rows = rows * max(n for _, n in self.train_sizes) // pairs
@@ -81,7 +85,7 @@ class AssociativeRecall(Task):
         return Batch(*map(torch.cat, zip(*parts, strict=True)))
 
     def _sequences(self, generator: torch.Generator, rows: int, t: int, n: int, filled: int) -> Batch:
-        """Of t tokens and n pairs each, and 0 up to `filled` tokens."""
+        """Draw sequences of t tokens and n pairs each, padded with 0 to `filled` tokens."""
         half = self.vocabulary // 2
         keys = 1 + torch.rand(rows, half - 1, generator=generator).argsort(dim=1)[:, :n]
         values = torch.randint(half, self.vocabulary, (rows, n), generator=generator)

@@ -1,4 +1,4 @@
-"""Modular arithmetic with brackets: the value of a nested expression, which takes a stack."""
+"""Modular arithmetic with brackets: evaluate a nested expression, which requires a stack."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ OPEN, CLOSE = ZERO + MODULUS, ZERO + MODULUS + 1
 @register("task", "bracketed-arithmetic")
 @dataclass(frozen=True, kw_only=True)
 class BracketedArithmetic(StateTracking):
-    """A random expression of n − 2 characters, then `=`, where its value modulo 5 is asked for.
+    """Predict the value modulo 5 of a random expression of n − 2 characters at its final `=`.
 
         expression    (  ( - 2 )  *  3  )  =
         inputs       10 10 2 7 11 3  8 11  4    (as in ModularArithmetic; 10 opens, 11 closes)
         targets       ·  · · ·  · ·  ·  ·  9    (−6 mod 5 = 4, + 5)
 
-    One character is a digit d; two are −d, three (d), four (−d); five and more are (left ∘ right), ∘ one of + − *,
-    with the left expression's length uniform over what leaves room for the right one.
+    An expression of one character is a digit d, of two −d, of three (d), and of four (−d). Longer ones have the form
+    (left ∘ right) with an operator ∘ from + − *; the length of the left expression is uniform over all lengths that
+    leave at least one character for the right one.
 
-    Source: Delétang et al. 2023, "Neural Networks and the Chomsky Hierarchy", appendix A.
+    Source:
+        Delétang et al. 2023, "Neural Networks and the Chomsky Hierarchy", appendix A.
     """
 
     vocab_size = 12
@@ -36,7 +38,7 @@ class BracketedArithmetic(StateTracking):
         super().__post_init__()
         if self.labels != "answer":
             raise ValueError(
-                f"labels: expected 'answer', because brackets that are open have no value, got {self.labels!r}"
+                f"labels: expected 'answer', because an expression with open brackets has no value, got {self.labels!r}"
             )
 
     def _draw(self, generator: torch.Generator, count: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,9 +49,17 @@ class BracketedArithmetic(StateTracking):
 
 
 def write_expressions(tokens: Tensor, row: Tensor, start: Tensor, length: Tensor, generator: torch.Generator) -> Tensor:
-    """Write random expressions into tokens[row, start : start + length]; → their values. row, start, length: [m] → [m].
+    """Write random expressions into tokens[row, start : start + length] and return their values.
 
     All expressions of one depth are written at once.
+
+    Args:
+        tokens (int64 [b, t]): written in place.
+        row, start, length (int64 [m]): where each expression goes.
+        generator: the source of randomness.
+
+    Returns:
+        int64 [m]: values modulo 5.
     """
     values = torch.empty_like(row)
     short = length < 5
@@ -73,7 +83,7 @@ def write_expressions(tokens: Tensor, row: Tensor, start: Tensor, length: Tensor
 
 
 def write_short(tokens: Tensor, row: Tensor, start: Tensor, length: Tensor, generator: torch.Generator) -> Tensor:
-    """The same for at most four characters: a digit, perhaps negated, perhaps in brackets."""
+    """Like `write_expressions`, for at most four characters: a digit, possibly negated, possibly in brackets."""
     digit = torch.randint(0, MODULUS, (len(row),), generator=generator)
     place = start + length // 2
     tokens[row, place] = ZERO + digit

@@ -1,4 +1,4 @@
-"""Cycle navigation: where on a ring do these moves lead?"""
+"""Cycle navigation: where on a ring do the moves end?"""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ MOVES = (0, 1, -1)
 @register("task", "cycle")
 @dataclass(frozen=True, kw_only=True)
 class CycleNavigation(StateTracking):
-    """n − 1 moves 0, +1 and −1 on a ring, from position 0; at the last one, the position.
+    """Predict the position on a ring after n − 1 moves of 0, +1 or −1, starting from position 0.
 
         moves      −1 −1  0 +1
         position    5  4  4  5
         inputs      3  3  1  2    (1 for 0, 2 for +1, 3 for −1)
         targets     ·  ·  ·  9    (position + 4; labels "prefix": 9 8 8 9)
 
-    Source: Delétang et al. 2023, "Neural Networks and the Chomsky Hierarchy", appendix A; six positions as in the
-    paper.
+    Source:
+        Delétang et al. 2023, "Neural Networks and the Chomsky Hierarchy", appendix A; six positions as in the paper.
     """
 
     positions: int = 6
-    """Of the ring."""
+    """Number of positions on the ring."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""Even pairs: do the two letters change places an even number of times? A finite automaton that needs no counting."""
+"""Even pairs: does a string of two letters switch between them an even number of times? It needs no counting."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from hqlt.task.state_tracking import StateTracking
 @register("task", "even-pairs")
 @dataclass(frozen=True, kw_only=True)
 class EvenPairs(StateTracking):
-    """n − 1 letters a and b; is the number of pairs ab and ba even? It is where the last letter equals the first.
+    """Given n − 1 letters a and b, predict whether the number of pairs ab and ba is even.
+
+    The number is even exactly if the last letter equals the first.
 
         letters   a b b a b    (pairs ab, ba, ab: three)
         inputs    1 2 2 1 2
         targets   · · · · 2    (1 even, 2 odd; labels "prefix": 1 2 2 1 2)
 
-    Source: Delétang et al. 2023, "Neural Networks and the Chomsky Hierarchy", appendix A.
+    Source:
+        Delétang et al. 2023, "Neural Networks and the Chomsky Hierarchy", appendix A.
     """
 
     vocab_size = 3

@@ -1,4 +1,4 @@
-"""Facts extracted from real text: what did the passage say that this name is?"""
+"""Fact extraction from real text: which value did the passage assign to a name?"""
 
 from __future__ import annotations
 
@@ -17,48 +17,54 @@ from hqlt.task.task import IGNORE, SPLITS, Batch, Split, Task
 from hqlt.task.text import files_of
 
 FACT = re.compile(rb"^[ \t]*([A-Za-z_][A-Za-z0-9_.]*) = ([^\n#]{4,24})\n", re.MULTILINE)
-"""A line that gives a name a value of 4 to 24 bytes."""
-GIVEN = re.compile(rb"^[ \t]*([A-Za-z_][A-Za-z0-9_.]*)[ \t]*(?::[^\n=]*)?[-+*/|&^%@<>]{0,2}=(?!=)", re.MULTILINE)
-"""A line that gives a name any value, or changes the one it has."""
+"""A line that assigns a value of 4 to 24 bytes to a name."""
+ASSIGNMENT = re.compile(rb"^[ \t]*([A-Za-z_][A-Za-z0-9_.]*)[ \t]*(?::[^\n=]*)?[-+*/|&^%@<>]{0,2}=(?!=)", re.MULTILINE)
+"""A line that assigns any value to a name, or modifies its value in place."""
 
 
 class Facts(NamedTuple):
-    """Places in the bytes of a split, [n] each."""
+    """The n facts of a split, as offsets into its bytes; each field is [n]."""
 
     file: NDArray[np.int64]
-    """Where the fact's file begins."""
+    """Start of the file that contains the fact."""
     name: NDArray[np.int64]
+    """Start of the name."""
     value: NDArray[np.int64]
+    """Start of the value."""
     end: NDArray[np.int64]
-    """Behind the value, where the line ends."""
+    """End of the value, where the line ends."""
     until: NDArray[np.int64]
-    """Where the file ends, or a line gives the name another value: the question may not come later."""
+    """End of the file, or the next assignment to the name: the question must not come later."""
 
 
 @register("task", "fact-extraction")
 @dataclass(frozen=True, kw_only=True)
 class FactExtraction(Task):
-    r"""A passage of Python source, byte by byte, and a question about one of its lines, which holds the answer.
+    r"""Read a passage of Python source, byte by byte, and answer a question about one of its assignments.
 
         passage     …width = 0.5*scale\nheight = rows - 1\nfor row in…
         question    \nwidth =
         answer      0.5*scale\n
 
-    The line stands `distance` bytes before the question, 1 … `length` − 1: uniform in tests; in training its logarithm
-    is, so that a short memory has something to learn from as well. It is drawn again where the file is too short or a
-    line between gives the name another value. No other line of the library gives any name the same value, and it is
-    not the name's own (`self.month = month`), so that nothing but the passage tells it. An answer counts if every byte
-    of it is right, as a greedy continuation would have it: SWDE and FDA are scored like this, by whether the answer is
-    contained in it. Files of a split are those of `text`.
+    The assignment ends `distance` bytes before the question, with a distance of 1 to `length` − 1. In tests the
+    distance is uniform; in training its logarithm is, so that a short memory can learn from some of the questions. A
+    fact is drawn again if its file is too short, or if a line in between assigns the name another value.
 
-    Source: after Arora et al. 2024, "Simple linear attention language models balance the recall-throughput tradeoff",
-    section 3 and appendix; the paper's table of recall.
+    The value occurs in no other assignment of the library, and is not the name itself (as in `self.month = month`), so
+    that the answer can only be known from the passage. An answer counts if all of its bytes are right, as they would be
+    in a greedy continuation; SWDE and FDA are scored similarly, by whether the continuation contains the answer. The
+    splits consist of the same files as those of the task `text`.
+
+    Source:
+        After Arora et al. 2024, "Simple linear attention language models balance the recall-throughput tradeoff",
+        section 3 and appendix; the paper's recall table.
     """
 
     length: int = 512
-    """Bytes of the passage at most."""
+    """Maximum number of bytes in the passage."""
     labels: Literal["text", "answer"] = "text"
-    """What training scores: every byte, as in a language model, or the answer alone. Tests score the answer alone."""
+    """Targets in training: every byte, as in a language model, or the answer only. Validation and test score the
+    answer only."""
 
     vocab_size = 256
     metric = "exact"
@@ -94,7 +100,7 @@ class FactExtraction(Task):
         return Batch(inputs, targets, distances.expand_as(inputs))
 
     def distance(self, generator: torch.Generator, split: Split) -> int:
-        """Bytes between a fact and its question."""
+        """Draw the number of bytes between a fact and its question."""
         if split == "train":
             return int((self.length - 1) ** float(torch.rand((), generator=generator, dtype=torch.float64)))
         return int(torch.randint(1, self.length, (), generator=generator))
@@ -102,7 +108,7 @@ class FactExtraction(Task):
 
 @functools.cache
 def facts_of(split: Split) -> Facts:
-    """All facts of a split's files that cannot be known but from the passage."""
+    """Find all facts in a split's files that can only be known from the passage."""
     text, begins = files_of(split)
     source = text.numpy().tobytes()
     starts = begins.nonzero()[:, 0].numpy()
@@ -111,20 +117,20 @@ def facts_of(split: Split) -> Facts:
     facts = [m for m in FACT.finditer(source) if times[m[2]] == 1 and m[2] != m[1].rpartition(b".")[2]]
     name, value, end = (np.array([place(match) for match in facts]) for place in PLACES)
     file = np.searchsorted(starts, name, side="right") - 1
-    given = list(GIVEN.finditer(source))
-    files = np.searchsorted(starts, [match.start(1) for match in given], side="right") - 1
-    given_again: dict[int, int] = {}
+    assignments = list(ASSIGNMENT.finditer(source))
+    files = np.searchsorted(starts, [match.start(1) for match in assignments], side="right") - 1
+    reassigned: dict[int, int] = {}
     following: dict[tuple[int, bytes], int] = {}
-    for match, of in zip(reversed(given), reversed(files.tolist()), strict=True):
-        given_again[match.start(1)] = following.get((of, match[1]), int(ends[of]))
+    for match, of in zip(reversed(assignments), reversed(files.tolist()), strict=True):
+        reassigned[match.start(1)] = following.get((of, match[1]), int(ends[of]))
         following[of, match[1]] = match.start(1)
-    until = np.array([given_again[place] for place in name.tolist()])
+    until = np.array([reassigned[place] for place in name.tolist()])
     return Facts(starts[file], name, value, end, until)
 
 
 @functools.cache
 def values_of_library() -> collections.Counter[bytes]:
-    """How often each value is given, in all splits."""
+    """Count how often each value is assigned, over all splits."""
     sources = (files_of(split)[0].numpy().tobytes() for split in SPLITS)
     return collections.Counter(match[2] for source in sources for match in FACT.finditer(source))
 

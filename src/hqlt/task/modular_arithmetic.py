@@ -1,4 +1,4 @@
-"""Modular arithmetic without brackets: the value of a sum of products."""
+"""Modular arithmetic without brackets: evaluate a sum of products."""
 
 from __future__ import annotations
 
@@ -13,21 +13,24 @@ from hqlt.task.state_tracking import StateTracking
 MODULUS = 5
 PLUS, MINUS, TIMES, EQUALS = 1, 2, 3, 4
 ZERO = 5
-"""The token of the digit 0; the other digits follow it."""
+"""Token of the digit 0; the tokens of the other digits follow it."""
 
 
 @register("task", "arithmetic")
 @dataclass(frozen=True, kw_only=True)
 class ModularArithmetic(StateTracking):
-    """Digits and operators in turn, then `=`, where the value modulo 5 is asked for. `*` binds tighter than + and −.
+    """Predict the value modulo 5 of an expression of digits and operators at its final `=`.
+
+    Multiplication binds more tightly than + and −.
 
         expression   3 - 2 * 4 + 1 =
         inputs       8 2 7 3 9 1 6 4    (1 +, 2 −, 3 *, 4 =, digit + 5)
         targets      · · · · · · · 6    (value + 5; labels "prefix": 8 8 6 6 5 5 6 6)
 
-    n is odd. The value so far is that of the digits up to a token.
+    n is odd. The intermediate answer at an operator is the value of the expression up to the digit before it.
 
-    Source: Delétang et al. 2023, "Neural Networks and the Chomsky Hierarchy"; the paper, section 4.2, table 2.
+    Source:
+        Delétang et al. 2023, "Neural Networks and the Chomsky Hierarchy"; the paper, section 4.2, table 2.
     """
 
     vocab_size = 10
@@ -37,7 +40,7 @@ class ModularArithmetic(StateTracking):
         super().__post_init__()
         for name, (shortest, longest) in (("train_lengths", self.train_lengths), ("test_lengths", self.test_lengths)):
             if shortest == longest and shortest % 2 == 0:
-                raise ValueError(f"{name}: expected an odd length among them, got {shortest} alone")
+                raise ValueError(f"{name}: expected a range that contains an odd length, got {shortest} only")
 
     def _counts(self, generator: torch.Generator, rows: int, shortest: int, longest: int) -> Tensor:
         return 2 * torch.randint(shortest // 2, (longest - 1) // 2 + 1, (rows, 1), generator=generator)
@@ -52,12 +55,19 @@ class ModularArithmetic(StateTracking):
 
 
 def values_so_far(digits: Tensor, operators: Tensor) -> Tensor:
-    """The value modulo 5 of d₀ o₀ d₁ … o_{i−1} d_i for each i. digits, operators: [b, t] → [b, t].
+    """Compute the value modulo 5 of d₀ o₀ d₁ … o_{i−1} d_i for each i.
 
-    A sum that is complete, and a term that may still be multiplied:
+    The total of the finished terms and the current term, which may still be multiplied:
 
         o = *    total ← total           term ← term · d
         o = ±    total ← total + term    term ← ± d
+
+    Args:
+        digits (int64 [b, t]): d.
+        operators (int64 [b, t]): o, as tokens; each follows the digit of its index.
+
+    Returns:
+        int64 [b, t].
     """
     total, term = torch.zeros_like(digits[:, 0]), digits[:, 0]
     values = [term]

@@ -1,4 +1,4 @@
-"""Needles in noise: a few pairs somewhere in a long sequence of other tokens, all asked for at its end."""
+"""Needles in noise: a few key–value pairs in a long sequence of other tokens, all queried at its end."""
 
 from __future__ import annotations
 
@@ -14,27 +14,33 @@ from hqlt.task.task import IGNORE, Batch, Split, Task
 @register("task", "needles")
 @dataclass(frozen=True, kw_only=True)
 class Needles(Task):
-    """Keys are drawn without repetition, values and noise with, each from tokens of their own.
+    """Find key–value pairs (needles) in noise and predict the value of each key at its query.
 
-        two needles in 10 tokens, keys 1–4, values 5–8, noise 9–12      asked for in any order
+    Keys are drawn without repetition, values and noise with repetition; the three sets of tokens are disjoint.
+
+        two needles in 10 tokens, keys 1–4, values 5–8, noise 9–12      queries in random order
         inputs    9 12 3 6 10 10 9 1 8 11                               1 0 3 0
         targets   · ·  · · ·  ·  · · · ·                                8 · 6 ·
 
-    Token 0 stands behind each question. A window that ends with the noise has forgotten them, and a memory that keeps
-    pairs must tell them from it.
+    Token 0 follows each query. A plain window has lost the needles by then; a memory that keeps entries beyond its
+    window must tell needles from noise.
 
-    Source: after Kamradt 2023, "Needle in a haystack", with noise in place of text.
+    Source:
+        After Kamradt 2023, "Needle in a haystack", with noise instead of text.
     """
 
     keys: int = 16
+    """Number of key tokens."""
     values: int = 16
+    """Number of value tokens."""
     noise: int = 32
-    """How many tokens there are of each."""
+    """Number of noise tokens."""
     needles: int = 4
+    """Number of pairs in a sequence."""
     train_lengths: Sequence[int] = (64, 128, 256)
-    """Tokens of training sequences before the questions: each batch draws one."""
+    """Number of tokens before the queries in training; each batch draws one length."""
     test_lengths: Sequence[int] = (256, 512, 1024, 2048)
-    """The same in validation and test, as many sequences of each, the shorter ones filled up with 0."""
+    """The same in validation and test: equally many sequences of each length, the shorter ones padded with 0."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.needles <= self.keys:
@@ -45,7 +51,8 @@ class Needles(Task):
         for name, lengths in (("train_lengths", self.train_lengths), ("test_lengths", self.test_lengths)):
             if not lengths or min(lengths) < 2 * self.needles:
                 raise ValueError(
-                    f"{name}: expected lengths of at least {2 * self.needles} tokens, two a needle, got {list(lengths)}"
+                    f"{name}: expected lengths of at least {2 * self.needles} tokens, two per needle, "
+                    f"got {list(lengths)}"
                 )
 
     @property
@@ -78,7 +85,7 @@ class Needles(Task):
         values = torch.randint(begin, begin + self.values, (rows, n), generator=generator)
         inputs = torch.zeros(rows, longest + 2 * n, dtype=torch.long)
         inputs[:, :length] = torch.randint(begin + self.values, self.vocab_size, (rows, length), generator=generator)
-        # n places of length − n, in order, each moved by the values before it: no two needles overlap.
+        # n sorted places out of length − n, each shifted by the number of values before it, so that none overlap.
         place = torch.rand(rows, length - n, generator=generator).argsort(dim=1)[:, :n].sort(dim=1).values
         place = place + torch.arange(n)
         inputs.scatter_(1, place, keys).scatter_(1, place + 1, values)

@@ -1,4 +1,4 @@
-"""Parity: is the number of ones odd? The smallest task that needs a state to be tracked."""
+"""Parity: is the number of ones odd? The smallest task that requires state tracking."""
 
 from __future__ import annotations
 
@@ -14,13 +14,21 @@ from hqlt.task.state_tracking import StateTracking
 @register("task", "parity")
 @dataclass(frozen=True, kw_only=True)
 class Parity(StateTracking):
-    """n − 1 random bits; at the last one, the parity of them all.
+    """Predict the parity of n − 1 random bits at the last of them.
 
         bits      1 0 1 1
         inputs    2 1 2 2    (bit + 1)
         targets   · · · 2    (parity + 1; labels "prefix": 2 2 1 2)
 
-    Source: Delétang et al. 2023, "Neural Networks and the Chomsky Hierarchy"; the paper, section 4.2, table 2.
+    Source:
+        Delétang et al. 2023, "Neural Networks and the Chomsky Hierarchy"; the paper, section 4.2, table 2.
+
+    Example:
+        >>> from hqlt.task import Parity, generator_for
+        >>> task = Parity(train_lengths=(5, 5), labels="prefix")
+        >>> batch = task.sample(generator_for("train", seed=0), 2, "train")
+        >>> batch.inputs.shape, batch.targets.shape
+        (torch.Size([2, 4]), torch.Size([2, 4]))
     """
 
     vocab_size = 3

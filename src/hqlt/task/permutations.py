@@ -1,4 +1,4 @@
-"""The word problem: what do these permutations make, one after the other?"""
+"""The word problem of a permutation group: compose a sequence of permutations."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from hqlt.task.state_tracking import StateTracking
 @register("task", "permutations")
 @dataclass(frozen=True, kw_only=True)
 class Permutations(StateTracking):
-    """n − 1 random elements of a group; at the last one, the permutation that they make, the first applied first.
+    """Predict the composition of n − 1 random group elements, of which the first is applied first.
 
         elements   021 102 120    (0 → 0, 1 → 2, 2 → 1; then …)
         so far     021 120 201
-        inputs       2   3   4    (1 + the place in lexicographic order: 012 021 102 120 201 210)
+        inputs       2   3   4    (1 + the index in lexicographic order: 012 021 102 120 201 210)
         targets      ·   ·   5    (labels "prefix": 2 4 5)
 
-    S3 and S4 are solvable; A5, and S5 with it, is not: no circuit of constant depth composes its elements, and neither
-    does a transformer or a linear memory whose transitions commute.
+    S3 and S4 are solvable groups. A5 is not, and neither is S5: no circuit of constant depth composes their elements,
+    and neither does a transformer or a linear memory whose transitions commute.
 
-    Source: Merrill, Petty, Sabharwal 2024, "The Illusion of State in State-Space Models", section 5.
+    Source:
+        Merrill, Petty, Sabharwal 2024, "The Illusion of State in State-Space Models", section 5.
     """
 
     group: Literal["S3", "S4", "A5", "S5"] = "S3"
-    """All permutations of three, four or five, or the even ones of five."""
+    """S3, S4, S5: all permutations of three, four or five items; A5: the even permutations of five."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,7 +56,7 @@ class Permutations(StateTracking):
 
 
 def elements_of(group: str) -> list[tuple[int, ...]]:
-    """p[i] is where i goes; in lexicographic order."""
+    """List the permutations of a group in lexicographic order; p[i] is the image of i."""
     return [p for p in itertools.permutations(range(int(group[1]))) if group[0] == "S" or is_even(p)]
 
 
@@ -65,7 +66,7 @@ def is_even(p: tuple[int, ...]) -> bool:
 
 @functools.cache
 def product_table(group: str) -> Tensor:
-    """[a, b] → the place of "a, then b"."""
+    """Build the table of products: entry [a, b] is the index of "a, then b"."""
     elements = elements_of(group)
     place = {element: i for i, element in enumerate(elements)}
     return torch.tensor([[place[tuple(b[i] for i in a)] for b in elements] for a in elements])

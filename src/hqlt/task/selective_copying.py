@@ -1,4 +1,4 @@
-"""Selective copying: keep what matters, drop the noise, say it in order."""
+"""Selective copying: remember a few tokens among blanks and repeat them in order."""
 
 from __future__ import annotations
 
@@ -13,31 +13,32 @@ from hqlt.task.task import IGNORE, Batch, Split, Task
 @register("task", "selective-copying")
 @dataclass(frozen=True, kw_only=True)
 class SelectiveCopying(Task):
-    """A few tokens at random places among blanks; then marks, at each of which the next token is to be named.
+    """Read tokens at random places among blanks, then predict them in order, one at each mark.
 
         inputs    0 5 0 0 3 7 0    1 1 1    (0 blank, 1 mark)
         targets   · · · · · · ·    5 3 7
 
-    A memory must write what it sees by its content, not by its place.
+    A memory must decide by content, not by position, what to write.
 
-    Source: Gu, Dao 2023, "Mamba", section 3.1 and appendix E.1; Jing et al. 2019, "Gated Orthogonal Recurrent Units".
+    Source:
+        Gu, Dao 2023, "Mamba", section 3.1 and appendix E.1; Jing et al. 2019, "Gated Orthogonal Recurrent Units".
     """
 
     length: int = 256
-    """Tokens before the marks."""
+    """Number of tokens before the marks, blanks included."""
     tokens: int = 16
-    """How many of them are to be copied."""
+    """Number of tokens to copy."""
     vocabulary: int = 16
-    """The blank and the mark counted."""
+    """Number of different tokens, including the blank and the mark."""
 
     coordinate_name = "tokens between the token and its mark"
 
     def __post_init__(self) -> None:
         if not 1 <= self.tokens <= self.length:
-            raise ValueError(f"tokens: expected 1 to {self.length}, the length, got {self.tokens}")
+            raise ValueError(f"tokens: expected 1 to {self.length} (the length), got {self.tokens}")
         if self.vocabulary < 4:
             raise ValueError(
-                f"vocabulary: expected at least 4, the blank, the mark and two tokens, got {self.vocabulary}"
+                f"vocabulary: expected at least 4 (the blank, the mark and two tokens), got {self.vocabulary}"
             )
 
     @property

@@ -1,4 +1,4 @@
-"""Recall by a tracked state: half of the key is never shown. It needs both memories at once."""
+"""Recall by a tracked state: half of each key is never shown, so that both memories are needed at once."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from hqlt.task.task import IGNORE, Batch, Split
 @register("task", "state-recall")
 @dataclass(frozen=True, kw_only=True)
 class StateRecall(Growing):
-    """Switches are flipped in a long walk; then every symbol gets a value for every setting of theirs; then symbols are
-    asked for, each after one more flip: what is its value in the setting that the switches are in?
+    """Recall values by a symbol, which is shown, and the setting of some switches, which must be tracked.
+
+    First a long walk flips switches. Then every symbol gets a value for every setting of the switches. Then come
+    questions: one more flip and a symbol, at which the model predicts the symbol's value in the current setting.
 
         one switch, symbols a and b; 1 flips nothing, 2 the switch; 3 a, 4 b; 5 a off, 6 a on, 7 b off, 8 b on
                    the walk       the pairs                   the questions
@@ -23,23 +25,26 @@ class StateRecall(Growing):
         setting    on   off  on                               on      off
         targets    ·  ·  ·  ·     ·  ·   ·  ·   ·  ·   ·  ·   · 12    ·  9
 
-    With m = 2^switches settings and as many kinds of flips: token 1 + flip, 1 + m + symbol, then symbol · m + setting,
-    then the values. Labels "prefix" ask for 1 + setting after every flip: 2 1 1 2 and 2 1. 0 fills up rows on the
-    right. The values of a row differ.
+    There are m = 2^switches settings and equally many kinds of flips. Tokens are numbered as follows: 0 is padding on
+    the right; then m flips; then the symbols; then the keys, in the order symbol · m + setting; then the values. All
+    values of a row differ. Labels "prefix" score 1 + setting after every flip: 2 1 1 2 and 2 1.
 
-    Why both memories are needed. *A window alone* sees the last L·(S − 1) + 1 tokens with L layers. If one flip of the
-    walk lies before them, the setting is uniform over all m given all it sees, and as the values differ, no guess is
-    right more often than 1 in m. *A state alone* follows the setting, one reflection for each switch, but must keep
-    symbols · m pairs that came once: more than the width of a head's matrix cannot be told apart in it. Together, the
-    FW-memory says which setting, and the KV-memory what is there, if pairs and questions fit into its window.
+    Why both memories are needed: with a window of S tokens and L layers, *a KV-memory alone* sees the last
+    L·(S − 1) + 1 tokens. If one flip of the walk lies before them, the setting is uniform over all m given what it
+    sees, and because the values differ, no guess is right more often than 1 in m. *An FW-memory alone* can track the
+    setting, with one reflection per switch, but must also store symbols · m pairs that were shown once; its matrix
+    cannot tell more of them apart than a head's width. Together, the FW-memory tracks the setting and the KV-memory
+    recalls the value, provided that pairs and questions fit into its window.
     """
 
     switches: int = 1
+    """Number of switches."""
     symbols: int = 16
+    """Number of symbols."""
     values: int = 64
-    """Different values that there are, at least as many as pairs."""
+    """Number of different values, at least as many as pairs."""
     questions: int = 16
-    """Flips and symbols after the pairs."""
+    """Number of questions, each a flip and a symbol."""
 
     coordinate_name = "length of the walk"
 
@@ -56,11 +61,12 @@ class StateRecall(Growing):
 
     @property
     def settings(self) -> int:
-        """m"""
+        """Number of settings of the switches, m."""
         return 2**self.switches
 
     @property
     def pairs(self) -> int:
+        """Number of pairs: one for each symbol in each setting."""
         return self.symbols * self.settings
 
     @property

@@ -1,4 +1,4 @@
-"""What a task is: an endless, seeded source of batches, and the way in which answers are scored."""
+"""The interface of a task: an endless, seeded source of batches, and the metric that scores the answers."""
 
 from __future__ import annotations
 
@@ -19,26 +19,31 @@ IGNORE = -100
 
 
 class Batch(NamedTuple):
+    """A batch of b sequences of t tokens with their targets."""
+
     inputs: Tensor
-    """[b, t] tokens."""
+    """Int64 [b, t]: tokens."""
     targets: Tensor
-    """[b, t] the token to be named at each position, IGNORE where nothing is asked."""
+    """Int64 [b, t]: the token to predict at each position, or IGNORE for positions that are not scored."""
     coordinate: Tensor
-    """[b, t] what a score is drawn against: the length of the sequence, the distance to the answer, the position."""
+    """[b, t]: the x-coordinate of each position's score in a plot, such as the length of the sequence, the distance to
+    the answer or the position."""
     resets: Resets | None = None
-    """Bool [b, t], True where a token begins a new segment."""
+    """Bool [b, t]: True for tokens that begin a new segment."""
 
     def to(self, device: torch.device | str) -> Batch:
+        """Return the batch on another device."""
         return Batch(*(None if part is None else part.to(device) for part in self))  # type: ignore[arg-type]
 
     def split(self, rows: int) -> list[Batch]:
-        """Its rows, so many at a time."""
+        """Split the batch into batches of `rows` rows; the last one may have fewer."""
         return [Batch(*parts) for parts in zip(*(part.split(rows) for part in self if part is not None), strict=True)]
 
     def packed(self) -> Batch:
-        """Two sequences a row, the shortest behind the longest, a reset between them: less padding, the same loss.
+        """Pack two sequences into each row, a short one after a long one, with a reset between them.
 
-        What follows a sequence's last target is dropped. Rows that have segments already stay as they are.
+        This reduces padding and leaves the loss unchanged. Tokens after the last target of a sequence are dropped. A
+        batch that already has segments is returned unchanged.
         """
         if self.resets is not None:
             return self
@@ -48,7 +53,7 @@ class Batch(NamedTuple):
         first = order[: (b + 1) // 2, None]
         second = order.flip(0)[: (b + 1) // 2, None]
         ends = length[first]
-        both = ends + torch.where(second == first, 0, length[second])  # an odd row out stays alone
+        both = ends + torch.where(second == first, 0, length[second])  # with an odd number of rows, one stays alone
         index = torch.arange(int(both.max()))
         row = torch.where(index < ends, first, second)
         column = torch.where(index < ends, index, index - ends).clamp(max=t - 1)
@@ -62,34 +67,58 @@ class Batch(NamedTuple):
 
 
 class Task(ABC):
-    """A task is one file: a frozen dataclass, whose fields are its options, under `@hqlt.register("task", NAME)`.
+    """Base class of tasks.
 
-    Its docstring shows one worked example. docs/extending.md has a recipe; tests/task/laws.py is what every task obeys.
+    A task is a frozen dataclass in a file of its own. Its fields are its options, its docstring shows a worked example,
+    and `@hqlt.register("task", NAME)` gives it a name. docs/extending.md has a recipe; tests/task/laws.py tests the
+    properties that every task must have.
     """
 
     metric: Literal["accuracy", "exact", "bits"] = "accuracy"
-    """accuracy: share of scored tokens named right, stretched so that chance is 0; exact: share of sequences in which
-    all of them are; bits: mean −log₂ p(target)."""
+    """How answers are scored. "accuracy": the share of scored tokens that are predicted correctly, normalized so that
+    chance is 0; "exact": the share of sequences in which every scored token is correct; "bits": mean −log₂ p(target).
+    """
 
     @property
     @abstractmethod
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """Number of different tokens."""
 
     @property
     @abstractmethod
     def chance(self) -> float:
-        """Accuracy of guessing."""
+        """Accuracy of random guessing."""
 
     @property
     @abstractmethod
     def coordinate_name(self) -> str:
-        """What `Batch.coordinate` is."""
+        """Axis label for `Batch.coordinate`."""
 
     @abstractmethod
     def sample(self, generator: torch.Generator, rows: int, split: Split) -> Batch:
-        """Sequences that follow from the generator alone, as all that is random comes from it."""
+        """Draw sequences; all randomness comes from the generator.
+
+        Args:
+            generator: the only source of randomness: equal generators give equal batches.
+            rows: number of sequences.
+            split: "train", "validation" or "test"; some tasks draw longer sequences for the latter two.
+        """
 
 
 def generator_for(split: Split, seed: int) -> torch.Generator:
-    """A source of randomness that no other split or seed shares."""
+    """Create the random generator of a split and seed; no two splits or seeds share one.
+
+    Args:
+        split: "train", "validation" or "test".
+        seed: any integer.
+
+    Returns:
+        A CPU generator.
+
+    Example:
+        >>> from hqlt.task import Parity, generator_for
+        >>> batch = Parity().sample(generator_for("test", seed=0), 8, "test")
+        >>> len(batch.inputs)
+        8
+    """
     return torch.Generator().manual_seed(hash64(split, seed) >> 1)

@@ -1,4 +1,4 @@
-"""Real text that every machine has: the source of the Python standard library, byte by byte."""
+"""Real text that every machine has: the source code of the Python standard library, byte by byte."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ from hqlt.registry import register
 from hqlt.seeds import hash64
 from hqlt.task.task import Batch, Split, Task
 
-LEFT_OUT = {
-    *("site-packages", "dist-packages", "lib2to3", "ensurepip"),  # other people's packages, or copies of others'
-    *("test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"),  # tables, many of them nearly alike
+SKIPPED = {
+    *("site-packages", "dist-packages", "lib2to3", "ensurepip"),  # third-party packages, or copies of them
+    *("test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__"),  # tables, many nearly identical
 }
-"""Folders that are not read: what stands in a test file should not stand in a training file as well."""
+"""Folders that are not read, because the same text could end up in both training and test files."""
 
 
 @register("task", "text")
 @dataclass(frozen=True, kw_only=True)
 class StandardLibrary(Task):
-    """Name the next byte of Python source. One file in twenty is held out for validation, and one for test.
+    """Predict the next byte of Python source. One file in twenty is held out for validation, another for test.
 
         inputs    d e f _ f
         targets   e f _ f (
         resets    1 0 0 0 0      (a file begins)
 
-    The files of a split follow each other in an order that depends on their names alone; a window of `length` bytes
-    may begin anywhere, and a file's first byte begins a segment: nothing is remembered across files.
+    The files of a split are concatenated in an order that depends only on their names. A sequence of `length` bytes
+    may begin anywhere. The first byte of each file begins a segment, so that nothing is remembered across files.
     """
 
     length: int = 256
+    """Number of bytes in a sequence."""
 
     vocab_size = 256
     metric = "bits"
@@ -57,7 +58,11 @@ class StandardLibrary(Task):
 
 @functools.cache
 def files_of(split: Split) -> tuple[Tensor, Tensor]:
-    """All files of a split: their bytes [n] (uint8), and where a file begins [n] (bool)."""
+    """Read all files of a split.
+
+    Returns:
+        The bytes (uint8 [n]), and which of them begin a file (bool [n]).
+    """
     texts = [np.frombuffer(path.read_bytes(), dtype=np.uint8) for path in library_files(split)]
     texts = [text for text in texts if len(text)]
     begins = np.zeros(sum(map(len, texts)), dtype=bool)
@@ -66,14 +71,18 @@ def files_of(split: Split) -> tuple[Tensor, Tensor]:
 
 
 def library_files(split: Split) -> list[Path]:
-    """The library's source files of a split, in an order that depends on their names alone."""
+    """List the library's source files of a split, in an order that depends only on their names.
+
+    Raises:
+        FileNotFoundError: if this Python has no source files of its standard library.
+    """
     library = Path(sysconfig.get_paths()["stdlib"])
     files = {path.relative_to(library): path for path in library.rglob("*.py")}
-    names = [name for name in files if not LEFT_OUT & set(name.parts) and _split_of(name) == split]
+    names = [name for name in files if not SKIPPED & set(name.parts) and _split_of(name) == split]
     if not names:
         raise FileNotFoundError(
             f"{library}: expected the source files of Python's standard library, found none for the {split} split; "
-            f"some minimal installations leave them out: install Python's full package"
+            f"some minimal installations lack them: install Python's full package"
         )
     return [files[name] for name in sorted(names, key=_hash)]
 
