@@ -23,7 +23,6 @@ TO_DO: set[str] = {
     "agent",
     "blend",
     "data",
-    "evaluate",
     "layer",
     "memory",
     "mixer",

@@ -28,7 +28,7 @@ def test_a_folder_with_the_results_of_other_settings_is_refused(tmp_path):
         main(["demo", f"--folder={tmp_path}"])
 
 
-def test_the_quick_demo_leaves_a_run_that_can_be_read(tmp_path):
+def test_the_quick_demo_writes_a_complete_run(tmp_path):
     subprocess.run([*COMMAND, "demo", "--quick", f"--folder={tmp_path}"], check=True, timeout=600)
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results) == 18
@@ -54,7 +54,7 @@ def test_the_quick_demo_leaves_a_run_that_can_be_read(tmp_path):
         (["--folder=full/file/run"], "^full/file"),
     ],
 )
-def test_wrong_inputs_are_refused_before_anything_is_written(options, message, tmp_path, monkeypatch):
+def test_wrong_options_are_refused_before_anything_is_written(options, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("hqlt.study.run.run_grid", lambda *_: pytest.fail("it was trained"))
     (tmp_path / "full").mkdir()
@@ -69,7 +69,7 @@ def test_wrong_inputs_are_refused_before_anything_is_written(options, message, t
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "jinja2", "transformers"])
-def test_a_missing_package_is_told_before_anything_is_trained(package, tmp_path):
+def test_a_missing_package_is_reported_before_anything_is_trained(package, tmp_path):
     code = f"import sys; sys.modules[{package!r}] = None; from hqlt.cli import main; main(['demo', '--quick'])"
     ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert ended.returncode == 1

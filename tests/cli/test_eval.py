@@ -22,7 +22,7 @@ def folder(tmp_path):
     return tmp_path / "run"
 
 
-def test_lengths_and_keys_leave_one_page(folder, tmp_path, capsys):
+def test_lengths_and_passkey_write_one_page(folder, tmp_path, capsys):
     place = tmp_path / "results"
     main(
         ["eval", str(folder), f"--lengths={LIBRARY / 'ast.py'}", "--passkey", "--max-tokens=1500", f"--folder={place}"]
@@ -37,7 +37,7 @@ def test_lengths_and_keys_leave_one_page(folder, tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_tasks_stand_beside_the_paper(folder, tmp_path, capsys):
+def test_tasks_are_compared_with_the_paper(folder, tmp_path, capsys):
     pytest.importorskip("lm_eval")
     local = tmp_path / "data"
     local.mkdir()
@@ -53,31 +53,31 @@ def test_tasks_stand_beside_the_paper(folder, tmp_path, capsys):
     options = {"tasks": "lambada_local", "local": str(local), "limit": 2, "batch_size": 8, "max_length": None}
     options |= {"lengths": None, "max_tokens": 1_000_000, "reset_every": 2048, "device": "cpu"}
     assert options.items() <= settings.items()
-    said = " ".join(capsys.readouterr().out.split())
-    assert "The paper has no such model." in said
-    assert "Texts are read whole" in (place / "report.html").read_text()
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "The paper has no such model." in printed
+    assert "Texts are read in chunks" in (place / "report.html").read_text()
 
 
-def test_earlier_evaluations_stand_beside(folder, tmp_path, monkeypatch, capsys):
+def test_earlier_evaluations_are_compared(folder, tmp_path, monkeypatch, capsys):
     harness = pytest.importorskip("hqlt.evaluate.harness")
     monkeypatch.setattr(harness, "load_tasks", lambda names, local: names)
     scores = iter([{"acc,none": 0.5, "acc_stderr,none": 0.01}, {"acc,none": 0.25}, {"acc_norm,none": 0.75}])
     monkeypatch.setattr(harness, "run_tasks", lambda *_: {"piqa": next(scores)})
-    asked = ["eval", str(folder), "--tasks=piqa"]
-    main([*asked, f"--folder={tmp_path / 'first'}"])
+    command = ["eval", str(folder), "--tasks=piqa"]
+    main([*command, f"--folder={tmp_path / 'first'}"])
     assert "50 ± 1" in capsys.readouterr().out
-    main([*asked, f"--folder={tmp_path / 'second'}", f"--compare={tmp_path / 'first'}"])
+    main([*command, f"--folder={tmp_path / 'second'}", f"--compare={tmp_path / 'first'}"])
     page = (tmp_path / "second" / "report.html").read_text()
     assert ">25<" in page and ">50 ± 1<" in page and f"<th>{tmp_path / 'first'}</th>" in page
-    main([*asked, f"--folder={tmp_path / 'third'}", f"--compare={tmp_path / 'first'}, {tmp_path / 'second'}"])
+    main([*command, f"--folder={tmp_path / 'third'}", f"--compare={tmp_path / 'first'}, {tmp_path / 'second'}"])
     assert ">–<" in (tmp_path / "third" / "report.html").read_text(), "another metric"
     with pytest.raises(SystemExit, match=r"compare: expected an evaluation with limit 3, got None in "):
-        main([*asked, "--limit=3", f"--compare={tmp_path / 'first'}", f"--folder={tmp_path / 'fourth'}"])
+        main([*command, "--limit=3", f"--compare={tmp_path / 'first'}", f"--folder={tmp_path / 'fourth'}"])
     assert not (tmp_path / "fourth").exists()
 
 
 @pytest.mark.parametrize(("options", "length"), [([], 2048), (["--max-length=7"], 7)])
-def test_the_suite_is_cut_as_the_papers(folder, tmp_path, monkeypatch, options, length):
+def test_the_suite_has_the_papers_max_length(folder, tmp_path, monkeypatch, options, length):
     harness = pytest.importorskip("hqlt.evaluate.harness")
     monkeypatch.setattr(harness, "load_tasks", lambda names, local: names)
     monkeypatch.setattr(harness, "run_tasks", lambda model, *_: {"piqa": {"acc,none": model.max_length / 1e4}})
@@ -85,14 +85,14 @@ def test_the_suite_is_cut_as_the_papers(folder, tmp_path, monkeypatch, options, 
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["results"]["tasks"]["piqa"]["acc,none"] == length / 1e4
     assert results["settings"]["max_length"] == length
-    assert f"at most {length:,} tokens are read to predict the next" in (tmp_path / "report.html").read_text()
+    assert f"Tasks read at most {length:,} tokens to predict the next one" in (tmp_path / "report.html").read_text()
 
 
-def test_what_is_finished_is_left_when_something_later_fails(folder, tmp_path, monkeypatch):
+def test_finished_parts_are_written_even_if_a_later_one_fails(folder, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hqlt.cli.eval.on_passkey", interrupted)
+    monkeypatch.setattr("hqlt.cli.eval.evaluate_retrieval", interrupted)
     place = tmp_path / "results"
     with pytest.raises(SystemExit):
         main(
@@ -121,14 +121,14 @@ def test_what_is_finished_is_left_when_something_later_fails(folder, tmp_path, m
         (["--passkey", "--tasks=mine", "--local=nowhere"], "local: expected a folder, got nowhere"),
         (
             ["--passkey", "--tasks=lambda_local", "--local=LOCAL"],
-            "expected the harness's names, got unknown lambda_local",
+            "expected names of the harness's tasks, got unknown lambda_local",
         ),
         (
             ["--passkey", "--tasks=mine", "--local=LOCAL"],
             "expected tasks whose data can be loaded, got .* see the files",
         ),
         (["--passkey", "--tasks=,"], "expected the name of a task, got ','"),
-        (["--passkey", "--compare=runs/x"], "compare: expected together with tasks"),
+        (["--passkey", "--compare=runs/x"], "compare: expected tasks to compare, got none"),
         (["--tasks=piqa", "--compare=nowhere"], "nowhere"),
         (["--passkey", "--max-tokens=0"], "max-tokens: expected at least 1, got 0"),
         (["--passkey", "--limit=0"], "limit: expected at least 1, got 0"),
@@ -140,7 +140,7 @@ def test_what_is_finished_is_left_when_something_later_fails(folder, tmp_path, m
     ],
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_what_cannot_be_done_is_said_before_anything_is_done(folder, tmp_path, arguments, message, monkeypatch):
+def test_wrong_options_are_refused_before_any_work(folder, tmp_path, arguments, message, monkeypatch):
     monkeypatch.setattr("hqlt.language.folder.load_model", lambda *_: pytest.fail("the model was loaded"))
     (tmp_path / "local").mkdir()
     data = "dataset_path: json\ndataset_kwargs: {data_files: {test: '{local}/nothing.jsonl'}}\n"
@@ -152,18 +152,18 @@ def test_what_cannot_be_done_is_said_before_anything_is_done(folder, tmp_path, a
 
 
 @pytest.mark.parametrize("place", ["run", "unwritable"])
-def test_a_folder_that_is_not_for_results(folder, place, monkeypatch):
+def test_a_folder_that_cannot_take_results_is_refused(folder, place, monkeypatch):
     monkeypatch.setattr("hqlt.language.folder.load_model", lambda *_: pytest.fail("the model was loaded"))
     (folder / "run.json").write_text('{"kind": "language"}')
     place, message = {
-        "run": (folder, r"run: expected a folder for results alone, found a run of hqlt train; name another"),
+        "run": (folder, r"run: expected a folder for results only, found a run of hqlt train; name another"),
         "unwritable": ("/proc/sys", "/proc/sys could not be written"),
     }[place]
     with pytest.raises(SystemExit, match=message):
         main(["eval", str(folder), f"--lengths={LIBRARY / 'ast.py'}", f"--folder={place}"])
 
 
-def test_of_a_long_text_no_more_is_read_than_is_needed(tmp_path, monkeypatch):
+def test_no_more_of_a_long_text_is_read_than_needed(tmp_path, monkeypatch):
     file, tokenizer = tmp_path / "long.txt", load_tokenizer("bytes")
     file.write_text("é" * 50_000)
     assert tokens_of(file, tokenizer, 10**6) == list(file.read_bytes())

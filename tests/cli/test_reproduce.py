@@ -10,7 +10,7 @@ from hqlt.train.grid import CellsFailed
 
 STUDY = {
     "title": "Two models",
-    "introduction": "Who runs?",
+    "introduction": "A test.",
     "seeds": [0, 1],
     "models": {"DeltaNet, β ≤ 2": {"layer_kinds": "fw"}, "Synchronous": {}},
     "experiments": {
@@ -30,7 +30,7 @@ STUDY = {
 }
 
 
-def test_a_study_runs_once_and_leaves_what_is_worth_committing(tmp_path, capsys):
+def test_a_study_runs_once_and_exports_its_results(tmp_path, capsys):
     file, folder, results = tmp_path / "mine.yaml", tmp_path / "run", tmp_path / "results" / "mine"
     file.write_text(yaml.safe_dump(STUDY))
     command = ["reproduce", str(file), "--only=parity", f"--folder={folder}", "--workers=2", f"--export={results}"]
@@ -81,7 +81,7 @@ def test_a_study_runs_once_and_leaves_what_is_worth_committing(tmp_path, capsys)
         (["--export=mine.yaml/results"], "^mine.yaml/results: .*mine.yaml is a file, not a folder$"),
     ],
 )
-def test_wrong_inputs_are_refused_before_anything_is_written(options, message, tmp_path, monkeypatch):
+def test_wrong_options_are_refused_before_anything_is_written(options, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("hqlt.study.run.run_grid", lambda *_: pytest.fail("it was trained"))
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(STUDY))
@@ -93,7 +93,7 @@ def test_wrong_inputs_are_refused_before_anything_is_written(options, message, t
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_cells_that_fail_are_told_and_the_others_reported(tmp_path, monkeypatch, capsys):
+def test_failed_cells_are_named_and_the_others_reported(tmp_path, monkeypatch, capsys):
     def fail(cells, folder, *_):
         (folder / "cells").mkdir()
         raise CellsFailed("1 of 4 cells failed 2 times:\nparity: why")

@@ -1,4 +1,4 @@
-"""The harness's own tasks on our models: the same numbers for every batch size, local files by the same path."""
+"""The harness's tasks on our models: results do not depend on the batch size, and tasks can use local files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def instances(kind: str, arguments: list[tuple]) -> list[Instance]:
 
 @pytest.fixture
 def local(tmp_path):
-    """Data of the three local tasks' form, and a task file of one's own."""
+    """A folder with data for the three local tasks, and a custom task file."""
     folder = tmp_path / "data"
     folder.mkdir()
     sentences = [line.strip() for line in TEXT.splitlines() if len(line.split()) > 3][:9]
@@ -67,7 +67,7 @@ class TestRequests:
         assert [greedy for _, greedy in one] == [greedy for _, greedy in many]
         assert [value for value, _ in many] == pytest.approx([value for value, _ in one], abs=1e-10)
 
-    def test_rolling_predicts_each_token_from_all_before(self, model):
+    def test_rolling_predicts_each_token_from_all_before_it(self, model):
         texts = [TEXT[:700], "short", TEXT[5:40]]
         one, many = (
             harness(model, n).loglikelihood_rolling(instances("r", [(t,) for t in texts]), True) for n in (1, 3)
@@ -89,18 +89,22 @@ class TestRequests:
             whole = bytes(made[0, given.shape[1] :].tolist()).decode(errors="replace")
             assert text == min((whole.split(stop)[0] for stop in options["until"]), key=len)
 
-    def test_cut_a_context_loses_its_beginning(self, model):
-        ask = instances("loglikelihood", [(TEXT[:40], TEXT[40:45])])
+    def test_contexts_are_truncated_on_the_left(self, model):
+        whole = instances("loglikelihood", [(TEXT[:40], TEXT[40:45])])
         cut = instances("loglikelihood", [(TEXT[28:40], TEXT[40:45])])  # the last token is not read
-        assert harness(model, max_length=16).loglikelihood(ask, True) == harness(model).loglikelihood(cut, True)
+        assert harness(model, max_length=16).loglikelihood(whole, True) == harness(model).loglikelihood(cut, True)
         options = {"until": [], "max_gen_toks": 6}
-        ask, cut = (instances("generate_until", [(text, options)]) for text in (TEXT[:40], TEXT[30:40]))
-        assert harness(model, max_length=16).generate_until(ask, True) == harness(model).generate_until(cut, True)
+        whole, cut = (instances("generate_until", [(text, options)]) for text in (TEXT[:40], TEXT[30:40]))
+        assert harness(model, max_length=16).generate_until(whole, True) == harness(model).generate_until(cut, True)
 
-    def test_cut_a_document_is_read_in_windows(self, model):
+    def test_a_long_document_is_read_in_windows(self, model):
         whole = torch.tensor(list(b"\n" + TEXT[:41].encode()))
         expected = 0.0
-        for begin, new in ((0, 16), (16, 16), (25, 9)):  # the last window is as long as the others, and tells 9 anew
+        for begin, new in (
+            (0, 16),
+            (16, 16),
+            (25, 9),
+        ):  # the last window is as long as the others, but scores 9 tokens only
             log_p = model(whole[None, begin : begin + 16]).logits[0].log_softmax(-1)
             log_p = log_p.gather(1, whole[begin + 1 : begin + 17, None])
             expected += log_p[-new:].sum().item()
@@ -110,15 +114,15 @@ class TestRequests:
         assert [short] == pytest.approx(harness(model).loglikelihood_rolling(asked[1:2], True), abs=1e-10)
         assert empty == 0
 
-    def test_too_short_a_cut_is_told(self):
+    def test_a_max_length_without_room_for_a_context_is_refused(self):
         model = harness(build(), max_length=4)
-        with pytest.raises(ValueError, match=r"max_length: expected at least 5, which what follows .* needs, got 4"):
+        with pytest.raises(ValueError, match=r"max_length: expected at least 5 for the tokens after a context, got 4"):
             model.loglikelihood(instances("loglikelihood", [("a", "12345")]), True)
         with pytest.raises(ValueError, match="max_length: expected at least 7"):
             model.generate_until(instances("generate_until", [("a", {"until": [], "max_gen_toks": 6})]), True)
 
-    def test_what_stands_before_a_text(self):
-        """The token that begins texts if there is one, else the one that ends them, else a newline."""
+    def test_the_prefix_of_a_text(self):
+        """It is the token that begins texts, else the one that ends them, else a newline."""
         tokenizer = prepending()
         model = build(vocab_size=tokenizer.vocab_size)
         assert harness(build()).prefix_token_id == 10
@@ -131,29 +135,29 @@ class TestRequests:
         assert begun.loglikelihood_rolling(instances("r", [("text",)]), True) == [pytest.approx(log_p, abs=1e-9)]
 
     @pytest.mark.parametrize("context", ["", " ", " \n\t "])
-    def test_blanks_before_a_text_are_part_of_it(self, context):
-        """Nothing but blanks is no context: the token that stands before texts is."""
+    def test_a_context_of_spaces_is_part_of_the_continuation(self, context):
+        """The context is then the prefix of a text."""
         model = build()
         tokens = torch.tensor([list(b"\n" + context.encode() + b"text")])
         log_p = model(tokens).logits[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None]).sum().item()
         ((value, greedy),) = harness(model).loglikelihood(instances("loglikelihood", [(context, "text")]), True)
         assert (value, greedy) == (pytest.approx(log_p, abs=1e-9), False)
 
-    def test_what_cannot_be_scored_is_named(self):
+    def test_what_cannot_be_scored_is_refused(self):
         for pair in (("context", ""), ("", "")):
             with pytest.raises(ValueError, match=r"continuation: expected at least one token, got none for \('"):
                 harness(build()).loglikelihood(instances("loglikelihood", [pair]), True)
         with pytest.raises(ValueError, match="max_gen_toks: expected at least 1, got 0"):
             harness(build()).generate_until(instances("generate_until", [("a", {"max_gen_toks": 0})]), True)
 
-    def test_options_are_kept_apart(self):
+    def test_requests_with_different_options(self):
         asked = [("a", {"until": [], "max_gen_toks": n}) for n in (2, 5, 2)]
         made = harness(build()).generate_until(instances("generate_until", asked), True)
         assert made[0] == made[2] and made[1].startswith(made[0][:1]) and made[0] != made[1]
 
 
 class TestTasks:
-    def test_local_ones(self, local):
+    def test_local_tasks(self, local):
         names = ["lambada_local", "piqa_local", "wikitext2_local", "mine"]
         one, many = (run_tasks(harness(build(), n), names, local) for n in (1, 4))
         for name in names:
@@ -167,14 +171,14 @@ class TestTasks:
             many["wikitext2_local"]["bits_per_byte,none"]
         )
 
-    def test_unknown_ones(self, local):
-        """And the paper's are all known: only the misspelt one is complained of."""
+    def test_unknown_tasks(self, local):
+        """The paper's are all known; the error names the misspelt one only."""
         with pytest.raises(
-            ValueError, match="got unknown lambda_local; local ones are lambada_local, mine, piqa_local"
+            ValueError, match="got unknown lambda_local; local tasks are lambada_local, mine, piqa_local"
         ):
             run_tasks(harness(build()), [*tables()["suite"], "lambda_local"], local)
 
-    def test_tags_and_groups_are_all_of_their_tasks(self, local):
+    def test_tags_and_groups_stand_for_all_their_tasks(self, local):
         mine = (local / "mine.yaml").read_text()
         (local / "mine.yaml").write_text(f"{mine}tag: ours\n")
         (local / "both.yaml").write_text("group: both\ntask: [mine, lambada_local]\n")
@@ -183,17 +187,19 @@ class TestTasks:
         assert set(grouped) == {"both", "mine", "lambada_local"}
         assert [line.task for line in compare(grouped, build().config)] == ["mine", *["lambada_local"] * 2]
 
-    def test_python_files_beside_local_tasks(self, local):
+    def test_python_files_of_local_tasks(self, local):
         mine = (local / "mine.yaml").read_text().replace("'{{text}}'", "!function local_data.shout")
         (local / "mine.yaml").write_text(mine)
-        (local / "local_data.py").write_text("def shout(doc):\n    return doc['text'].upper()\n")  # a name of ours
+        (local / "local_data.py").write_text(
+            "def shout(doc):\n    return doc['text'].upper()\n"
+        )  # hqlt has a file of this name, too
         results = run_tasks(harness(build()), ["mine", "wikitext2_local"], local, limit=1)
         assert set(results) == {"mine", "wikitext2_local"}
         (local / "mine.yaml").write_text(mine.replace("local_data", "elsewhere"))
         with pytest.raises(ValueError, match="tasks: Cannot import module 'elsewhere' for function 'shout'"):
             run_tasks(harness(build()), ["mine"], local)
 
-    def test_without_a_network_a_sentence_names_what_needs_none(self, monkeypatch):
+    def test_without_a_network_the_error_names_what_needs_none(self, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setattr("hqlt.data.network.answers", lambda: False)
         monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", "nothing")
@@ -202,7 +208,7 @@ class TestTasks:
         ):
             load_tasks(["piqa"])
 
-    def test_local_data_that_is_not_there(self, local):
+    def test_missing_local_data(self, local):
         (local / "lambada_test.jsonl").unlink()
         with pytest.raises(
             ValueError, match=r"tasks: expected tasks whose data can be loaded, got .*; see the files in"
@@ -213,7 +219,7 @@ class TestTasks:
             load_tasks(["mine"], local)
 
     def test_a_template_that_does_not_fit(self, local):
-        """The harness tries it on the first document when it loads a task."""
+        """The harness tries a template on the first document when it loads a task."""
         mine, first = (
             (local / "mine.yaml").read_text(),
             json.loads((local / "lambada_test.jsonl").read_text().partition("\n")[0]),
@@ -226,7 +232,7 @@ class TestTasks:
         with pytest.raises(ValueError, match="tasks: expected templates that fit the data, got 'txt' is undefined"):
             run_tasks(harness(build()), ["mine"], local)
 
-    @pytest.mark.skipif(not REAL.is_dir(), reason="the data is not here")
+    @pytest.mark.skipif(not REAL.is_dir(), reason="needs the data")
     def test_real_data(self):
         names = ["lambada_local", "piqa_local", "wikitext2_local"]
         results = run_tasks(harness(build()), names, REAL, limit=2)
@@ -235,16 +241,17 @@ class TestTasks:
 
 
 class TestPaper:
-    def test_the_tables_are_whole(self):
-        told = tables()
-        for theirs in told["models"].values():
-            for table, columns in told["columns"].items():
+    def test_the_tables_are_complete(self):
+        published = tables()
+        for theirs in published["models"].values():
+            for table, columns in published["columns"].items():
                 row = theirs.get(table, [])
                 assert len(row) in (0, len(columns) + 1)
                 shares = row[2 if table == "language" else 0 : -1]
                 if shares and None not in shares:
                     assert sum(shares) / len(shares) == pytest.approx(row[-1], abs=0.06)
-        assert {task for columns in told["columns"].values() for task, _ in columns.values()} == set(told["suite"])
+        tasks = {task for columns in published["columns"].values() for task, _ in columns.values()}
+        assert tasks == set(published["suite"])
 
     @pytest.mark.parametrize(
         ("name", "changes", "row"),
@@ -270,8 +277,8 @@ class TestPaper:
         found = counterpart(preset(name, **changes))
         assert (found and found.name) == row
 
-    def test_beside_ours(self):
-        """Shares in percent, other metrics as they come; averages where all that they are of is there."""
+    def test_comparison_with_ours(self):
+        """Shares are in percent, other metrics unchanged; there are averages of tables that are complete."""
         results = {
             "lambada_local": {"alias": "l", "perplexity,none": 30.5, "acc,none": 0.5, "acc_stderr,none": 0.01},
             "squadv2": {"f1,none": 47.0, "exact_match,none": 0.25},

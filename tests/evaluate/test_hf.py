@@ -1,4 +1,4 @@
-"""The scores of the harness's own `hf` model on the same folder, whatever special tokens the tokenizer adds."""
+"""Scores equal those of the harness's own `hf` model on the same folder, whatever special tokens are added."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ UNTIL = {"until": ["e", "\n"], "max_gen_toks": 6}
 
 
 def special_tokens(name: str) -> dict:
-    """tokenizer_config.json's, and whether tokenizer.json's post-processor adds <s>."""
+    """Settings of tokenizer_config.json, and whether the post-processor of tokenizer.json adds <s>."""
     return {
         "bos by the post-processor": ({"bos_token": "<s>", "eos_token": "</s>"}, True),
         "bos by the settings": ({"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}, False),
@@ -54,8 +54,8 @@ def write_tokenizer(folder: Path, settings: dict, post_processed: bool) -> None:
     if post_processed:
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     tokenizer.save(str(folder / "tokenizer.json"))
-    told = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **settings}
-    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **settings}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 @pytest.fixture(
@@ -80,10 +80,10 @@ def asked(kind: str, *arguments: tuple) -> list[Instance]:
 
 
 class TestTokens:
-    """What the harness's own model gives to its tokenizer, which AutoTokenizer loads."""
+    """Tokens equal those of the harness's own model, whose tokenizer AutoTokenizer loads."""
 
     @pytest.mark.parametrize("text", CONTEXTS)
-    def test_of_a_text(self, folder, text):
+    def test_tokens_of_a_text(self, folder, text):
         from transformers import AutoTokenizer
 
         theirs = AutoTokenizer.from_pretrained(folder)
@@ -91,7 +91,7 @@ class TestTokens:
         expected = theirs.encode(text, **({"add_special_tokens": False} if text.startswith(spelled) else {}))
         assert ours(folder).tok_encode(text) == expected
 
-    def test_before_a_text(self, folder):
+    def test_tokens_before_a_text(self, folder):
         from transformers import AutoTokenizer
 
         theirs = AutoTokenizer.from_pretrained(folder)
@@ -113,7 +113,7 @@ class TestScores:
 
     def test_log_likelihoods(self, folder, theirs):
         adds = bool(tokenizer_of(folder, len(WORDS)).prefix_ids)
-        contexts = [text for text in CONTEXTS if text.strip() or not text or adds]  # it asserts that blanks have tokens
+        contexts = [text for text in CONTEXTS if text.strip() or not text or adds]  # it asserts that spaces have tokens
         pairs = [(text, " and more") for text in contexts] + [("", "<s>a"), ("", "</s>a"), ("a", "b" * LONGEST)]
         expected = theirs.loglikelihood(asked("loglikelihood", *pairs), True)
         values = ours(folder).loglikelihood(asked("loglikelihood", *pairs), True)
@@ -128,7 +128,7 @@ class TestScores:
     @pytest.mark.parametrize("options", [UNTIL, {**UNTIL, "repetition_penalty": 3.0}, {"until": [], "max_gen_toks": 9}])
     def test_generation(self, folder, theirs, options):
         adds = bool(tokenizer_of(folder, len(WORDS)).prefix_ids)
-        contexts = [(text, options) for text in CONTEXTS if text or adds]  # nothing at all cannot be gone on with there
+        contexts = [(text, options) for text in CONTEXTS if text or adds]  # it cannot continue an empty text
         expected = theirs.generate_until(asked("generate_until", *contexts), True)
         assert ours(folder).generate_until(asked("generate_until", *contexts), True) == expected
         assert len(set(expected)) > 2

@@ -1,4 +1,4 @@
-"""Texts far longer than training: every token predicted from all before, and nothing held that grows."""
+"""Texts far longer than training: every token is predicted from all before it, in constant memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hqlt.cli.eval import tokens_of
 from hqlt.data import load_tokenizer
 from hqlt.evaluate import lengths, retrieval
 from hqlt.evaluate.lengths import bin_edges, bits_by_position
-from hqlt.evaluate.retrieval import PASSKEY, answer, lengths_up_to, needle, text_of
+from hqlt.evaluate.retrieval import PASSKEY, greedy_hits, haystack_tokens, lengths_up_to, needle
 from tests.language.conftest import build, prepending
 from tests.language.conftest import model as model
 
@@ -24,11 +24,11 @@ TEXT = list(islice(chain.from_iterable(path.read_bytes() for path in LIBRARY), 2
 BYTES = load_tokenizer("bytes")
 
 
-@pytest.mark.parametrize("piece", [7, 64])
-def test_bits_are_those_of_one_pass(model, piece, monkeypatch):
-    monkeypatch.setattr(lengths, "PIECE", piece)
+@pytest.mark.parametrize("chunk", [7, 64])
+def test_bits_are_those_of_one_pass(model, chunk, monkeypatch):
+    monkeypatch.setattr(lengths, "CHUNK", chunk)
     tokens = torch.tensor([TEXT[:200]])
-    bins = bits_by_position(model, TEXT[:200], every=50)
+    bins = bits_by_position(model, TEXT[:200], reset_every=50)
     resets = (torch.arange(199) % 50 == 0)[None]
     for name, given in (("carried", {}), ("emptied", {"resets": resets})):
         log_p = model(tokens[:, :-1], **given).logits[0].log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
@@ -44,18 +44,18 @@ def test_bins_cover_every_position_once(positions):
     assert all(a < b for a, b in pairwise(edges))
 
 
-def test_a_text_of_one_token_predicts_nothing():
-    with pytest.raises(ValueError, match="at least two tokens"):
+def test_a_text_of_one_token_is_refused():
+    with pytest.raises(ValueError, match="tokens: expected at least two tokens"):
         bits_by_position(build(), [1])
 
 
 class TestConstantMemory:
-    """At ten times the length: states of the same size, and a peak grown by no more than the allocator's whims.
+    """A text ten times as long has states of the same size and no higher peak, up to noise of the allocator.
 
-    (Full attention's pairs of 200,000 tokens would take 50 MB a row.)
+    (With full attention, the KV entries of 200,000 tokens would take 50 MB per row.)
     """
 
-    SHORT, LONG, WHIMS = 20_000, 200_000, 16
+    SHORT, LONG, NOISE = 20_000, 200_000, 16
 
     def peak(self) -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -67,7 +67,7 @@ class TestConstantMemory:
         bits_by_position(model, TEXT[: self.SHORT])
         before = self.peak()
         bits_by_position(model, TEXT[: self.LONG])
-        assert self.peak() - before < self.WHIMS
+        assert self.peak() - before < self.NOISE
         assert len(sizes) == 1
 
     def test_retrieval(self, monkeypatch):
@@ -77,7 +77,7 @@ class TestConstantMemory:
         for length in (self.SHORT, self.LONG):
             before = self.peak()
             retrieval.retrieval(model, BYTES, PASSKEY, [length], depths=(0.5,), trials=1)
-        assert self.peak() - before < self.WHIMS
+        assert self.peak() - before < self.NOISE
         assert len(sizes) == 1
 
     def watched(self, forward, sizes):
@@ -92,52 +92,54 @@ class TestConstantMemory:
 class TestRetrieval:
     @pytest.mark.parametrize("haystack", [PASSKEY, needle("some real text, ")])
     @pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
-    def test_the_fact_stands_where_it_should(self, haystack, depth):
+    def test_the_fact_is_at_its_depth(self, haystack, depth):
         filler = BYTES.encode(haystack.filler)
-        text = bytes(text_of(BYTES, haystack, filler, "12345", 700, depth)).decode()
+        text = bytes(haystack_tokens(BYTES, haystack, filler, "12345", 700, depth)).decode()
         assert len(text) == 700
         fact = haystack.fact.format(key="12345")
         assert text.startswith(haystack.introduction) and text.endswith(haystack.question)
         room = 700 - len(haystack.introduction) - len(haystack.question) - len(fact)
         assert text.index(fact) == len(haystack.introduction) + round(depth * room)
 
-    def test_a_text_begins_as_its_tokenizer_begins_it(self, tmp_path):
+    def test_a_text_begins_with_the_tokenizers_prefix(self, tmp_path):
         tokenizer = prepending()
-        plain = list(text_of(tokenizer, PASSKEY, [1], "12345", 700, 0.5))
+        plain = list(haystack_tokens(tokenizer, PASSKEY, [1], "12345", 700, 0.5))
         tokenizer.prefix_ids = [0]
-        begun = list(text_of(tokenizer, PASSKEY, [1], "12345", 700, 0.5))
+        begun = list(haystack_tokens(tokenizer, PASSKEY, [1], "12345", 700, 0.5))
         assert begun[0] == 0 and begun[1:9] == plain[:8] and len(begun) == 700
         (tmp_path / "a.txt").write_text("text")
         assert tokens_of(tmp_path / "a.txt", tokenizer, 4) == [0, *tokenizer.encode("text")][:4]
 
-    def test_too_short_a_text_is_refused(self):
+    def test_a_length_without_room_for_the_fact_is_refused(self):
         with pytest.raises(ValueError, match=r"length: expected at least .* tokens"):
-            text_of(BYTES, PASSKEY, [1], "12345", 100, 0.5)
+            haystack_tokens(BYTES, PASSKEY, [1], "12345", 100, 0.5)
 
-    def test_hits_are_what_greedy_decoding_writes(self, model, monkeypatch):
-        monkeypatch.setattr(retrieval, "PIECE", 16)
+    def test_hits_are_what_greedy_decoding_generates(self, model, monkeypatch):
+        monkeypatch.setattr(retrieval, "CHUNK", 16)
         prompts = [TEXT[:40], TEXT[40:80]]
         best = model.generate(torch.tensor(prompts), max_new_tokens=4, do_sample=False, pad_token_id=0)[:, 40:].tolist()
-        assert answer(model, list(map(iter, prompts)), best) == [[True] * 4] * 2
+        assert greedy_hits(model, list(map(iter, prompts)), best) == [[True] * 4] * 2
         wrong = [[*best[0][:3], best[0][3] ^ 1], best[1][:2]]
-        assert answer(model, list(map(iter, prompts)), wrong) == [[True, True, True, False], [True, True]]
+        assert greedy_hits(model, list(map(iter, prompts)), wrong) == [[True, True, True, False], [True, True]]
 
     def test_what_is_counted(self, monkeypatch):
-        """Found is all of the key; of the share that is right, the blank before the key is no part."""
-        said = iter([[[True] * 6, [True] * 3 + [False] * 3], [[True] * 6, [False] * 6]])
-        monkeypatch.setattr(retrieval, "answer", lambda *_: next(said))
+        """A key counts if all of it is right; the share of right tokens excludes the space before the key."""
+        hits = iter([[[True] * 6, [True] * 3 + [False] * 3], [[True] * 6, [False] * 6]])
+        monkeypatch.setattr(retrieval, "greedy_hits", lambda *_: next(hits))
         first, last = retrieval.retrieval(build(), BYTES, PASSKEY, [700], depths=(0.0, 1.0), trials=2)
         assert (first.right, first.tokens_right) == (2, 1.0)
         assert (last.right, last.tokens_right) == (0, pytest.approx(0.2))
 
-    def test_an_answer_is_how_the_question_goes_on(self, monkeypatch):
-        """By itself " 12345" would begin with a blank more, which no greedy answer has."""
-        asked = []
-        monkeypatch.setattr(retrieval, "answer", lambda _, texts, answers, told: asked.extend(answers) or [[True] * 6])
+    def test_an_answer_is_tokenized_after_the_question(self, monkeypatch):
+        """On its own, " 12345" would begin with an additional space, which no greedy answer has."""
+        found = []
+        monkeypatch.setattr(
+            retrieval, "greedy_hits", lambda _, texts, answers, on_progress: found.extend(answers) or [[True] * 6]
+        )
         tokenizer = prepending()
         retrieval.retrieval(build(), tokenizer, PASSKEY, [700], depths=(0.0,), trials=1)
-        ((blank, *digits),) = asked
-        assert (tokenizer.tokenizer.id_to_token(blank), len(digits)) == ("▁", 5)
+        ((space, *digits),) = found
+        assert (tokenizer.tokenizer.id_to_token(space), len(digits)) == ("▁", 5)
         assert tokenizer.decode(digits).isdigit()
 
     def test_lengths(self):

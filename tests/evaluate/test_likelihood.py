@@ -1,4 +1,4 @@
-"""Batch sizes, pieces and padding change no number."""
+"""Results do not depend on batch size, chunk size or padding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.language.conftest import model as model
 ROWS = [(b"a context", b" and more"), (b"x", b"y"), (b"much longer, longer than windows", b"."), (b"ab", b"")]
 
 
-def asked(rows=ROWS):
+def as_tokens(rows=ROWS):
     return [(list(context), list(continuation)) for context, continuation in rows]
 
 
@@ -24,18 +24,18 @@ def directly(model, context, continuation) -> tuple[float, bool]:
     return logits.gather(1, targets[:, None]).sum().item(), bool((logits.argmax(-1) == targets).all())
 
 
-@pytest.mark.parametrize("piece", [1, 5, 512])
-def test_batches_are_what_their_rows_are_alone(model, piece, monkeypatch):
-    monkeypatch.setattr(likelihood, "PIECE", piece)
-    together = likelihoods(model, asked())
-    for row, got in zip(asked(), together, strict=True):
+@pytest.mark.parametrize("chunk", [1, 5, 512])
+def test_rows_of_a_batch_score_as_they_do_alone(model, chunk, monkeypatch):
+    monkeypatch.setattr(likelihood, "CHUNK", chunk)
+    together = likelihoods(model, as_tokens())
+    for row, got in zip(as_tokens(), together, strict=True):
         expected, greedy = directly(model, *row)
         assert got.log_probability == pytest.approx(expected, abs=1e-10)
         assert got.greedy == greedy
         assert likelihoods(model, [row])[0].log_probability == pytest.approx(got.log_probability, abs=1e-10)
 
 
-def test_what_is_likeliest(monkeypatch):
+def test_greedy_continuations_are_recognized(monkeypatch):
     monkeypatch.setattr(likelihood, "LOGITS", 2)
     model = build()
     prompt = list(b"a prompt")
@@ -48,6 +48,6 @@ def test_what_is_likeliest(monkeypatch):
     ]
 
 
-def test_a_context_must_be_there():
+def test_an_empty_context_is_refused():
     with pytest.raises(ValueError, match="context: expected at least one token"):
         likelihoods(build(), [([], [1])])

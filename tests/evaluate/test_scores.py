@@ -10,7 +10,7 @@ from hqlt.task import IGNORE, Batch, Parity, StandardLibrary
 
 
 class Fixed(nn.Module):
-    """A model whose logits stand fixed."""
+    """A model with fixed logits."""
 
     def __init__(self, logits):
         super().__init__()
@@ -25,16 +25,15 @@ def batch(targets, coordinate):
     return Batch(torch.zeros_like(targets), targets, torch.tensor(coordinate))
 
 
-def test_accuracy_is_normalised_by_chance():
+def test_accuracy_is_normalized_by_chance():
     logits = torch.zeros(1, 4, 3)
-    logits[..., 1] = 1.0  # names 1 everywhere
-    asked = batch([[1, 1, 1, 2]], [[1, 1, 2, 2]])
-    score = evaluate(Fixed(logits), Parity(), asked, bins=2)
+    logits[..., 1] = 1.0  # predicts 1 everywhere
+    score = evaluate(Fixed(logits), Parity(), batch([[1, 1, 1, 2]], [[1, 1, 2, 2]]), bins=2)
     assert score.value == pytest.approx((0.75 - 0.5) / 0.5)
     assert score.curve == [(1.0, 1.0), (2.0, 0.0)]
 
 
-def test_bits_are_those_of_the_scored_tokens():
+def test_bits_are_averaged_over_scored_tokens():
     logits = torch.log(torch.tensor([0.5, 0.25, 0.25])).expand(1, 3, 3)
     score = evaluate(Fixed(logits), StandardLibrary(), batch([[0, 1, IGNORE]], [[0, 1, 2]]), bins=1)
     assert score.value == pytest.approx(1.5)

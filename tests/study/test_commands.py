@@ -95,7 +95,10 @@ def test_a_command_that_fails_ends_it_and_is_named(ran):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--quick", "--workers=2"], "--workers, --quick: expected at most --only with language at the paper's scale"),
+        (
+            ["--quick", "--workers=2"],
+            "--workers, --quick: expected no option but --only with language at the paper's scale",
+        ),
         (["--folder=a", "--export=b"], "--folder, --export: expected"),
         (["--device=cuda"], "--device: expected"),
         (["--only=hqlt-340"], "did you mean 'hqlt-340m'"),

@@ -1,4 +1,4 @@
-"""`hqlt demo`: six models, three tasks, a few minutes. Why two memories in one layer?"""
+"""`hqlt demo`: train six models on three tasks in a few minutes, to show why a layer has two memories."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def demo(
     seed: int = 0,
     workers: int | None = None,
 ) -> None:
-    """Train six models of equal size and budget on three tasks, and show what came out.
+    """Train six models of equal size and budget on three tasks, and compare them.
 
-    State tracking (parity, trained on lengths 3–40, tested on 40–256), recall (more pairs than a small matrix holds)
-    and real text (the source of Python's standard library). Prints one table, and leaves a run folder with config,
-    JSONL, JSON and one HTML page.
+    The tasks are state tracking (parity, trained on lengths 3–40, tested on 40–256), recall (more key–value pairs than
+    a small matrix can hold) and real text (the source of Python's standard library). Prints a table, and writes
+    config, metrics (JSONL), results (JSON) and an HTML page to a run folder.
 
     Args:
-        quick: budgets of about a minute in all, too small to learn; to see that everything runs.
-        folder: the run folder; a new one under runs/ by default. Give an unfinished one to resume it.
-        seed: of weights and training data. Validation and test sets are the same for all.
-        workers: processes side by side, one thread each; all cores by default.
+        quick: Use budgets of about a minute in total, too small to learn, to check that everything runs.
+        folder: Run folder. Default: a new one under runs/. The folder of an unfinished run resumes it.
+        seed: Seed of weights and training data. Validation and test sets are the same for all seeds.
+        workers: Number of parallel processes, with one thread each. Default: the number of cores.
     """
     folder = folder or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
     console = Console()
@@ -44,8 +44,8 @@ def demo(
     text: dict[str, Any] = {}
 
     def additions(results: Sequence[Result]) -> dict[str, Any]:
-        hybrid, keeping = (on_text(results, model) for model in ("Synchronous", "Synchronous, surprise"))
-        text.update(read_and_write(hybrid, keeping, folder))
+        hybrid, keeping = (text_result(results, model) for model in ("Synchronous", "Synchronous, surprise"))
+        text.update(text_sections(hybrid, keeping, folder))
         return text
 
     study = dataclasses.replace(read_study(known_studies()["demo"]), seeds=(seed,))
@@ -64,13 +64,17 @@ def demo(
     console.print(sample["text"], markup=False, highlight=False)
 
 
-def on_text(results: Sequence[Result], model: str) -> Result:
+def text_result(results: Sequence[Result], model: str) -> Result:
+    """Find the result of a model on text."""
     return next(r for r in results if (r.cell.task, r.cell.model) == ("text", model))
 
 
-def read_and_write(result: Result, keeping: Result, folder: Path) -> dict[str, Any]:
-    """What a trained text model writes, what each of its memories contributes as it reads held-out text, and which
-    entries of it another one keeps."""
+def text_sections(result: Result, keeping: Result, folder: Path) -> dict[str, Any]:
+    """Make the page's sections on the text models.
+
+    They show a sample, what each memory contributes while the model reads held-out text, and which KV entries another
+    model (`keeping`) keeps.
+    """
     from transformers.utils import logging
 
     from hqlt.model import HQLTForCausalLM
@@ -84,7 +88,7 @@ def read_and_write(result: Result, keeping: Result, folder: Path) -> dict[str, A
     shares = memory_shares(model, batch.inputs, batch.resets)
     share = shares.fw.mean(dim=0)[0]
     least, greatest = share.min().item(), share.max().item()
-    spread = max(greatest - least, 1e-9)
+    span = max(greatest - least, 1e-9)
     prompt, temperature, seed = "def ", 0.7, 0
     torch.manual_seed(seed)
     tokens = torch.tensor([list(prompt.encode())])
@@ -94,7 +98,7 @@ def read_and_write(result: Result, keeping: Result, folder: Path) -> dict[str, A
     text = bytes(written[0, tokens.shape[1] :].tolist()).decode("utf-8", "replace")
     facts = {"model": result.cell.model, "least": least, "greatest": greatest, "mean": share.mean().item()}
     read = zip(batch.inputs[0].tolist(), share.tolist(), strict=True)
-    marked = [{"text": chr(byte), "share": value, "shade": (value - least) / spread} for byte, value in read]
+    marked = [{"text": chr(byte), "share": value, "shade": (value - least) / span} for byte, value in read]
     keeper = HQLTForCausalLM.from_pretrained(folder / "models" / keeping.cell.name).eval()
     how = {"model": result.cell.model, "temperature": temperature, "seed": seed}
     return {

@@ -1,4 +1,4 @@
-"""`hqlt eval`: a language model on the paper's tasks, at lengths far beyond training, and looking for a key."""
+"""`hqlt eval`: evaluate a language model on tasks, on texts far longer than in training, and on key retrieval."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from hqlt.run_folder import COMMANDS, kind_of
 
 if TYPE_CHECKING:
     from hqlt.data import Tokenizer
-    from hqlt.evaluate.paper import Line
+    from hqlt.evaluate.paper import Comparison
     from hqlt.evaluate.retrieval import Haystack
     from hqlt.model import HQLTForCausalLM
 
 PARTS = {"Tasks": "tasks", "Far beyond training": "lengths", "A key in a long text": "passkey"}
-"""By the title of each part: its name in results.json."""
+"""Name in results.json of each part, by its title on the page."""
 NEEDLE_FILLER = 200_000
-"""Characters of real text that the needle's haystack is made of."""
+"""Number of characters of real text in the needle's haystack."""
 
 
 def eval(
@@ -49,30 +49,29 @@ def eval(
     folder: Path | None = None,
     **keeping: Any,
 ) -> None:
-    """Evaluate a language model: tasks of lm-evaluation-harness, texts of any length, keys hidden in them.
+    """Evaluate a language model on tasks of lm-evaluation-harness, on long texts, and on key retrieval.
 
-    Prints tables, and leaves results.json, plots and one page in a folder, after each part. Texts are read whole, piece
-    by piece, with the memories carried on; those of tasks are cut where `max_length` says so. Numbers do not depend on
-    the batch size.
+    Prints tables, and after each part writes results.json, plots and an HTML page to a folder. Texts are read in
+    chunks with carried memories; tasks truncate them to `max_length`. Results do not depend on the batch size.
 
     Args:
-        model: a model's folder, or the run that trained it.
-        suite: "paper": its ten tasks, beside its row for this model, if it has one.
-        tasks: names of the harness's tasks, with commas between them.
-        local: a folder of data for local tasks (lambada_local, wikitext2_local, piqa_local) and of task files of your
-            own, in which {local} stands for the folder. Python files that they name are run.
-        limit: documents of each task, to see that everything runs.
-        compare: folders of earlier evaluations on tasks, with commas between them: a column of the table for each.
-        batch_size: texts side by side.
-        max_length: tokens that tasks read at most to predict the next: contexts lose their beginning, long documents
-            are read in windows. 2,048 for the suite, otherwise nothing is cut by default.
-        lengths: a text file; how well it is predicted at each distance from its beginning.
-        passkey: find a five-digit key in repeated sentences and in real text, by length and depth.
-        max_tokens: tokens that `--lengths` and `--passkey` go up to.
-        reset_every: `--lengths` compares with memories emptied every so many tokens.
-        trials: keys for each length and depth.
-        device: where the model runs, such as cpu; cuda where there is one by default.
-        folder: where results go; a new one under runs/ by default.
+        model: Folder of a model, or of the run that trained it.
+        suite: "paper" runs the paper's ten tasks and shows its results for the same model, if it has any.
+        tasks: Names of harness tasks, separated by commas.
+        local: Folder with data for the local tasks (lambada_local, wikitext2_local, piqa_local) and optionally with
+            task files of your own, in which {local} stands for the folder. Python files that they name are executed.
+        limit: Number of documents per task, for a quick test.
+        compare: Folders of earlier evaluations on tasks, separated by commas; each adds a column to the table.
+        batch_size: Number of texts read at once.
+        max_length: Maximum number of tokens that tasks read to predict the next one: contexts are truncated on the
+            left, long documents are read in windows. Default: 2,048 with --suite, otherwise no limit.
+        lengths: Text file; reports bits per token by position.
+        passkey: Find a five-digit key in repeated sentences and in real text, by length and depth.
+        max_tokens: Maximum number of tokens read by --lengths and --passkey.
+        reset_every: Number of tokens between resets in the second reading of --lengths, which empties the memories.
+        trials: Number of keys per length and depth.
+        device: Device of the model, such as cpu. Default: cuda if available.
+        folder: Folder for the results. Default: a new one under runs/.
     """
     options = {**locals(), **keeping}
     del options["keeping"]
@@ -81,7 +80,7 @@ def eval(
     from hqlt.language.folder import find_model, tokenizer_of
 
     place = folder or Path("runs") / f"eval-{model.resolve().name}-{datetime.now():%Y%m%d-%H%M%S}"
-    check(options, place)
+    check_options(options, place)
     retention = Keeping(**keeping)
     config = retention.config_of(model)
     options |= {"model": find_model(model), "device": usable_device(device)}
@@ -90,78 +89,90 @@ def eval(
     tokenizer = tokenizer_of(model, config.vocab_size)
     text = tokens_of(lengths, tokenizer, max_tokens) if lengths else []
     haystacks = haystacks_for(tokenizer, max_tokens) if passkey else []
-    others = earlier(options) if compare else {}
+    others = earlier_results(options) if compare else {}
     loaded = tasks_of(suite, tasks, local)
     with exclusive_folder(place):
         job = Job(retention.load(model, options["device"], Console()), tokenizer, place, options)
         job.kept = kept_in(job, text, haystacks)
         if loaded:
-            on_tasks(job, loaded, others)
+            evaluate_tasks(job, loaded, others)
         if lengths:
-            on_lengths(job, lengths.name, text, reset_every)
+            evaluate_lengths(job, lengths.name, text, reset_every)
         if passkey:
-            on_passkey(job, haystacks, max_tokens, trials)
+            evaluate_retrieval(job, haystacks, max_tokens, trials)
 
 
-def check(options: dict[str, Any], place: Path) -> None:
-    """Raises ValueError, OSError or ModuleNotFoundError for what would only fail after other work is done."""
-    on_tasks = options["suite"] or options["tasks"]
-    if not (on_tasks or options["lengths"] or options["passkey"]):
+def check_options(options: dict[str, Any], place: Path) -> None:
+    """Refuse, before any work is done, what would only fail later.
+
+    Raises:
+        ValueError: for options that do not fit together, and for a folder that holds a run.
+        OSError: for a folder that does not exist.
+        ModuleNotFoundError: for a missing package.
+    """
+    tasks = options["suite"] or options["tasks"]
+    if not (tasks or options["lengths"] or options["passkey"]):
         raise ValueError("expected something to evaluate: --suite paper, --tasks NAMES, --lengths FILE or --passkey")
-    if options["compare"] is not None and not on_tasks:
-        raise ValueError("compare: expected together with tasks, whose figures stand side by side; give --tasks NAMES")
+    if options["compare"] is not None and not tasks:
+        raise ValueError("compare: expected tasks to compare, got none; give --tasks NAMES")
     for name in ("limit", "batch_size", "max_length", "max_tokens", "reset_every", "trials"):
         if options[name] is not None and options[name] < 1:
             raise ValueError(f"{name.replace('_', '-')}: expected at least 1, got {options[name]}")
     if options["local"] and not options["local"].is_dir():
         raise NotADirectoryError(f"local: expected a folder, got {options['local']}")
     if place.is_dir() and (kind := kind_of(place)):
-        raise ValueError(f"{place}: expected a folder for results alone, found a run of {COMMANDS[kind]}; name another")
-    require("jinja2", "matplotlib", *["lm_eval"] * bool(on_tasks))
+        raise ValueError(f"{place}: expected a folder for results only, found a run of {COMMANDS[kind]}; name another")
+    require("jinja2", "matplotlib", *["lm_eval"] * bool(tasks))
 
 
-def tokens_of(file: Path, tokenizer: Tokenizer, longest: int) -> list[int]:
-    """The first tokens of a text, of which no more is read than they need.
+def tokens_of(file: Path, tokenizer: Tokenizer, max_tokens: int) -> list[int]:
+    """Read the first `max_tokens` tokens of a text file, and no more of the file than they need.
 
-    Raises ValueError and OSError for what is no text of two tokens or more.
+    Raises:
+        ValueError: if the file is not text in UTF-8, or has fewer than two tokens.
+        OSError: if the file cannot be read.
     """
-    size, whole, tokens = longest, False, list[int]()
-    while not whole and len(tokens) <= longest:
+    size, whole, tokens = max_tokens, False, list[int]()
+    while not whole and len(tokens) <= max_tokens:
         size *= 4
         text, whole = beginning_of(file, size)
         tokens = [*tokenizer.prefix_ids, *tokenizer.encode(text)]
-    if len(tokens[:longest]) < 2:
-        given = min(len(tokens), longest)
-        raise ValueError(f"{file}: expected at least two tokens, to predict one from the other, got {given}")
-    return tokens[:longest]
+    if len(tokens[:max_tokens]) < 2:
+        got = min(len(tokens), max_tokens)
+        raise ValueError(f"{file}: expected at least two tokens, to predict one from the other, got {got}")
+    return tokens[:max_tokens]
 
 
-def haystacks_for(tokenizer: Tokenizer, longest: int) -> list[Haystack]:
-    """What keys are hidden in. Raises ValueError where the shortest text has no room for a key."""
-    from hqlt.evaluate.retrieval import PASSKEY, lengths_up_to, needle, text_of
+def haystacks_for(tokenizer: Tokenizer, max_tokens: int) -> list[Haystack]:
+    """Make the haystacks that keys are hidden in.
+
+    Raises:
+        ValueError: if the shortest text has no room for a key.
+    """
+    from hqlt.evaluate.retrieval import PASSKEY, haystack_tokens, lengths_up_to, needle
     from hqlt.task.text import files_of
 
     library = bytes(files_of("test")[0][:NEEDLE_FILLER].tolist()).decode(errors="replace")
     haystacks = [PASSKEY, needle(library)]
     for haystack in haystacks:
-        text_of(tokenizer, haystack, [], "00000", lengths_up_to(longest)[0], depth=0)
+        haystack_tokens(tokenizer, haystack, [], "00000", lengths_up_to(max_tokens)[0], depth=0)
     return haystacks
 
 
 def kept_in(job: Job, text: list[int], haystacks: list[Haystack]) -> dict[str, Any] | None:
-    """Which entries stay of a text with a key in it where one is looked for, or else of the text that is read."""
-    from hqlt.evaluate.retrieval import text_of
+    """Show which KV entries are kept of a text, which contains a key if there are haystacks."""
+    from hqlt.evaluate.retrieval import haystack_tokens
     from hqlt.report.kept_page import SHOWN, kept_in_text
 
     for haystack in haystacks[-1:]:
         filler = job.tokenizer.encode(haystack.filler[: 8 * SHOWN])
-        text = list(text_of(job.tokenizer, haystack, filler, "52407", SHOWN, depth=0.25))
+        text = list(haystack_tokens(job.tokenizer, haystack, filler, "52407", SHOWN, depth=0.25))
     return kept_in_text(job.model, text, job.tokenizer, job.folder) if text else None
 
 
 @dataclass
 class Job:
-    """What is evaluated, and what has come out so far."""
+    """An evaluation, and its results so far."""
 
     model: HQLTForCausalLM
     tokenizer: Tokenizer
@@ -170,12 +181,12 @@ class Job:
     results: dict[str, Any] = field(default_factory=dict)
     sections: list[dict[str, Any]] = field(default_factory=list)
     kept: dict[str, Any] | None = None
-    """Which entries stay, for a model that keeps any."""
+    """The page's section on kept entries, for a model that keeps entries beyond its window."""
     console: Console = field(default_factory=Console)
 
     @functools.cached_property
     def facts(self) -> dict[str, Any]:
-        """What else the numbers depend on."""
+        """What the results depend on besides the options."""
         from hqlt import __version__, fingerprint
 
         return {
@@ -194,7 +205,7 @@ class Job:
     def add(
         self, title: str, results: Any, columns: list[str], rows: list[list[str]], caption: str, figure: Any = None
     ) -> None:
-        """Show a table, and leave all there is so far: what comes next may fail, or be interrupted."""
+        """Print a table, and write all results so far, because a later part may fail or be interrupted."""
         from hqlt.report.plots import save
         from hqlt.report.table import Table, TableCell
 
@@ -205,21 +216,21 @@ class Job:
         self.sections.append({"title": title, "table": table, "plot": plot})
         self.console.print(f"[bold]{title}[/bold]")
         self.console.print(table.for_terminal())
-        self.leave()
+        self.write()
 
-    def leave(self) -> None:
-        """Everything as JSON, and one page."""
+    def write(self) -> None:
+        """Write results.json and the page."""
         from hqlt.report.page import write_page
 
         settings = self.options | self.facts
         written = {"settings": settings, "config": self.model.config.to_diff_dict(), "results": self.results}
         (self.folder / "results.json").write_text(json.dumps(written, indent=1, default=str) + "\n", encoding="utf-8")
-        cut = self.options["max_length"]
+        max_length = self.options["max_length"]
         write_page(
             self.folder / "report.html",
             title=f"Evaluation of {self.options['model']}",
-            introduction="Texts are read whole, piece by piece: what was read is carried on in the memories."
-            + (f" Those of tasks are cut: at most {cut:,} tokens are read to predict the next." if cut else ""),
+            introduction="Texts are read in chunks, with memories carried from chunk to chunk."
+            + (f" Tasks read at most {max_length:,} tokens to predict the next one." if max_length else ""),
             sections=self.sections,
             kept=self.kept,
             protocol="hqlt eval, with these settings:",
@@ -229,7 +240,7 @@ class Job:
 
 
 def tasks_of(suite: str | None, tasks: str | None, local: Path | None) -> list[Any]:
-    """Those that are named, with their data."""
+    """Load the tasks of the suite and the named ones, with their data."""
     from hqlt.evaluate.paper import tables
 
     named = [name.strip() for name in (tasks or "").split(",") if name.strip()]
@@ -243,88 +254,95 @@ def tasks_of(suite: str | None, tasks: str | None, local: Path | None) -> list[A
     return load_tasks(names, local)
 
 
-def earlier(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """By folder: what earlier evaluations found on tasks.
+def earlier_results(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Read the results of earlier evaluations on tasks, by folder.
 
-    Raises ValueError and OSError for folders without, and for evaluations of other documents or contexts than this.
+    Raises:
+        ValueError: for an evaluation without tasks, or with another limit or max_length than this one.
+        OSError: for a folder without results.
     """
     found = {}
     for name in filter(None, map(str.strip, options["compare"].split(","))):
         file = Path(name) / "results.json"
-        told = json.loads(file.read_text(encoding="utf-8"))
-        if "tasks" not in told.get("results", {}):
+        evaluation = json.loads(file.read_text(encoding="utf-8"))
+        if "tasks" not in evaluation.get("results", {}):
             raise ValueError(f"compare: expected an evaluation of `hqlt eval --tasks` in {name}, got one without tasks")
-        for asked in ("limit", "max_length"):
-            if (theirs := told["settings"][asked]) != options[asked]:
-                option = asked.replace("_", "-")
+        for option in ("limit", "max_length"):
+            if (theirs := evaluation["settings"][option]) != options[option]:
                 raise ValueError(
-                    f"compare: expected an evaluation with {option} {options[asked]}, got {theirs} in {name}"
+                    f"compare: expected an evaluation with {option.replace('_', '-')} {options[option]}, "
+                    f"got {theirs} in {name}"
                 )
-        found[name] = told["results"]["tasks"]
+        found[name] = evaluation["results"]["tasks"]
     return found
 
 
-def on_tasks(job: Job, tasks: list[Any], others: dict[str, dict[str, Any]]) -> None:
+def evaluate_tasks(job: Job, tasks: list[Any], others: dict[str, dict[str, Any]]) -> None:
+    """Run the tasks, and compare the results with the paper's and with those of earlier evaluations."""
     from hqlt.evaluate.harness import HarnessModel, run_tasks
     from hqlt.evaluate.paper import PERCENT, compare, counterpart
 
-    given, limit = job.options, job.options["limit"]
-    model = HarnessModel(job.model, job.tokenizer, given["batch_size"], given["max_length"])
+    options, limit = job.options, job.options["limit"]
+    model = HarnessModel(job.model, job.tokenizer, options["batch_size"], options["max_length"])
     results = run_tasks(model, tasks, limit)
     config: Any = job.model.config
     paper = counterpart(config)
     known = {
-        name: {(line.task, line.metric): told(line) for line in compare(theirs, config)}
+        name: {(line.task, line.metric): with_error(line) for line in compare(theirs, config)}
         for name, theirs in others.items()
     }
     rows = [
-        [line.task, line.metric, told(line), "–" if line.paper is None else f"{line.paper:g}"]
+        [line.task, line.metric, with_error(line), "–" if line.paper is None else f"{line.paper:g}"]
         + [of_other.get((line.task, line.metric), "–") for of_other in known.values()]
         for line in compare(results, config)
     ]
     caption = f"{', '.join(PERCENT)} and their averages in percent. " + (
-        f"Paper: its {paper.name}." if paper else "The paper has no such model."
+        f"Paper: its model {paper.name}." if paper else "The paper has no such model."
     )
     if limit:
-        caption += f" The first {limit} documents only."
+        caption += f" The first {limit} documents of each task only."
     job.add("Tasks", results, ["task", "metric", "ours", "paper", *known], rows, caption)
 
 
-def told(line: Line) -> str:
-    """A number with its standard error."""
+def with_error(line: Comparison) -> str:
+    """Format a result with its standard error."""
     return f"{line.ours:.4g}" + ("" if line.error is None else f" ± {line.error:.2g}")
 
 
-def on_lengths(job: Job, name: str, tokens: list[int], every: int) -> None:
+def evaluate_lengths(job: Job, name: str, tokens: list[int], reset_every: int) -> None:
+    """Measure bits by position in a text."""
     from hqlt.evaluate.lengths import bits_by_position
     from hqlt.report.evaluation import figure_of_lengths
 
-    with progress("reading", len(tokens)) as told:
-        bins = bits_by_position(job.model, tokens, every, told)
+    with progress("reading", len(tokens)) as on_progress:
+        bins = bits_by_position(job.model, tokens, reset_every, on_progress)
     rows = [[f"{part.begin:,} – {part.end:,}", f"{part.carried:.4f}", f"{part.emptied:.4f}"] for part in bins]
-    caption = f"{name}, {len(tokens):,} tokens, read once, in bits per {job.unit}."
-    columns = ["position", "all before", f"emptied every {every:,}"]
-    figure = figure_of_lengths(bins, every, job.unit)
+    caption = f"{name}: bits per {job.unit} by position; {len(tokens):,} tokens, read once."
+    columns = ["position", "memories carried", f"emptied every {reset_every:,}"]
+    figure = figure_of_lengths(bins, reset_every, job.unit)
     job.add("Far beyond training", [part._asdict() for part in bins], columns, rows, caption, figure)
 
 
-def on_passkey(job: Job, haystacks: list[Haystack], longest: int, trials: int) -> None:
+def evaluate_retrieval(job: Job, haystacks: list[Haystack], max_tokens: int, trials: int) -> None:
+    """Measure how often keys are found, by length and depth."""
     from hqlt.evaluate.retrieval import lengths_up_to, retrieval
     from hqlt.report.evaluation import figure_of_retrieval
 
-    lengths = lengths_up_to(longest)
+    lengths = lengths_up_to(max_tokens)
     found = {}
     for haystack in haystacks:
-        with progress(haystack.name, trials * sum(lengths)) as told:
-            found[haystack.name] = retrieval(job.model, job.tokenizer, haystack, lengths, trials=trials, told=told)
+        with progress(haystack.name, trials * sum(lengths)) as on_progress:
+            found[haystack.name] = retrieval(
+                job.model, job.tokenizer, haystack, lengths, trials=trials, on_progress=on_progress
+            )
     rows = [
         [name, f"{depth:.0%}", *(f"{100 * one.right / trials:.0f}" for one in results if one.depth == depth)]
         for name, results in found.items()
         for depth in sorted({one.depth for one in results})
     ]
     caption = (
-        f"Keys found, in percent: {trials} of five digits for each length (in tokens) and depth, greedy answers. "
-        f"Needle: Python's library as filler."
+        f"Keys found, in percent, by depth and length in tokens: {trials} keys of five digits each, greedy answers. "
+        f"The needle's filler is Python's standard library."
     )
     columns = ["text", "depth", *(f"{length:,}" for length in lengths)]
     written = {name: [result._asdict() for result in results] for name, results in found.items()}

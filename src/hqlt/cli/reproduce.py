@@ -1,4 +1,4 @@
-"""`hqlt reproduce`: a study of the paper, or one of your own, as a grid of cells."""
+"""`hqlt reproduce`: run a study of the paper, or one of your own, as a grid of cells."""
 
 from __future__ import annotations
 
@@ -27,31 +27,32 @@ def reproduce(
     quick: bool = False,
     export: Path | None = None,
 ) -> None:
-    """Train and score every model of a study with every seed, and print ours beside the paper's.
+    """Train and score every model of a study with every seed, and compare the results with the paper's.
 
-    "expressivity" (or "table-2") is the paper's table of what each model can compute; "suite" has the other tasks,
-    "ablations" windows, mixers and convolutions. "language" is the table of language models,
-    "language-ablations" changes one part at a time, "recall" asks for facts by window size; at the paper's scale these
-    three are commands for many GPUs, printed with an estimate of the hours, and run where there are GPUs.
-    Or give a YAML file of your own. Cells run in parallel processes. A finished cell is never run again: the same
-    command resumes where an earlier one was stopped.
+    "expressivity" (or "table-2") reproduces the paper's table of what each model can compute; "suite" adds other
+    tasks; "ablations" varies windows, mixers and convolutions; "language" compares language models;
+    "language-ablations" changes one part at a time; "recall" measures recall by window size. At the paper's scale, the
+    last three are commands for many GPUs: they are printed with an estimate of the hours, and run if there are GPUs.
+
+    A YAML file runs a study of your own. Cells (one model, experiment and seed) run in parallel processes. A finished
+    cell is never run again: the same command resumes a study that was stopped.
 
     Args:
-        what: the study's name, or a YAML file.
-        scale: "laptop" shows who solves what on two cores; "paper" is the paper's own setting, for a GPU.
-        only: one experiment of the study, such as "parity"; of commands for many GPUs, one run's name.
-        folder: where everything goes; runs/STUDY-SCALE by default.
-        workers: processes side by side, one thread each; all cores by default.
-        device: where models are trained, such as "cuda"; all workers share it. cpu by default.
-        quick: budgets too small to learn, to see that everything runs.
-        export: a folder for what is worth committing, such as results/expressivity.
+        what: Name of a study, or a YAML file.
+        scale: "laptop" runs on two CPU cores; "paper" is the paper's own setting, for a GPU.
+        only: One experiment of the study, such as "parity"; for commands for many GPUs, the name of one run.
+        folder: Folder for all results. Default: runs/STUDY-SCALE.
+        workers: Number of parallel processes, with one thread each. Default: the number of cores.
+        device: Device for training, shared by all workers, such as "cuda". Default: cpu.
+        quick: Use budgets too small to learn, to check that everything runs.
+        export: Folder for a copy of the results that are worth committing, such as results/expressivity.
     """
     given = {"folder": folder, "workers": workers, "device": device, "export": export}
     if scale == "paper" and what in TABLES:
         if refused := [f"--{name}" for name, value in {**given, "quick": quick or None}.items() if value is not None]:
             raise SystemExit(
-                f"{', '.join(refused)}: expected at most --only with {what} at the paper's scale, which is commands "
-                f"for all GPUs with folders of their own under runs/"
+                f"{', '.join(refused)}: expected no option but --only with {what} at the paper's scale, whose commands "
+                f"use all GPUs and folders of their own under runs/"
             )
         print_and_run(what, only, Console(highlight=False))
         return
@@ -77,12 +78,12 @@ def reproduce(
 
 
 def find(what: str, scale: str) -> tuple[str, Path]:
-    """A study's name and its file."""
+    """Find a study's file by its name and scale, and return both."""
     if what.endswith((".yaml", ".yml")):
         return Path(what).stem, Path(what)
     studies = known_studies()
     check_choice("what", what, sorted({*ALIASES, *(name.rpartition("-")[0] for name in studies)} - {""}))
     name = f"{ALIASES.get(what, what)}-{scale}"
     if name not in studies:
-        raise ValueError(f"scale: expected one that {what} has, got {scale!r}; there are {', '.join(studies)}")
+        raise ValueError(f"scale: expected one that {what} has, got {scale!r}; studies are {', '.join(studies)}")
     return name, studies[name]

@@ -1,4 +1,4 @@
-"""Scores of models."""
+"""Evaluation of models: scores on tasks, lm-evaluation-harness, long texts, retrieval."""
 
 from hqlt.evaluate.scores import Score, evaluate
 

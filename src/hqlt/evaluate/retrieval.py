@@ -1,4 +1,4 @@
-"""A key hidden in a long text, asked for at its end."""
+"""Key retrieval: hide a key in a long text and ask for it at the end."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from torch import Tensor
 from hqlt.data import Tokenizer
 from hqlt.model import HQLTCache, HQLTForCausalLM
 
-PIECE = 1024
+CHUNK = 1024
+"""Tokens per row and forward pass."""
 SHORTEST = 1000
+"""Tokens of the shortest text."""
 
 
 class Haystack(NamedTuple):
-    """What a row reads: introduction, filler with the fact somewhere in it, question."""
+    """The parts of a text: introduction, filler with the fact somewhere inside, question."""
 
     name: str
     introduction: str
     fact: str
-    """With {key} where the key stands."""
+    """Contains {key} in place of the key."""
     question: str
     filler: str
     """Repeated as often as needed."""
@@ -40,19 +42,24 @@ PASSKEY = Haystack(
 
 
 def needle(filler: str) -> Haystack:
-    """A fact in real text, mentioned once."""
+    """Make a haystack of real text, with the fact mentioned once."""
     fact = "\nThe best thing to remember about this text is the number {key}.\n"
     return Haystack("needle", "", fact, "\nThe best thing to remember about this text is the number", filler)
 
 
-class Found(NamedTuple):
+class RetrievalScore(NamedTuple):
+    """How often the key was found at one length and depth."""
+
     length: int
+    """Number of tokens in the text."""
     depth: float
-    """Where the fact stands: 0 at the beginning, 1 just before the question."""
+    """Position of the fact: 0 at the beginning, 1 just before the question."""
     trials: int
+    """Number of texts."""
     right: int
+    """Number of texts for which the greedy answer is the key."""
     tokens_right: float
-    """The share of the keys' tokens that are the likeliest, given the key's tokens before."""
+    """Share of the keys' tokens that are the most likely ones given the key's tokens before them."""
 
 
 def retrieval(
@@ -63,38 +70,66 @@ def retrieval(
     depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
     trials: int = 4,
     seed: int = 0,
-    told: Callable[[int], None] | None = None,
-) -> list[Found]:
-    """How often a greedy answer is the key, by length and depth.
+    on_progress: Callable[[int], None] | None = None,
+) -> list[RetrievalScore]:
+    """Measure how often the greedy answer is the key, by length and depth.
 
-    Texts are made as they are read, one row a depth, so that what is held depends on neither length nor trials. Each
-    key has five digits. told: called with the number of columns read, after each piece.
+    Texts are generated while they are read, one row per depth, so that memory use depends on neither their length nor
+    the number of trials.
+
+    Args:
+        model: the model, in evaluation mode.
+        tokenizer: the model's tokenizer.
+        haystack: the kind of text.
+        lengths: numbers of tokens.
+        depths: positions of the fact, from 0 (beginning) to 1 (just before the question).
+        trials: keys per length and depth; each has five random digits.
+        seed: of the keys.
+        on_progress: called after each chunk with its number of tokens per row.
+
+    Returns:
+        One score for each length and depth.
+
+    Raises:
+        ValueError: if a length has no room for the fact and the question.
     """
     filler, question = tokenizer.encode(haystack.filler), tokenizer.encode(haystack.question)
-    results, chance = [], random.Random(seed)
+    results, generator = [], random.Random(seed)
     for length in lengths:
         found: list[list[tuple[bool, float]]] = [[] for _ in depths]
         for _ in range(trials):
-            keys = [f"{chance.randrange(10**5):05d}" for _ in depths]
+            keys = [f"{generator.randrange(10**5):05d}" for _ in depths]
             places = zip(keys, depths, strict=True)
-            texts = [text_of(tokenizer, haystack, filler, key, length, depth) for key, depth in places]
-            # as it goes on from the question: by itself it might begin with another blank
+            texts = [haystack_tokens(tokenizer, haystack, filler, key, length, depth) for key, depth in places]
+            # encoded after the question, because on its own it might begin with another space
             answers = [tokenizer.encode(f"{haystack.question} {key}")[len(question) :] for key in keys]
-            for of_depth, ids, hit in zip(found, answers, answer(model, texts, answers, told), strict=True):
-                of_key = [named for token, named in zip(ids, hit, strict=True) if tokenizer.decode([token]).strip()]
+            for of_depth, ids, hit in zip(found, answers, greedy_hits(model, texts, answers, on_progress), strict=True):
+                of_key = [right for token, right in zip(ids, hit, strict=True) if tokenizer.decode([token]).strip()]
                 of_depth.append((all(hit), sum(of_key) / len(of_key)))
         for depth, of_depth in zip(depths, found, strict=True):
             right, shares = map(sum, zip(*of_depth, strict=True))
-            results.append(Found(length, depth, trials, int(right), shares / trials))
+            results.append(RetrievalScore(length, depth, trials, int(right), shares / trials))
     return results
 
 
-def text_of(
+def haystack_tokens(
     tokenizer: Tokenizer, haystack: Haystack, filler: Sequence[int], key: str, length: int, depth: float
 ) -> Iterator[int]:
-    """`length` tokens, one by one; filler: the haystack's, as tokens.
+    """Generate a text of `length` tokens, one token at a time.
 
-    Raises ValueError where the fact and the question alone are longer.
+    Args:
+        tokenizer: the model's tokenizer.
+        haystack: the kind of text.
+        filler: the haystack's filler, as tokens.
+        key: inserted into the fact.
+        length: number of tokens.
+        depth: position of the fact, from 0 to 1.
+
+    Returns:
+        An iterator over tokens.
+
+    Raises:
+        ValueError: if introduction, fact and question are longer than `length`.
     """
     introduction = [*tokenizer.prefix_ids, *tokenizer.encode(haystack.introduction)]
     question = tokenizer.encode(haystack.question)
@@ -102,7 +137,7 @@ def text_of(
     room = length - len(introduction) - len(fact) - len(question)
     if room < 0:
         raise ValueError(
-            f"length: expected at least {length - room} tokens, as the fact and its question have, got {length}"
+            f"length: expected at least {length - room} tokens for the fact and its question, got {length}"
         )
     endless = itertools.cycle(filler)
     before = round(room * depth)
@@ -112,25 +147,25 @@ def text_of(
 
 
 @torch.no_grad()
-def answer(
+def greedy_hits(
     model: HQLTForCausalLM,
     texts: Sequence[Iterator[int]],
     answers: Sequence[Sequence[int]],
-    told: Callable[[int], None] | None = None,
+    on_progress: Callable[[int], None] | None = None,
 ) -> list[list[bool]]:
-    """For each text and each token of its answer: is it the likeliest, given the text and the answer so far?
+    """For each text, tell which tokens of its answer are the most likely given the text and the answer before them.
 
-    All of them are exactly where greedy decoding writes the answer.
+    All of them are if and only if greedy decoding generates the answer.
     """
     cache = HQLTCache()
     last: Tensor | None = None
-    while columns := [list(itertools.islice(text, PIECE)) for text in texts]:
+    while columns := [list(itertools.islice(text, CHUNK)) for text in texts]:
         if not columns[0]:
             break
         output = model.model(torch.tensor(columns, device=model.device), past_key_values=cache)
         last = output.last_hidden_state[:, -1:]
-        if told is not None:
-            told(len(columns[0]))
+        if on_progress is not None:
+            on_progress(len(columns[0]))
     assert last is not None, "a text has at least a question"
     longest = max(map(len, answers))
     padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in answers], device=model.device)
@@ -141,6 +176,6 @@ def answer(
 
 
 def lengths_up_to(longest: int) -> list[int]:
-    """1,000, then four times as long each time, and the longest."""
+    """Return 1,000, 4,000, 16,000, … and the longest."""
     lengths = list(itertools.takewhile(lambda n: n < longest, (SHORTEST * 4**i for i in range(32))))
     return [*lengths, longest]

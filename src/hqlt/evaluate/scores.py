@@ -1,4 +1,4 @@
-"""Scores of a model on a batch of a task, as a whole and along the task's coordinate."""
+"""Score a model on a batch of a task, in total and along the task's coordinate."""
 
 from __future__ import annotations
 
@@ -13,14 +13,19 @@ from hqlt.task import IGNORE, Batch, Task
 
 
 class Score(NamedTuple):
+    """The score of a model on a task."""
+
     metric: str
-    """"accuracy", "exact" (chance 0, perfect 1), an agent's "success": higher is better; "bits" per token: lower."""
+    """"accuracy" (0 is chance, 1 perfect), "exact" or an agent's "success" (higher is better), or "bits" per token
+    (lower is better)."""
     value: float
+    """The score over the whole batch."""
     curve: list[tuple[float, float]]
-    """(mean coordinate, score) of bins along the task's coordinate, each with about as many scored tokens."""
+    """(mean coordinate, score) of bins along the task's coordinate, each with about the same number of scored tokens.
+    """
 
     def better_than(self, other: Score) -> bool:
-        """A score that is not a number is worse than any other."""
+        """Whether this score is better than another one. NaN is worse than every number."""
         if math.isnan(self.value) or math.isnan(other.value):
             return math.isnan(other.value) and not math.isnan(self.value)
         return self.value < other.value if self.metric == "bits" else self.value > other.value
@@ -28,7 +33,26 @@ class Score(NamedTuple):
 
 @torch.no_grad()
 def evaluate(model: nn.Module, task: Task, batch: Batch, *, bins: int = 12, rows_at_once: int = 64) -> Score:
-    """Score the model on a batch, some rows at a time."""
+    """Score a model on a batch of a task.
+
+    Args:
+        model: a language model that takes `inputs` and `resets`; it is put into evaluation mode.
+        task: the task that the batch is from; it defines the metric.
+        batch: inputs and targets; moved to the model's device.
+        bins: number of points on the score's curve.
+        rows_at_once: number of rows per forward pass.
+
+    Returns:
+        The score, with its curve along the task's coordinate.
+
+    Example:
+        >>> import hqlt
+        >>> from hqlt.task import Parity, generator_for
+        >>> task = Parity()
+        >>> model = hqlt.HQLTForCausalLM(hqlt.preset("tiny", vocab_size=task.vocab_size))
+        >>> hqlt.evaluate.evaluate(model, task, task.sample(generator_for("test", 0), 8, "test")).metric
+        'accuracy'
+    """
     model.eval()
     batch = batch.to(next(model.parameters(), batch.inputs).device)
     outcomes, coordinates = [], []
@@ -56,13 +80,22 @@ def evaluate(model: nn.Module, task: Task, batch: Batch, *, bins: int = 12, rows
 
 
 def outcome(task: Task, logits: Tensor, targets: Tensor) -> Tensor:
-    """For each scored token: its bits, or whether it was named right. logits: [n, vocabulary], targets: [n] → [n]."""
+    """Score each token: its bits, or 1 if it is predicted correctly and 0 otherwise.
+
+    Args:
+        task: defines the metric.
+        logits ([n, vocabulary]): predictions.
+        targets ([n]): the right tokens.
+
+    Returns:
+        [n].
+    """
     if task.metric == "bits":
         return F.cross_entropy(logits, targets, reduction="none") / math.log(2)
     return (logits.argmax(dim=-1) == targets).float()
 
 
 def summary(task: Task, outcomes: Tensor) -> float:
-    """Mean bits, or normalised accuracy (accuracy − chance) / (1 − chance)."""
+    """Average outcomes to mean bits, or to normalized accuracy (accuracy − chance) / (1 − chance)."""
     mean = outcomes.double().mean().item()
     return mean if task.metric == "bits" else (mean - task.chance) / (1 - task.chance)

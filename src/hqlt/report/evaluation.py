@@ -1,4 +1,4 @@
-"""Plots of what was evaluated beside tasks: bits by position, and what is found by length and depth."""
+"""Plots of `hqlt eval`: bits by position, and keys found by length and depth."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hqlt.evaluate.lengths import Bin
-from hqlt.evaluate.retrieval import Found
+from hqlt.evaluate.retrieval import RetrievalScore
 from hqlt.report.palette import GREY, VERMILLION
 
 
-def figure_of_lengths(bins: Sequence[Bin], every: int, unit: str) -> Figure:
-    """Bits by position, everything remembered and the memories emptied every so often."""
+def figure_of_lengths(bins: Sequence[Bin], reset_every: int, unit: str) -> Figure:
+    """Plot bits by position, with carried memories and with memories emptied every `reset_every` tokens."""
     figure, axes = pyplot.subplots(figsize=(6, 3.8), layout="constrained")
     middles = [(part.begin + part.end) / 2 for part in bins]
-    axes.plot(middles, [part.carried for part in bins], marker="o", markersize=3, color=VERMILLION, label="all before")
+    carried = [part.carried for part in bins]
+    axes.plot(middles, carried, marker="o", markersize=3, color=VERMILLION, label="memories carried")
     emptied = [part.emptied for part in bins]
-    axes.plot(middles, emptied, linestyle="--", color=GREY, label=f"emptied every {every:,} tokens")
+    axes.plot(middles, emptied, linestyle="--", color=GREY, label=f"memories emptied every {reset_every:,} tokens")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     axes.set_xlabel("position in the text, tokens")
@@ -30,8 +31,8 @@ def figure_of_lengths(bins: Sequence[Bin], every: int, unit: str) -> Figure:
     return figure
 
 
-def figure_of_retrieval(found: Mapping[str, Sequence[Found]]) -> Figure:
-    """A heat map for each kind of haystack: how often the key is found, by length and depth."""
+def figure_of_retrieval(found: Mapping[str, Sequence[RetrievalScore]]) -> Figure:
+    """Plot how often the key is found by length and depth, as one heat map per haystack."""
     figure, panels = pyplot.subplots(
         1, len(found), figsize=(1.2 + 4.6 * len(found), 3.6), squeeze=False, layout="constrained"
     )
@@ -40,7 +41,7 @@ def figure_of_retrieval(found: Mapping[str, Sequence[Found]]) -> Figure:
     return figure
 
 
-def heat_map(axes: Axes, name: str, results: Sequence[Found]) -> None:
+def heat_map(axes: Axes, name: str, results: Sequence[RetrievalScore]) -> None:
     lengths = sorted({result.length for result in results})
     depths = sorted({result.depth for result in results})
     by_place = {(result.depth, result.length): result for result in results}
@@ -56,4 +57,4 @@ def heat_map(axes: Axes, name: str, results: Sequence[Found]) -> None:
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
     axes.set_xlabel("length, tokens")
     axes.set_ylabel("depth of the key")
-    axes.set_title(f"{name}: found, %")
+    axes.set_title(f"{name}: keys found, %")
