@@ -29,7 +29,7 @@ from hqlt.memory import MemoryState
 from hqlt.model import HQLTCache, HQLTConfig, HQLTForCausalLM
 from hqlt.registry import build
 from hqlt.state import pack, unpack
-from hqlt.state.small import DTYPES, Kept, from_int8, keep, to_int8
+from hqlt.state.quantization import DTYPES, QuantizedMatrix, from_int8, quantize_matrix, to_int8
 from hqlt.task import Needles, Task, generator_for
 from hqlt.task.text import files_of
 from hqlt.train.fit import Budget, Fit, fit
@@ -115,8 +115,8 @@ def as_int8(x: Tensor, carried: None) -> tuple[Tensor, None]:
     return from_int8(numbers.to(x.dtype), scale), None
 
 
-def as_kept(x: Tensor, carried: Kept | None) -> tuple[Tensor, Kept]:
-    kept = keep(x, carried)
+def as_kept(x: Tensor, carried: QuantizedMatrix | None) -> tuple[Tensor, QuantizedMatrix]:
+    kept = quantize_matrix(x, carried)
     return kept.value(x.dtype), kept
 
 

@@ -29,7 +29,6 @@ TO_DO: set[str] = {
     "registry",
     "report",
     "shapes",
-    "state",
     "study",
     "train",
 }

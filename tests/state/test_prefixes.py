@@ -1,4 +1,4 @@
-"""The prefix store: what follows a hit equals reading anew, and nothing is found that should not be."""
+"""The prefix store: continuing after a hit equals reading the whole text, and no lookup returns a foreign state."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def one():
 
 
 def read(model, tokens, cache=None):
-    """Logits of what the cache has not read, and the cache after it."""
+    """Logits of the tokens that the cache has not read, and the cache after them."""
     cache = HQLTCache() if cache is None else cache
     with torch.no_grad():
         out = model(torch.tensor([tokens[cache.seen_tokens :]]), past_key_values=cache)
@@ -54,7 +54,7 @@ def put(store, model, tokens, salt=""):
 
 @st.composite
 def trees(draw):
-    """Prompts that each continue a part of an earlier one."""
+    """Prompts, each of which continues a prefix of an earlier one."""
     texts = [draw(st.lists(st.integers(1, 22), min_size=1, max_size=9))]
     for _ in range(draw(st.integers(1, 4))):
         stem = draw(st.sampled_from(texts))
@@ -64,22 +64,22 @@ def trees(draw):
 
 
 @given(texts=trees())
-def test_what_follows_a_hit_is_what_follows_reading_anew(model, texts):
-    """As a server does: continue what is stored, keep what was read, for every prompt of a random tree."""
+def test_continuing_after_a_hit_equals_reading_the_whole_text(model, texts):
+    """As a server does for every prompt of a random tree: continue from the store, then store the new state."""
     store = PrefixStore(model)
-    known: list[list[int]] = []
+    stored: list[list[int]] = []
     for text in texts:
-        longest = max((len(stem) for stem in known if len(stem) < len(text) and text[: len(stem)] == stem), default=0)
+        longest = max((len(stem) for stem in stored if len(stem) < len(text) and text[: len(stem)] == stem), default=0)
         cache = store.cache_for(text)
         assert cache.seen_tokens == longest
         logits, cache = read(model, text, cache)
         close(logits, read(model, text)[0][longest:])
         store.put(text, cache.states)
-        known.append(text)
-    assert store.statistics.entries == len(set(map(tuple, known)))
+        stored.append(text)
+    assert store.statistics.entries == len(set(map(tuple, stored)))
 
 
-def test_generate_writes_the_same_text(model):
+def test_generate_returns_the_same_text(model):
     store, prompt = PrefixStore(model), torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5]])
     put(store, model, prompt[0, :6].tolist())
     cache = store.cache_for(prompt)
@@ -94,7 +94,7 @@ def test_generate_writes_the_same_text(model):
     assert model.generate(turn, past_key_values=again, **options).tolist() == model.generate(turn, **options).tolist()
 
 
-def test_one_token_is_left_to_read(one):
+def test_at_least_one_token_is_left_to_read(one):
     store = PrefixStore(one)
     put(store, one, [1, 2, 3])
     put(store, one, [1, 2])
@@ -105,7 +105,7 @@ def test_one_token_is_left_to_read(one):
     assert store.find([2, 2, 3, 4]) == (0, ())
 
 
-def test_another_salt_finds_nothing(one):
+def test_states_of_another_salt_are_not_found(one):
     store = PrefixStore(one)
     put(store, one, [1, 2, 3], "mine")
     for salt in ("", "yours", "mine ", "mine\0"):
@@ -113,40 +113,42 @@ def test_another_salt_finds_nothing(one):
     assert store.find([1, 2, 3, 4], "mine").length == 3
 
 
-def test_what_does_not_fit_is_refused(one):
+def test_invalid_states_and_tokens_are_refused(one):
     store, states = PrefixStore(one), read(one, [1, 2, 3])[1].states
-    with pytest.raises(ValueError, match="expected to have read the 4 tokens given, got states that have read 3"):
+    with pytest.raises(
+        ValueError, match="expected states that have read the 4 tokens given, got states that have read 3"
+    ):
         store.put([1, 2, 3, 4], states)
-    with pytest.raises(ValueError, match="expected one for each of 2 layers, got 1"):
+    with pytest.raises(ValueError, match="expected 2, one per layer, got 1"):
         store.put([1, 2, 3], states[:1])
     with pytest.raises(ValueError, match="a batch of 1, got"):
         store.put([1, 2, 3], [state.repeat(2) for state in states])
     with pytest.raises(ValueError, match=r"expected one text, \[t\] or \[1, t\], got shape \[2, 3\]"):
         store.find(torch.ones(2, 3, dtype=torch.long))
-    with pytest.raises(ValueError, match="expected one with layers of hqlt, got a Linear without"):
+    with pytest.raises(ValueError, match="expected a language model of hqlt, got a Linear without"):
         PrefixStore(torch.nn.Linear(1, 1))
     store.put([], one(torch.ones(1, 0, dtype=torch.long), use_cache=True).past_key_values.states)
     assert store.statistics.entries == 0
 
 
-def test_the_least_recently_used_go_first(one):
+def test_the_least_recently_used_are_evicted_first(one):
     size = sum(state.bytes_per_row() for state in read(one, [1])[1].states)
     store = PrefixStore(one, max_bytes=3 * size)
     for token in (1, 2, 3):
         put(store, one, [token])
     assert store.statistics.bytes == 3 * size
     assert store.find([1, 0]).length == 1
-    put(store, one, [2])  # anew: used
+    put(store, one, [2])  # counts as a use
     put(store, one, [4, 4])
     assert [store.find([token] * 3).length for token in (1, 2, 3, 4)] == [1, 1, 0, 2]
     assert (store.statistics.entries, store.statistics.bytes) == (3, 3 * size)
     small = PrefixStore(one, max_bytes=size - 1)
     put(small, one, [1])
     assert small.statistics == (0, 0, 0, 0)
-    assert not small._places
+    assert not small._prefixes
 
 
-def test_a_part_of_a_batch_takes_its_own_memory(one):
+def test_a_row_of_a_batch_does_not_keep_the_batch_in_memory(one):
     cache = one(torch.ones(64, 3, dtype=torch.long), use_cache=True).past_key_values
     store = PrefixStore(one)
     store.put([1, 1, 1], [state.map(lambda x: x[:1]) for state in cache.states])
@@ -177,8 +179,8 @@ def test_many_threads(one):
     assert count.entries <= 5
 
 
-def test_texts_of_one_mark_are_told_apart(one, monkeypatch):
-    """As an adversary may find them."""
+def test_texts_with_equal_hashes_are_distinguished(one, monkeypatch):
+    """An adversary could construct hash collisions."""
     monkeypatch.setattr(prefixes, "BASE", 0)
     store = PrefixStore(one)
     for text in ([1], [2], [1, 3], [2, 2, 2]):
@@ -188,16 +190,16 @@ def test_texts_of_one_mark_are_told_apart(one, monkeypatch):
     ]  # fmt: skip
 
 
-def test_a_mark_for_each_prefix():
-    marks = prefixes.marks_of(prefixes.as_ids([0, 0, 5, 5]))
-    assert len(set(marks)) == 4
-    assert prefixes.marks_of(prefixes.as_ids([0, 0, 5, 4]))[:3].tolist() == marks[:3].tolist()
-    assert prefixes.marks_of(prefixes.as_ids([])).tolist() == []
+def test_every_prefix_has_a_hash():
+    hashes = prefixes.prefix_hashes(prefixes.token_ids([0, 0, 5, 5]))
+    assert len(set(hashes)) == 4
+    assert prefixes.prefix_hashes(prefixes.token_ids([0, 0, 5, 4]))[:3].tolist() == hashes[:3].tolist()
+    assert prefixes.prefix_hashes(prefixes.token_ids([])).tolist() == []
     base = prefixes.BASE
-    assert marks[2] == (base + base**2 + 6 * base**3) % 2**64
+    assert hashes[2] == (base + base**2 + 6 * base**3) % 2**64
 
 
-def test_keys_name_model_and_dtype():
+def test_keys_depend_on_model_and_dtype():
     owners = [PrefixStore(model)._owner("") for model in (build(), build(seed=1), build().float())]
     assert len(set(owners)) == 3
     assert owners[0] == PrefixStore(build())._owner("")

@@ -1,20 +1,20 @@
-"""What is done with states beyond one call: kept in files, made small, and found again by the tokens that were read."""
+"""States between calls: saved to files, quantized, and looked up by the tokens they have read."""
 
-from hqlt.state.prefixes import Found, PrefixStore, Statistics
-from hqlt.state.small import Kept, keep, pack, unpack
+from hqlt.state.prefixes import PrefixMatch, PrefixStore, StoreStatistics
+from hqlt.state.quantization import QuantizedMatrix, pack, quantize_matrix, unpack
 from hqlt.state.storage import fingerprint, load_notes, load_state, load_unread, save_state
 
 __all__ = [
-    "Found",
-    "Kept",
+    "PrefixMatch",
     "PrefixStore",
-    "Statistics",
+    "QuantizedMatrix",
+    "StoreStatistics",
     "fingerprint",
-    "keep",
     "load_notes",
     "load_state",
     "load_unread",
     "pack",
+    "quantize_matrix",
     "save_state",
     "unpack",
 ]

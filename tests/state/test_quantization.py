@@ -1,17 +1,17 @@
-"""Rounded states: how many bytes, how far from the exact ones, and what stays exact."""
+"""Quantized states: their size, their error, and what stays exact."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from hqlt.state import PrefixStore, keep, pack, unpack
+from hqlt.state import PrefixStore, pack, quantize_matrix, unpack
 from hqlt.state.storage import tensors_of
 from tests.layers import EVERY_STATE, build_layer, tokens
 from tests.state.test_prefixes import build, put, read
 
 STEPS = {"bfloat16": 2**-8, "int8": 1 / 127}
-"""The largest error, of each number's own size and of the largest: half a step, and a scale's own rounding."""
+"""The largest error, relative to each element (bfloat16) or to the largest (int8): half a step plus a rounded scale."""
 
 
 def state_of(choice, dtype=torch.float32):
@@ -38,20 +38,20 @@ def test_round_trip(choice, dtype):
                 assert (error <= step * size.double()).all(), name
 
 
-def test_only_what_is_large_is_rounded():
+def test_only_large_tensors_are_rounded():
     _, state = state_of("delayed-chunk-vector-delta-options")
-    kept = {form: pack([state], form) for form in (None, *STEPS)}
-    assert {name for name, x in kept["bfloat16"].items() if x.dtype == torch.bfloat16} == {
+    packed = {form: pack([state], form) for form in (None, *STEPS)}
+    assert {name for name, x in packed["bfloat16"].items() if x.dtype == torch.bfloat16} == {
         "0.kv.keys", "0.kv.values", "0.fw.matrix", "0.convolution",
     }  # fmt: skip
-    assert {name for name, x in kept["int8"].items() if x.dtype == torch.int8} == {
+    assert {name for name, x in packed["int8"].items() if x.dtype == torch.int8} == {
         "0.kv.keys", "0.kv.values", "0.fw.matrix",
     }  # fmt: skip
-    assert kept[None].keys() == kept["bfloat16"].keys() == tensors_of([state]).keys()
+    assert packed[None].keys() == packed["bfloat16"].keys() == tensors_of([state]).keys()
 
 
-def test_bytes():
-    """Of a head of usual width: a half, and a quarter."""
+def test_size_in_bytes():
+    """With heads of the usual width: a half, and a quarter."""
     layer = build_layer("synchronous-vector-delta-plain", dtype=torch.float32, hidden_size=128, window=16)
     _, state = layer(torch.randn(1, 20, 128))
     exact, half, quarter = (sum(x.nbytes for x in pack([state], form).values()) for form in (None, *STEPS))
@@ -59,8 +59,8 @@ def test_bytes():
     assert quarter == pytest.approx(exact / 4, rel=0.12)
 
 
-def test_a_scale_for_each_channel_of_the_pairs_and_each_row_and_column_of_the_matrix():
-    """Numbers of very different sizes, as channels and keys have them, lose nothing by each other."""
+def test_a_scale_per_channel_of_entries_and_per_row_and_column_of_matrices():
+    """Small channels keep their precision beside large ones."""
     layer, state = state_of("synchronous-vector-delta-plain")
     large = 10.0 ** torch.arange(4)
     kv = state.kv._replace(keys=state.kv.keys * large)
@@ -78,7 +78,7 @@ def test_an_empty_state_stays_empty():
         assert not any(x.any() for x in near.leaves())
 
 
-def test_tensors_of_another_module_are_refused():
+def test_missing_tensors_are_refused():
     layer, state = state_of("synchronous-vector-delta-plain")
     tensors = pack([state], "int8")
     del tensors["0.kv.keys"]
@@ -89,7 +89,7 @@ def test_tensors_of_another_module_are_refused():
 
 @pytest.mark.parametrize("form", STEPS)
 @pytest.mark.parametrize("on_disk", [False, True])
-def test_a_store_of_rounded_states(form, on_disk, tmp_path):
+def test_a_store_of_quantized_states(form, on_disk, tmp_path):
     model, text = build("synchronous").float(), [1, 2, 3, 4, 5, 6]
     exact, small = (PrefixStore(model, dtype=one, folder=tmp_path / "f" if on_disk else None) for one in (None, form))
     for store in (exact, small):
@@ -103,33 +103,33 @@ def test_a_store_of_rounded_states(form, on_disk, tmp_path):
 
 
 @pytest.mark.parametrize("width", [8, 9, 1])
-def test_kept_is_the_sum_of_its_parts(width):
+def test_value_and_error_add_up(width):
     x = torch.randn(2, 3, 4, width)
-    kept = keep(x)
+    quantized = quantize_matrix(x)
     steps = x.abs().amax(dim=-2, keepdim=True) / 127
-    assert kept.numbers.dtype == torch.int8
-    assert kept.rest.shape == (2, 3, 4, -(-width // 2))
-    assert ((x - kept.value()).abs() <= 0.501 * steps).all()
-    assert ((x - kept.value() - kept.left_over()).abs() <= 0.064 * steps).all(), "one in 16 has no 8th"
-    assert not keep(torch.zeros(1, 1, 2, width)).value().any()
-    assert not keep(torch.zeros(1, 1, 2, width)).left_over().any()
+    assert quantized.q.dtype == torch.int8
+    assert quantized.residual.shape == (2, 3, 4, -(-width // 2))
+    assert ((x - quantized.value()).abs() <= 0.501 * steps).all()
+    assert ((x - quantized.value() - quantized.error()).abs() <= 0.064 * steps).all(), "r = 8 does not fit in 4 bits"
+    assert not quantize_matrix(torch.zeros(1, 1, 2, width)).value().any()
+    assert not quantize_matrix(torch.zeros(1, 1, 2, width)).error().any()
 
 
-def test_small_changes_add_up_only_with_feedback():
-    """A hundred additions of a tenth of a step, beside a number that decides how large a step is."""
+def test_small_changes_accumulate_only_with_feedback():
+    """A hundred additions of a tenth of a step, next to an element that sets the step size."""
     change, steps = torch.tensor([0.0, 0.1, -0.1, 0.13])[:, None] / 127, 100
     first = torch.tensor([1.0, 0.0, 0.3, 0.0])[:, None]
-    with_feedback = without = keep(first)
+    with_feedback = without = quantize_matrix(first)
     for _ in range(steps):
-        with_feedback = keep(with_feedback.value() + change, with_feedback)
-        without = keep(without.value() + change)
+        with_feedback = quantize_matrix(with_feedback.value() + change, with_feedback)
+        without = quantize_matrix(without.value() + change)
     error = (with_feedback.value() - first - steps * change).abs() * 127
     lost = (without.value() - first - steps * change).abs() * 127
-    assert error.max() < 4, "a sixteenth of a step is the least that is carried"
+    assert error.max() < 4, "errors below a sixteenth of a step are lost"
     assert lost.max() > 9
 
 
-def test_what_is_only_kept_does_not_change():
-    kept = keep(torch.randn(1, 2, 4, 8))
-    again = keep(kept.value(), kept)
-    assert torch.equal(again.value() + again.left_over(), kept.value() + kept.left_over())
+def test_quantizing_again_changes_nothing():
+    first = quantize_matrix(torch.randn(1, 2, 4, 8))
+    again = quantize_matrix(first.value(), first)
+    assert torch.equal(again.value() + again.error(), first.value() + first.error())
