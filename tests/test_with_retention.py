@@ -11,7 +11,7 @@ from torch import nn
 
 import hqlt
 from hqlt.agent.memory_model import build_memory
-from hqlt.cli.keeping import Keeping
+from hqlt.cli.retention_options import RetentionOptions
 from hqlt.memory import KVMemory
 from hqlt.memory.kv import Surprise
 from hqlt.registry import name_of, options_of
@@ -71,7 +71,7 @@ def test_all_that_a_layer_takes_can_be_switched_on():
     later, options = options_of(KVMemory.with_retention), options_of(KVMemory)
     of_positions = {"rope_theta", "partial_rotary_factor", "rope_scaling"}
     assert later == {name: options[name] for name in options.keys() - of_positions}
-    assert {*later, *options_of(Surprise), "retention", "window"} == {field.name for field in fields(Keeping)}
+    assert {*later, *options_of(Surprise), "retention", "window"} == {field.name for field in fields(RetentionOptions)}
 
 
 @pytest.mark.parametrize("option", [{"kept_alike": True}, {"kept_positions": "none"}, {"kept_norm": True}])

@@ -95,8 +95,8 @@ def test_a_prompt_begins_as_the_tokenizer_begins_a_text(tmp_path, capsys, monkey
     build(vocab_size=tokenizer.vocab_size).save_pretrained(tmp_path)
     tokenizer.save(tmp_path)
     given = []
-    read = generation.read
-    monkeypatch.setattr(generation, "read", lambda *a: given.append(a[1]) or read(*a))
+    prefill = generation.prefill
+    monkeypatch.setattr(generation, "prefill", lambda *a: given.append(a[1]) or prefill(*a))
     text = tokenizer.encode("text")
     for options, expected in (
         (["--prompt=text"], [0, *text]),  # and no token that ends it

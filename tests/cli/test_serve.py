@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
         (["FOLDER", "--api-key=one,,two"], "api-key: expected keys divided by commas, got an empty one"),
         (["FOLDER", "--api-key="], "api-key: expected keys divided by commas, got an empty one"),
         (["FOLDER", "--device=nothing"], "device: expected one .* got 'nothing'"),
-        (["FOLDER", "--window=3"], "retention: expected one beside --window"),
+        (["FOLDER", "--window=3"], "retention: expected one with --window"),
     ],
 )
 def test_what_cannot_be_served_is_said(arguments, message, folder, monkeypatch):

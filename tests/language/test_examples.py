@@ -19,7 +19,7 @@ def test_a_long_document(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(EXAMPLE), str(folder), str(book)])
     runpy.run_path(str(EXAMPLE))
     told = capsys.readouterr().out.splitlines()
-    past = generation.read(build(), [0, 0])
+    past = generation.prefill(build(), [0, 0])
     assert [line.split(" s   ")[1] for line in told if re.match(r" *\d+\.\d{3} s   ", line)] == [
         "to read 5,300 tokens",
         "to ask 'Who is it about?' and to answer",

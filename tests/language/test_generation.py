@@ -7,7 +7,7 @@ import torch
 
 from hqlt.data import load_tokenizer
 from hqlt.language import generation
-from hqlt.language.generation import Past, TextStreamer, continue_text, load_past, read, save_past
+from hqlt.language.generation import Past, TextStreamer, continue_text, load_past, prefill, save_past
 from hqlt.model import HQLTCache
 from tests.language.conftest import build, prepending
 
@@ -26,21 +26,21 @@ def same(a: torch.Tensor, b: torch.Tensor) -> None:
 @pytest.mark.parametrize("piece", [1, 7, 1024])
 @pytest.mark.parametrize("cut", [1, 20])
 def test_read_in_pieces_saved_and_loaded_is_read_anew(model, piece, cut, tmp_path, monkeypatch):
-    monkeypatch.setattr(generation, "PIECE", piece)
+    monkeypatch.setattr(generation, "PREFILL_CHUNK", piece)
     anew = model(torch.tensor([TEXT])).logits[0, -1]
-    save_past(tmp_path / "state", read(model, TEXT[:cut]), model)
+    save_past(tmp_path / "state", prefill(model, TEXT[:cut]), model)
     kept = load_past(tmp_path / "state", model)
-    same(logits_after(model, read(model, TEXT[cut:], kept)), anew)
+    same(logits_after(model, prefill(model, TEXT[cut:], kept)), anew)
     assert kept.unread == TEXT[cut - 1]  # and the kept one can be gone on from again
-    same(logits_after(model, read(model, TEXT[cut:], kept)), anew)
+    same(logits_after(model, prefill(model, TEXT[cut:], kept)), anew)
 
 
 def test_what_was_made_is_remembered(model):
     """After new text, the past is that of the prompt and the text; one continuation is as good as two halves."""
-    made, past = continue_text(model, read(model, TEXT), max_new_tokens=6, greedy=True)
+    made, past = continue_text(model, prefill(model, TEXT), max_new_tokens=6, greedy=True)
     assert made.shape == (1, 6)
     same(logits_after(model, past), model(torch.tensor([[*TEXT, *made[0].tolist()]])).logits[0, -1])
-    first, middle = continue_text(model, read(model, TEXT), max_new_tokens=2, greedy=True)
+    first, middle = continue_text(model, prefill(model, TEXT), max_new_tokens=2, greedy=True)
     second, _ = continue_text(model, middle, max_new_tokens=4, greedy=True)
     assert torch.equal(torch.cat([first, second], dim=1), made)
 
@@ -48,11 +48,13 @@ def test_what_was_made_is_remembered(model):
 def test_as_transformers_without_a_cache(model):
     tokens = torch.tensor([TEXT])
     anew = model.generate(tokens, max_new_tokens=6, do_sample=False, use_cache=False, pad_token_id=0)
-    assert torch.equal(continue_text(model, read(model, TEXT), max_new_tokens=6, greedy=True)[0], anew[:, len(TEXT) :])
+    assert torch.equal(
+        continue_text(model, prefill(model, TEXT), max_new_tokens=6, greedy=True)[0], anew[:, len(TEXT) :]
+    )
 
 
 def test_seeds(model):
-    past = read(model, TEXT)
+    past = prefill(model, TEXT)
     options = {"max_new_tokens": 12, "num_return_sequences": 3, "temperature": 1.5}
     made, _ = continue_text(model, past, seed=1, **options)
     assert torch.equal(continue_text(model, past, seed=1, **options)[0], made)
@@ -65,7 +67,7 @@ def test_seeds(model):
 
 def test_a_text_ends_where_the_model_ends_it():
     model = build()
-    past = read(model, TEXT)
+    past = prefill(model, TEXT)
     made, _ = continue_text(model, past, max_new_tokens=8, greedy=True)
     eos = [made[0, 3].item()]
     told: list[str] = []
@@ -103,12 +105,12 @@ def test_a_blank_after_the_prompt_is_told():
 def test_nothing_to_read_and_foreign_files(tmp_path):
     model = build()
     with pytest.raises(ValueError, match="expected a text of at least one token"):
-        read(model, [])
-    save_past(tmp_path / "state", read(model, TEXT), model)
+        prefill(model, [])
+    save_past(tmp_path / "state", prefill(model, TEXT), model)
     with pytest.raises(ValueError, match="structure or weights differ"):
         load_past(tmp_path / "state", build(window=5))
     from hqlt import save_state
 
-    save_state(tmp_path / "other", read(model, TEXT).states, model)
+    save_state(tmp_path / "other", prefill(model, TEXT).states, model)
     with pytest.raises(ValueError, match="with its last token, as `hqlt generate` saves it"):
         load_past(tmp_path / "other", model)

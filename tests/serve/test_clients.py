@@ -179,7 +179,7 @@ async def hammer(url, seconds, clients=64):
     expected = {}
     for prompt in prompts:
         made, _ = generation.continue_text(
-            MODEL, generation.read(MODEL, prompt.encode()), max_new_tokens=30, greedy=True
+            MODEL, generation.prefill(MODEL, prompt.encode()), max_new_tokens=30, greedy=True
         )
         expected[prompt] = bytes(made[0].tolist()).decode(errors="replace")
     until, counts = time.monotonic() + seconds, {"answered": 0, "left": 0}

@@ -23,7 +23,7 @@ def prompts(n, longest=40):
 
 def alone(model, prompt, tokens):
     """What `hqlt generate` makes of it."""
-    made, _ = generation.continue_text(model, generation.read(model, prompt), max_new_tokens=tokens, greedy=True)
+    made, _ = generation.continue_text(model, generation.prefill(model, prompt), max_new_tokens=tokens, greedy=True)
     return made[0].tolist()
 
 

@@ -39,7 +39,7 @@ def client_of(url, key="none"):
 
 
 def alone(prompt: bytes, tokens: int) -> str:
-    made, _ = generation.continue_text(MODEL, generation.read(MODEL, prompt), max_new_tokens=tokens, greedy=True)
+    made, _ = generation.continue_text(MODEL, generation.prefill(MODEL, prompt), max_new_tokens=tokens, greedy=True)
     return bytes(made[0].tolist()).decode(errors="replace")
 
 
@@ -175,7 +175,7 @@ def test_a_template_of_the_tokenizer_and_its_end(tmp_path):
     tokenizer = model_tokenizer(tmp_path)
     model = build(vocab_size=size)
     prompt = chat_tokens(tokenizer, [QUESTION])
-    made, _ = generation.continue_text(model, generation.read(model, prompt), max_new_tokens=30, greedy=True)
+    made, _ = generation.continue_text(model, generation.prefill(model, prompt), max_new_tokens=30, greedy=True)
     model.lm_head.weight.data[tokenizer.eos_id] = model.lm_head.weight.data[made[0, 5]] * 1.01
     with served(model, tokenizer) as url, client_of(url) as client:
         answer = client.chat.completions.create(**CHAT, max_tokens=30, temperature=0)

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from hqlt.bench.race import Row, Work, resident_megabytes
-from hqlt.language.generation import LOOKED_UP
+from hqlt.language.generation import LOOKUP_TOKENS
 from hqlt.model import HQLTForCausalLM, preset
 from hqlt.serve.engine import Engine
 from hqlt.serve.request import Request
@@ -195,7 +195,7 @@ def prompt_lookup(rounds: int, tokens: int) -> list[Row]:
         works = {
             f"greedy, {what}": partial(model.generate, prompt, **plain),
             f"greedy with prompt lookup, {what}": partial(
-                model.generate, prompt, **plain, prompt_lookup_num_tokens=LOOKED_UP
+                model.generate, prompt, **plain, prompt_lookup_num_tokens=LOOKUP_TOKENS
             ),
         }
         texts = [work() for work in works.values()]

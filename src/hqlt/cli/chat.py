@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from hqlt.cli.generate import check_choice, check_drafts, drafts_for, expect
-from hqlt.cli.keeping import Keeping
 from hqlt.cli.progress import progress
+from hqlt.cli.retention_options import RetentionOptions
 from hqlt.data.text import printable
 from hqlt.disk import check_writable
 from hqlt.errors import explanation
@@ -49,7 +49,7 @@ def chat(
     draft: Path | None = None,
     prompt_lookup: bool = False,
     device: str | None = None,
-    **keeping: Any,
+    **retention_options: Any,
 ) -> None:
     """Talk with a model. Each turn reads only what is new; /undo, /fork and /switch cost nothing.
 
@@ -86,7 +86,7 @@ def chat(
     from hqlt.state import PrefixStore
 
     notes = Console(stderr=True, soft_wrap=True, highlight=False)
-    device_there, retention = usable_device(device), Keeping(**keeping)
+    device_there, retention = usable_device(device), RetentionOptions(**retention_options)
     tokenizer = tokenizer_of(model, retention.config_of(model).vocab_size)
     language_model = retention.load(model, device_there, notes)
     drafts = drafts_for(draft, prompt_lookup, tokenizer, device_there)
@@ -152,14 +152,14 @@ class Session:
         self.notes.print(text, style="dim", markup=False)
 
     def ask(self, question: str) -> None:
-        from hqlt.language.generation import PIECE
+        from hqlt.language.generation import PREFILL_CHUNK
 
         def told(text: str) -> None:
             sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
             sys.stdout.flush()
 
         asked = [*self.messages, {"role": "user", "content": question}]
-        reading = functools.partial(progress, "reading", least=PIECE)
+        reading = functools.partial(progress, "reading", least=PREFILL_CHUNK)
         answer = self.chat.answer(asked, told, reading=reading, **self.choice)
         sys.stdout.write("\n")
         sys.stdout.flush()

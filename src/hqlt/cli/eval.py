@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from rich.console import Console
 
-from hqlt.cli.keeping import Keeping
 from hqlt.cli.progress import progress
+from hqlt.cli.retention_options import RetentionOptions
 from hqlt.data.text import beginning_of
 from hqlt.disk import exclusive_folder
 from hqlt.errors import require
@@ -47,7 +47,7 @@ def eval(
     trials: int = 2,
     device: str | None = None,
     folder: Path | None = None,
-    **keeping: Any,
+    **retention_options: Any,
 ) -> None:
     """Evaluate a language model on tasks of lm-evaluation-harness, on long texts, and on key retrieval.
 
@@ -73,15 +73,15 @@ def eval(
         device: Device of the model, such as cpu. Default: cuda if available.
         folder: Folder for the results. Default: a new one under runs/.
     """
-    options = {**locals(), **keeping}
-    del options["keeping"]
+    options = {**locals(), **retention_options}
+    del options["retention_options"]
     from hqlt.device import usable_device
     from hqlt.evaluate.paper import tables
     from hqlt.language.folder import find_model, tokenizer_of
 
     place = folder or Path("runs") / f"eval-{model.resolve().name}-{datetime.now():%Y%m%d-%H%M%S}"
     check_options(options, place)
-    retention = Keeping(**keeping)
+    retention = RetentionOptions(**retention_options)
     config = retention.config_of(model)
     options |= {"model": find_model(model), "device": usable_device(device)}
     if suite and max_length is None:

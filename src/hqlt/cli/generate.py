@@ -16,8 +16,8 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
-from hqlt.cli.keeping import Keeping
 from hqlt.cli.progress import progress
+from hqlt.cli.retention_options import RetentionOptions
 from hqlt.disk import check_folder_writable, check_writable
 from hqlt.errors import reason
 
@@ -49,7 +49,7 @@ def generate(
     draft: Path | None = None,
     prompt_lookup: bool = False,
     device: str | None = None,
-    **keeping: Any,
+    **retention_options: Any,
 ) -> None:
     """Continue a text. The new text is printed as it is generated; a pipe or file receives nothing else.
 
@@ -90,7 +90,7 @@ def generate(
     notes = Console(stderr=True)
     device_there = usable_device(device)
     text = (read_text(prompt_file) if prompt_file else "") + prompt
-    retention = Keeping(**keeping)
+    retention = RetentionOptions(**retention_options)
     tokenizer = tokenizer_of(model, retention.config_of(model).vocab_size)
     ids = ids_of(text, tokenizer, begins=load_state is None)
     language_model = retention.load(model, device_there, notes)
@@ -135,10 +135,10 @@ def read(model: HQLTForCausalLM, ids: list[int], load_state: Path | None, store:
 
     past = generation.load_past(load_state, model) if load_state else None
     prefixes = PrefixStore(model, folder=store) if store else None
-    with progress("reading", len(ids), least=generation.PIECE) as told:
+    with progress("reading", len(ids), least=generation.PREFILL_CHUNK) as told:
         if prefixes is None:
-            return generation.read(model, ids, past, told)
-        past, stored = generation.read_from(prefixes, model, ids, told)
+            return generation.prefill(model, ids, past, told)
+        past, stored = generation.prefill_from_store(prefixes, model, ids, told)
     notes.print(f"{stored} of the prompt's {len(ids)} tokens were reused from {store}", style="dim", soft_wrap=True)
     return past
 

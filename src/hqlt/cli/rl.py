@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hqlt.cli import Command
-from hqlt.cli.keeping import Keeping
+from hqlt.cli.retention_options import RetentionOptions
 from hqlt.disk import check_writable
 from hqlt.registry import find, load_plugins, names
 from hqlt.train.agent.settings import AgentSettings, option_of
@@ -50,7 +50,7 @@ def play(
     options: dict[str, Any] | None = None,
     film: Path | None = None,
     seed: int = 0,
-    **keeping: Any,
+    **retention_options: Any,
 ) -> None:
     """Let a trained agent play greedy episodes, and film one.
 
@@ -75,7 +75,7 @@ def play(
         from hqlt.report import episode  # and the folder is looked at: nothing is played in vain
 
         check_writable(film, folder=True)
-    retention, trainer = Keeping(**keeping), load_agent(folder)
+    retention, trainer = RetentionOptions(**retention_options), load_agent(folder)
     retention.enable_retention(trainer.agent, console)
     trainer.settings = dataclasses.replace(trainer.settings, options={**trainer.settings.options, **(options or {})})
     played = trainer.score(episodes, seed)

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from hqlt.cli.keeping import Keeping
+from hqlt.cli.retention_options import RetentionOptions
 from hqlt.disk import check_writable
 from hqlt.errors import require
 
@@ -37,7 +37,7 @@ def serve(
     grace: int = 30,
     threads: int | None = None,
     device: str | None = None,
-    **keeping: Any,
+    **retention_options: Any,
 ) -> None:
     """Serve a model in OpenAI's form: /v1/chat/completions, /v1/completions, /v1/models, a chat page at /.
 
@@ -84,7 +84,7 @@ def serve(
     from hqlt.state import PrefixStore
 
     retention, limits = (
-        Keeping(**keeping),
+        RetentionOptions(**retention_options),
         Limits(max_body=max_body, max_prompt=max_prompt, max_tokens=max_tokens, timeout=timeout),
     )
     if threads is not None or "OMP_NUM_THREADS" not in os.environ:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from hqlt.data import Tokenizer
 from hqlt.data.tokenizer import TextStream
 from hqlt.language import generation
-from hqlt.language.pieces import Encoder
+from hqlt.language.encoder import CachedEncoder
 from hqlt.language.template import PLAIN_ENDS, Message, chat_tokens, end_tokens, is_plain
 from hqlt.memory import MemoryState
 from hqlt.model import HQLTForCausalLM
@@ -129,7 +129,7 @@ class Chat:
     ) -> None:
         self.model, self.tokenizer, self.drafts = model, tokenizer, drafts
         self.store = PrefixStore(model) if store is None else store
-        self.encode = Encoder(tokenizer)
+        self.encode = CachedEncoder(tokenizer)
         self.eos = end_tokens(model, tokenizer)
         self.ends = PLAIN_ENDS if is_plain(tokenizer) else ()
 
@@ -154,7 +154,7 @@ class Chat:
         began = time.perf_counter()
         ids = chat_tokens(self.tokenizer, messages, encode=self.encode)
         with reading(len(ids)) as read_told:
-            past, length = generation.read_from(self.store, self.model, ids, read_told)
+            past, length = generation.prefill_from_store(self.store, self.model, ids, read_told)
         speech = Speech(self.tokenizer.stream(after=ids[-1:]), self.eos, self.ends, told)
         interrupted = False
         try:
@@ -163,7 +163,7 @@ class Chat:
                 past,
                 max_new_tokens=max_new_tokens,
                 eos=self.eos,
-                ended=lambda made: speech.add(made[0].tolist()),
+                should_stop=lambda made: speech.add(made[0].tolist()),
                 drafts=self.drafts(ids),
                 **choice,
             )

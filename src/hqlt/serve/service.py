@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hqlt.data import Tokenizer
-from hqlt.language.pieces import Encoder
+from hqlt.language.encoder import CachedEncoder
 from hqlt.language.template import PLAIN_ENDS, chat_tokens, end_tokens, is_plain
 from hqlt.serve.answer import Answer, Outbox
 from hqlt.serve.engine import Engine
@@ -42,7 +42,7 @@ class Service:
         self.created = int(time.time())
         self.outbox = Outbox()
         self._encoder = ThreadPoolExecutor(1, "hqlt-encode")  # one at a time: tokenizers have a state while they encode
-        self._encode = Encoder(tokenizer)
+        self._encode = CachedEncoder(tokenizer)
         self._ends = {*end_tokens(engine.model, tokenizer)}
         self._chat_ends = PLAIN_ENDS if is_plain(tokenizer) else ()
 

@@ -280,7 +280,7 @@ def test_it_plays_again(finished, capsys, tmp_path):
     assert "3 episodes: return" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"episode.png", "episode.gif"}
     main(["rl", "play", str(finished["ppo"]), "--episodes=1", "--retention=surprise", "--kept=2"])
-    assert "retention surprise in 1 of 1 layers: 4 recent + 2 kept a KV head" in capsys.readouterr().out
+    assert "retention surprise in 1 of 1 layers: 4 recent + 2 kept per KV head" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"expected the folder of a finished `hqlt rl train`"):
         main(["rl", "play", str(tmp_path)])
 

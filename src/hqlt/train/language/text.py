@@ -64,7 +64,7 @@ def sample_of(model: HQLTForCausalLM, files: TokenFiles, name: str) -> dict[str,
     eos = files.tokenizer.eos_ids
     generation.continue_text(
         model,
-        generation.read(model, tokens),
+        generation.prefill(model, tokens),
         max_new_tokens=TOKENS,
         temperature=TEMPERATURE,
         seed=SEED,

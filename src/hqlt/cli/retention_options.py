@@ -1,4 +1,4 @@
-"""The options of commands that switch on, in a trained model, which KV entries stay visible beyond the window."""
+"""Command-line options that change which KV entries of a trained model stay visible beyond the window."""
 
 from __future__ import annotations
 
@@ -16,43 +16,43 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Keeping:
-    """As `hqlt.with_retention` takes them; without `retention` the model stays as it is."""
+class RetentionOptions:
+    """Options of `hqlt.with_retention`; without `retention` the model is used as it was trained."""
 
     retention: str | None = None
-    """Keep KV entries beyond the window, in a model trained without: surprise, value-norm, random, or recent for
-    none; by default the model stays as it was trained."""
+    """Which KV entries to keep beyond the window, for a model trained without it: surprise, value-norm, random, or
+    recent for none; by default the model is used as it was trained."""
     window: int | None = None
-    """With --retention: tokens that KV-memories reach; the model's own by default."""
+    """With --retention: window of the KV-memories in tokens; default: the model's."""
     kept: int | None = None
-    """With --retention: entries that each KV head keeps beyond its window."""
+    """With --retention: number of entries kept per KV head beyond the window."""
     sinks: int | None = None
-    """With --retention: first entries of a text that stay visible, too."""
+    """With --retention: number of first entries of a text that always stay visible."""
     score: str | None = None
-    """With --retention surprise: error (by default) or beta-error."""
+    """With --retention surprise: error (default) or beta-error."""
     kept_alike: bool = False
-    """With --retention: all heads keep the same entries, by the mean of their scores."""
+    """With --retention: all heads keep the same entries, those with the highest mean score."""
     kept_positions: str | None = None
-    """With --retention: how entries beyond the window are turned: true (by default), clamped or none."""
+    """With --retention: rotary positions of entries beyond the window: true (default), clamped or none."""
     kept_norm: bool = False
-    """With --retention, for a model trained with it: RMSNorm of q and k of its own for entries beyond the window."""
+    """With --retention, for a model trained with it: a separate RMSNorm of q and k for entries beyond the window."""
     kept_gate: float | None = None
-    """With --retention: what is added to the scores of entries beyond the window where no gate was trained."""
+    """With --retention: constant added to the attention scores of entries beyond the window, if no gate was trained."""
 
     def __post_init__(self) -> None:
         given = [*["window"] * (self.window is not None), *self.options]
         if self.retention is None and given:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise ValueError(f"retention: expected one beside {names}, such as --retention surprise, got none")
+            raise ValueError(f"retention: expected one with {names}, such as --retention surprise, got none")
 
     @property
     def options(self) -> dict[str, Any]:
-        """Those that were given."""
+        """The options that were given, except retention and window."""
         given = {name: value for name, value in vars(self).items() if value is not None and value is not False}
         return {name: value for name, value in given.items() if name not in ("retention", "window")}
 
     def config_of(self, where: Path) -> HQLTConfig:
-        """The config that the model in a folder will have. Raises ValueError for what it cannot be."""
+        """The config of the model in a folder with these options. Raises ValueError if they are invalid for it."""
         from hqlt.language.folder import read_config
 
         config = read_config(where)
@@ -61,7 +61,7 @@ class Keeping:
         return config
 
     def load(self, where: Path, device: torch.device | str, console: Console) -> HQLTForCausalLM:
-        """The language model in a folder, as it was asked for."""
+        """Load the language model in a folder and apply these options."""
         from hqlt.language.folder import load_model
 
         model = load_model(where, device)
@@ -69,7 +69,7 @@ class Keeping:
         return model
 
     def enable_retention(self, model: nn.Module, console: Console) -> None:
-        """Change the model, where something was asked for, and print in a line what it is and what it costs."""
+        """Change the model as the options say, and print one line about the retention and its memory."""
         from hqlt.layer import HybridMemory, enable_retention
 
         if self.retention is None:
@@ -80,15 +80,15 @@ class Keeping:
         after = {layer: layer.init_state(1).bytes_per_row() for layer in changed}
         was, now = (sum(of[layer] for layer in changed) // len(changed) for of in (before, after))
         console.print(
-            f"retention {self.retention} in {len(changed)} of {len(layers)} layers: {told_of(changed)} a KV head; "
-            f"{now:,} bytes of state a layer and sequence, {was:,} before",
+            f"retention {self.retention} in {len(changed)} of {len(layers)} layers: {describe(changed)} per KV head; "
+            f"{now:,} bytes of state per layer and sequence, {was:,} before",
             highlight=False,
             soft_wrap=True,
         )
 
 
-def told_of(layers: list[HybridMemory]) -> str:
-    """Windows, entries kept and sinks."""
+def describe(layers: list[HybridMemory]) -> str:
+    """Windows, kept entries and sinks, such as "16 recent + 48 kept + 4 sinks"."""
     windows = "/".join(f"{window:,}" for window in dict.fromkeys(layer.blend.window or 0 for layer in layers))
     kv = layers[0].kv
     assert kv is not None

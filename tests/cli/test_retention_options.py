@@ -1,4 +1,4 @@
-"""Entries kept beyond the window, by options: of a model that is there, and of one to be trained."""
+"""Options for KV entries kept beyond the window, of a trained model and of a model to be trained."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_a_text_is_continued_as_by_the_model_that_keeps(folder, tmp_path, capsys):
+def test_the_text_is_that_of_a_model_saved_with_retention(folder, tmp_path, capsys):
     hqlt.with_retention(load_model(folder), **KEPT).save_pretrained(tmp_path / "kept")
-    asked = ["--prompt=a text, longer than any window", "--max-new-tokens=20", "--greedy"]
-    said = {}
+    options = ["--prompt=a text, longer than any window", "--max-new-tokens=20", "--greedy"]
+    printed = {}
     for name, command in {
-        "switched on": [str(folder), *OPTIONS],
-        "built so": [str(tmp_path / "kept")],
-        "as it was": [str(folder)],
+        "enabled": [str(folder), *OPTIONS],
+        "saved with it": [str(tmp_path / "kept")],
+        "without": [str(folder)],
     }.items():
-        main(["generate", *command, *asked])
-        said[name] = capsys.readouterr()
-    assert said["switched on"].out == said["built so"].out != said["as it was"].out
+        main(["generate", *command, *options])
+        printed[name] = capsys.readouterr()
+    assert printed["enabled"].out == printed["saved with it"].out != printed["without"].out
     assert (
-        said["switched on"].err == "retention surprise in 2 of 2 layers: 3 recent + 5 kept + 1 sink a KV head; "
-        f"{bytes_of(tmp_path / 'kept'):,} bytes of state a layer and sequence, {bytes_of(folder):,} before\n"
+        printed["enabled"].err == "retention surprise in 2 of 2 layers: 3 recent + 5 kept + 1 sink per KV head; "
+        f"{bytes_of(tmp_path / 'kept'):,} bytes of state per layer and sequence, {bytes_of(folder):,} before\n"
     )
-    assert said["as it was"].err == ""
+    assert printed["without"].err == ""
 
 
 def bytes_of(folder):
     return load_model(folder).model.layers[0].memory.init_state(1).bytes_per_row()
 
 
-def test_a_state_is_of_what_was_switched_on(folder, tmp_path, capsys):
+def test_a_state_belongs_to_the_retention_options(folder, tmp_path, capsys):
     state = f"{tmp_path / 'state'}"
     main(["generate", str(folder), *OPTIONS, "--prompt=a text", "--max-new-tokens=0", f"--save-state={state}"])
     again = ["generate", str(folder), "--prompt= and more", "--max-new-tokens=3", f"--load-state={state}"]
@@ -57,7 +57,7 @@ def test_a_state_is_of_what_was_switched_on(folder, tmp_path, capsys):
         main(again)
 
 
-def test_an_evaluation_says_what_was_switched_on(folder, tmp_path, capsys):
+def test_an_evaluation_reports_the_retention_options(folder, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     text = tmp_path / "text"
     text.write_text("a text, longer than any window\n" * 3)
@@ -78,8 +78,8 @@ def test_an_evaluation_says_what_was_switched_on(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--kept=5"], "retention: expected one beside --kept, such as --retention surprise, got none"),
-        (["--window=5", "--kept-norm"], "retention: expected one beside --window, --kept-norm, such as"),
+        (["--kept=5"], "retention: expected one with --kept, such as --retention surprise, got none"),
+        (["--window=5", "--kept-norm"], "retention: expected one with --window, --kept-norm, such as"),
         (["--retention=surprise"], "kept: expected at least 1, the number of entries"),
         (["--retention=suprise", "--kept=5"], "retention: .* got 'suprise'; did you mean 'surprise'"),
         (["--retention=random", "--kept=5", "--score=error"], "score: expected an option of what was chosen"),
@@ -89,7 +89,9 @@ def test_an_evaluation_says_what_was_switched_on(folder, tmp_path, capsys):
     ],
 )
 @pytest.mark.parametrize("command", [["generate", "--prompt=a"], ["eval", "--passkey"]])
-def test_what_cannot_be_is_said_before_the_model_is_loaded(folder, tmp_path, monkeypatch, command, options, message):
+def test_invalid_options_are_refused_before_the_model_is_loaded(
+    folder, tmp_path, monkeypatch, command, options, message
+):
     monkeypatch.setattr("hqlt.language.folder.load_model", lambda *_: pytest.fail("the model was loaded"))
     monkeypatch.chdir(tmp_path)
     name, *rest = command
@@ -110,7 +112,7 @@ FIELDS = {
 }
 
 
-def test_what_is_trained_takes_them_too():
+def test_training_takes_them_too():
     given = [f"--model.{name.replace('_', '-')}={json.dumps(value).strip(chr(34))}" for name, value in FIELDS.items()]
     fields = parse(parser_of(train.train, "hqlt train"), given)["model"]
     assert fields == FIELDS

@@ -10,8 +10,7 @@ from tokenizers import Tokenizer as Backend
 
 from hqlt.data import load_tokenizer
 from hqlt.data.tokenizer import FastTokenizer
-from hqlt.language import pieces
-from hqlt.language.pieces import Encoder
+from hqlt.language.encoder import CachedEncoder, entry_bytes
 
 SPECIAL = ["<s>", "<<s>", "<|end|>", "<mask>", "<pad>", "<tool>", "Word", "hey"]
 CORPUS = ["the cat sat on the mat, the hat. \n\n"] * 9
@@ -48,7 +47,7 @@ TEXTS = st.lists(st.sampled_from([*SPECIAL, " ", "\n", "the cat", " sat", "a", "
 @pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda tokenizer: tokenizer.name)
 @given(st.lists(TEXTS, min_size=1, max_size=4), st.sampled_from([0, 150, 1 << 20]))
 def test_piece_by_piece(tokenizer, texts, max_bytes):
-    encode = Encoder(tokenizer, max_bytes)
+    encode = CachedEncoder(tokenizer, max_bytes)
     for i in range(len(texts)):
         text = "".join(texts[: i + 1])
         assert "".join(tokenizer.pieces(text)) == text
@@ -62,18 +61,18 @@ def test_what_was_encoded_is_not_encoded_again(monkeypatch):
     monkeypatch.setattr(
         tokenizer, "encode_prompt", lambda text, **options: encoded.append(text) or prompt(text, **options)
     )
-    encode = Encoder(tokenizer)
+    encode = CachedEncoder(tokenizer)
     encode("<s>the cat<|end|>the hat")
     assert encoded == ["<s>the cat", "<|end|>the hat"]
     encode("<s>the cat<|end|>the hat<s>the mat")
     assert encoded[2:] == ["<s>the mat"]
     encode("<s>the cat<|end|>", salt="another's")
     assert encoded[3:] == ["<s>the cat", "<|end|>"]
-    assert encode._bytes == sum(pieces.size(text, ids) for (_, text), ids in encode._known.items())
+    assert encode._bytes == sum(entry_bytes(text, ids) for (_, text), ids in encode._cache.items())
 
 
 def test_special_tokens_that_are_read_as_text_cut_nothing():
     text = "<s>the cat<|end|>"
     assert load_tokenizer("bytes").pieces(text) == [text]
     tokenizer = FastTokenizer("as text", TOKENIZERS[0].tokenizer, eos_id=None, split_special_tokens=True)
-    assert tokenizer.pieces(text) == [text] and Encoder(tokenizer)(text) == tokenizer.encode(text)
+    assert tokenizer.pieces(text) == [text] and CachedEncoder(tokenizer)(text) == tokenizer.encode(text)
