@@ -13,7 +13,7 @@ from gymnasium.vector import AutoresetMode
 from safetensors.torch import load_file, save_file
 
 from hqlt.agent import PPO, SAC, Batch, Episode, MemoryModel, PPOSettings, SACSettings, build_memory, evaluate, play
-from tests.agent.worlds_of_one_cue import Cue, Told, copies
+from tests.agent.toy_envs import Cue, DictCue, sync_envs
 from tests.toys.agents import Reinforce, ReinforceSettings
 
 SMALL = SACSettings(hidden_sizes=(16,), batch_episodes=4, random_episodes=4, updates_per_step=0.5)
@@ -22,7 +22,7 @@ SMALL = SACSettings(hidden_sizes=(16,), batch_episodes=4, random_episodes=4, upd
 def sac(settings=SMALL, memory="synchronous", seed=0, make=Cue):
     torch.manual_seed(seed)
     memory = build_memory(memory, hidden_size=8, num_layers=1, window=3)
-    return SAC(copies(make, 1), memory, settings, seed=seed)
+    return SAC(sync_envs(make, 1), memory, settings, seed=seed)
 
 
 def episodes(count=3, dtype=np.float32):
@@ -51,11 +51,11 @@ def parts_of(names):
 
 def test_what_trains_what():
     agent = sac(SACSettings(target_entropy_ratio=0.5))
-    losses = agent.losses(Batch.of(episodes()))
+    losses = agent.losses(Batch.from_episodes(episodes()))
     assert parts_of(gradients(agent, losses["critic"])) == {"core", "critics"}
-    losses = agent.losses(Batch.of(episodes()))
+    losses = agent.losses(Batch.from_episodes(episodes()))
     assert parts_of(gradients(agent, losses["actor"])) == {"core", "actor"}
-    losses = agent.losses(Batch.of(episodes()))
+    losses = agent.losses(Batch.from_episodes(episodes()))
     assert parts_of(gradients(agent, losses["temperature"])) == {"log_temperature"}
 
 
@@ -63,8 +63,8 @@ def test_losses_do_not_depend_on_the_padding():
     """Each episode alone, weighted by its steps, is the batch."""
     agent = sac().double()
     played = episodes(dtype=np.float64)
-    together = agent.losses(Batch.of(played))
-    alone = [(len(episode.actions), agent.losses(Batch.of([episode]))) for episode in played]
+    together = agent.losses(Batch.from_episodes(played))
+    alone = [(len(episode.actions), agent.losses(Batch.from_episodes([episode]))) for episode in played]
     for name in ("critic", "actor", "entropy", "target"):
         mean = sum(n * losses[name] for n, losses in alone) / sum(n for n, _ in alone)
         torch.testing.assert_close(together[name], mean, rtol=0, atol=1e-6)  # rewards are kept in float32
@@ -74,7 +74,7 @@ def test_only_the_heads_have_targets_and_they_follow_slowly():
     agent = sac()
     assert not any(p.requires_grad for p in agent.targets.parameters())
     before = [p.clone() for p in agent.targets.parameters()]
-    agent.update(Batch.of(episodes()))
+    agent.update(Batch.from_episodes(episodes()))
     for old, average, weight in zip(before, agent.targets.parameters(), agent.critics.parameters(), strict=True):
         torch.testing.assert_close(average, 0.995 * old + 0.005 * weight)
     assert sum(p.numel() for p in agent.targets.parameters()) == sum(p.numel() for p in agent.critics.parameters())
@@ -83,7 +83,7 @@ def test_only_the_heads_have_targets_and_they_follow_slowly():
 @pytest.mark.parametrize("share", [None, 0.1])
 def test_the_temperature_is_fixed_or_learned(share):
     agent = sac(SACSettings(target_entropy_ratio=share))
-    told = [agent.update(Batch.of(episodes())) for _ in range(3)]
+    told = [agent.update(Batch.from_episodes(episodes())) for _ in range(3)]
     assert math.isclose(told[0]["alpha"], 0.1, rel_tol=1e-6)
     assert (told[-1]["alpha"] < 0.09999) == (share is not None)  # more random than wanted: α falls
     assert (told[0]["temperature"] != 0) == (share is not None)
@@ -93,10 +93,10 @@ def weights(agent):
     return torch.cat([x.flatten().double() for x in agent.state_dict().values()])
 
 
-@pytest.mark.parametrize("make", [Cue, Told])
+@pytest.mark.parametrize("make", [Cue, DictCue])
 def test_sac_goes_on_exactly(tmp_path, make):
     def envs():
-        return copies(lambda: make((2, 5)), 4)
+        return sync_envs(lambda: make((2, 5)), 4)
 
     straight = sac(make=make)
     for _ in straight.train_in(envs(), 150):
@@ -113,20 +113,20 @@ def test_sac_goes_on_exactly(tmp_path, make):
     assert torch.equal(weights(second), weights(straight))
 
 
-@pytest.mark.parametrize("make", [Cue, Told])
+@pytest.mark.parametrize("make", [Cue, DictCue])
 def test_ppo_is_put_aside_exactly(make):
     def ppo(seed):
         torch.manual_seed(seed)
         memory = build_memory("deltanet", hidden_size=8, num_layers=1)
         settings = PPOSettings(rollout_steps=8, epochs=2, num_minibatches=2)
-        return PPO(copies(make, 1), memory, settings, seed=seed)
+        return PPO(sync_envs(make, 1), memory, settings, seed=seed)
 
     first, second = ppo(0), ppo(1)
-    for _ in first.train_in(copies(make, 4), 64):
+    for _ in first.train_in(sync_envs(make, 4), 64):
         pass
     second.restore(first.checkpoint())
     for agent in (first, second):
-        for _ in agent.train_in(copies(make, 4), 128):
+        for _ in agent.train_in(sync_envs(make, 4), 128):
             pass
     assert torch.equal(weights(first), weights(second))
 
@@ -134,16 +134,16 @@ def test_ppo_is_put_aside_exactly(make):
 def ppo_of(make, seed=0):
     torch.manual_seed(seed)
     memory = build_memory("synchronous", hidden_size=8, num_layers=1, window=2)
-    return PPO(copies(make, 1), memory, PPOSettings(rollout_steps=5, epochs=1, num_minibatches=2), seed=seed)
+    return PPO(sync_envs(make, 1), memory, PPOSettings(rollout_steps=5, epochs=1, num_minibatches=2), seed=seed)
 
 
 @pytest.mark.parametrize("mode", list(AutoresetMode))
-@pytest.mark.parametrize("make", [Cue, Told])
+@pytest.mark.parametrize("make", [Cue, DictCue])
 def test_ppo_resumes_episodes_that_were_under_way(tmp_path, make, mode):
     """gymnasium cannot put an environment aside: the actions since its reset, taken again, bring it back."""
 
     def envs():
-        return copies(lambda: make((2, 9)), 3, mode)
+        return sync_envs(lambda: make((2, 9)), 3, mode)
 
     whole = ppo_of(make)
     told = []
@@ -157,7 +157,7 @@ def test_ppo_resumes_episodes_that_were_under_way(tmp_path, make, mode):
     assert all(torch.equal(again[name], kept) for name, kept in load_file(tmp_path / "agent.safetensors").items())
     assert list(resumed.train_in(envs(), 90)) == told[3:]
     assert torch.equal(weights(resumed), weights(whole))
-    assert not whole.carried(), "the next call begins new episodes"
+    assert not whole.carried_state(), "the next call begins new episodes"
 
 
 class Lottery(Cue):
@@ -169,11 +169,11 @@ class Lottery(Cue):
 
 def test_where_an_environment_cannot_be_brought_back_new_episodes_begin():
     first, second = ppo_of(Lottery), ppo_of(Lottery, seed=1)
-    next(first.train_in(copies(lambda: Lottery((20, 90)), 32), 10_000))
+    next(first.train_in(sync_envs(lambda: Lottery((20, 90)), 32), 10_000))
     second.restore(first.checkpoint())
     steps = second.steps.clone()
-    next(second.train_in(copies(lambda: Lottery((20, 90)), 32), 10_000))
-    assert second.collector.seed == second.seed_of(steps)
+    next(second.train_in(sync_envs(lambda: Lottery((20, 90)), 32), 10_000))
+    assert second.collector.seed == second.derive_seed(steps)
 
 
 class Wiped(MemoryModel):
@@ -213,7 +213,7 @@ class Painted(Cue):
 
 @pytest.mark.parametrize("kind", [SAC, PPO, Reinforce])
 def test_images_are_kept_as_they_are_and_learned_from(kind):
-    envs = copies(Painted, 4)
+    envs = sync_envs(Painted, 4)
     agent = kind(envs, build_memory("synchronous", hidden_size=8, num_layers=1, window=2), seed=1)
     (episode, *_) = play(agent, envs, 4)
     assert episode.observations.dtype == np.uint8 and episode.observations.shape == (5, 3, 4, 4)
@@ -225,7 +225,7 @@ def test_images_are_kept_as_they_are_and_learned_from(kind):
 
 def trained(kind, memory, steps, seed=0, make=Cue):
     torch.manual_seed(seed)
-    envs = copies(make, 16)
+    envs = sync_envs(make, 16)
     settings = {
         SAC: SACSettings(learning_rate=3e-3, batch_episodes=32, hidden_sizes=(32,), updates_per_step=0.1),
         PPO: PPOSettings(learning_rate=3e-3, rollout_steps=32, num_minibatches=2),
@@ -238,7 +238,7 @@ def trained(kind, memory, steps, seed=0, make=Cue):
 
 
 def success(agent):
-    return evaluate(agent, copies(Cue, 16), 200, seed=1000).success
+    return evaluate(agent, sync_envs(Cue, 16), 200, seed=1000).success
 
 
 @pytest.mark.parametrize("name", ["synchronous", "lstm"])
@@ -252,8 +252,8 @@ def test_a_memory_solves_what_none_can(kind, name):
 
 
 def test_a_cue_among_the_entries_of_a_dictionary_is_remembered():
-    agent = trained(PPO, build_memory("synchronous", hidden_size=16, num_layers=1, window=2), 12_000, make=Told)
-    assert evaluate(agent, copies(Told, 16), 100, seed=1000).success == 1
+    agent = trained(PPO, build_memory("synchronous", hidden_size=16, num_layers=1, window=2), 12_000, make=DictCue)
+    assert evaluate(agent, sync_envs(DictCue, 16), 100, seed=1000).success == 1
 
 
 @pytest.mark.parametrize("kind", [SAC, PPO, Reinforce])

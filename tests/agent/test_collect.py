@@ -16,7 +16,7 @@ from hqlt.agent.memory_model import MODELS
 from hqlt.agent.rollout import Collector
 from hqlt.report.shares import shares_during
 from hqlt.signals import Stopped
-from tests.agent.worlds_of_one_cue import Counter, Cue, Told, copies
+from tests.agent.toy_envs import Counter, Cue, DictCue, sync_envs
 
 MODES = list(AutoresetMode)
 
@@ -27,13 +27,13 @@ def uniform(actions=3):
 
 def agent_of(memory="synchronous", kind=SAC, window=3, make=Cue):
     memory = build_memory(memory, hidden_size=8, num_layers=2, window=window)
-    return kind(copies(make, 1), memory).double()
+    return kind(sync_envs(make, 1), memory).double()
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_episodes_are_whole(mode):
     lengths = iter((3, 2))
-    episodes = play(uniform(), copies(lambda: Counter(next(lengths)), 2, mode), 5)
+    episodes = play(uniform(), sync_envs(lambda: Counter(next(lengths)), 2, mode), 5)
     assert [episode.length for episode in episodes] == [2, 3, 2, 3, 3]  # three of the first copy, two of the second
     for episode in episodes:
         first = episode.observations[0]
@@ -47,7 +47,7 @@ def test_episodes_are_whole(mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_what_is_read_of_the_step_before(mode):
     policy = uniform()
-    player = Player(copies(Counter, 1, mode), policy)
+    player = Player(sync_envs(Counter, 1, mode), policy)
     before = None
     for _ in range(12):
         inputs = player.inputs
@@ -74,7 +74,7 @@ def test_actions_from_stepping_are_those_of_the_sequence_pass(memory, mode):
             chosen.append(agent.logits(features))
             return agent.draw(chosen[-1].detach()), after
 
-    player, policy = Player(copies(lambda: Cue((2, 6)), 3, mode), Recorded(), seed=0), Recorded()
+    player, policy = Player(sync_envs(lambda: Cue((2, 6)), 3, mode), Recorded(), seed=0), Recorded()
     for _ in range(20):
         player.step(policy)
     inputs = Inputs(*(torch.stack(parts, dim=1) for parts in zip(*read, strict=True)))
@@ -90,21 +90,21 @@ def test_actions_from_stepping_are_those_of_the_sequence_pass(memory, mode):
             torch.testing.assert_close(got[row, begin:end], alone[0], rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("make", [Cue, Told])
+@pytest.mark.parametrize("make", [Cue, DictCue])
 @pytest.mark.parametrize("kind", [SAC, PPO])
 @pytest.mark.parametrize("mode", MODES)
 def test_episodes_that_were_played_are_learned_from_as_they_were_played(kind, mode, make):
     """The greedy actions of stored episodes, in a padded batch, are the actions that were taken."""
     agent = agent_of(kind=kind, make=make)
-    episodes = play(agent, copies(lambda: make((1, 7), cut=True), 4, mode), 9, seed=3, greedy=True)
-    batch = Batch.of(episodes)
+    episodes = play(agent, sync_envs(lambda: make((1, 7), cut=True), 4, mode), 9, seed=3, greedy=True)
+    batch = Batch.from_episodes(episodes)
     inputs = batch.inputs()
     actions = agent.logits(agent.core.sequence(inputs, agent.init_state(9))[0]).argmax(-1)[:, :-1]
     assert (actions == batch.actions)[batch.mask].all()
     assert batch.mask.sum() == sum(episode.length for episode in episodes)
 
 
-@pytest.mark.parametrize("make", [Cue, Told])
+@pytest.mark.parametrize("make", [Cue, DictCue])
 @pytest.mark.parametrize("mode", MODES)
 def test_rollouts_go_on_where_the_last_one_ended(mode, make):
     """Two rollouts, and one of their length, of the same steps: the same memory, values and counts."""
@@ -113,25 +113,25 @@ def test_rollouts_go_on_where_the_last_one_ended(mode, make):
 
     def collect(lengths):
         agent.generator.set_state(begun)
-        collector = Collector(copies(lambda: make((2, 6), cut=True), 3, mode), agent, seed=1)
+        collector = Collector(sync_envs(lambda: make((2, 6), cut=True), 3, mode), agent, seed=1)
         return zip(*(collector.rollout(agent, length) for length in lengths), strict=True)
 
     (first, second), told = collect([7, 9])
     (whole,), (together,) = collect([16])
     assert [*told[0], *told[1]] == together and len(together) > 5
     assert torch.equal(torch.cat([first.actions, second.actions], dim=1), whole.actions)
-    logits, values = agent.judged(whole)
-    later = agent.judged(second)
+    logits, values = agent.logits_and_values(whole)
+    later = agent.logits_and_values(second)
     torch.testing.assert_close(later[0], logits[:, 7:], rtol=0, atol=1e-10)
     # V of what followed each action: the next step's, or that of an episode's last observation where it was cut
     followed, live = whole.next_values(values), whole.mask
     torch.testing.assert_close(first.next_values(values[:, :7])[live[:, :7]], followed[:, :7][live[:, :7]])
     cut = whole.ended & ~whole.terminated
     if mode == AutoresetMode.NEXT_STEP:  # its last observation is read at the next step as well
-        torch.testing.assert_close(whole.beyond[:, :-1][cut[:, :-1]].double(), values[:, 1:][cut[:, :-1]])
+        torch.testing.assert_close(whole.bootstrap_values[:, :-1][cut[:, :-1]].double(), values[:, 1:][cut[:, :-1]])
         assert (~live).sum() == cut[:, :-1].sum()
     else:
-        assert live.all() and (whole.beyond[cut] != 0).all()
+        assert live.all() and (whole.bootstrap_values[cut] != 0).all()
 
 
 @pytest.mark.parametrize("cut", [True, False])
@@ -146,8 +146,8 @@ def test_advantages_do_not_depend_on_how_copies_are_reset(cut):
             return agent.act(inputs, state, greedy=True)
 
     def advantages(mode):
-        rollout, _ = Collector(copies(lambda: Cue((2, 6), cut=cut), 3, mode), Greedy(), seed=2).rollout(Greedy(), 40)
-        found = agent.advantages(rollout, agent.judged(rollout)[1].detach())
+        rollout, _ = Collector(sync_envs(lambda: Cue((2, 6), cut=cut), 3, mode), Greedy(), seed=2).rollout(Greedy(), 40)
+        found = agent.advantages(rollout, agent.logits_and_values(rollout)[1].detach())
         until = [int(ended.nonzero().max()) + 1 for ended in rollout.ended]
         return [row[:t][live[:t]] for row, live, t in zip(found, rollout.mask, until, strict=True)]
 
@@ -160,12 +160,12 @@ def test_advantages_do_not_depend_on_how_copies_are_reset(cut):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_evaluation_shares_episodes_out_beforehand(mode):
-    told = evaluate(uniform(2), copies(lambda: Cue((1, 9)), 3, mode), 40, seed=0)
+    told = evaluate(uniform(2), sync_envs(lambda: Cue((1, 9)), 3, mode), 40, seed=0)
     assert len(told.outcomes) == 40
     lengths = [outcome.length for outcome in told.outcomes]
     assert 4 < np.mean(lengths) < 6 and told.mean_length == np.mean(lengths)
     assert 0.2 < told.success < 0.8 and math.isclose(told.mean_return, 2 * told.success - 1, abs_tol=1e-6)
-    again = evaluate(uniform(2), copies(lambda: Cue((1, 9)), 3, mode), 40, seed=0)
+    again = evaluate(uniform(2), sync_envs(lambda: Cue((1, 9)), 3, mode), 40, seed=0)
     assert told == again
 
 
@@ -179,7 +179,7 @@ def test_play_stops_between_two_steps():
     for (name, call), kind in itertools.product(calls.items(), (SAC, PPO)):
         stopped, agent = [], agent_of(kind=kind)
         before = agent.generator.get_state()
-        envs = Stopper(copies(Cue, 2), stopped)
+        envs = Stopper(sync_envs(Cue, 2), stopped)
         with pytest.raises(Stopped):
             call(agent, envs, stopped)
         assert envs.steps == 3
@@ -203,9 +203,9 @@ class Stopper(VectorWrapper):
 
 
 def test_an_evaluation_keeps_no_observations():
-    player = Player(copies(Told, 2), uniform(2), 0)
+    player = Player(sync_envs(DictCue, 2), uniform(2), 0)
     episodes = _play(player, uniform(2), 4, greedy=False, observations=False)
-    kept = play(uniform(2), copies(Told, 2), 4, seed=0)
+    kept = play(uniform(2), sync_envs(DictCue, 2), 4, seed=0)
     assert [episode.outcome for episode in episodes] == [episode.outcome for episode in kept]
     assert all(episode.observations == () for episode in episodes)
 
@@ -216,12 +216,12 @@ def test_an_agent_that_diverged_says_so(greedy):
     with torch.no_grad():
         agent.actor[0].weight.fill_(math.nan)
     with pytest.raises(ValueError, match=r"expected finite logits, got NaN .* at step 0: training has diverged"):
-        play(agent, copies(Cue, 2), 1, greedy=greedy)
+        play(agent, sync_envs(Cue, 2), 1, greedy=greedy)
 
 
 def test_which_memory_spoke_in_an_episode():
     agent = agent_of()
-    batch = Batch.of(play(agent, copies(lambda: Cue((5, 5)), 1), 1))
+    batch = Batch.from_episodes(play(agent, sync_envs(lambda: Cue((5, 5)), 1), 1))
     shares = shares_during(agent, lambda: agent.core.sequence(batch.inputs(), agent.init_state(1)))
     assert shares.gate.shape == shares.fw.shape == (2, 1, 6)
     assert ((shares.gate > 0) & (shares.gate < 1)).all()

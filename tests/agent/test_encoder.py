@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from hqlt.agent import PPO, SAC, build_memory, evaluate
 from hqlt.agent.encoder import Encoder, build_encoder, observation_encoder
-from tests.agent.worlds_of_one_cue import Cue, Told, copies
+from tests.agent.toy_envs import Cue, DictCue, sync_envs
 
 ACTIONS = spaces.Discrete(4)
 SEEN = {
@@ -104,13 +104,13 @@ class Own(torch.nn.Module):
         return self.linear(image.flatten(-3).float())
 
 
-@pytest.mark.parametrize("make", [Told, Tiny])
+@pytest.mark.parametrize("make", [DictCue, Tiny])
 @pytest.mark.parametrize("kind", [PPO, SAC])
 def test_an_encoder_of_your_own_is_trained(kind, make):
     """What errors advise works: for dictionaries, and for images too small for the convolutions."""
-    envs = copies(make, 4)
+    envs = sync_envs(make, 4)
     memory = build_memory("lstm", hidden_size=8, num_layers=1)
-    own = Own(48 if make is Told else 12)
+    own = Own(48 if make is DictCue else 12)
     encoder = Encoder(observation=own, observation_width=5, actions=2, hidden_size=8)
     agent = kind(envs, memory, encoder=encoder)
     before = own.linear.weight.clone()

@@ -94,11 +94,11 @@ def test_clipped_policy_loss(steps):
         entropy_coeff=1.0,
     )
     before, advantages = torch.randn(B, A).log_softmax(-1), torch.randn(B)
-    log_pi_before = losses.of_action(before, steps["action"])
+    log_pi_before = losses.gather_actions(before, steps["action"])
     keys = {theirs.tensor_keys.sample_log_prob: log_pi_before, "advantage": advantages[:, None]}
     said = theirs(batch_of(steps, **keys, value_target=torch.zeros(B, 1)))
     logits, mask = actor(steps["observation"][None]), torch.ones(1, B, dtype=torch.bool)
-    log_pi = losses.of_action(logits.log_softmax(-1), steps["action"][None])
+    log_pi = losses.gather_actions(logits.log_softmax(-1), steps["action"][None])
     ours = losses.clipped_policy_loss(log_pi, log_pi_before[None], advantages[None], 0.2, mask)
     torch.testing.assert_close(ours, said["loss_objective"])
     torch.testing.assert_close(losses.entropy(logits).mean(), said["entropy"])

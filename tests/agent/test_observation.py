@@ -8,7 +8,7 @@ from gymnasium import spaces
 from gymnasium.vector.utils import batch_space
 from torch.utils._pytree import tree_leaves
 
-from hqlt.agent.observation import BadObservation, observed, readable
+from hqlt.agent.observation import InvalidObservation, check_observation_space, checked_observation
 
 IMAGE = spaces.Box(0, 255, (3, 4, 4), np.uint8)
 NESTED = spaces.Dict(
@@ -28,9 +28,9 @@ def seen(space=NESTED, rows=4):
 
 @pytest.mark.parametrize("space", [IMAGE, NESTED, spaces.Discrete(3), spaces.Box(-1, 1, (), np.float64)])
 def test_what_is_of_its_space_is_copied(space):
-    readable(space)
+    check_observation_space(space)
     given = seen(space)
-    got = observed(space, given, 4)
+    got = checked_observation(space, given, 4)
     assert type(got) is type(given) or isinstance(got, np.ndarray)
     for array, original in zip(tree_leaves(got), tree_leaves(given), strict=True):
         assert array.dtype == np.asarray(original).dtype and np.array_equal(array, original)
@@ -39,9 +39,9 @@ def test_what_is_of_its_space_is_copied(space):
 
 def test_wider_numbers_of_the_same_kind_are_narrowed():
     space = spaces.Box(-1, 1, (2,), np.float32)
-    assert observed(space, np.ones((3, 2), np.float64), 3).dtype == np.float32
-    with pytest.raises(BadObservation, match=r"observation\[0\]: expected finite numbers, got inf"):
-        observed(space, np.full((3, 2), 1e300), 3)
+    assert checked_observation(space, np.ones((3, 2), np.float64), 3).dtype == np.float32
+    with pytest.raises(InvalidObservation, match=r"observation\[0\]: expected finite numbers, got inf"):
+        checked_observation(space, np.full((3, 2), 1e300), 3)
 
 
 def spoiled(place, value):
@@ -76,13 +76,13 @@ def with_nan():
     ],
 )  # fmt: skip
 def test_what_is_not_of_its_space_is_named(given, said, env):
-    with pytest.raises(BadObservation, match=said) as caught:
-        observed(NESTED, given, 4)
+    with pytest.raises(InvalidObservation, match=said) as caught:
+        checked_observation(NESTED, given, 4)
     assert caught.value.env == env
 
 
 def test_spaces_without_arrays_are_refused_by_the_name_of_the_entry():
     with pytest.raises(ValueError, match=r"observation_space\['said'\]\[1\]: expected Box, .*FilterObservation"):
-        readable(spaces.Dict({"seen": IMAGE, "said": spaces.Tuple([IMAGE, spaces.Text(5)])}))
+        check_observation_space(spaces.Dict({"seen": IMAGE, "said": spaces.Tuple([IMAGE, spaces.Text(5)])}))
     with pytest.raises(ValueError, match=r"observation_space: expected at least one entry"):
-        readable(spaces.Dict({}))
+        check_observation_space(spaces.Dict({}))

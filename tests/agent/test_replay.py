@@ -22,7 +22,7 @@ def episode(length, number=0, terminated=True):
 
 
 def test_a_batch_is_filled_up_and_masked():
-    batch = Batch.of([episode(2, 7), episode(4, 9, terminated=False)])
+    batch = Batch.from_episodes([episode(2, 7), episode(4, 9, terminated=False)])
     assert batch.observations.shape == (2, 5, 3, 5, 5) and batch.observations.dtype == torch.uint8
     assert batch.mask.tolist() == [[True, True, False, False], [True] * 4]
     assert batch.terminated.tolist() == [[False, True, False, False], [False] * 4]

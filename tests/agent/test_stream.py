@@ -13,7 +13,7 @@ from gymnasium.wrappers import TimeLimit
 from hqlt.agent import PPO, SAC, build_memory
 from hqlt.agent.stream import Stream
 from hqlt.agent.worlds import make_worlds
-from tests.agent.worlds_of_one_cue import Counter, Cue, Told, copies
+from tests.agent.toy_envs import Counter, Cue, DictCue, sync_envs
 
 MODES = list(AutoresetMode)
 
@@ -21,7 +21,7 @@ MODES = list(AutoresetMode)
 def counters(mode):
     """Two copies, whose episodes last three steps and two."""
     lengths = iter((3, 2))
-    return copies(lambda: Counter(next(lengths)), 2, mode)
+    return sync_envs(lambda: Counter(next(lengths)), 2, mode)
 
 
 def run(mode, steps):
@@ -53,7 +53,7 @@ def test_a_copy_that_is_reset_in_the_same_step_shows_its_last_observation_aside(
 
 @pytest.mark.parametrize("mode", MODES)
 def test_success_is_told_where_an_episode_ends(mode):
-    stream = Stream(copies(lambda: Cue((2, 2)), 3, mode))
+    stream = Stream(sync_envs(lambda: Cue((2, 2)), 3, mode))
     cue = (stream.reset(seed=0)[:, 0] > 0).astype(int)
     assert np.isnan(stream.step(cue).success).all()
     cue[0] = 1 - cue[0]
@@ -65,7 +65,7 @@ def test_success_is_told_where_an_episode_ends(mode):
 
 @pytest.mark.parametrize("mode", [None, "sometimes"])
 def test_environments_that_do_not_say_how_they_reset_are_refused(mode):
-    envs = copies(Cue, 1)
+    envs = sync_envs(Cue, 1)
     envs.metadata["autoreset_mode"] = mode
     with pytest.raises(ValueError, match=rf"metadata\['autoreset_mode'\], .*, got {mode!r}"):
         Stream(envs)
@@ -75,7 +75,7 @@ def test_environments_that_do_not_say_how_they_reset_are_refused(mode):
 @pytest.mark.parametrize("vector", [SyncVectorEnv, AsyncVectorEnv])
 def test_last_observations_of_dictionaries_and_tuples(mode, vector):
     """`successor` is the last observation of an episode in every mode, entry by entry; `observation` the next one's."""
-    envs = vector([lambda: Told((2, 2))] * 3, autoreset_mode=mode)
+    envs = vector([lambda: DictCue((2, 2))] * 3, autoreset_mode=mode)
     stream = Stream(envs)
     seen = stream.reset(seed=1)
     assert seen["image"].dtype == np.uint8 and seen["image"].shape == (3, 3, 4, 4)
@@ -133,7 +133,7 @@ PLACE = "Bad, env 1, step 3 of its episode: "
 def test_what_cannot_be_learned_from_is_named(mode, fault, said):
     """The environment, which of them it was, and the step: in every mode, at once."""
     Bad.made = itertools.count()
-    stream = Stream(copies(lambda: Bad(fault), 2, mode))
+    stream = Stream(sync_envs(lambda: Bad(fault), 2, mode))
     stream.reset(seed=0)
     with pytest.raises(ValueError, match=said):
         stepped(stream, 5)
@@ -142,7 +142,7 @@ def test_what_cannot_be_learned_from_is_named(mode, fault, said):
 
 def test_success_that_is_no_number_is_named():
     Bad.made = itertools.count()
-    stream = Stream(copies(lambda: Bad(lambda seen, reward, info: (seen, reward, {"success": "yes"}), 3), 2))
+    stream = Stream(sync_envs(lambda: Bad(lambda seen, reward, info: (seen, reward, {"success": "yes"}), 3), 2))
     stream.reset()
     with pytest.raises(ValueError, match=r"Bad: info\['success'\]: expected booleans or numbers, got .*yes"):
         stepped(stream, 3)
@@ -173,7 +173,7 @@ class Loose(VectorWrapper):
     ],
 )
 def test_vector_environments_that_break_their_contract_are_named(part, value, said):
-    stream = Stream(Loose(copies(Counter, 2), part, value))
+    stream = Stream(Loose(sync_envs(Counter, 2), part, value))
     stream.reset()
     with pytest.raises(ValueError, match=said):
         stream.step(np.zeros(2, int))
@@ -189,14 +189,14 @@ def test_vector_environments_that_break_their_contract_are_named(part, value, sa
     ],
 )
 def test_actions_that_are_none_are_named(actions, said):
-    stream = Stream(copies(Counter, 2))
+    stream = Stream(sync_envs(Counter, 2))
     stream.reset()
     with pytest.raises(ValueError, match=said):
         stream.step(actions)
 
 
 def test_an_ended_episode_without_its_last_observation_is_refused():
-    stream = Stream(Loose(copies(Counter, 2, AutoresetMode.SAME_STEP), 4, {}))
+    stream = Stream(Loose(sync_envs(Counter, 2, AutoresetMode.SAME_STEP), 4, {}))
     stream.reset()
     with pytest.raises(ValueError, match=r"infos: expected 'final_obs' where an episode ended"):
         stepped(stream, 3)
@@ -211,7 +211,7 @@ class Forgetful(VectorWrapper):
 
 def test_environments_that_reset_more_than_the_mask_says_are_refused():
     lengths = iter((3, 2))
-    stream = Stream(Forgetful(copies(lambda: Counter(next(lengths)), 2, AutoresetMode.DISABLED)))
+    stream = Stream(Forgetful(sync_envs(lambda: Counter(next(lengths)), 2, AutoresetMode.DISABLED)))
     stream.reset()
     with pytest.raises(ValueError, match="expected the environments outside the mask to stay as they are"):
         stepped(stream, 3)
@@ -223,25 +223,25 @@ def endless():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_an_episode_must_end(mode, monkeypatch):
-    monkeypatch.setattr("hqlt.agent.stream.LONGEST", 20)
-    stream = Stream(copies(endless, 2, mode))
+    monkeypatch.setattr("hqlt.agent.stream.MAX_EPISODE_STEPS", 20)
+    stream = Stream(sync_envs(endless, 2, mode))
     stream.reset()
     for _ in range(19):
         stream.step(np.zeros(2, int))
     said = r"Counter, env 0, step 20 of its episode: expected an episode to end within 20 steps.*max_episode_steps=1000"
     with pytest.raises(ValueError, match=said):
         stream.step(np.zeros(2, int))
-    stream = Stream(copies(lambda: TimeLimit(endless(), 20), 2, mode))  # which ends in time
+    stream = Stream(sync_envs(lambda: TimeLimit(endless(), 20), 2, mode))  # which ends in time
     stream.reset()
     assert sum(stream.step(np.zeros(2, int)).truncated.sum() for _ in range(50)) == 4
 
 
 def test_environments_may_say_that_their_episodes_are_longer(monkeypatch):
-    monkeypatch.setattr("hqlt.agent.stream.LONGEST", 20)
-    assert Stream(gymnasium.make_vec("CartPole-v1", 2, vectorization_mode="sync")).longest == 500
-    assert Stream(make_worlds("CartPole-v1", 2, 0, max_episode_steps=30)).longest == 30
-    assert Stream(make_worlds("TMazePassive", 2, 0, corridor=70)).longest == 71
-    assert Stream(copies(endless, 2)).longest == 20
+    monkeypatch.setattr("hqlt.agent.stream.MAX_EPISODE_STEPS", 20)
+    assert Stream(gymnasium.make_vec("CartPole-v1", 2, vectorization_mode="sync")).max_episode_steps == 500
+    assert Stream(make_worlds("CartPole-v1", 2, 0, max_episode_steps=30)).max_episode_steps == 30
+    assert Stream(make_worlds("TMazePassive", 2, 0, corridor=70)).max_episode_steps == 71
+    assert Stream(sync_envs(endless, 2)).max_episode_steps == 20
 
 
 def test_names_of_environments():
@@ -249,7 +249,7 @@ def test_names_of_environments():
         (make_worlds("CartPole-v1", 2, 0), "CartPole-v1"),
         (gymnasium.make_vec("hqlt/TMazePassive-v0", 2), "hqlt/TMazePassive-v0"),
         (make_worlds("TMazePassive", 2, 0), "TMazePassive"),
-        (copies(Cue, 2), "Cue"),
+        (sync_envs(Cue, 2), "Cue"),
     ):
         assert Stream(envs).name == name
 

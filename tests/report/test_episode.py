@@ -10,7 +10,7 @@ from PIL import Image
 
 from hqlt.agent import PPOSettings
 from hqlt.report import episode
-from hqlt.report.episode import WIDTH, Film, figure_of_film, film, leave_film, moments, strip_of
+from hqlt.report.episode import WIDTH, Film, figure_of_film, film, moments, strip_layout, write_film
 from hqlt.report.kept import KeptPairs
 from hqlt.report.shares import Shares
 from hqlt.train.agent import AgentSettings, AgentTrainer
@@ -26,7 +26,7 @@ def film_of(steps, shape=(5, 28), shares=True):
 @pytest.mark.parametrize(("shape", "columns"), [((60, 336), 3), ((112, 176), 5), ((400, 600), 5), ((60, 1236), 2)])
 def test_moments_stand_in_rows_in_which_they_are_large(shape, columns):
     """Of a T-maze three a row, not nine."""
-    assert strip_of(shape, 9)[0] == columns
+    assert strip_layout(shape, 9)[0] == columns
     figure = figure_of_film(film_of(40, shape))
     figure.canvas.draw()
     shown = [axes for part in figure.subfigs[:1] for axes in part.axes if axes.images]
@@ -55,7 +55,7 @@ def test_the_legend_of_a_film_is_whole(width):
 @pytest.mark.parametrize("shares", [True, False])
 @pytest.mark.parametrize("steps", [1, 2, 30])
 def test_what_is_left_of_a_film(tmp_path, steps, shares):
-    pictures = leave_film(film_of(steps, shares=shares), tmp_path)
+    pictures = write_film(film_of(steps, shares=shares), tmp_path)
     assert [list(picture) for picture in pictures] == [["plot"], ["film"]]
     assert pictures[0]["plot"].count("<svg") == min(steps + 1, 9) + 1 + 2 * shares, "moments, time, a legend"
     assert pictures[1]["film"].startswith("data:image/gif;base64,")
@@ -87,7 +87,7 @@ def test_an_episode_of_an_agent_that_keeps():
 
 def test_an_environment_that_cannot_be_seen_has_a_picture_of_its_rewards(tmp_path):
     blind = film_of(5)._replace(frames={})
-    assert len(leave_film(blind, tmp_path)) == 1 and moments(blind) == []
+    assert len(write_film(blind, tmp_path)) == 1 and moments(blind) == []
     assert [path.name for path in tmp_path.iterdir()] == ["episode.png"]
 
 

@@ -11,7 +11,7 @@ from gymnasium.spaces import Box
 import hqlt
 from hqlt.agent import Agent, Batch, Collected, play
 from hqlt.agent.core import mlp
-from hqlt.agent.losses import entropy, masked_mean, of_action, standardised
+from hqlt.agent.losses import entropy, gather_actions, masked_mean, standardised
 from hqlt.agent.worlds import World
 
 
@@ -27,8 +27,8 @@ class Bell(World):
         self._tone = np.zeros(num_envs, np.int8)
         super().__init__(num_envs, Box(-1, 1, (2,), np.float32), wait + 1, render_mode)
 
-    def _begin(self, copies):
-        self._tone[copies] = 2 * self._streams.below(copies, 2) - 1
+    def _begin(self, env_ids):
+        self._tone[env_ids] = 2 * self._streams.below(env_ids, 2) - 1
 
     def _move(self, actions):
         self._success = (self._time == self.episode_length) & (actions == np.where(self._tone > 0, 0, 1))
@@ -69,19 +69,19 @@ class Reinforce(Agent):
         return self.actor(features)
 
     def collect(self, envs, *, stopped=()):
-        episodes = play(self, envs, 2 * envs.num_envs, seed=self.seed_of(self.steps), stopped=stopped)
+        episodes = play(self, envs, 2 * envs.num_envs, seed=self.derive_seed(self.steps), stopped=stopped)
         return Collected(episodes, [one.outcome for one in episodes], sum(one.length for one in episodes))
 
     def learn(self, episodes):
-        batch = Batch.of(episodes).to(self.device)
+        batch = Batch.from_episodes(episodes).to(self.device)
         features, _ = self.core.sequence(batch.inputs(), self.init_state(len(batch.mask)))
         logits, returns = self.logits(features[:, :-1]), torch.zeros_like(batch.rewards)
         for t in reversed(range(returns.shape[1])):
             ahead = returns[:, t + 1] if t + 1 < returns.shape[1] else 0
             returns[:, t] = batch.rewards[:, t] + self.settings.gamma * ahead
-        log_pi = of_action(logits.log_softmax(-1), batch.actions)
+        log_pi = gather_actions(logits.log_softmax(-1), batch.actions)
         policy = -masked_mean(standardised(returns, batch.mask) * log_pi, batch.mask)
         spread = masked_mean(entropy(logits), batch.mask)
         loss = policy - self.settings.entropy_coef * spread
-        gradient = self.descend(loss, 1.0)
+        gradient = self.update_weights(loss, 1.0)
         return {"loss": loss.item(), "entropy": spread.item(), "gradient": gradient}

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from hqlt.agent.collect import Evaluation
 from hqlt.agent.core import Core, Inputs
-from hqlt.agent.encoder import Encoder, build_encoder, discrete
+from hqlt.agent.encoder import Encoder, build_encoder, check_discrete
 from hqlt.agent.episode import Outcome
 from hqlt.agent.memory_model import MemoryModel, State
-from hqlt.agent.observation import readable
-from hqlt.agent.stream import vector_envs
+from hqlt.agent.observation import check_observation_space
+from hqlt.agent.stream import check_vector_env
 from hqlt.shapes import Hidden
 from hqlt.signals import Stopped
 
@@ -60,9 +60,9 @@ class Agent(nn.Module):
     """
 
     Settings: ClassVar[type[Any]]
-    in_runs: ClassVar[Mapping[str, Any]] = {}
+    run_defaults: ClassVar[Mapping[str, Any]] = {}
     """Settings that `hqlt rl train` begins with in place of their defaults."""
-    in_quick_runs: ClassVar[Mapping[str, Any]] = {}
+    quick_run_defaults: ClassVar[Mapping[str, Any]] = {}
     """Settings with which it learns little, soon: for a look at a study."""
     settings: Any
     seed: Tensor
@@ -82,9 +82,9 @@ class Agent(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        seen, acted = vector_envs(envs).single_observation_space, envs.single_action_space
-        readable(seen)
-        self.actions = int(discrete(acted).n)
+        seen, acted = check_vector_env(envs).single_observation_space, envs.single_action_space
+        check_observation_space(seen)
+        self.actions = int(check_discrete(acted).n)
         self.core = Core(encoder or build_encoder(seen, acted, memory.hidden_size), memory)
         self.generator = torch.Generator().manual_seed(seed)
         self.settings = self.Settings() if settings is None else settings
@@ -106,11 +106,11 @@ class Agent(nn.Module):
         """→ means of losses and the like, by name; "gradient" is the norm. Empty: there was no update."""
         raise NotImplementedError
 
-    def carried(self) -> dict[str, Tensor]:
+    def carried_state(self) -> dict[str, Tensor]:
         """What is carried from one collection to the next."""
         return {}
 
-    def carry(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_carried_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take what `carried` gave."""
 
     def train_in(self, envs: VectorEnv, steps: int, *, stopped: Sequence[int] = ()) -> Iterator[Progress]:
@@ -131,7 +131,7 @@ class Agent(nn.Module):
             losses = self.learn(collected.experience)
             yield Progress(int(self.steps), Evaluation(tuple(collected.outcomes)), losses)
 
-    def seed_of(self, count: Tensor) -> int:
+    def derive_seed(self, count: Tensor) -> int:
         """A seed for environments that follows from the agent's own and a count, and from nothing else.
 
         Below 2³¹, and for each seed and count another one; agents of neighbouring seeds do not meet in the same worlds.
@@ -161,7 +161,7 @@ class Agent(nn.Module):
         """a ~ π, by the agent's own generator: [b, a] → [b]."""
         return torch.multinomial(logits.softmax(dim=-1).cpu(), 1, generator=self.generator)[:, 0].to(logits.device)
 
-    def descend(self, loss: Tensor, max_grad_norm: float | None) -> float:
+    def update_weights(self, loss: Tensor, max_grad_norm: float | None) -> float:
         """One step of the optimiser, left out where the gradient is not finite → its norm, before it was clipped."""
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -178,7 +178,7 @@ class Agent(nn.Module):
         averages = {
             f"optimiser.{i}.{name}": tensor for i, of_weight in state.items() for name, tensor in of_weight.items()
         }
-        carried = {f"carried.{name}": tensor for name, tensor in self.carried().items()}
+        carried = {f"carried.{name}": tensor for name, tensor in self.carried_state().items()}
         return {**self.state_dict(prefix="agent."), **averages, **carried, "generator": self.generator.get_state()}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
@@ -198,7 +198,7 @@ class Agent(nn.Module):
         self.load_state_dict(parts["agent"])
         self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": averages})
         self.generator.set_state(tensors["generator"].cpu())
-        self.carry(parts["carried"])
+        self.load_carried_state(parts["carried"])
 
 
 def means(told: list[dict[str, float]]) -> dict[str, float]:

@@ -54,7 +54,7 @@ class Player:
     ) -> None:
         self.stream = Stream(envs)
         self.stopped = stopped
-        n = self.stream.copies
+        n = self.stream.num_envs
         begins = np.ones(n, dtype=bool)
         self.inputs = read(self.stream.reset(seed), np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.float32), begins)
         self.state = policy.init_state(n)
@@ -104,7 +104,7 @@ def play(
 
 def _play(player: Player, policy: Policy, episodes: int, greedy: bool, observations: bool) -> list[Episode]:
     """observations: keep them; otherwise those of an episode are ()."""
-    n = player.stream.copies
+    n = player.stream.num_envs
     left = np.array([episodes // n + (row < episodes % n) for row in range(n)])
     begun = np.zeros(n, dtype=np.int64)
     read_so_far: list[Tree] = []

@@ -11,9 +11,9 @@ from gymnasium import spaces
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from hqlt.agent.observation import Space, Tree, entries, readable
+from hqlt.agent.observation import Space, Tree, check_observation_space, subspaces
 
-OWN = "PPO(…, encoder=Encoder(observation=YOUR_MODULE, observation_width=…, actions=…, hidden_size=…))"
+CUSTOM_ENCODER = "PPO(…, encoder=Encoder(observation=YOUR_MODULE, observation_width=…, actions=…, hidden_size=…))"
 
 
 class ImageEncoder(nn.Module):
@@ -32,7 +32,7 @@ class ImageEncoder(nn.Module):
         if inner <= 0 or min(height, across) <= len(channels):
             raise ValueError(
                 f"expected images of more than {len(channels)}×{len(channels)} pixels, got shape {list(shape)}; "
-                f"give an encoder of your own: {OWN}"
+                f"give an encoder of your own: {CUSTOM_ENCODER}"
             )
         layers: list[nn.Module] = []
         for before, after in zip((first, *channels), channels, strict=False):
@@ -89,13 +89,13 @@ class EntriesEncoder(nn.Module):
         super().__init__()
         self.keys = list(encoders)
         self.encoders = nn.ModuleList(encoders.values())
-        self.width = sum(width_of(encoder) for encoder in self.encoders)
+        self.width = sum(output_width(encoder) for encoder in self.encoders)
 
     def forward(self, x: Tree) -> Tensor:
         return torch.cat([encoder(x[key]) for key, encoder in zip(self.keys, self.encoders, strict=True)], dim=-1)
 
 
-def width_of(encoder: nn.Module) -> int:
+def output_width(encoder: nn.Module) -> int:
     """Of what an encoder of observations puts out."""
     return int(encoder.width)  # type: ignore[arg-type]
 
@@ -120,8 +120,8 @@ def observation_encoder(space: Space, width: int, name: str = "observation_space
 
     Raises ValueError that names the entry for which there is no encoder.
     """
-    readable(space, name)
-    parts = entries(space)
+    check_observation_space(space, name)
+    parts = subspaces(space)
     if parts is not None:
         return EntriesEncoder(
             {key: observation_encoder(part, width, f"{name}[{key!r}]") for key, part in parts.items()}
@@ -169,10 +169,10 @@ def build_encoder(observation_space: Space, action_space: Space, hidden_size: in
     Raises ValueError for observations for which there is no encoder, and for actions that are not Discrete.
     """
     encoder = observation_encoder(observation_space, hidden_size)
-    return Encoder(encoder, width_of(encoder), int(discrete(action_space).n), hidden_size)
+    return Encoder(encoder, output_width(encoder), int(check_discrete(action_space).n), hidden_size)
 
 
-def discrete(space: Space) -> spaces.Discrete:
+def check_discrete(space: Space) -> spaces.Discrete:
     """The space of actions, refused if it is not Discrete."""
     if not isinstance(space, spaces.Discrete):
         raise ValueError(

@@ -65,7 +65,7 @@ class Batch(NamedTuple):
     """Bool [b, t], True at the steps that were played."""
 
     @staticmethod
-    def of(episodes: Sequence[Episode]) -> Batch:
+    def from_episodes(episodes: Sequence[Episode]) -> Batch:
         b, t = len(episodes), max(episode.length for episode in episodes)
         observations = tree_map(
             lambda *rows: np.stack([padded(row, t + 1) for row in rows]),

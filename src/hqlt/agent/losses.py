@@ -27,7 +27,7 @@ def entropy(logits: PerAction) -> PerStep:
     return -(log_pi.exp() * log_pi).sum(dim=-1)
 
 
-def of_action(x: PerAction, actions: PerStep) -> PerStep:
+def gather_actions(x: PerAction, actions: PerStep) -> PerStep:
     """x_t(a_t): the entry of the action taken."""
     return x.gather(-1, actions[..., None])[..., 0]
 
@@ -64,7 +64,7 @@ def q_loss(q: PerAction, actions: PerStep, target: PerStep, mask: PerStep) -> Te
 
     Source: Christodoulou 2019, eq. 4.
     """
-    return masked_mean(0.5 * (of_action(q, actions) - target) ** 2, mask)
+    return masked_mean(0.5 * (gather_actions(q, actions) - target) ** 2, mask)
 
 
 def actor_loss(logits: PerAction, q: PerAction, alpha: Tensor | float, mask: PerStep) -> Tensor:

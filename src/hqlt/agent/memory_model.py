@@ -67,11 +67,11 @@ class HybridModel(MemoryModel):
         states = []
         for block, layer, before in zip(self.blocks, self.layers, state, strict=True):
             x, after = block(x, resets, before)
-            states.append(without_unused_pairs(after) if layer.blend.slots is None else after)
+            states.append(drop_unused_entries(after) if layer.blend.slots is None else after)
         return self.norm(x), tuple(states)
 
 
-def without_unused_pairs(state: MemoryState) -> MemoryState:
+def drop_unused_entries(state: MemoryState) -> MemoryState:
     """Full attention holds every pair of a row, but no longer those of its earlier episodes."""
     unused = state.slots - min(int(state.position.max()), state.slots)
     return state._replace(kv=tree_map(lambda x: x[:, unused:], state.kv))
@@ -137,7 +137,7 @@ BLENDS = {
 MODELS = (*BLENDS, "lstm", "none")
 
 
-def names_of_memories() -> list[str]:
+def memory_names() -> list[str]:
     """Ours, and the blends that others registered."""
     return list(dict.fromkeys((*MODELS, *names("blend"))))
 
@@ -150,7 +150,7 @@ def build_memory(
     window: steps that the KV-memory reaches (None: the whole episode, for "transformer" and "synchronous"); what has no
     window, heads or layers does without. layer: other arguments of `hqlt.HybridMemory`, for the first five.
     """
-    check_choice("memory", name, names_of_memories())
+    check_choice("memory", name, memory_names())
     own = ("hidden_size", "num_heads", "num_layers", "window")
     for option in layer:
         check_choice("argument", option, sorted({*own, *layer_arguments()} - {"blend"}))

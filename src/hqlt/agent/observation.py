@@ -16,7 +16,7 @@ Tree: TypeAlias = Any
 ADVICE = "gymnasium.wrappers.FilterObservation drops entries, gymnasium.wrappers.TransformObservation changes them"
 
 
-class BadObservation(ValueError):
+class InvalidObservation(ValueError):
     """An observation that is not of its space; `env` is the number of the environment that gave it, None: all did."""
 
     def __init__(self, message: str, env: int | None = None) -> None:
@@ -24,7 +24,7 @@ class BadObservation(ValueError):
         self.env = env
 
 
-def entries(space: Space) -> dict[Any, Space] | None:
+def subspaces(space: Space) -> dict[Any, Space] | None:
     """The spaces in a Dict by name, in a Tuple by number; None for a space of arrays."""
     match space:
         case spaces.Dict():
@@ -35,9 +35,9 @@ def entries(space: Space) -> dict[Any, Space] | None:
             return None
 
 
-def readable(space: Space, name: str = "observation_space") -> None:
+def check_observation_space(space: Space, name: str = "observation_space") -> None:
     """Raises ValueError that names the entry of a space whose observations are not arrays."""
-    parts = entries(space)
+    parts = subspaces(space)
     if parts is None:
         if not isinstance(space, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
             raise ValueError(
@@ -48,33 +48,33 @@ def readable(space: Space, name: str = "observation_space") -> None:
         raise ValueError(f"{name}: expected at least one entry, got {space}")
     else:
         for key, part in parts.items():
-            readable(part, f"{name}[{key!r}]")
+            check_observation_space(part, f"{name}[{key!r}]")
 
 
-def observed(space: Space, seen: Any, rows: int, name: str = "observation") -> Tree:
+def checked_observation(space: Space, seen: Any, rows: int, name: str = "observation") -> Tree:
     """Observations [rows, ...] of a space as new arrays of its dtypes.
 
-    Raises BadObservation where an entry is missing, a shape or dtype is another one than the space's, a floating-point
+    Raises InvalidObservation where an entry is missing, a shape or dtype is another one than the space's, a floating-point
     number is NaN or infinite, or a symbol is none of the space's.
     """
-    parts = entries(space)
+    parts = subspaces(space)
     if parts is None:
         return _array(space, seen, rows, name)
     if not (isinstance(seen, Mapping) if isinstance(space, spaces.Dict) else isinstance(seen, (tuple, list))):
-        raise BadObservation(f"{name}: expected entries {list(parts)}, got {type(seen).__name__}")
+        raise InvalidObservation(f"{name}: expected entries {list(parts)}, got {type(seen).__name__}")
     got = list(seen) if isinstance(seen, Mapping) else list(range(len(seen)))
     if set(got) != set(parts):
-        raise BadObservation(f"{name}: expected entries {list(parts)}, got {got}")
-    found = {key: observed(part, seen[key], rows, f"{name}[{key!r}]") for key, part in parts.items()}
+        raise InvalidObservation(f"{name}: expected entries {list(parts)}, got {got}")
+    found = {key: checked_observation(part, seen[key], rows, f"{name}[{key!r}]") for key, part in parts.items()}
     return found if isinstance(space, spaces.Dict) else tuple(found.values())
 
 
 def _array(space: Space, seen: Any, rows: int, name: str) -> NDArray[Any]:
     got, dtype = np.asarray(seen), np.dtype(space.dtype)
     if got.shape != (rows, *(space.shape or ())):
-        raise BadObservation(f"{name}: expected shape {[rows, *(space.shape or ())]}, got {list(got.shape)}")
+        raise InvalidObservation(f"{name}: expected shape {[rows, *(space.shape or ())]}, got {list(got.shape)}")
     if not np.can_cast(got.dtype, dtype, "same_kind"):
-        raise BadObservation(f"{name}: expected {dtype}, as its space says, got {got.dtype}")
+        raise InvalidObservation(f"{name}: expected {dtype}, as its space says, got {got.dtype}")
     with np.errstate(over="ignore"):  # an overflow is an infinity, which is refused below
         array = np.array(got, dtype=dtype)
     if dtype.kind == "f":
@@ -90,4 +90,4 @@ def _array(space: Space, seen: Any, rows: int, name: str) -> NDArray[Any]:
 def _all(good: NDArray[np.bool_], array: NDArray[Any], name: str, expected: str) -> None:
     if not good.all():
         env, *place = np.argwhere(~good)[0].tolist()
-        raise BadObservation(f"{name}{place or ''}: expected {expected}, got {array[(env, *place)]}", env)
+        raise InvalidObservation(f"{name}{place or ''}: expected {expected}, got {array[(env, *place)]}", env)

@@ -16,9 +16,9 @@ from hqlt.agent.losses import (
     centred,
     clipped_policy_loss,
     entropy,
+    gather_actions,
     generalised_advantages,
     masked_mean,
-    of_action,
     standardised,
     value_loss,
 )
@@ -81,7 +81,7 @@ class PPO(Agent):
     """
 
     Settings = PPOSettings
-    in_runs: ClassVar = {"learning_rate": 5e-4, "rollout_steps": 64, "advantages": "centred"}
+    run_defaults: ClassVar = {"learning_rate": 5e-4, "rollout_steps": 64, "advantages": "centred"}
     settings: PPOSettings
     collector: Collector | None = None
     """Of the call of `train_in` that is under way."""
@@ -102,7 +102,7 @@ class PPO(Agent):
         features, _ = self.core.step(inputs.to(self.device), state)
         return self.critic(features)[:, 0]
 
-    def judged(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+    def logits_and_values(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """The policy's logits [b, t, a] and V [b, t] at every step of a rollout."""
         features, _ = self.core.sequence(rollout.inputs, rollout.state)
         return self.actor(features), self.critic(features)[..., 0]
@@ -118,8 +118,8 @@ class PPO(Agent):
         """`epochs` passes over a rollout."""
         settings, rollout = self.settings, rollout.to(self.device)
         with torch.no_grad():
-            logits, values = self.judged(rollout)
-            log_pi = of_action(logits.log_softmax(dim=-1), rollout.actions)
+            logits, values = self.logits_and_values(rollout)
+            log_pi = gather_actions(logits.log_softmax(dim=-1), rollout.actions)
             advantages = self.advantages(rollout, values)
             returns = advantages + values
         told = []
@@ -127,15 +127,15 @@ class PPO(Agent):
             order = torch.randperm(len(log_pi), generator=self.generator).to(self.device)
             for rows in order.chunk(settings.num_minibatches):
                 losses = self.losses(rollout.select(rows), log_pi[rows], advantages[rows], returns[rows])
-                norm = self.descend(losses["loss"], settings.max_grad_norm)
+                norm = self.update_weights(losses["loss"], settings.max_grad_norm)
                 told.append({name: loss.item() for name, loss in losses.items()} | {"gradient": norm})
         return means(told)
 
     def losses(self, rollout: Rollout, log_pi_before: Tensor, advantages: Tensor, returns: Tensor) -> dict[str, Tensor]:
         """loss, which an update descends, and its parts."""
         settings, mask = self.settings, rollout.mask
-        logits, values = self.judged(rollout)
-        log_pi = of_action(logits.log_softmax(dim=-1), rollout.actions)
+        logits, values = self.logits_and_values(rollout)
+        log_pi = gather_actions(logits.log_softmax(dim=-1), rollout.actions)
         if settings.advantages != "raw":
             advantages = (centred if settings.advantages == "centred" else standardised)(advantages, mask)
         policy = clipped_policy_loss(log_pi, log_pi_before, advantages, settings.clip_range, mask)
@@ -146,10 +146,10 @@ class PPO(Agent):
     def collect(self, envs: VectorEnv, *, stopped: Sequence[int] = ()) -> Collected:
         """A rollout of all copies. Memories and unfinished episodes are carried from one to the next."""
         if self.collector is None:
-            self.collector = Collector.resumed(envs, self, self._before or {}, stopped=stopped)
+            self.collector = Collector.resume(envs, self, self._before or {}, stopped=stopped)
             self._before = None
         if self.collector is None:
-            self.collector = Collector(envs, self, self.seed_of(self.steps), stopped=stopped)
+            self.collector = Collector(envs, self, self.derive_seed(self.steps), stopped=stopped)
         rollout, ended = self.collector.rollout(self, self.settings.rollout_steps)
         return Collected(rollout, ended, int(rollout.mask.sum()))
 
@@ -164,8 +164,8 @@ class PPO(Agent):
                 self.collector = None
             yield progress
 
-    def carried(self) -> dict[str, Tensor]:
-        return dict(self._before or {}) if self.collector is None else self.collector.carried()
+    def carried_state(self) -> dict[str, Tensor]:
+        return dict(self._before or {}) if self.collector is None else self.collector.carried_state()
 
-    def carry(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_carried_state(self, tensors: Mapping[str, Tensor]) -> None:
         self.collector, self._before = None, tensors

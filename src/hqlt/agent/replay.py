@@ -44,7 +44,9 @@ class Replay:
         """Raises ValueError where nothing was added."""
         if not self.episodes:
             raise ValueError("replay: expected episodes to draw from, got none; add some first")
-        return Batch.of([self.episodes[i] for i in self.generator.integers(len(self.episodes), size=episodes)])
+        return Batch.from_episodes(
+            [self.episodes[i] for i in self.generator.integers(len(self.episodes), size=episodes)]
+        )
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
         """Arrays, for numpy.savez or safetensors.numpy.save_file; no episodes, no "observations"."""

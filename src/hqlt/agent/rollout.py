@@ -22,7 +22,7 @@ from hqlt.agent.stream import Step
 from hqlt.signals import stop_if_asked
 
 
-class Judge(Policy, Protocol):
+class ActorCritic(Policy, Protocol):
     """A policy that also says what a state is worth."""
 
     def value(self, inputs: Inputs, state: State) -> Tensor:
@@ -46,7 +46,7 @@ class Rollout(NamedTuple):
     """Bool [b, t], by terminating or by being cut short."""
     mask: Tensor
     """Bool [b, t], False where a copy only began its next episode."""
-    beyond: Tensor
+    bootstrap_values: Tensor
     """[b, t] V of what came after an episode cut short, and after the last step; 0 elsewhere."""
 
     def select(self, rows: Tensor) -> Rollout:
@@ -60,7 +60,7 @@ class Rollout(NamedTuple):
         """V of what each action led to, from V of what each was chosen from."""
         cut = self.ended & ~self.terminated
         cut[:, -1] = True
-        return torch.where(cut, self.beyond, F.pad(values[:, 1:], (0, 1)))
+        return torch.where(cut, self.bootstrap_values, F.pad(values[:, 1:], (0, 1)))
 
 
 class Collector:
@@ -70,7 +70,7 @@ class Collector:
     all actions since: taken again, they lead to where it was.
     """
 
-    def __init__(self, envs: VectorEnv, policy: Judge, seed: int, *, stopped: Sequence[int] = ()) -> None:
+    def __init__(self, envs: VectorEnv, policy: ActorCritic, seed: int, *, stopped: Sequence[int] = ()) -> None:
         self.player = Player(envs, policy, seed, stopped=stopped)
         self.total = np.zeros(envs.num_envs)
         self.length = np.zeros(envs.num_envs, dtype=np.int64)
@@ -86,7 +86,7 @@ class Collector:
         self.digest = digest_of(self.player.inputs, self.digest)
         return step
 
-    def carried(self) -> dict[str, Tensor]:
+    def carried_state(self) -> dict[str, Tensor]:
         """Of the moment between two rollouts, as tensors."""
         state, digest = self.between
         leaves = {f"{i}": leaf.contiguous().clone() for i, leaf in enumerate(tree_leaves(state))}
@@ -94,8 +94,8 @@ class Collector:
         return {**leaves, **numbers, "actions": torch.cat(self.actions)}
 
     @classmethod
-    def resumed(
-        cls, envs: VectorEnv, policy: Judge, carried: Mapping[str, Tensor], *, stopped: Sequence[int] = ()
+    def resume(
+        cls, envs: VectorEnv, policy: ActorCritic, carried: Mapping[str, Tensor], *, stopped: Sequence[int] = ()
     ) -> Collector | None:
         """One that resumes from what another carried; None where the environments do not do the same again."""
         if not carried:
@@ -113,7 +113,7 @@ class Collector:
         self.between, self.actions = (self.player.state, self.digest), [carried["actions"]]
         return self
 
-    def rollout(self, policy: Judge, steps: int) -> tuple[Rollout, list[Outcome]]:
+    def rollout(self, policy: ActorCritic, steps: int) -> tuple[Rollout, list[Outcome]]:
         player, before = self.player, self.player.state
         read: list[Inputs] = []
         columns: list[tuple[Tensor, ...]] = []

@@ -81,8 +81,8 @@ class SAC(Agent):
     """
 
     Settings = SACSettings
-    in_runs: ClassVar = {"batch_episodes": 16}
-    in_quick_runs: ClassVar = {"batch_episodes": 2, "random_episodes": 2, "updates_per_step": 0.001}
+    run_defaults: ClassVar = {"batch_episodes": 16}
+    quick_run_defaults: ClassVar = {"batch_episodes": 2, "random_episodes": 2, "updates_per_step": 0.001}
     settings: SACSettings
     rounds: Tensor
     """How often it has collected."""
@@ -110,8 +110,10 @@ class SAC(Agent):
 
         What it plays depends on the round's number, the seed and the agent alone.
         """
-        policy = self if self.knows(int(self.rounds) * envs.num_envs) else UniformPolicy(self.actions, self.generator)
-        episodes = play(policy, envs, envs.num_envs, seed=self.seed_of(self.rounds), stopped=stopped)
+        policy = (
+            self if self.warmed_up(int(self.rounds) * envs.num_envs) else UniformPolicy(self.actions, self.generator)
+        )
+        episodes = play(policy, envs, envs.num_envs, seed=self.derive_seed(self.rounds), stopped=stopped)
         self.rounds += 1
         outcomes = [episode.outcome for episode in episodes]
         return Collected(episodes, outcomes, sum(episode.length for episode in episodes))
@@ -120,26 +122,28 @@ class SAC(Agent):
         """Keep the episodes, and make the updates due for the steps so far."""
         for episode in episodes:
             self.replay.add(episode)
-        if not self.knows(int(self.rounds) * len(episodes)):
+        if not self.warmed_up(int(self.rounds) * len(episodes)):
             return {}
         due = int(self.settings.updates_per_step * self.steps) - int(self.updates)
         return means([self.update(self.replay.sample(self.settings.batch_episodes)) for _ in range(due)])
 
-    def knows(self, episodes: int) -> bool:
+    def warmed_up(self, episodes: int) -> bool:
         """Whether so many were enough at random."""
         return episodes >= self.settings.random_episodes
 
-    def carried(self) -> dict[str, Tensor]:
+    def carried_state(self) -> dict[str, Tensor]:
         return {name: torch.from_numpy(array) for name, array in self.replay.state_dict().items()}
 
-    def carry(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_carried_state(self, tensors: Mapping[str, Tensor]) -> None:
         self.replay.load_state_dict({name: tensor.numpy() for name, tensor in tensors.items()})
 
     def update(self, batch: Batch) -> dict[str, float]:
         """One, from a batch of whole episodes."""
         losses = self.losses(batch.to(self.device))
-        norm = self.descend(losses["critic"] + losses["actor"] + losses["temperature"], self.settings.max_grad_norm)
-        self.track()
+        norm = self.update_weights(
+            losses["critic"] + losses["actor"] + losses["temperature"], self.settings.max_grad_norm
+        )
+        self.update_targets()
         self.updates += 1
         return {name: loss.item() for name, loss in losses.items()} | {"gradient": norm}
 
@@ -171,7 +175,7 @@ class SAC(Agent):
         }
 
     @torch.no_grad()
-    def track(self) -> None:
+    def update_targets(self) -> None:
         """Q̄ ← (1 − τ) Q̄ + τ Q."""
         for average, weight in zip(self.targets.parameters(), self.critics.parameters(), strict=True):
             average.lerp_(weight, self.settings.tau)

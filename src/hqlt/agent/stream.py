@@ -12,10 +12,10 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import NDArray
 from torch.utils._pytree import tree_map
 
-from hqlt.agent.encoder import discrete
-from hqlt.agent.observation import BadObservation, Tree, observed
+from hqlt.agent.encoder import check_discrete
+from hqlt.agent.observation import InvalidObservation, Tree, checked_observation
 
-LONGEST = 100_000
+MAX_EPISODE_STEPS = 100_000
 """Steps within which an episode must end, unless the environment says that it may take more."""
 
 Result = TypeVar("Result")
@@ -53,59 +53,59 @@ class Stream:
 
     Raises ValueError, which names the environment, which of the n it was and the step of its episode, for an exception
     in the environment; an observation that is not of its space; NaN or infinities in observations and rewards; an
-    action that is none of the environment's; and an episode that does not end within LONGEST steps, or within the
+    action that is none of the environment's; and an episode that does not end within MAX_EPISODE_STEPS steps, or within the
     environment's own `max_episode_steps` where that is more.
     """
 
     def __init__(self, envs: VectorEnv) -> None:
-        self.envs = vector_envs(envs)
-        self.name = name_of(envs)
+        self.envs = check_vector_env(envs)
+        self.name = env_name(envs)
         self.mode = autoreset_mode(envs)
-        self.copies: int = envs.num_envs
-        self.longest = longest_episode(envs)
-        self._actions = discrete(envs.single_action_space)
-        self._beginning = np.zeros(self.copies, dtype=bool)
-        self._length = np.zeros(self.copies, dtype=np.int64)
+        self.num_envs: int = envs.num_envs
+        self.max_episode_steps = max_episode_steps(envs)
+        self._actions = check_discrete(envs.single_action_space)
+        self._resetting = np.zeros(self.num_envs, dtype=bool)
+        self._length = np.zeros(self.num_envs, dtype=np.int64)
 
     def reset(self, seed: int | None = None) -> Tree:
         """Begin an episode in every environment → [n, ...]."""
-        self._beginning = np.zeros(self.copies, dtype=bool)
-        self._length = np.zeros(self.copies, dtype=np.int64)
-        return self._observed(self._ask(self.envs.reset, seed=seed)[0], "observation")
+        self._resetting = np.zeros(self.num_envs, dtype=bool)
+        self._length = np.zeros(self.num_envs, dtype=np.int64)
+        return self._checked(self._call(self.envs.reset, seed=seed)[0], "observation")
 
     def step(self, actions: NDArray[np.int64]) -> Step:
         """actions: [n], from 0."""
-        self._check(actions)
-        live = ~self._beginning
+        self._check_actions(actions)
+        live = ~self._resetting
         self._length += live
-        seen, reward, terminated, truncated, infos = self._ask(self.envs.step, actions + int(self._actions.start))
-        observation = self._observed(seen, "observation")
+        seen, reward, terminated, truncated, infos = self._call(self.envs.step, actions + int(self._actions.start))
+        observation = self._checked(seen, "observation")
         terminated = self._column(terminated, np.bool_, "terminated") & live
         truncated = self._column(truncated, np.bool_, "truncated") & live
         rewards = np.where(live, self._column(reward, np.float32, "reward"), np.float32(0))
         if not np.isfinite(rewards).all():
             bad = int(np.flatnonzero(~np.isfinite(rewards))[0])
-            self._refuse(f"reward: expected a finite number, got {np.asarray(reward)[bad]}", bad)
+            self._fail(f"reward: expected a finite number, got {np.asarray(reward)[bad]}", bad)
         ended = terminated | truncated
         self._check_lengths(ended)
         successor, first, told = observation, ended, infos
         match self.mode:
             case AutoresetMode.NEXT_STEP:
-                first, self._beginning = self._beginning, ended
+                first, self._resetting = self._resetting, ended
             case AutoresetMode.SAME_STEP if ended.any():
-                successor = self._with_last(observation, infos, ended)
+                successor = self._with_final_observations(observation, infos, ended)
                 told = infos.get("final_info", {})
             case AutoresetMode.DISABLED if ended.any():
-                observation = self._begun_again(observation, ended)
+                observation = self._reset_ended(observation, ended)
         self._length[ended] = 0
         return Step(
             successor, observation, first, rewards, terminated, truncated, live, self._success(told, ended)
         )  # fmt: skip
 
-    def _with_last(self, observation: Tree, infos: dict[str, Any], ended: NDArray[np.bool_]) -> Tree:
+    def _with_final_observations(self, observation: Tree, infos: dict[str, Any], ended: NDArray[np.bool_]) -> Tree:
         """The observations, with the last ones of the episodes that ended in their place."""
         if "final_obs" not in infos:
-            self._refuse(
+            self._fail(
                 "infos: expected 'final_obs' where an episode ended, as AutoresetMode.SAME_STEP has it, found none"
             )
         successor = tree_map(np.copy, observation)
@@ -117,20 +117,20 @@ class Stream:
                 is_leaf=lambda part: isinstance(part, list),
             )
             try:
-                last = observed(space, last, 1, "final_obs")
-            except BadObservation as error:
-                self._refuse(str(error), row)
+                last = checked_observation(space, last, 1, "final_obs")
+            except InvalidObservation as error:
+                self._fail(str(error), row)
             tree_map(lambda into, part, row=row: into.__setitem__(row, part[0]), successor, last)
         return successor
 
-    def _begun_again(self, observation: Tree, ended: NDArray[np.bool_]) -> Tree:
+    def _reset_ended(self, observation: Tree, ended: NDArray[np.bool_]) -> Tree:
         """What all see after the ended ones alone were reset."""
         mask = ended.copy()
-        again = self._observed(self._ask(self.envs.reset, options={"reset_mask": mask})[0], "observation")
+        again = self._checked(self._call(self.envs.reset, options={"reset_mask": mask})[0], "observation")
 
         def kept(before: NDArray[Any], after: NDArray[Any]) -> None:
             if (before[~ended] != after[~ended]).any():
-                self._refuse(
+                self._fail(
                     "reset(options={'reset_mask': …}): expected the environments outside the mask to stay as they are, "
                     "found another observation; use AutoresetMode.NEXT_STEP or SAME_STEP"
                 )
@@ -146,10 +146,10 @@ class Stream:
             try:
                 success[told] = np.asarray(infos["success"])[told].astype(np.float32)
             except (TypeError, ValueError):
-                self._refuse(f"info['success']: expected booleans or numbers, got {infos['success']}")
+                self._fail(f"info['success']: expected booleans or numbers, got {infos['success']}")
         return success
 
-    def _ask(self, call: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
+    def _call(self, call: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
         """What the environments return; what they raise, in a sentence."""
         try:
             return call(*arguments, **options)
@@ -160,11 +160,11 @@ class Stream:
                 f"({place.filename}, line {place.lineno})"
             ) from error
 
-    def _observed(self, seen: Any, name: str) -> Tree:
+    def _checked(self, seen: Any, name: str) -> Tree:
         try:
-            return observed(self.envs.single_observation_space, seen, self.copies, name)
-        except BadObservation as error:
-            self._refuse(str(error), error.env)
+            return checked_observation(self.envs.single_observation_space, seen, self.num_envs, name)
+        except InvalidObservation as error:
+            self._fail(str(error), error.env)
 
     def _column(self, values: Any, dtype: type[np.generic], name: str) -> NDArray[Any]:
         """One value an environment."""
@@ -172,34 +172,37 @@ class Stream:
             with np.errstate(over="ignore"):
                 column = np.asarray(values).astype(dtype)
         except (TypeError, ValueError):
-            self._refuse(f"{name}: expected numbers, got {values!r}")
-        if column.shape != (self.copies,):
-            self._refuse(f"{name}: expected shape [{self.copies}], got {list(column.shape)}")
+            self._fail(f"{name}: expected numbers, got {values!r}")
+        if column.shape != (self.num_envs,):
+            self._fail(f"{name}: expected shape [{self.num_envs}], got {list(column.shape)}")
         return column
 
-    def _check(self, actions: NDArray[np.int64]) -> None:
+    def _check_actions(self, actions: NDArray[np.int64]) -> None:
         n = int(self._actions.n)
-        if actions.shape != (self.copies,) or actions.dtype.kind not in "iu":
-            self._refuse(f"actions: expected {self.copies} whole numbers, got {actions.dtype} {list(actions.shape)}")
+        if actions.shape != (self.num_envs,) or actions.dtype.kind not in "iu":
+            self._fail(f"actions: expected {self.num_envs} whole numbers, got {actions.dtype} {list(actions.shape)}")
         if actions.min() < 0 or actions.max() >= n:
             bad = int(np.flatnonzero((actions < 0) | (actions >= n))[0])
-            self._refuse(f"action: expected 0 … {n - 1}, got {actions[bad]}", bad)
+            self._fail(f"action: expected 0 … {n - 1}, got {actions[bad]}", bad)
 
     def _check_lengths(self, ended: NDArray[np.bool_]) -> None:
-        if self._length.max() >= self.longest and (late := (self._length >= self.longest) & ~ended).any():
-            self._refuse(
-                f"expected an episode to end within {self.longest:,} steps, and this one did not. Set its longest "
+        if (
+            self._length.max() >= self.max_episode_steps
+            and (late := (self._length >= self.max_episode_steps) & ~ended).any()
+        ):
+            self._fail(
+                f"expected an episode to end within {self.max_episode_steps:,} steps, and this one did not. Set its longest "
                 f"length: gymnasium.make(…, max_episode_steps=1000), on the command line "
                 f"--options.max_episode_steps=1000, or gymnasium.wrappers.TimeLimit",
                 int(np.flatnonzero(late)[0]),
             )
 
-    def _refuse(self, message: str, env: int | None = None) -> NoReturn:
+    def _fail(self, message: str, env: int | None = None) -> NoReturn:
         place = "" if env is None else f", env {env}, step {self._length[env]} of its episode"
         raise ValueError(f"{self.name}{place}: {message}")
 
 
-def vector_envs(envs: Any) -> VectorEnv:
+def check_vector_env(envs: Any) -> VectorEnv:
     """The same, refused with advice where it is no VectorEnv, but a single environment or anything else."""
     if isinstance(envs, VectorEnv):
         return envs
@@ -223,16 +226,16 @@ def autoreset_mode(envs: VectorEnv) -> AutoresetMode:
         ) from None
 
 
-def name_of(envs: VectorEnv) -> str:
+def env_name(envs: VectorEnv) -> str:
     """The id of the environments in gymnasium, or the name of their class."""
     first = _first(envs)
     return first.spec.id if first.spec else type(first.unwrapped).__name__
 
 
-def longest_episode(envs: VectorEnv) -> int:
-    """LONGEST, or what the environments say by their spec or `episode_length` where it is more."""
+def max_episode_steps(envs: VectorEnv) -> int:
+    """MAX_EPISODE_STEPS, or what the environments say by their spec or `episode_length` where it is more."""
     spec = _first(envs).spec
-    return max(LONGEST, (spec and spec.max_episode_steps) or 0, getattr(envs.unwrapped, "episode_length", 0))
+    return max(MAX_EPISODE_STEPS, (spec and spec.max_episode_steps) or 0, getattr(envs.unwrapped, "episode_length", 0))
 
 
 def _first(envs: VectorEnv) -> VectorEnv | gymnasium.Env[Any, Any]:

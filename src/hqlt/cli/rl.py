@@ -9,7 +9,7 @@ from hqlt.cli import Command
 from hqlt.cli.retention_options import RetentionOptions
 from hqlt.disk import check_writable
 from hqlt.registry import find, load_plugins, names
-from hqlt.train.agent.settings import AgentSettings, option_of
+from hqlt.train.agent.settings import AgentSettings, option_prefix
 
 
 def train(folder: Path | None = None, device: str = "cpu", **settings: Any) -> None:
@@ -31,14 +31,14 @@ def train(folder: Path | None = None, device: str = "cpu", **settings: Any) -> N
 def hyperparameters() -> dict[str, Any]:
     """By algorithm: what its options begin with in a run."""
     load_plugins()
-    kinds = {option_of(name): find("algorithm", name) for name in names("algorithm")}
-    return {name: kind.Settings(**kind.in_runs) for name, kind in kinds.items()}
+    kinds = {option_prefix(name): find("algorithm", name) for name in names("algorithm")}
+    return {name: kind.Settings(**kind.run_defaults) for name, kind in kinds.items()}
 
 
 def take_hyperparameters(settings: dict[str, Any]) -> Any:
     """Of the chosen algorithm; those of all are taken out of the settings."""
     taken = {name: settings.pop(name, None) for name in hyperparameters()}
-    return taken[option_of(settings["algorithm"])] if settings["algorithm"] in names("algorithm") else None
+    return taken[option_prefix(settings["algorithm"])] if settings["algorithm"] in names("algorithm") else None
 
 
 train.__dict__["more_options"] = hyperparameters
@@ -86,7 +86,7 @@ def play(
     if film is not None:
         filmed = episode.film(trainer, seed)
         film.mkdir(parents=True, exist_ok=True)
-        episode.leave_film(filmed, film)
+        episode.write_film(filmed, film)
         console.print(f"film: {film}")
 
 

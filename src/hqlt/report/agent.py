@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from hqlt.agent.collect import Evaluation
-from hqlt.report.episode import film, leave_film
+from hqlt.report.episode import film, write_film
 from hqlt.report.palette import GREY, VERMILLION
 from hqlt.report.table import Table, TableCell
 from hqlt.report.training import history_of, leave_report
@@ -26,7 +26,7 @@ FILM = (
 KEPT = " At the bottom, for each KV head, how long each step's entry stayed once it had left the window."
 
 
-def leave_agent_report(
+def write_agent_report(
     trainer: AgentTrainer, tested: Evaluation, folder: Path, told: dict[str, Any], console: Console
 ) -> None:
     """Write results.json, README.md, curves.png, episode.png, episode.gif and report.html, and print the table.
@@ -44,7 +44,7 @@ def leave_agent_report(
         "updates_left_out": history[-1]["left_out"],
     }
     filmed = film(trainer, TEST_SEED - 1)
-    pictured = leave_film(filmed, folder)
+    pictured = write_film(filmed, folder)
     title = f"{settings.memory} memory in {settings.env}"
     caption = FILM if filmed.kept is None else FILM + KEPT
     titles = ("An episode", caption), ("The same episode as a film", "Step by step; also as episode.gif.")

@@ -83,10 +83,10 @@ class Camera(VectorWrapper):
 
 def film(trainer: AgentTrainer, seed: int) -> Film:
     """Play one greedy episode. Raises what `play` raises."""
-    with contextlib.closing(world_to_film(trainer, seed)) as envs:
+    with contextlib.closing(make_env_to_film(trainer, seed)) as envs:
         (episode,) = play(trainer.agent, envs, 1, seed=seed, greedy=True, stopped=trainer.signals)
         frames = envs.frames if isinstance(envs, Camera) else {}
-    shares, kept = (while_chosen(trainer, episode, during) for during in (shares_during, kept_during))
+    shares, kept = (record_memory(trainer, episode, during) for during in (shares_during, kept_during))
     return Film(
         frames,
         episode.rewards,
@@ -96,13 +96,13 @@ def film(trainer: AgentTrainer, seed: int) -> Film:
     )
 
 
-def world_to_film(trainer: AgentTrainer, seed: int) -> VectorEnv:
+def make_env_to_film(trainer: AgentTrainer, seed: int) -> VectorEnv:
     """One environment, with a Camera if it can be seen: there are many ways to say that it cannot."""
     with contextlib.suppress(Exception):
-        envs = Camera(trainer.worlds(1, seed, render_mode="rgb_array"))
+        envs = Camera(trainer.make_envs(1, seed, render_mode="rgb_array"))
         frame_of(envs)
         return envs
-    return trainer.worlds(1, seed)
+    return trainer.make_envs(1, seed)
 
 
 def frame_of(envs: VectorEnv) -> Frame:
@@ -110,16 +110,16 @@ def frame_of(envs: VectorEnv) -> Frame:
     return np.asarray(frames[0], dtype=np.uint8)
 
 
-def while_chosen(trainer: AgentTrainer, episode: Episode, during: Any) -> Any:
+def record_memory(trainer: AgentTrainer, episode: Episode, during: Any) -> Any:
     """What `shares_during` or `kept_during` hears when the episode's actions are chosen; None if that is nothing."""
-    inputs = Batch.of([episode]).to(trainer.agent.device).inputs()
+    inputs = Batch.from_episodes([episode]).to(trainer.agent.device).inputs()
     core = trainer.agent.core
     with torch.no_grad(), contextlib.suppress(ValueError):
         return during(core, lambda: core.sequence(inputs, core.init_state(1)))
     return None
 
 
-def leave_film(film: Film, folder: Path) -> list[dict[str, str]]:
+def write_film(film: Film, folder: Path) -> list[dict[str, str]]:
     """Write episode.png, and episode.gif where there are frames → for a page: `plot` (HTML), `film` (data URL)."""
     pictures = [{"plot": save(figure_of_film(film), folder / "episode.png")}]
     if film.frames:
@@ -133,7 +133,7 @@ def figure_of_film(film: Film) -> Figure:
     """Moments of the episode, in rows; below them rewards and the FW-memory's share, with a line at each moment, and
     how long each step's entries stayed."""
     shown = moments(film)
-    columns, height = strip_of(film.frames[shown[0]].shape[:2], len(shown)) if shown else (1, 0.0)
+    columns, height = strip_layout(film.frames[shown[0]].shape[:2], len(shown)) if shown else (1, 0.0)
     strip = 0.0 if film.kept is None else min(max(0.25 * len(film.kept.heads), 0.8), 3) + 0.5
     figure = pyplot.figure(figsize=(WIDTH, 2.8 + strip + height), layout="constrained")
     parts: Any = figure.subfigures(2, 1, height_ratios=[height, 2.8 + strip]) if shown else [figure]
@@ -167,7 +167,7 @@ def moments(film: Film) -> list[int]:
     return sorted({int(there[abs(there - at).argmin()]) for at in wanted}) if film.frames else []
 
 
-def strip_of(shape: tuple[int, ...], count: int) -> tuple[int, float]:
+def strip_layout(shape: tuple[int, ...], count: int) -> tuple[int, float]:
     """Columns in which `count` frames of a shape are largest, and the height of all of them in inches."""
     height, width = shape
 

@@ -147,7 +147,7 @@ def quick(budget: Any) -> Any:
         most, new = {"steps": 15, "batch_size": 32}, {"validations": 2, "validation_rows": 16, "test_rows": 64}
     else:
         most, new = {"steps": 2000, "num_envs": 8}, {"evaluations": 2, "episodes": 4, "test_episodes": 8}
-        few = find("algorithm", budget.algorithm).in_quick_runs
+        few = find("algorithm", budget.algorithm).quick_run_defaults
         budget = dataclasses.replace(budget, settings={**budget.settings, **few})
     return dataclasses.replace(budget, **new, **{name: min(getattr(budget, name), n) for name, n in most.items()})
 

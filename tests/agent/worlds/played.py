@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hqlt.agent.worlds import ACTIONS, OneCopy, World
+from hqlt.agent.worlds import ACTIONS, SingleEnv, World
 from hqlt.agent.worlds.grid import MARGIN, WIDTH
 
 U, D, L, R = range(4)
@@ -15,7 +15,7 @@ def actions_of(text: str) -> list[int]:
     return [[name[0] for name in ACTIONS].index(letter) for letter in text]
 
 
-def play(environment: OneCopy, text: str) -> tuple[list[float], list[np.ndarray], dict]:
+def play(environment: SingleEnv, text: str) -> tuple[list[float], list[np.ndarray], dict]:
     """Rewards, observations and the last info of an episode's beginning."""
     rewards, seen, info = [], [], {}
     for action in actions_of(text):
@@ -34,8 +34,8 @@ def board_of(world: World, copy: int = 0) -> list[str]:
     return [row[MARGIN:-MARGIN] for row in rows[MARGIN:-MARGIN]]
 
 
-def at(world: World, copy: int = 0) -> tuple[int, int]:
-    row, column = divmod(int(world._at[copy]), WIDTH)
+def position_of(world: World, copy: int = 0) -> tuple[int, int]:
+    row, column = divmod(int(world._position[copy]), WIDTH)
     return row - MARGIN, column - MARGIN
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import hqlt.agent  # noqa: F401  registers the worlds
 from hqlt.agent.worlds import KeyToDoor, VisualMatch
 from hqlt.agent.worlds.grid import COLOURS
-from tests.agent.worlds.played import Twin, at, board_of, play
+from tests.agent.worlds.played import Twin, board_of, play, position_of
 
 RED, GREEN, BLUE = ((255, 0, 0), (0, 255, 0), (0, 0, 255))
 TO_SQUARE = {"r": "uullluu", "g": "uuuu", "b": "uurrruu"}
@@ -107,7 +107,7 @@ def key_to_door(key: tuple[int, int], start: tuple[int, int], **options):
     """An episode in which key and agent begin at these places."""
     environment = gymnasium.make("hqlt/KeyToDoor-v0", **{"explore": 4, "distractor": 2, **options}).unwrapped
     environment.reset(seed=0)
-    while at(environment.world) != start or board_of(environment.world)[key[0]][key[1]] != "k":
+    while position_of(environment.world) != start or board_of(environment.world)[key[0]][key[1]] != "k":
         environment.reset()
     return environment
 
@@ -147,7 +147,7 @@ def test_the_lamp_and_the_door_are_those_of_the_published_game():
     assert before_the_door == [".....", "##d##", "#.+.#", "#...#", "#...#"]
     assert in_it == in_it_again == [".....", ".....", "##d##", "#...#", "#...#"]
     assert outside == [".....", ".....", "..+..", "##d##", "#...#"]
-    assert at(environment.world) == (0, 9)  # around the room, as far as the board goes
+    assert position_of(environment.world) == (0, 9)  # around the room, as far as the board goes
     assert drawn(seen[-1])[2] == "..+.."
 
 
@@ -176,7 +176,7 @@ def test_any_episode_is_its_plain_twins(world, seed, phases, apples, respawn):
     worlds = world(n, **times, apples=apples, apple_reward=2.0, final_reward=7.0, respawn=respawn)
     worlds.reset(seed=seed)
     target = [chr(symbol) for symbol in getattr(worlds, "_target", np.zeros(n, int))]
-    twins = [Twin(board_of(worlds, i), at(worlds, i), respawn) for i in range(n)]
+    twins = [Twin(board_of(worlds, i), position_of(worlds, i), respawn) for i in range(n)]
     rng = np.random.default_rng(seed)
     won = [False] * n
     for time in range(1, sum(phases) + 1):
@@ -192,8 +192,8 @@ def test_any_episode_is_its_plain_twins(world, seed, phases, apples, respawn):
                 board = board_of(worlds, i)
                 if time == explore and distractor:
                     assert sum(row.count("a") for row in board) == apples
-                twin = twins[i] = Twin(board, at(worlds, i), respawn)
-            assert at(worlds, i) == twin.position
+                twin = twins[i] = Twin(board, position_of(worlds, i), respawn)
+            assert position_of(worlds, i) == twin.position
             colours = np.array([[COLOURS[symbol] for symbol in row] for row in twin.seen()])
             assert (seen[i] == np.moveaxis(colours, -1, 0)).all()
     assert ended.all() and list(info["success"]) == won

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tests.toys.agents  # noqa: F401  registers a world from outside
-from hqlt.agent.worlds import KeyToDoor, OneCopy, TMaze, VisualMatch, make_worlds, register_with_gymnasium
+from hqlt.agent.worlds import KeyToDoor, SingleEnv, TMaze, VisualMatch, make_worlds, register_with_gymnasium
 from hqlt.registry import names
 
 register_with_gymnasium()
@@ -46,7 +46,7 @@ def equal(some, others) -> None:
 @every_world
 def test_gymnasium_finds_nothing_to_say(name):
     environment = gymnasium.make(f"hqlt/{name}-v0", render_mode="rgb_array")
-    assert isinstance(environment.unwrapped, OneCopy)
+    assert isinstance(environment.unwrapped, SingleEnv)
     check_env(environment.unwrapped)
     worlds = gymnasium.make_vec(f"hqlt/{name}-v0", num_envs=3)
     assert worlds.metadata["autoreset_mode"] is AutoresetMode.NEXT_STEP

@@ -23,7 +23,7 @@ from hqlt.errors import how_to_install
 from hqlt.report.episode import film
 from hqlt.run_folder import run_folder
 from hqlt.train.agent import AgentSettings, AgentTrainer
-from hqlt.train.agent.run import keep_agent, load_agent
+from hqlt.train.agent.run import load_agent, save_agent
 from hqlt.train.checkpoints import Checkpoints
 
 COMMAND = [
@@ -182,7 +182,7 @@ def test_an_environment_that_is_broken_is_named(tmp_path, fault, said, algorithm
 
 def test_a_run_that_diverged_says_so(tmp_path, capsys, monkeypatch):
     """The report is of the best weights; the status is no success."""
-    monkeypatch.setattr(PPO, "descend", lambda agent, loss, max_grad_norm: agent.left_out.add_(1) and math.nan)
+    monkeypatch.setattr(PPO, "update_weights", lambda agent, loss, max_grad_norm: agent.left_out.add_(1) and math.nan)
     said = refused([*COMMAND, "--steps=800", f"--folder={tmp_path}"])
     assert "training diverged: gradient was no finite number at step 8" in said and "--ppo.learning_rate" in said
     assert (tmp_path / "report.html").exists()
@@ -232,7 +232,7 @@ def test_a_damaged_agent_is_reported(finished, tmp_path):
 
 def test_options_that_change_what_is_seen_are_refused(tmp_path):
     trainer = AgentTrainer(AgentSettings(model={"hidden_size": 8}, num_envs=2))
-    keep_agent(trainer, tmp_path)
+    save_agent(trainer, tmp_path)
     assert "did you mean 'corridor'" in refused(["rl", "play", str(tmp_path), '--options={"coridor": 9}'])
     played = load_agent(tmp_path)
     played.settings = dataclasses.replace(played.settings, env="CartPole-v1")

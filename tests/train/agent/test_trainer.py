@@ -12,7 +12,7 @@ from rich.console import Console
 from hqlt.agent import PPOSettings
 from hqlt.agent.collect import Evaluation
 from hqlt.agent.episode import Outcome
-from hqlt.report.agent import leave_agent_report
+from hqlt.report.agent import write_agent_report
 from hqlt.signals import Stopped
 from hqlt.train.agent import AgentSettings, AgentTrainer, Update
 from hqlt.train.agent.settings import TEST_SEED, VALIDATION_SEED
@@ -115,21 +115,21 @@ def test_the_best_weights_are_kept_and_tested_and_no_others(settings):
 
 def test_where_the_world_tells_no_success_the_return_decides(settings):
     trainer = AgentTrainer(settings)
-    trainer.keep_the_best(Evaluation((Outcome(2.0, 1, math.nan),)))
+    trainer.update_best(Evaluation((Outcome(2.0, 1, math.nan),)))
     first = trainer.best
-    trainer.keep_the_best(Evaluation((Outcome(1.0, 1, math.nan),)))
+    trainer.update_best(Evaluation((Outcome(1.0, 1, math.nan),)))
     assert trainer.best is first
-    trainer.keep_the_best(Evaluation((Outcome(2.0, 1, math.nan),)))
+    trainer.update_best(Evaluation((Outcome(2.0, 1, math.nan),)))
     assert trainer.best is not first
 
 
 def test_a_test_by_the_first_weights_counts_all_steps(settings, tmp_path):
     trainer = AgentTrainer(settings)
-    trainer.keep_the_best(Evaluation((Outcome(1e9, 1, 1.0),)))
+    trainer.update_best(Evaluation((Outcome(1e9, 1, 1.0),)))
     last = list(trainer.updates())[-1]
     tested = trainer.test()
     (tmp_path / "metrics.jsonl").write_text(json.dumps(last.as_line()))
-    leave_agent_report(trainer, tested, tmp_path, {"parameters": trainer.size}, Console())
+    write_agent_report(trainer, tested, tmp_path, {"parameters": trainer.size}, Console())
     results = json.loads((tmp_path / "results.json").read_text())
     assert (results["best_step"], results["steps"]) == (0, last.step)
 
@@ -172,7 +172,7 @@ def test_a_run_goes_on_exactly_where_episodes_are_cut(tmp_path):
 
 def test_what_is_no_number_is_no_json_and_what_was_left_out_is_counted(settings, tmp_path):
     trainer = AgentTrainer(settings)
-    trainer.agent.descend(trainer.agent.actor[0].weight.sum() * math.nan, 1.0)
+    trainer.agent.update_weights(trainer.agent.actor[0].weight.sum() * math.nan, 1.0)
     assert trainer.agent.left_out == 1
     json.dumps(dataclasses.asdict(AgentSettings()), allow_nan=False)
     line = Update(1, 0, None, None, None, {"loss": math.nan, "gradient": math.inf}, 1).as_line()
@@ -183,7 +183,9 @@ def test_what_is_no_number_is_no_json_and_what_was_left_out_is_counted(settings,
 
 
 def test_neighbouring_seeds_meet_other_worlds(settings):
-    seeds = [AgentTrainer(dataclasses.replace(settings, seed=seed)).agent.seed_of(torch.tensor(0)) for seed in (0, 1)]
+    seeds = [
+        AgentTrainer(dataclasses.replace(settings, seed=seed)).agent.derive_seed(torch.tensor(0)) for seed in (0, 1)
+    ]
     assert abs(seeds[0] - seeds[1]) > settings.num_envs
     assert max(seeds) < 2**31 <= VALIDATION_SEED < TEST_SEED
 
@@ -240,7 +242,7 @@ def test_an_unknown_kind_of_advantages_is_refused():
 @pytest.mark.parametrize("algorithm", ["ppo", "sac"])
 def test_an_episode_that_does_not_end_is_an_error(algorithm, monkeypatch):
     """Whoever waits for it: a collection, or a greedy evaluation where those of the collection ended by chance."""
-    monkeypatch.setattr("hqlt.agent.stream.LONGEST", 100)
+    monkeypatch.setattr("hqlt.agent.stream.MAX_EPISODE_STEPS", 100)
     env = "tests.train.agent.conftest:hqlt-tests/Waiting-v0"
     settings = AgentSettings(env=env, algorithm=algorithm, num_envs=4, steps=600, evaluate_every=300, episodes=2)
     trainer = AgentTrainer(settings)

@@ -17,8 +17,8 @@ from hqlt.ranges import COUNT, INDEX, Range, check_range
 Places: TypeAlias = NDArray[np.int16]
 """Cells of a board with its margin, row · WIDTH + column."""
 
-SEEN = 5
-MARGIN = SEEN // 2
+VIEW_SIZE = 5
+MARGIN = VIEW_SIZE // 2
 HEIGHT, WIDTH = 7 + 2 * MARGIN, 11 + 2 * MARGIN
 PIXELS = 16
 """A cell's side in a frame."""
@@ -74,7 +74,7 @@ def cells(board: Sequence[str], **becomes: str) -> NDArray[np.uint8]:
     return text.reshape(-1)
 
 
-CROP = np.array([place(i, j) - place(MARGIN, MARGIN) for i in range(SEEN) for j in range(SEEN)], np.int16)
+CROP = np.array([place(i, j) - place(MARGIN, MARGIN) for i in range(VIEW_SIZE) for j in range(VIEW_SIZE)], np.int16)
 TREES, CLEARED, CLEARING = places(ORCHARD, "a"), cells(ORCHARD, a="."), place(5, 5)
 
 
@@ -111,45 +111,47 @@ class ThreePhases(World):
             ("respawn", 0 if respawn is None else respawn, INDEX),
         ):
             check_range(name, value, allowed)
-        super().__init__(num_envs, Box(0, 255, (3, SEEN, SEEN), np.uint8), explore + distractor + reward, render_mode)
+        super().__init__(
+            num_envs, Box(0, 255, (3, VIEW_SIZE, VIEW_SIZE), np.uint8), explore + distractor + reward, render_mode
+        )
         self.explore, self.distractor, self.reward, self.apples, self.respawn = (
             explore, distractor, reward, apples, respawn,
         )  # fmt: skip
         self._worth = np.array(apple_reward if isinstance(apple_reward, tuple) else (apple_reward,) * 2, np.float64)
         self._apple_reward = np.zeros(num_envs)
         self._board = np.full((num_envs, HEIGHT * WIDTH), ord(" "), np.uint8)
-        self._at = np.full(num_envs, CLEARING, np.int16)
+        self._position = np.full(num_envs, CLEARING, np.int16)
         # where an apple was eaten (0: nowhere), by time modulo the time after which it is back
         self._eaten = np.zeros((num_envs, (distractor if respawn is None else respawn) + 1), np.uint8)
 
     @abstractmethod
-    def _begin_explore(self, copies: Indices) -> None:
+    def _begin_explore(self, env_ids: Indices) -> None:
         """Draw the first phase's board and put the agent there."""
 
     @abstractmethod
-    def _begin_reward(self, copies: Indices) -> None:
+    def _begin_reward(self, env_ids: Indices) -> None:
         """Draw the third phase's board and put the agent there."""
 
     @abstractmethod
     def _touch(self, touched: NDArray[np.uint8]) -> Rewards:
         """What follows from the symbols under the agents, apples aside. → rewards [n]"""
 
-    def _begin(self, copies: Indices) -> None:
-        self._eaten[copies] = 0
-        self._begin_explore(copies)
+    def _begin(self, env_ids: Indices) -> None:
+        self._eaten[env_ids] = 0
+        self._begin_explore(env_ids)
 
-    def _begin_distractor(self, copies: Indices) -> None:
-        trees = TREES[self._streams.order(copies, len(TREES))[:, : self.apples]]
-        self._board[copies] = CLEARED
-        self._board[copies[:, None], trees] = APPLE
-        self._at[copies] = CLEARING
-        self._apple_reward[copies] = self._worth[self._streams.below(copies, 2)]
+    def _begin_distractor(self, env_ids: Indices) -> None:
+        trees = TREES[self._streams.order(env_ids, len(TREES))[:, : self.apples]]
+        self._board[env_ids] = CLEARED
+        self._board[env_ids[:, None], trees] = APPLE
+        self._position[env_ids] = CLEARING
+        self._apple_reward[env_ids] = self._worth[self._streams.below(env_ids, 2)]
 
     def _move(self, actions: NDArray[np.intp]) -> Rewards:
-        ahead = self._at + MOVES[actions]
+        ahead = self._position + MOVES[actions]
         free = PASSABLE[self._board[self._all, ahead]]
-        self._at = np.where(free, ahead, self._at)
-        touched = self._board[self._all, self._at]
+        self._position = np.where(free, ahead, self._position)
+        touched = self._board[self._all, self._position]
         rewards = self._eat(touched == APPLE) + self._touch(touched)
         arrived = np.flatnonzero(self._time == self.explore)
         if arrived.size:
@@ -163,32 +165,32 @@ class ThreePhases(World):
     def _eat(self, eats: NDArray[np.bool_]) -> Rewards:
         slot = self._time % self._eaten.shape[1]
         back = self._eaten[self._all, slot]
-        copies = np.flatnonzero(back)
-        self._board[copies, back[copies]] = APPLE
-        self._eaten[self._all, slot] = np.where(eats, self._at, 0)
+        env_ids = np.flatnonzero(back)
+        self._board[env_ids, back[env_ids]] = APPLE
+        self._eaten[self._all, slot] = np.where(eats, self._position, 0)
         self._clear(eats)
         return np.where(eats, self._apple_reward, 0.0)
 
-    def _clear(self, copies: NDArray[np.bool_]) -> None:
+    def _clear(self, mask: NDArray[np.bool_]) -> None:
         """Nothing is left where these copies' agents stand."""
-        self._board[copies, self._at[copies]] = FLOOR
+        self._board[mask, self._position[mask]] = FLOOR
 
     def _observations(self) -> Observations:
-        seen = self._board[self._all[:, None], self._at[:, None] + CROP]
-        middle = seen[:, SEEN * SEEN // 2]
+        seen = self._board[self._all[:, None], self._position[:, None] + CROP]
+        middle = seen[:, VIEW_SIZE * VIEW_SIZE // 2]
         middle[middle != OPEN_DOOR] = AGENT
-        images = np.empty((self.num_envs, 3, SEEN * SEEN), np.uint8)
+        images = np.empty((self.num_envs, 3, VIEW_SIZE * VIEW_SIZE), np.uint8)
         for colour in range(3):
             images[:, colour] = PALETTE[colour][seen]
-        return images.reshape(self.num_envs, 3, SEEN, SEEN)
+        return images.reshape(self.num_envs, 3, VIEW_SIZE, VIEW_SIZE)
 
     def _frames(self) -> NDArray[np.uint8]:
         """The board without its margin; what the agent does not see is darker."""
         board = self._board.copy()
-        board[self._all, self._at] = AGENT
+        board[self._all, self._position] = AGENT
         frames = PALETTE.T[board]
         dark = np.ones(board.shape, np.bool_)
-        dark[self._all[:, None], self._at[:, None] + CROP] = False
+        dark[self._all[:, None], self._position[:, None] + CROP] = False
         frames[dark] //= 2
         frames = frames.reshape(-1, HEIGHT, WIDTH, 3)[:, MARGIN:-MARGIN, MARGIN:-MARGIN]
         return frames.repeat(PIXELS, axis=1).repeat(PIXELS, axis=2)

@@ -79,16 +79,16 @@ class KeyToDoor(ThreePhases):
         self.final_reward = final_reward
         self._has_key = np.zeros(num_envs, np.bool_)
 
-    def _begin_explore(self, copies: Indices) -> None:
-        self._board[copies] = EMPTY_ROOMS
-        self._board[copies, KEY_PLACES[self._streams.below(copies, len(KEY_PLACES))]] = KEY
-        self._at[copies] = STARTS[self._streams.below(copies, len(STARTS))]
-        self._has_key[copies] = False
+    def _begin_explore(self, env_ids: Indices) -> None:
+        self._board[env_ids] = EMPTY_ROOMS
+        self._board[env_ids, KEY_PLACES[self._streams.below(env_ids, len(KEY_PLACES))]] = KEY
+        self._position[env_ids] = STARTS[self._streams.below(env_ids, len(STARTS))]
+        self._has_key[env_ids] = False
 
-    def _begin_reward(self, copies: Indices) -> None:
-        self._board[copies] = LOCKED
-        self._board[copies[self._has_key[copies]], DOOR] = OPEN_DOOR
-        self._at[copies] = INSIDE
+    def _begin_reward(self, env_ids: Indices) -> None:
+        self._board[env_ids] = LOCKED
+        self._board[env_ids[self._has_key[env_ids]], DOOR] = OPEN_DOOR
+        self._position[env_ids] = INSIDE
 
     def _touch(self, touched: NDArray[np.uint8]) -> Rewards:
         takes, opens = touched == KEY, (touched == OPEN_DOOR) & ~self._success

@@ -13,7 +13,7 @@ import numpy as np
 from gymnasium.envs.registration import load_env_creator
 from gymnasium.vector import SyncVectorEnv, VectorEnv
 
-from hqlt.agent.worlds.world import OneCopy
+from hqlt.agent.worlds.world import SingleEnv
 from hqlt.errors import how_to_install
 from hqlt.registry import check_choice, find, load_plugins, names
 
@@ -52,7 +52,7 @@ def _worlds(name: str, n: int, options: dict[str, Any]) -> VectorEnv[Any, Any, A
         load_plugins()
     if own in names("world"):
         world = find("world", own)
-        check_names(options, world)
+        check_options(options, world)
         return world(num_envs=n, **options)
     package = next((package for start, package in EXTRAS.items() if name.startswith(start)), None)
     if package is not None:
@@ -70,12 +70,12 @@ def _worlds(name: str, n: int, options: dict[str, Any]) -> VectorEnv[Any, Any, A
             + (f"; did you mean {near[0]!r}?" if near else "")
         )
     creator = gymnasium.spec(id_there).entry_point
-    check_names(options, load_env_creator(creator) if isinstance(creator, str) else creator, gymnasium.make)
+    check_options(options, load_env_creator(creator) if isinstance(creator, str) else creator, gymnasium.make)
     image = partial(_image_of_minigrid, name, options)
     return SyncVectorEnv([image if package == "minigrid" else partial(gymnasium.make, name, **options)] * n)
 
 
-def check_names(options: dict[str, Any], world: Any, *others: Any) -> None:
+def check_options(options: dict[str, Any], world: Any, *others: Any) -> None:
     """Raises ValueError for an option that neither the world's constructor nor the other functions take."""
     takers = [inspect.signature(taker).parameters for taker in (world, *others)]
     if any(parameter.kind == parameter.VAR_KEYWORD for parameter in takers[0].values()):
@@ -101,5 +101,5 @@ def register_with_gymnasium() -> None:
     for name in names("world"):
         if f"hqlt/{name}-v0" not in gymnasium.registry:
             world = find("world", name)
-            one: Any = type(f"{name}Env", (OneCopy,), {"World": world})
+            one: Any = type(f"{name}Env", (SingleEnv,), {"World": world})
             gymnasium.register(f"hqlt/{name}-v0", one, vector_entry_point=world)

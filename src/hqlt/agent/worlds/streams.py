@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from hqlt.seeds import GAMMA, mix64
 
 Indices: TypeAlias = NDArray[np.intp]
-"""Which copies, [m]."""
+"""Which env_ids, [m]."""
 
 
 class Streams:
@@ -24,20 +24,20 @@ class Streams:
     def __init__(self, n: int) -> None:
         self.state = np.zeros(n, np.uint64)
 
-    def seed(self, copies: Indices, seed: int) -> None:
+    def seed(self, env_ids: Indices, seed: int) -> None:
         """Begin anew: copy i with seed + i."""
-        self.state[copies] = mix64(np.uint64(seed % 2**64) + copies.astype(np.uint64))
+        self.state[env_ids] = mix64(np.uint64(seed % 2**64) + env_ids.astype(np.uint64))
 
-    def bits(self, copies: Indices, count: int) -> NDArray[np.uint64]:
+    def bits(self, env_ids: Indices, count: int) -> NDArray[np.uint64]:
         """[m, count] 64 bits each."""
-        drawn = self.state[copies, None] + np.arange(1, count + 1, dtype=np.uint64) * GAMMA
-        self.state[copies] = drawn[:, -1]
+        drawn = self.state[env_ids, None] + np.arange(1, count + 1, dtype=np.uint64) * GAMMA
+        self.state[env_ids] = drawn[:, -1]
         return mix64(drawn)
 
-    def below(self, copies: Indices, k: int) -> Indices:
+    def below(self, env_ids: Indices, k: int) -> Indices:
         """[m] of 0 … k − 1, each as likely as the others (to within k / 2⁶⁴)."""
-        return (self.bits(copies, 1)[:, 0] % np.uint64(k)).astype(np.intp)
+        return (self.bits(env_ids, 1)[:, 0] % np.uint64(k)).astype(np.intp)
 
-    def order(self, copies: Indices, k: int) -> Indices:
+    def order(self, env_ids: Indices, k: int) -> Indices:
         """[m, k] the numbers 0 … k − 1 in an order in which all are as likely."""
-        return self.bits(copies, k).argsort(axis=1)
+        return self.bits(env_ids, k).argsort(axis=1)

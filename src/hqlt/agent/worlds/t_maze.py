@@ -67,26 +67,26 @@ class TMaze(World):
         self._x = np.zeros(num_envs, np.int32)
         self._y = np.zeros(num_envs, np.int8)
         self._goal = np.ones(num_envs, np.int8)
-        self._told = np.full(num_envs, -1, np.int32)  # the time of the first visit to the oracle
+        self._cue_time = np.full(num_envs, -1, np.int32)  # the time of the first visit to the oracle
 
-    def _begin(self, copies: Indices) -> None:
-        self._x[copies], self._y[copies] = self.oracle, 0
-        self._goal[copies] = 2 * self._streams.below(copies, 2) - 1
-        self._told[copies] = 0 if self.oracle == 0 else -1
+    def _begin(self, env_ids: Indices) -> None:
+        self._x[env_ids], self._y[env_ids] = self.oracle, 0
+        self._goal[env_ids] = 2 * self._streams.below(env_ids, 2) - 1
+        self._cue_time[env_ids] = 0 if self.oracle == 0 else -1
 
     def _move(self, actions: NDArray[np.intp]) -> Rewards:
         along = np.where(self._y == 0, ALONG[actions], 0)
         across = np.where(self._x == self.junction, ACROSS[actions], 0)
         self._x = np.clip(self._x + along, 0, self.junction).astype(np.int32)
         self._y = np.clip(self._y + across, -1, 1).astype(np.int8)
-        self._told = np.where((self._told < 0) & (self._x == 0), self._time, self._told)
+        self._cue_time = np.where((self._cue_time < 0) & (self._x == 0), self._time, self._cue_time)
         self._success = (self._time == self.episode_length) & (self._y == self._goal)
         behind = (self._x < self._time - self.oracle) & (self._time < self.episode_length)
         return self.goal_reward * self._success + self.penalty * behind
 
     def _observations(self) -> Observations:
         at_end = self._x == self.junction
-        told_now = self._told == self._time
+        told_now = self._cue_time == self._time
         return np.stack([at_end, np.where(at_end, self._y, told_now * self._goal)], axis=1, dtype=np.float32)
 
     def _frames(self) -> NDArray[np.uint8]:
@@ -97,7 +97,9 @@ class TMaze(World):
         cells[self._all, 2 - self._goal, -2] = GOAL
         cells[self._all, 2 - self._y, self._x + 1] = AGENT
         frames = COLOURS[cells].repeat(PIXELS, axis=1).repeat(PIXELS, axis=2)
-        telling = np.flatnonzero(self._told == self._time)  # the agent hides the oracle's cell: its frame shows the cue
+        telling = np.flatnonzero(
+            self._cue_time == self._time
+        )  # the agent hides the oracle's cell: its frame shows the cue
         cue = COLOURS[np.where(self._goal[telling] == 1, UP, DOWN)]
         frames[telling, 2 * PIXELS : 3 * PIXELS, PIXELS : PIXELS + PIXELS // 2] = cue[:, None, None]
         return frames

@@ -29,7 +29,7 @@ DOORS = (
     "   #####   ",
 )
 COLOURS, CUES = np.frombuffer(b"rgb", np.uint8), np.frombuffer(b"RGB", np.uint8)
-BOXED, ROUND_ABOUT, MIDDLE = cells(BOX, **{"*": "#", "+": "."}), places(BOX, "*"), place(2, 5)
+BOXED, AROUND, MIDDLE = cells(BOX, **{"*": "#", "+": "."}), places(BOX, "*"), place(2, 5)
 HALL, ENTRANCE = cells(DOORS, **dict.fromkeys("012+", ".")), place(5, 5)
 SQUARES = np.concatenate([places(DOORS, symbol) for symbol in "012"])
 
@@ -82,22 +82,22 @@ class VisualMatch(ThreePhases):
         self.colours, self.final_reward, self.wrong_reward = colours, final_reward, wrong_reward
         self._target = np.zeros(num_envs, np.uint8)
 
-    def _begin_explore(self, copies: Indices) -> None:
-        target = self._streams.below(copies, len(COLOURS))
-        shown_at = ROUND_ABOUT[self._streams.below(copies, len(ROUND_ABOUT))]
-        self._board[copies] = BOXED
-        self._board[copies, shown_at] = CUES[target]
-        self._at[copies] = MIDDLE
-        self._target[copies] = COLOURS[target]
+    def _begin_explore(self, env_ids: Indices) -> None:
+        target = self._streams.below(env_ids, len(COLOURS))
+        shown_at = AROUND[self._streams.below(env_ids, len(AROUND))]
+        self._board[env_ids] = BOXED
+        self._board[env_ids, shown_at] = CUES[target]
+        self._position[env_ids] = MIDDLE
+        self._target[env_ids] = COLOURS[target]
 
-    def _begin_reward(self, copies: Indices) -> None:
-        self._board[copies] = HALL
+    def _begin_reward(self, env_ids: Indices) -> None:
+        self._board[env_ids] = HALL
         if self.colours == "shuffled":
-            order = COLOURS[self._streams.order(copies, len(COLOURS))]
+            order = COLOURS[self._streams.order(env_ids, len(COLOURS))]
         else:
             order = np.frombuffer(self.colours.encode(), np.uint8)
-        self._board[copies[:, None], SQUARES] = order
-        self._at[copies] = ENTRANCE
+        self._board[env_ids[:, None], SQUARES] = order
+        self._position[env_ids] = ENTRANCE
 
     def _touch(self, touched: NDArray[np.uint8]) -> Rewards:
         decided = np.isin(touched, COLOURS)

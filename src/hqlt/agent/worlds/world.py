@@ -34,7 +34,7 @@ class World(VectorEnv[Observations, NDArray[Any], NDArray[Any]]):
     the next episode's first observation. `reset(options={"reset_mask": bool [n]})` begins anew only where True.
 
     Seeds: in `reset(seed=s)`, copy i gets s + i, as in gymnasium's SyncVectorEnv. What it then draws is the same in
-    any number of copies, and in one copy with seed s + i. Resets without a seed go on in the copy's own stream.
+    any number of env_ids, and in one copy with seed s + i. Resets without a seed go on in the copy's own stream.
 
     info: where an episode ends, "success" holds what the world calls success, "_success" where it holds.
     """
@@ -64,12 +64,12 @@ class World(VectorEnv[Observations, NDArray[Any], NDArray[Any]]):
         self._success = np.zeros(num_envs, np.bool_)
 
     @abstractmethod
-    def _begin(self, copies: Indices) -> None:
+    def _begin(self, env_ids: Indices) -> None:
         """Put these copies at an episode's start, drawing what is drawn from their streams."""
 
     @abstractmethod
     def _move(self, actions: NDArray[np.intp]) -> Rewards:
-        """One step of all copies, `_time` already that of after it; mark successes. → rewards [n]"""
+        """One step of all env_ids, `_time` already that of after it; mark successes. → rewards [n]"""
 
     @abstractmethod
     def _observations(self) -> Observations:
@@ -84,14 +84,14 @@ class World(VectorEnv[Observations, NDArray[Any], NDArray[Any]]):
     ) -> tuple[Observations, dict[str, Any]]:
         super().reset(seed=seed)
         mask = (options or {}).get("reset_mask")
-        copies = self._all if mask is None else self._where(mask)
+        env_ids = self._all if mask is None else self._where(mask)
         if not self._begun:
             self._streams.seed(self._all, int(self.np_random.integers(2**63)))
             self._restart(self._all)
             self._begun = True
         if seed is not None:
-            self._streams.seed(copies, seed)
-        self._restart(copies)
+            self._streams.seed(env_ids, seed)
+        self._restart(env_ids)
         return self._observations(), {}
 
     def step(self, actions: NDArray[Any]) -> Step:
@@ -111,10 +111,10 @@ class World(VectorEnv[Observations, NDArray[Any], NDArray[Any]]):
         """The world as it is now, a frame a copy: what is not observed is darker."""
         return None if self.render_mode is None else tuple(self._frames())
 
-    def _restart(self, copies: Indices) -> None:
-        self._time[copies] = 0
-        self._ended[copies] = self._success[copies] = False
-        self._begin(copies)
+    def _restart(self, env_ids: Indices) -> None:
+        self._time[env_ids] = 0
+        self._ended[env_ids] = self._success[env_ids] = False
+        self._begin(env_ids)
 
     def _checked(self, actions: NDArray[Any]) -> NDArray[np.intp]:
         actions = np.asarray(actions)
@@ -130,7 +130,7 @@ class World(VectorEnv[Observations, NDArray[Any], NDArray[Any]]):
         return np.flatnonzero(mask)
 
 
-class OneCopy(gymnasium.Env[Observations, Any]):
+class SingleEnv(gymnasium.Env[Observations, Any]):
     """One copy of a world as a gymnasium.Env: the same rules, because it is the same code."""
 
     World: ClassVar[type[World]]

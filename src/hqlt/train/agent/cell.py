@@ -11,7 +11,7 @@ from typing import Any
 
 from hqlt.evaluate import Score
 from hqlt.ranges import COUNT, check_ranges
-from hqlt.train.agent.run import keep_agent, load_agent
+from hqlt.train.agent.run import load_agent, save_agent
 from hqlt.train.agent.settings import AgentSettings
 from hqlt.train.agent.trainer import AgentTrainer, Update
 from hqlt.train.fit import Fit, Progress
@@ -92,7 +92,7 @@ class AgentCell(Cell):
             weights, trainer = trainer.best, AgentTrainer(self.settings, device)
             trainer.best = weights
         tested = trainer.test(self.budget.test_episodes).success
-        keep_agent(trainer, folder / "models" / self.name)
+        save_agent(trainer, folder / "models" / self.name)
         curve = [
             (float(value), trainer.test(self.budget.test_episodes, **{name: value}).success)
             for name, values in self.budget.along.items()

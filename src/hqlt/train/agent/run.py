@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save
 from hqlt.disk import write_atomic
 from hqlt.errors import reason
 from hqlt.run_folder import COMMANDS, kind_of
-from hqlt.train.agent.settings import AgentSettings, option_of
+from hqlt.train.agent.settings import AgentSettings, option_prefix
 from hqlt.train.agent.trainer import AgentTrainer
 from hqlt.train.run import run as run_of
 
@@ -29,12 +29,12 @@ def run(settings: AgentSettings, folder: Path | None = None, device: str = "cpu"
 
     Raises ValueError or OSError, before anything is trained, for what cannot be; and where training diverged.
     """
-    from hqlt.report.agent import leave_agent_report  # now: a package that it misses would be the end of all
+    from hqlt.report.agent import write_agent_report  # now: a package that it misses would be the end of all
 
     def finish(trainer: AgentTrainer, folder: Path, told: dict[str, Any], console: Console) -> None:
         tested = trainer.test()
-        keep_agent(trainer, folder, told)
-        leave_agent_report(trainer, tested, folder, told, console)
+        save_agent(trainer, folder, told)
+        write_agent_report(trainer, tested, folder, told, console)
         refuse_divergence(trainer, folder)
 
     place = folder or Path("runs") / f"{settings.env.replace('/', '-')}-{settings.memory}"
@@ -50,11 +50,11 @@ def refuse_divergence(trainer: AgentTrainer, folder: Path) -> None:
         raise ValueError(
             f"{folder}: training diverged: {', '.join(unknown)} was no finite number at step {last['step']:,}, and "
             f"{last['left_out']:,} updates were skipped; the report is of the weights of step {trainer.best_step:,}. "
-            f"Lower --{option_of(trainer.settings.algorithm)}.learning_rate"
+            f"Lower --{option_prefix(trainer.settings.algorithm)}.learning_rate"
         )
 
 
-def keep_agent(trainer: AgentTrainer, folder: Path, told: dict[str, Any] | None = None) -> None:
+def save_agent(trainer: AgentTrainer, folder: Path, told: dict[str, Any] | None = None) -> None:
     """Write what `load_agent` takes: config.json with the settings, and the weights as they are, last and at once."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "config.json", json.dumps(told or trainer.description(), indent=1).encode())

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hqlt.agent import Agent
-from hqlt.agent.memory_model import names_of_memories
+from hqlt.agent.memory_model import memory_names
 from hqlt.ranges import COUNT, SEED, check_ranges
-from hqlt.registry import check_choice, find, names
+from hqlt.registry import find, names, check_choice
 
 VALIDATION_SEED, TEST_SEED = 2**32, 2**33
 """Of the episodes that are scored; copy i adds i. Those of training lie below 2³¹."""
@@ -50,8 +50,8 @@ class AgentSettings:
     def __post_init__(self) -> None:
         check_ranges(self, num_envs=COUNT, steps=COUNT, seed=SEED)
         check_ranges(self, evaluate_every=COUNT, episodes=COUNT, keep_checkpoints=COUNT)
-        check_choice("memory", self.memory, names_of_memories())
-        given = self.agent.in_runs if self.hyperparameters is None else self.hyperparameters
+        check_choice("memory", self.memory, memory_names())
+        given = self.agent.run_defaults if self.hyperparameters is None else self.hyperparameters
         if isinstance(given, Mapping):
             for name in given:
                 check_choice(self.algorithm, name, [field.name for field in dataclasses.fields(self.agent.Settings)])
@@ -74,18 +74,18 @@ class AgentSettings:
 
         Those of other algorithms are left alone.
         """
-        groups = {option_of(name) for name in names("algorithm")}
+        groups = {option_prefix(name) for name in names("algorithm")}
         own = {name: value for name, value in given.items() if name not in groups}
-        asked = option_of(own.get("algorithm", cls.algorithm))
+        asked = option_prefix(own.get("algorithm", cls.algorithm))
         return cls(**own, hyperparameters=given.get(asked))
 
     def as_json(self) -> dict[str, Any]:
         """What `of` takes."""
         fields = dataclasses.asdict(self)
-        fields[option_of(self.algorithm)] = fields.pop("hyperparameters")
+        fields[option_prefix(self.algorithm)] = fields.pop("hyperparameters")
         return dict(json.loads(json.dumps(fields)))
 
 
-def option_of(algorithm: str) -> str:
+def option_prefix(algorithm: str) -> str:
     """What stands before its hyperparameters where they are typed: --ppo.rollout-steps=64."""
     return algorithm.replace("-", "_")

@@ -71,7 +71,7 @@ class AgentTrainer(Trainer[Update]):
     def __init__(self, settings: AgentSettings, device: str = "cpu", folder: Path = Path("checkpoints")) -> None:
         self.settings, self.device = settings, usable_device(device)
         torch.manual_seed(settings.seed)
-        self.envs = self.worlds(settings.num_envs, settings.seed)
+        self.envs = self.make_envs(settings.num_envs, settings.seed)
         try:
             memory = build_memory(settings.memory, **settings.model)
         except (TypeError, ValueError) as error:
@@ -121,7 +121,7 @@ class AgentTrainer(Trainer[Update]):
         """The same with the evaluation that is due."""
         self.unscored = told
         scored = self.score(self.settings.episodes, VALIDATION_SEED)
-        self.keep_the_best(scored)
+        self.update_best(scored)
         self.unscored, self.ended = None, 0
         return told._replace(evaluated_return=scored.mean_return, evaluated_success=finite_or_none(scored.success))
 
@@ -130,10 +130,10 @@ class AgentTrainer(Trainer[Update]):
 
     def score(self, episodes: int, seed: int, **options: Any) -> Evaluation:
         """Greedy episodes in the same world, or in one with other options."""
-        with contextlib.closing(self.worlds(min(episodes, 64), seed, **options)) as envs:
+        with contextlib.closing(self.make_envs(min(episodes, 64), seed, **options)) as envs:
             return evaluate(self.agent, envs, episodes, seed=seed, stopped=self.signals)
 
-    def worlds(self, copies: int, seed: int, **options: Any) -> VectorEnv:
+    def make_envs(self, copies: int, seed: int, **options: Any) -> VectorEnv:
         """The settings' world, with other options where given.
 
         Raises ValueError for options that it does not take, and whatever else keeps it from being made.
@@ -146,7 +146,7 @@ class AgentTrainer(Trainer[Update]):
             kind = "" if isinstance(error, (ValueError, gymnasium.error.Error)) else f"{type(error).__name__}: "
             raise ValueError(f"{self.settings.env}: {kind}{error}") from error
 
-    def keep_the_best(self, scored: Evaluation) -> None:
+    def update_best(self, scored: Evaluation) -> None:
         """By success, then by return; the later of equals, which has learned for longer."""
         score = (finite_or_none(scored.success) or 0.0, scored.mean_return)
         if score >= self.best_score:
@@ -156,7 +156,7 @@ class AgentTrainer(Trainer[Update]):
     def test(self, episodes: int | None = None, **options: Any) -> Evaluation:
         """Episodes that were never scored before, by the best weights, which are loaded for it."""
         if not self.best:  # stopped before the first evaluation, and not to go on
-            self.keep_the_best(self.score(self.settings.episodes, VALIDATION_SEED))
+            self.update_best(self.score(self.settings.episodes, VALIDATION_SEED))
         self.agent.load_state_dict(self.best)
         return self.score(episodes or self.settings.episodes, TEST_SEED, **options)
 

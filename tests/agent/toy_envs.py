@@ -51,7 +51,7 @@ class Counter(gymnasium.Env):
         return np.float64(100 * self.episode + self.time), float(action - 5), False, self.time == self.length, {}
 
 
-class Told(Cue):
+class DictCue(Cue):
     """The same, told in entries: an image that is red or blue for the cue, whether it is the last step, and a clock."""
 
     def __init__(self, lengths=(4, 4), cut=False):
@@ -82,5 +82,5 @@ class Told(Cue):
         return {"image": image, "rest": (np.array([last], np.int8), np.full(2, last, np.float32)), "clock": left}
 
 
-def copies(make, count, mode=AutoresetMode.NEXT_STEP):
+def sync_envs(make, count, mode=AutoresetMode.NEXT_STEP):
     return SyncVectorEnv([make] * count, autoreset_mode=mode)
