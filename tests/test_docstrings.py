@@ -20,7 +20,6 @@ MODULES = (
 )  # fmt: skip
 """Those whose `__all__` is the API."""
 TO_DO: set[str] = {
-    "agent",
     "blend",
     "data",
     "layer",

@@ -69,7 +69,7 @@ def with_nan():
         (spoiled(["pose", 0], with_nan()), r"observation\['pose'\]\[0\]\[1\]: expected finite numbers, got nan", 2),
         (spoiled(["pose", 1], np.array([-1, 0, 1, 2])), r"observation\['pose'\]\[1\]: expected -1 … 1, got 2", 3),
         (spoiled(["inventory", "slots"], np.full((4, 2), 3)), r"\['slots'\]\[0\]: expected a value of .*, got 3", 0),
-        (spoiled(["image"], np.zeros((4, 3, 4, 4))), r"\['image'\]: expected uint8, as its space .* got float64", None),
+        (spoiled(["image"], np.zeros((4, 3, 4, 4))), r"\['image'\]: expected uint8, the dtype .*, got float64", None),
         (spoiled(["image"], np.zeros((4, 4, 4, 3), np.uint8)), r"shape \[4, 3, 4, 4\], got \[4, 4, 4, 3\]", None),
         (spoiled(["pose"], 3), r"\['pose'\]: expected entries \[0, 1\], got int", None),
         ({"image": 0}, r"observation: expected entries \[.*\], got \['image'\]", None),

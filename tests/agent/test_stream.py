@@ -165,7 +165,7 @@ class Loose(VectorWrapper):
     ("part", "value", "said"),
     [
         (0, np.zeros((2, 3)), r"Counter: observation: expected shape \[2\], got \[2, 3\]"),
-        (0, np.array(["a", "b"]), "Counter: observation: expected float64, as its space says, got <U1"),
+        (0, np.array(["a", "b"]), "Counter: observation: expected float64, the dtype of its space, got <U1"),
         (1, np.zeros((2, 1)), r"Counter: reward: expected shape \[2\], got \[2, 1\]"),
         (1, ["a", "b"], "Counter: reward: expected numbers"),
         (2, [False], r"Counter: terminated: expected shape \[2\], got \[1\]"),
@@ -213,7 +213,7 @@ def test_environments_that_reset_more_than_the_mask_says_are_refused():
     lengths = iter((3, 2))
     stream = Stream(Forgetful(sync_envs(lambda: Counter(next(lengths)), 2, AutoresetMode.DISABLED)))
     stream.reset()
-    with pytest.raises(ValueError, match="expected the environments outside the mask to stay as they are"):
+    with pytest.raises(ValueError, match="expected environments outside the mask to stay unchanged"):
         stepped(stream, 3)
 
 
@@ -258,7 +258,7 @@ def test_names_of_environments():
 def test_a_single_environment_is_refused_with_advice(kind):
     """Wherever several are expected: by agents, and by what plays."""
     one = gymnasium.make("CartPole-v1")
-    said = r"expected a gymnasium.vector.VectorEnv, got .*; make several at once with gymnasium.make_vec\('CartPole-v1'"
+    said = r"expected a gymnasium.vector.VectorEnv, got .*; make parallel .* with gymnasium.make_vec\('CartPole-v1'"
     with pytest.raises(ValueError, match=said):
         kind(one, build_memory("none", hidden_size=4)) if kind else Stream(one)
     with pytest.raises(ValueError, match=r"SyncVectorEnv\(\[MyEnv\] \* 8\)"):

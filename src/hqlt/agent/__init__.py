@@ -1,10 +1,11 @@
-"""Agents with a memory, for partially observable worlds with the gymnasium API.
+"""Agents with a memory, for partially observable environments with the gymnasium API.
 
->>> memory = build_memory("synchronous", hidden_size=64, num_layers=1, window=16)
->>> agent = SAC(envs, memory)
->>> for progress in agent.train_in(envs, steps=100_000):
-...     print(progress)
->>> evaluate(agent, envs, episodes=20).success
+envs = make_worlds("TMazePassive", 16, seed=0)
+memory = build_memory("synchronous", hidden_size=64, num_layers=1, window=16)
+agent = PPO(envs, memory)
+for progress in agent.train_in(envs, steps=100_000):
+    print(progress.steps, progress.played.success)
+evaluate(agent, envs, episodes=20).success
 """
 
 from importlib.util import find_spec

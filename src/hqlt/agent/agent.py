@@ -1,4 +1,4 @@
-"""What every algorithm is: a core and heads that act, a way to collect, a way to learn, and all of it as tensors."""
+"""The base class of every algorithm: acting, collecting, learning, checkpoints."""
 
 from __future__ import annotations
 
@@ -23,54 +23,59 @@ from hqlt.signals import Stopped
 
 
 class Progress(NamedTuple):
-    """What can be told after collecting and learning from it."""
+    """Report of one collection and the updates that followed it."""
 
     steps: int
-    """Steps of the environment so far, of all copies."""
+    """Environment steps so far, summed over all parallel environments."""
     played: Evaluation
-    """The episodes that ended since the last time; may be none."""
+    """The training episodes that ended since the last report; may be empty."""
     losses: dict[str, float]
-    """Means over the updates since the last time; empty if there were none."""
+    """Means over the updates since the last report; empty if there were none."""
 
 
 class Collected(NamedTuple):
-    """What was played, as `Agent.collect` leaves it."""
+    """Result of `Agent.collect`."""
 
     experience: Any
-    """What `Agent.learn` takes."""
+    """The argument of `Agent.learn`."""
     outcomes: Sequence[Outcome]
-    """Of the episodes that ended."""
+    """Outcomes of the episodes that ended."""
     steps: int
-    """That the environments took, of all copies."""
+    """Environment steps taken, summed over all parallel environments."""
 
 
 class Agent(nn.Module):
-    """An algorithm. A subclass with five names is one, and `hqlt.register("algorithm", NAME)` lets it be chosen:
+    """Base class of algorithms. A subclass defines these, and `hqlt.register("algorithm", NAME)` makes it available:
 
         Settings             a dataclass of its options, each with a default
-        build(width)         make the heads, from `self.settings` and `self.actions` → the optimiser
+        build(width)         create the heads from `self.settings` and `self.actions` → the optimiser
         logits(features)     the policy: [..., d] → [..., a]
         collect(envs, …)     play → Collected
-        learn(experience)    the updates that this calls for → what to report of them
+        learn(experience)    update the weights → what to report
 
-    One with more to keep than weights, optimiser and generator has `carried` and `carry` as well.
+    An algorithm that must checkpoint more than weights, optimiser and generator, such as a replay buffer, also defines
+    `carried_state` and `load_carried_state`.
 
-    envs: of any number of copies, for their spaces alone. settings: an instance of Settings; None: its defaults.
-    encoder: another one than `build_encoder` makes.
+    Args:
+        envs: parallel environments, used only for their observation and action spaces.
+        memory: the sequence model of `build_memory`, or one of your own.
+        settings: an instance of `Settings`; None: the defaults.
+        encoder: an encoder of your own; None: the one that `build_encoder` makes.
+        seed: seeds the policy's actions and the environments that the agent trains in.
     """
 
     Settings: ClassVar[type[Any]]
     run_defaults: ClassVar[Mapping[str, Any]] = {}
-    """Settings that `hqlt rl train` begins with in place of their defaults."""
+    """Settings for which `hqlt rl train` has other defaults."""
     quick_run_defaults: ClassVar[Mapping[str, Any]] = {}
-    """Settings with which it learns little, soon: for a look at a study."""
+    """Settings that make a quick, poor run: for `hqlt reproduce --quick`."""
     settings: Any
     seed: Tensor
-    """What the environments that it trains in are seeded from."""
+    """Seed from which those of the training environments are derived."""
     steps: Tensor
-    """Steps of the environment so far, of all copies."""
+    """Environment steps so far, summed over all parallel environments."""
     left_out: Tensor
-    """Updates whose gradient was not finite, which were not made."""
+    """Number of updates skipped because the gradient was not finite."""
 
     def __init__(
         self,
@@ -82,10 +87,10 @@ class Agent(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        seen, acted = check_vector_env(envs).single_observation_space, envs.single_action_space
-        check_observation_space(seen)
-        self.actions = int(check_discrete(acted).n)
-        self.core = Core(encoder or build_encoder(seen, acted, memory.hidden_size), memory)
+        observations, actions = check_vector_env(envs).single_observation_space, envs.single_action_space
+        check_observation_space(observations)
+        self.actions = int(check_discrete(actions).n)
+        self.core = Core(encoder or build_encoder(observations, actions, memory.hidden_size), memory)
         self.generator = torch.Generator().manual_seed(seed)
         self.settings = self.Settings() if settings is None else settings
         for name, count in (("seed", seed), ("steps", 0), ("left_out", 0)):
@@ -93,32 +98,57 @@ class Agent(nn.Module):
         self.optimiser = self.build(memory.hidden_size)
 
     def build(self, width: int) -> torch.optim.Optimizer:
+        """Create the heads on features of this width; returns the optimiser of all parameters."""
         raise NotImplementedError
 
     def logits(self, features: Hidden) -> Tensor:
+        """Return the policy's logits [..., a] from features [..., d]."""
         raise NotImplementedError
 
     def collect(self, envs: VectorEnv, *, stopped: Sequence[int] = ()) -> Collected:
-        """stopped: looked at before each step, as by `play`; raises Stopped."""
+        """Play until there is enough to learn from.
+
+        Args:
+            envs: the parallel environments.
+            stopped: as in `play`.
+
+        Raises:
+            Stopped: when a stop was requested.
+        """
         raise NotImplementedError
 
     def learn(self, experience: Any) -> dict[str, float]:
-        """→ means of losses and the like, by name; "gradient" is the norm. Empty: there was no update."""
+        """Update the weights.
+
+        Args:
+            experience: of `Collected`.
+
+        Returns:
+            Mean losses by name, and the gradient norm as "gradient"; {} if there was no update.
+        """
         raise NotImplementedError
 
     def carried_state(self) -> dict[str, Tensor]:
-        """What is carried from one collection to the next."""
+        """Return what is carried from one collection to the next, as tensors."""
         return {}
 
     def load_carried_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take what `carried` gave."""
+        """Restore the result of `carried_state`."""
 
     def train_in(self, envs: VectorEnv, steps: int, *, stopped: Sequence[int] = ()) -> Iterator[Progress]:
-        """Collect and learn until `steps` steps of the environment are done, in all, and report each time.
+        """Alternate collecting and learning until `steps` environment steps have been taken in total.
 
-        A checkpoint may be taken at any Progress. It may be taken too where Stopped is raised: the agent is then what
-        it was before it collected. An agent that is restored from it does here what this one would have done, in any
-        environment whose chance `reset(seed=…)` decides.
+        A checkpoint may be taken at every report, and after Stopped was raised: the agent is then as it was before the
+        collection. A restored agent continues exactly as the original would have, in every environment whose
+        randomness is determined by `reset(seed=…)`.
+
+        Args:
+            envs: the parallel environments.
+            steps: total number of environment steps, including those of earlier calls.
+            stopped: as in `play`.
+
+        Returns:
+            An iterator of one report per collection.
         """
         while self.steps < steps:
             before = self.generator.get_state()
@@ -132,22 +162,36 @@ class Agent(nn.Module):
             yield Progress(int(self.steps), Evaluation(tuple(collected.outcomes)), losses)
 
     def derive_seed(self, count: Tensor) -> int:
-        """A seed for environments that follows from the agent's own and a count, and from nothing else.
+        """Derive a seed for the environments, below 2³¹, from the agent's own seed and a counter alone.
 
-        Below 2³¹, and for each seed and count another one; agents of neighbouring seeds do not meet in the same worlds.
+        Agents with neighbouring seeds get unrelated environments.
         """
         return int(np.random.SeedSequence([int(self.seed), int(count)]).generate_state(1)[0] >> 1)
 
     @property
     def device(self) -> torch.device:
+        """Device of the weights."""
         return self.steps.device
 
     def init_state(self, rows: int) -> State:
+        """Return an empty memory for each row."""
         return self.core.init_state(rows)
 
     @torch.no_grad()
     def act(self, inputs: Inputs, state: State, *, greedy: bool = False) -> tuple[Tensor, State]:
-        """Inputs of one step of b rows → actions [b]: the most probable ones, or drawn; and the memory after it."""
+        """Choose an action for each of b rows.
+
+        Args:
+            inputs: of one step.
+            state: the memory before the step.
+            greedy: take the most probable action instead of sampling.
+
+        Returns:
+            actions (int64 [b]), and the memory after the step.
+
+        Raises:
+            ValueError: when the logits are not finite: training has diverged.
+        """
         features, state = self.core.step(inputs.to(self.device), state)
         logits = self.logits(features)
         if not logits.isfinite().all():
@@ -158,11 +202,19 @@ class Agent(nn.Module):
         return (logits.argmax(dim=-1) if greedy else self.draw(logits)), state
 
     def draw(self, logits: Tensor) -> Tensor:
-        """a ~ π, by the agent's own generator: [b, a] → [b]."""
+        """Sample actions [b] from logits [b, a], by the agent's own generator."""
         return torch.multinomial(logits.softmax(dim=-1).cpu(), 1, generator=self.generator)[:, 0].to(logits.device)
 
     def update_weights(self, loss: Tensor, max_grad_norm: float | None) -> float:
-        """One step of the optimiser, left out where the gradient is not finite → its norm, before it was clipped."""
+        """Take one optimiser step, skipped if the gradient is not finite.
+
+        Args:
+            loss: a scalar.
+            max_grad_norm: maximum gradient norm; larger gradients are scaled down. None: no limit.
+
+        Returns:
+            The gradient norm before scaling.
+        """
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters(), math.inf if max_grad_norm is None else max_grad_norm)
@@ -173,34 +225,37 @@ class Agent(nn.Module):
         return norm.item()
 
     def checkpoint(self) -> dict[str, Tensor]:
-        """All that it is, as tensors: for safetensors.torch.save_file."""
+        """Return the complete state as a flat dictionary of tensors, for safetensors.torch.save_file."""
         state = self.optimiser.state_dict()["state"]
-        averages = {
-            f"optimiser.{i}.{name}": tensor for i, of_weight in state.items() for name, tensor in of_weight.items()
-        }
+        moments = {f"optimiser.{i}.{name}": tensor for i, entry in state.items() for name, tensor in entry.items()}
         carried = {f"carried.{name}": tensor for name, tensor in self.carried_state().items()}
-        return {**self.state_dict(prefix="agent."), **averages, **carried, "generator": self.generator.get_state()}
+        return {**self.state_dict(prefix="agent."), **moments, **carried, "generator": self.generator.get_state()}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Resume from a checkpoint of an agent built alike.
+        """Resume from the checkpoint of an agent with the same architecture and settings.
 
-        Raises RuntimeError for weights that do not fit, as load_state_dict does, and KeyError for what is missing.
+        Args:
+            tensors: the result of `checkpoint`.
+
+        Raises:
+            RuntimeError: when weights do not fit, as from `load_state_dict`.
+            KeyError: when a tensor is missing.
         """
         parts: dict[str, dict[str, Tensor]] = {"agent": {}, "optimiser": {}, "carried": {}}
         for key, tensor in tensors.items():
             part, _, name = key.partition(".")
             if part in parts:
                 parts[part][name] = tensor
-        averages = dict[int, dict[str, Tensor]]()
+        moments = dict[int, dict[str, Tensor]]()
         for key, tensor in parts["optimiser"].items():
             weight, _, name = key.partition(".")
-            averages.setdefault(int(weight), {})[name] = tensor.clone()
+            moments.setdefault(int(weight), {})[name] = tensor.clone()
         self.load_state_dict(parts["agent"])
-        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": averages})
+        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": moments})
         self.generator.set_state(tensors["generator"].cpu())
         self.load_carried_state(parts["carried"])
 
 
-def means(told: list[dict[str, float]]) -> dict[str, float]:
-    """The mean of each number told."""
-    return {name: sum(one[name] for one in told) / len(told) for name in told[0]} if told else {}
+def means(reports: list[dict[str, float]]) -> dict[str, float]:
+    """Average each entry over the reports; {} if there are none."""
+    return {name: sum(one[name] for one in reports) / len(reports) for name in reports[0]} if reports else {}

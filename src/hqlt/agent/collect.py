@@ -1,4 +1,4 @@
-"""Playing: a policy in copies of an environment, its memory carried from step to step, wiped where episodes begin."""
+"""Playing: a policy in parallel environments, its memory carried from step to step and reset at episode starts."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ from hqlt.signals import stop_if_asked
 
 
 class Policy(Protocol):
-    """Anything that acts and remembers."""
+    """Interface of anything that can act."""
 
-    def init_state(self, rows: int) -> State: ...
+    def init_state(self, rows: int) -> State:
+        """Return an empty memory for each row."""
 
     def act(self, inputs: Inputs, state: State, *, greedy: bool = False) -> tuple[Tensor, State]:
-        """Inputs of one step of b rows → actions int64 [b], state."""
+        """Choose actions (int64 [b]) from the inputs of one step; returns them and the next state."""
 
 
 class UniformPolicy:
-    """Every action alike."""
+    """Actions drawn uniformly at random."""
 
     def __init__(self, actions: int, generator: torch.Generator) -> None:
         self.actions, self.generator = actions, generator
@@ -43,10 +44,13 @@ class UniformPolicy:
 
 
 class Player:
-    """A policy in all copies: what it reads next, and what it remembers.
+    """A policy in parallel environments, with its next inputs and its memory.
 
-    stopped: looked at before each step; once there is anything in it, `step` raises Stopped. `hqlt.signals.stopping`
-    gives such a list.
+    Args:
+        envs: the parallel environments, which are reset here.
+        policy: what acts.
+        seed: of the reset; None: the environments' own.
+        stopped: list of received signals, as from `hqlt.signals.stopping`; once it is not empty, `step` raises Stopped.
     """
 
     def __init__(
@@ -56,29 +60,31 @@ class Player:
         self.stopped = stopped
         n = self.stream.num_envs
         begins = np.ones(n, dtype=bool)
-        self.inputs = read(self.stream.reset(seed), np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.float32), begins)
+        self.inputs = make_inputs(
+            self.stream.reset(seed), np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.float32), begins
+        )
         self.state = policy.init_state(n)
 
     def step(self, policy: Policy, *, greedy: bool = False) -> tuple[Tensor, Step]:
-        """One action in every copy → actions [n], what they led to."""
+        """Act once in every environment; returns the actions [n] and their result."""
         actions = self.act(policy, greedy=greedy)
         return actions, self.take(actions.cpu().numpy())
 
     def act(self, policy: Policy, *, greedy: bool = False) -> Tensor:
-        """The policy's actions [n], and the memory after what they were chosen from."""
+        """Return the policy's actions [n] and update its memory."""
         stop_if_asked(self.stopped)
         actions, self.state = policy.act(self.inputs, self.state, greedy=greedy)
         return actions
 
     def take(self, actions: NDArray[np.int64]) -> Step:
-        """What these actions [n] lead to; the memory stays as it is."""
+        """Take these actions [n] in the environments; the memory does not change."""
         step = self.stream.step(actions)
-        self.inputs = read(step.observation, actions, step.reward, step.first)
+        self.inputs = make_inputs(step.observation, actions, step.reward, step.first)
         return step
 
 
-def read(observation: Tree, action: np.ndarray, reward: np.ndarray, first: np.ndarray) -> Inputs:
-    """Inputs of one step; what an episode's first step is told of the one before is nothing."""
+def make_inputs(observation: Tree, action: np.ndarray, reward: np.ndarray, first: np.ndarray) -> Inputs:
+    """Build the inputs of one step; the first step of an episode has no previous action and reward."""
     parts = observation, np.where(first, -1, action), np.where(first, 0, reward).astype(np.float32), first
     return Inputs(*tree_map(torch.from_numpy, parts))
 
@@ -92,12 +98,32 @@ def play(
     greedy: bool = False,
     stopped: Sequence[int] = (),
 ) -> list[Episode]:
-    """All copies begin anew and play `episodes` whole episodes together, in the order in which they end.
+    """Reset the environments and play complete episodes, returned in the order in which they end.
 
-    Each copy plays its share, fixed beforehand: to take the first ones that end would favour short ones.
+    The number of episodes of each environment is fixed in advance: taking the first ones that end would favour short
+    episodes.
 
-    stopped: looked at before each step; raises Stopped once there is anything in it. Raises ValueError where an episode
-    does not end, or an environment gives what cannot be learned from: see Stream.
+    Args:
+        policy: an agent, or anything with `init_state` and `act`.
+        envs: the parallel environments.
+        episodes: total number of episodes.
+        seed: of the environments; None: their own.
+        greedy: take the most probable actions instead of sampling.
+        stopped: list of received signals, checked before each step, as from `hqlt.signals.stopping`.
+
+    Returns:
+        The episodes, with all observations.
+
+    Raises:
+        Stopped: when `stopped` is not empty.
+        ValueError: when an environment does not keep to gymnasium's API, returns NaN, or does not end an episode.
+
+    Example:
+        >>> from hqlt.agent import PPO, build_memory, make_worlds, play
+        >>> envs = make_worlds("TMazePassive", 4, seed=0, corridor=3)
+        >>> agent = PPO(envs, build_memory("lstm", hidden_size=16))
+        >>> [episode.length for episode in play(agent, envs, 4, seed=0)]
+        [4, 4, 4, 4]
     """
     return _play(Player(envs, policy, seed, stopped=stopped), policy, episodes, greedy, observations=True)
 
@@ -132,35 +158,55 @@ def _play(player: Player, policy: Policy, episodes: int, greedy: bool, observati
 
 
 class Evaluation(NamedTuple):
-    """What whole episodes came to."""
+    """Outcomes of complete episodes, and their means."""
 
     outcomes: tuple[Outcome, ...]
+    """One per episode, in the order in which they ended."""
 
     @property
     def mean_return(self) -> float:
-        """NaN where no episode ended."""
+        """Mean undiscounted return; NaN if there are no episodes."""
         return mean(outcome.total for outcome in self.outcomes)
 
     @property
     def mean_length(self) -> float:
+        """Mean number of steps; NaN if there are no episodes."""
         return mean(outcome.length for outcome in self.outcomes)
 
     @property
     def success(self) -> float:
-        """The share of episodes that succeeded, NaN where the environment's info has no "success"."""
+        """Share of successful episodes; NaN if the environment's info has no "success"."""
         return mean(outcome.success for outcome in self.outcomes)
 
 
 def mean(numbers: Iterable[float]) -> float:
-    """NaN of none."""
-    listed = list(numbers)
-    return sum(listed) / len(listed) if listed else float("nan")
+    """Return the mean; NaN if there are no numbers."""
+    values = list(numbers)
+    return sum(values) / len(values) if values else float("nan")
 
 
 def evaluate(
     policy: Policy, envs: VectorEnv, episodes: int = 20, *, seed: int | None = None, stopped: Sequence[int] = ()
 ) -> Evaluation:
-    """Greedy episodes, the memory carried as in collection. Raises what `play` raises."""
+    """Play complete greedy episodes without storing observations; the memory is carried as in training.
+
+    Args:
+        policy: an agent, or anything with `init_state` and `act`.
+        envs: the parallel environments.
+        episodes: total number of episodes.
+        seed: of the environments; None: their own.
+        stopped: as in `play`.
+
+    Returns:
+        The outcomes, with mean return, length and success.
+
+    Example:
+        >>> from hqlt.agent import PPO, build_memory, evaluate, make_worlds
+        >>> envs = make_worlds("TMazePassive", 4, seed=0, corridor=3)
+        >>> agent = PPO(envs, build_memory("lstm", hidden_size=16))
+        >>> evaluate(agent, envs, episodes=8, seed=0).mean_length
+        4.0
+    """
     player = Player(envs, policy, seed, stopped=stopped)
     played = _play(player, policy, episodes, greedy=True, observations=False)
     return Evaluation(tuple(episode.outcome for episode in played))

@@ -1,4 +1,4 @@
-"""What is seen, done and earned, as one vector a step."""
+"""Encoders: from observation, previous action and previous reward to one vector per step."""
 
 from __future__ import annotations
 
@@ -17,10 +17,18 @@ CUSTOM_ENCODER = "PPO(…, encoder=Encoder(observation=YOUR_MODULE, observation_
 
 
 class ImageEncoder(nn.Module):
-    """Convolutions of kernel 2 and stride 1 over uint8 images, then a linear map; pixels as x / 255.
+    """Convolutions with kernel 2 and stride 1 over uint8 images scaled to [0, 1], then a linear layer.
 
-    Images are channels, height, width; those with their channels last, as gymnasium's own, are turned around.
-    Source: the paper's visual match, after Ni et al. 2023: 8 and 16 channels, 100 features.
+    Args:
+        shape: of an image: channels, height, width, or height, width, channels, as gymnasium's own are.
+        width: number of features.
+        channels: output channels of each convolution.
+
+    Raises:
+        ValueError: when the image is too small for the convolutions.
+
+    Source:
+        The paper's visual match, after Ni et al. 2023: 8 and 16 channels, 100 features.
     """
 
     def __init__(self, shape: tuple[int, int, int], width: int, channels: Sequence[int] = (8, 16)) -> None:
@@ -32,7 +40,7 @@ class ImageEncoder(nn.Module):
         if inner <= 0 or min(height, across) <= len(channels):
             raise ValueError(
                 f"expected images of more than {len(channels)}×{len(channels)} pixels, got shape {list(shape)}; "
-                f"give an encoder of your own: {CUSTOM_ENCODER}"
+                f"pass your own encoder: {CUSTOM_ENCODER}"
             )
         layers: list[nn.Module] = []
         for before, after in zip((first, *channels), channels, strict=False):
@@ -40,7 +48,7 @@ class ImageEncoder(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels[-1] * inner, width), nn.ReLU())
 
     def forward(self, image: Tensor) -> Tensor:
-        """[..., channels, height, width] → [..., width]."""
+        """Encode images [..., channels, height, width] as [..., width]."""
         check_shape(image, self.shape)
         if self.channels_last:
             image = image.movedim(-1, -3)
@@ -50,7 +58,7 @@ class ImageEncoder(nn.Module):
 
 
 class VectorEncoder(nn.Module):
-    """ReLU(W x + b) of all of an observation's numbers."""
+    """ReLU(W x + b), where x holds all numbers of an observation."""
 
     def __init__(self, shape: tuple[int, ...], width: int) -> None:
         super().__init__()
@@ -62,13 +70,16 @@ class VectorEncoder(nn.Module):
 
 
 class SymbolEncoder(nn.Module):
-    """One learned vector a symbol; of several numbers the sum of one for each, from a table of its own.
+    """One learned embedding per discrete value; an observation of several numbers gives the sum of their embeddings.
 
-    symbols, start: how many symbols each number may be, and the first of them.
+    Args:
+        symbols: number of values that each number can take.
+        start: smallest value of each number.
+        width: size of an embedding.
     """
 
     offsets: Tensor
-    """[k] what makes symbols of different numbers, and of different starts, different rows of one table."""
+    """[k] added to the numbers to give their rows in the shared embedding table."""
 
     def __init__(self, symbols: ArrayLike, start: ArrayLike, width: int) -> None:
         super().__init__()
@@ -83,7 +94,7 @@ class SymbolEncoder(nn.Module):
 
 
 class EntriesEncoder(nn.Module):
-    """The entries of a dictionary or tuple, each by an encoder of its own, side by side."""
+    """The entries of a dictionary or tuple, each encoded by its own encoder and concatenated."""
 
     def __init__(self, encoders: Mapping[Any, nn.Module]) -> None:
         super().__init__()
@@ -96,12 +107,12 @@ class EntriesEncoder(nn.Module):
 
 
 def output_width(encoder: nn.Module) -> int:
-    """Of what an encoder of observations puts out."""
+    """Return the number of features of an observation encoder."""
     return int(encoder.width)  # type: ignore[arg-type]
 
 
 def flattened(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """[..., *shape] → [..., numbers]."""
+    """Reshape [..., *shape] to [..., n]."""
     check_shape(x, shape)
     return x.flatten(x.dim() - len(shape)) if shape else x[..., None]
 
@@ -109,16 +120,17 @@ def flattened(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 def check_shape(x: Tensor, shape: tuple[int, ...]) -> None:
     if x.shape[x.dim() - len(shape) :] != shape:
         raise ValueError(
-            f"observation: expected shape [..., {', '.join(map(str, shape))}], as in the environments that the encoder "
-            f"was built for, got {list(x.shape)}"
+            f"observation: expected shape [..., {', '.join(map(str, shape))}], as in the environments for which the "
+            f"encoder was built, got {list(x.shape)}"
         )
 
 
 def observation_encoder(space: Space, width: int, name: str = "observation_space") -> nn.Module:
-    """uint8 images by convolutions, other boxes and MultiBinary by a linear map, Discrete and MultiDiscrete by
-    embeddings; the entries of Dict and Tuple side by side, each of this width.
+    """Build the encoder of a space: convolutions for uint8 images, a linear layer for other boxes and MultiBinary,
+    embeddings for Discrete and MultiDiscrete. The entries of Dict and Tuple are concatenated, each of this width.
 
-    Raises ValueError that names the entry for which there is no encoder.
+    Raises:
+        ValueError: when there is no encoder for an entry, which is named.
     """
     check_observation_space(space, name)
     parts = subspaces(space)
@@ -141,12 +153,25 @@ def observation_encoder(space: Space, width: int, name: str = "observation_space
 class Encoder(nn.Module):
     """W [observation; previous action; previous reward] + b: [..., d].
 
-    At the first step of an episode there is no previous action (−1), which has a vector of its own.
+    "No previous action" (−1, at the first step of an episode) has its own embedding.
 
-    observation: a module from observations [..., *shape] to [..., observation_width]; where an observation is a
-    dictionary or a tuple, it is called with a dictionary or a tuple of tensors.
+    Args:
+        observation: a module from observations [..., *shape] to [..., observation_width]. Observations that are
+            dictionaries or tuples are passed as dictionaries or tuples of tensors.
+        observation_width: number of features that this module returns.
+        actions: number of actions.
+        hidden_size (d): width of the output.
+        width: size of the embeddings of action and reward.
 
-    Source: Ni et al. 2023, "When Do Transformers Shine in RL?", appendix.
+    Source:
+        Ni et al. 2023, "When Do Transformers Shine in RL?", appendix.
+
+    Example:
+        >>> import torch
+        >>> from hqlt.agent import Encoder
+        >>> encoder = Encoder(torch.nn.Linear(3, 8), observation_width=8, actions=4, hidden_size=16)
+        >>> encoder(torch.zeros(2, 5, 3), torch.zeros(2, 5, dtype=torch.long), torch.zeros(2, 5)).shape
+        torch.Size([2, 5, 16])
     """
 
     def __init__(
@@ -164,19 +189,34 @@ class Encoder(nn.Module):
 
 
 def build_encoder(observation_space: Space, action_space: Space, hidden_size: int) -> Encoder:
-    """The encoder for these spaces, of one copy of the environment.
+    """Build the default encoder for an environment.
 
-    Raises ValueError for observations for which there is no encoder, and for actions that are not Discrete.
+    Args:
+        observation_space: of a single environment; Dict and Tuple may be nested.
+        action_space: of a single environment, Discrete.
+        hidden_size (d): width of the output.
+
+    Returns:
+        The encoder; its `observation` is the part that encodes observations.
+
+    Raises:
+        ValueError: when there is no encoder for the observations, or actions are not Discrete.
+
+    Example:
+        >>> from gymnasium.spaces import Box, Discrete
+        >>> from hqlt.agent import build_encoder
+        >>> build_encoder(Box(0, 255, (3, 5, 5), "uint8"), Discrete(4), hidden_size=32).observation.width
+        32
     """
     encoder = observation_encoder(observation_space, hidden_size)
     return Encoder(encoder, output_width(encoder), int(check_discrete(action_space).n), hidden_size)
 
 
 def check_discrete(space: Space) -> spaces.Discrete:
-    """The space of actions, refused if it is not Discrete."""
+    """Return the action space; raises ValueError if it is not Discrete."""
     if not isinstance(space, spaces.Discrete):
         raise ValueError(
-            f"action_space: expected Discrete, of one copy (envs.single_action_space), got {space}; "
-            f"gymnasium.wrappers.TransformAction makes others discrete"
+            f"action_space: expected Discrete (that of a single environment: envs.single_action_space), got {space}; "
+            f"gymnasium.wrappers.TransformAction can make others discrete"
         )
     return space

@@ -1,4 +1,4 @@
-"""Episodes: played one by one, learned from as the rows of a batch."""
+"""Episodes, and batches of them."""
 
 from __future__ import annotations
 
@@ -17,55 +17,58 @@ from hqlt.agent.observation import Tree
 
 
 class Outcome(NamedTuple):
-    """What an episode came to."""
+    """Summary of an episode."""
 
     total: float
-    """Its return, undiscounted."""
+    """Undiscounted return."""
     length: int
-    """In steps."""
+    """Number of steps."""
     success: float
-    """0 or 1, NaN where the environment says nothing."""
+    """0 or 1; NaN if the environment does not report success."""
 
 
 class Episode(NamedTuple):
-    """t steps, and the t + 1 observations around them."""
+    """One episode: t steps and t + 1 observations."""
 
     observations: Tree
-    """[t + 1, ...], in the dtype of the environment's space; a dictionary or tuple of arrays where that is one."""
+    """[t + 1, ...] with the dtype of the environment's space, or a dictionary or tuple of such arrays."""
     actions: NDArray[np.int64]
     """[t]."""
     rewards: NDArray[np.float32]
     """[t]."""
     terminated: bool
-    """False: cut short."""
+    """False if the episode was truncated."""
     success: float
-    """0 or 1, NaN where the environment says nothing."""
+    """0 or 1; NaN if the environment does not report success."""
 
     @property
     def length(self) -> int:
+        """Number of steps t."""
         return len(self.actions)
 
     @property
     def outcome(self) -> Outcome:
+        """Return, length and success."""
         return Outcome(float(self.rewards.sum(dtype=np.float64)), self.length, self.success)
 
 
 class Batch(NamedTuple):
-    """Episodes as rows, filled up on the right."""
+    """Episodes as rows, padded on the right."""
 
     observations: Tree
-    """[b, t + 1, ...], or a dictionary or tuple of such."""
+    """[b, t + 1, ...], or a dictionary or tuple of such tensors."""
     actions: Tensor
     """[b, t] int64."""
     rewards: Tensor
     """[b, t]."""
     terminated: Tensor
-    """Bool [b, t]."""
+    """Bool [b, t], True at the last step of an episode that terminated."""
     mask: Tensor
-    """Bool [b, t], True at the steps that were played."""
+    """Bool [b, t], True at the steps that were played, False at padding."""
 
     @staticmethod
     def from_episodes(episodes: Sequence[Episode]) -> Batch:
+        """Stack episodes, padded to the longest one."""
         b, t = len(episodes), max(episode.length for episode in episodes)
         observations = tree_map(
             lambda *rows: np.stack([padded(row, t + 1) for row in rows]),
@@ -83,17 +86,18 @@ class Batch(NamedTuple):
         return Batch(*tree_map(torch.from_numpy, (observations, actions, rewards, terminated, mask)))
 
     def to(self, device: torch.device) -> Batch:
+        """Move all tensors to a device."""
         return tree_map(lambda x: x.to(device), self)
 
     def inputs(self) -> Inputs:
-        """What was read at each of the t + 1 observations."""
+        """Return the inputs of the core at each of the t + 1 observations."""
         resets = F.pad(torch.zeros_like(self.mask), (1, 0))
         resets[:, 0] = True
         return Inputs(self.observations, F.pad(self.actions, (1, 0), value=-1), F.pad(self.rewards, (1, 0)), resets)
 
 
 def padded(x: NDArray[Any], length: int) -> NDArray[Any]:
-    """Zeros behind it, until its first axis has this length."""
+    """Pad with zeros behind, to this length of the first axis."""
     filled = np.zeros((length, *x.shape[1:]), dtype=x.dtype)
     filled[: len(x)] = x
     return filled

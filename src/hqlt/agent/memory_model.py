@@ -1,10 +1,11 @@
-"""What an agent remembers with: three methods, and anything that has them will do.
+"""Sequence models that serve as an agent's memory. The interface is three methods:
 
     init_state(rows)              an empty memory for each row
     step(x, state, resets)        one step of all rows: x [b, d], resets Bool[b]
     sequence(x, state, resets)    the same for t steps at once: x [b, t, d], resets Bool[b, t]
 
-Laws, tested for every model here: stepping says what the sequence pass says, and a reset is a separate sequence.
+Two laws are tested for every model: stepping gives the same result as the sequence pass, and a reset is the same as a
+separate sequence.
 """
 
 from __future__ import annotations
@@ -24,31 +25,52 @@ from hqlt.registry import check_choice, names
 from hqlt.shapes import Hidden, Resets
 
 State: TypeAlias = tuple[Any, ...]
-"""Tensors whose first axis is the row, or tuples of such."""
+"""Tensors whose first axis is the row, or tuples of such tensors."""
 
 
 class MemoryModel(nn.Module):
-    """A sequence model whose state is passed in and returned."""
+    """Base class of memories: a sequence model whose state is passed in and returned."""
 
     hidden_size: int
-    """d: the width of what goes in and comes out."""
+    """d: width of input and output."""
 
     def init_state(self, rows: int) -> State:
-        """An empty memory for each row."""
+        """Return an empty memory for each row."""
         raise NotImplementedError
 
     def sequence(self, x: Hidden, state: State, resets: Resets) -> tuple[Hidden, State]:
-        """x: [b, t, d]; resets: Bool[b, t], True where a row begins anew, before its x is read → y [b, t, d], state."""
+        """Process t steps.
+
+        Args:
+            x ([b, t, d]): inputs.
+            state: the memory before the first step.
+            resets (Bool[b, t]): True where a row's memory is emptied before the step.
+
+        Returns:
+            y ([b, t, d]), and the memory after the last step.
+        """
         raise NotImplementedError
 
     def step(self, x: Tensor, state: State, resets: Tensor) -> tuple[Tensor, State]:
-        """x: [b, d]; resets: Bool[b] → y [b, d], state. A sequence of one step, unless a model knows better."""
+        """Process one step: x [b, d], resets Bool[b] → y [b, d], state. By default a sequence of one step."""
         y, state = self.sequence(x[:, None], state, resets[:, None])
         return y[:, 0], state
 
 
 class HybridModel(MemoryModel):
-    """A stack of blocks of hybrid memories, then a norm: Transformer, DeltaNet and the blends, by their layers."""
+    """A stack of blocks with hybrid memory layers, followed by a norm: Transformer, DeltaNet and all blends.
+
+    Args:
+        blocks: from first to last.
+        norm: applied to the output.
+
+    Example:
+        >>> import torch
+        >>> from hqlt.agent import build_memory
+        >>> model = build_memory("synchronous", hidden_size=16, num_layers=1, window=4)
+        >>> x, resets = torch.randn(2, 10, 16), torch.zeros(2, 10, dtype=torch.bool)
+        >>> y, state = model.sequence(x, model.init_state(rows=2), resets)
+    """
 
     def __init__(self, blocks: Sequence[Block], norm: nn.Module) -> None:
         super().__init__()
@@ -58,6 +80,7 @@ class HybridModel(MemoryModel):
 
     @property
     def layers(self) -> list[HybridMemory]:
+        """The memory layers, from first to last."""
         return [cast(Block, block).memory for block in self.blocks]
 
     def init_state(self, rows: int) -> State:
@@ -72,13 +95,24 @@ class HybridModel(MemoryModel):
 
 
 def drop_unused_entries(state: MemoryState) -> MemoryState:
-    """Full attention holds every pair of a row, but no longer those of its earlier episodes."""
+    """Drop KV entries of earlier episodes, which full attention would otherwise keep."""
     unused = state.slots - min(int(state.position.max()), state.slots)
     return state._replace(kv=tree_map(lambda x: x[:, unused:], state.kv))
 
 
 class LSTM(MemoryModel):
-    """torch's LSTM, the baseline that everyone knows. Rows may begin anew anywhere in a sequence, exactly."""
+    """torch's LSTM, with exact resets anywhere in a sequence.
+
+    Args:
+        hidden_size (d): width of input, output and state.
+        num_layers: number of layers.
+
+    Example:
+        >>> import torch
+        >>> from hqlt.agent import LSTM
+        >>> model = LSTM(hidden_size=16)
+        >>> y, state = model.step(torch.randn(2, 16), model.init_state(rows=2), torch.tensor([True, False]))
+    """
 
     def __init__(self, hidden_size: int, num_layers: int = 1) -> None:
         super().__init__()
@@ -91,7 +125,7 @@ class LSTM(MemoryModel):
         return zeros, zeros
 
     def sequence(self, x: Hidden, state: State, resets: Resets) -> tuple[Hidden, State]:
-        """Every segment is a row of its own for the LSTM; a row's first goes on from the state unless it is reset."""
+        """Run each segment as a separate row; a row's first segment continues from the state unless it is reset."""
         b, t, _ = x.shape
         begins = resets.clone()
         begins[:, 0] = True
@@ -111,7 +145,17 @@ class LSTM(MemoryModel):
 
 
 class NoMemory(MemoryModel):
-    """A multilayer perceptron at each step: what can be done without remembering anything."""
+    """A multilayer perceptron in place of a memory: each step on its own.
+
+    Args:
+        hidden_size (d): width of input, hidden layer and output.
+
+    Example:
+        >>> import torch
+        >>> from hqlt.agent import NoMemory
+        >>> NoMemory(16).sequence(torch.randn(2, 5, 16), (), torch.zeros(2, 5, dtype=torch.bool))[0].shape
+        torch.Size([2, 5, 16])
+    """
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -138,17 +182,35 @@ MODELS = (*BLENDS, "lstm", "none")
 
 
 def memory_names() -> list[str]:
-    """Ours, and the blends that others registered."""
+    """Return the built-in memories, and the blends registered by other packages."""
     return list(dict.fromkeys((*MODELS, *names("blend"))))
 
 
 def build_memory(
     name: str, *, hidden_size: int = 100, num_heads: int = 2, num_layers: int = 2, window: int | None = 64, **layer: Any
 ) -> MemoryModel:
-    """One of "transformer", "deltanet", "synchronous", "delayed-streaming", "delayed-chunk", "lstm", "none".
+    """Build an agent's memory by name. Arguments that do not apply to it, such as `window` for "lstm", are ignored.
 
-    window: steps that the KV-memory reaches (None: the whole episode, for "transformer" and "synchronous"); what has no
-    window, heads or layers does without. layer: other arguments of `hqlt.HybridMemory`, for the first five.
+    Args:
+        name: "transformer", "deltanet", "synchronous", "delayed-streaming", "delayed-chunk", "lstm", "none" (a
+            multilayer perceptron), or a registered blend.
+        hidden_size (d): width of input and output.
+        num_heads: number of heads.
+        num_layers: number of layers.
+        window (steps): window of the KV-memory; None: the whole episode, for "transformer" and "synchronous".
+        layer: other arguments of `hqlt.HybridMemory`; not for "lstm" and "none".
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: when the name or an argument is unknown, or a number is out of range.
+
+    Example:
+        >>> from hqlt.agent import build_memory
+        >>> model = build_memory("synchronous", hidden_size=64, num_layers=1, window=16, fast_weights="gated-delta")
+        >>> model.hidden_size
+        64
     """
     check_choice("memory", name, memory_names())
     own = ("hidden_size", "num_heads", "num_layers", "window")
@@ -171,5 +233,5 @@ def build_memory(
         ]
         return HybridModel(blocks, RMSNorm(hidden_size, eps=1e-6))
     if layer:
-        raise ValueError(f"{', '.join(layer)}: expected with a blend of memories alone, got with {name!r}")
+        raise ValueError(f"{', '.join(layer)}: expected a memory made of hqlt.HybridMemory layers, got {name!r}")
     return LSTM(hidden_size, num_layers) if name == "lstm" else NoMemory(hidden_size)

@@ -1,4 +1,4 @@
-"""Observations: arrays, or dictionaries and tuples of arrays, checked against the space that they are said to be of."""
+"""Observations as arrays, or as dictionaries and tuples of arrays, checked against their space."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ from numpy.typing import NDArray
 
 Space: TypeAlias = spaces.Space[Any]
 Tree: TypeAlias = Any
-"""An array or a tensor, or a dictionary or tuple of such, at any depth."""
+"""An array or a tensor, or a dictionary or tuple of these, nested to any depth."""
 
 ADVICE = "gymnasium.wrappers.FilterObservation drops entries, gymnasium.wrappers.TransformObservation changes them"
 
 
 class InvalidObservation(ValueError):
-    """An observation that is not of its space; `env` is the number of the environment that gave it, None: all did."""
+    """An observation that does not belong to its space.
+
+    Args:
+        message: what was expected and what was received.
+        env: index of the environment that returned it; None if the error concerns all environments.
+    """
 
     def __init__(self, message: str, env: int | None = None) -> None:
         super().__init__(message)
@@ -25,7 +30,7 @@ class InvalidObservation(ValueError):
 
 
 def subspaces(space: Space) -> dict[Any, Space] | None:
-    """The spaces in a Dict by name, in a Tuple by number; None for a space of arrays."""
+    """Return the spaces of a Dict by name, or of a Tuple by index; None for a space of arrays."""
     match space:
         case spaces.Dict():
             return dict(space.spaces)
@@ -36,7 +41,7 @@ def subspaces(space: Space) -> dict[Any, Space] | None:
 
 
 def check_observation_space(space: Space, name: str = "observation_space") -> None:
-    """Raises ValueError that names the entry of a space whose observations are not arrays."""
+    """Raise ValueError, naming the entry, if some observations of the space are not arrays."""
     parts = subspaces(space)
     if parts is None:
         if not isinstance(space, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
@@ -51,43 +56,48 @@ def check_observation_space(space: Space, name: str = "observation_space") -> No
             check_observation_space(part, f"{name}[{key!r}]")
 
 
-def checked_observation(space: Space, seen: Any, rows: int, name: str = "observation") -> Tree:
-    """Observations [rows, ...] of a space as new arrays of its dtypes.
+def checked_observation(space: Space, observation: Any, rows: int, name: str = "observation") -> Tree:
+    """Copy observations [rows, ...] of a space into new arrays with the dtypes of the space.
 
-    Raises InvalidObservation where an entry is missing, a shape or dtype is another one than the space's, a floating-point
-    number is NaN or infinite, or a symbol is none of the space's.
+    Raises:
+        InvalidObservation: when an entry is missing, a shape or dtype differs from the space's, a floating-point number
+            is NaN or infinite, or a discrete value is out of range.
     """
     parts = subspaces(space)
     if parts is None:
-        return _array(space, seen, rows, name)
-    if not (isinstance(seen, Mapping) if isinstance(space, spaces.Dict) else isinstance(seen, (tuple, list))):
-        raise InvalidObservation(f"{name}: expected entries {list(parts)}, got {type(seen).__name__}")
-    got = list(seen) if isinstance(seen, Mapping) else list(range(len(seen)))
+        return _array(space, observation, rows, name)
+    if not (
+        isinstance(observation, Mapping) if isinstance(space, spaces.Dict) else isinstance(observation, (tuple, list))
+    ):
+        raise InvalidObservation(f"{name}: expected entries {list(parts)}, got {type(observation).__name__}")
+    got = list(observation) if isinstance(observation, Mapping) else list(range(len(observation)))
     if set(got) != set(parts):
         raise InvalidObservation(f"{name}: expected entries {list(parts)}, got {got}")
-    found = {key: checked_observation(part, seen[key], rows, f"{name}[{key!r}]") for key, part in parts.items()}
-    return found if isinstance(space, spaces.Dict) else tuple(found.values())
+    checked = {
+        key: checked_observation(part, observation[key], rows, f"{name}[{key!r}]") for key, part in parts.items()
+    }
+    return checked if isinstance(space, spaces.Dict) else tuple(checked.values())
 
 
-def _array(space: Space, seen: Any, rows: int, name: str) -> NDArray[Any]:
-    got, dtype = np.asarray(seen), np.dtype(space.dtype)
+def _array(space: Space, observation: Any, rows: int, name: str) -> NDArray[Any]:
+    got, dtype = np.asarray(observation), np.dtype(space.dtype)
     if got.shape != (rows, *(space.shape or ())):
         raise InvalidObservation(f"{name}: expected shape {[rows, *(space.shape or ())]}, got {list(got.shape)}")
     if not np.can_cast(got.dtype, dtype, "same_kind"):
-        raise InvalidObservation(f"{name}: expected {dtype}, as its space says, got {got.dtype}")
-    with np.errstate(over="ignore"):  # an overflow is an infinity, which is refused below
+        raise InvalidObservation(f"{name}: expected {dtype}, the dtype of its space, got {got.dtype}")
+    with np.errstate(over="ignore"):  # an overflow gives an infinity, which is refused below
         array = np.array(got, dtype=dtype)
     if dtype.kind == "f":
-        _all(np.isfinite(array), array, name, "finite numbers")
+        _check_all(np.isfinite(array), array, name, "finite numbers")
     elif isinstance(space, spaces.Discrete):
         low, high = int(space.start), int(space.start + space.n)
-        _all((low <= array) & (array < high), array, name, f"{low} … {high - 1}")
+        _check_all((low <= array) & (array < high), array, name, f"{low} … {high - 1}")
     elif isinstance(space, spaces.MultiDiscrete):
-        _all((space.start <= array) & (array < space.start + space.nvec), array, name, f"a value of {space}")
+        _check_all((space.start <= array) & (array < space.start + space.nvec), array, name, f"a value of {space}")
     return array
 
 
-def _all(good: NDArray[np.bool_], array: NDArray[Any], name: str, expected: str) -> None:
+def _check_all(good: NDArray[np.bool_], array: NDArray[Any], name: str, expected: str) -> None:
     if not good.all():
         env, *place = np.argwhere(~good)[0].tolist()
         raise InvalidObservation(f"{name}{place or ''}: expected {expected}, got {array[(env, *place)]}", env)

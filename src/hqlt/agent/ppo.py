@@ -1,4 +1,4 @@
-"""PPO with a memory: on-policy, from minibatches of whole sequences."""
+"""PPO with a memory: on-policy, trained on minibatches of whole sequences."""
 
 from __future__ import annotations
 
@@ -31,34 +31,34 @@ from hqlt.shapes import Hidden
 
 @dataclass(frozen=True, kw_only=True)
 class PPOSettings:
-    """Those of Schulman et al. 2017, as they are used today."""
+    """Hyperparameters of PPO, after Schulman et al. 2017 with today's usual values."""
 
     learning_rate: float = 3e-4
-    """Adam's, of everything."""
+    """Learning rate of Adam, for all parameters."""
     gamma: float = 0.99
-    """γ."""
+    """Discount factor γ."""
     gae_lambda: float = 0.95
-    """λ of the advantages."""
+    """λ of generalised advantage estimation."""
     advantages: Literal["raw", "centred", "standardised"] = "standardised"
-    """What a minibatch's advantages become: as they are, less their mean, or with standard deviation 1 as well. Those
-    of a policy that has settled are noise, which the last makes as loud as what it learned from: where rewards are of
-    the order of 1, better not."""
+    """Normalisation of the advantages in each minibatch: none ("raw"), zero mean ("centred"), or zero mean and standard
+    deviation 1 ("standardised"). Standardising amplifies the noise of a policy that has converged; with rewards of the
+    order of 1 prefer one of the others."""
     clip_range: float = 0.2
-    """ε: how far the policy may go from the one that played before its gain is cut off."""
+    """Clip range ε of the probability ratio of new and old policy."""
     entropy_coef: float = 0.01
-    """What an entropy of one nat is worth in the loss."""
+    """Coefficient of the entropy bonus in the loss."""
     value_coef: float = 0.5
-    """What the value's loss weighs."""
+    """Coefficient of the value loss."""
     rollout_steps: int = 128
-    """Steps of each copy between two updates, and the reach of gradients through time."""
+    """Steps of each environment between updates; also the length of backpropagation through time."""
     epochs: int = 4
-    """How often a rollout is learned from."""
+    """Passes over each rollout."""
     num_minibatches: int = 4
-    """Parts of a rollout, of whole sequences: at most as many as there are copies."""
+    """Minibatches per epoch, of whole sequences: at most the number of parallel environments."""
     hidden_sizes: tuple[int, ...] = (64,)
-    """Hidden widths of the actor and of the critic."""
+    """Widths of the hidden layers of actor and critic."""
     max_grad_norm: float | None = 0.5
-    """Greatest norm of a gradient; a longer one is shortened to it. None: there is none."""
+    """Maximum gradient norm; larger gradients are scaled down. None: no limit."""
 
     def __post_init__(self) -> None:
         check_choice("ppo.advantages", self.advantages, ("raw", "centred", "standardised"))
@@ -71,22 +71,34 @@ class PPOSettings:
 
 @register("algorithm", "ppo")
 class PPO(Agent):
-    """PPO: one shared encoder and memory, an actor and a critic on top.
+    """PPO with an encoder and a memory shared by actor and critic.
 
         loss = −mean min(ρ_t A_t, clip(ρ_t, 1 ± ε) A_t) + c_V ½ mean (V_t − R_t)² − c_H mean H_t
 
-    A rollout begins with the memories that the copies had then, and is learned from in whole sequences from these:
-    resets within them are where they were in play. What played is π_before of the first pass over the rollout; in later
-    passes the carried memories are those of the older weights, as in all recurrent PPO.
+    Each rollout is learned in whole sequences, starting from the memory that the environment's row had at its
+    beginning; resets inside it are applied as during play. That initial memory was computed with older weights, as in
+    all recurrent PPO.
+
+    The arguments are those of `Agent`, with `PPOSettings` as settings.
+
+    Source:
+        Schulman et al. 2017, "Proximal Policy Optimization Algorithms".
+
+    Example:
+        >>> from hqlt.agent import PPO, PPOSettings, build_memory, make_worlds
+        >>> envs = make_worlds("TMazePassive", 8, seed=0, corridor=3)
+        >>> agent = PPO(envs, build_memory("lstm", hidden_size=16), PPOSettings(rollout_steps=16))
+        >>> [progress.steps for progress in agent.train_in(envs, steps=200)]
+        [104, 208]
     """
 
     Settings = PPOSettings
     run_defaults: ClassVar = {"learning_rate": 5e-4, "rollout_steps": 64, "advantages": "centred"}
     settings: PPOSettings
     collector: Collector | None = None
-    """Of the call of `train_in` that is under way."""
-    _before: Mapping[str, Tensor] | None = None
-    """What `collector` carried when the checkpoint was taken that this agent was restored from."""
+    """The collector of the current call of `train_in`."""
+    _restored: Mapping[str, Tensor] | None = None
+    """State of the collector in the checkpoint from which this agent was restored."""
 
     def build(self, width: int) -> torch.optim.Optimizer:
         self.actor = mlp(width, self.settings.hidden_sizes, self.actions)
@@ -98,65 +110,65 @@ class PPO(Agent):
 
     @torch.no_grad()
     def value(self, inputs: Inputs, state: State) -> Tensor:
-        """Inputs of one step of b rows → V [b]."""
+        """Return V [b] from the inputs of one step."""
         features, _ = self.core.step(inputs.to(self.device), state)
         return self.critic(features)[:, 0]
 
     def logits_and_values(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """The policy's logits [b, t, a] and V [b, t] at every step of a rollout."""
+        """Return the policy's logits [b, t, a] and V [b, t] at every step of a rollout."""
         features, _ = self.core.sequence(rollout.inputs, rollout.state)
         return self.actor(features), self.critic(features)[..., 0]
 
     def advantages(self, rollout: Rollout, values: Tensor) -> Tensor:
-        """[b, t], from V at every step."""
+        """Return the advantages [b, t] from V at every step."""
         following, settings = rollout.next_values(values), self.settings
         return generalised_advantages(
             rollout.rewards, values, following, rollout.terminated, rollout.ended, settings.gamma, settings.gae_lambda
         )
 
     def learn(self, rollout: Rollout) -> dict[str, float]:
-        """`epochs` passes over a rollout."""
+        """Make `epochs` passes over a rollout."""
         settings, rollout = self.settings, rollout.to(self.device)
         with torch.no_grad():
             logits, values = self.logits_and_values(rollout)
             log_pi = gather_actions(logits.log_softmax(dim=-1), rollout.actions)
             advantages = self.advantages(rollout, values)
             returns = advantages + values
-        told = []
+        reports = []
         for _ in range(settings.epochs):
             order = torch.randperm(len(log_pi), generator=self.generator).to(self.device)
             for rows in order.chunk(settings.num_minibatches):
                 losses = self.losses(rollout.select(rows), log_pi[rows], advantages[rows], returns[rows])
                 norm = self.update_weights(losses["loss"], settings.max_grad_norm)
-                told.append({name: loss.item() for name, loss in losses.items()} | {"gradient": norm})
-        return means(told)
+                reports.append({name: loss.item() for name, loss in losses.items()} | {"gradient": norm})
+        return means(reports)
 
     def losses(self, rollout: Rollout, log_pi_before: Tensor, advantages: Tensor, returns: Tensor) -> dict[str, Tensor]:
-        """loss, which an update descends, and its parts."""
+        """Return the loss of a minibatch and its parts, by name."""
         settings, mask = self.settings, rollout.mask
         logits, values = self.logits_and_values(rollout)
         log_pi = gather_actions(logits.log_softmax(dim=-1), rollout.actions)
         if settings.advantages != "raw":
             advantages = (centred if settings.advantages == "centred" else standardised)(advantages, mask)
         policy = clipped_policy_loss(log_pi, log_pi_before, advantages, settings.clip_range, mask)
-        value, spread = value_loss(values, returns, mask), masked_mean(entropy(logits), mask)
-        loss = policy + settings.value_coef * value - settings.entropy_coef * spread
-        return {"loss": loss, "policy": policy, "value": value, "entropy": spread}
+        value, mean_entropy = value_loss(values, returns, mask), masked_mean(entropy(logits), mask)
+        loss = policy + settings.value_coef * value - settings.entropy_coef * mean_entropy
+        return {"loss": loss, "policy": policy, "value": value, "entropy": mean_entropy}
 
     def collect(self, envs: VectorEnv, *, stopped: Sequence[int] = ()) -> Collected:
-        """A rollout of all copies. Memories and unfinished episodes are carried from one to the next."""
+        """Collect a rollout. Memories and unfinished episodes are carried from one rollout to the next."""
         if self.collector is None:
-            self.collector = Collector.resume(envs, self, self._before or {}, stopped=stopped)
-            self._before = None
+            self.collector = Collector.resume(envs, self, self._restored or {}, stopped=stopped)
+            self._restored = None
         if self.collector is None:
             self.collector = Collector(envs, self, self.derive_seed(self.steps), stopped=stopped)
         rollout, ended = self.collector.rollout(self, self.settings.rollout_steps)
         return Collected(rollout, ended, int(rollout.mask.sum()))
 
     def train_in(self, envs: VectorEnv, steps: int, *, stopped: Sequence[int] = ()) -> Iterator[Progress]:
-        """Each call begins new episodes, by a seed that follows from the agent's own and its steps.
+        """Train as `Agent.train_in` describes. Each call starts new episodes.
 
-        But where the agent was restored from a checkpoint of within a call, the episodes of that call are resumed.
+        After `restore`, the first call resumes the episodes that were in progress when the checkpoint was taken.
         """
         self.collector = None
         for progress in super().train_in(envs, steps, stopped=stopped):
@@ -165,7 +177,7 @@ class PPO(Agent):
             yield progress
 
     def carried_state(self) -> dict[str, Tensor]:
-        return dict(self._before or {}) if self.collector is None else self.collector.carried_state()
+        return dict(self._restored or {}) if self.collector is None else self.collector.carried_state()
 
     def load_carried_state(self, tensors: Mapping[str, Tensor]) -> None:
-        self.collector, self._before = None, tensors
+        self.collector, self._restored = None, tensors

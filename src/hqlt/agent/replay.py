@@ -1,4 +1,4 @@
-"""The latest episodes, whole, to be drawn from."""
+"""A replay buffer of complete episodes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,21 @@ from hqlt.agent.observation import Tree
 
 
 class Replay:
-    """The latest episodes, of at most `capacity` steps together; the oldest goes first.
+    """Replay buffer of the latest complete episodes, sampled uniformly with replacement.
 
-    Episodes are drawn uniformly, with replacement, by a generator of its own: `state_dict` and `load_state_dict` give
-    and take all of it as arrays, and what is drawn afterwards is the same.
+    After `load_state_dict` it samples exactly what the original would have sampled.
+
+    Args:
+        capacity (steps): maximum total length; the oldest episodes are removed first.
+        seed: of the buffer's own random generator.
+
+    Example:
+        >>> from hqlt.agent import Replay, build_memory, make_worlds, play, SAC
+        >>> envs, replay = make_worlds("TMazePassive", 4, seed=0, corridor=3), Replay(capacity=1000)
+        >>> for episode in play(SAC(envs, build_memory("none", hidden_size=8)), envs, 4):
+        ...     replay.add(episode)
+        >>> replay.sample(2).rewards.shape
+        torch.Size([2, 4])
     """
 
     def __init__(self, capacity: int, seed: int = 0) -> None:
@@ -32,7 +43,7 @@ class Replay:
         return len(self.episodes)
 
     def add(self, episode: Episode) -> None:
-        """Raises ValueError for an episode without steps, or longer than the capacity."""
+        """Add an episode; raises ValueError if it has no steps or exceeds the capacity."""
         if not 0 < episode.length <= self.capacity:
             raise ValueError(f"episode: expected 1 to {self.capacity} steps (the capacity), got {episode.length}")
         self.episodes.append(episode)
@@ -41,7 +52,7 @@ class Replay:
             self.steps -= self.episodes.popleft().length
 
     def sample(self, episodes: int) -> Batch:
-        """Raises ValueError where nothing was added."""
+        """Draw a batch of episodes; raises ValueError if the buffer is empty."""
         if not self.episodes:
             raise ValueError("replay: expected episodes to draw from, got none; add some first")
         return Batch.from_episodes(
@@ -49,7 +60,7 @@ class Replay:
         )
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
-        """Arrays, for numpy.savez or safetensors.numpy.save_file; no episodes, no "observations"."""
+        """Return everything as arrays, for numpy.savez or safetensors.numpy.save_file."""
         bits = json.dumps(self.generator.bit_generator.state).encode()
         arrays: dict[str, NDArray[Any]] = {
             "generator": np.frombuffer(bits, dtype=np.uint8).copy(),
@@ -60,13 +71,14 @@ class Replay:
         if self.episodes:
             for name in ("actions", "rewards"):
                 arrays[name] = np.concatenate([getattr(episode, name) for episode in self.episodes])
-            of_each = [episode.observations for episode in self.episodes]
-            leaves, structure = tree_flatten(tree_map(lambda *parts: np.concatenate(parts), *of_each))
+            observations = [episode.observations for episode in self.episodes]
+            leaves, structure = tree_flatten(tree_map(lambda *parts: np.concatenate(parts), *observations))
             arrays |= {leaf_name(i): leaf for i, leaf in enumerate(leaves)}
             arrays["structure"] = np.frombuffer(treespec_dumps(structure).encode(), dtype=np.uint8).copy()
         return arrays
 
     def load_state_dict(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Replace the contents by those of a `state_dict`."""
         self.generator.bit_generator.state = json.loads(bytes(arrays["generator"]))
         self.episodes.clear()
         self.steps = 0
@@ -77,7 +89,7 @@ class Replay:
             everything = tree_unflatten(leaves, structure)
         ends = arrays["lengths"].cumsum()
         for i, (end, n) in enumerate(zip(ends.tolist(), arrays["lengths"].tolist(), strict=True)):
-            # i episodes stand before this one, each with one observation more than steps
+            # i episodes precede this one, each with one more observation than steps
             its_own = slice(end - n + i, end + i + 1)
             observations = tree_map(lambda leaf, own=its_own: leaf[own].copy(), everything)
             actions, rewards = (arrays[name][end - n : end].copy() for name in ("actions", "rewards"))
@@ -87,5 +99,5 @@ class Replay:
 
 
 def leaf_name(i: int) -> str:
-    """Of the i-th array of a nested observation; a plain one has number 0."""
+    """Return the key of the i-th array of a nested observation; a plain observation has number 0."""
     return f"observations.{i}" if i else "observations"

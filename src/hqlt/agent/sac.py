@@ -1,4 +1,4 @@
-"""SAC-Discrete with a memory: off-policy, from whole episodes."""
+"""SAC-Discrete with a memory: off-policy, trained on complete episodes."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ from hqlt.shapes import Hidden
 
 @dataclass(frozen=True, kw_only=True)
 class SACSettings:
-    """The paper's, after Ni et al. 2023."""
+    """Hyperparameters of SAC-Discrete: the paper's, after Ni et al. 2023."""
 
     learning_rate: float = 3e-4
-    """Adam's, of everything."""
+    """Learning rate of Adam, for all parameters."""
     gamma: float = 0.99
-    """γ."""
+    """Discount factor γ."""
     tau: float = 0.005
-    """τ: how much of the critics' heads goes into their targets at an update."""
+    """Rate τ of the moving average that updates the target critics."""
     alpha: float = 0.1
-    """α, what an entropy of one nat is worth; where it is learned, what it begins with."""
+    """Entropy temperature α; its initial value if it is learned."""
     target_entropy_ratio: float | None = None
-    """Learn α so that the policy's entropy is this share of log(actions), the greatest there is; None: α is fixed."""
+    """Learn α such that the entropy is this fraction of its maximum, log(number of actions); None: α is fixed."""
     hidden_sizes: tuple[int, ...] = (256, 256)
-    """Hidden widths of the actor and of each critic."""
+    """Widths of the hidden layers of the actor and of each critic."""
     max_grad_norm: float | None = None
-    """Greatest norm of a gradient; a longer one is shortened to it. None: there is none."""
+    """Maximum gradient norm; larger gradients are scaled down. None: no limit."""
     batch_episodes: int = 64
-    """Episodes in an update."""
+    """Batch size of an update, in episodes."""
     updates_per_step: float = 0.25
-    """Updates for each step of the environment."""
+    """Updates per environment step."""
     random_episodes: int = 10
-    """Episodes played at random before the agent plays."""
+    """Episodes with random actions before learning starts."""
     buffer_size: int = 1_000_000
-    """Steps that the replay holds."""
+    """Capacity of the replay buffer, in steps."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "sac.", batch_episodes=COUNT, random_episodes=INDEX, buffer_size=COUNT, hidden_sizes=COUNT)
@@ -58,7 +58,7 @@ class SACSettings:
 
 
 class TwinCritics(nn.Module):
-    """Two action values, [2, ..., a]: the lesser one is believed."""
+    """Two independent estimates of the action values, [2, ..., a]; the smaller one is used."""
 
     def __init__(self, hidden_size: int, widths: tuple[int, ...], actions: int) -> None:
         super().__init__()
@@ -70,14 +70,27 @@ class TwinCritics(nn.Module):
 
 @register("algorithm", "sac")
 class SAC(Agent):
-    """SAC-Discrete: one shared encoder and memory, an actor and two critics on top.
+    """SAC-Discrete with an encoder and a memory shared by the actor and two critics.
 
         critics   ½ mean (Q_i(h_t, a_t) − y_t)²        y_t = r_t + γ (1 − terminated) V̄(h_{t+1})
         actor     mean Σ_a π(a | h_t) (α log π(a | h_t) − min_i Q_i(h_t, a))
 
-    h_t is what the core says after everything up to t. Critics' and actor's losses both train the core; the actor's
-    trains no critic. V̄ is the soft value by the targets, which are averages of the critics' heads alone: they read the
-    same h as the critics (Ni et al. 2023, "When Do Transformers Shine in RL?").
+    h_t is the output of the core after step t. The losses of critics and actor both train the core; the actor's loss
+    does not train the critics. V̄ is the soft value of the target critics, which are moving averages of the critics'
+    heads only and read the same h.
+
+    The arguments are those of `Agent`, with `SACSettings` as settings.
+
+    Source:
+        Christodoulou 2019, "Soft Actor-Critic for Discrete Action Settings"; Ni et al. 2023, "When Do Transformers
+        Shine in RL?".
+
+    Example:
+        >>> from hqlt.agent import SAC, SACSettings, build_memory, make_worlds
+        >>> envs = make_worlds("TMazePassive", 2, seed=0, corridor=3)
+        >>> agent = SAC(envs, build_memory("lstm", hidden_size=16), SACSettings(batch_episodes=8))
+        >>> [progress.steps for progress in agent.train_in(envs, steps=24)]
+        [8, 16, 24]
     """
 
     Settings = SACSettings
@@ -85,9 +98,9 @@ class SAC(Agent):
     quick_run_defaults: ClassVar = {"batch_episodes": 2, "random_episodes": 2, "updates_per_step": 0.001}
     settings: SACSettings
     rounds: Tensor
-    """How often it has collected."""
+    """Number of collections so far."""
     updates: Tensor
-    """How often `update` was called."""
+    """Number of updates so far."""
 
     def build(self, width: int) -> torch.optim.Optimizer:
         settings = self.settings
@@ -106,9 +119,9 @@ class SAC(Agent):
         return self.actor(features)
 
     def collect(self, envs: VectorEnv, *, stopped: Sequence[int] = ()) -> Collected:
-        """A round: each copy plays one episode from its beginning.
+        """Play one complete episode in every environment.
 
-        What it plays depends on the round's number, the seed and the agent alone.
+        The result depends only on the number of earlier collections, the seed and the agent.
         """
         policy = (
             self if self.warmed_up(int(self.rounds) * envs.num_envs) else UniformPolicy(self.actions, self.generator)
@@ -119,7 +132,7 @@ class SAC(Agent):
         return Collected(episodes, outcomes, sum(episode.length for episode in episodes))
 
     def learn(self, episodes: Sequence[Episode]) -> dict[str, float]:
-        """Keep the episodes, and make the updates due for the steps so far."""
+        """Store the episodes, and make the updates that are due after the steps so far."""
         for episode in episodes:
             self.replay.add(episode)
         if not self.warmed_up(int(self.rounds) * len(episodes)):
@@ -128,7 +141,7 @@ class SAC(Agent):
         return means([self.update(self.replay.sample(self.settings.batch_episodes)) for _ in range(due)])
 
     def warmed_up(self, episodes: int) -> bool:
-        """Whether so many were enough at random."""
+        """Whether this many episodes complete the phase of random actions."""
         return episodes >= self.settings.random_episodes
 
     def carried_state(self) -> dict[str, Tensor]:
@@ -138,7 +151,7 @@ class SAC(Agent):
         self.replay.load_state_dict({name: tensor.numpy() for name, tensor in tensors.items()})
 
     def update(self, batch: Batch) -> dict[str, float]:
-        """One, from a batch of whole episodes."""
+        """Make one update from a batch of complete episodes; returns the losses."""
         losses = self.losses(batch.to(self.device))
         norm = self.update_weights(
             losses["critic"] + losses["actor"] + losses["temperature"], self.settings.max_grad_norm
@@ -148,7 +161,7 @@ class SAC(Agent):
         return {name: loss.item() for name, loss in losses.items()} | {"gradient": norm}
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """critic, actor and temperature, which an update descends, and what else is worth knowing."""
+        """Return the losses "critic", "actor" and "temperature", and the quantities to report."""
         settings, mask = self.settings, batch.mask
         features, _ = self.core.sequence(batch.inputs(), self.init_state(len(mask)))
         logits = self.actor(features)
@@ -162,13 +175,13 @@ class SAC(Agent):
             settings.gamma,
         )
         q = self.critics(features[:, :-1])
-        share = settings.target_entropy_ratio
+        ratio = settings.target_entropy_ratio
         return {
             "critic": q_loss(q[0], batch.actions, target, mask) + q_loss(q[1], batch.actions, target, mask),
             "actor": actor_loss(now, q.amin(0), alpha, mask),
             "temperature": alpha.new_zeros(())
-            if share is None
-            else temperature_loss(self.log_temperature, now, share * math.log(self.actions), mask),
+            if ratio is None
+            else temperature_loss(self.log_temperature, now, ratio * math.log(self.actions), mask),
             "entropy": masked_mean(entropy(now), mask),
             "target": masked_mean(target, mask),
             "alpha": alpha,

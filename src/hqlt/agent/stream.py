@@ -1,4 +1,4 @@
-"""Environments side by side as streams of steps, whatever they do when an episode ends, and checked at every step."""
+"""Parallel environments with one interface for all autoreset modes, and checks at every step."""
 
 from __future__ import annotations
 
@@ -16,28 +16,30 @@ from hqlt.agent.encoder import check_discrete
 from hqlt.agent.observation import InvalidObservation, Tree, checked_observation
 
 MAX_EPISODE_STEPS = 100_000
-"""Steps within which an episode must end, unless the environment says that it may take more."""
+"""Maximum length of an episode, unless the environment declares a larger one."""
 
 Result = TypeVar("Result")
 
 
 class Step(NamedTuple):
-    """What one action in each of n environments led to. Observations are arrays, or a dictionary or tuple of them."""
+    """Result of one action in each of n environments. Observations are arrays, or dictionaries or tuples of arrays."""
 
     successor: Tree
-    """[n, ...] what is seen after the action: the last observation of an episode that ended."""
+    """[n, ...] observation after the action; for an ended episode its last observation."""
     observation: Tree
-    """[n, ...] what the next action is chosen from."""
+    """[n, ...] observation from which the next action is chosen."""
     first: NDArray[np.bool_]
-    """[n] that observation begins an episode."""
+    """[n] True where `observation` is the first of an episode."""
     reward: NDArray[np.float32]
+    """[n]."""
     terminated: NDArray[np.bool_]
+    """[n] True where the episode terminated: nothing follows."""
     truncated: NDArray[np.bool_]
-    """[n] the episode was cut short: what would have come still counts."""
+    """[n] True where the episode was truncated: returns are bootstrapped beyond its end."""
     live: NDArray[np.bool_]
-    """[n] the action was played; False where an environment only began its next episode."""
+    """[n] True where the action took effect; False where the environment only reset itself."""
     success: NDArray[np.float32]
-    """[n] what an ended episode's info says of its success, 0 or 1; NaN where it says nothing or has not ended."""
+    """[n] success of the ended episodes by their info, 0 or 1; NaN if not reported or not ended."""
 
     @property
     def ended(self) -> NDArray[np.bool_]:
@@ -45,16 +47,21 @@ class Step(NamedTuple):
 
 
 class Stream:
-    """A `gymnasium.vector.VectorEnv` in which the three autoreset modes look alike.
+    """A `gymnasium.vector.VectorEnv` whose steps look the same in all three autoreset modes.
 
-    NEXT_STEP    an ended env shows its last observation, and its next action only begins the next episode (live False)
-    SAME_STEP    an ended env shows the next episode's first observation at once; its last is in infos["final_obs"]
-    DISABLED     ended envs are reset here, at once
+    NEXT_STEP    an ended env returns its last observation; its next action only resets it (`live` is False)
+    SAME_STEP    an ended env returns the next episode's first observation; its last one is in infos["final_obs"]
+    DISABLED     ended envs are reset here, immediately
 
-    Raises ValueError, which names the environment, which of the n it was and the step of its episode, for an exception
-    in the environment; an observation that is not of its space; NaN or infinities in observations and rewards; an
-    action that is none of the environment's; and an episode that does not end within MAX_EPISODE_STEPS steps, or within the
-    environment's own `max_episode_steps` where that is more.
+    Every step is checked. Errors name the environment, its index and the step of its episode.
+
+    Args:
+        envs: n parallel environments with Discrete actions.
+
+    Raises:
+        ValueError: when an environment raises an exception; an observation does not belong to its space; an observation
+            or a reward is NaN or infinite; an action is out of range; or an episode takes more than MAX_EPISODE_STEPS
+            steps, or than the environment's own `max_episode_steps` if that is larger.
     """
 
     def __init__(self, envs: VectorEnv) -> None:
@@ -68,18 +75,18 @@ class Stream:
         self._length = np.zeros(self.num_envs, dtype=np.int64)
 
     def reset(self, seed: int | None = None) -> Tree:
-        """Begin an episode in every environment → [n, ...]."""
+        """Start an episode in every environment; returns the first observations [n, ...]."""
         self._resetting = np.zeros(self.num_envs, dtype=bool)
         self._length = np.zeros(self.num_envs, dtype=np.int64)
         return self._checked(self._call(self.envs.reset, seed=seed)[0], "observation")
 
     def step(self, actions: NDArray[np.int64]) -> Step:
-        """actions: [n], from 0."""
+        """Take one action per environment, int [n], counted from 0."""
         self._check_actions(actions)
         live = ~self._resetting
         self._length += live
-        seen, reward, terminated, truncated, infos = self._call(self.envs.step, actions + int(self._actions.start))
-        observation = self._checked(seen, "observation")
+        received, reward, terminated, truncated, infos = self._call(self.envs.step, actions + int(self._actions.start))
+        observation = self._checked(received, "observation")
         terminated = self._column(terminated, np.bool_, "terminated") & live
         truncated = self._column(truncated, np.bool_, "truncated") & live
         rewards = np.where(live, self._column(reward, np.float32, "reward"), np.float32(0))
@@ -88,25 +95,25 @@ class Stream:
             self._fail(f"reward: expected a finite number, got {np.asarray(reward)[bad]}", bad)
         ended = terminated | truncated
         self._check_lengths(ended)
-        successor, first, told = observation, ended, infos
+        successor, first, final_infos = observation, ended, infos
         match self.mode:
             case AutoresetMode.NEXT_STEP:
                 first, self._resetting = self._resetting, ended
             case AutoresetMode.SAME_STEP if ended.any():
                 successor = self._with_final_observations(observation, infos, ended)
-                told = infos.get("final_info", {})
+                final_infos = infos.get("final_info", {})
             case AutoresetMode.DISABLED if ended.any():
                 observation = self._reset_ended(observation, ended)
         self._length[ended] = 0
         return Step(
-            successor, observation, first, rewards, terminated, truncated, live, self._success(told, ended)
+            successor, observation, first, rewards, terminated, truncated, live, self._success(final_infos, ended)
         )  # fmt: skip
 
     def _with_final_observations(self, observation: Tree, infos: dict[str, Any], ended: NDArray[np.bool_]) -> Tree:
-        """The observations, with the last ones of the episodes that ended in their place."""
+        """Replace the observations of ended episodes by their last ones."""
         if "final_obs" not in infos:
             self._fail(
-                "infos: expected 'final_obs' where an episode ended, as AutoresetMode.SAME_STEP has it, found none"
+                "infos: expected 'final_obs' where an episode ended, as AutoresetMode.SAME_STEP requires, found none"
             )
         successor = tree_map(np.copy, observation)
         space = self.envs.single_observation_space
@@ -124,33 +131,33 @@ class Stream:
         return successor
 
     def _reset_ended(self, observation: Tree, ended: NDArray[np.bool_]) -> Tree:
-        """What all see after the ended ones alone were reset."""
+        """Reset the ended environments; returns the observations of all."""
         mask = ended.copy()
         again = self._checked(self._call(self.envs.reset, options={"reset_mask": mask})[0], "observation")
 
-        def kept(before: NDArray[Any], after: NDArray[Any]) -> None:
+        def check_unchanged(before: NDArray[Any], after: NDArray[Any]) -> None:
             if (before[~ended] != after[~ended]).any():
                 self._fail(
-                    "reset(options={'reset_mask': …}): expected the environments outside the mask to stay as they are, "
-                    "found another observation; use AutoresetMode.NEXT_STEP or SAME_STEP"
+                    "reset(options={'reset_mask': …}): expected environments outside the mask to stay unchanged, got "
+                    "another observation; use AutoresetMode.NEXT_STEP or SAME_STEP"
                 )
 
-        tree_map(kept, observation, again)
+        tree_map(check_unchanged, observation, again)
         return again
 
     def _success(self, infos: dict[str, Any], ended: NDArray[np.bool_]) -> NDArray[np.float32]:
-        """infos["success"] of the episodes that ended and have it, NaN for the others."""
+        """infos["success"] of the ended episodes that report it; NaN for the others."""
         success = np.full(len(ended), np.nan, dtype=np.float32)
         if "success" in infos:
-            told = ended & infos.get("_success", True)
+            reported = ended & infos.get("_success", True)
             try:
-                success[told] = np.asarray(infos["success"])[told].astype(np.float32)
+                success[reported] = np.asarray(infos["success"])[reported].astype(np.float32)
             except (TypeError, ValueError):
                 self._fail(f"info['success']: expected booleans or numbers, got {infos['success']}")
         return success
 
     def _call(self, call: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
-        """What the environments return; what they raise, in a sentence."""
+        """Call the environments; their exceptions become a ValueError with the place in the source."""
         try:
             return call(*arguments, **options)
         except Exception as error:
@@ -160,14 +167,14 @@ class Stream:
                 f"({place.filename}, line {place.lineno})"
             ) from error
 
-    def _checked(self, seen: Any, name: str) -> Tree:
+    def _checked(self, observation: Any, name: str) -> Tree:
         try:
-            return checked_observation(self.envs.single_observation_space, seen, self.num_envs, name)
+            return checked_observation(self.envs.single_observation_space, observation, self.num_envs, name)
         except InvalidObservation as error:
             self._fail(str(error), error.env)
 
     def _column(self, values: Any, dtype: type[np.generic], name: str) -> NDArray[Any]:
-        """One value an environment."""
+        """One value per environment."""
         try:
             with np.errstate(over="ignore"):
                 column = np.asarray(values).astype(dtype)
@@ -191,9 +198,9 @@ class Stream:
             and (late := (self._length >= self.max_episode_steps) & ~ended).any()
         ):
             self._fail(
-                f"expected an episode to end within {self.max_episode_steps:,} steps, and this one did not. Set its longest "
-                f"length: gymnasium.make(…, max_episode_steps=1000), on the command line "
-                f"--options.max_episode_steps=1000, or gymnasium.wrappers.TimeLimit",
+                f"expected an episode to end within {self.max_episode_steps:,} steps, got a longer one; set a limit by "
+                f"gymnasium.make(…, max_episode_steps=1000), on the command line --options.max_episode_steps=1000, or "
+                f"by gymnasium.wrappers.TimeLimit",
                 int(np.flatnonzero(late)[0]),
             )
 
@@ -203,41 +210,41 @@ class Stream:
 
 
 def check_vector_env(envs: Any) -> VectorEnv:
-    """The same, refused with advice where it is no VectorEnv, but a single environment or anything else."""
+    """Return `envs`; raises ValueError with advice if it is not a VectorEnv, such as a single environment."""
     if isinstance(envs, VectorEnv):
         return envs
     spec = getattr(envs, "spec", None)
     raise ValueError(
-        f"envs: expected a gymnasium.vector.VectorEnv, got {envs!r}; make several at once with "
-        f"gymnasium.make_vec({spec.id if spec else 'ID'!r}, num_envs=8), or of a class of your own with "
+        f"envs: expected a gymnasium.vector.VectorEnv, got {envs!r}; make parallel environments with "
+        f"gymnasium.make_vec({spec.id if spec else 'ID'!r}, num_envs=8), or from your own class with "
         f"gymnasium.vector.SyncVectorEnv([MyEnv] * 8)"
     )
 
 
 def autoreset_mode(envs: VectorEnv) -> AutoresetMode:
-    """Raises ValueError where the environments do not say their mode."""
+    """Return the autoreset mode; raises ValueError if the environments do not declare one."""
     mode = envs.metadata.get("autoreset_mode")
     try:
         return AutoresetMode(mode)
     except ValueError:
         raise ValueError(
-            f"envs: expected a VectorEnv with metadata['autoreset_mode'], by which ends of episodes are read, got "
-            f"{mode!r} in {envs}; set it to the gymnasium.vector.AutoresetMode that the environment has"
+            f"envs: expected a VectorEnv with metadata['autoreset_mode'], which says how episodes end, got {mode!r} in "
+            f"{envs}; set it to the gymnasium.vector.AutoresetMode of the environment"
         ) from None
 
 
 def env_name(envs: VectorEnv) -> str:
-    """The id of the environments in gymnasium, or the name of their class."""
+    """Return the gymnasium id of the environments, or the name of their class."""
     first = _first(envs)
     return first.spec.id if first.spec else type(first.unwrapped).__name__
 
 
 def max_episode_steps(envs: VectorEnv) -> int:
-    """MAX_EPISODE_STEPS, or what the environments say by their spec or `episode_length` where it is more."""
+    """Return MAX_EPISODE_STEPS, or the limit declared by the environments' spec or `episode_length` if larger."""
     spec = _first(envs).spec
     return max(MAX_EPISODE_STEPS, (spec and spec.max_episode_steps) or 0, getattr(envs.unwrapped, "episode_length", 0))
 
 
 def _first(envs: VectorEnv) -> VectorEnv | gymnasium.Env[Any, Any]:
-    """Of several environments stepped one by one the first, otherwise all."""
+    """Return the first of several environments that are stepped one by one, otherwise the VectorEnv itself."""
     return envs if envs.spec else getattr(envs.unwrapped, "envs", [envs])[0]

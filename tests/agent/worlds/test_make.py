@@ -68,7 +68,9 @@ def test_a_missing_extra_is_named(name, package, monkeypatch):
     [("VisualMach", "VisualMatch"), ("t_maze_passive", "TMazePassive"), ("CartPole", "CartPole-v1")],
 )
 def test_an_unknown_name_gets_the_nearest(wrong, right):
-    with pytest.raises(ValueError, match=f"expected a world .*TMazePassive.*, got '{wrong}'; did you mean '{right}'"):
+    with pytest.raises(
+        ValueError, match=f"expected an environment .*TMazePassive.*, got '{wrong}'; did you mean '{right}'"
+    ):
         make_worlds(wrong, 1, 0)
 
 

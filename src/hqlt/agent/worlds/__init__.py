@@ -1,4 +1,4 @@
-"""Partially observable worlds, thousands of copies at once: T-maze, key to door, visual match, and everyone else's."""
+"""Partially observable environments, thousands in parallel: T-maze, key to door, visual match; others by their id."""
 
 from __future__ import annotations
 

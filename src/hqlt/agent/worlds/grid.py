@@ -1,4 +1,4 @@
-"""Worlds in three phases on boards of 7 × 11 cells: something to learn, apples, something to show for it."""
+"""Environments with three phases on boards of 7 × 11 cells: information, distraction by apples, decision."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from hqlt.agent.worlds.world import Observations, Rewards, World
 from hqlt.ranges import COUNT, INDEX, Range, check_range
 
 Places: TypeAlias = NDArray[np.int16]
-"""Cells of a board with its margin, row · WIDTH + column."""
+"""Cells of a board with its margin, as row · WIDTH + column."""
 
 VIEW_SIZE = 5
 MARGIN = VIEW_SIZE // 2
 HEIGHT, WIDTH = 7 + 2 * MARGIN, 11 + 2 * MARGIN
 PIXELS = 16
-"""A cell's side in a frame."""
+"""Side of a cell in a rendered frame."""
 
 COLOURS = {
     " ": (204, 204, 204),  # outside
@@ -31,14 +31,14 @@ COLOURS = {
     "a": (140, 178, 0),
     "k": (160, 82, 45),
     "d": (135, 206, 235),
-    "D": (135, 206, 235),  # a door that opens
+    "D": (135, 206, 235),  # an open door
     "r": (255, 0, 0),
     "g": (0, 255, 0),
     "b": (0, 0, 255),
-    "R": (255, 0, 0),  # the same colours, in a wall
+    "R": (255, 0, 0),  # the same colours inside a wall
     "G": (0, 255, 0),
     "B": (0, 0, 255),
-    "i": (255, 255, 255),  # a lamp in a wall
+    "i": (255, 255, 255),  # a lamp inside a wall
 }
 PALETTE = np.zeros((3, 128), np.uint8)
 PALETTE[:, [ord(symbol) for symbol in COLOURS]] = np.array(list(COLOURS.values())).T
@@ -58,16 +58,17 @@ ORCHARD = (
 
 
 def place(row: int, column: int) -> int:
+    """Return the index of a cell of the board."""
     return (row + MARGIN) * WIDTH + column + MARGIN
 
 
 def places(board: Sequence[str], symbol: str) -> Places:
-    """Where a symbol stands on a board."""
+    """Return the cells of a board that hold a symbol."""
     return np.array([place(i, j) for i, row in enumerate(board) for j, s in enumerate(row) if s == symbol], np.int16)
 
 
 def cells(board: Sequence[str], **becomes: str) -> NDArray[np.uint8]:
-    """[HEIGHT · WIDTH] the board in its margin, letters replaced."""
+    """Return the board with its margin, [HEIGHT · WIDTH], with some symbols replaced."""
     text = np.full((HEIGHT, WIDTH), ord(" "), np.uint8)
     letters = [[ord(becomes.get(symbol, symbol)) for symbol in row] for row in board]
     text[MARGIN:-MARGIN, MARGIN:-MARGIN] = letters
@@ -79,17 +80,26 @@ TREES, CLEARED, CLEARING = places(ORCHARD, "a"), cells(ORCHARD, a="."), place(5,
 
 
 class ThreePhases(World):
-    """An agent that moves up, down, left and right among walls, and sees the 5 × 5 cells around it.
+    """Base class: an agent moves up, down, left and right among walls, and sees the 5 × 5 cells around it.
 
-    Observation: uint8 [3, 5, 5] (red, green, blue), the agent in the middle, or the open door in which it stands. Keys
-    and apples that it touches are gone. After `explore` steps it finds itself among apples, `apples` of 22 places drawn
-    anew each episode: `apple_reward` each, or for a pair one of the two, drawn each episode. An apple that is eaten at
-    step t is away in the observations t … t + respawn and back in the next (respawn None: it never comes back). After
-    `distractor` steps there, `reward` steps are left in a third place. The step that ends a phase is still rewarded;
-    what is seen then is the next place.
+    Observations are uint8 [3, 5, 5] (red, green, blue) with the agent, or the open door in which it stands, in the
+    middle. Keys and apples disappear when the agent touches them. The first phase takes `explore` steps, the second one
+    `distractor` steps among apples, the third one `reward` steps. The step that ends a phase is still rewarded; its
+    observation already shows the next phase.
 
-    Source: Hung et al. 2019, "Optimizing agent behavior over long time scales by transporting value", and its code
-    (deepmind-research/tvt/pycolab), whose boards, colours and times these are.
+    Args:
+        num_envs: number of parallel environments.
+        explore: steps of the first phase.
+        distractor: steps of the second phase.
+        reward: steps of the third phase.
+        apples: number of apples, at random ones of 22 places in each episode.
+        apple_reward: reward of an apple; of a pair, one is drawn in each episode.
+        respawn: an apple eaten at step t is missing from observations t … t + respawn; None: it never returns.
+        render_mode: "rgb_array" for frames.
+
+    Source:
+        Hung et al. 2019, "Optimizing agent behavior over long time scales by transporting value", and its code
+        (deepmind-research/tvt/pycolab), from which boards, colours and times are taken.
     """
 
     def __init__(
@@ -121,20 +131,20 @@ class ThreePhases(World):
         self._apple_reward = np.zeros(num_envs)
         self._board = np.full((num_envs, HEIGHT * WIDTH), ord(" "), np.uint8)
         self._position = np.full(num_envs, CLEARING, np.int16)
-        # where an apple was eaten (0: nowhere), by time modulo the time after which it is back
+        # the cell of an eaten apple (0: none), by the time modulo the time after which it returns
         self._eaten = np.zeros((num_envs, (distractor if respawn is None else respawn) + 1), np.uint8)
 
     @abstractmethod
     def _begin_explore(self, env_ids: Indices) -> None:
-        """Draw the first phase's board and put the agent there."""
+        """Set up the first phase: board and agent."""
 
     @abstractmethod
     def _begin_reward(self, env_ids: Indices) -> None:
-        """Draw the third phase's board and put the agent there."""
+        """Set up the third phase: board and agent."""
 
     @abstractmethod
     def _touch(self, touched: NDArray[np.uint8]) -> Rewards:
-        """What follows from the symbols under the agents, apples aside. → rewards [n]"""
+        """Apply the effects of the symbols under the agents, except apples; returns rewards [n]."""
 
     def _begin(self, env_ids: Indices) -> None:
         self._eaten[env_ids] = 0
@@ -172,7 +182,7 @@ class ThreePhases(World):
         return np.where(eats, self._apple_reward, 0.0)
 
     def _clear(self, mask: NDArray[np.bool_]) -> None:
-        """Nothing is left where these copies' agents stand."""
+        """Empty the cells under the agents of these environments."""
         self._board[mask, self._position[mask]] = FLOOR
 
     def _observations(self) -> Observations:
@@ -185,7 +195,7 @@ class ThreePhases(World):
         return images.reshape(self.num_envs, 3, VIEW_SIZE, VIEW_SIZE)
 
     def _frames(self) -> NDArray[np.uint8]:
-        """The board without its margin; what the agent does not see is darker."""
+        """The board without its margin; cells that the agent does not see are darker."""
         board = self._board.copy()
         board[self._all, self._position] = AGENT
         frames = PALETTE.T[board]

@@ -1,4 +1,4 @@
-"""Key to door: a key that is worth nothing until much later."""
+"""Key to door: taking a key pays off only much later."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ KEY, LIT = ord("k"), ord("i")
 EMPTY_ROOMS, KEY_PLACES, STARTS = cells(ROOMS, k=".", **{"+": "."}), places(ROOMS, "k"), places(ROOMS, "+")
 LOCKED, DOOR, INSIDE = cells(CELL, **{"+": ".", " ": "."}), place(1, 5), place(3, 5)
 LAMP = place(0, 5)
-"""In the first place's upper wall."""
+"""A cell in the upper wall of the first room."""
 
 
 @register("world", "KeyToDoor")
 class KeyToDoor(ThreePhases):
-    """A key can be taken, apples are eaten, and a door opens for those who took the key.
+    """The agent can take a key, then eats apples, then passes a door if it has the key.
 
         explore, 15 steps     distractor, 60        reward, 10
         #######               ###########
@@ -48,18 +48,23 @@ class KeyToDoor(ThreePhases):
         #.....#               #..a.+....#           #####
         #######               ###########
 
-    Key and agent begin at places drawn each episode. When the key is taken, a lamp in the upper wall is lit for one
-    step. Without the key, the door is a wall; with it, to enter the doorway gives `final_reward`, once. The door stays
-    where it is, is seen in front of an agent that stands in it, and leads out onto the ground around the room. The key
-    itself gives nothing, so that what it is worth must be learnt over the apples. Success: the door was opened.
+    Key and agent start at random places. Taking the key lights a lamp in the upper wall for one step. Without the key
+    the door is a wall; with it, entering the doorway gives `final_reward`, once. The door hides an agent that stands in
+    it, and leads out of the room. The key itself gives no reward, so its value must be learned across the apples.
+    Success: the door was opened.
 
-    num_envs: copies. explore, distractor, reward: steps of the phases. apples, apple_reward, respawn: see ThreePhases;
-    apple_reward = (1, 10) is what makes Mesnard et al.'s return vary.
+    Args:
+        num_envs: number of parallel environments.
+        explore, distractor, reward: steps of the three phases.
+        apples, apple_reward, respawn: see `ThreePhases`; apple_reward=(1, 10) as in Mesnard et al.
+        final_reward: reward at the door.
+        render_mode: "rgb_array" for frames.
 
-    Source: Hung et al. 2019, "Optimizing agent behavior over long time scales by transporting value"; Mesnard et al.
-    2021, "Counterfactual Credit Assignment in Model-Free Reinforcement Learning"; times, rewards and the third board as
-    in Ni et al. 2023, "When Do Transformers Shine in RL?" (from Raposo et al. 2021, "Synthetic Returns"), whose code
-    shows the same cell by cell.
+    Source:
+        Hung et al. 2019, "Optimizing agent behavior over long time scales by transporting value"; Mesnard et al.
+        2021, "Counterfactual Credit Assignment in Model-Free Reinforcement Learning"; times, rewards and the third
+        board as in Ni et al. 2023, "When Do Transformers Shine in RL?" (from Raposo et al. 2021, "Synthetic Returns"),
+        whose code this reproduces cell by cell.
     """
 
     def __init__(

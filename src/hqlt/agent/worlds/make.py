@@ -1,4 +1,4 @@
-"""One door to every world: ours by name, anyone's by its id in gymnasium."""
+"""Build parallel environments: the built-in and registered ones by name, others by their gymnasium id."""
 
 from __future__ import annotations
 
@@ -18,42 +18,57 @@ from hqlt.errors import how_to_install
 from hqlt.registry import check_choice, find, load_plugins, names
 
 EXTRAS = {"popgym-": "popgym", "MiniGrid-": "minigrid", "BabyAI-": "minigrid"}
-"""How ids begin, and the package (and extra of hqlt) that registers them when it is imported."""
+"""Prefix of ids: the package, also an extra of hqlt, that registers them when imported."""
 
 
 def make_worlds(name: str, n: int, seed: int, **options: Any) -> VectorEnv[Any, Any, Any]:
-    """n copies of a world, seeded: the first reset() needs no seed, and copy i's episodes follow from seed + i.
+    """Build n parallel environments, already seeded: environment i with seed + i, so the first `reset()` needs no seed.
 
-    name: a registered world's, with or without hqlt/ and -v0; or any id that gymnasium knows: popgym's and minigrid's,
-        whose packages are imported for it, or one that you registered there. Those are stepped one by one, in a
-        SyncVectorEnv. MODULE:NAME imports the module first, in either case.
-    options: the world's arguments; of ids of gymnasium's also those of `gymnasium.make`, such as max_episode_steps.
+    Built-in environments run in parallel in NumPy; others run one after another in gymnasium's SyncVectorEnv. Of
+    MiniGrid's observations only the image is kept, uint8 [3, 7, 7] with channels first.
 
-    MiniGrid's dictionaries become their images, uint8 [3, 7, 7] of kinds, colours and states, channels first; direction
-    and mission are left out.
+    Args:
+        name: "TMazePassive", "TMazeActive", "KeyToDoor", "VisualMatch", the name of a registered environment, or any
+            gymnasium id, popgym's and minigrid's included. MODULE:NAME imports the module first.
+        n: number of environments.
+        seed: of the first environment.
+        options: arguments of the environment; with a gymnasium id also those of `gymnasium.make`, such as
+            max_episode_steps.
 
-    Raises ValueError for an unknown name or option, with the nearest one, and ImportError where a package is missing.
+    Returns:
+        The environments as a gymnasium.vector.VectorEnv.
+
+    Raises:
+        ValueError: when the name or an option is unknown (the message suggests the nearest one).
+        ImportError: when a package is missing.
+
+    Example:
+        >>> from hqlt.agent import make_worlds
+        >>> envs = make_worlds("VisualMatch", 1024, seed=0, distractor=100)
+        >>> observations, _ = envs.reset()
+        >>> observations.shape
+        (1024, 3, 5, 5)
     """
-    worlds = _worlds(name, n, options)
-    worlds.reset(seed=seed)
-    worlds.action_space.seed(seed)
-    return worlds
+    envs = _unseeded(name, n, options)
+    envs.reset(seed=seed)
+    envs.action_space.seed(seed)
+    return envs
 
 
-def _worlds(name: str, n: int, options: dict[str, Any]) -> VectorEnv[Any, Any, Any]:
-    module, _, id_there = name.rpartition(":")  # as in gymnasium.make: a module that registers it
+def _unseeded(name: str, n: int, options: dict[str, Any]) -> VectorEnv[Any, Any, Any]:
+    module, _, gymnasium_id = name.rpartition(":")  # MODULE:ID, as in gymnasium.make
     if module:
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
-            raise ValueError(f"{name}: expected a module that can be imported before the colon: {error}") from error
-    own = id_there.removeprefix("hqlt/").removesuffix("-v0")
-    if own not in names("world") and id_there not in gymnasium.registry:
+            raise ValueError(f"{name}: expected an importable module before the colon: {error}") from error
+    own = gymnasium_id.removeprefix("hqlt/").removesuffix("-v0")
+    if own not in names("world") and gymnasium_id not in gymnasium.registry:
         load_plugins()
     if own in names("world"):
-        world = find("world", own)
-        check_options(options, world)
-        return world(num_envs=n, **options)
+        env = find("world", own)
+        check_options(options, env)
+        return env(num_envs=n, **options)
     package = next((package for start, package in EXTRAS.items() if name.startswith(start)), None)
     if package is not None:
         try:
@@ -63,21 +78,21 @@ def _worlds(name: str, n: int, options: dict[str, Any]) -> VectorEnv[Any, Any, A
                 f"{name}: expected the package {package}, which did not import ({error}); {how_to_install(package)}",
                 name=package,
             ) from error
-    if id_there not in gymnasium.registry:
-        near = difflib.get_close_matches(id_there, [*names("world"), *gymnasium.registry], n=1, cutoff=0.5)
+    if gymnasium_id not in gymnasium.registry:
+        near = difflib.get_close_matches(gymnasium_id, [*names("world"), *gymnasium.registry], n=1, cutoff=0.5)
         raise ValueError(
-            f"expected a world ({', '.join(names('world'))}) or an id that gymnasium knows, got {name!r}"
+            f"expected an environment ({', '.join(names('world'))}) or a gymnasium id, got {name!r}"
             + (f"; did you mean {near[0]!r}?" if near else "")
         )
-    creator = gymnasium.spec(id_there).entry_point
+    creator = gymnasium.spec(gymnasium_id).entry_point
     check_options(options, load_env_creator(creator) if isinstance(creator, str) else creator, gymnasium.make)
     image = partial(_image_of_minigrid, name, options)
     return SyncVectorEnv([image if package == "minigrid" else partial(gymnasium.make, name, **options)] * n)
 
 
-def check_options(options: dict[str, Any], world: Any, *others: Any) -> None:
-    """Raises ValueError for an option that neither the world's constructor nor the other functions take."""
-    takers = [inspect.signature(taker).parameters for taker in (world, *others)]
+def check_options(options: dict[str, Any], env: Any, *others: Any) -> None:
+    """Raise ValueError for an option that neither the environment nor one of the other functions takes."""
+    takers = [inspect.signature(taker).parameters for taker in (env, *others)]
     if any(parameter.kind == parameter.VAR_KEYWORD for parameter in takers[0].values()):
         return
     known = [name for taker in takers for name in taker if name not in ("num_envs", "id", "kwargs")]
@@ -86,20 +101,20 @@ def check_options(options: dict[str, Any], world: Any, *others: Any) -> None:
 
 
 def _image_of_minigrid(name: str, options: dict[str, Any]) -> gymnasium.Env[Any, Any]:
-    """Of the dictionary that is observed, its image, channels first."""
+    """Reduce MiniGrid's observations to their image, channels first."""
     environment = gymnasium.make(name, **options)
     space = environment.observation_space["image"]  # type: ignore[index]
     return gymnasium.wrappers.TransformObservation(
         environment,
-        lambda seen: np.moveaxis(seen["image"], -1, 0),
+        lambda observation: np.moveaxis(observation["image"], -1, 0),
         gymnasium.spaces.Box(0, 255, (space.shape[-1], *space.shape[:-1]), np.uint8),
     )
 
 
 def register_with_gymnasium() -> None:
-    """Make gymnasium.make and make_vec know our worlds: NAME is hqlt/NAME-v0 there."""
+    """Register every environment NAME with gymnasium, as hqlt/NAME-v0."""
     for name in names("world"):
         if f"hqlt/{name}-v0" not in gymnasium.registry:
-            world = find("world", name)
-            one: Any = type(f"{name}Env", (SingleEnv,), {"World": world})
-            gymnasium.register(f"hqlt/{name}-v0", one, vector_entry_point=world)
+            env = find("world", name)
+            single: Any = type(f"{name}Env", (SingleEnv,), {"World": env})
+            gymnasium.register(f"hqlt/{name}-v0", single, vector_entry_point=env)

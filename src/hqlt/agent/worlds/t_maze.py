@@ -1,4 +1,4 @@
-"""T-maze: which way was it? One bit, remembered along a corridor."""
+"""T-maze: remember one bit along a corridor."""
 
 from __future__ import annotations
 
@@ -14,39 +14,46 @@ from hqlt.ranges import COUNT, INDEX, check_range
 from hqlt.registry import register
 
 ACROSS, ALONG = np.array([1, -1, 0, 0]), np.array([0, 0, -1, 1])
-"""How y and x change by an action."""
+"""Change of y and of x by each action."""
 WALL, FLOOR, AGENT, GOAL, UP, DOWN = range(6)
 COLOURS = np.array(
     [(25, 25, 25), (204, 204, 204), (229, 149, 110), (80, 170, 80), (40, 90, 220), (240, 200, 40)], np.uint8
 )
 PIXELS = 12
-"""A cell's side in a frame."""
+"""Side of a cell in a rendered frame."""
 
 
 class TMaze(World):
-    """A corridor with an oracle at its left end and a junction at its right; the goal is the arm that the oracle names.
+    """A corridor from an oracle to a junction with two arms; the goal is the arm that the oracle names.
 
                                  ┌ arm, y = 1
-        oracle ─ start ─ … ─ junction        oracle = 1, T-maze active; with oracle = 0 the start is the oracle's place:
-         x = 0    x = o          └ arm, y = −1                                                       T-maze passive
+        oracle ─ start ─ … ─ junction        oracle = 1: active T-maze
+         x = 0    x = o          └ arm, y = −1        oracle = 0: passive T-maze, the start is at the oracle
 
-    Observation, float32 [2]: at the oracle (0, cue), cue = ±1 at the first visit and 0 from then on; in the corridor
-    (0, 0); at the junction and in the arms (1, y). So the corridor's cells all look alike.
+    Observations are float32 [2]: (0, cue) at the oracle, where cue is ±1 on the first visit and 0 on later ones; (0, 0)
+    in the corridor, whose cells look alike; (1, y) at the junction and in the arms.
 
     With L = corridor steps from start to junction and o = oracle steps from start to oracle, an episode takes
-    T = L + 2·o + 1 steps, just enough for the best: to the oracle, to the junction, into the arm. Rewards: at t = T,
+    T = L + 2·o + 1 steps, just enough to visit the oracle, return to the junction and enter an arm. Rewards: at t = T,
     goal_reward · [y = goal]; before, penalty · [x < t − o] for each step behind that pace. Success: y = goal at T.
 
-        returns, penalty −1/L:   the best 1;   any arm ½ on average;   waiting at the start −1 (passive)
+        returns with penalty −1/L:   optimal 1;   a random arm ½ on average;   waiting at the start −1 (passive)
 
-    num_envs: copies. corridor: L. oracle: o. penalty: −1/L where not given.
+    Args:
+        num_envs: number of parallel environments.
+        corridor: L.
+        oracle: o; None: 0 for TMazePassive, 1 for TMazeActive.
+        goal_reward: reward at the goal.
+        penalty: reward of each late step; None: −1/L.
+        render_mode: "rgb_array" for frames.
 
-    Source: Ni et al. 2023, "When Do Transformers Shine in RL?", section 4 and its code, whose four actions stand in
-    another order; after Bakker 2001, "Reinforcement Learning with Long Short-Term Memory".
+    Source:
+        Ni et al. 2023, "When Do Transformers Shine in RL?", section 4 and its code, which orders the four actions
+        differently; after Bakker 2001, "Reinforcement Learning with Long Short-Term Memory".
     """
 
     ORACLE: ClassVar[int] = 0
-    """o where not given."""
+    """Default of `oracle`."""
 
     def __init__(
         self,
@@ -67,7 +74,7 @@ class TMaze(World):
         self._x = np.zeros(num_envs, np.int32)
         self._y = np.zeros(num_envs, np.int8)
         self._goal = np.ones(num_envs, np.int8)
-        self._cue_time = np.full(num_envs, -1, np.int32)  # the time of the first visit to the oracle
+        self._cue_time = np.full(num_envs, -1, np.int32)  # time of the first visit to the oracle
 
     def _begin(self, env_ids: Indices) -> None:
         self._x[env_ids], self._y[env_ids] = self.oracle, 0
@@ -86,32 +93,31 @@ class TMaze(World):
 
     def _observations(self) -> Observations:
         at_end = self._x == self.junction
-        told_now = self._cue_time == self._time
-        return np.stack([at_end, np.where(at_end, self._y, told_now * self._goal)], axis=1, dtype=np.float32)
+        shows_cue = self._cue_time == self._time
+        return np.stack([at_end, np.where(at_end, self._y, shows_cue * self._goal)], axis=1, dtype=np.float32)
 
     def _frames(self) -> NDArray[np.uint8]:
-        """The arm that is the goal is green; the oracle's cell is blue (up) or yellow (down) while it tells."""
+        """The goal is green; the oracle's cell is blue (up) or yellow (down) while it shows the cue."""
         cells = np.full((self.num_envs, 5, self.junction + 3), WALL)
         cells[:, 2, 1:-1] = FLOOR
         cells[:, [1, 3], -2] = FLOOR
         cells[self._all, 2 - self._goal, -2] = GOAL
         cells[self._all, 2 - self._y, self._x + 1] = AGENT
         frames = COLOURS[cells].repeat(PIXELS, axis=1).repeat(PIXELS, axis=2)
-        telling = np.flatnonzero(
-            self._cue_time == self._time
-        )  # the agent hides the oracle's cell: its frame shows the cue
-        cue = COLOURS[np.where(self._goal[telling] == 1, UP, DOWN)]
-        frames[telling, 2 * PIXELS : 3 * PIXELS, PIXELS : PIXELS + PIXELS // 2] = cue[:, None, None]
+        # the agent covers the oracle's cell, so only the edge of that cell shows the cue
+        shown = np.flatnonzero(self._cue_time == self._time)
+        cue = COLOURS[np.where(self._goal[shown] == 1, UP, DOWN)]
+        frames[shown, 2 * PIXELS : 3 * PIXELS, PIXELS : PIXELS + PIXELS // 2] = cue[:, None, None]
         return frames
 
 
 @register("world", "TMazePassive")
 class TMazePassive(TMaze):
-    """The agent begins at the oracle."""
+    """The agent starts at the oracle."""
 
 
 @register("world", "TMazeActive")
 class TMazeActive(TMaze):
-    """The agent must fetch the cue first."""
+    """The agent must first visit the oracle."""
 
     ORACLE = 1

@@ -1,4 +1,4 @@
-"""Passive visual match: which colour was it? Two bits and apples in between."""
+"""Passive visual match: remember a colour while eating apples."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SQUARES = np.concatenate([places(DOORS, symbol) for symbol in "012"])
 
 @register("world", "VisualMatch")
 class VisualMatch(ThreePhases):
-    """A colour is shown, apples are eaten, and of three coloured squares the one of that colour should be touched.
+    """The agent sees a colour, then eats apples, then must touch the square of that colour among three.
 
         explore, 15 steps     distractor, 750       reward, 15
                               ###########           ###########
@@ -44,21 +44,27 @@ class VisualMatch(ThreePhases):
             #+G               #...a.....#           #.........#
             ###               #a.......a#           #.........#
                               #.....a.a.#           ####...####
-        boxed in, one of      #..a.+....#              #.+.#
+        enclosed; one of      #..a.+....#              #.+.#
         the 8 cells shows     ###########              #####
         the colour
 
-    The squares are passable. The first that is touched decides: `final_reward` if its colour is the one shown,
-    `wrong_reward` if not; then all three are gone. Success: the right one was touched first. The best return is
-    final_reward and the apples that can be eaten.
+    The agent can walk over the squares. The first one touched decides: `final_reward` if it has the right colour,
+    otherwise `wrong_reward`; then all three disappear. Success: the right one was touched first. The best return is
+    final_reward plus the apples that can be eaten.
 
-    num_envs: copies. explore, distractor, reward: steps of the phases. apples, apple_reward, respawn: see ThreePhases.
-    colours: the squares from left to right, "rgb" or another order of these letters; "shuffled" draws it each episode.
-    (The code behind the paper draws it once for a whole run, from no seed.)
+    Args:
+        num_envs: number of parallel environments.
+        explore, distractor, reward: steps of the three phases.
+        apples, apple_reward, respawn: see `ThreePhases`.
+        final_reward, wrong_reward: reward of the right square, and of a wrong one.
+        colours: the squares from left to right, "rgb" or another order of these letters, or "shuffled": a random order
+            in each episode. (The code behind the paper draws one unseeded order per run.)
+        render_mode: "rgb_array" for frames.
 
-    Source: the paper's figure of reinforcement learning, whose numbers are the defaults; Ni et al. 2023, "When Do
-    Transformers Shine in RL?", section 5; Hung et al. 2019, "Optimizing agent behavior over long time scales by
-    transporting value".
+    Source:
+        The paper's figure of reinforcement learning, whose numbers are the defaults; Ni et al. 2023, "When Do
+        Transformers Shine in RL?", section 5; Hung et al. 2019, "Optimizing agent behavior over long time scales by
+        transporting value".
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What the worlds have in common: n copies played at once, and one copy as an ordinary environment."""
+"""Base class of the environments, n in parallel; and the wrapper that makes a single one a gymnasium.Env."""
 
 from __future__ import annotations
 
@@ -17,29 +17,38 @@ from hqlt.agent.worlds.streams import Indices, Streams
 from hqlt.ranges import COUNT, check_range
 
 Observations: TypeAlias = NDArray[Any]
-"""[n, …] one a copy."""
+"""[n, …], one per environment."""
 Rewards: TypeAlias = NDArray[np.float64]
 Flags: TypeAlias = NDArray[np.bool_]
 Step: TypeAlias = tuple[Observations, Rewards, Flags, Flags, dict[str, Any]]
 
 ACTIONS = ("up", "down", "left", "right")
-"""Their numbers are their places."""
+"""Names of actions 0, 1, 2, 3."""
 
 
 class World(VectorEnv[Observations, NDArray[Any], NDArray[Any]]):
-    """n copies of one world, each with a time, a stream of random numbers and resets of its own.
+    """Base class: n parallel environments, each with its own time, random numbers and resets.
 
-    An episode has a fixed number of steps and ends by termination, as in Ni et al. 2023. The step after an episode's
-    last is a reset (`AutoresetMode.NEXT_STEP`, gymnasium's default): it takes no action, gives no reward, and returns
-    the next episode's first observation. `reset(options={"reset_mask": bool [n]})` begins anew only where True.
+    A subclass implements `_begin`, `_move`, `_observations` and, for frames, `_frames`, all for many environments at
+    once.
 
-    Seeds: in `reset(seed=s)`, copy i gets s + i, as in gymnasium's SyncVectorEnv. What it then draws is the same in
-    any number of env_ids, and in one copy with seed s + i. Resets without a seed go on in the copy's own stream.
+    An episode has a fixed number of steps and ends by termination, as in Ni et al. 2023. The step after the last one is
+    a reset (`AutoresetMode.NEXT_STEP`, gymnasium's default): it ignores the action, gives no reward, and returns the
+    next episode's first observation. `reset(options={"reset_mask": bool [n]})` resets only where True.
 
-    info: where an episode ends, "success" holds what the world calls success, "_success" where it holds.
+    `reset(seed=s)` seeds environment i with s + i, as gymnasium's SyncVectorEnv does. Its episodes do not depend on the
+    number of environments. A reset without seed continues each environment's own random numbers.
+
+    When an episode ends, info["success"] is whether it succeeded, and info["_success"] where that is valid.
+
+    Args:
+        num_envs: n.
+        observation: observation space of a single environment.
+        episode_length: steps of an episode.
+        render_mode: "rgb_array" for frames.
     """
 
-    metadata: dict[str, Any] = {  # noqa: RUF012  gymnasium's form
+    metadata: dict[str, Any] = {  # noqa: RUF012  as gymnasium declares it
         "autoreset_mode": AutoresetMode.NEXT_STEP,
         "render_modes": ["rgb_array"],
         "render_fps": 10,
@@ -65,19 +74,19 @@ class World(VectorEnv[Observations, NDArray[Any], NDArray[Any]]):
 
     @abstractmethod
     def _begin(self, env_ids: Indices) -> None:
-        """Put these copies at an episode's start, drawing what is drawn from their streams."""
+        """Start an episode in these environments, with random numbers from their streams."""
 
     @abstractmethod
     def _move(self, actions: NDArray[np.intp]) -> Rewards:
-        """One step of all env_ids, `_time` already that of after it; mark successes. → rewards [n]"""
+        """Take one step in all environments, with `_time` already increased; set `_success`; returns rewards [n]."""
 
     @abstractmethod
     def _observations(self) -> Observations:
-        """What the copies see now, as new arrays."""
+        """Return the current observations, as new arrays."""
 
     @abstractmethod
     def _frames(self) -> NDArray[np.uint8]:
-        """[n, height, width, 3] for people to look at: more than is observed."""
+        """Return frames [n, height, width, 3] for people, who see more than the agent."""
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -108,7 +117,7 @@ class World(VectorEnv[Observations, NDArray[Any], NDArray[Any]]):
         return self._observations(), rewards, self._ended.copy(), np.zeros(self.num_envs, np.bool_), infos
 
     def render(self) -> tuple[NDArray[np.uint8], ...] | None:
-        """The world as it is now, a frame a copy: what is not observed is darker."""
+        """Return one frame per environment; cells that are not observed are darker."""
         return None if self.render_mode is None else tuple(self._frames())
 
     def _restart(self, env_ids: Indices) -> None:
@@ -131,7 +140,7 @@ class World(VectorEnv[Observations, NDArray[Any], NDArray[Any]]):
 
 
 class SingleEnv(gymnasium.Env[Observations, Any]):
-    """One copy of a world as a gymnasium.Env: the same rules, because it is the same code."""
+    """A single environment as a gymnasium.Env, running the same code with n = 1."""
 
     World: ClassVar[type[World]]
     metadata: dict[str, Any] = {"render_modes": World.metadata["render_modes"], "render_fps": 10}  # noqa: RUF012
