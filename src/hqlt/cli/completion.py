@@ -117,9 +117,9 @@ def add_option(parser: argparse.ArgumentParser, action: argparse.Action, values:
 
 def known_values() -> dict[str, list[str]]:
     """By option: the names that it takes."""
-    from hqlt.agent.memory_model import names_of_memories
+    from hqlt.agent.memory_model import memory_names
     from hqlt.model.presets import PRESETS
     from hqlt.registry import HOME, names
 
     registered = {kind: names(kind) for kind in HOME}
-    return {**registered, "env": registered["world"], "memory": names_of_memories(), "preset": list(PRESETS)}
+    return {**registered, "env": registered["world"], "memory": memory_names(), "preset": list(PRESETS)}

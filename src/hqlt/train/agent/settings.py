@@ -11,7 +11,7 @@ from typing import Any
 from hqlt.agent import Agent
 from hqlt.agent.memory_model import memory_names
 from hqlt.ranges import COUNT, SEED, check_ranges
-from hqlt.registry import find, names, check_choice
+from hqlt.registry import check_choice, find, names
 
 VALIDATION_SEED, TEST_SEED = 2**32, 2**33
 """Of the episodes that are scored; copy i adds i. Those of training lie below 2³¹."""
