@@ -128,7 +128,7 @@ def test_each_rule_has_its_kernel(kind, calls):
 @pytest.mark.parametrize("kind", REFUSED, ids=str)
 def test_a_rule_that_fla_has_not_is_refused(kind, calls):
     with pytest.raises(
-        ValueError, match=rf"'fla': expected a write rule .* got .*, {kind.writes} writes? a token; name"
+        ValueError, match=rf"'fla': expected a write rule .* got .*, {kind.writes} writes per token; name"
     ):
         kind.call(kind.inputs(2, 5), backend="fla")
     assert not calls
@@ -137,7 +137,7 @@ def test_a_rule_that_fla_has_not_is_refused(kind, calls):
 def test_keys_wider_than_its_kernels_take_are_refused(calls):
     kind = Kind("rows", "k")
     inputs = kind.inputs(1, 2, k=257)
-    with pytest.raises(ValueError, match="expected keys of at most 256 numbers, as chunk_kda takes, got 257"):
+    with pytest.raises(ValueError, match="expected a key width of at most 256 for chunk_kda, got 257"):
         kind.call(inputs, backend="fla")
 
 
@@ -145,7 +145,7 @@ def test_types_that_its_kernels_do_not_take_are_refused(monkeypatch, calls):
     monkeypatch.setattr(fla, "CHUNKED_DTYPES", (torch.bfloat16, torch.float16))
     kind = Kind("matrix", "k", 2)
     inputs = kind.inputs(1, 2)
-    with pytest.raises(ValueError, match="expected bfloat16 or float16, as chunk_gated_delta_product takes, got torch"):
+    with pytest.raises(ValueError, match="expected bfloat16 or float16 for chunk_gated_delta_product, got torch"):
         kind.call(inputs, backend="fla")
 
 

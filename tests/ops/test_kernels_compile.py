@@ -14,14 +14,14 @@ import pytest
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 SPILLED = {
-    (3, 5): {"prepare": 120, "queries_backward": 600, "pairs_backward": 450},
-    (3, 9): {"prepare": 110, "queries_backward": 340, "pairs_backward": 430},
+    (3, 5): {"prepare": 120, "queries_backward": 600, "entries_backward": 450},
+    (3, 9): {"prepare": 110, "queries_backward": 340, "entries_backward": 430},
 }
 """Bytes a thread that each kernel may write to memory for want of registers, from this version of triton on, with
 its own assembler and with 13.4. Others: none."""
 SPILLED_WITH_DECAY = {
-    (3, 5): {"prepare": 180, "queries_backward": 700, "pairs_backward": 680},
-    (3, 9): {"prepare": 240, "queries_backward": 470, "pairs_backward": 900},
+    (3, 5): {"prepare": 180, "queries_backward": 700, "entries_backward": 680},
+    (3, 9): {"prepare": 240, "queries_backward": 470, "entries_backward": 900},
 }
 
 

@@ -17,7 +17,7 @@ from hqlt.layer import fused
 from hqlt.memory.kv.retention import ValueNorm
 from hqlt.memory.rotary import Rotary
 from hqlt.mixer import VectorMixer
-from hqlt.ops.step import NOTHING, Given, GivenKept, Retained, Schedule, digits, layout_of, plan
+from hqlt.ops.step import NOTHING, KeptInputs, Retained, Schedule, TokenInputs, digits, layout_of, plan
 from hqlt.shapes import checked
 from tests.laws import Laws, close, normal
 from tests.layers import CHOICES, EVERY_STATE, HEADS, HIDDEN, as_memory, build_layer, tokens
@@ -410,7 +410,7 @@ def test_what_does_not_fit_is_left_to_the_twin():
     x, beta, gate = normal(2, 1, HEADS, width), torch.ones(2, 1, HEADS, **double), normal(2, 1, HIDDEN)
     norm, table = torch.ones(width, **double), torch.ones(4, 1, width // 2, **double)
     given, usual = (
-        Given(
+        TokenInputs(
             x,
             x,
             x,
@@ -479,13 +479,13 @@ def test_kept_entries_that_do_not_fit_are_left_to_the_twin():
         state = layer(tokens(2, 9))[1]
     width, x, ones = HIDDEN // HEADS, normal(2, 1, HEADS, HIDDEN // HEADS), torch.ones(4, 1, 2, dtype=torch.float64)
     own = x, x, x, normal(2, 1, HEADS), *[NOTHING] * 3, normal(2, 1, HIDDEN), NOTHING, NOTHING
-    given = Given(*own, *state.kv[:2], NOTHING, state.fw.matrix, NOTHING, state.position)
+    given = TokenInputs(*own, *state.kv[:2], NOTHING, state.fw.matrix, NOTHING, state.position)
     usual = Schedule("own", True, 4, "delta", "vector", Retained("error", 0, False, "true"))
     assert width == 4
     turns = Rotary(3.0).cos_sin(digits(), width, torch.float64)
 
     def serves(schedule=usual, rotary=(ones, ones, *turns), **parts):
-        kept = GivenKept(*state.kv.kept)._replace(**parts)
+        kept = KeptInputs(*state.kv.kept)._replace(**parts)
         return plan(schedule, tuple(map(layout_of, (*given, *kept))), rotary=rotary) is not None
 
     assert serves()

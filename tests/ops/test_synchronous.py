@@ -390,7 +390,7 @@ def test_torch_compile_needs_no_gpu_to_trace_for_one():
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["carry", "pairs_backward", "carry_backward", "chunk"])
+@pytest.mark.parametrize("name", ["carry", "entries_backward", "carry_backward", "chunk"])
 def test_how_a_kernel_is_launched_does_not_matter(name):
     from hqlt.ops.synchronous.kernels import launch
 

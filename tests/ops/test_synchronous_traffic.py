@@ -99,7 +99,7 @@ UNITS = {
     "read": (8, 1),
     "queries_backward": (9, 5),
     "carry_backward": (5, 3),
-    "pairs_backward": (12.5, 2),
+    "entries_backward": (12.5, 2),
 }
 """What each kernel reads and writes, in tensors [b, t, h, 128] of the inputs' type: the table of docs/gpu.md."""
 

@@ -30,7 +30,7 @@ from hqlt.shapes import at_least_float32
 NAMES = ("y", "W", "dq", "dk", "dv", "dβ", "dgate", "dnorm", "dW", "dlogα")
 TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 6e-3, torch.float32: 3e-6, torch.float64: 1e-12}
 """Of outputs and gradients, as a part of their norm, against the reference in float64 on the same numbers."""
-BLOCKED = ("carry", "carry_backward", "pairs_backward")
+BLOCKED = ("carry", "carry_backward", "entries_backward")
 """Kernels whose `block` is a choice."""
 LAUNCHES = 20
 """Of a kernel between two looks at the clock."""

@@ -1,13 +1,13 @@
-"""NaN and infinity stay within reach, for implementations that multiply by masks.
+"""Containment of NaN and infinity, for implementations that multiply by masks.
 
-0 · NaN is NaN, so a mask that is multiplied, or a weight of 0 in a product of matrices, lets it through to tokens that
-cannot see it. Here an implementation is given zeros in place of the rows that are not finite, forward and backward, and
-what can see one of them is made NaN afterwards.
+0 · NaN is NaN, so multiplying by a mask, or by a weight of 0 in a matrix product, lets NaN reach tokens that must not
+see it. Here, rows that are not finite are replaced by zeros before the implementation runs, forward and backward;
+afterwards, every output that can see one of them is set to NaN.
 
-Queries of a group count as one row: where one of them is not finite, none of their reads is.
+The queries of a group count as one row: if one of them is not finite, all of their outputs become NaN.
 
-Everything lies on a timeline: index i sees low_i … i, where low never falls. For a scan over t tokens, its initial
-state comes before the first and its final state after the last.
+All rows are placed on a timeline, on which index i sees low_i … i, with low non-decreasing. In a scan over t tokens,
+the initial state comes before the first token and the final state after the last.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hqlt.ops.heads import grouped
 from hqlt.shapes import Resets
 
 Placed = tuple[Tensor, slice]
-"""A tensor [b, n, h, …], and where on the timeline its n rows lie."""
+"""A tensor [b, n, h, …], and the positions of its n rows on the timeline."""
 
 
 def scan(
@@ -33,7 +33,7 @@ def scan(
     written: Sequence[Tensor],
     states: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
-    """`run(q, *written, *states)` → (out, *states after it), contained by resets."""
+    """Call `run(q, *written, *states)` → (out, *final states), with NaN and infinity contained by resets."""
     if resets is None:
         return run(q, *written, *states)
     marks = F.pad(resets, (1, 1))
@@ -53,7 +53,7 @@ def scan(
 def attention(
     run: Callable[[Tensor, Tensor, Tensor], Tensor], resets: Resets | None, window: int, q: Tensor, k: Tensor, v: Tensor
 ) -> Tensor:
-    """`run(q, k, v)` → out, contained by resets and, where there are resets, by the window."""
+    """Call `run(q, k, v)` → out, with NaN and infinity contained by resets and, if there are resets, by the window."""
     if resets is None:
         return run(q, k, v)
     index = torch.arange(resets.shape[1], device=resets.device)
@@ -70,65 +70,66 @@ def attention(
 def _contained(
     run: Callable[..., tuple[Tensor, ...]], low: Tensor, q: Placed, written: list[Placed], outputs: list[slice]
 ) -> tuple[Tensor, ...]:
-    nobody = low.new_zeros(*low.shape, q[0].shape[2], dtype=torch.bool)
-    sick = _marked(nobody, [q]) | _seen(_marked(nobody, written), low)
-    given = [q, *written]
-    clean = [x.masked_fill(_over(~_finite(x), x), 0) for x, _ in given]
-    places = outputs, [place for _, place in given]
-    return _Contain.apply(low, sick, places, *run(*clean), *(x for x, _ in given))
+    no_marks = low.new_zeros(*low.shape, q[0].shape[2], dtype=torch.bool)
+    lost = _non_finite(no_marks, [q]) | _sees_marked(_non_finite(no_marks, written), low)
+    inputs = [q, *written]
+    clean = [x.masked_fill(_over(~_finite(x), x), 0) for x, _ in inputs]
+    places = outputs, [place for _, place in inputs]
+    return _Contain.apply(low, lost, places, *run(*clean), *(x for x, _ in inputs))
 
 
 class _Contain(torch.autograd.Function):
-    """Outputs → outputs, NaN where sick. Backward it is the inputs within reach of a sick gradient that become NaN."""
+    """Sets lost outputs to NaN. The backward pass sets the gradients of all inputs that a lost output can see to
+    NaN."""
 
     @staticmethod
     def forward(
-        ctx: Any, low: Tensor, sick: Tensor, places: tuple[list[slice], list[slice]], *tensors: Tensor
+        ctx: Any, low: Tensor, lost: Tensor, places: tuple[list[slice], list[slice]], *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(low, sick)
+        ctx.save_for_backward(low, lost)
         ctx.places = places
         outputs, inputs = tensors[: len(places[0])], tensors[len(places[0]) :]
         ctx.like = [(x.shape, x.dtype) for x in inputs]
         return tuple(
-            x.masked_fill(_over(sick[:, place], x), torch.nan) for x, place in zip(outputs, places[0], strict=True)
+            x.masked_fill(_over(lost[:, place], x), torch.nan) for x, place in zip(outputs, places[0], strict=True)
         )
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Any, ...]:
-        low, sick = ctx.saved_tensors
+        low, lost = ctx.saved_tensors
         out_places, in_places = ctx.places
-        sick = sick | _marked(torch.zeros_like(sick), list(zip(d_outputs, out_places, strict=True)))
-        clean = [d.masked_fill(_over(sick[:, place], d), 0) for d, place in zip(d_outputs, out_places, strict=True)]
-        reached = _sees(sick, low)
-        lost = []
+        lost = lost | _non_finite(torch.zeros_like(lost), list(zip(d_outputs, out_places, strict=True)))
+        clean = [d.masked_fill(_over(lost[:, place], d), 0) for d, place in zip(d_outputs, out_places, strict=True)]
+        reached = _seen_by_marked(lost, low)
+        d_inputs = []
         for number, (place, (shape, dtype)) in enumerate(zip(in_places, ctx.like, strict=True)):
-            marks = (reached if number else sick)[:, place]  # q, the first, is seen by itself alone
-            zero = torch.where(marks, torch.nan, 0.0).to(dtype)
-            lost.append(zero.view(*zero.shape, *(1,) * (len(shape) - 3)).expand(shape))
-        return None, None, None, *clean, *lost
+            marks = (reached if number else lost)[:, place]  # only its own output sees a query, the first input
+            zero_or_nan = torch.where(marks, torch.nan, 0.0).to(dtype)
+            d_inputs.append(zero_or_nan.view(*zero_or_nan.shape, *(1,) * (len(shape) - 3)).expand(shape))
+        return None, None, None, *clean, *d_inputs
 
 
 def _finite(x: Tensor) -> Tensor:
-    """Bool[b, n, h] of [b, n, h, …]: whether all of a row's numbers are finite."""
+    """Whether all numbers of each row [b, n, h, …] are finite: Bool[b, n, h]."""
     finite = x.isfinite()
     return finite if x.dim() == 3 else finite.flatten(3).all(dim=-1)
 
 
 def _over(marks: Tensor, x: Tensor) -> Tensor:
-    """Bool[b, n, h] as a mask for x [b, n, h, …]."""
+    """Marks Bool[b, n, h], reshaped to broadcast over x [b, n, h, …]."""
     return marks.view(*marks.shape, *(1,) * (x.dim() - 3))
 
 
-def _marked(nobody: Tensor, placed: list[Placed]) -> Tensor:
-    """Where on the timeline something is not finite: Bool[b, T, h]."""
-    marks = nobody.clone()
+def _non_finite(no_marks: Tensor, placed: list[Placed]) -> Tensor:
+    """Indices of the timeline at which some row is not finite: Bool[b, T, h]."""
+    marks = no_marks.clone()
     for x, place in placed:
         marks[:, place] |= ~_finite(x)
     return marks
 
 
 def _counts(marks: Tensor) -> Tensor:
-    """How many are marked before each index: [b, T + 1, h]."""
+    """Number of marks before each index: [b, T + 1, h]."""
     return F.pad(marks.long().cumsum(dim=1), (0, 0, 1, 0))
 
 
@@ -136,15 +137,15 @@ def _at(counts: Tensor, index: Tensor) -> Tensor:
     return counts.gather(1, index[..., None].expand(-1, -1, counts.shape[2]))
 
 
-def _seen(marks: Tensor, low: Tensor) -> Tensor:
-    """Which indices see a marked one."""
+def _sees_marked(marks: Tensor, low: Tensor) -> Tensor:
+    """Indices that see a marked index."""
     counts = _counts(marks)
     return counts[:, 1:] > _at(counts, low)
 
 
-def _sees(marks: Tensor, low: Tensor) -> Tensor:
-    """Which indices a marked one sees."""
+def _seen_by_marked(marks: Tensor, low: Tensor) -> Tensor:
+    """Indices that a marked index sees."""
     counts = _counts(marks)
     index = torch.arange(low.shape[1], device=low.device).expand(low.shape)
-    end = torch.searchsorted(low.contiguous(), index.contiguous(), right=True)  # those before it see the index
+    end = torch.searchsorted(low.contiguous(), index.contiguous(), right=True)  # index … end − 1 see the index
     return _at(counts, end) > counts[:, :-1]

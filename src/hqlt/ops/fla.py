@@ -1,8 +1,8 @@
-"""flash-linear-attention's public kernels under our signatures, for GPUs. Imported when called, not before.
+"""flash-linear-attention's public GPU kernels behind this package's signatures. They are imported on first use.
 
-A reset begins a sequence of its own: rows are laid end to end, and each segment of each row is one of the sequences
-that `cu_seqlens` bounds. A row's first segment continues the row's state, the others begin with nothing, and the row's
-final state is its last segment's.
+Resets become sequence boundaries: the rows are concatenated, and each segment of each row is one of the sequences that
+`cu_seqlens` delimits. A row's first segment continues from the row's state, the others from zeros, and the row's final
+state is that of its last segment.
 """
 
 from __future__ import annotations
@@ -24,22 +24,26 @@ CHUNKED_DTYPES = (torch.bfloat16, torch.float16)
 DTYPES = (*CHUNKED_DTYPES, torch.float32)
 WIDEST_CHUNKED = 256
 CHUNK = 64
-"""Tokens of a chunk; fewer are not worth its kernels."""
+"""Tokens per chunk; for fewer tokens these kernels do not pay."""
 TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 6e-3, torch.float32: 5e-3}
-"""Of an answer, as a part of the reference's norm in float64."""
+"""Largest accepted error of a result, relative to the norm of the reference's in float64."""
 
 
 class Kind(NamedTuple):
-    """Calls that run the same kernels."""
+    """What distinguishes calls that run different kernels."""
 
     op: str
     k: int
+    """Key width."""
     v: int
+    """Value width."""
     dtype: torch.dtype
     decay: int = 0
-    """Axes of log α; 0: none."""
+    """Number of axes of log α; 0 without decay."""
     erases: bool = True
+    """Whether the value stored under k is erased."""
     writes: int = 1
+    """Writes per token."""
     segments: bool = False
     """Whether there are resets."""
 
@@ -49,27 +53,29 @@ def on_gpu(q: Tensor) -> bool:
 
 
 def find_mismatch(kind: Kind, run: Callable[..., Any], reference: Callable[..., Any], device: int | None) -> str:
-    """Why `run` is not to be used for calls of this kind: what it refuses, or how it differs from the reference.
+    """Why `run` must not be used for calls of this kind: its exception, or how it differs from the reference; else "".
 
-    Both are called on the same small inputs, the reference in float64: outputs, final matrix and all gradients.
+    Both are called on the same small inputs, the reference in float64. Outputs, final matrix and all gradients are
+    compared.
     """
     place = torch.device("cpu" if device is None else f"cuda:{device}")
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(place.type, enabled=False):
         try:
             inputs = _inputs(kind, place)
-            got = _answers(kind, run, inputs)
+            got = _results(kind, run, inputs)
         except Exception as refusal:  # whatever a kernel, a compiler or a driver raises
             return first_line(refusal)
         wide = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
-        for name, right in _answers(kind, reference, wide).items():
-            error = ((got[name].double() - right).norm() / right.norm().clamp(min=1e-30)).item()
+        for name, expected in _results(kind, reference, wide).items():
+            error = ((got[name].double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
             if not error < TOLERANCE.get(kind.dtype, 1e-6):
                 return f"its {name} differs from the reference's by {error:.0e} of the norm on this GPU"
     return ""
 
 
 def _inputs(kind: Kind, device: torch.device) -> dict[str, Tensor]:
-    """By name: two chunks and a rest, of two rows and heads; q and k as φ makes them. The global seed is left alone."""
+    """Inputs by name: two rows, two heads, two chunks and a partial one; q and k are normalised, as φ leaves them. The
+    global random state is not touched."""
     random, (b, t, h) = torch.Generator().manual_seed(0), (2, 2 * CHUNK + 2, 2)
     n = kind.writes * t
 
@@ -89,12 +95,12 @@ def _inputs(kind: Kind, device: torch.device) -> dict[str, Tensor]:
     return inputs
 
 
-def _answers(kind: Kind, run: Callable[..., Any], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """By name: what is read, the final matrix, the gradients of the sum of their squares."""
-    given = {name: x.clone().requires_grad_(x.is_floating_point()) for name, x in inputs.items()}
-    resets, leaves = given.pop("resets", None), dict(given)
-    q, k, v, beta, state = (given.pop(name) for name in ("q", "k", "v", "beta", "state"))
-    others = () if kind.op == "delta_rule" else (given.get("decay"), kind.erases)
+def _results(kind: Kind, run: Callable[..., Any], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Results by name: the output, the final matrix, and the gradients of the sum of their squares."""
+    arguments = {name: x.clone().requires_grad_(x.is_floating_point()) for name, x in inputs.items()}
+    resets, leaves = arguments.pop("resets", None), dict(arguments)
+    q, k, v, beta, state = (arguments.pop(name) for name in ("q", "k", "v", "beta", "state"))
+    others = () if kind.op == "delta_rule" else (arguments.get("decay"), kind.erases)
     out, matrix = run(q, k, v, beta, *others, scale=kind.k**-0.5, state=state, resets=resets, live=None)[:2]
     loss = out.double().square().sum() + matrix.double().square().sum()
     gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
@@ -103,7 +109,7 @@ def _answers(kind: Kind, run: Callable[..., Any], inputs: dict[str, Tensor]) -> 
 
 
 def check_runs(q: Tensor, v: Tensor) -> None:
-    """Refuse what the kernels cannot do here."""
+    """Raise an error if the kernels do not support this device or dtype."""
     if not q.is_cuda:
         raise RuntimeError(f"backend 'fla': expected tensors on a GPU, got {q.device}; name another backend")
     if v.dtype not in DTYPES:
@@ -111,7 +117,7 @@ def check_runs(q: Tensor, v: Tensor) -> None:
 
 
 def public(module: str) -> ModuleType:
-    """`fla.ops.…`"""
+    """Import the public module `fla.ops.…`."""
     try:
         return importlib.import_module(f"fla.ops.{module}")
     except ImportError as error:
@@ -131,13 +137,16 @@ def by_segments(
     tensors: dict[str, Tensor],
     **options: Any,
 ) -> tuple[Values, Matrix]:
-    """What a kernel reads and holds, segment by segment. tensors: what else it takes of tokens, by its name for it."""
-    g = group(q, k)  # fla has a matrix for every query head: g equal ones
+    """A kernel's output and final matrix, with segments as sequences.
+
+    tensors: further inputs of shape [b, t, h, …], by the kernel's names for them.
+    """
+    g = group(q, k)  # fla holds one matrix per query head: g equal ones
     k, v, *others = repeated(q, k, v, *tensors.values())
-    given = {"q": q.to(v.dtype), "k": k.to(v.dtype), "v": v, **dict(zip(tensors, others, strict=True))}
+    inputs = {"q": q.to(v.dtype), "k": k.to(v.dtype), "v": v, **dict(zip(tensors, others, strict=True))}
     state = state if g == 1 else state.repeat_interleave(g, dim=1)
     if resets is None:
-        out, final = rule(**given, initial_state=state, output_final_state=True, **options)
+        out, final = rule(**inputs, initial_state=state, output_final_state=True, **options)
         return out, final[:, ::g]
     b, t = resets.shape
     begins = resets.clone()
@@ -147,6 +156,6 @@ def by_segments(
     bounds = F.pad(begins.flatten().nonzero()[:, 0], (0, 1), value=b * t)
     carried = state.masked_fill(resets[:, 0, None, None, None], 0)
     initial = state.new_zeros(len(bounds) - 1, *state.shape[1:]).index_copy(0, first, carried)
-    packed = {name: x.flatten(0, 1)[None] for name, x in given.items()}
+    packed = {name: x.flatten(0, 1)[None] for name, x in inputs.items()}
     out, final = rule(**packed, initial_state=initial, output_final_state=True, cu_seqlens=bounds, **options)
     return out.view(b, t, *out.shape[2:]), final[last][:, ::g]

@@ -1,4 +1,4 @@
-"""Heads of queries in groups: query head i reads the pairs and the matrix of head i // g."""
+"""Grouped query heads: query head i reads the KV entries and the matrix of head i // g."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from hqlt.shapes import Keys, Live, Queries, Resets, Values, check_live, check_r
 
 
 def group(q: Queries, k: Keys) -> int:
-    """g, the query heads that share one head of k."""
+    """g, the number of query heads per head of k."""
     return q.shape[2] // max(k.shape[2], 1)
 
 
 def grouped(q: Queries, k: Keys) -> Tensor:
-    """[b, t, g·h, ·] → [b, t, h, g, ·], the queries of one head of k beside each other."""
+    """[b, t, g·h, ·] → [b, t, h, g, ·]: the query heads grouped by the head of k that they share."""
     return q.unflatten(2, (k.shape[2], group(q, k)))
 
 
 def repeated(q: Queries, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Tensors [b, l, h, ·] with a head for every head of q, for what knows no groups."""
+    """Tensors [b, l, h, ·] with every head repeated g times, for operations without grouped heads."""
     g = group(q, tensors[0])
     return tensors if g == 1 else tuple(x.repeat_interleave(g, dim=2) for x in tensors)
 
 
 def product(x: Tensor, y: Tensor) -> Tensor:
-    """[…, g, m, n] times […, n, ·], which all g share: one product of g·m rows."""
+    """[…, g, m, n] @ […, n, ·], where all g share the second factor: one product of g·m rows."""
     return (x.flatten(-3, -2) @ y).unflatten(-2, x.shape[-3:-1])
 
 
@@ -34,9 +34,10 @@ def sum_of_products(x: Tensor, y: Tensor) -> Tensor:
 
 
 def match_heads(size: dict[str, int]) -> dict[str, int]:
-    """The sizes that were matched, of which g·h is a multiple of h.
+    """Return the matched sizes after checking that g·h is a multiple of h.
 
-    Raises ValueError where it is none.
+    Raises:
+        ValueError: If it is not.
     """
     if size["g·h"] % max(size["h"], 1) or (size["h"] == 0) != (size["g·h"] == 0):
         raise ValueError(f"q: expected heads in a multiple of the {size['h']} heads of k and v, got {size['g·h']}")
@@ -46,9 +47,10 @@ def match_heads(size: dict[str, int]) -> dict[str, int]:
 def match_scan(
     q: Queries, k: Keys, v: Values, resets: Resets | None, live: Live | None, **others: tuple[Tensor, str]
 ) -> dict[str, int]:
-    """The sizes of what an operation on fast weights is given: q, k and v, marks on its tokens, and others.
+    """Check the inputs of an operation on fast weights, and return their sizes by letter.
 
-    Raises ValueError for shapes, dtypes and devices that do not fit.
+    Raises:
+        ValueError: If shapes, dtypes or devices do not match.
     """
     size = match_heads(match_floats(q=(q, "b t g·h k"), k=(k, "b t h k"), v=(v, "b t h v"), **others))
     check_resets(resets, size["b"], size["t"], q.device)

@@ -1,7 +1,7 @@
-"""This package's operators in ONNX, as their equations, for any batch and length: a Scan over time for the FW-memory,
-dense attention with a mask for the KV-memory. Imported when `hqlt.ops.onnx_translations` is called, not before.
+"""This package's operators in ONNX, for any batch size and length: a Scan over time for the FW-memory, and dense masked
+attention for the KV-memory. Imported by `hqlt.ops.onnx_translations`.
 
-Each function has the signature of the operator that it stands for, and gets symbolic tensors of `torch.onnx`.
+Each function has the signature of the operator that it translates, and receives symbolic tensors of `torch.onnx`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from hqlt.ops.expiry import NEVER
 from hqlt.ops.linear_attention.state import EPSILON
 
 HQLT = Opset("hqlt", 1)
-X = TypeVar("X", bound=Union[FLOAT, DOUBLE])  # noqa: UP007 (onnxscript reads no other unions)
+X = TypeVar("X", bound=Union[FLOAT, DOUBLE])  # noqa: UP007 (onnxscript supports no other unions)
 N = TypeVar("N", bound=Union[FLOAT, DOUBLE, INT64])  # noqa: UP007
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """For each operator that torch's exporter does not know, a function that writes it in ONNX."""
+    """The translation to ONNX of each operator that PyTorch's exporter does not support."""
     return {
         torch.ops.hqlt.delta_rule.default: delta_rule,
         torch.ops.hqlt.fast_weights.default: fast_weights,
@@ -34,8 +34,8 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.ops.hqlt.rotate.default: rotate,
         torch.ops.hqlt.rms_norm.default: rms_norm,
         torch.ops.hqlt.mix.default: mix,
-        torch.ops.aten.cummax.default: cummax,  # of positions within segments
-        torch.ops.aten.sort.stable: sort,  # of the order in which chunks are read and written
+        torch.ops.aten.cummax.default: cummax,  # used for positions within segments
+        torch.ops.aten.sort.stable: sort,  # used for the order in which chunks are read and written
     }
 
 
@@ -44,8 +44,8 @@ def delta_rule(q, k, v, beta, state, resets, live, scale, keep):
 
 
 def fast_weights(q, k, v, beta, decay, a, state, resets, live, erases, scale, keep):
-    """Its equation is `hqlt.ops.fast_weights`'s, and so on below. The scan's steps are writes: at a token's first one
-    the matrix decays, at its last it is read."""
+    """The equation of `hqlt.ops.fast_weights`. The scan's steps are writes: the matrix decays at the first write of a
+    token, and is read at the last."""
     queries, resets = op.Mul(grouped(q, k), op.CastLike(scale, q)), resets_or_none(resets, q)
     if decay is None:
         log_alpha = op.Unsqueeze(zeros(q, op.Shape(q, end=2)), [2, 3])
@@ -71,8 +71,10 @@ def fast_weights(q, k, v, beta, decay, a, state, resets, live, erases, scale, ke
 
 @script(HQLT, default_opset=op)
 def write_scan(q: X, k: X, v: X, beta: X, alpha: X, a: X, state: X, resets: BOOL) -> tuple[X, X, X]:
-    """[b, t, …] each, q [b, t, h, g, k], α [b, t, h or 1, k or 1], state [b, h, k, v] → reads, the final state, errors
-    v − Sᵀa."""
+    """Scan over writes [b, t, …]; q is [b, t, h, g, k], α [b, t, h or 1, k or 1], state [b, h, k, v].
+
+    Returns the reads, the final state and the errors v − Sᵀa.
+    """
 
     @graph()
     def step(S, q_t, k_t, v_t, beta_t, alpha_t, a_t, reset_t):
@@ -99,7 +101,10 @@ def linear_attention(q, k, v, matrix, key_sum, resets, live):
 
 @script(HQLT, default_opset=op)
 def linear_attention_scan(q: X, k: X, v: X, matrix: X, key_sum: X, resets: BOOL) -> tuple[X, X, X, X]:
-    """[b, t, …] each, q [b, t, h, g, k], matrix [b, h, k, v], key_sum [b, h, k] → reads, their weights, both finals."""
+    """Scan over tokens [b, t, …]; q is [b, t, h, g, k], matrix [b, h, k, v], key_sum [b, h, k].
+
+    Returns the reads, their normalisers, the final matrix and the final key sum.
+    """
 
     @graph()
     def step(W, z, q_t, k_t, v_t, reset_t):
@@ -138,13 +143,14 @@ def window_attention(q, k, v, resets, until, q_far, k_far, window, most, scale):
 
 
 def all_scores(q, k, scale):
-    """[b, h, g, t, l]"""
+    """Scores of all queries and keys: [b, h, g, t, l]."""
     query = op.Transpose(op.Mul(grouped(q, k), op.CastLike(scale, q)), perm=[0, 2, 3, 1, 4])
     return op.MatMul(query, op.Unsqueeze(op.Transpose(k, perm=[0, 2, 3, 1]), [2]))
 
 
 def expiry(scores, leaves, used, resets, kept):
-    """Every entry against every other, [b, h, l, l]: whether the last one outranks the one before it."""
+    """Compares all pairs of entries, [b, h, l, l]: whether the entry of the last axis outranks that of the axis
+    before."""
     score, l = op.Transpose(scores, perm=[0, 2, 1]), length(scores)
     mine, other, index = op.Unsqueeze(score, [3]), op.Unsqueeze(score, [2]), op.Range(0, l, 1)
     older = op.Less(index, op.Unsqueeze(index, [1]))
@@ -155,7 +161,7 @@ def expiry(scores, leaves, used, resets, kept):
         ids = op.CumSum(op.Cast(resets, to=INT64.dtype), 1)
         outranks = op.And(outranks, op.Equal(op.Unsqueeze(ids, [1, 3]), op.Unsqueeze(ids, [1, 2])))
     fewer = op.Less(op.CumSum(op.Cast(outranks, to=INT64.dtype), 3), kept)
-    last = op.ReduceSum(op.Cast(fewer, to=INT64.dtype), [3], keepdims=0)  # l where there are fewer
+    last = op.ReduceSum(op.Cast(fewer, to=INT64.dtype), [3], keepdims=0)  # l if fewer than `kept` outrank the entry
     leaves = op.Unsqueeze(leaves, [1])
     never = op.Expand(op.Constant(value_ints=[NEVER]), op.Shape(op.Slice(leaves, [0], [1], [2])))
     ends = op.Expand(op.Concat(leaves, never, axis=2), op.Constant(value_ints=[1, scores.shape[2], 1]))
@@ -194,7 +200,7 @@ def cummax(self, dim):
 
 @script(HQLT, default_opset=op)
 def cummax_scan(x: N) -> tuple[N, INT64]:
-    """[t, …] → running maxima and where they stand; of equal ones the last, and a NaN for good."""
+    """Cumulative maxima of x [t, …] and their indices: of equal maxima the last; a NaN stays the maximum."""
 
     @graph()
     def step(best, where, i, x_t):
@@ -213,33 +219,33 @@ def cummax_scan(x: N) -> tuple[N, INT64]:
 
 
 def sort(self, *, stable=None, dim=-1, descending=False):
-    """Stable always: of equal numbers TopK takes the one with the lower index first."""
+    """Always stable: of equal numbers, TopK returns the one with the lower index first."""
     size = op.Gather(op.Shape(self), [dim])
     return op.TopK(self, size, axis=dim, largest=int(descending))
 
 
 def with_epsilon(x, epsilon):
-    """x + epsilon, not as an Add: onnxscript's optimizer takes one with less than 1e-8 away."""
+    """x + epsilon. Not as an Add, because onnxscript's optimizer removes an Add of less than 1e-8."""
     return op.Sum(x, op.CastLike(epsilon, x))
 
 
 def length(x):
-    """t of [b, t, …], a scalar."""
+    """The size t of x [b, t, …], as a scalar tensor."""
     return op.Squeeze(op.Shape(x, start=1, end=2), [0])
 
 
 def zeros(x, shape):
-    """Of x's type."""
+    """Zeros in the dtype of x."""
     return op.Expand(op.CastLike(0.0, x), shape)
 
 
 def resets_or_none(resets, x):
-    """Bool[b, t], for x [b, t, …]; False where there are none."""
+    """`resets`, or Bool[b, t] of False for x [b, t, …] if it is None."""
     return op.Expand(op.Cast(0, to=BOOL.dtype), op.Shape(x, end=2)) if resets is None else resets
 
 
 def written(live, *tensors):
-    """Tensors [b, t, …] with zeros where a token is not live."""
+    """Tensors [b, t, …] with zeros at tokens that are not live."""
     if live is None:
         return tensors
     marks = {axes: op.Unsqueeze(live, list(range(2, axes))) for axes in {len(x.shape) for x in tensors}}

@@ -1,4 +1,4 @@
-"""Second derivatives: the gradients of gradients, by the equation, whose operations torch differentiates itself."""
+"""Second derivatives of custom operations: computed through the reference, which autograd can differentiate twice."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import torch
 from torch import Tensor
 
 Equation = Callable[..., Any]
-"""Differentiable tensors → one output, or a tuple of them."""
+"""A function from differentiable tensors to one output or a tuple of outputs."""
 
 
 def second_order(
     equation: Equation, inputs: Sequence[Tensor], d_outputs: Sequence[Tensor], d_gradients: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of inputs and d_outputs, from those of the inputs' gradients."""
+    """Gradients with respect to inputs and d_outputs, from the gradients with respect to the inputs' gradients."""
     with torch.enable_grad():
         inputs, d_outputs = ([x.detach().requires_grad_() for x in tensors] for tensors in (inputs, d_outputs))
         outputs = equation(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         d_outputs_as_computed = [d.to(x.dtype) for d, x in zip(d_outputs, outputs, strict=True)]
         gradients = torch.autograd.grad(outputs, inputs, d_outputs_as_computed, create_graph=True, allow_unused=True)
-        asked = [(g, d) for g, d in zip(gradients, d_gradients, strict=True) if g is not None and d is not None]
-    return torch.autograd.grad([g for g, _ in asked], [*inputs, *d_outputs], [d for _, d in asked], allow_unused=True)
+        used = [(g, d) for g, d in zip(gradients, d_gradients, strict=True) if g is not None and d is not None]
+    return torch.autograd.grad([g for g, _ in used], [*inputs, *d_outputs], [d for _, d in used], allow_unused=True)
 
 
 class Gradients(torch.autograd.Function):
-    """`gradients(*inputs, *d_outputs)`, once more differentiable: for the backward pass of an autograd.Function."""
+    """`gradients(*inputs, *d_outputs)` as a differentiable function, for the backward pass of an autograd.Function."""
 
     @staticmethod
     def forward(ctx: Any, gradients: Equation, equation: Equation, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -45,10 +45,13 @@ class Gradients(torch.autograd.Function):
 def differentiable_twice(
     operator: Any, equation: Callable[[Sequence[Any]], Equation], inputs: Sequence[int], d_outputs: Sequence[int]
 ) -> None:
-    """Register the derivative of an operator that computes gradients.
+    """Register the derivative of an operator that itself computes gradients.
 
-    equation: from the operator's arguments to the function that it differentiates. inputs, d_outputs: which of the
-    arguments are that function's inputs, of which some may be None, and the gradients of its outputs.
+    Args:
+        operator: The operator, a custom op.
+        equation: Maps the operator's arguments to the function whose gradients it computes.
+        inputs: Indices of the arguments that are inputs of that function; some of them may be None.
+        d_outputs: Indices of the arguments that are gradients of its outputs.
     """
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -57,11 +60,11 @@ def differentiable_twice(
 
     def backward(ctx: Any, *d_gradients: Tensor | None) -> tuple[Any, ...]:
         arguments = [o if x is None else x for x, o in zip(ctx.saved_tensors, ctx.others, strict=True)]
-        there = [(i, d) for i, d in zip(inputs, d_gradients, strict=True) if arguments[i] is not None]
-        given, d_given = [arguments[i] for i, _ in there], [arguments[i] for i in d_outputs]
+        present = [(i, d) for i, d in zip(inputs, d_gradients, strict=True) if arguments[i] is not None]
+        tensors, d_tensors = [arguments[i] for i, _ in present], [arguments[i] for i in d_outputs]
         results: list[Tensor | None] = [None] * len(arguments)
-        second = second_order(equation(arguments), given, d_given, [d for _, d in there])
-        for i, result in zip([*(i for i, _ in there), *d_outputs], second, strict=True):
+        second = second_order(equation(arguments), tensors, d_tensors, [d for _, d in present])
+        for i, result in zip([*(i for i, _ in present), *d_outputs], second, strict=True):
             results[i] = result
         return tuple(results)
 

@@ -1,13 +1,13 @@
 """One token through everything between a layer's projections, in C++ (`hqlt/native/step.h`).
 
-    v ← SiLU(v), where there is an FW-memory      β = beta_max · σ(beta), for the delta rules
-    log α = −exp(A_log) · softplus(decay + dt_bias), for the gated one
+    v ← SiLU(v), if there is an FW-memory      β = beta_max · σ(beta), for the delta rules
+    log α = −exp(A_log) · softplus(decay + dt_bias), for the gated delta rule
     out = RMSNorm(mix(FW read of q, KV read of q))
 
-and which entries stay visible beyond the window, where any do.
+It also selects the entries that stay visible beyond the window, if there are any.
 
-Its readable twins are the parts one by one: the blends and mixers of `hqlt.blend`, and RMSNorm. So little is computed
-that looking at shapes takes as long: `plan` looks once, `run` is for all calls whose layouts are the same.
+The readable counterpart is the layer's own parts, called one by one: blend, mixer and RMSNorm. The step computes so
+little that checking shapes would take as long. So `plan` checks once, and `run` serves all calls with the same layouts.
 """
 
 from __future__ import annotations
@@ -30,40 +30,40 @@ MIXERS = ("alone", "sum", "scalar", "vector")
 RETENTIONS = ("recent", "error", "beta-error", "value-norm", "random")
 POSITIONS = ("true", "clamped", "none")
 DIGITS, LEVELS = 64, 11
-"""A distance in this base, of 63 bits: the kernel multiplies a digit's rotations."""
+"""Base and number of digits of a distance (63 bits). The kernel multiplies the rotations of the digits."""
 EVERYTHING = 2**62
-NOTHING = torch.empty(0, device="cpu")  # stands for what is not there; its address is 0
+NOTHING = torch.empty(0, device="cpu")  # placeholder for an absent tensor; its address is 0
 
-# OneTokenJob of native/memories.cpp.
+# The layout of OneTokenJob in native/memories.cpp.
 SIZES_AND_FACTORS, ADDRESSES, MORE_ADDRESSES = struct.Struct("16q2d"), struct.Struct("25P"), struct.Struct("35P")
 
 Layout: TypeAlias = tuple[type, tuple[int, ...], torch.dtype, bool]
 layout_of = operator.attrgetter("__class__", "shape", "dtype", "is_cpu")
 
 
-class Given(NamedTuple):
-    """What a token brings and what a layer holds; `NOTHING` in place of what is not there."""
+class TokenInputs(NamedTuple):
+    """Inputs of the kernel: the token's projections and the layer's state. Absent tensors are `NOTHING`."""
 
-    q: Queries  # [b, 1, h, k], as projected, and so are k, v, beta, decay and gate
+    q: Queries  # [b, 1, h, k]; q, k, v, beta, decay and gate are as projected
     k: Keys  # [b, 1, h, k]
     v: Values  # [b, 1, h, v]
     beta: Strengths  # [b, 1, h], for the delta rules
     decay: Strengths  # [b, 1, h], for the gated delta rule
-    A_log: Tensor  # [h], and so is dt_bias: its weights
-    dt_bias: Tensor
+    A_log: Tensor  # [h], a weight of the gated delta rule
+    dt_bias: Tensor  # [h], likewise
     gate: Tensor  # [b, 1, h·v] for the "vector" mixer; [b, 1, 2h] for the "scalar" one, FW heads first
     norm: Tensor  # [v], the weight of an RMSNorm over each head
     resets: Resets  # Bool[b, 1]
-    keys: Tensor  # [b, s, h, k], before φ and before rotary positions; the latest in slot s−1
+    keys: Tensor  # [b, s, h, k], before φ and before the rotary embedding; the latest in slot s−1
     values: Tensor  # [b, s, h, v]
-    betas: Tensor  # [b, s, h], where a delta rule writes a whole chunk
+    betas: Tensor  # [b, s, h], if a delta rule writes a whole chunk at once
     matrix: Matrix  # [b, h, k, v]
     key_sum: KeySum  # [b, h, k], for linear attention
     position: Tensor  # [b]
 
 
-class GivenKept(NamedTuple):
-    """What is given behind those, where entries stay visible beyond the window; s: the recent ones."""
+class KeptInputs(NamedTuple):
+    """Further inputs, after `TokenInputs`, if entries stay visible beyond the window; s counts the recent entries."""
 
     kept_keys: Tensor  # [b, K, h, k]
     kept_values: Tensor  # [b, K, h, v]
@@ -71,50 +71,53 @@ class GivenKept(NamedTuple):
     kept_scores: Tensor  # [b, K + s, h]
 
 
-VALUES, FIRST_HELD = map(Given._fields.index, ("v", "keys"))
+VALUES, FIRST_HELD = map(TokenInputs._fields.index, ("v", "keys"))
 
 
 class Retained(NamedTuple):
     """Which entries stay visible beyond the window, and how they are read."""
 
     score: str
-    """What an entry is worth: one of `RETENTIONS`."""
+    """How an entry is scored: one of `RETENTIONS`."""
     sinks: int
-    """The first entries of a segment are worth most."""
-    alike: bool
-    """Whether all heads keep the same entries, by the mean of their scores."""
+    """Number of first entries of a segment that always stay."""
+    kept_alike: bool
+    """Whether all heads keep the same entries, selected by the mean of their scores."""
     positions: str
-    """The distance at which they are read: one of `POSITIONS`."""
+    """The distance used when an entry is read: one of `POSITIONS`."""
 
 
 class Schedule(NamedTuple):
-    """What happens to a token: the blend and the mixer, as the kernel knows them."""
+    """The layer's blend, write rule, mixer and retention, as the kernel distinguishes them."""
 
     writes: str
-    """What the FW-memory writes before it is read: its "own" pair, the one "leaving" the window, a whole "chunk" when
-    the next one begins; "nothing": there is no FW-memory."""
+    """What the FW-memory writes before it is read: the token's "own" entry, the entry "leaving" the window, or a whole
+    "chunk" when the next one begins; "nothing" if there is no FW-memory."""
     attends: bool
     """Whether there is a KV-memory."""
     window: int | None
-    """Pairs that the KV-memory reaches, the own one included; None: all."""
+    """Number of entries in the window, the token's own included; None for all."""
     rule: str
-    """The FW-memory's write rule, and with it φ: "delta", "linear" or "gated-delta" (which writes no whole chunk)."""
+    """Write rule of the FW-memory, which also determines φ: "delta", "linear" or "gated-delta" (which does not support
+    writing a whole chunk)."""
     mixer: str
-    """How two reads become one: "vector", "scalar" or "sum"; "alone": there is one memory."""
+    """How the two reads are combined: "vector", "scalar" or "sum"; "alone" if there is only one memory."""
     retained: Retained | None = None
-    """None: nothing stays visible beyond the window."""
+    """Entries that stay visible beyond the window; None for none."""
 
 
 class Plan(NamedTuple):
-    """How the kernel is called."""
+    """A checked call of the kernel."""
 
     head: bytes
-    """Sizes and factors."""
+    """Sizes and factors, packed."""
     is_double: bool
     grows: bool
-    """Whether no pair ever falls out."""
+    """Whether the entries grow with every token, because the window is unlimited."""
     tables: tuple[Tensor, ...]
+    """Rotary tables."""
     addresses: struct.Struct
+    """Format of the tensors' addresses."""
 
 
 def plan(
@@ -125,14 +128,20 @@ def plan(
     norm_eps: float = 0.0,
     rotary: tuple[Tensor, ...] = (NOTHING, NOTHING),
 ) -> Plan | None:
-    """For what is `Given` (and `GivenKept`) in these layouts; None where the kernel does not serve.
+    """Plan calls for inputs of these layouts; None if the kernel does not support them.
 
-    It serves one token on a CPU, float32 or float64 throughout. Anything else, shapes that do not fit included, is its
-    twin's to run or to refuse. rotary: (cos, sin) of at least s + 1 positions [·, 1, k/2], and behind them of `digits`
-    where entries are kept.
+    The kernel supports one token on a CPU, with all tensors in float32 or all in float64. Everything else, wrong shapes
+    included, is left to the layer's parts to run or to reject.
+
+    Args:
+        schedule: What the layer computes.
+        layouts: `layout_of` each of the `TokenInputs` and, if entries are kept, of the `KeptInputs`.
+        beta_max: Upper bound of β.
+        norm_eps: Added to the mean square in RMSNorm.
+        rotary: cos and sin of at least s + 1 positions, [·, 1, k/2] each; if entries are kept, also those of `digits`.
     """
     writes, attends, window, rule, mixer, retained = schedule
-    names = Given._fields + (GivenKept._fields if retained else ())
+    names = TokenInputs._fields + (KeptInputs._fields if retained else ())
     if len(names) != len(layouts):
         return None
     got = dict(zip(names, layouts, strict=True))
@@ -155,40 +164,40 @@ def plan(
     K = got["kept_keys"][1][1] if retained and len(got["kept_keys"][1]) == 4 else 0
     nothing = layout_of(NOTHING)
 
-    def of(*shape: int, dtype: torch.dtype = dtype, where: bool = True) -> Layout:
-        return (Tensor, shape, dtype, True) if where else nothing
+    def layout(*shape: int, dtype: torch.dtype = dtype, present: bool = True) -> Layout:
+        return (Tensor, shape, dtype, True) if present else nothing
 
-    def weight_of(name: str, size: int, where: bool = True) -> Layout:
-        """A parameter, or an ordinary tensor in its place."""
-        expected = of(size, where=where)
+    def weight(name: str, size: int, present: bool = True) -> Layout:
+        """The layout of a weight, which may be a parameter or an ordinary tensor."""
+        expected = layout(size, present=present)
         return got[name] if got[name] == (Parameter, *expected[1:]) else expected
 
     expected = {
-        "q": of(b, 1, h, k),
-        "k": of(b, 1, h, k),
-        "v": of(b, 1, h, v),
-        "beta": of(b, 1, h, where=has_fw and not linear),
-        "decay": of(b, 1, h, where=gated),
-        "A_log": weight_of("A_log", h, where=gated),
-        "dt_bias": weight_of("dt_bias", h, where=gated),
-        "gate": {"vector": of(b, 1, h * v), "scalar": of(b, 1, 2 * h)}.get(mixer, nothing),
-        "norm": nothing if got["norm"] == nothing else weight_of("norm", v),
-        "resets": nothing if got["resets"] == nothing else of(b, 1, dtype=torch.bool),
-        "keys": of(b, s, h, k, where=attends),
-        "values": of(b, s, h, v, where=attends),
-        "betas": of(b, s, h, where=writes == "chunk" and not linear),
-        "matrix": of(b, h, k, v, where=has_fw),
-        "key_sum": of(b, h, k, where=linear),
-        "position": of(b, dtype=torch.int64),
+        "q": layout(b, 1, h, k),
+        "k": layout(b, 1, h, k),
+        "v": layout(b, 1, h, v),
+        "beta": layout(b, 1, h, present=has_fw and not linear),
+        "decay": layout(b, 1, h, present=gated),
+        "A_log": weight("A_log", h, present=gated),
+        "dt_bias": weight("dt_bias", h, present=gated),
+        "gate": {"vector": layout(b, 1, h * v), "scalar": layout(b, 1, 2 * h)}.get(mixer, nothing),
+        "norm": nothing if got["norm"] == nothing else weight("norm", v),
+        "resets": nothing if got["resets"] == nothing else layout(b, 1, dtype=torch.bool),
+        "keys": layout(b, s, h, k, present=attends),
+        "values": layout(b, s, h, v, present=attends),
+        "betas": layout(b, s, h, present=writes == "chunk" and not linear),
+        "matrix": layout(b, h, k, v, present=has_fw),
+        "key_sum": layout(b, h, k, present=linear),
+        "position": layout(b, dtype=torch.int64),
     }
     if retained:
-        kept = of(b, K, h, k), of(b, K, h, v), of(b, K, h, dtype=torch.int64), of(b, K + s, h)
-        expected |= zip(GivenKept._fields, kept, strict=True)
+        kept = layout(b, K, h, k), layout(b, K, h, v), layout(b, K, h, dtype=torch.int64), layout(b, K + s, h)
+        expected |= zip(KeptInputs._fields, kept, strict=True)
     slots = 0 if not attends else s if window is None else window if delayed else window - 1
     rows = len(rotary[0])
-    tables = [of(n, 1, k // 2, where=rows > 0) for n in (rows, DIGITS * LEVELS) for _ in range(2)]
-    turns = [*map(layout_of, rotary)] == tables[: 4 if retained else 2] and (rows > s or rows == 0)
-    if not (got == expected and s == slots and (K > 0) == bool(retained) and turns and native.available()):
+    tables = [layout(n, 1, k // 2, present=rows > 0) for n in (rows, DIGITS * LEVELS) for _ in range(2)]
+    rotary_fits = [*map(layout_of, rotary)] == tables[: 4 if retained else 2] and (rows > s or rows == 0)
+    if not (got == expected and s == slots and (K > 0) == bool(retained) and rotary_fits and native.available()):
         return None
     grows = attends and window is None
     numbers = WRITES.index(writes), attends, RULES.index(rule), MIXERS.index(mixer), K, *_numbers_of(retained)
@@ -199,8 +208,8 @@ def plan(
 def _numbers_of(retained: Retained | None) -> tuple[int, int, int, int]:
     if retained is None:
         return 0, 0, 0, 0
-    score, sinks, alike, positions = retained
-    return sinks, alike, RETENTIONS.index(score), POSITIONS.index(positions)
+    score, sinks, kept_alike, positions = retained
+    return sinks, kept_alike, RETENTIONS.index(score), POSITIONS.index(positions)
 
 
 def digits() -> Tensor:
@@ -209,21 +218,21 @@ def digits() -> Tensor:
     return torch.tensor(places, dtype=torch.float64, device="cpu")
 
 
-def may_run(given: tuple[Tensor, ...]) -> bool:
-    """Whether nobody forces an implementation by name, checks numbers, traces or asks for gradients."""
+def may_run(inputs: tuple[Tensor, ...]) -> bool:
+    """Whether the kernel may run: no backend is forced, no finite check or tracer is active, no gradient is needed."""
     if native.is_traced() or backend.forced() is not None or shapes.checks_finite():
         return False
-    return not (torch.is_grad_enabled() and any(x.requires_grad for x in given))
+    return not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
 
 
-def run(plan: Plan, given: tuple[Tensor, ...]) -> tuple[Values, list[Tensor]]:
-    """→ out [b, 1, h, v], and what is held then, from keys on, in tensors of their own."""
-    if not all(map(Tensor.is_contiguous, given)):
-        given = tuple(map(Tensor.contiguous, given))
-    held = given[FIRST_HELD:]
-    out, after = torch.empty_like(given[VALUES]), [torch.empty_like(x) if x.numel() else x for x in held]
+def run(plan: Plan, inputs: tuple[Tensor, ...]) -> tuple[Values, list[Tensor]]:
+    """Returns the output [b, 1, h, v] and the new state, from `keys` on, as new tensors."""
+    if not all(map(Tensor.is_contiguous, inputs)):
+        inputs = tuple(map(Tensor.contiguous, inputs))
+    held = inputs[FIRST_HELD:]
+    out, after = torch.empty_like(inputs[VALUES]), [torch.empty_like(x) if x.numel() else x for x in held]
     if plan.grows:
         after[:2] = [x.new_empty(len(x), x.shape[1] + 1, *x.shape[2:]) for x in held[:2]]
-    addresses = map(Tensor.data_ptr, (*given, *plan.tables, out, *after))
+    addresses = map(Tensor.data_ptr, (*inputs, *plan.tables, out, *after))
     native.one_token(plan.is_double, plan.head + plan.addresses.pack(*addresses))
     return out, after

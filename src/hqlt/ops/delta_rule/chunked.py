@@ -1,13 +1,13 @@
-"""The delta rule by chunks of tokens: matrix products instead of a loop over time.
+"""The delta rule over chunks of tokens: matrix products instead of a loop over time.
 
-Within a chunk that begins with the matrix S (rows: keys), write r_i for the correction that token i makes:
+Let S be the matrix at the start of a chunk (rows: keys), and r_i the correction that token i of the chunk writes:
 
     r_i = β_i (v_i − Sᵀk_i − Σ_{j<i} (k_i·k_j) r_j)      so   (I + L) R = β(V − K S),   L = tril(β K Kᵀ, −1)
     R   = U − Y S,      U = (I + L)⁻¹ βV,   Y = (I + L)⁻¹ βK                     (the WY form)
     O   = scale · (Q S + tril(Q Kᵀ) R),     S' = S + Kᵀ R
 
-A reset cuts all of these: tokens of different segments in a chunk do not see each other, tokens after a reset do not
-see S, and only the last segment reaches S'. The backward pass keeps the inputs alone and recomputes the rest.
+Resets mask all of these: tokens of different segments in a chunk do not see each other, tokens after a reset do not see
+S, and only the last segment contributes to S'. The backward pass saves only the inputs and recomputes the rest.
 
 Source: Yang et al., "Parallelizing Linear Transformers with the Delta Rule over Sequence Length", 2024, section 3.2.
 """
@@ -50,13 +50,13 @@ def delta_rule(
 
 
 def _chunk_length(q: Tensor) -> int:
-    """Long chunks suit wide keys: a chunk costs c·c·k for itself and c·k·v for the matrix."""
+    """Tokens per chunk. Wider keys allow longer chunks: a chunk costs c·c·k within itself and c·k·v for the matrix."""
     t, k = q.shape[1], q.shape[3]
     return min(16 if k <= 50 else 32 if k <= 64 else 64, max(t, 1))
 
 
 class _Chunks(NamedTuple):
-    """The inputs laid out as [b, h, n, c, ·], and what depends on them alone. Masks are None without resets."""
+    """The inputs laid out as [b, h, n, c, ·], and what is computed from them alone. Masks are None without resets."""
 
     q: Tensor  # [b, h, n, g, c, k]
     k: Tensor
@@ -64,14 +64,15 @@ class _Chunks(NamedTuple):
     beta: Tensor  # [b, h, n, c, 1]
     inverse: Tensor  # (I + L)⁻¹ [b, h, n, c, c]
     attention: Tensor  # tril(Q Kᵀ) [b, h, n, g, c, c]
-    visible: Tensor | None  # token j's correction reaches token i: same segment [b, 1, n, c, c]
-    sees_matrix: Tensor | None  # no reset yet in this chunk [b, 1, n, c, 1]
-    reaches_end: Tensor | None  # token is of the chunk's last segment [b, 1, n, c, 1]
-    keeps_matrix: Tensor | None  # no reset at all in this chunk [b, 1, n, 1, 1]
+    visible: Tensor | None  # tokens i and j are of the same segment [b, 1, n, c, c]
+    sees_matrix: Tensor | None  # no reset so far in this chunk [b, 1, n, c, 1]
+    reaches_end: Tensor | None  # the token is of the chunk's last segment [b, 1, n, c, 1]
+    keeps_matrix: Tensor | None  # no reset in this chunk [b, 1, n, 1, 1]
 
 
 def _to_chunks(x: Tensor, c: int) -> Tensor:
-    """[b, t, h, (g,) ·] → [b, h, n, (g,) c, ·], in at least float32. Zeros, which write nothing, fill the last."""
+    """[b, t, h, (g,) ·] → [b, h, n, (g,) c, ·], in at least float32. The last chunk is padded with zeros, which write
+    nothing."""
     x = F.pad(x.to(at_least_float32(x.dtype)), (*(0, 0) * (x.dim() - 2), 0, -x.shape[1] % c))
     return x.unflatten(1, (-1, c)).movedim(3, 1).movedim(3, -2).contiguous()
 
@@ -82,12 +83,13 @@ def _from_chunks(x: Tensor, t: int) -> Tensor:
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
-    """x within the mask, 0 elsewhere, whatever is there: a product with 0 would keep NaN and infinity."""
+    """x where the mask is True, else 0. (Multiplying by 0 would keep NaN and infinity.)"""
     return x if mask is None else x.masked_fill(~mask, 0)
 
 
 def _within(weights: Tensor, x: Tensor, reach: Tensor | None) -> Tensor:
-    """weights […, g, c, c] @ x […, c, ·], where a row of x that has overflowed is seen within reach […, c, c] alone."""
+    """weights […, g, c, c] @ x […, c, ·], where a row of x that has overflowed affects only the rows in reach […, c,
+    c]."""
     if reach is None:
         return product(weights, x)
     lost = ~x.isfinite().all(dim=-1)
@@ -96,12 +98,12 @@ def _within(weights: Tensor, x: Tensor, reach: Tensor | None) -> Tensor:
 
 
 def _of_queries(mask: Tensor | None) -> Tensor | None:
-    """A mask of tokens [b, 1, n, c, ·] as one of queries [b, 1, n, 1, c, ·]."""
+    """A mask over tokens [b, 1, n, c, ·], with an axis for the query group: [b, 1, n, 1, c, ·]."""
     return None if mask is None else mask[:, :, :, None]
 
 
 def _part(mask: Tensor | None, i: int) -> Tensor | None:
-    """A mask of all chunks, of chunk i."""
+    """The part of a mask that belongs to chunk i."""
     return None if mask is None else mask[:, :, i]
 
 
@@ -110,7 +112,7 @@ def _chunks(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, resets: Tensor | None
     visible = sees_matrix = reaches_end = keeps_matrix = None
     if resets is not None:
         ids = F.pad(segment_ids(resets), (0, -resets.shape[1] % c), mode="replicate").unflatten(1, (-1, c))[:, None]
-        first = F.pad(ids[..., -1], (1, -1))[..., None]  # the segment that the matrix at a chunk's start belongs to
+        first = F.pad(ids[..., -1], (1, -1))[..., None]  # segment of the matrix at the chunk's start
         last = ids[..., -1:]
         visible = ids[..., :, None] == ids[..., None, :]
         sees_matrix = (ids == first)[..., None]
@@ -127,7 +129,11 @@ def _chunks(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, resets: Tensor | None
 
 
 def _run(x: _Chunks, state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loop over chunks → corrections R [b, h, n, c, v], Y, matrix at each chunk's start [b, h, n, k, v], final."""
+    """Loop over chunks.
+
+    Returns:
+        The corrections R [b, h, n, c, v], Y, the matrix at the start of each chunk [b, h, n, k, v], the final matrix.
+    """
     U = x.inverse @ (x.beta * x.v)
     Y = x.inverse @ _masked(x.beta * x.k, x.sees_matrix)
     k_end = _masked(x.k, x.reaches_end)
@@ -181,14 +187,14 @@ def _gradients(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor, d_out: Tensor, d_final: Tensor,
     *, resets: Tensor | None, scale: float, c: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """→ dq, dk, dv, dβ, the gradient of the initial state."""
+    """Returns dq, dk, dv, dβ and the gradient of the initial state."""
     t = q.shape[1]
     x = _chunks(q, k, v, beta, resets, c)
     R, Y, S, _ = _run(x, state)
     dO = scale * _to_chunks(grouped(d_out, v), c)
     sees_matrix, visible = _of_queries(x.sees_matrix), _of_queries(x.visible)
 
-    # Backwards through the loop over chunks: dR, and the gradient dS' of the matrix after each chunk.
+    # The loop over chunks in reverse: dR, and the gradient dS' of the matrix after each chunk.
     dR_read, dS_read = sum_of_products(x.attention, dO), sum_of_products(_masked(x.q, sees_matrix), dO)
     dRs, dS_afters, dS = [], [], d_final
     for i in reversed(range(x.k.shape[2])):

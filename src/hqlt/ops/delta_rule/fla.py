@@ -1,4 +1,4 @@
-"""The delta rule by flash-linear-attention's public kernels."""
+"""The delta rule by the public kernels of flash-linear-attention."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def delta_rule(
     resets: Resets | None,
     live: Live | None,
 ) -> tuple[Values, Matrix]:
-    if torch.compiler.is_compiling():  # where it is one operator
+    if torch.compiler.is_compiling():  # as a single operator
         return family.fast_weights(q, k, v, beta, None, True, scale=scale, state=state, resets=resets, live=live)
     fla.check_runs(q, v)
     k, v, beta = written(live, k, v, beta)

@@ -1,7 +1,7 @@
-"""The delta rule in C++, token by token: a slice of the matrix stays in the cache (`hqlt/native/delta_rule.h`).
+"""The delta rule in C++, token by token, with a slice of the matrix in the CPU cache (`hqlt/native/delta_rule.h`).
 
-The forward pass keeps the errors v_t − W_{t−1}ᵀk_t, as large as v, and nothing else: with them the backward pass
-rebuilds each W_t by additions alone.
+Besides its inputs, the forward pass saves only the errors v_t − W_{t−1}ᵀk_t, which are as large as v. From them, the
+backward pass rebuilds each W_t by additions alone.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _run(
     scale: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """→ out, final state, errors [b, t, h, v] (empty where not kept)."""
+    """Returns the output, the final state and the errors [b, t, h, v] (empty unless `keep`)."""
     inputs = native.contiguous(q, k, v, beta, state, resets, live)
     out, final = v.new_empty(*q.shape[:3], v.shape[3]), torch.empty_like(inputs[4])
     errors = torch.empty_like(inputs[2]) if keep else v.new_empty(0)
@@ -78,7 +78,7 @@ def _backward(
     d_final: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """→ dq, dk, dv, dβ, the gradient of the initial state. v is what second derivatives need."""
+    """Returns dq, dk, dv, dβ and the gradient of the initial state. v is used by second derivatives only."""
     inputs = native.contiguous(q, k, beta, state, resets, live, errors, d_out, d_final)
     q, k, beta, state, _, _, errors, *_ = inputs
     dq, dk, dv, d_beta, d_state = (torch.empty_like(x) for x in (q, k, errors, beta, state))

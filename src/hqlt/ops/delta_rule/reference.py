@@ -1,4 +1,4 @@
-"""The delta rule as its equation, token by token: the oracle that every other implementation is tested against."""
+"""The delta rule as its equation, token by token. Every other implementation is tested against it."""
 
 from __future__ import annotations
 

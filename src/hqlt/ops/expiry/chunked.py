@@ -1,7 +1,7 @@
-"""Expiry by chunks of entries: linear in length.
+"""Expiry over chunks of entries, in time linear in the length.
 
-Of the entries before a chunk only the `kept` first by rank count: whatever another one outranks, these outrank too. So
-a chunk of c compares kept + c entries with each other, and hands on those that stay.
+Of the entries before a chunk, only the `kept` best matter: they outrank whatever the others outrank. A chunk of c
+entries therefore compares kept + c entries with each other, and passes the `kept` best on to the next.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CHUNK = 64
 def expiry(scores: Tensor, leaves: Tensor, used: Tensor | None, resets: Tensor | None, kept: int) -> Tensor:
     (b, l, h), device = scores.shape, scores.device
     entries = (scores, *of_each_head(scores, leaves, used, resets))
-    nowhere = l  # of a slot that holds nothing
+    nowhere = l  # index of an empty slot
     index = torch.arange(l, device=device)[:, None].expand(b, -1, h)
     held, place = tuple(x.new_zeros(b, kept, h) for x in entries), index.new_full((b, kept, h), nowhere)
     out = index.new_full((b, l + 1, h), NEVER)
@@ -32,7 +32,7 @@ def expiry(scores: Tensor, leaves: Tensor, used: Tensor | None, resets: Tensor |
         ends = until(numbers, after, ids, is_held, kept)
         out.scatter_(1, place, ends)
         stays = (ends == NEVER) & (ids == ids[:, -1:])
-        chosen = stays.byte().argsort(dim=1, stable=True)[:, -kept:]  # they come last, the oldest first
+        chosen = stays.byte().argsort(dim=1, stable=True)[:, -kept:]  # entries that stay come last, oldest first
         held = tuple(x.gather(1, chosen) for x in (numbers, after, ids, stays))
         place = place.gather(1, chosen).masked_fill(~held[3], nowhere)
     return out[:, :l]

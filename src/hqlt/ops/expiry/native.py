@@ -1,4 +1,4 @@
-"""Expiry in C++: one pass over the entries with a heap of those that stay (`hqlt/native/expiry.h`)."""
+"""Expiry in C++: one pass over the entries with a heap of the kept ones (`hqlt/native/expiry.h`)."""
 
 from __future__ import annotations
 

@@ -1,23 +1,25 @@
-"""The family's recurrence by chunks of tokens: matrix products instead of a loop over time.
+"""Fast weights over chunks of tokens: matrix products instead of a loop over time.
 
-Within a chunk that begins with the matrix S (rows: keys), L_i is the running sum of log α up to and including the token
-of write i, and r_i the correction that this write makes:
+Let S be the matrix at the start of a chunk (rows: keys), L_i the cumulative sum of log α up to and including the token
+of write i, and r_i the correction that write i adds:
 
     r_i = β_i (v_i − Sᵀ(e^{L_i} ⊙ a_i) − Σ_{j<i} (a_i · (e^{L_i − L_j} ⊙ k_j)) r_j)
 
-With â_i = e^{L_i} ⊙ a_i, q̂ alike, k̂_j = e^{L_end − L_j} ⊙ k_j, and the decayed products with k, G of a (below its
-diagonal) and T of q (up to the token's last write):
+With â_i = e^{L_i} ⊙ a_i, q̂_i = e^{L_i} ⊙ q_i, k̂_j = e^{L_end − L_j} ⊙ k_j, and the decayed products with k: G of a
+(below the diagonal) and T of q (up to the token's last write):
 
     (I + βG) R = β(V − Â S)        so        R = U − Y S,   U = (I + βG)⁻¹ βV,   Y = (I + βG)⁻¹ βÂ      (the WY form)
     O = scale · (Q̂ S + T R)                  S' = e^{L_end} ⊙ S + K̂ᵀ R
 
-Where nothing is erased, R = βV. Queries and erased keys are the rows of one matrix X, the readers: each reads Sᵀ x̂_i
-and the corrections before it.
+If nothing is erased, R = βV. Queries and erased keys are stacked as the rows of one matrix X, the readers: each reads
+Sᵀ x̂_i and the corrections before it.
 
-A reset cuts all of these: tokens of different segments in a chunk do not see each other, tokens after a reset do not
-see S, and only the last segment reaches S'. The backward pass keeps the inputs alone and recomputes the rest. log α has
-its gradient by an identity: scaling q, a and S' by e^x and k by e^−x is decaying by x more, so at token i it is the sum
-of q ⊙ dq + a ⊙ da − k ⊙ dk over the rest of the segment in this chunk, and of S' ⊙ dS' where the segment reaches it.
+Resets mask all of these: tokens of different segments in a chunk do not see each other, tokens after a reset do not see
+S, and only the last segment contributes to S'. The backward pass saves only the inputs and recomputes the rest.
+
+The gradient of log α follows from an identity. Adding x to log α_i is equivalent to scaling every q and a from token i
+on and S' by e^x, and every such k by e^−x. The gradient at token i is therefore the sum of q ⊙ dq + a ⊙ da − k ⊙ dk
+over the rest of its segment in the chunk, plus S' ⊙ dS' if the segment reaches the chunk's end.
 
 Source: Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule over Sequence Length", section 3.2, and
 "Gated Delta Networks", section 3.3.
@@ -35,7 +37,7 @@ from hqlt.ops import contain
 from hqlt.ops.backend import register_backend
 from hqlt.ops.fast_weights import reference
 from hqlt.ops.fast_weights.decayed import by_token, factors, products, products_backward
-from hqlt.ops.fast_weights.steps import Decay, Erase, live_writes, steps_a_token
+from hqlt.ops.fast_weights.steps import Decay, Erase, live_writes, writes_per_token
 from hqlt.ops.heads import grouped
 from hqlt.ops.second_order import Gradients
 from hqlt.ops.segments import segment_ids
@@ -57,27 +59,30 @@ def fast_weights(
     live: Live | None,
     errors: bool = False,
 ) -> tuple[Any, ...]:
-    t, m = q.shape[1], steps_a_token(q, k)
+    t, m = q.shape[1], writes_per_token(q, k)
     c = _chunk_length(t, q.shape[3], m)
     k, v, beta, decay, erase = live_writes(live, k, v, beta, decay, erase)
     k, v, beta, *own = (_by_tokens(x, t, m) for x in (k, v, beta, *([] if isinstance(erase, bool) else [erase])))
-    decays = [] if decay is None else [decay.clamp(min=torch.finfo(decay.dtype).min)]  # α = 0 is nothing to contain
+    decays = (
+        [] if decay is None else [decay.clamp(min=torch.finfo(decay.dtype).min)]
+    )  # log 0 must not count as infinite
 
     def run(*x: Tensor) -> tuple[Tensor, ...]:
         q, k, v, beta, *others, state = x
         decay = others[0] if decays else None
         a = others[-1] if own else None
         out, state, e = _Chunked.apply(q, k, v, beta, decay, a, state, resets, erase is not False, scale, c)
-        said.append(e)
+        all_errors.append(e)
         return out, state
 
-    said: list[Tensor] = []
+    all_errors: list[Tensor] = []
     out, state = contain.scan(run, resets, q, (k, v, beta, *decays, *own), (state,))
-    return (out, state, _by_writes(said[0])) if errors else (out, state)
+    return (out, state, _by_writes(all_errors[0])) if errors else (out, state)
 
 
 def _chunk_length(t: int, k: int, m: int) -> int:
-    """Long chunks suit wide keys: a chunk costs c·c·k for itself and c·k·v for the matrix. A power of two."""
+    """Tokens per chunk, a power of two. Wider keys allow longer chunks: a chunk costs c·c·k within itself and c·k·v for
+    the matrix."""
     rows = 16 if k <= 50 else 32 if k <= 64 else 64
     tokens = rows // m if is_symbolic(t) else min(rows // m, 2 * t - 1)
     return 1 << (max(tokens, 1).bit_length() - 1)
@@ -94,22 +99,22 @@ def _by_writes(x: Tensor) -> Tensor:
 
 
 class _Masks(NamedTuple):
-    """What reaches what in a chunk. All but the first say how resets cut it, and are None without."""
+    """What affects what within a chunk. All but the first are None without resets."""
 
-    reads: Tensor  # which corrections a reader sees [c·r, c·m], with resets [b, 1, n, c·r, c·m]
-    reach: Tensor | None  # the same
-    inverse: Tensor | None  # which errors make a correction [b, 1, n, c·m, c·m]
-    visible: Tensor | None  # tokens of the same segment [b, 1, n, c, c]
-    sees_matrix: Tensor | None  # no reset yet in this chunk [b, 1, n, c, 1]
-    reaches_end: Tensor | None  # token is of the chunk's last segment [b, 1, n, c, 1]
-    keeps_matrix: Tensor | None  # no reset at all in this chunk [b, 1, n, 1, 1]
+    reads: Tensor  # corrections that a reader sees [c·r, c·m], with resets [b, 1, n, c·r, c·m]
+    reach: Tensor | None  # the same as `reads`
+    inverse: Tensor | None  # errors that contribute to a correction [b, 1, n, c·m, c·m]
+    visible: Tensor | None  # tokens i and j are of the same segment [b, 1, n, c, c]
+    sees_matrix: Tensor | None  # no reset so far in this chunk [b, 1, n, c, 1]
+    reaches_end: Tensor | None  # the token is of the chunk's last segment [b, 1, n, c, 1]
+    keeps_matrix: Tensor | None  # no reset in this chunk [b, 1, n, 1, 1]
 
 
 class _Chunks(NamedTuple):
-    """The inputs laid out as [b, h, n, rows of a chunk's tokens, ·], and what depends on them alone."""
+    """The inputs laid out as [b, h, n, rows of the chunk's tokens, ·], and what is computed from them alone."""
 
     tokens: int  # c
-    x: Tensor  # readers [b, h, n, c·r, k]: of each token its g queries, then the m keys that it erases, if any
+    x: Tensor  # readers [b, h, n, c·r, k]: for each token its g queries, then the m keys that it erases, if any
     k: Tensor  # [b, h, n, c·m, k]
     v: Tensor
     beta: Tensor  # [b, h, n, c·m, 1]
@@ -117,12 +122,13 @@ class _Chunks(NamedTuple):
     since: Tensor | None  # e^L [b, h, n, c, 1 or k]
     until: Tensor | None  # e^(L_end − L)
     whole: Tensor | None  # e^L_end [b, h, n, 1 or k, 1]
-    scores: Tensor  # T and G, rows as in x, 0 where nothing is read [b, h, n, c·r, c·m]
-    inverse: Tensor | None  # (I + βG)⁻¹ [b, h, n, c·m, c·m]; None where nothing is erased
+    scores: Tensor  # T and G, rows as in x, 0 for corrections that a reader does not see [b, h, n, c·r, c·m]
+    inverse: Tensor | None  # (I + βG)⁻¹ [b, h, n, c·m, c·m]; None if nothing is erased
     masks: _Masks
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The readers' rows […, c·r, ·] → the queries' […, c·g, ·], the erased keys' […, c·m, ·] (or none)."""
+        """Split the readers' rows […, c·r, ·] into those of queries […, c·g, ·] and of erased keys […, c·m, ·], if
+        any."""
         return _split(x, self.tokens, self.k.shape[-2] // self.tokens if self.inverse is not None else 0)
 
 
@@ -133,13 +139,13 @@ def _split(x: Tensor, c: int, erased: int) -> tuple[Tensor, Tensor]:
 
 
 def _joined(q: Tensor, a: Tensor, c: int) -> Tensor:
-    """Its opposite."""
+    """Inverse of `_split`."""
     return torch.cat([x.unflatten(-2, (c, -1)) for x in (q, a)], dim=-2).flatten(-3, -2)
 
 
 def _to_chunks(c: int, *tensors: Tensor) -> Tensor:
-    """[b, t, h, r, ·] each → [b, h, n, c·r, ·], a token's rows next to each other, in at least float32. Zeros, which
-    write nothing, fill the last chunk."""
+    """Tensors [b, t, h, r, ·] → [b, h, n, c·r, ·], the rows of a token adjacent, in at least float32. The last chunk is
+    padded with zeros, which write nothing."""
     missing = -tensors[0].shape[1] % c
     padded = (F.pad(x, (0, 0, 0, 0, 0, 0, 0, missing)) if missing else x for x in tensors)
     chunks = [x.to(at_least_float32(x.dtype)).unflatten(1, (-1, c)).movedim(3, 1) for x in padded]
@@ -152,7 +158,7 @@ def _from_chunks(x: Tensor, c: int, t: int) -> Tensor:
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
-    """x within the mask, 0 elsewhere, whatever is there: a product with 0 would keep NaN and infinity."""
+    """x where the mask is True, else 0. (Multiplying by 0 would keep NaN and infinity.)"""
     if mask is None:
         return x
     if mask.shape[-2] not in (1, x.shape[-2]):
@@ -161,7 +167,8 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _within(weights: Tensor, x: Tensor, reach: Tensor | None) -> Tensor:
-    """weights […, i, j] @ x […, j, ·], where a row of x that has overflowed is seen within reach […, i, j] alone."""
+    """weights […, i, j] @ x […, j, ·], where a row of x that has overflowed affects only the rows in reach […, i,
+    j]."""
     if reach is None:
         return weights @ x
     lost = ~x.isfinite().all(dim=-1)
@@ -170,18 +177,18 @@ def _within(weights: Tensor, x: Tensor, reach: Tensor | None) -> Tensor:
 
 
 def _part(x: Tensor | None, i: int) -> Tensor | None:
-    """Of all chunks, chunk i."""
+    """The part of x that belongs to chunk i."""
     return None if x is None else x[:, :, i]
 
 
 def _masks(resets: Tensor | None, c: int, g: int, m: int, erased: int, device: torch.device) -> _Masks:
-    before = torch.arange(m, device=device)[:erased]  # of a token's writes, how many a reader sees
+    before = torch.arange(m, device=device)[:erased]  # number of its own token's writes that a reader sees
     before = torch.cat([before.new_full((g,), m), before]) + m * torch.arange(c, device=device)[:, None]
     earlier = torch.arange(c * m, device=device) < before.flatten()[:, None]
     if resets is None:
         return _Masks(earlier, None, None, None, None, None, None)
     ids = F.pad(segment_ids(resets), (0, -resets.shape[1] % c), mode="replicate").unflatten(1, (-1, c))[:, None]
-    first = F.pad(ids[..., -1], (1, -1))[..., None]  # the segment that the matrix at a chunk's start belongs to
+    first = F.pad(ids[..., -1], (1, -1))[..., None]  # segment of the matrix at the chunk's start
     last = ids[..., -1:]
     visible = ids[..., :, None] == ids[..., None, :]
     reach = visible.repeat_interleave(g + erased, dim=-2).repeat_interleave(m, dim=-1) & earlier
@@ -225,13 +232,13 @@ def _chunks(
 
 class _Scan(NamedTuple):
     corrections: Tensor  # R [b, h, n, c·m, v]
-    Y: Tensor | None  # [b, h, n, c·m, k]; None where nothing is erased
-    starts: Tensor  # the matrix at each chunk's beginning [b, h, n, k, v]
+    Y: Tensor | None  # [b, h, n, c·m, k]; None if nothing is erased
+    starts: Tensor  # the matrix at the start of each chunk [b, h, n, k, v]
     final: Tensor
 
 
 def _run(x: _Chunks, state: Tensor) -> _Scan:
-    """The loop over chunks."""
+    """Loop over chunks."""
     masks, U, Y = x.masks, x.beta * x.v, None
     if x.inverse is not None:
         a = by_token(x.split(x.x)[1], x.since)
@@ -249,13 +256,13 @@ def _run(x: _Chunks, state: Tensor) -> _Scan:
 
 
 def _kept(x: _Chunks, state: Tensor, i: int) -> Tensor:
-    """What is left of a matrix after chunk i, and of a gradient before it."""
+    """A matrix decayed (or reset) over chunk i; likewise a gradient, in the backward pass."""
     kept = _masked(state, _part(x.masks.keeps_matrix, i))
     return kept if x.whole is None else x.whole[:, :, i] * kept
 
 
 def _read(x: _Chunks, scan: _Scan, which: int) -> Tensor:
-    """What the queries (0) or the erased keys (1) read: X̂ S, and the corrections before them."""
+    """The reads of the queries (which = 0) or the erased keys (1): X̂ S plus the corrections before them."""
     rows, scores = (x.split(y)[which] for y in (x.x, x.scores))
     reach = None if x.masks.reach is None else x.split(x.masks.reach)[which]
     held = _masked(by_token(rows, x.since) @ scan.starts, x.masks.sees_matrix)
@@ -278,9 +285,9 @@ class _Chunked(torch.autograd.Function):
         scale: float,
         c: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q [b, t, g·h, k]; k, v, β, a [b, t, h, m, …]; a is None where k itself is erased, or nothing.
+        """q is [b, t, g·h, k]; k, v, β and a are [b, t, h, m, …]. a is None if k itself or nothing is erased.
 
-        → out, the final matrix, the errors [b, t, h, m, v].
+        Returns the output, the final matrix and the errors [b, t, h, m, v].
         """
         ctx.save_for_backward(q, k, v, beta, decay, a, state, resets)
         ctx.erases, ctx.scale, ctx.c = erases, scale, c
@@ -298,16 +305,16 @@ class _Chunked(torch.autograd.Function):
         present = [x is not None for x in inputs]
 
         def all_inputs(tensors: Any) -> list[Any]:
-            given = iter(tensors)
-            return [next(given) if here else None for here in present]
+            remaining = iter(tensors)
+            return [next(remaining) if here else None for here in present]
 
         def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
-            *given, d_out, d_final = tensors
-            grads = _gradients(all_inputs(given), d_out, d_final, resets, ctx.erases, ctx.scale, ctx.c)
+            *tensors_in, d_out, d_final = tensors
+            grads = _gradients(all_inputs(tensors_in), d_out, d_final, resets, ctx.erases, ctx.scale, ctx.c)
             return tuple(x for x in grads if x is not None)
 
-        def equation(*given: Tensor) -> tuple[Tensor, Tensor]:
-            q, *written, decay, a, state = all_inputs(given)
+        def equation(*tensors_in: Tensor) -> tuple[Tensor, Tensor]:
+            q, *written, decay, a, state = all_inputs(tensors_in)
             k, v, beta = (_by_writes(x) for x in written)
             erase, scale = ctx.erases if a is None else _by_writes(a), ctx.scale
             return reference.fast_weights(
@@ -325,7 +332,7 @@ class _Chunked(torch.autograd.Function):
 def _gradients(
     inputs: list[Any], d_out: Tensor, d_final: Tensor, resets: Tensor | None, erases: bool, scale: float, c: int
 ) -> tuple[Tensor | None, ...]:
-    """→ the gradients of q, k, v, β, log α, a and of the initial state."""
+    """Returns the gradients of q, k, v, β, log α, a and the initial state."""
     q, k, v, beta, decay, a, state = inputs
     x = _chunks(q, k, v, beta, decay, a, resets, erases, c)
     scan, masks = _run(x, state), x.masks
@@ -333,7 +340,8 @@ def _gradients(
     dO = scale * _to_chunks(c, grouped(d_out, v))
     dR, dS_after, dS = _loop_backward(x, scan.Y, dO, d_final)
 
-    # R = (I + βG)⁻¹ β(V − Â S), or βV: so what the erased keys read has the gradient −β dE, where dE is that of β(…).
+    # R = (I + βG)⁻¹ β(V − Â S), or βV. With dE the gradient of β(…), the reads of the erased keys have the gradient −β
+    # dE.
     dE, error = dR, x.v
     if x.inverse is not None:
         dE = _within(x.inverse.mT, dR, None if masks.inverse is None else masks.inverse.mT)
@@ -348,15 +356,20 @@ def _gradients(
     if erases and a is None:
         dk = dk + da
     d_beta = (dE * error).sum(-1, keepdim=True)
-    pairs = ((dq, q), (dk, k), (dv, v), (d_beta, beta), (d_decay, decay), (da, a))
+    with_inputs = ((dq, q), (dk, k), (dv, v), (d_beta, beta), (d_decay, decay), (da, a))
     grads = (
-        None if like is None else _from_chunks(y, c, q.shape[1]).reshape(like.shape).to(like.dtype) for y, like in pairs
+        None if like is None else _from_chunks(y, c, q.shape[1]).reshape(like.shape).to(like.dtype)
+        for y, like in with_inputs
     )
     return *grads, dS
 
 
 def _loop_backward(x: _Chunks, Y: Tensor | None, dO: Tensor, dS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Backwards through the loop over chunks: → dR, the gradients of the matrix after each chunk, of the first."""
+    """The loop over chunks in reverse.
+
+    Returns:
+        dR, the gradients of the matrix after each chunk, and the gradient of the initial matrix.
+    """
     masks, scores, q = x.masks, x.split(x.scores)[0], x.split(x.x)[0]
     dR_read = scores.mT @ dO
     dS_read = _masked(by_token(q, x.since), masks.sees_matrix).mT @ dO
@@ -373,7 +386,7 @@ def _loop_backward(x: _Chunks, Y: Tensor | None, dO: Tensor, dS: Tensor) -> tupl
 
 
 def _decay_gradient(x: _Chunks, scan: _Scan, dx: Tensor, dk: Tensor, dS_after: Tensor) -> Tensor:
-    """[b, h, n, c, 1 or k]"""
+    """Gradient of log α: [b, h, n, c, 1 or k]."""
     c, masks = x.tokens, x.masks
     after = torch.cat([scan.starts[:, :, 1:], scan.final[:, :, None]], dim=2)
     own = (x.x * dx).unflatten(-2, (c, -1)).sum(-2) - (x.k * dk).unflatten(-2, (c, -1)).sum(-2)

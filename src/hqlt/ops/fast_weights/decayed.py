@@ -1,12 +1,13 @@
-"""Products of a chunk's rows under decay: x_i · (e^{L_i − L_j} ⊙ k_j), where L is the running sum of log α.
+"""Products of a chunk's rows under decay: x_i · (e^{L_i − L_j} ⊙ k_j), where L is the cumulative sum of log α.
 
-Every exponent is a sum of log α, never a difference of two running sums: nothing overflows, nothing is divided, and a
-decay of e^−20 beside one of 1 costs no digits. One decay for all channels multiplies the products afterwards. One a
-channel goes by halves: of two neighbouring blocks of tokens the second reads the first, each row decayed from or to the
-border between them; then both are one block, up to the whole chunk.
+Every exponent is a sum of log α, never a difference of two cumulative sums. So nothing overflows, nothing is divided,
+and a decay of e^−20 next to one of 1 costs no precision. A decay shared by all channels multiplies the products
+afterwards.
+A decay per channel is applied recursively: of two neighbouring blocks of tokens, the second reads the first, with each
+row decayed from or to the border between them; then both are merged into one block, up to the whole chunk.
 
-Rows of a token lie next to each other. x: […, c·r, k], k: […, c·m, k], decay: log α […, c, 1 or k], None: all 1; c is a
-power of two.
+The rows of a token are adjacent. x is […, c·r, k], k is […, c·m, k], and decay = log α is […, c, 1 or k], or None for
+α = 1; c is a power of two.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from torch import Tensor
 
 
 def by_token(x: Tensor, factor: Tensor | None) -> Tensor:
-    """The rows x […, c·r, ·] times their token's factor […, c, ·]."""
+    """Multiply the rows x […, c·r, ·] by the factor of their token […, c, ·]."""
     if factor is None:
         return x
     return (x.unflatten(-2, (factor.shape[-2], -1)) * factor[..., None, :]).flatten(-3, -2)
 
 
 def factors(decay: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """α from the chunk's beginning through each token, from behind each token to the end […, c, ·], and of the whole
-    chunk […, ·, 1], as factors of a matrix's rows."""
+    """Products of α, as factors of a matrix's rows: from the chunk's start through each token and from after each token
+    to the end, […, c, ·] each, and over the whole chunk, […, ·, 1]."""
     if decay is None:
         return None, None, None
     since = decay.cumsum(-2)
@@ -36,7 +37,8 @@ def factors(decay: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor 
 
 
 def products(x: Tensor, k: Tensor, decay: Tensor | None) -> Tensor:
-    """[…, c·r, c·m]: right where the token of k is not after that of x, anything finite elsewhere."""
+    """The products […, c·r, c·m], correct unless the token of k is after that of x, where they are arbitrary but
+    finite."""
     if decay is None or decay.shape[-1] == 1:
         return _weighted(x @ k.mT, decay)
     c = decay.shape[-2]
@@ -50,7 +52,7 @@ def products(x: Tensor, k: Tensor, decay: Tensor | None) -> Tensor:
 
 
 def products_backward(d: Tensor, x: Tensor, k: Tensor, decay: Tensor | None) -> tuple[Tensor, Tensor]:
-    """→ dx, dk, from the gradient of the products, which is 0 where the token of k is after that of x."""
+    """dx and dk, from the gradient of the products, which must be 0 where the token of k is after that of x."""
     if decay is None or decay.shape[-1] == 1:
         d = _weighted(d, decay)
         return d @ k, d.mT @ x
@@ -66,19 +68,19 @@ def products_backward(d: Tensor, x: Tensor, k: Tensor, decay: Tensor | None) -> 
 
 
 def _weighted(scores: Tensor, decay: Tensor | None) -> Tensor:
-    """Scores [c·r, c·m] times e^{L_i − L_j} of their tokens."""
+    """Multiply the scores [c·r, c·m] by e^{L_i − L_j} of their tokens."""
     if decay is None:
         return scores
     c = decay.shape[-2]
-    between = decay.expand(*decay.shape[:-1], c).tril(-1).cumsum(-2).exp()  # row i, column j: the sum over j < u ≤ i
+    between = decay.expand(*decay.shape[:-1], c).tril(-1).cumsum(-2).exp()  # row i, column j: sum over j < u ≤ i
     rows, columns = (n // c for n in scores.shape[-2:])
     scores = scores.unflatten(-1, (c, columns)).unflatten(-3, (c, rows)) * between[..., :, None, :, None]
     return scores.flatten(-4, -3).flatten(-2, -1)
 
 
 def _levels(decay: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """For pairs of blocks of 1, 2, 4 … tokens: α from the second's beginning through each of its tokens, and from
-    behind each token of the first to its end, [..., pairs, tokens of a block, k]."""
+    """For pairs of blocks of 1, 2, 4, … tokens: the product of α from the second block's start through each of its
+    tokens, and from after each token of the first block to its end, [..., pairs, tokens per block, k]."""
     since, until, total = decay[..., None, :], torch.zeros_like(decay)[..., None, :], decay[..., None, :]
     while since.shape[-3] > 1:
         since, until, total = (x.unflatten(-3, (-1, 2)) for x in (since, until, total))
@@ -94,20 +96,21 @@ def _blocks(x: Tensor, n: int) -> Tensor:
 
 
 def _first(x: Tensor, like: Tensor) -> Tensor:
-    """Of each pair of blocks the first […, pairs, rows, k]."""
+    """The first block of each pair: […, pairs, rows, k]."""
     return x.unflatten(-2, (like.shape[-3], 2, -1))[..., 0, :, :]
 
 
 def _second(x: Tensor, like: Tensor) -> Tensor:
+    """The second block of each pair."""
     return x.unflatten(-2, (like.shape[-3], 2, -1))[..., 1, :, :]
 
 
 def _on_diagonal(scores: Tensor, n: int) -> Tensor:
-    """The n blocks on the diagonal, a view […, n, rows, columns]."""
+    """The n blocks on the diagonal, as a view […, n, rows, columns]."""
     return scores.unflatten(-1, (n, -1)).unflatten(-3, (n, -1)).diagonal(0, -4, -2).movedim(-1, -3)
 
 
 def _below_diagonal(scores: Tensor, pairs: int) -> Tensor:
-    """Of each pair of blocks where the second reads the first, a view […, pairs, rows, columns]."""
+    """For each pair, the block in which the second reads the first, as a view […, pairs, rows, columns]."""
     pair = _on_diagonal(scores, pairs)
     return pair[..., pair.shape[-2] // 2 :, : pair.shape[-1] // 2]

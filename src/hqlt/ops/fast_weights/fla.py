@@ -1,8 +1,10 @@
-"""The family by flash-linear-attention's public kernels, where it has one. All of them take log α as `g`, decay before
-they write, read after, scale the queries, and normalise nothing unless asked to; only those that erase know β.
+"""Fast weights by the public kernels of flash-linear-attention, for the write rules that it supports.
 
-They forbid torch's compiler to look into them, and segments of unknown number stop it, too. So in compiled code a call
-is one operator, `hqlt::fla`, whose backward pass runs the kernel once more to have its gradient.
+All of its kernels take log α as `g`, decay before they write, read after, scale the queries, and do not normalise
+unless asked to. Only those that erase take β.
+
+torch.compile cannot trace these kernels, nor a number of segments that depends on data. In compiled code, a call is
+therefore a single operator, `hqlt::fla`, whose backward pass runs the kernel again to get its gradient.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from hqlt.ops import fla
 from hqlt.ops.backend import register_backend
-from hqlt.ops.fast_weights.steps import Decay, Erase, live_writes, steps_a_token
+from hqlt.ops.fast_weights.steps import Decay, Erase, live_writes, writes_per_token
 from hqlt.shapes import Keys, Live, Matrix, Queries, Resets, Strengths, Values
 
 
@@ -22,12 +24,12 @@ class _Kernel(NamedTuple):
     module: str
     function: str
     wide: bool = True
-    """Takes float32."""
+    """Whether it supports float32."""
 
 
 _PRODUCT = _Kernel("gated_delta_product", "chunk_gated_delta_product", wide=False)
 _KERNELS = {
-    # axes of the decay, whether k is erased, whether a token has several writes
+    # (number of axes of the decay, whether k is erased, whether a token has several writes)
     (0, True, False): _Kernel("delta_rule", "chunk_delta_rule", wide=False),
     (3, True, False): _Kernel("gated_delta_rule", "chunk_gated_delta_rule"),
     (4, True, False): _Kernel("kda", "chunk_kda"),
@@ -55,9 +57,11 @@ def fast_weights(
     errors: bool = False,
 ) -> tuple[Values, Matrix]:
     if errors:
-        raise ValueError("backend 'fla': expected errors=False, as its kernels return none, got True; name 'chunked'")
+        raise ValueError(
+            "backend 'fla': expected errors=False, as its kernels do not return errors, got True; name 'chunked'"
+        )
     fla.check_runs(q, v)
-    _kernel(q, v, decay, erase, steps_a_token(q, k))
+    _kernel(q, v, decay, erase, writes_per_token(q, k))
     k, v, beta, decay, erase = live_writes(live, k, v, beta, decay, erase)
     run = operator if torch.compiler.is_compiling() else _run
     return run(q, k, v, beta, decay, state, resets, bool(erase), scale)
@@ -74,8 +78,8 @@ def _run(
     erase: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """→ what is read [b, t, g·h, v], the final matrix."""
-    m = steps_a_token(q, k)
+    """Returns the output [b, t, g·h, v] and the final matrix."""
+    m = writes_per_token(q, k)
     kernel = _kernel(q, v, decay, erase, m)
     tensors = {} if decay is None else {"g": decay}
     if erase:
@@ -110,10 +114,10 @@ def _run_backward(
     erase: bool,
     scale: float,
 ) -> list[Tensor]:
-    """→ the gradients of q, k, v, β, of the initial matrix, and of log α where there is one."""
+    """Returns the gradients of q, k, v, β, the initial matrix and, if there is a decay, log α."""
     leaves = [x.detach().requires_grad_() for x in (q, k, v, beta, state, *([] if decay is None else [decay]))]
     q, k, v, beta, state, *rest = leaves
-    # Within an operator autograd is off.
+    # Autograd is disabled inside an operator; enable it again.
     with torch.enable_grad(), torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
         outputs = _run(q, k, v, beta, rest[0] if rest else None, state, resets, erase, scale)
         grads = torch.autograd.grad(outputs, leaves, (d_out, d_final), materialize_grads=True)
@@ -146,25 +150,29 @@ operator.register_autograd(_gradients, setup_context=_setup_context)
 
 
 def _kernel(q: Queries, v: Values, decay: Decay | None, erase: Erase, m: int) -> _Kernel:
-    """Raises ValueError where fla has none."""
+    """The kernel for this kind of call.
+
+    Raises:
+        ValueError: If flash-linear-attention has none.
+    """
     kernel = None
     if isinstance(erase, bool):
         kernel = _KERNELS.get((0 if decay is None else decay.dim(), erase, m > 1))
     if kernel is None:
         erased = "another key" if isinstance(erase, Tensor) else "k" if erase else "nothing"
-        kind = "no decay" if decay is None else "a decay of each row" if decay.dim() == 4 else "a decay of the matrix"
+        kind = "no decay" if decay is None else "a decay per row" if decay.dim() == 4 else "a decay per matrix"
         raise ValueError(
-            f"backend 'fla': expected a write rule that flash-linear-attention has (one write a token that erases k or "
-            f"nothing, or several that erase k without a decay of each row), got {kind}, {erased} erased, {m} writes a "
-            f"token; name 'chunked'"
+            f"backend 'fla': expected a write rule that flash-linear-attention supports (one write per token that "
+            f"erases k or nothing, or several that erase k, without a decay per row), got {kind}, {erased} erased, "
+            f"{m} writes per token; name 'chunked'"
         )
     if v.dtype not in fla.CHUNKED_DTYPES and not kernel.wide:
         raise ValueError(
-            f"backend 'fla': expected bfloat16 or float16, as {kernel.function} takes, got {v.dtype}; name 'chunked'"
+            f"backend 'fla': expected bfloat16 or float16 for {kernel.function}, got {v.dtype}; name 'chunked'"
         )
     if erase and q.shape[3] > fla.WIDEST_CHUNKED:
         raise ValueError(
-            f"backend 'fla': expected keys of at most {fla.WIDEST_CHUNKED} numbers, as {kernel.function} takes, got "
+            f"backend 'fla': expected a key width of at most {fla.WIDEST_CHUNKED} for {kernel.function}, got "
             f"{q.shape[3]}; name 'chunked'"
         )
     return kernel

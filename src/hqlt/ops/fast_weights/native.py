@@ -1,7 +1,7 @@
-"""Fast weights in C++, write by write: a slice of the matrix stays in the cache (`hqlt/native/fast_weights.h`).
+"""Fast weights in C++, write by write, with a slice of the matrix in the CPU cache (`hqlt/native/fast_weights.h`).
 
-The forward pass keeps the errors v − Sᵀa, as large as v, and nothing else: with them the backward pass rebuilds each
-matrix by decays and additions alone. Additive rules, whose errors are the values, keep nothing.
+Besides its inputs, the forward pass saves only the errors v − Sᵀa, which are as large as v. From them, the backward
+pass rebuilds each matrix by decays and additions alone. Additive rules, whose errors are the values, save nothing more.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def fast_weights(
 ) -> tuple[Any, ...]:
     erases, a = (erase, None) if isinstance(erase, bool) else (True, erase)
     if decay is None and erase is False:
-        decay = q.new_zeros(q.shape[0], q.shape[1], k.shape[2])  # one kernel less to build
+        decay = q.new_zeros(q.shape[0], q.shape[1], k.shape[2])  # saves building a kernel for this case
     q, k, v, beta = native.cast(state.dtype, q, k, v, beta)
     decay, a = (x if x is None else native.cast(state.dtype, x)[0] for x in (decay, a))
     plain = native.may_run(q, k, v, beta, decay, a, state, resets, live)
     run = _run if plain else _forward
-    out, state, said = run(q, k, v, beta, decay, a, state, resets, live, erases, scale, errors or not plain)
-    return (out, state, said if erases else v.detach()) if errors else (out, state)
+    out, state, e = run(q, k, v, beta, decay, a, state, resets, live, erases, scale, errors or not plain)
+    return (out, state, e if erases else v.detach()) if errors else (out, state)
 
 
 def _run(
@@ -59,7 +59,10 @@ def _run(
     scale: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """→ out, final state, errors [b, m·t, h, v] (empty where not kept). a: the key to erase where it is not k."""
+    """Returns the output, the final state and the errors [b, m·t, h, v] (empty unless `keep`).
+
+    a: the key to erase, if it is not k.
+    """
     tensors = _tensors(q, k, v, beta, decay, a, state, resets, live, erases)
     out, final = v.new_empty(*q.shape[:3], v.shape[3]), torch.empty_like(tensors[7])
     errors = torch.empty_like(tensors[2]) if keep and erases else None
@@ -79,14 +82,15 @@ def _tensors(
     live: Tensor | None,
     erases: bool,
 ) -> list[Any]:
-    """As both kernels take them: α by matrix and by row, of which one is None, and the key to erase, or None."""
+    """The tensors that both kernels take: α per matrix and α per row, of which one is None, and the key to erase or
+    None."""
     q, k, v, beta, a, state, resets, live = native.contiguous(q, k, v, beta, a, state, resets, live)
     alpha = decay if decay is None else decay.contiguous().exp()
     return [q, k, v, beta, *_by_kind(alpha), k if erases and a is None else a, state, resets, live]
 
 
 def _by_kind(decay: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """(by matrix, by row)"""
+    """(decay per matrix, decay per row), of which at least one is None."""
     return (None, decay) if decay is not None and decay.dim() == 4 else (decay, None)
 
 
@@ -118,16 +122,16 @@ def _backward(
     erases: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """→ dq, dk, dv, dβ, d log α, da (both empty where there is none), the gradient of the initial state.
+    """Returns dq, dk, dv, dβ, d log α and da (both empty if there is none), and the gradient of the initial state.
 
-    errors: where the rule erases. out: where one α decays the matrix. final: where any does.
+    errors is needed if the rule erases, out for a decay per matrix, and final for any decay.
     """
     tensors = _tensors(q, k, v, beta, decay, a, state, resets, live, erases)
-    given = native.contiguous(errors, out, final, d_out, d_final)
+    saved = native.contiguous(errors, out, final, d_out, d_final)
     like = *tensors[:4], decay, a, tensors[7]
     gradients = [None if x is None else x.new_empty(x.shape) for x in like]
     dq, dk, dv, d_beta, d_decay, da, d_state = gradients
-    native.run("fast_weights_backward", scale, (*tensors, *given, dq, dk, dv, d_beta, *_by_kind(d_decay), da, d_state))
+    native.run("fast_weights_backward", scale, (*tensors, *saved, dq, dk, dv, d_beta, *_by_kind(d_decay), da, d_state))
     return tuple(q.new_empty(0) if x is None else x for x in gradients)  # type: ignore[return-value]
 
 
@@ -164,10 +168,10 @@ def _gradients(ctx: Any, d_out: Tensor, d_final: Tensor, _: Tensor) -> tuple[Ten
     *inputs, errors, out, final = ctx.saved_tensors
     if ctx.erases and errors.numel() == 0:
         errors = _forward(*inputs, ctx.erases, ctx.scale, True)[2]
-    kept = errors if ctx.erases else None
-    *gradients, d_state = _backward(*inputs, kept, out, final, d_out, d_final, ctx.erases, ctx.scale)
-    there = [g if x is not None else None for g, x in zip(gradients, inputs, strict=False)]
-    return *there, d_state, None, None, None, None, None
+    errors_or_none = errors if ctx.erases else None
+    *gradients, d_state = _backward(*inputs, errors_or_none, out, final, d_out, d_final, ctx.erases, ctx.scale)
+    gradients = [g if x is not None else None for g, x in zip(gradients, inputs, strict=False)]
+    return *gradients, d_state, None, None, None, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)

@@ -1,4 +1,4 @@
-"""A token's writes: m steps next to each other."""
+"""The m writes of a token, which are adjacent in time."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from hqlt.shapes import Keys, Live, Queries, Strengths, Values
 Decay: TypeAlias = Annotated[Tensor, "b t h or b t h k"]
 """log α"""
 Erase: TypeAlias = bool | Annotated[Tensor, "b m·t h k"]
-"""The key whose value is erased: k itself (True), none (False), or another."""
+"""The key whose value is erased: k itself (True), none (False), or another key."""
 
 
-def steps_a_token(q: Queries, k: Keys) -> int:
+def writes_per_token(q: Queries, k: Keys) -> int:
     """m"""
     return k.shape[1] // q.shape[1]
 
@@ -23,7 +23,7 @@ def steps_a_token(q: Queries, k: Keys) -> int:
 def live_writes(
     live: Live | None, k: Keys, v: Values, beta: Strengths, decay: Decay | None, erase: Erase
 ) -> tuple[Keys, Values, Strengths, Decay | None, Erase]:
-    """The same, where a token that is not live decays nothing and writes zeros, whatever it holds there."""
+    """The same inputs, changed so that tokens that are not live do not decay the matrix and write zeros."""
     if live is None:
         return k, v, beta, decay, erase
     decay = None if decay is None else written(live, decay)[0]

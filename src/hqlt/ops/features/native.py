@@ -1,4 +1,5 @@
-"""φ and the rotation in C++: one pass over the numbers (`hqlt/native/rows.h`). The backward pass keeps the inputs."""
+"""φ and the rotary embedding in C++, in one pass over the numbers (`hqlt/native/rows.h`). The backward pass saves the
+inputs."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ def unit_silu(x: Keys) -> Keys:
 @register_backend("rotated", "native")
 def rotated(x: Keys, cos: Tensor, sin: Tensor) -> Keys:
     if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
-        return reference.rotated(x, cos, sin)  # angles are not learned by anything here
+        return reference.rotated(x, cos, sin)  # the kernel has no gradient of the angles
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return (_rotate if native.may_run(x, cos, sin) else _rotate_op)(x, cos, sin, 1.0)
 
@@ -46,7 +47,7 @@ def _unit_silu_backward(x: Tensor, d_y: Tensor) -> Tensor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
-    """direction: 1 turns forwards, −1 back."""
+    """direction: 1 applies the rotary embedding, −1 its inverse."""
     x, cos, sin = native.contiguous(x, cos, sin)
     y = torch.empty_like(x)
     native.run("rotate_forward", direction, (x, cos, sin, y))

@@ -1,4 +1,4 @@
-"""φ and the rotation as their equations."""
+"""φ and the rotary embedding as their equations."""
 
 from __future__ import annotations
 
@@ -19,5 +19,4 @@ def unit_silu(x: Keys) -> Keys:
 @register_backend("rotated", "reference")
 def rotated(x: Keys, cos: Tensor, sin: Tensor) -> Keys:
     first, second = x.chunk(2, dim=-1)
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return turned.to(x.dtype)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

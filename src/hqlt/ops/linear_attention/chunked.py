@@ -1,7 +1,7 @@
-"""Linear attention by chunks of tokens.
+"""Linear attention over chunks of tokens.
 
-A column of ones beside the values makes the normaliser one more value: W' = [W, z]. Within a chunk that begins with
-W', the sums are Q W' + tril(Q Kᵀ) [V, 1]; the next chunk begins with W' + Kᵀ [V, 1]. A reset cuts all of these.
+A column of ones appended to the values makes the normaliser one more value: W' = [W, z]. In a chunk that begins with
+    W', the sums are Q W' + tril(Q Kᵀ) [V, 1], and the next chunk begins with W' + Kᵀ [V, 1]. Resets mask all of these.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ def linear_attention(
 def _run(
     q: Queries, k: Keys, v: Values, matrix: Matrix, key_sum: KeySum, resets: Resets | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """→ out, the final matrix and key sum."""
+    """Returns the output, the final matrix and the final key sum."""
     q, k, v = (x.to(at_least_float32(x.dtype)).movedim(1, -2) for x in (grouped(q, k), k, v))  # [b, h, (g,) t, ·]
     v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
     W = torch.cat([matrix, key_sum[..., None]], dim=-1)
-    ids = None if resets is None else F.pad(segment_ids(resets), (1, 0))  # id 0 first: the segment carried in
+    ids = None if resets is None else F.pad(segment_ids(resets), (1, 0))  # first 0: the segment of the initial state
     sums = []
     for i in range(0, q.shape[-2], CHUNK):
         qc, kc, vc = (x[..., i : i + CHUNK, :] for x in (q, k, v))

@@ -1,6 +1,7 @@
-"""Linear attention in C++, token by token: a slice of the matrix stays in the cache (`hqlt/native/linear_attention.h`).
+"""Linear attention in C++, token by token, with a slice of the matrix in the CPU cache
+(`hqlt/native/linear_attention.h`).
 
-The backward pass keeps the inputs and the output, and rebuilds each W_t by additions alone.
+The backward pass saves the inputs and the output, and rebuilds each W_t by additions alone.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def _run(
     resets: Tensor | None,
     live: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """→ out, final matrix, final key sum."""
+    """Returns the output, the final matrix and the final key sum."""
     inputs = native.contiguous(q, k, v, matrix, key_sum, resets, live)
     out = v.new_empty(*q.shape[:3], v.shape[3])
     matrix, key_sum = (torch.empty_like(x) for x in inputs[3:5])
@@ -68,7 +69,7 @@ def _backward(
     d_matrix: Tensor,
     d_key_sum: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """→ dq, dk, dv, the gradients of the initial matrix and key sum."""
+    """Returns dq, dk, dv and the gradients of the initial matrix and key sum."""
     inputs = native.contiguous(q, k, v, matrix, key_sum, resets, live, out, d_out, d_matrix, d_key_sum)
     dq, dk, dv, dW, dz = (torch.empty_like(x) for x in inputs[:5])
     native.run("linear_attention_backward", EPSILON, (*inputs, dq, dk, dv, dW, dz))

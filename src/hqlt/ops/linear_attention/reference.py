@@ -1,4 +1,4 @@
-"""Linear attention as its equation, token by token: the oracle of its faster twins."""
+"""Linear attention as its equation, token by token. Every other implementation is tested against it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def linear_attention(
     q: Queries, k: Keys, v: Values, *, state: LinearState, resets: Resets | None, live: Live | None
 ) -> tuple[Values, LinearState]:
     W, z = state
-    k, v = written(live, k, v)  # k of zeros and v of zeros are added
+    k, v = written(live, k, v)  # zeros add nothing
     q, k, v = (x.to(at_least_float32(x.dtype)) for x in (grouped(q, k), k, v))
     reads = []
     for t in range(q.shape[1]):

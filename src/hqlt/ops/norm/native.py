@@ -1,5 +1,5 @@
-"""The norm, and the mixer before it, in C++: one pass over the numbers (`hqlt/native/rows.h`). The backward passes keep
-the inputs alone."""
+"""RMSNorm, and the vector mixer fused with it, in C++, in one pass over the numbers (`hqlt/native/rows.h`). The
+backward passes save only the inputs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _rms_norm_op = torch.library.custom_op("hqlt::rms_norm", _rms_norm, mutates_args
 
 @torch.library.custom_op("hqlt::rms_norm_backward", mutates_args=())
 def _rms_norm_backward(x: Tensor, weight: Tensor, d_y: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """→ the gradients of x and weight."""
+    """Returns the gradients of x and weight."""
     x, weight, d_y = native.contiguous(x, weight, d_y)
     d_x, d_weight = torch.empty_like(x), torch.zeros_like(weight)
     native.run("rms_norm_backward", eps, (x, weight, d_y, d_x, d_weight))
@@ -59,7 +59,7 @@ _mix_op = torch.library.custom_op("hqlt::mix", _mix, mutates_args=())
 def _mix_backward(
     fw: Tensor, kv: Tensor, gate: Tensor, weight: Tensor, d_y: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """→ the gradients of fw, kv, gate and weight."""
+    """Returns the gradients of fw, kv, gate and weight."""
     inputs = native.contiguous(fw, kv, gate, weight, d_y)
     d_fw, d_kv, d_gate = (torch.empty_like(x) for x in inputs[:3])
     d_weight = torch.zeros_like(weight)
@@ -76,7 +76,7 @@ def _(x, *others):  # type: ignore[no-untyped-def]
 @_rms_norm_backward.register_fake
 @_mix_backward.register_fake
 def _(*tensors_and_eps):  # type: ignore[no-untyped-def]
-    *inputs, _, _ = tensors_and_eps  # without the gradient that comes in
+    *inputs, _, _ = tensors_and_eps  # without the incoming gradient
     return tuple(x.new_empty(x.shape) for x in inputs)
 
 
@@ -92,8 +92,6 @@ _mix_op.register_autograd(
     lambda ctx, d_y: (*_mix_backward(*ctx.saved_tensors, d_y, ctx.eps), None), setup_context=_keep_inputs
 )
 differentiable_twice(
-    _rms_norm_backward, lambda given: partial(reference.rms_norm, eps=given[-1]), inputs=range(2), d_outputs=(2,)
+    _rms_norm_backward, lambda args: partial(reference.rms_norm, eps=args[-1]), inputs=range(2), d_outputs=(2,)
 )
-differentiable_twice(
-    _mix_backward, lambda given: partial(reference.mix, eps=given[-1]), inputs=range(4), d_outputs=(4,)
-)
+differentiable_twice(_mix_backward, lambda args: partial(reference.mix, eps=args[-1]), inputs=range(4), d_outputs=(4,))

@@ -1,4 +1,4 @@
-"""The norm, and the mixer before it, as their equations."""
+"""RMSNorm, and the vector mixer followed by it, as their equations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A synchronous layer's memories, mixer and norm from the fastest operation for each: what a layer does by itself."""
+"""A synchronous layer's memories, mixer and norm, composed of the fastest operation for each."""
 
 from __future__ import annotations
 

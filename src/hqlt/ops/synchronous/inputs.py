@@ -8,7 +8,7 @@ from hqlt.shapes import Keys, Matrix, Queries, Resets, Strengths, Values
 
 
 class Inputs(NamedTuple):
-    """What every implementation of `hqlt.ops.synchronous` is given, shapes and defaults being settled."""
+    """Arguments of every implementation of `hqlt.ops.synchronous`, after shapes were checked and defaults filled in."""
 
     q: Queries
     k: Keys

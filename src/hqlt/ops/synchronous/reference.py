@@ -1,4 +1,4 @@
-"""A synchronous layer's memories, mixer and norm as their equations: the oracle of the faster twins."""
+"""A synchronous layer's memories, mixer and norm as their equations. Other implementations are tested against it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def synchronous(x: Inputs) -> tuple[Values, Matrix]:
 
 
 def reads(x: Inputs, backend: str | None = None) -> tuple[Values, Values, Matrix]:
-    """→ what the FW-memory reads, what the KV-memory reads, the final matrix: each by its own operation."""
+    """Returns the FW read, the KV read and the final matrix, each by its own operation."""
     q, k, v, resets, scale = x.q, x.k, x.v, x.resets, x.scale
     t, l = q.shape[1], k.shape[1]
     own = slice(l - t, l)

@@ -1,5 +1,5 @@
-"""One token through a synchronous layer between its projections, as one Triton kernel. Its readable twins are
-`hqlt.ops.synchronous` and `hqlt.blend.Synchronous`."""
+"""One token through everything between a synchronous layer's projections, as one Triton kernel. The readable
+counterparts are `hqlt.ops.synchronous` and `hqlt.blend.Synchronous`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hqlt.shapes import Keys, Matrix, Positions, Queries, Resets, Strengths, Val
 
 
 class Step(NamedTuple):
-    """A token's output, and what is held after it, in tensors of their own."""
+    """The token's output, and the state after it, as new tensors."""
 
     y: Values
     keys: Keys
@@ -42,17 +42,34 @@ def step(
     scale: float | None = None,
     resets: Resets | None = None,
 ) -> Step:
-    """`hqlt.ops.synchronous` of one token, with the state that a layer holds between two tokens. Without gradients.
+    """`hqlt.ops.synchronous` for one token, with the state that a layer holds between tokens. Without gradients.
 
-    q: [b, 1, g·h, k], k: [b, 1, h, k], v: [b, 1, h, v], beta: [b, 1, h], gate: [b, 1, g·h, v], norm_weight: [v],
-    decay: log α [b, 1, h]; None: α = 1. resets: Bool[b, 1].
-    Held: keys [b, s, h, k] and values [b, s, h, v] with s = window − 1, oldest first, the latest in slot s−1, of which
-    a row that has seen fewer tokens uses the last ones; matrix [b, h, k, v]; position [b], tokens since the reset.
-    rotary: (cos, sin) of at least s + 1 positions [·, 1, k/2], the token's own at row s. scale: k^-0.5 where None.
+    The state passed in is not modified.
 
-    → y [b, 1, g·h, v], and keys, values, matrix, position after the token: what was given is left as it was.
+    Args:
+        q (`[b, 1, g·h, k]`): Query.
+        k (`[b, 1, h, k]`): Key.
+        v (`[b, 1, h, v]`): Value.
+        beta (`[b, 1, h]`): Write strength.
+        gate (`[b, 1, g·h, v]`): Logits of the mixer's gate.
+        norm_weight (`[v]`): Weight of the RMSNorm over each head.
+        keys (`[b, s, h, k]`): Held keys with s = window − 1, oldest first, the latest in slot s − 1. A row that has
+            seen fewer tokens uses the last slots.
+        values (`[b, s, h, v]`): Held values.
+        matrix (`[b, h, k, v]`): The FW-memory.
+        position (`[b]`): Number of tokens since the last reset.
+        decay (`[b, 1, h]`): log α; α = 1 by default.
+        rotary: cos and sin of at least s + 1 positions, `[·, 1, k/2]` each; the token's own are in row s.
+        norm_eps: Added to the mean square in the norm.
+        scale: Factor of the FW read and of the attention scores, k^-0.5 by default.
+        resets (`Bool[b, 1]`): Rows in which the token begins a segment.
 
-    Raises ValueError for shapes that do not fit, RuntimeError without triton or a GPU.
+    Returns:
+        y `[b, 1, g·h, v]`, and keys, values, matrix and position after the token.
+
+    Raises:
+        ValueError: If shapes do not match.
+        RuntimeError: If triton is not installed, or the tensors are not on a GPU.
     """
     size = match_heads(match(
         q=(q, "b t g·h k"), k=(k, "b t h k"), v=(v, "b t h v"), beta=(beta, "b t h"), gate=(gate, "b t g·h v"),

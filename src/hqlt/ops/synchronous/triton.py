@@ -1,6 +1,7 @@
 """A synchronous layer's memories, mixer and norm as Triton kernels (`hqlt.ops.synchronous.kernels`).
 
-Runs on a GPU, or on a CPU where TRITON_INTERPRET=1 was set before the first call: right, very slow, for tests.
+They run on a GPU. If TRITON_INTERPRET=1 is set before the first call, they also run on a CPU: correct, but very slow;
+for tests.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from hqlt.ops.synchronous.inputs import Inputs
 from hqlt.shapes import Matrix, Queries, Values
 
 WIDEST = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 128, torch.float64: 64}
-"""A head's largest width on a GPU: a chunk's tiles and the matrix have to fit into one multiprocessor."""
+"""Largest head width on a GPU: the tiles of a chunk and the matrix must fit into one multiprocessor."""
 
 
 @register_backend("synchronous", "triton")
@@ -34,7 +35,7 @@ def synchronous(x: Inputs) -> tuple[Values, Matrix]:
 
 
 def rotary_in(dtype: torch.dtype, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
-    """Tables no narrower than the numbers they rotate: triton 3.6 compiles no product of float64 made of float32."""
+    """The rotary tables in at least `dtype`: triton 3.6 cannot compile a product of float64 and converted float32."""
     if rotary is None:
         return None, None
     cos, sin = (table.to(torch.promote_types(table.dtype, dtype)) for table in rotary)
@@ -42,7 +43,10 @@ def rotary_in(dtype: torch.dtype, rotary: tuple[Tensor, Tensor] | None) -> tuple
 
 
 def check_runs(q: Queries, v: Values, widest: int | None = None) -> None:
-    """Refuse what the kernels cannot do here. widest: of a head; by default what its type allows."""
+    """Raise an error if the kernels do not support these tensors here.
+
+    widest: Largest supported head width; by default, it depends on the dtype.
+    """
     if not _is_installed():
         raise RuntimeError(
             f"backend 'triton': expected the package triton, found none; {how_to_install('gpu')}, or name another one"
@@ -57,7 +61,7 @@ def check_runs(q: Queries, v: Values, widest: int | None = None) -> None:
     widest = widest or WIDEST[v.dtype]
     if q.is_cuda and max(q.shape[3], v.shape[3]) > widest:
         raise ValueError(
-            f"backend 'triton': expected heads of at most {widest} numbers in {v.dtype}, got k = {q.shape[3]} and "
+            f"backend 'triton': expected head widths of at most {widest} in {v.dtype}, got k = {q.shape[3]} and "
             f"v = {v.shape[3]}; name another backend"
         )
 

@@ -1,11 +1,11 @@
-"""Window attention by blocks of queries, each against the keys that it can reach: linear in length.
+"""Window attention over blocks of queries, in time linear in the length.
 
-Block i of c queries reads the c + window − 1 keys that end with its own last one, as a view. Per block, with the
-scores masked to −∞ outside the window and the segment,
+A block of c queries reads, as a view, the c + window − 1 keys that end with its last token. Per block, with scores set
+to −∞ outside the window and the segment,
 
     P = softmax(scale · Q Kᵀ)    O = P V    dV = Pᵀ dO    dP = dO Vᵀ    dA = P ∘ (dP − rowsum(dP ∘ P))
 
-and dQ = scale · dA K, dK = scale · dAᵀ Q. The backward pass keeps q, k, v alone and recomputes P.
+and dQ = scale · dA K, dK = scale · dAᵀ Q. The backward pass saves only q, k and v, and recomputes P.
 """
 
 from __future__ import annotations
@@ -48,14 +48,15 @@ def window_attention(
 
 
 def _heads_first(x: Tensor) -> Tensor:
-    """[b, t, h, (g,) ·] → contiguous [b, h, (g,) t, ·] in at least float32: a slice of time is a view for matmul."""
+    """[b, t, h, (g,) ·] → contiguous [b, h, (g,) t, ·] in at least float32, so that matmul takes time slices as
+    views."""
     return x.to(at_least_float32(x.dtype)).movedim(1, -2).contiguous()
 
 
 def _blocks(
     t: int, l: int, window: int, resets: Tensor | None, device: torch.device
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """(a block's queries, the keys it can reach, the mask between them [·, 1, (1,) c, c + window − 1])."""
+    """Yields, for each block, its queries, the keys that they can see, and the mask [·, 1, (1,) c, c + window − 1]."""
     c = max(64, min(window, 256))
     for begin in range(0, t, c):
         end = min(begin + c, t)
@@ -96,7 +97,7 @@ class _BlockedWindowAttention(torch.autograd.Function):
 def _gradients(
     q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, *, window: int, scale: float, resets: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """→ dq, dk, dv."""
+    """Returns dq, dk and dv."""
     Q, K, V, dO = (_heads_first(x) for x in (grouped(q, k), k, v, grouped(d_out, v)))
     dQ, dK, dV = torch.empty_like(Q), torch.zeros_like(K), torch.zeros_like(V)
     for queries, keys, mask in _blocks(q.shape[1], K.shape[2], window, resets, q.device):

@@ -1,8 +1,10 @@
-"""Window attention by blocks of queries, with the pairs that stay visible beyond the window: linear in length.
+"""Window attention over blocks of queries, with entries that stay visible beyond the window, in time linear in the
+length.
 
-Block i of c queries reads the c + window − 1 pairs that end with its own last one, some of them within and some beyond
-a query's window, and `most` pairs from before them, gathered: those not yet expired when the block begins. What leaves
-with a block is compared with what is held, and the next block holds at most `most` again.
+A block of c queries reads the c + window − 1 entries that end with its last token, each of which is within the window
+of some queries and beyond that of others. It also reads up to `most` older entries, gathered: those that have not
+expired when the block begins. After each block, the entries that have left the window are added to the older ones, of
+which again at most `most` are still visible.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ def _run(q: Queries, k: Keys, v: Values, low: Tensor, window: int, scale: float,
 
 
 def _visible(held: Tensor, expiry: Tensor, now: int, most: int) -> Tensor:
-    """Of the pairs `held` [b, h, n] the `most` that are visible at index now, and others, which no later one sees."""
+    """Up to `most` of the entries `held` [b, h, n], including all that are visible at index `now`."""
     visible = expiry.gather(2, held) > now
     return held.gather(2, visible.byte().argsort(dim=2, stable=True)[..., max(held.shape[2] - most, 0) :])
 

@@ -1,4 +1,4 @@
-"""Window attention by PyTorch's fused attention with a mask over all pairs: for windows as long as the sequence."""
+"""Window attention by PyTorch's fused attention with a dense mask, for windows about as long as the sequence."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def window_attention(
 
     def run(q: Queries, k: Keys, v: Values) -> Values:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        if g > 1:  # their rows side by side: h heads of g·t queries
+        if g > 1:  # as h heads of g·t queries
             q = q.unflatten(1, (-1, g)).flatten(2, 3)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal_is_enough, scale=scale)
         if g > 1:
@@ -46,7 +46,7 @@ def window_attention(
 
 
 def visible(t: int, l: int, window: int, resets: Tensor | None, device: torch.device) -> Tensor:
-    """Which of l keys the last t tokens may read: Bool [t, l], or [b, 1, t, l] with resets."""
+    """Mask of the l keys that the last t tokens see: Bool[t, l], or Bool[b, 1, t, l] with resets."""
     age = torch.arange(l - t, l, device=device)[:, None] - torch.arange(l, device=device)
     reach = (age >= 0) & (age < window)
     if resets is None:
@@ -58,7 +58,7 @@ def visible(t: int, l: int, window: int, resets: Tensor | None, device: torch.de
 def _with_beyond(
     q: Queries, k: Keys, v: Values, window: int, scale: float, resets: Resets | None, beyond: Beyond
 ) -> Values:
-    """Where beyond the window something else is compared, every pair stands twice: as (k, 0) and as (0, k beyond)."""
+    """If other keys are used beyond the window, every entry is included twice: as (k, 0) and as (0, k beyond)."""
     near, far = near_and_far(q, k, window, resets, beyond)
     twice = beyond.q is not None
     mask = torch.cat([near.expand_as(far), far], dim=-1) if twice else near | far

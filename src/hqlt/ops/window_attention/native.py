@@ -1,5 +1,5 @@
-"""Window attention in C++: a vector's width of queries at a time against the pairs that they reach
-(`hqlt/native/window_attention.h`). The backward pass keeps what it was given, and nothing else."""
+"""Window attention in C++, with one SIMD vector of queries at a time (`hqlt/native/window_attention.h`). The backward
+pass saves only the inputs."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _run(
 
 
 def _sizes(k: Tensor, window: int, most: int) -> tuple[int, int]:
-    """The window, and how many pairs a query sees."""
+    """The window, and the maximum number of entries that a query sees."""
     l = k.shape[1]
     return min(window, l), min(window + most, l)
 
@@ -83,7 +83,8 @@ def _backward(
     most: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """→ dq, dk, dv, and of what is compared beyond the window (both empty where it is the same)."""
+    """Returns dq, dk, dv and the gradients of the queries and keys used beyond the window (both empty if there are
+    none)."""
     inputs = native.contiguous(q, k, v, resets, expiry, q_far, k_far, d_out)
     dq, *others = torch.empty_like(inputs[0]), *(x.new_zeros(x.shape) for x in inputs[1:3])
     others += [None if x is None else x.new_zeros(x.shape) for x in inputs[5:7]]

@@ -1,4 +1,4 @@
-"""Window attention as its equation, token by token: the oracle of its faster twins."""
+"""Window attention as its equation, token by token. Every other implementation is tested against it."""
 
 from __future__ import annotations
 

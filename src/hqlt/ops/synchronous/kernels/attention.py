@@ -1,4 +1,4 @@
-"""The KV-memory: attention over the window by an online softmax, and its way back to queries and to pairs."""
+"""The KV-memory: attention over the window with an online softmax, and its backward pass to queries and to entries."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 from hqlt.ops.synchronous.kernels.tiles import (
     key_columns,
     load,
-    pairs,
+    outer,
     product,
     rotated,
     tile,
@@ -16,7 +16,7 @@ from hqlt.ops.synchronous.kernels.tiles import (
 
 @triton.jit
 def visible(position, own, j, key_segment, L, window):
-    """Which of the pairs at j the tokens at `position` read."""
+    """Mask of the entries j that the tokens at `position` see."""
     age = position[:, None] - j[None, :]
     return (age >= 0) & (age < window) & (j < L)[None, :] & (own[:, None] == key_segment[None, :])
 
@@ -27,7 +27,8 @@ def attended(
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, C: tl.constexpr,
     ACC: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """→ KV read [C, VP] of rotated queries, from position `first` on, and the logarithm of its denominators [C]."""
+    """The KV read [C, VP] of queries with rotary embedding, from position `first` on, and the logarithms of the softmax
+    denominators [C]."""
     kc, kc_exists = key_columns(K, KP)
     vc, vc_exists = value_columns(V, VP)
     top = tl.full((C,), float("-inf"), ACC)
@@ -38,7 +39,7 @@ def attended(
     for begin in range(tl.maximum(first - window + 1, 0), tl.minimum(first + C, L), C):
         j = begin + i
         exists = j < L
-        key = load(tile(k, b, begin, i, h, kc, L, H, K), pairs(exists, kc_exists), ACC)
+        key = load(tile(k, b, begin, i, h, kc, L, H, K), outer(exists, kc_exists), ACC)
         key = rotated(key, cos, sin, j, exists, 1.0, K, KP, ACC)
         segment = tl.load(ids + b * L + j, mask=exists, other=-1)
         reach = visible(position, own, j, segment, L, window)
@@ -48,7 +49,7 @@ def attended(
         weight = tl.exp(score - level[:, None])
         shrink = tl.exp(top - level)
         total = total * shrink + tl.sum(weight, axis=1)
-        value = load(tile(v, b, begin, i, h, vc, L, H, V), pairs(exists, vc_exists), DTYPE)
+        value = load(tile(v, b, begin, i, h, vc, L, H, V), outer(exists, vc_exists), DTYPE)
         read = read * shrink[:, None] + product(weight, value, DTYPE)
         top = higher
     total = tl.where(total > 0, total, 1.0)
@@ -61,7 +62,7 @@ def query_backward(
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, C: tl.constexpr,
     ACC: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """→ what attention gives to rotated queries: dA k over the entries that they reach, where
+    """Gradient of the queries (with rotary embedding) through attention: dA k over the entries that they see, where
     dA = scale · P ∘ (dkv vᵀ − slope), slope = rowsum(dkv ∘ kv) and P = exp(scale · q kᵀ − denominator)."""
     kc, kc_exists = key_columns(K, KP)
     vc, vc_exists = value_columns(V, VP)
@@ -71,25 +72,25 @@ def query_backward(
     for begin in range(tl.maximum(first - window + 1, 0), tl.minimum(first + C, L), C):
         j = begin + i
         exists = j < L
-        key = load(tile(k, b, begin, i, h, kc, L, H, K), pairs(exists, kc_exists), ACC)
+        key = load(tile(k, b, begin, i, h, kc, L, H, K), outer(exists, kc_exists), ACC)
         key = rotated(key, cos, sin, j, exists, 1.0, K, KP, ACC).to(DTYPE)
         segment = tl.load(ids + b * L + j, mask=exists, other=-1)
         score = scale * product(query, tl.trans(key), DTYPE) - denominator[:, None]
         weight = tl.exp(tl.where(visible(position, own, j, segment, L, window), score, float("-inf")))
-        value = load(tile(v, b, begin, i, h, vc, L, H, V), pairs(exists, vc_exists), DTYPE)
+        value = load(tile(v, b, begin, i, h, vc, L, H, V), outer(exists, vc_exists), DTYPE)
         d_score = scale * weight * (product(d_read, tl.trans(value), DTYPE) - slope[:, None])
         d_query += product(d_score, key, DTYPE)
     return d_query
 
 
 @triton.jit
-def pair_backward(
+def entry_backward(
     key, value, first, segment, q, cos, sin, ids, d_kv, log_total, kv_slope, b, h, scale: tl.constexpr,
     T, L, window, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr,
     VP: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """→ what attention gives to rotated keys and to values, from position `first` on: dk = dAᵀ q and dv = Pᵀ dkv, over
-    the queries of G heads that reach them. Pᵀ is computed."""
+    """Gradients of keys (with rotary embedding) and values through attention, from position `first` on: dk = dAᵀ q and
+    dv = Pᵀ dkv, over the queries of G heads that see them. Pᵀ is computed directly."""
     kc, kc_exists = key_columns(K, KP)
     vc, vc_exists = value_columns(V, VP)
     held = L - T
@@ -101,14 +102,14 @@ def pair_backward(
             token = begin + i
             exists = token < T
             position = held + token
-            query = load(tile(q, b, begin, i, reader, kc, T, H * G, K), pairs(exists, kc_exists), ACC)
+            query = load(tile(q, b, begin, i, reader, kc, T, H * G, K), outer(exists, kc_exists), ACC)
             query = rotated(query, cos, sin, position, exists, 1.0, K, KP, ACC).to(DTYPE)
             own = tl.load(ids + b * L + position, mask=exists, other=-2)
             at = (b * H * G + reader) * T + token
             score = scale * product(key, tl.trans(query), DTYPE) - load(log_total + at, exists, ACC)[None, :]
             reach = tl.trans(visible(position, own, j, segment, L, window))
             weight = tl.exp(tl.where(reach, score, float("-inf")))
-            d_read = load(tile(d_kv, b, begin, i, reader, vc, T, H * G, V), pairs(exists, vc_exists), DTYPE)
+            d_read = load(tile(d_kv, b, begin, i, reader, vc, T, H * G, V), outer(exists, vc_exists), DTYPE)
             d_value += product(weight, d_read, DTYPE)
             slope = load(kv_slope + at, exists, ACC)[None, :]
             d_score = scale * weight * (product(value, tl.trans(d_read), DTYPE) - slope)

@@ -1,7 +1,7 @@
-"""The decay of the matrix within a chunk: x as it is where decay is None, which compiles to nothing.
+"""Decay of the matrix within a chunk. If decay is None, each function returns x unchanged, which compiles to nothing.
 
-decay: log α [b, T, H], at most 0. Every exponent is a sum of it, never a difference of two running sums: nothing
-overflows, α = 0 is no exception, and what a reset keeps apart does not meet.
+decay is log α [b, T, H], at most 0. Every exponent is a sum of log α, never a difference of two cumulative sums. So
+nothing overflows, α = 0 needs no special case, and segments separated by a reset stay independent.
 """
 
 import triton
@@ -12,7 +12,7 @@ from hqlt.ops.synchronous.kernels.tiles import load
 
 @triton.jit
 def log_alpha(decay, b, n, h, T, H: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr, AHEAD: tl.constexpr):
-    """[C]: of chunk n's tokens, or AHEAD = 1 of their next ones within the chunk; 0 where there is none."""
+    """log α [C] of the tokens of chunk n, or, if AHEAD = 1, of the next token within the chunk; 0 if there is none."""
     i = tl.arange(0, C) + AHEAD
     token = n * C + i
     return load(decay + (b * T + token) * H + h, (token >= 0) & (token < T) & (i < C), ACC)
@@ -20,7 +20,7 @@ def log_alpha(decay, b, n, h, T, H: tl.constexpr, C: tl.constexpr, ACC: tl.const
 
 @triton.jit
 def from_start(x, decay, b, n, h, T, H: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr):
-    """Rows x [C, ·] times the product of α from the chunk's first token through their own."""
+    """Rows x [C, ·] times the product of α from the chunk's first token through the row's own."""
     if decay is not None:
         x = x * tl.exp(tl.cumsum(log_alpha(decay, b, n, h, T, H, C, ACC, 0), axis=0))[:, None]
     return x
@@ -28,7 +28,7 @@ def from_start(x, decay, b, n, h, T, H: tl.constexpr, C: tl.constexpr, ACC: tl.c
 
 @triton.jit
 def to_end(x, decay, b, n, h, T, H: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr):
-    """Rows x [C, ·] times the product of α from behind their token to the chunk's last."""
+    """Rows x [C, ·] times the product of α from after the row's token to the chunk's last token."""
     if decay is not None:
         x = x * tl.exp(tl.cumsum(log_alpha(decay, b, n, h, T, H, C, ACC, 1), axis=0, reverse=True))[:, None]
     return x
@@ -36,7 +36,7 @@ def to_end(x, decay, b, n, h, T, H: tl.constexpr, C: tl.constexpr, ACC: tl.const
 
 @triton.jit
 def throughout(x, decay, b, n, h, T, H: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr):
-    """x times the product of the chunk's α."""
+    """x times the product of all α of the chunk."""
     if decay is not None:
         x = x * tl.exp(tl.sum(log_alpha(decay, b, n, h, T, H, C, ACC, 0), axis=0))
     return x
@@ -44,7 +44,8 @@ def throughout(x, decay, b, n, h, T, H: tl.constexpr, C: tl.constexpr, ACC: tl.c
 
 @triton.jit
 def between(x, decay, b, n, h, T, H: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr, LATER: tl.constexpr):
-    """x [C, C] times the product of α from behind the earlier token through the later one, which is axis LATER's."""
+    """x [C, C] times the product of α from after the earlier token through the later one. Axis LATER holds the
+    later."""
     if decay is not None:
         i = tl.arange(0, C)
         log = log_alpha(decay, b, n, h, T, H, C, ACC, 0)

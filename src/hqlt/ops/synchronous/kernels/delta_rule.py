@@ -1,4 +1,4 @@
-"""The FW-memory by chunks, as in `hqlt.ops.delta_rule.chunked`: all of it but the read."""
+"""The FW-memory over chunks, as in `hqlt.ops.delta_rule.chunked`, without the read."""
 
 import triton
 import triton.language as tl
@@ -10,7 +10,7 @@ from hqlt.ops.synchronous.kernels.tiles import (
     key_columns,
     load,
     matrix,
-    pairs,
+    outer,
     product,
     store,
     this_program,
@@ -23,7 +23,7 @@ from hqlt.ops.synchronous.kernels.tiles import (
 
 @triton.jit
 def within_chunk(phi, key, own, C: tl.constexpr, DTYPE: tl.constexpr):
-    """tril(φQ φKᵀ) [C, C], between tokens of one segment."""
+    """tril(φQ φKᵀ) [C, C], between tokens of the same segment."""
     i = tl.arange(0, C)
     reaches = (i[:, None] >= i[None, :]) & (own[:, None] == own[None, :])
     return tl.where(reaches, product(phi, tl.trans(key), DTYPE), 0.0)
@@ -35,7 +35,7 @@ def prepare(
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, C: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """For each chunk φ(k), (I + L)⁻¹ with L = tril(β φK φKᵀ, −1), decayed, and of the WY form Y and U."""
+    """Computes, for each chunk, φ(k), (I + L)⁻¹ with L = tril(β φK φKᵀ, −1), decayed, and Y and U of the WY form."""
     n, h, b = this_program(tl.cdiv(T, C), H)
     DTYPE: tl.constexpr = k.dtype.element_ty
     i = tl.arange(0, C)
@@ -45,8 +45,8 @@ def prepare(
     vc, vc_exists = value_columns(V, VP)
     own, before, _ = chunk_segments(ids, b, n, T, L, C)
 
-    key = unit_silu(load(tile(k, b, L - T + n * C, i, h, kc, L, H, K), pairs(exists, kc_exists), ACC))
-    store(tile(unit_k, b, n * C, i, h, kc, T, H, K), key, pairs(exists, kc_exists))
+    key = unit_silu(load(tile(k, b, L - T + n * C, i, h, kc, L, H, K), outer(exists, kc_exists), ACC))
+    store(tile(unit_k, b, n * C, i, h, kc, T, H, K), key, outer(exists, kc_exists))
     strength = load(beta + (b * T + token) * H + h, exists, ACC)[:, None]
 
     key = key.to(DTYPE)
@@ -54,12 +54,12 @@ def prepare(
     gram = between(product(key, tl.trans(key), DTYPE), decay, b, n, h, T, H, C, ACC, 0)
     lower = tl.where(reaches, strength * gram, 0.0)
     inverted = unit_triangle_inverse(lower, C, ACC, PRECISION)
-    store(tile(inverse, b, n * C, i, h, i, T, H, C), inverted, pairs(exists, i < C))
+    store(tile(inverse, b, n * C, i, h, i, T, H, C), inverted, outer(exists, i < C))
 
     seen = tl.where((own == before)[:, None], strength * from_start(key.to(ACC), decay, b, n, h, T, H, C, ACC), 0.0)
-    store(tile(Y, b, n * C, i, h, kc, T, H, K), product(inverted, seen, DTYPE), pairs(exists, kc_exists))
-    value = load(tile(v, b, L - T + n * C, i, h, vc, L, H, V), pairs(exists, vc_exists), ACC)
-    store(tile(U, b, n * C, i, h, vc, T, H, V), product(inverted, strength * value, DTYPE), pairs(exists, vc_exists))
+    store(tile(Y, b, n * C, i, h, kc, T, H, K), product(inverted, seen, DTYPE), outer(exists, kc_exists))
+    value = load(tile(v, b, L - T + n * C, i, h, vc, L, H, V), outer(exists, vc_exists), ACC)
+    store(tile(U, b, n * C, i, h, vc, T, H, V), product(inverted, strength * value, DTYPE), outer(exists, vc_exists))
 
 
 @kernel
@@ -68,12 +68,13 @@ def carry(
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, C: tl.constexpr,
     ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Chunk after chunk, for some columns of S: S at its start, R = U − Y S in U's place, S + φKᵀ R, all decayed."""
+    """Loops over chunks, for some columns of S: stores S at each chunk's start, replaces U by R = U − Y S, and
+    continues with S + φKᵀ R, all decayed."""
     part, h, b = this_program(tl.cdiv(V, BLOCK), H)
     DTYPE: tl.constexpr = unit_k.dtype.element_ty
     kc, kc_exists = key_columns(K, KP)
     i, vc = tl.arange(0, C), part * BLOCK + tl.arange(0, BLOCK)
-    mask = pairs(kc_exists, vc < V)
+    mask = outer(kc_exists, vc < V)
     chunks = tl.cdiv(T, C)
     now = load(matrix(initial, b * H + h, kc, vc, K, V), mask, ACC)
     for n in range(chunks):
@@ -82,10 +83,10 @@ def carry(
         own, before, last = chunk_segments(ids, b, n, T, L, C)
         store(matrix(S, (b * chunks + n) * H + h, kc, vc, K, V), now, mask)
         R_at = tile(R, b, n * C, i, h, vc, T, H, V)
-        y = load(tile(Y, b, n * C, i, h, kc, T, H, K), pairs(exists, kc_exists), DTYPE)
-        r = load(R_at, pairs(exists, vc < V), ACC) - product(y, now, DTYPE)
-        store(R_at, r, pairs(exists, vc < V))
-        key = load(tile(unit_k, b, n * C, i, h, kc, T, H, K), pairs(exists & (own == last), kc_exists), DTYPE)
+        y = load(tile(Y, b, n * C, i, h, kc, T, H, K), outer(exists, kc_exists), DTYPE)
+        r = load(R_at, outer(exists, vc < V), ACC) - product(y, now, DTYPE)
+        store(R_at, r, outer(exists, vc < V))
+        key = load(tile(unit_k, b, n * C, i, h, kc, T, H, K), outer(exists & (own == last), kc_exists), DTYPE)
         now = tl.where(before == last, throughout(now, decay, b, n, h, T, H, C, ACC), 0.0)
         now += product(tl.trans(key), to_end(r, decay, b, n, h, T, H, C, ACC), DTYPE)
     store(matrix(final, b * H + h, kc, vc, K, V), now, mask)

@@ -1,8 +1,8 @@
-"""The way back through the matrix, and to the pairs of both memories."""
+"""The backward pass through the matrix, and to the keys and values of both memories."""
 
 import triton.language as tl
 
-from hqlt.ops.synchronous.kernels.attention import pair_backward
+from hqlt.ops.synchronous.kernels.attention import entry_backward
 from hqlt.ops.synchronous.kernels.decay import between, from_start, throughout, to_end
 from hqlt.ops.synchronous.kernels.tiles import (
     chunk_segments,
@@ -10,7 +10,7 @@ from hqlt.ops.synchronous.kernels.tiles import (
     key_columns,
     load,
     matrix,
-    pairs,
+    outer,
     product,
     rotated,
     store,
@@ -28,17 +28,17 @@ def carry_backward(
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, C: tl.constexpr,
     ACC: tl.constexpr, BLOCK: tl.constexpr, scale: tl.constexpr,
 ):  # fmt: skip
-    """Chunk before chunk: dS', the gradient of the matrix after the chunk, and dR + φK dS' in dR's place.
+    """Loops over chunks in reverse: stores dS', the gradient of the matrix after each chunk, and adds φK dS' to dR.
 
-    dR comes from reading alone, for each of G query heads; their sum, and what came later, is in the first one's place
-    afterwards. The matrix before has dS' − Yᵀ dR and what reading gives it, scale · φQᵀ dfw. The sum over chunks stays
-    in ACC.
+    On entry, dR holds the gradient through reads, for each of G query heads. On exit, the place of the first head of a
+    group holds the sum over heads plus φK dS'. The gradient of the matrix before the chunk is dS' − Yᵀ dR plus that
+    through its reads, scale · φQᵀ dfw. The sum over chunks is kept in ACC.
     """
     part, h, b = this_program(tl.cdiv(V, BLOCK), H)
     DTYPE: tl.constexpr = unit_k.dtype.element_ty
     kc, kc_exists = key_columns(K, KP)
     i, vc = tl.arange(0, C), part * BLOCK + tl.arange(0, BLOCK)
-    mask = pairs(kc_exists, vc < V)
+    mask = outer(kc_exists, vc < V)
     chunks = tl.cdiv(T, C)
     after = load(matrix(d_final, b * H + h, kc, vc, K, V), mask, ACC)
     for later in range(chunks):
@@ -47,47 +47,47 @@ def carry_backward(
         exists = token < T
         own, before, last = chunk_segments(ids, b, n, T, L, C)
         store(matrix(d_after, (b * chunks + n) * H + h, kc, vc, K, V), after, mask)
-        key = load(tile(unit_k, b, n * C, i, h, kc, T, H, K), pairs(exists & (own == last), kc_exists), DTYPE)
+        key = load(tile(unit_k, b, n * C, i, h, kc, T, H, K), outer(exists & (own == last), kc_exists), DTYPE)
         dr = to_end(product(key, after, DTYPE), decay, b, n, h, T, H, C, ACC)
         for g in range(G):
-            dr += load(tile(dR, b, n * C, i, h * G + g, vc, T, H * G, V), pairs(exists, vc < V), ACC)
-        store(tile(dR, b, n * C, i, h * G, vc, T, H * G, V), dr, pairs(exists, vc < V))
-        y = load(tile(Y, b, n * C, i, h, kc, T, H, K), pairs(exists, kc_exists), DTYPE)
+            dr += load(tile(dR, b, n * C, i, h * G + g, vc, T, H * G, V), outer(exists, vc < V), ACC)
+        store(tile(dR, b, n * C, i, h * G, vc, T, H * G, V), dr, outer(exists, vc < V))
+        y = load(tile(Y, b, n * C, i, h, kc, T, H, K), outer(exists, kc_exists), DTYPE)
         after = tl.where(before == last, throughout(after, decay, b, n, h, T, H, C, ACC), 0.0) - product(
             tl.trans(y), dr, DTYPE
         )
         for g in range(G):
-            sees = pairs(exists & (own == before), kc_exists)
+            sees = outer(exists & (own == before), kc_exists)
             phi = unit_silu(load(tile(q, b, n * C, i, h * G + g, kc, T, H * G, K), sees, ACC))
-            d_read = load(tile(d_fw, b, n * C, i, h * G + g, vc, T, H * G, V), pairs(exists, vc < V), ACC)
+            d_read = load(tile(d_fw, b, n * C, i, h * G + g, vc, T, H * G, V), outer(exists, vc < V), ACC)
             after += product(tl.trans(phi), from_start(scale * d_read, decay, b, n, h, T, H, C, ACC), DTYPE)
     store(matrix(d_initial, b * H + h, kc, vc, K, V), after, mask)
 
 
 @kernel
-def pairs_backward(
+def entries_backward(
     q, k, v, beta, decay, cos, sin, ids, unit_k, inverse, R, S, d_kv, d_fw, log_total, kv_slope, d_log_read, dR,
     d_after, dk, dv, d_beta, d_decay, T, L, window,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
     C: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr, scale: tl.constexpr,
 ):  # fmt: skip
-    """To C pairs, from what was written (dR, dS'), what was read within their chunk (dfw), and attention (dkv).
+    """Gradients of C entries through their write (dR, dS'), the reads within their chunk (dfw), and attention (dkv).
 
-    dE = (I + L)⁻ᵀ dR and dL = −tril(dE Rᵀ, −1), where R = (I + L)⁻¹ E and E = β(V − φK S). Pairs from before were
-    written earlier: attention alone gives to them.
+    dE = (I + L)⁻ᵀ dR and dL = −tril(dE Rᵀ, −1), where R = (I + L)⁻¹ E and E = β(V − φK S). Entries held from earlier
+    were already written, so they have a gradient through attention only.
     """
     held = L - T
     program, h, b = this_program(tl.cdiv(held, C) + tl.cdiv(T, C), H)
-    n = program - tl.cdiv(held, C)  # of the new tokens' chunks; negative for pairs from before
+    n = program - tl.cdiv(held, C)  # index among the chunks of new tokens; negative for held entries
     DTYPE: tl.constexpr = k.dtype.element_ty
     i = tl.arange(0, C)
     token = n * C + i
-    pair = held + token
-    new, exists = (token >= 0) & (token < T), (pair >= 0) & (pair < L)
+    entry = held + token
+    new, exists = (token >= 0) & (token < T), (entry >= 0) & (entry < L)
     kc, kc_exists = key_columns(K, KP)
     vc, vc_exists = value_columns(V, VP)
-    keys, values = pairs(exists, kc_exists), pairs(exists, vc_exists)
-    square = pairs(kc_exists & (kc < tl.where(n >= 0, K, 0)), vc_exists)  # pairs from before have no matrix
+    keys, values = outer(exists, kc_exists), outer(exists, vc_exists)
+    square = outer(kc_exists & (kc < tl.where(n >= 0, K, 0)), vc_exists)  # held entries have no matrix
     own, before, last = chunk_segments(ids, b, n, T, L, C)
     sees, reaches_end = (own == before)[:, None], (own == last)[:, None]
     same = own[:, None] == own[None, :]
@@ -101,25 +101,25 @@ def pairs_backward(
         carried = tl.where(before == last, carried, 0.0)
 
     key_at, value_at = tile(k, b, held + n * C, i, h, kc, L, H, K), tile(v, b, held + n * C, i, h, vc, L, H, V)
-    d_key, d_value = pair_backward(
-        rotated(load(key_at, keys, ACC), cos, sin, pair, exists, 1.0, K, KP, ACC).to(DTYPE),
+    d_key, d_value = entry_backward(
+        rotated(load(key_at, keys, ACC), cos, sin, entry, exists, 1.0, K, KP, ACC).to(DTYPE),
         load(value_at, values, DTYPE), held + n * C, segment, q, cos, sin, ids, d_kv, log_total, kv_slope, b, h,
         scale, T, L, window, H, G, K, V, KP, VP, C, ACC, DTYPE, BLOCK,
     )  # fmt: skip
-    d_key = rotated(d_key, cos, sin, pair, exists, -1.0, K, KP, ACC)
+    d_key = rotated(d_key, cos, sin, entry, exists, -1.0, K, KP, ACC)
 
     strength = load(beta + (b * T + token) * H + h, new, ACC)[:, None]
-    inverted = load(tile(inverse, b, n * C, i, h, i, T, H, C), pairs(new, i < C), DTYPE)
-    d_correction = load(tile(dR, b, n * C, i, h * G, vc, T, H * G, V), pairs(new, vc_exists), DTYPE)
+    inverted = load(tile(inverse, b, n * C, i, h, i, T, H, C), outer(new, i < C), DTYPE)
+    d_correction = load(tile(dR, b, n * C, i, h * G, vc, T, H * G, V), outer(new, vc_exists), DTYPE)
     dE = product(tl.trans(inverted), d_correction, DTYPE)
     store(tile(dv, b, held + n * C, i, h, vc, L, H, V), d_value + strength * dE, values)
-    key = load(tile(unit_k, b, n * C, i, h, kc, T, H, K), pairs(new, kc_exists), DTYPE)
+    key = load(tile(unit_k, b, n * C, i, h, kc, T, H, K), outer(new, kc_exists), DTYPE)
     start = load(matrix(S, at_start, kc, vc, K, V), square, DTYPE)
-    error = load(value_at, pairs(new, vc_exists), ACC)
+    error = load(value_at, outer(new, vc_exists), ACC)
     predicted = tl.where(sees, from_start(product(key, start, DTYPE), decay, b, n, h, T, H, C, ACC), 0.0)
     d_log = -tl.sum(strength * dE * predicted, axis=1)
     error -= predicted
-    r = load(tile(R, b, n * C, i, h, vc, T, H, V), pairs(new, vc_exists), DTYPE)
+    r = load(tile(R, b, n * C, i, h, vc, T, H, V), outer(new, vc_exists), DTYPE)
     dL = tl.where((i[:, None] > i[None, :]) & same, -product(dE, tl.trans(r), DTYPE), 0.0)
     dL = between(dL, decay, b, n, h, T, H, C, ACC, 0)
     from_L = dL * product(key, tl.trans(key), DTYPE)
@@ -142,8 +142,8 @@ def pairs_backward(
     d_gram = strength * dL
     d_phi += product(d_gram + tl.trans(d_gram), key, DTYPE)
     for g in range(G):
-        phi = unit_silu(load(tile(q, b, n * C, i, h * G + g, kc, T, H * G, K), pairs(new, kc_exists), ACC))
-        d_read = load(tile(d_fw, b, n * C, i, h * G + g, vc, T, H * G, V), pairs(new, vc_exists), DTYPE)
+        phi = unit_silu(load(tile(q, b, n * C, i, h * G + g, kc, T, H * G, K), outer(new, kc_exists), ACC))
+        d_read = load(tile(d_fw, b, n * C, i, h * G + g, vc, T, H * G, V), outer(new, vc_exists), DTYPE)
         d_attention = tl.where((i[:, None] <= i[None, :]) & same, scale * product(r, tl.trans(d_read), DTYPE), 0.0)
         d_phi += product(between(d_attention, decay, b, n, h, T, H, C, ACC, 1), phi, DTYPE)
     d_key += unit_silu_backward(load(key_at, keys, ACC), d_phi)

@@ -1,16 +1,16 @@
-"""The passes in their order: three forward, three backward.
+"""The operators and the kernels that they launch, in order: three forward, three backward.
 
-    forward    prepare            k, v, β → φK, (I + L)⁻¹, Y, U             each chunk by itself
-               carry              φK, Y, U → R, S                           chunk after chunk
-               read               q, k, v, φK, R, S, gate → y               fw, kv, mixer and norm, each chunk by itself
+    forward    prepare            k, v, β → φK, (I + L)⁻¹, Y, U             each chunk independently
+               carry              φK, Y, U → R, S                           a loop over chunks
+               read               q, k, v, φK, R, S, gate → y               fw, kv, mixer, norm; each chunk
+               independently
     backward   queries_backward   q, k, v, φK, R, S, gate, dy → dq, dgate, dnorm, dfw, dkv, dR
-               carry_backward     q, φK, Y, dR, dfw → dS', and more dR      chunk before chunk
-               pairs_backward     q, k, v, φK, (I + L)⁻¹, R, S, dkv, dfw, dR, dS' → dk, dv, dβ
+               carry_backward     q, φK, Y, dR, dfw → dS', and more dR      a loop over chunks, in reverse
+               entries_backward     q, k, v, φK, (I + L)⁻¹, R, S, dkv, dfw, dR, dS' → dk, dv, dβ
 
-φK, (I + L)⁻¹, Y, R and S are outputs of the forward operator, so that they stay for the backward pass where there will
-be one, and nowhere else. Sums are in at least float32; the factors of matrix products, and what goes from one pass to
-the next, have the inputs' type. Both directions are operators of torch, so that its compiler and its checkpointing see
-one node each.
+φK, (I + L)⁻¹, Y, R and S are outputs of the forward operator, so that they are kept only if there will be a backward
+pass. Sums are in at least float32. Factors of matrix products, and tensors passed between kernels, have the inputs'
+dtype. Both directions are PyTorch operators, so that torch.compile and checkpointing see one node each.
 """
 
 from __future__ import annotations
@@ -47,16 +47,15 @@ def run_forward(
     scale: float,
     norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """→ y [b, t, g·h, v], the final matrix [b, h, k, v]; for the backward pass φK, (I + L)⁻¹, Y, R and S."""
+    """Returns y [b, t, g·h, v] and the final matrix [b, h, k, v]; for the backward pass, φK, (I + L)⁻¹, Y, R and S."""
     inputs = contiguous(q, k, v, beta, gate, norm_weight, state, decay, cos, sin)
     q, k, v, beta, gate, norm_weight, state, decay, cos, sin = inputs
     ids = _ids(k, resets)
-    of = call(q, k, v, window=window, scale=scale, norm_eps=norm_eps)
-    y, final, *kept = _outputs(q, k, v, beta, gate, norm_weight, state)
-    unit_k, inverse, Y, R, S = kept
-    of.each_chunk(delta_rule.prepare, k, v, beta, decay, ids, unit_k, inverse, Y, R)
-    of.each_slice(delta_rule.carry, unit_k, Y, R, decay, ids, state, S, final)
-    of.each_chunk_of_queries(reads.read, q, k, v, gate, norm_weight, decay, cos, sin, ids, unit_k, R, S, y)
+    kernels = call(q, k, v, window=window, scale=scale, norm_eps=norm_eps)
+    y, final, unit_k, inverse, Y, R, S = _outputs(q, k, v, beta, gate, norm_weight, state)
+    kernels.each_chunk(delta_rule.prepare, k, v, beta, decay, ids, unit_k, inverse, Y, R)
+    kernels.each_slice(delta_rule.carry, unit_k, Y, R, decay, ids, state, S, final)
+    kernels.each_chunk_of_queries(reads.read, q, k, v, gate, norm_weight, decay, cos, sin, ids, unit_k, R, S, y)
     return y, final, unit_k, inverse, Y, R, S
 
 
@@ -98,26 +97,26 @@ def run_backward(
     scale: float,
     norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """→ the gradients of q, k, v, β, gate, norm weight, initial matrix and decay (of none: nothing, [0])."""
+    """Returns the gradients of q, k, v, β, gate, norm weight, initial matrix and decay (empty without decay)."""
     inputs = contiguous(q, k, v, beta, gate, norm_weight, decay, cos, sin, dy, d_final)
     q, k, v, beta, gate, norm_weight, decay, cos, sin, dy, d_final = inputs
     ids = _ids(k, resets)
-    of = call(q, k, v, window=window, scale=scale, norm_eps=norm_eps)
+    kernels = call(q, k, v, window=window, scale=scale, norm_eps=norm_eps)
     (b, t, heads, _), wide = q.shape, at_least_float32(q.dtype)
     dq, dk, dv, d_beta, d_gate, d_state = (torch.empty_like(x) for x in (q, k, v, beta, gate, d_final))
     d_fw, d_kv, dR, d_after = (torch.empty_like(x) for x in (gate, gate, gate, S))
-    d_weight = v.new_empty(b, of.chunks, heads, v.shape[3], dtype=wide)
+    d_weight = v.new_empty(b, kernels.chunks, heads, v.shape[3], dtype=wide)
     log_total, kv_slope = (v.new_empty(b, heads, t, dtype=wide) for _ in range(2))
     d_log_read, d_decay = None if decay is None else torch.empty_like(kv_slope), _gradient_of(decay, beta)
-    of.each_chunk_of_queries(
+    kernels.each_chunk_of_queries(
         reads.queries_backward, q, k, v, gate, norm_weight, decay, cos, sin, ids, unit_k, R, S, dy,
         dq, d_gate, d_weight, d_fw, d_kv, dR, log_total, kv_slope, d_log_read,
     )  # fmt: skip
-    of.each_slice(
+    kernels.each_slice(
         delta_rule_backward.carry_backward, q, unit_k, Y, dR, decay, ids, d_fw, d_final, d_after, d_state
     )  # fmt: skip
-    of.each_chunk_of_pairs(
-        delta_rule_backward.pairs_backward, q, k, v, beta, decay, cos, sin, ids, unit_k, inverse, R, S, d_kv, d_fw,
+    kernels.each_chunk_of_entries(
+        delta_rule_backward.entries_backward, q, k, v, beta, decay, cos, sin, ids, unit_k, inverse, R, S, d_kv, d_fw,
         log_total, kv_slope, d_log_read, dR, d_after, dk, dv, d_beta, d_decay,
     )  # fmt: skip
     return dq, dk, dv, d_beta, d_gate, d_weight.sum(dim=(0, 1, 2)).to(norm_weight.dtype), d_state, d_decay
@@ -138,10 +137,10 @@ def _(q, k, v, beta, gate, norm_weight, decay, *others):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    kept = output[2:]
-    ctx.mark_non_differentiable(*kept)
-    ctx.set_materialize_grads(False)  # of what is kept: zeros as large as it
-    ctx.save_for_backward(*inputs[:6], *inputs[7:11], *kept)
+    saved = output[2:]
+    ctx.mark_non_differentiable(*saved)
+    ctx.set_materialize_grads(False)  # else autograd would allocate zeros as large as the saved outputs
+    ctx.save_for_backward(*inputs[:6], *inputs[7:11], *saved)
     ctx.constants = inputs[11:]
 
 
@@ -175,12 +174,12 @@ def run_one_token(
     scale: float,
     norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """→ y [b, 1, g·h, v], and keys, values, matrix, position after the token."""
+    """Returns y [b, 1, g·h, v], and keys, values, matrix and position after the token."""
     inputs = contiguous(q, k, v, beta, gate, norm_weight, decay, cos, sin, resets, keys, values, matrix, position)
     q, k, v, _, gate = inputs[:5]
     y, keys, values, matrix, position = (torch.empty_like(x) for x in (gate, *inputs[-4:]))
-    of = call(q, k, v, slots=keys.shape[1], scale=scale, norm_eps=norm_eps)
-    of.each_query_head(step.step, *inputs, y, keys, values, matrix, position)
+    kernels = call(q, k, v, slots=keys.shape[1], scale=scale, norm_eps=norm_eps)
+    kernels.each_query_head(step.step, *inputs, y, keys, values, matrix, position)
     return y, keys, values, matrix, position
 
 

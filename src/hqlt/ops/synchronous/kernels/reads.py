@@ -1,4 +1,4 @@
-"""Both memories' reads of a chunk of queries, mixed and normed, and the way back to the queries."""
+"""Reads of both memories by a chunk of queries, mixed and normalised, and the backward pass to the queries."""
 
 import triton
 import triton.language as tl
@@ -12,7 +12,7 @@ from hqlt.ops.synchronous.kernels.tiles import (
     key_columns,
     load,
     matrix,
-    pairs,
+    outer,
     product,
     rotated,
     store,
@@ -30,13 +30,13 @@ def both(
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
     C: tl.constexpr, ACC: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """→ fw = scale (φQ S + tril(φQ φKᵀ) R), decayed, kv, and the logarithms of the softmax's denominators."""
+    """Returns fw = scale (φQ S + tril(φQ φKᵀ) R), decayed; kv; and the logarithms of the softmax denominators."""
     h, i = reader // G, tl.arange(0, C)
     token = n * C + i
     exists = token < T
     kc, kc_exists = key_columns(K, KP)
     vc, vc_exists = value_columns(V, VP)
-    keys = pairs(exists, kc_exists)
+    keys = outer(exists, kc_exists)
     own, before, _ = chunk_segments(ids, b, n, T, L, C)
     query = load(tile(q, b, n * C, i, reader, kc, T, H * G, K), keys, ACC)
     query = rotated(query, cos, sin, L - T + token, exists, 1.0, K, KP, ACC).to(DTYPE)
@@ -44,12 +44,12 @@ def both(
         query, k, v, cos, sin, ids, own, L - T + n * C, b, h, scale, L, window, H, K, V, KP, VP, C, ACC, DTYPE
     )  # fmt: skip
     phi = unit_silu(load(tile(q, b, n * C, i, reader, kc, T, H * G, K), keys, ACC)).to(DTYPE)
-    start = load(matrix(S, (b * tl.cdiv(T, C) + n) * H + h, kc, vc, K, V), pairs(kc_exists, vc_exists), DTYPE)
+    start = load(matrix(S, (b * tl.cdiv(T, C) + n) * H + h, kc, vc, K, V), outer(kc_exists, vc_exists), DTYPE)
     fw = tl.where(
         (own == before)[:, None], scale * from_start(product(phi, start, DTYPE), decay, b, n, h, T, H, C, ACC), 0.0
     )
     key = load(tile(unit_k, b, n * C, i, h, kc, T, H, K), keys, DTYPE)
-    r = load(tile(R, b, n * C, i, h, vc, T, H, V), pairs(exists, vc_exists), DTYPE)
+    r = load(tile(R, b, n * C, i, h, vc, T, H, V), outer(exists, vc_exists), DTYPE)
     attention = between(within_chunk(phi, key, own, C, DTYPE), decay, b, n, h, T, H, C, ACC, 0)
     fw += scale * product(attention, r, DTYPE)
     return fw, kv, log_total
@@ -61,13 +61,13 @@ def read(
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
     C: tl.constexpr, ACC: tl.constexpr, scale: tl.constexpr, norm_eps: tl.constexpr,
 ):  # fmt: skip
-    """y = RMSNorm(γ fw + (1 − γ) kv)."""
+    """Computes y = RMSNorm(γ fw + (1 − γ) kv)."""
     n, reader, b = this_program(tl.cdiv(T, C), H * G)
     DTYPE: tl.constexpr = q.dtype.element_ty
     i = tl.arange(0, C)
     token = n * C + i
     vc, vc_exists = value_columns(V, VP)
-    values = pairs(token < T, vc_exists)
+    values = outer(token < T, vc_exists)
     fw, kv, _ = both(
         q, k, v, decay, cos, sin, ids, unit_k, R, S, b, n, reader, scale, T, L, window, H, G, K, V, KP, VP, C, ACC,
         DTYPE,
@@ -86,9 +86,9 @@ def queries_backward(
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
     C: tl.constexpr, ACC: tl.constexpr, scale: tl.constexpr, norm_eps: tl.constexpr,
 ):  # fmt: skip
-    """From dy to the norm, the gate, the two reads and the queries, and to R as read within the chunk.
+    """Gradients, from dy, of the norm, the gate, both reads and the queries, and of R through the reads in its chunk.
 
-    For the pairs also the logarithms of attention's denominators, and its slope rowsum(dkv ∘ kv).
+    Also stores what `entries_backward` needs: the logarithms of the softmax denominators, and rowsum(dkv ∘ kv).
     """
     n, reader, b = this_program(tl.cdiv(T, C), H * G)
     h = reader // G
@@ -98,7 +98,7 @@ def queries_backward(
     exists = token < T
     kc, kc_exists = key_columns(K, KP)
     vc, vc_exists = value_columns(V, VP)
-    keys, values, square = pairs(exists, kc_exists), pairs(exists, vc_exists), pairs(kc_exists, vc_exists)
+    keys, values, square = outer(exists, kc_exists), outer(exists, vc_exists), outer(kc_exists, vc_exists)
     own, before, _ = chunk_segments(ids, b, n, T, L, C)
     position = L - T + token
     fw, kv, denominator = both(
@@ -122,7 +122,7 @@ def queries_backward(
     at_token = (b * H * G + reader) * T + token
     store(log_total + at_token, denominator, exists)
     store(kv_slope + at_token, tl.sum(d_from_kv * kv, axis=1), exists)
-    tl.debug_barrier()  # what one thread has stored, others load: kept in registers, it would spill
+    tl.debug_barrier()  # values stored above are loaded again below, by other threads; in registers they would spill
 
     queries = tile(q, b, n * C, i, reader, kc, T, H * G, K)
     d_query = query_backward(

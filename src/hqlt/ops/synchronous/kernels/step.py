@@ -7,7 +7,7 @@ from hqlt.ops.synchronous.kernels.tiles import (
     key_columns,
     load,
     matrix,
-    pairs,
+    outer,
     rotated,
     store,
     this_program,
@@ -24,15 +24,16 @@ def step(
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
     BLOCK: tl.constexpr, ACC: tl.constexpr, scale: tl.constexpr, norm_eps: tl.constexpr,
 ):  # fmt: skip
-    """One program for each query head and row: matrix and pairs are read once by each of a group, and written once."""
+    """One program per query head and row. Each query head of a group reads the matrix and the entries; the first also
+    writes them."""
     _, reader, b = this_program(1, H * G)
     h = reader // G
-    rows, written = tl.where(reader % G == 0, K, 0), tl.where(reader % G == 0, slots, 0)  # that this program writes
+    rows, written = tl.where(reader % G == 0, K, 0), tl.where(reader % G == 0, slots, 0)  # written by this program
     kc, kc_exists = key_columns(K, KP)
     vc, vc_exists = value_columns(V, VP)
     one = tl.arange(0, 1)
     here = one == 0
-    key_mask, value_mask, square = pairs(here, kc_exists), pairs(here, vc_exists), pairs(kc_exists, vc_exists)
+    key_mask, value_mask, square = outer(here, kc_exists), outer(here, vc_exists), outer(kc_exists, vc_exists)
     fresh = b < 0  # never
     if resets is not None:
         fresh = tl.load(resets + b)
@@ -46,16 +47,16 @@ def step(
     store(
         tile(keys_after, b, slots - 1, one, h, kc, slots, H, K),
         key,
-        pairs((latest >= 0) & (latest < written), kc_exists),
+        outer((latest >= 0) & (latest < written), kc_exists),
     )
     store(
         tile(values_after, b, slots - 1, one, h, vc, slots, H, V),
         value,
-        pairs((latest >= 0) & (latest < written), vc_exists),
+        outer((latest >= 0) & (latest < written), vc_exists),
     )
 
-    turned = rotated(query, cos, sin, slots + one, here, 1.0, K, KP, ACC)
-    top = scale * tl.sum(turned * rotated(key, cos, sin, slots + one, here, 1.0, K, KP, ACC), axis=1)
+    rotated_query = rotated(query, cos, sin, slots + one, here, 1.0, K, KP, ACC)
+    top = scale * tl.sum(rotated_query * rotated(key, cos, sin, slots + one, here, 1.0, K, KP, ACC), axis=1)
     total = tl.full((1,), 1.0, ACC)
     kv = value
     for begin in range(0, slots, BLOCK):
@@ -63,23 +64,25 @@ def step(
         slot = begin + i
         exists = slot < slots
         held = (slots - slot <= seen) & exists
-        pair = load(tile(keys, b, begin, i, h, kc, slots, H, K), pairs(held, kc_exists), ACC)
+        entry = load(tile(keys, b, begin, i, h, kc, slots, H, K), outer(held, kc_exists), ACC)
         store(
-            tile(keys_after, b, begin - 1, i, h, kc, slots, H, K), pair, pairs((slot > 0) & (slot < written), kc_exists)
+            tile(keys_after, b, begin - 1, i, h, kc, slots, H, K),
+            entry,
+            outer((slot > 0) & (slot < written), kc_exists),
         )
-        pair = rotated(pair, cos, sin, slot, exists, 1.0, K, KP, ACC)
-        score = tl.where(held, scale * tl.sum(turned * pair, axis=1), float("-inf"))
+        entry = rotated(entry, cos, sin, slot, exists, 1.0, K, KP, ACC)
+        score = tl.where(held, scale * tl.sum(rotated_query * entry, axis=1), float("-inf"))
         higher = tl.maximum(top, tl.max(score, axis=0))
         weight = tl.exp(score - higher)
         shrink = tl.exp(top - higher)
-        pair = load(tile(values, b, begin, i, h, vc, slots, H, V), pairs(held, vc_exists), ACC)
+        entry = load(tile(values, b, begin, i, h, vc, slots, H, V), outer(held, vc_exists), ACC)
         store(
             tile(values_after, b, begin - 1, i, h, vc, slots, H, V),
-            pair,
-            pairs((slot > 0) & (slot < written), vc_exists),
+            entry,
+            outer((slot > 0) & (slot < written), vc_exists),
         )
         total = total * shrink + tl.sum(weight, axis=0)
-        kv = kv * shrink[:, None] + tl.sum(weight[:, None] * pair, axis=0)[None, :]
+        kv = kv * shrink[:, None] + tl.sum(weight[:, None] * entry, axis=0)[None, :]
         top = higher
     kv /= total[:, None]
 
@@ -90,7 +93,7 @@ def step(
     phi = tl.trans(unit_silu(key))
     predicted = tl.sum(phi * before, axis=0)[None, :]
     after = before + phi * (load(beta + b * H + h + one, here, ACC)[:, None] * (value - predicted))
-    store(matrix(W_after, b * H + h, kc, vc, K, V), after, pairs(kc_exists & (kc < rows), vc_exists))
+    store(matrix(W_after, b * H + h, kc, vc, K, V), after, outer(kc_exists & (kc < rows), vc_exists))
     fw = scale * tl.sum(tl.trans(unit_silu(query)) * after, axis=0)[None, :]
 
     gamma = 1 / (1 + tl.exp(-load(tile(gate, b, 0, one, reader, vc, 1, H * G, V), value_mask, ACC)))

@@ -1,26 +1,26 @@
-"""What the kernels are made of: addresses of tiles, φ, rotations, products, the inverse of a unit triangle."""
+"""Building blocks of the kernels: addresses of tiles, φ, rotary embedding, products, inverse of a unit triangle."""
 
 import triton
 import triton.language as tl
 
 
 def kernel(function):
-    """Compile once for any number of tokens, KV entries and any window, not again for 1 and multiples of 16."""
+    """Compile once for all lengths and windows. (By default, Triton recompiles for 1 and for multiples of 16.)"""
     return triton.jit(do_not_specialize=["T", "L", "window", "slots"])(function)
 
 
 @triton.jit
 def this_program(count, H: tl.constexpr):
-    """→ which of `count` chunks or slices, which head and which row this program is for."""
+    """The chunk or slice (of `count`), the head and the row of this program."""
     program = tl.program_id(0)
     return program % count, program // count % H, (program // count // H).to(tl.int64)
 
 
 @triton.jit
 def key_columns(K: tl.constexpr, KP: tl.constexpr):
-    """→ the columns of a key in a tile KP wide, and which of them exist.
+    """The columns of a key in a tile KP wide, and which of them exist.
 
-    Each half of a key is padded by itself, so that x_i and its partner of the rotation x_{i+K/2} lie KP/2 apart.
+    Each half of a key is padded separately, so that x_i and its rotary partner x_{i+K/2} are KP/2 apart.
     """
     half = (K + 1) // 2
     place = tl.arange(0, KP) % (KP // 2)
@@ -30,34 +30,35 @@ def key_columns(K: tl.constexpr, KP: tl.constexpr):
 
 @triton.jit
 def value_columns(V: tl.constexpr, VP: tl.constexpr):
-    """→ the columns of a value in a tile VP wide, and which of them exist."""
+    """The columns of a value in a tile VP wide, and which of them exist."""
     column = tl.arange(0, VP)
     return column, column < V
 
 
 @triton.jit
 def tile(x, b, first, row, h, column, ROWS, H: tl.constexpr, WIDTH: tl.constexpr):
-    """Addresses in x [b, ROWS, H, WIDTH] of some rows, from `first` on, and columns of a head.
+    """Addresses of rows (from `first` on) and columns of a head in x [b, ROWS, H, WIDTH].
 
-    One 64-bit address, and 32 bits for what is added to it: half the registers.
+    One 64-bit base address plus 32-bit offsets takes half the registers.
     """
     return x + ((b * ROWS + first) * H + h) * WIDTH + row[:, None] * (H * WIDTH) + column[None, :]
 
 
 @triton.jit
 def matrix(x, index, row, column, K: tl.constexpr, V: tl.constexpr):
-    """Addresses in x [index, K, V] of some rows and columns of a matrix."""
+    """Addresses of rows and columns of a matrix in x [index, K, V]."""
     return x + index * K * V + row[:, None] * V + column[None, :]
 
 
 @triton.jit
-def pairs(row_exists, column_exists):
+def outer(row_exists, column_exists):
+    """The mask of a tile, from those of its rows and columns."""
     return row_exists[:, None] & column_exists[None, :]
 
 
 @triton.jit
 def load(addresses, mask, DTYPE: tl.constexpr):
-    """Zero where the mask is false: memory of nobody is never read."""
+    """Load a tile; 0 where the mask is False, where memory is not accessed."""
     return tl.load(addresses, mask=mask, other=0.0).to(DTYPE)
 
 
@@ -68,7 +69,7 @@ def store(addresses, x, mask):
 
 @triton.jit
 def product(x, y, DTYPE: tl.constexpr):
-    """x y from factors rounded to DTYPE, accumulated in at least float32."""
+    """The matrix product x y, with factors rounded to DTYPE and accumulation in at least float32."""
     return tl.dot(x.to(DTYPE), y.to(DTYPE), input_precision="ieee")
 
 
@@ -92,29 +93,29 @@ def unit_silu_backward(x, d_phi):
 
 @triton.jit
 def angles(table, position, exists, K: tl.constexpr, KP: tl.constexpr, DTYPE: tl.constexpr):
-    """Rows of a rotary table [·, K/2]: a tile KP/2 wide."""
+    """Rows of a rotary table [·, K/2], as a tile KP/2 wide."""
     column = tl.arange(0, KP // 2)
-    return load(table + position[:, None] * (K // 2) + column[None, :], pairs(exists, column < K // 2), DTYPE)
+    return load(table + position[:, None] * (K // 2) + column[None, :], outer(exists, column < K // 2), DTYPE)
 
 
 @triton.jit
-def rotated(x, cos, sin, position, exists, turn, K: tl.constexpr, KP: tl.constexpr, DTYPE: tl.constexpr):
-    """Each pair (x_i, x_{i+K/2}) rotated by its position's angle, times turn: 1, or −1 for the way back."""
+def rotated(x, cos, sin, position, exists, direction, K: tl.constexpr, KP: tl.constexpr, DTYPE: tl.constexpr):
+    """x with the rotary embedding of `position` (direction 1), or its inverse (−1), on pairs (x_i, x_{i+K/2})."""
     if cos is not None:
         c = angles(cos, position, exists, K, KP, DTYPE)
-        s = angles(sin, position, exists, K, KP, DTYPE) * turn
+        s = angles(sin, position, exists, K, KP, DTYPE) * direction
         halves = tl.permute(tl.reshape(x, (x.shape[0], 2, KP // 2)), (0, 2, 1))
         first, second = tl.split(halves)
-        turned = tl.join(first * c - second * s, second * c + first * s)
-        x = tl.reshape(tl.permute(turned, (0, 2, 1)), (x.shape[0], KP))
+        halves = tl.join(first * c - second * s, second * c + first * s)
+        x = tl.reshape(tl.permute(halves, (0, 2, 1)), (x.shape[0], KP))
     return x
 
 
 @triton.jit
 def chunk_segments(ids, b, n, T, L, C: tl.constexpr):
-    """Segments in chunk n of the T new tokens: of its tokens [C], of the matrix at its start, of its last token.
+    """Segments in chunk n of the T new tokens: of its tokens [C], of the matrix at its start, and of its last token.
 
-    Negative n: chunks of the KV entries from before.
+    Negative n refers to chunks of held entries.
     """
     first = L - T + n * C
     own = tl.load(ids + b * L + tl.minimum(tl.maximum(first + tl.arange(0, C), 0), L - 1))
@@ -125,7 +126,7 @@ def chunk_segments(ids, b, n, T, L, C: tl.constexpr):
 
 @triton.jit
 def joined(D, A, length: tl.constexpr, PRECISION: tl.constexpr):
-    """D − D M D: the inverse of diagonal blocks twice as long, with M the blocks of A that join them two by two."""
+    """D − D M D, the inverse of diagonal blocks twice as long, where M holds the blocks of A between neighbours."""
     i = tl.arange(0, A.shape[0])[:, None] // length
     j = tl.arange(0, A.shape[0])[None, :] // length
     M = tl.where((i == j + 1) & (i // 2 == j // 2), A, 0.0)
@@ -134,10 +135,10 @@ def joined(D, A, length: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def unit_triangle_inverse(A, C: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + A)⁻¹ of a strictly lower triangular A [C, C]: diagonal blocks of 2, joined two by two.
+    """(I + A)⁻¹ of a strictly lower triangular A [C, C]: diagonal blocks of 2 are inverted and joined pairwise.
 
-    Where the factors of these products are rounded (PRECISION "tf32"), D − D ((I + A) D − I) follows, its residual from
-    unrounded ones: what rounding has cost is squared.
+    If the factors of these products are rounded (PRECISION "tf32"), one refinement D − D ((I + A) D − I) follows, with
+    the residual computed from unrounded factors. It squares the rounding error.
     """
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     identity = (i == j).to(DTYPE)
