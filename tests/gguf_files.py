@@ -1,4 +1,4 @@
-"""GGUF files of tiny models, written as llama.cpp's converter writes them."""
+"""Writing GGUF files of tiny models in the format of llama.cpp's converter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PARTS = {
 
 
 def fields_of(model: PreTrainedModel) -> dict[str, Any]:
-    """What a file says of a model."""
+    """The fields of a model's file."""
     config: Any = model.config
     return {f"{config.model_type}.{name}": value for name, value in {
         "context_length": config.max_position_embeddings, "embedding_length": config.hidden_size,
@@ -39,7 +39,7 @@ def head_dim(config: Any) -> int:
 
 
 def tensors_of(model: PreTrainedModel) -> dict[str, np.ndarray]:
-    """By llama.cpp's names, rows of q and k in its order: of a Llama's heads, halves become neighbours."""
+    """The tensors with llama.cpp's names. In heads of q and k of a Llama, the two halves are interleaved."""
     config: Any = model.config
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     tensors = {}
@@ -80,7 +80,7 @@ def write_gguf(
 
 
 def tokenizer_fields(tokenizer: Any, pre: str, special: list[str]) -> dict[str, Any]:
-    """What a file says of a BPE over bytes of `tokenizers`, whose special tokens come first."""
+    """The fields of a byte-level BPE of `tokenizers` whose special tokens come first."""
     import json
 
     model = json.loads(tokenizer.to_str())["model"]
@@ -92,7 +92,7 @@ def tokenizer_fields(tokenizer: Any, pre: str, special: list[str]) -> dict[str, 
 
 
 def trained(pre_tokenizer: Any, texts: list[str], size: int, special: list[str], **options: Any) -> Any:
-    """A BPE over bytes of `tokenizers`, split by this pre-tokenizer."""
+    """Train a byte-level BPE of `tokenizers` with this pre-tokenizer."""
     from tokenizers import pre_tokenizers
 
     tokenizer: Any = Tokenizer(models.BPE(**options))

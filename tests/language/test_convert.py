@@ -1,4 +1,4 @@
-"""A checkpoint of the paper's code, converted, computes what that code computes of a whole text."""
+"""A converted checkpoint of the paper's code gives the logits of that code on a whole text."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def checkpoint(settings, tensors=None) -> Checkpoint:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_logits_are_theirs(name):
+def test_logits_equal_the_original(name):
     settings = SETTINGS[name]
     theirs = checkpoint(settings)
     converted = convert(theirs)
@@ -58,10 +58,10 @@ def test_logits_are_theirs(name):
     torch.testing.assert_close(logits, logits_of(theirs.tensors, settings, TOKENS), rtol=0, atol=1e-10)
     used = [part for parts in converted.names.values() for part in parts]
     assert sorted(used) == sorted(theirs.tensors)
-    assert not converted.left_out
+    assert not converted.skipped
 
 
-def test_a_fused_mlp_and_what_is_computed_anew():
+def test_a_fused_mlp_and_rotary_frequencies():
     tensors = random_checkpoint(HYBRID)
     logits = convert(checkpoint(HYBRID)).model(TOKENS[None]).logits
     for n in range(2):
@@ -72,7 +72,7 @@ def test_a_fused_mlp_and_what_is_computed_anew():
         tensors[f"model.layers.{n}.attn.rotary.inv_freq"] = 10_000.0 ** (-torch.arange(0, 8, 2) / 8)
     converted = convert(checkpoint(HYBRID, tensors))
     assert torch.equal(converted.model(TOKENS[None]).logits, logits)
-    assert set(converted.left_out.values()) == {"computed from rope_theta"}
+    assert set(converted.skipped.values()) == {"computed from rope_theta"}
     tensors["model.layers.0.attn.rotary.inv_freq"] *= 2
     with pytest.raises(ValueError, match=r"unknown: model\.layers\.0\.attn\.rotary\.inv_freq"):
         convert(checkpoint(HYBRID, tensors))
@@ -81,21 +81,21 @@ def test_a_fused_mlp_and_what_is_computed_anew():
 def test_linear_attention_is_converted_with_a_warning():
     converted = convert(checkpoint({**HYBRID, "attn_mode": "sync_chunk_linear"}))
     assert converted.model.config.fast_weights == "linear"
-    assert len(converted.left_out) == 2 and all(name.endswith("b_proj.weight") for name in converted.left_out)
+    assert len(converted.skipped) == 2 and all(name.endswith("b_proj.weight") for name in converted.skipped)
     assert any("LOGITS DIFFER" in note and "over heads" in note for note in converted.notes)
     assert converted.model(TOKENS[None]).logits.isfinite().all()
 
 
-def test_notes_say_what_is_computed_otherwise():
+def test_notes_list_differences():
     notes = {name: "\n".join(convert(checkpoint(SETTINGS[name])).notes) for name in SETTINGS}
     assert "off by one" in notes["synchronous"] and "off by one" not in notes["sum"]
-    assert "drift apart" in notes["delayed-streaming"]
-    assert "in chunks of 64 whatever the window" in notes["delayed-chunk"]
+    assert "differ by one" in notes["delayed-streaming"]
+    assert "in chunks of 64 regardless of the window" in notes["delayed-chunk"]
     assert notes["deltanet"] == ""
 
 
-def test_the_paper_s_sizes():
-    """What its 340M config says is our preset."""
+def test_sizes_of_the_paper():
+    """The paper's 340M config converts to our preset."""
     settings = {
         **HYBRID,
         "hidden_size": 1024,
@@ -121,17 +121,20 @@ def test_the_paper_s_sizes():
             {"model_type": "gla"},
             "model_type: expected one of 'hybrid_qlt', 'delta_net', 'gated_deltanet', 'transformer', got 'gla'",
         ),
-        ({"expand_v": 2}, "expand_v: expected 1, which our layer computes, got 2"),
+        ({"expand_v": 2}, "expand_v: expected 1, the only value our layers support, got 2"),
         ({"use_memory_scaler": True}, "use_memory_scaler: expected False"),
         ({"attn_mode": "fused_recurrent"}, "attn_mode: expected one of 'sync_chunk'"),
-        ({"attn": [BETWEEN]}, "attn: expected the settings of attention, the same in all its layers, got"),
-        ({"attnres_block_size": 2}, "attnres_block_size: expected None, which our layer computes, got 2"),
-        ({"intermediate_size": 32}, r"mlp.gate_proj.weight: expected shape \[32, 16\] by the config, got \[24, 16\]"),
+        ({"attn": [BETWEEN]}, "attn: expected one mapping of settings for all attention layers, got"),
+        ({"attnres_block_size": 2}, "attnres_block_size: expected None, the only value our layers support, got 2"),
+        (
+            {"intermediate_size": 32},
+            r"mlp.gate_proj.weight: expected shape \[32, 16\] according to the config, got \[24, 16\]",
+        ),
         ({"use_gate": True}, "missing: model.layers.0.attn.g_proj.weight"),
         ({"use_memory_gate": False}, "unknown: model.layers.0.attn.memory_gate_proj.weight"),
     ],
 )
-def test_what_has_no_counterpart_is_refused(change, message):
+def test_unsupported_settings_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         convert(checkpoint({**HYBRID, **change}, random_checkpoint(HYBRID)))
 
@@ -149,9 +152,9 @@ class TestCommand:
         (theirs / "model.safetensors.index.json").write_text(json.dumps(index))
         (theirs / "config.json").write_text(json.dumps(HYBRID))
         main(["convert", str(theirs), str(tmp_path / "ours")])
-        said = capsys.readouterr().out
-        assert f"{len(tensors)} tensors became {len(tensors)}" in said
-        assert "off by one" in said and "no tokenizer was found" in said
+        printed = capsys.readouterr().out
+        assert f"{len(tensors)} tensors converted to {len(tensors)}" in printed
+        assert "off by one" in printed and "no tokenizer was found" in printed
         model = load_model(tmp_path / "ours")
         expected = logits_of(tensors, HYBRID, TOKENS)
         torch.testing.assert_close(model(TOKENS[None]).logits[0], expected, rtol=0, atol=1e-10)
@@ -162,10 +165,10 @@ class TestCommand:
         (tmp_path / "settings.json").write_text(json.dumps(DELTA_NET))
         (tmp_path / "map.yaml").write_text(yaml.safe_dump({r"^backbone\.": ""}))
         command = ["convert", str(tmp_path / "weights.pt"), str(tmp_path / "ours")]
-        with pytest.raises(SystemExit, match=r"config.json; name it by --settings"):
+        with pytest.raises(SystemExit, match=r"config.json, found none; pass it as --settings"):
             main(command)
         command.append(f"--settings={tmp_path / 'settings.json'}")
-        with pytest.raises(SystemExit, match=r"missing: lm_head.weight \(is it backbone.lm_head.weight\?\)"):
+        with pytest.raises(SystemExit, match=r"missing: lm_head.weight \(did you mean backbone.lm_head.weight\?\)"):
             main(command)
         main([*command, f"--map={tmp_path / 'map.yaml'}"])
         assert load_model(tmp_path / "ours").config.kinds == ["fw", "fw"]
@@ -173,28 +176,28 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("map", "message"),
         [
-            ("- a", r"map.yaml: expected a line such as '\^old_: new_' for each expression, got \['a'\]"),
-            ("a: 1", "map.yaml: expected a line such as"),
+            ("- a", r"map.yaml: expected lines such as '\^old_: new_', one per expression, got \['a'\]"),
+            ("a: 1", "map.yaml: expected lines such as"),
             ("a: [", "map.yaml: expected YAML"),
-            ("(a: b", r"map: expected an expression and what replaces it, got '\(a': 'b': .*unterminated"),
-            (r"model: \2", r"map: expected an expression .* got 'model': .*invalid group reference"),
+            ("(a: b", r"map: expected a regular expression and its replacement, got '\(a': 'b': .*unterminated"),
+            (r"model: \2", r"map: expected a regular expression .* got 'model': .*invalid group reference"),
         ],
     )
-    def test_a_map_that_is_none(self, tmp_path, map, message):
+    def test_an_invalid_map_is_refused(self, tmp_path, map, message):
         save_file(random_checkpoint(HYBRID), tmp_path / "model.safetensors")
         (tmp_path / "config.json").write_text(json.dumps(HYBRID))
         (tmp_path / "map.yaml").write_text(map)
         with pytest.raises(SystemExit, match=message):
             main(["convert", str(tmp_path), str(tmp_path / "ours"), f"--map={tmp_path / 'map.yaml'}"])
 
-    def test_a_pickle_is_not_run(self, tmp_path):
+    def test_a_pickle_is_not_executed(self, tmp_path):
         class Trap:
             def __reduce__(self):
-                return pytest.fail, ("a pickle was run",)
+                return pytest.fail, ("a pickle was executed",)
 
         torch.save({"model": Trap()}, tmp_path / "weights.pt")
         (tmp_path / "config.json").write_text(json.dumps(HYBRID))
-        with pytest.raises(ValueError, match="expected safetensors, or a PyTorch file of tensors alone"):
+        with pytest.raises(ValueError, match="expected safetensors, or a PyTorch file of tensors only"):
             read_checkpoint(tmp_path / "weights.pt")
 
     def test_a_distributed_checkpoint_is_refused(self, tmp_path):
@@ -206,9 +209,9 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("files", "options", "message"),
         [
-            ({}, ["nope"], "nope: expected a checkpoint's folder, or a file of weights, found neither"),
+            ({}, ["nope"], "nope: expected a checkpoint's folder or a file of weights, found neither"),
             ({"config.json": "{"}, ["."], r"config\.json: expected the checkpoint's settings as JSON, got"),
-            ({"config.json": "[]"}, ["."], r"config\.json: expected settings by name, got list"),
+            ({"config.json": "[]"}, ["."], r"config\.json: expected a JSON object, got list"),
             ({"config.json": {"num_heads": "two"}}, ["."], "expected the settings of a model, got "),
             ({"config.json": {"expand_v": 2}}, ["."], "expand_v: expected 1"),
             ({"config.json": {}}, ["."], r"expected one of model\.safetensors, .*, found none"),
@@ -222,23 +225,23 @@ class TestCommand:
             (
                 {"config.json": {"vocab_size": 9}},
                 [".", "--tokenizer=bytes"],
-                "tokenizer: expected at most 9 tokens, as",
+                "tokenizer: expected at most 9 tokens, the",
             ),
             ({"config.json": {}, "model.safetensors": "cut"}, ["."], r"model\.safetensors: expected safetensors, or a"),
             ({"config.json": {}, "pytorch_model.bin": "cut"}, ["."], r"pytorch_model\.bin: expected safetensors, or a"),
             (
                 {"config.json": {}, "model.safetensors.index.json": "{}"},
                 ["."],
-                r"index\.json: expected the files of the",
+                r"index\.json: expected a weight_map from",
             ),
             (
                 {"config.json": {}, "model.safetensors.index.json": {"weight_map": {"a": "a.safetensors"}}},
                 ["."],
-                r"index\.json: expected the files that it names, found no a\.safetensors beside it",
+                r"index\.json: expected all files that it names, a\.safetensors is missing",
             ),
         ],
     )
-    def test_what_cannot_be_converted_leaves_nothing(self, tmp_path, files, options, message, monkeypatch):
+    def test_nothing_is_written_if_conversion_fails(self, tmp_path, files, options, message, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         monkeypatch.chdir(tmp_path)
         for name, content in files.items():

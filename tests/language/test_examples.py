@@ -1,4 +1,4 @@
-"""A book that is read once is asked in less time than it took to read, and forgets what is taken back."""
+"""The long-document example: questions take less time than reading the text, and can be rolled back."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def test_a_long_document(folder, tmp_path, capsys, monkeypatch):
     book.write_text("It was the best of times, it was the worst of times. " * 100)
     monkeypatch.setattr(sys, "argv", [str(EXAMPLE), str(folder), str(book)])
     runpy.run_path(str(EXAMPLE))
-    told = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.splitlines()
     past = generation.prefill(build(), [0, 0])
-    assert [line.split(" s   ")[1] for line in told if re.match(r" *\d+\.\d{3} s   ", line)] == [
+    assert [line.split(" s   ")[1] for line in lines if re.match(r" *\d+\.\d{3} s   ", line)] == [
         "to read 5,300 tokens",
         "to ask 'Who is it about?' and to answer",
         "to ask 'How does it begin?' and to answer",
@@ -28,5 +28,5 @@ def test_a_long_document(folder, tmp_path, capsys, monkeypatch):
         "to fork, and to read on in both",
         "to take 28 tokens back",
     ]
-    assert told[1] == f"{sum(state.bytes_per_row() for state in past.states):,} bytes of state"
-    assert told[-1] == "answers are those after reading it anew: True"
+    assert lines[1] == f"{sum(state.bytes_per_row() for state in past.states):,} bytes of state"
+    assert lines[-1] == "answers are those after reading it anew: True"

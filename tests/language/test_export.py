@@ -1,4 +1,4 @@
-"""An exported folder is complete by itself: transformers loads it, with and without `import hqlt`."""
+"""An exported folder is self-contained: transformers loads it, with and without `import hqlt`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ for here in (folder, again):
     logits = model(**tokenizer("an exported model β", return_tensors="pt")).logits
     print(repr(logits.sum().item()))
     if here == folder:
-        model.save_pretrained(again), tokenizer.save_pretrained(again)  # what was loaded so can be saved again
+        model.save_pretrained(again), tokenizer.save_pretrained(again)  # a model loaded this way can be saved again
 import hqlt
 assert hqlt.HQLTConfig._auto_class is None
 """
@@ -59,7 +59,7 @@ def test_loads_with_remote_code_alone(folder, exported, tmp_path, monkeypatch):
     assert first == second == pytest.approx(load_model(folder)(TOKENS).logits.sum().item())
 
 
-def test_the_card_says_what_it_is(exported):
+def test_the_model_card(exported):
     card = (exported / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert "| vocabulary | 256 (bytes) |" in card
@@ -72,11 +72,11 @@ def test_bytes_as_a_tokenizer(exported):
     assert tokenizer(text)["input_ids"] == list(text.encode())
     assert tokenizer.decode(list(text.encode())) == text
     assert len(byte_tokenizer()) == 256
-    assert tokenizer_of(exported, 256).name == "bytes"  # whose unit in reports is the byte
+    assert tokenizer_of(exported, 256).name == "bytes"  # so that reports count bytes
 
 
 def test_batches_may_be_padded(exported):
-    """As the card says: rows of other lengths, padded, are continued as each is alone."""
+    """As in the model card: padded rows of different lengths are continued as each of them alone."""
     tokenizer = AutoTokenizer.from_pretrained(exported)
     model = AutoModelForCausalLM.from_pretrained(exported, dtype="auto")
     texts = ["a longer text", "β", "<|pad|> is a text"]
@@ -104,17 +104,17 @@ def test_with_a_tokenizer_and_in_another_dtype(tmp_path):
         show_progress=False,
     )
     tokenizer.train_from_iterator(["def export(self): return self"] * 9, trainer)
-    beside = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
-    beside.save_pretrained(tmp_path / "model")
+    tokenizer_files = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+    tokenizer_files.save_pretrained(tmp_path / "model")
     build(vocab_size=300).save_pretrained(tmp_path / "model")
     main(["export", str(tmp_path), str(tmp_path / "exported"), "--dtype=bfloat16"])
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype="auto")
     assert loaded.dtype == torch.bfloat16
-    assert loaded.generation_config.eos_token_id == beside.eos_token_id
+    assert loaded.generation_config.eos_token_id == tokenizer_files.eos_token_id
     text = "def export(β): return"
-    assert AutoTokenizer.from_pretrained(tmp_path / "exported")(text) == beside(text)
+    assert AutoTokenizer.from_pretrained(tmp_path / "exported")(text) == tokenizer_files(text)
     assert AutoTokenizer.from_pretrained(tmp_path / "exported").pad_token == "<|endoftext|>"
-    assert tokenizer_of(tmp_path / "exported", 300).eos_id == beside.eos_token_id
+    assert tokenizer_of(tmp_path / "exported", 300).eos_id == tokenizer_files.eos_token_id
 
 
 def test_nothing_is_overwritten(folder, tmp_path):
@@ -137,7 +137,7 @@ def test_a_failed_export_leaves_nothing(folder, tmp_path, monkeypatch, made):
     assert list(tmp_path.glob("out/*")) == [] and (tmp_path / "out").exists() == made
 
 
-def test_where_nothing_can_be_written_nothing_is_loaded(folder, monkeypatch):
+def test_an_unwritable_folder_is_refused_before_loading(folder, monkeypatch):
     monkeypatch.setattr("hqlt.language.export.load_model", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(SystemExit, match="/proc/sys"):
         main(["export", str(folder), "/proc/sys"])

@@ -1,4 +1,4 @@
-"""Which folders hold a model: what `hqlt train` leaves, a study's cell, an exported folder."""
+"""Folders of models: those of `hqlt train`, of a study's cell, and exported ones."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def run(text, tmp_path_factory):
     return folder
 
 
-def test_a_trained_run_is_generated_from_evaluated_and_exported(run, text, tmp_path, capsys):
-    """Its own config.json holds settings; the model is in model/."""
+def test_a_trained_run_can_be_generated_from_evaluated_and_exported(run, text, tmp_path, capsys):
+    """The run's own config.json holds settings; the model is in model/."""
     main(["generate", str(run), "--prompt=1 2 3", "--max-new-tokens=3"])
     assert capsys.readouterr().out
     main(["eval", str(run), f"--lengths={text.parent / 'in' / '1.txt'}", f"--folder={tmp_path / 'eval'}"])
@@ -31,13 +31,13 @@ def test_a_trained_run_is_generated_from_evaluated_and_exported(run, text, tmp_p
     assert find_model(tmp_path / "exported") == tmp_path / "exported"
 
 
-def test_a_folder_that_holds_none_says_what_it_holds(tmp_path):
+def test_the_error_describes_a_folder_without_a_model(tmp_path):
     (tmp_path / "config.json").write_text('{"settings": {}}')
-    with pytest.raises(FileNotFoundError, match=r"without model_type, as a run's is; a run has its model/ once"):
+    with pytest.raises(FileNotFoundError, match=r"without model_type, as in a run; a run has model/ once"):
         find_model(tmp_path)
     for name in ("b", "a"):
         build().save_pretrained(tmp_path / "models" / name)
-    with pytest.raises(FileNotFoundError, match=r"found a study; name one of its models: .*models/a, .*models/b$"):
+    with pytest.raises(FileNotFoundError, match=r"found a study; choose one of its models: .*models/a, .*models/b$"):
         find_model(tmp_path)
     assert find_model(tmp_path / "models" / "a").name == "a"
 
@@ -47,21 +47,21 @@ def test_the_token_that_begins_a_text(tmp_path):
     assert tokenizer_of(tmp_path, 256).bos_id is None
     prepending().save(tmp_path)
     assert tokenizer_of(tmp_path, 256).bos_id is None
-    told = tmp_path / "tokenizer_config.json"
+    file = tmp_path / "tokenizer_config.json"
     for named in ("<s>", {"__type": "AddedToken", "content": "<s>"}):
-        told.write_text(json.dumps(json.loads(told.read_text()) | {"bos_token": named}))
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"bos_token": named}))
         assert tokenizer_of(tmp_path, 256).bos_id == 0
 
 
 class TestBrokenFolders:
-    """A sentence, by whatever command; nothing is computed with weights that were made up."""
+    """Every command raises a readable error instead of running with randomly initialized weights."""
 
     @pytest.mark.parametrize(
         ("config", "message"),
         [
             (
                 {"hidden_size": 32},
-                r"expected the weights that its config.json describes, got \d+ of another shape, such",
+                r"expected the weights that its config.json describes, got \d+ with another shape, such",
             ),
             (
                 {"num_hidden_layers": 3},
@@ -69,7 +69,10 @@ class TestBrokenFolders:
             ),
             ({"num_hidden_layers": 1}, r"describes, got \d+ unknown, such as model\.layers\.1\."),
             ({"window": "many"}, r"config\.json: expected a model's settings, got .*'window'"),
-            ({"model_type": "gpt2"}, r"config\.json: expected a model of type hqlt, got gpt2; see `hqlt convert`"),
+            (
+                {"model_type": "gpt2"},
+                r"config\.json: expected a model of type hqlt, got gpt2; convert it with `hqlt convert`",
+            ),
         ],
     )
     @pytest.mark.parametrize("command", [["generate"], ["eval", "--passkey"], ["export"]])
@@ -82,16 +85,14 @@ class TestBrokenFolders:
         assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize("left", [0, 100, 2000])
-    def test_weights_that_are_cut(self, folder, left):
+    def test_truncated_weights(self, folder, left):
         file = folder / "model" / "model.safetensors"
         file.write_bytes(file.read_bytes()[:left])
-        with pytest.raises(
-            ValueError, match="model: expected whole files of weights, got SafetensorError: Error while"
-        ):
+        with pytest.raises(ValueError, match="model: expected complete weight files, got SafetensorError: Error while"):
             load_model(folder)
 
-    def test_an_index_that_is_none(self, folder):
+    def test_an_invalid_index(self, folder):
         (folder / "model" / "model.safetensors").unlink()
         (folder / "model" / "model.safetensors.index.json").write_text("{}")
-        with pytest.raises(ValueError, match="model: expected whole files of weights, got KeyError"):
+        with pytest.raises(ValueError, match="model: expected complete weight files, got KeyError"):
             load_model(folder)

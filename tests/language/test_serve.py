@@ -1,4 +1,4 @@
-"""`transformers serve` on an exported folder, asked by the openai client; skipped where these are not installed."""
+"""`transformers serve` on an exported folder, queried by the openai client. Skipped if these are not installed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LENGTH = 8
 @pytest.fixture
 def exported(tmp_path):
     model = build()
-    with torch.no_grad():  # so that what greedy decoding writes is ASCII
+    with torch.no_grad():  # so that greedy decoding produces ASCII
         model.lm_head.weight[128:] = model.lm_head.weight[:128]
     model.save_pretrained(tmp_path / "model")
     main(["export", str(tmp_path), str(tmp_path / "exported"), "--dtype=float32"])
@@ -39,7 +39,7 @@ def exported(tmp_path):
 
 @pytest.fixture
 def address(exported, tmp_path):
-    """Of a server that does not know hqlt before it reads the folder."""
+    """The address of a server that has not imported hqlt before it loads the folder."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -65,7 +65,7 @@ def wait_for(page: str, server: subprocess.Popen, log) -> None:
             time.sleep(0.2)
 
 
-def test_chat_and_completion_are_what_generate_writes(exported, address):
+def test_chat_and_completion_equal_generate(exported, address):
     from openai import OpenAI
 
     tokenizer, model = AutoTokenizer.from_pretrained(exported), AutoModelForCausalLM.from_pretrained(exported)
@@ -78,8 +78,8 @@ def test_chat_and_completion_are_what_generate_writes(exported, address):
     answer = continued(chat_tokens(load_tokenizer("bytes"), messages))  # the export wrote the plain template
     with OpenAI(base_url=address, api_key="-", max_retries=0) as client:
         options = {"model": exported, "max_tokens": LENGTH, "temperature": 0}
-        said = client.chat.completions.create(messages=messages, **options)
-        assert said.choices[0].message.content == answer
+        response = client.chat.completions.create(messages=messages, **options)
+        assert response.choices[0].message.content == answer
         streamed = client.chat.completions.create(messages=messages, stream=True, **options)
         assert "".join(part.choices[0].delta.content or "" for part in streamed if part.choices) == answer
         completion = client.completions.create(prompt=TEXT, **options)

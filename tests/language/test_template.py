@@ -1,4 +1,4 @@
-"""A conversation is tokens that grow at their end, as the tokenizer's template writes it, or a plain one."""
+"""Conversations rendered by the tokenizer's template or the plain one: new messages only append tokens."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def tokenizer(request, tmp_path: Path) -> Tokenizer:
 
 
 def test_a_conversation_grows_at_its_end(tokenizer):
-    """Rendered whole ≡ its turns one after the other, before each answer, and after it where nothing is merged."""
+    """Rendering the whole conversation ≡ rendering turn by turn, before each answer, and after it without merges."""
     whole = chat_tokens(tokenizer, TALK, add_generation_prompt=False)
     begun = [chat_tokens(tokenizer, TALK[:turns]) for turns in (2, 4)]
     if not is_plain(tokenizer) or len(tokenizer.encode("\n\n")) == 2:
@@ -60,7 +60,7 @@ def test_the_plain_template():
     assert is_plain(tokenizer)
 
 
-def test_it_begins_as_the_tokenizer_begins_a_text():
+def test_it_begins_with_the_tokenizers_special_tokens():
     from tokenizers import processors
 
     tokenizer = prepending()
@@ -73,7 +73,7 @@ def test_it_begins_as_the_tokenizer_begins_a_text():
     assert plain_template(tokenizer).startswith("<s>{%")
 
 
-def test_as_transformers_renders_it(tmp_path):
+def test_equals_transformers(tmp_path):
     from transformers import AutoTokenizer
 
     save_chat_tokenizer(tmp_path)
@@ -87,7 +87,7 @@ def test_as_transformers_renders_it(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["bytes", "chatml", "merging"])
-def test_an_exported_model_reads_it_in_the_same_way(kind, tmp_path):
+def test_an_exported_model_renders_it_in_the_same_way(kind, tmp_path):
     size = 256 if kind == "bytes" else save_chat_tokenizer(tmp_path / "a", CHATML if kind == "chatml" else None)
     build(vocab_size=size).save_pretrained(tmp_path / "a")
     export(tmp_path / "a", tmp_path / "b", torch.float32)
@@ -96,9 +96,9 @@ def test_an_exported_model_reads_it_in_the_same_way(kind, tmp_path):
     assert is_plain(one) == is_plain(other) == (kind != "chatml")
 
 
-def test_what_a_template_refuses_is_said(tmp_path):
+def test_errors_of_a_template_are_reported(tmp_path):
     save_chat_tokenizer(tmp_path, "{{ raise_exception('System role not supported') }}")
-    with pytest.raises(ValueError, match=r"messages: expected some .* template takes, got: System role not supported"):
+    with pytest.raises(ValueError, match=r"messages: expected .* template accepts, got: System role not supported"):
         chat_tokens(model_tokenizer(tmp_path), TALK)
-    with pytest.raises(ValueError, match="messages: expected some"):
+    with pytest.raises(ValueError, match="messages: expected messages that the chat template accepts"):
         chat_tokens(load_tokenizer("bytes"), [{"role": "user", "content": None}])

@@ -1,4 +1,4 @@
-"""What the paper's code computes of a whole text, written from its equations on tensors with its names; tests only."""
+"""The paper's code on a whole text, reimplemented from its equations with its tensor names, for tests."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ TRANSFORMER: dict[str, Any] = {
 
 
 def random_checkpoint(settings: dict[str, Any], seed: int = 0) -> Tensors:
-    """Tensors of the names and shapes that its models have with these settings."""
+    """Random tensors with the names and shapes of its models."""
     d, i, h = settings["hidden_size"], settings["intermediate_size"], settings["num_heads"]
     shapes: dict[str, tuple[int, ...]] = {
         "model.embeddings": (settings["vocab_size"], d),
@@ -84,7 +84,7 @@ def attends(settings: dict[str, Any], n: int) -> bool:
 
 
 def widths(settings: dict[str, Any], n: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Heads of keys and their width, heads of values and theirs."""
+    """(number, width) of key heads and of value heads."""
     d, h = settings["hidden_size"], settings["num_heads"]
     if attends(settings, n):
         heads = (settings.get("attn") or settings)["num_heads"]
@@ -173,8 +173,9 @@ def softmax_read(q: Tensor, k: Tensor, v: Tensor, window: int, begins: Tensor | 
 def delta_read(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, begins: Tensor | None = None, alpha: Tensor | None = None
 ) -> Tensor:
-    """After each write, before which alpha decays what is held; where `begins` is given, with what had been written
-    before the chunk's first token."""
+    """Reads after each write, with decay alpha before it. With `begins`, reads only what was written before the
+    chunk's first token.
+    """
     state = torch.zeros(k.shape[1], k.shape[2], v.shape[2], dtype=q.dtype)
     states = [state]
     for t in range(len(q)):

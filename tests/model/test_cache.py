@@ -74,10 +74,10 @@ def test_states_without_a_mask_trust_the_first_mask(one_model, tokens):
     mask = torch.arange(11) >= torch.tensor([0, 7, 4])[:, None]
     whole = torch.cat([mask, torch.ones(3, 2, dtype=torch.bool)], dim=1)
     states = one_model(tokens, attention_mask=mask, use_cache=True).past_key_values.states
-    told = HQLTCache.from_states(states, attention_mask=mask)
-    assert (told.seen_tokens, told.attention_mask is not None) == (11, True)
+    with_mask = HQLTCache.from_states(states, attention_mask=mask)
+    assert (with_mask.seen_tokens, with_mask.attention_mask is not None) == (11, True)
     with pytest.raises(ValueError, match="Column 0 of row 1 was read as padding"):
-        one_model(tokens[:, :2], attention_mask=torch.ones_like(whole), past_key_values=told)
+        one_model(tokens[:, :2], attention_mask=torch.ones_like(whole), past_key_values=with_mask)
     believing = HQLTCache.from_states(states, seen_tokens=11)
     assert believing.attention_mask is None
     one_model(tokens[:, :2], attention_mask=whole, past_key_values=believing)

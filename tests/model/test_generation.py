@@ -120,11 +120,11 @@ def test_a_second_turn_after_rows_that_ended_early(model, tokens, pad):
     cache, made = first.past_key_values, first.sequences[:, 11:]
     real = (made == end).cumsum(dim=1) - (made == end).long() == 0  # up to and including the end token
     assert not real.all()
-    said = torch.cat([mask.bool(), real], dim=1)
-    assert torch.equal(cache.attention_mask, said[:, :-1])
+    is_token = torch.cat([mask.bool(), real], dim=1)
+    assert torch.equal(cache.attention_mask, is_token[:, :-1])
 
     turn, asked = tokens[:, :3], torch.tensor([[True] * 3, [False, True, True], [False, False, True]])
-    text, whole = torch.cat([first.sequences, turn], dim=1), torch.cat([said, asked], dim=1)
+    text, whole = torch.cat([first.sequences, turn], dim=1), torch.cat([is_token, asked], dim=1)
     second = model.generate(text, attention_mask=whole, past_key_values=cache.fork(), **GREEDY, pad_token_id=0)
     only_new = model.generate(
         text[:, cache.seen_tokens :], attention_mask=whole, past_key_values=cache, **GREEDY, pad_token_id=0

@@ -1,4 +1,4 @@
-"""`hqlt export`: a model as a folder in Hugging Face's form."""
+"""`hqlt export`: write a model in Hugging Face format."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ def export(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     as_: Literal["llama", "qwen2", "qwen3", "mistral", "qwen3_next", "qwen3_5_text", "olmo_hybrid"] | None = None,
 ) -> None:
-    """Write a model with its tokenizer, code and card to a folder that transformers loads, ready to be shared.
+    """Export a model with its tokenizer, code and model card to a folder that transformers can load.
 
-    It loads with AutoModelForCausalLM after `import hqlt`, and with `trust_remote_code=True` without.
+    AutoModelForCausalLM loads it after `import hqlt`, or with `trust_remote_code=True`.
 
     Args:
-        model: a model's folder, or the run that trained it.
-        folder: where to write; new or empty.
-        dtype: of the weights; as they are by default.
-        as_: write it as a model of transformers, which needs no hqlt; for models that it can express.
+        model: the model's folder, or the run that trained it.
+        folder: output folder; new or empty.
+        dtype: dtype of the weights; unchanged by default.
+        as_: export as a model of transformers, which does not need hqlt, if that architecture can express the model.
     """
     import torch
 

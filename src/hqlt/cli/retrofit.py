@@ -1,4 +1,4 @@
-"""`hqlt retrofit`: a converted model gains a bounded memory."""
+"""`hqlt retrofit`: give a converted model a bounded memory."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from hqlt.train.retrofit.settings import RetrofitSettings
 
 
 def retrofit(model: Path, folder: Path, device: str | None = None, **settings: Any) -> None:
-    """Give a converted model a bounded memory: most layers attend to a window, with an FW-memory beside it.
+    """Give a converted model a bounded memory: most layers get windowed attention and an FW-memory.
 
-    Stage 0 measures what the window costs each layer, and keeps those where it costs most as they are. Stage 1 fits
-    each FW-memory to what its layer's attention said, stage 2 the whole model to the original's predictions, stage 3
-    (by --tune.tokens) to the next token; each has a budget of its own. The result, FOLDER/model, is a model as any
-    other. The same command resumes where an earlier one was stopped, exactly. Controls: --rule=none, --lora-rank=0,
-    --full-choice=random.
+    Stage 0 measures the error that the window causes in each layer; layers with the largest error keep full attention.
+    Stage 1 fits each FW-memory to the output of its layer's original attention, stage 2 the whole model to the
+    original's predictions, and stage 3 (with --tune.tokens) to the next token. Each stage has its own token budget. The
+    resulting model is FOLDER/model. The same command resumes an interrupted run exactly. Controls: --rule=none,
+    --lora-rank=0, --full-choice=random.
 
     Args:
-        model: a model's folder, as `hqlt convert` wrote it.
-        folder: where everything goes.
-        device: cuda or cpu; cuda where there is one by default.
+        model: the folder of a model, as written by `hqlt convert`.
+        folder: output folder.
+        device: cuda or cpu; by default cuda if available.
     """
     from hqlt.train.retrofit.run import run
 

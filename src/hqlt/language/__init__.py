@@ -1,1 +1,1 @@
-"""Language models in use: folders, generation, states of long texts, export, conversion."""
+"""Using language models: model folders, generation, chat, saved states, export and conversion."""

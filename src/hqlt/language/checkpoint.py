@@ -1,4 +1,4 @@
-"""A checkpoint of someone else's, read without running anything that it holds."""
+"""Reading checkpoints of other code without executing anything in them."""
 
 from __future__ import annotations
 
@@ -17,32 +17,40 @@ from hqlt.errors import is_out_of_memory
 
 WEIGHTS = [f"{name}{index}" for name in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")]
 WRAPPERS = ("model", "state_dict")
-"""Keys under which training scripts keep the weights beside other things."""
+"""Keys under which training scripts store the weights."""
 
 
 class Checkpoint(NamedTuple):
+    """The content of a checkpoint."""
+
     settings: dict[str, Any]
-    """What its config.json says."""
+    """Content of its config.json."""
     tensors: dict[str, Tensor]
     folder: Path
 
 
 def read_checkpoint(where: Path, settings: Path | None = None, renames: Mapping[str, str] | None = None) -> Checkpoint:
-    """Read a folder (config.json; safetensors or PyTorch files, sharded or not) or a single file of weights.
+    """Read a checkpoint. Pickles are read with `weights_only=True`.
 
-    settings: the config.json, if it is not beside the weights. renames: regular expressions and what replaces them in
-    the tensors' names, in this order. Pickles are read by PyTorch's restricted reader, `weights_only=True`.
+    Args:
+        where: a folder (config.json; safetensors or PyTorch files, sharded or not), or a single file of weights.
+        settings: the config.json. Default: beside the weights.
+        renames: regular expressions and their replacements, applied to the tensors' names in this order.
 
-    Raises FileNotFoundError where something is missing, and ValueError for what cannot be read and for renames that
-    are no expressions.
+    Returns:
+        Its settings and tensors.
+
+    Raises:
+        FileNotFoundError: when a file is missing.
+        ValueError: when a file cannot be read, or an expression is invalid.
     """
-    told = settings_of(where, settings)
+    config = settings_of(where, settings)
     for pattern, replacement in (renames or {}).items():
         try:
             re.sub(pattern, replacement, "")
         except (re.error, IndexError) as error:
             raise ValueError(
-                f"map: expected an expression and what replaces it, got {pattern!r}: {replacement!r}: {error}"
+                f"map: expected a regular expression and its replacement, got {pattern!r}: {replacement!r}: {error}"
             ) from None
     tensors = {name: tensor for file in weight_files(where) for name, tensor in read_tensors(file).items()}
     renamed: dict[str, Tensor] = {}
@@ -51,39 +59,40 @@ def read_checkpoint(where: Path, settings: Path | None = None, renames: Mapping[
         for pattern, replacement in (renames or {}).items():
             new = re.sub(pattern, replacement, new)
         if new in renamed:
-            raise ValueError(f"{name}: expected names that stay different when renamed, got {new!r} twice")
+            raise ValueError(f"{name}: expected different names after renaming, got {new!r} twice")
         renamed[new] = tensor
-    return Checkpoint(told, renamed, folder_of(where))
+    return Checkpoint(config, renamed, folder_of(where))
 
 
 def folder_of(where: Path) -> Path:
+    """The folder of a checkpoint that is given as a folder or a file."""
     return where if where.is_dir() else where.parent
 
 
 def settings_of(where: Path, settings: Path | None = None) -> dict[str, Any]:
-    """What the checkpoint's config.json says, or the file that is named in its place."""
+    """The content of the checkpoint's config.json, or of the given file."""
     if not where.exists():
-        raise FileNotFoundError(f"{where}: expected a checkpoint's folder, or a file of weights, found neither")
+        raise FileNotFoundError(f"{where}: expected a checkpoint's folder or a file of weights, found neither")
     file = settings or folder_of(where) / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: expected the checkpoint's config.json; name it by --settings")
+        raise FileNotFoundError(f"{file}: expected the checkpoint's config.json, found none; pass it as --settings")
     try:
-        told = json.loads(file.read_bytes())
+        content = json.loads(file.read_bytes())
     except ValueError as error:
         raise ValueError(f"{file}: expected the checkpoint's settings as JSON, got {error}") from None
-    if not isinstance(told, dict):
-        raise ValueError(f"{file}: expected settings by name, got {type(told).__name__}")
-    return told
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: expected a JSON object, got {type(content).__name__}")
+    return content
 
 
 def weight_files(where: Path) -> list[Path]:
-    """The file itself, or those that a folder's weights are in."""
+    """The files of weights in a folder, or the given file."""
     if where.is_file():
         return [where]
     if (where / ".metadata").exists():
         raise ValueError(
             f"{where}: expected safetensors or PyTorch weights, got a distributed checkpoint, whose index is a pickle; "
-            f"convert it where it was made (torch.distributed.checkpoint.format_utils.dcp_to_torch_save)"
+            f"if you trust it, convert it with torch.distributed.checkpoint.format_utils.dcp_to_torch_save"
         )
     for file in (where / name for name in WEIGHTS):
         if file.is_file():
@@ -92,19 +101,20 @@ def weight_files(where: Path) -> list[Path]:
 
 
 def shards_of(index: Path) -> list[Path]:
+    """The files that an index names."""
     try:
         names = dict.fromkeys(json.loads(index.read_bytes())["weight_map"].values())
         shards = [index.parent / name for name in names]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index}: expected the files of the weights by name, got {error!r}") from None
+        raise ValueError(f"{index}: expected a weight_map from tensors to files, got {error!r}") from None
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
-        raise FileNotFoundError(f"{index}: expected the files that it names, found no {', '.join(missing)} beside it")
+        raise FileNotFoundError(f"{index}: expected all files that it names, {', '.join(missing)} is missing")
     return shards
 
 
 def tensor_names(file: Path) -> list[str]:
-    """Of all tensors in a file of safetensors, which are not read."""
+    """The names of all tensors in a safetensors file. The tensors are not read."""
     with safe_open(file, framework="pt") as opened:
         return list(opened.keys())
 
@@ -115,13 +125,13 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             return load_file(file)
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file of something else can fail anywhere
+    except Exception as error:  # a file with other content can raise anything
         if isinstance(error, OSError) or is_out_of_memory(error):
             raise
-        raise ValueError(f"{file}: expected safetensors, or a PyTorch file of tensors alone, got {error}") from error
+        raise ValueError(f"{file}: expected safetensors, or a PyTorch file of tensors only, got {error}") from error
     for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{file}: expected tensors by name, perhaps under {' or '.join(map(repr, WRAPPERS))}")
+        raise ValueError(f"{file}: expected a dict of tensors, optionally under {' or '.join(map(repr, WRAPPERS))}")
     return content

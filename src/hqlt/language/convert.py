@@ -1,4 +1,4 @@
-"""Checkpoints of the paper's code as models of ours: names mapped, shapes checked, every tensor accounted for."""
+"""Conversion of the paper's checkpoints: names are mapped, shapes checked, and every tensor is accounted for."""
 
 from __future__ import annotations
 
@@ -35,26 +35,32 @@ CONVOLUTIONS = ("attn.q_conv1d", "attn.k_conv1d", "attn.v_conv1d")
 
 
 class Converted(NamedTuple):
+    """A converted model, and what to report about it."""
+
     model: HQLTForCausalLM
     names: dict[str, list[str]]
-    """By our name: the tensors that it was made of."""
-    left_out: dict[str, str]
-    """Tensors that are not needed, and why."""
+    """Our name of a tensor → names of the source tensors."""
+    skipped: dict[str, str]
+    """Source tensors that are not used → the reason."""
     notes: list[str]
-    """Where the model computes otherwise than the code that it comes from."""
+    """Differences between the model and the code it comes from."""
     reference: Callable[[], PreTrainedModel] | None = None
-    """Makes the model that it comes from, to compare the two; None: its code is not at hand."""
+    """Returns the original model, for comparison; None: its code is not available."""
 
 
 def convert(checkpoint: Checkpoint) -> Converted:
-    """Raises ValueError for a setting without counterpart, and for a missing, an unknown or a misshapen tensor."""
+    """Convert a checkpoint of the paper's code.
+
+    Raises:
+        ValueError: when a setting has no counterpart, or a tensor is missing, unknown or has the wrong shape.
+    """
     config, notes = read_settings(checkpoint.settings)
     with torch.device("meta"):
         model = HQLTForCausalLM(config)
     theirs = checkpoint.tensors
     names = {ours: sources(ours, config, theirs) for ours in model.state_dict()}
-    left_out = {name: why for name in theirs if (why := not_needed(name, theirs[name], config))}
-    account_for(names, theirs, left_out)
+    skipped = {name: why for name in theirs if (why := reason_to_skip(name, theirs[name], config))}
+    account_for(names, theirs, skipped)
     weights = {
         ours: assemble(ours, [theirs[name] for name in parts], fused=fused_mlp(ours, theirs))
         for ours, parts in names.items()
@@ -62,16 +68,16 @@ def convert(checkpoint: Checkpoint) -> Converted:
     for ours, expected in model.state_dict().items():
         if weights[ours].shape != expected.shape:
             raise ValueError(
-                f"{ours}: expected shape {list(expected.shape)} by the config, got {list(weights[ours].shape)} from "
-                f"{', '.join(names[ours])}"
+                f"{ours}: expected shape {list(expected.shape)} according to the config, got "
+                f"{list(weights[ours].shape)} from {', '.join(names[ours])}"
             )
     model.load_state_dict(weights, assign=True)
     model.tie_weights()
-    return Converted(model.eval(), names, left_out, notes)
+    return Converted(model.eval(), names, skipped, notes)
 
 
 def sources(ours: str, config: HQLTConfig, theirs: Mapping[str, Tensor]) -> list[str]:
-    """The tensors there that one of ours is made of."""
+    """The source tensors of one of our tensors."""
     if ours == "lm_head.weight" and config.tie_word_embeddings and ours not in theirs:
         return [OUTSIDE_LAYERS["model.embed_tokens.weight"]]
     if ours in OUTSIDE_LAYERS:
@@ -86,13 +92,13 @@ def sources(ours: str, config: HQLTConfig, theirs: Mapping[str, Tensor]) -> list
 
 
 def fused_mlp(ours: str, theirs: Mapping[str, Tensor]) -> bool:
-    """Whether this is a gate or up projection whose layer has both in one tensor there, as older versions have."""
+    """Whether this is a gate or up projection that the source stores in one tensor, as older versions do."""
     layer, mlp, part = ours.partition(".mlp.")
     return part in ("gate_proj.weight", "up_proj.weight") and f"{layer}{mlp}up_proj.weight" not in theirs
 
 
 def assemble(ours: str, parts: list[Tensor], fused: bool) -> Tensor:
-    """One of our tensors from theirs: convolutions stand one under the other, a fused MLP has the gate's rows first."""
+    """Build one of our tensors: convolutions are concatenated, and a fused MLP has the gate's rows first."""
     if ours.endswith("memory.conv.weight"):
         return torch.cat([part.squeeze(1) for part in parts])
     (weight,) = parts
@@ -101,8 +107,8 @@ def assemble(ours: str, parts: list[Tensor], fused: bool) -> Tensor:
     return weight
 
 
-def not_needed(name: str, tensor: Tensor, config: HQLTConfig) -> str | None:
-    """Why a tensor of theirs has no counterpart, if there is a good reason."""
+def reason_to_skip(name: str, tensor: Tensor, config: HQLTConfig) -> str | None:
+    """Why a source tensor has no counterpart; None if it should have one."""
     if found := re.fullmatch(r"model\.layers\.(\d+)\.attn\.rotary\.inv_freq", name):
         layer = config.layer_options(int(found[1])) if int(found[1]) < config.num_hidden_layers else {}
         if not layer.get("rope_theta"):
@@ -112,27 +118,31 @@ def not_needed(name: str, tensor: Tensor, config: HQLTConfig) -> str | None:
         if tensor.shape == expected.shape and torch.allclose(tensor.double(), expected, rtol=1e-2):
             return "computed from rope_theta"
     if name.endswith("attn.b_proj.weight") and config.fast_weights == "linear":
-        return "that code never reads it: linear attention writes without strengths"
+        return "unused by the original code: linear attention has no write strength β"
     if name.endswith("attn.memory_mixer.weight") and config.mixer == "vector":
-        return "that code never reads it: the vector gate comes first"
+        return "unused by the original code: the vector gate takes precedence"
     return None
 
 
-def account_for(names: Mapping[str, list[str]], theirs: Mapping[str, Tensor], left_out: Mapping[str, str]) -> None:
-    """Refuse missing and unknown tensors, with the nearest of each other's names."""
+def account_for(names: Mapping[str, list[str]], theirs: Mapping[str, Tensor], skipped: Mapping[str, str]) -> None:
+    """Refuse missing and unknown tensors, and suggest similar names.
+
+    Raises:
+        ValueError: when there are any.
+    """
     used = {name for parts in names.values() for name in parts}
     missing = sorted(used - set(theirs))
-    unknown = sorted(set(theirs) - used - set(left_out))
+    unknown = sorted(set(theirs) - used - set(skipped))
     if not missing and not unknown:
         return
     lines = []
     for word, some, others in (("missing", missing, unknown), ("unknown", unknown, missing)):
         for name in some[:8]:
             near = difflib.get_close_matches(name, others, n=1)
-            lines.append(f"  {word}: {name}{f' (is it {near[0]}?)' if near else ''}")
+            lines.append(f"  {word}: {name}{f' (did you mean {near[0]}?)' if near else ''}")
         lines += [f"  … and {len(some) - 8} more {word}"] * (len(some) > 8)
     raise ValueError(
-        "expected a checkpoint whose every tensor has its place by the config, got\n"
+        "expected a checkpoint with exactly the tensors of its config, got\n"
         + "\n".join(lines)
-        + "\nGive names that differ to --map, a YAML file of regular expressions and what replaces them."
+        + "\nMap different names by --map, a YAML file of regular expressions and their replacements."
     )

@@ -1,4 +1,4 @@
-"""A folder in Hugging Face's form, complete by itself: weights, config, code, tokenizer, card."""
+"""Export to a self-contained folder in Hugging Face format: weights, config, code, tokenizer, model card."""
 
 from __future__ import annotations
 
@@ -23,24 +23,32 @@ from hqlt.model.pretrained import config_as, to_transformers
 CODE = "modeling_hqlt"
 CLASSES = {"AutoConfig": "HQLTConfig", "AutoModel": "HQLTModel", "AutoModelForCausalLM": "HQLTForCausalLM"}
 PAD = 0xFF
-"""The byte that stands for padding: UTF-8 never uses it."""
+"""The byte that serves as padding token, because UTF-8 never uses it."""
 MEMORIES = {
-    "hybrid": "a precise, short KV-memory and a compressed, endless FW-memory side by side",
+    "hybrid": "an exact KV-memory over a short window and a compressed FW-memory over the whole text",
     "kv": "a KV-memory (softmax attention)",
     "fw": "an FW-memory (fast weights)",
 }
-"""What a layer of each kind holds, as the card says it."""
+"""The memories of each kind of layer, as described in the model card."""
 
 
 def export(where: str | Path, folder: Path, dtype: torch.dtype | None = None, architecture: str | None = None) -> None:
-    """Write the model in `where` to a new folder, in another dtype if wanted.
+    """Export a model to a new folder that transformers' Auto classes load.
 
-    It loads with transformers' Auto classes after `import hqlt`, and with `trust_remote_code=True` without. A byte
-    model gets a tokenizer of 256 tokens that AutoTokenizer loads. architecture: one of
-    `hqlt.model.pretrained.ARCHITECTURES` writes transformers' own model instead, for which hqlt is not needed.
+    They need `import hqlt` first, or `trust_remote_code=True`. A byte model gets a tokenizer with 256 tokens that
+    AutoTokenizer loads.
 
-    Raises FileExistsError where the folder holds something, OSError where it cannot be written, ValueError where the
-    architecture cannot express the model, and what `load_model` and `tokenizer_of` raise.
+    Args:
+        where: the model's folder, or the run that trained it.
+        folder: where to write; new or empty.
+        dtype: dtype of the weights. Default: unchanged.
+        architecture: one of `hqlt.model.pretrained.ARCHITECTURES`, to write a model of transformers that does not need
+            hqlt.
+
+    Raises:
+        FileExistsError: when the folder is not empty.
+        OSError: when it cannot be written.
+        ValueError: when the architecture cannot express the model, and as `load_model` and `tokenizer_of` do.
     """
     config = read_config(where)
     if architecture is not None:
@@ -57,7 +65,7 @@ def export(where: str | Path, folder: Path, dtype: torch.dtype | None = None, ar
 
 
 def save(model: HQLTForCausalLM, tokenizer: OurTokenizer | None, source: str | None, folder: Path) -> None:
-    """All that a folder of ours holds: what `save_weights` writes, code, card."""
+    """Write everything that `save_weights` writes, and the code and the model card."""
     config: Any = model.config
     config.auto_map = {auto: f"{CODE}.{name}" for auto, name in CLASSES.items()}
     save_weights(model, tokenizer, source, folder)
@@ -68,18 +76,25 @@ def save(model: HQLTForCausalLM, tokenizer: OurTokenizer | None, source: str | N
 
 
 def save_weights(model: PreTrainedModel, tokenizer: OurTokenizer | None, source: str | None, folder: Path) -> None:
-    """Weights, configs and the tokenizer's files. source: where those are; bytes get some, and None none."""
+    """Write weights, configs and the tokenizer's files.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer; None: write none.
+        source: folder or name of the tokenizer's files. Not used for bytes.
+        folder: where to write.
+    """
     config: Any = model.config
     generation: Any = model.generation_config
     if config.eos_token_id is None and tokenizer is not None and tokenizer.eos_id is not None:
         config.eos_token_id = generation.eos_token_id = tokenizer.eos_id
     if tokenizer is not None:
-        beside: Any = byte_tokenizer() if tokenizer.name == "bytes" else AutoTokenizer.from_pretrained(source)
-        beside.chat_template = beside.chat_template or plain_template(tokenizer)  # `transformers serve` asks for one
-        beside.pad_token = beside.pad_token or beside.eos_token
+        theirs: Any = byte_tokenizer() if tokenizer.name == "bytes" else AutoTokenizer.from_pretrained(source)
+        theirs.chat_template = theirs.chat_template or plain_template(tokenizer)  # `transformers serve` needs one
+        theirs.pad_token = theirs.pad_token or theirs.eos_token
         if generation.pad_token_id is None:
-            generation.pad_token_id = beside.pad_token_id
-        beside.save_pretrained(folder)
+            generation.pad_token_id = theirs.pad_token_id
+        theirs.save_pretrained(folder)
     try:
         model.save_pretrained(folder)
     except SafetensorError as error:
@@ -87,8 +102,8 @@ def save_weights(model: PreTrainedModel, tokenizer: OurTokenizer | None, source:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Token i is byte i, and byte 255 is padding: a byte-level BPE that merges nothing."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}  # these stand for themselves
+    """A byte-level BPE without merges: token i is byte i, and byte 255 is padding."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}  # byte-level BPE maps these to themselves
     others = iter(range(0x100, 0x200))
     vocabulary = {chr(byte if byte in printable else next(others)): byte for byte in range(PAD)} | {"<|pad|>": PAD}
     tokenizer: Any = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -99,12 +114,12 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         pad_token="<|pad|>",
         padding_side="left",
-        split_special_tokens=True,  # a text that holds <|pad|> is its bytes
+        split_special_tokens=True,  # the text "<|pad|>" is encoded as its bytes
     )
 
 
 def facts_of(model: HQLTForCausalLM, tokenizer: OurTokenizer | None, folder: Path) -> dict[str, str]:
-    """What the model card says."""
+    """The fields of the model card."""
     config: Any = model.config
     kinds = {kind: config.kinds.count(kind) for kind in dict.fromkeys(config.kinds)}
     rules = [block.memory.fw for block in model.model.layers if block.memory.fw is not None]

@@ -1,4 +1,4 @@
-"""A language model on disk: config.json, model.safetensors, and a tokenizer's files unless its tokens are bytes."""
+"""Language models on disk: config.json, model.safetensors and, unless tokens are bytes, the tokenizer's files."""
 
 from __future__ import annotations
 
@@ -23,42 +23,48 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
 def find_model(where: str | Path) -> Path:
-    """The folder of a model: `model/` of the given run, or the given folder itself.
+    """Find the folder of a model: `model/` of the given run, or the given folder.
 
-    Raises FileNotFoundError, saying what was looked for and what is there, where neither holds a model.
+    Raises:
+        FileNotFoundError: when neither holds a model.
     """
     where = Path(where)
-    for folder in (where / "model", where):  # a run's own config.json holds its settings
+    for folder in (where / "model", where):  # in this order, because a run's own config.json holds its settings
         if holds_model(folder):
             return folder
     raise FileNotFoundError(
-        f"{where}: expected a model's folder (config.json, model.safetensors) or a run that holds one in model/, "
-        f"found {found_in(where)}"
+        f"{where}: expected a model's folder (config.json, model.safetensors) or a run with one in model/, "
+        f"found {description_of(where)}"
     )
 
 
 def holds_model(folder: Path) -> bool:
-    """Whether its config.json is a model's, which names a model_type."""
+    """Whether the folder has a config.json with a model_type."""
     try:
         return "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
         return False
 
 
-def found_in(folder: Path) -> str:
-    """What stands in a model's place."""
+def description_of(folder: Path) -> str:
+    """What a folder without a model contains, for an error message."""
     if not folder.is_dir():
         return "no such folder"
     models = [str(path) for path in sorted(folder.glob("models/*")) if holds_model(path)]
     if models:
-        return f"a study; name one of its models: {join_names(models)}"
+        return f"a study; choose one of its models: {join_names(models)}"
     if (folder / "config.json").is_file():
-        return "a config.json without model_type, as a run's is; a run has its model/ once training has ended"
+        return "a config.json without model_type, as in a run; a run has model/ once training has finished"
     return "no config.json"
 
 
 def read_config(where: str | Path) -> HQLTConfig:
-    """The config of the model in a folder, which takes no time. Raises ValueError where it is none of ours."""
+    """Read the config of the model in a folder, without its weights.
+
+    Raises:
+        FileNotFoundError: as `find_model` does.
+        ValueError: when it is not the config of an hqlt model.
+    """
     from huggingface_hub.errors import StrictDataclassError
 
     from hqlt.model import HQLTConfig
@@ -66,7 +72,9 @@ def read_config(where: str | Path) -> HQLTConfig:
     file = find_model(where) / "config.json"
     kind = json.loads(file.read_text(encoding="utf-8"))["model_type"]
     if kind != HQLTConfig.model_type:
-        raise ValueError(f"{file}: expected a model of type {HQLTConfig.model_type}, got {kind}; see `hqlt convert`")
+        raise ValueError(
+            f"{file}: expected a model of type {HQLTConfig.model_type}, got {kind}; convert it with `hqlt convert`"
+        )
     try:
         config: HQLTConfig = HQLTConfig.from_pretrained(file.parent)
     except (StrictDataclassError, TypeError) as error:
@@ -75,10 +83,18 @@ def read_config(where: str | Path) -> HQLTConfig:
 
 
 def load_model(where: str | Path, device: torch.device | str = "cpu") -> HQLTForCausalLM:
-    """The model in a folder, in the dtype in which it was saved, ready to be used.
+    """Load the model in a folder, in the dtype in which it was saved and in evaluation mode.
 
-    Raises ValueError for a broken file, and for weights that are not those of the config: too few, too many, of other
-    shapes.
+    Args:
+        where: a model's folder, or the run that trained it.
+        device: where to put the model.
+
+    Returns:
+        The model.
+
+    Raises:
+        FileNotFoundError: as `find_model` does.
+        ValueError: when a file is damaged, or weights are missing, unknown or of the wrong shape.
     """
     from hqlt.model import HQLTForCausalLM
 
@@ -88,21 +104,21 @@ def load_model(where: str | Path, device: torch.device | str = "cpu") -> HQLTFor
 
 
 def load_whole(kind: Any, folder: Path, config: Any) -> Any:
-    """The model of a class of transformers with the weights in a folder; raises ValueError as `load_model` does."""
+    """Load a model of transformers, of the class `kind`. Raises ValueError as `load_model` does."""
     try:
-        with quiet_transformers():  # what it reports is an error below
+        with quiet_transformers():  # its warnings are raised as errors below
             model, report = kind.from_pretrained(
                 folder, config=config, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
             )
     except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{folder}: expected whole files of weights, got {type(error).__name__}: {error}") from error
+        raise ValueError(f"{folder}: expected complete weight files, got {type(error).__name__}: {error}") from error
     refuse_other_weights(folder, report)
     return model.eval()
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Errors alone of what transformers reports."""
+    """Silence transformers' warnings and progress bars. Errors are still reported."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -115,21 +131,30 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def refuse_other_weights(folder: Path, report: dict[str, Any]) -> None:
-    """report: of transformers, what did not fit."""
-    shapes = [f"{name} {list(found)} for {list(asked)}" for name, found, asked in report["mismatched_keys"]]
-    wrong = {"of another shape": shapes, "missing": report["missing_keys"], "unknown": report["unexpected_keys"]}
-    told = [f"{len(names)} {what}, such as {min(names)}" for what, names in wrong.items() if names]
-    if told:
+    """Raise ValueError if transformers' loading report lists missing, unknown or mismatched tensors."""
+    shapes = [f"{name} {list(found)} for {list(expected)}" for name, found, expected in report["mismatched_keys"]]
+    wrong = {"with another shape": shapes, "missing": report["missing_keys"], "unknown": report["unexpected_keys"]}
+    errors = [f"{len(names)} {what}, such as {min(names)}" for what, names in wrong.items() if names]
+    if errors:
         raise ValueError(
-            f"{folder}: expected the weights that its config.json describes, got {'; '.join(told)}; are both files of "
-            f"the same model?"
+            f"{folder}: expected the weights that its config.json describes, got {'; '.join(errors)}; are both files "
+            f"of the same model?"
         )
 
 
 def tokenizer_of(where: str | Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer beside a model; bytes where its tokens are bytes, and where there is none and the model knows 256.
+    """Load the tokenizer of a model.
 
-    Raises ValueError where neither can be, or where the tokenizer has tokens that the model does not know.
+    Args:
+        where: the model's folder, or the run that trained it.
+        vocab_size (tokens): vocabulary of the model. With 256 and no tokenizer files, tokens are bytes.
+
+    Returns:
+        The tokenizer. If its tokens are the 256 bytes, this is the tokenizer "bytes".
+
+    Raises:
+        ValueError: when there are no tokenizer files and the vocabulary is not 256, or the tokenizer has more tokens
+            than the model.
     """
     folder = find_model(where)
     if any((folder / name).is_file() for name in TOKENIZER_FILES):
@@ -139,20 +164,20 @@ def tokenizer_of(where: str | Path, vocab_size: int) -> Tokenizer:
     else:
         raise ValueError(
             f"{folder}: expected a tokenizer's files ({', '.join(TOKENIZER_FILES)}) beside a model of {vocab_size} "
-            f"tokens, found none; copy those that it was trained with (without any, 256 tokens are bytes)"
+            f"tokens, found none; copy those of its training (only a model of 256 tokens needs none)"
         )
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
-            f"{folder}: expected a tokenizer of at most {vocab_size} tokens, as many as the model knows, "
-            f"got one of {tokenizer.vocab_size}; is it another model's?"
+            f"{folder}: expected a tokenizer with at most {vocab_size} tokens, the vocabulary of the model, "
+            f"got one with {tokenizer.vocab_size}; is it another model's?"
         )
-    if tells_bytes(tokenizer):
+    if is_byte_tokenizer(tokenizer):
         template, tokenizer = tokenizer.chat_template, load_tokenizer("bytes")
         tokenizer.chat_template = template
     return tokenizer
 
 
-def tells_bytes(tokenizer: Tokenizer) -> bool:
-    """Whether token i is byte i, as in the files that `export` writes beside a byte model."""
+def is_byte_tokenizer(tokenizer: Tokenizer) -> bool:
+    """Whether token i is byte i, as in the files that `export` writes for a byte model."""
     text = "".join(map(chr, range(0x250))) + "漢🙂"
     return tokenizer.vocab_size == 256 and tokenizer.eos_id is None and tokenizer.encode(text) == list(text.encode())

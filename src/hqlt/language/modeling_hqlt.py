@@ -1,7 +1,7 @@
-"""HQLT for `trust_remote_code=True`: the classes of the installed package. (`hqlt` must be installed.)
+"""HQLT for `trust_remote_code=True`. The package `hqlt` must be installed.
 
-`hqlt export` copies this file beside a model. The classes are its own, so that what transformers notes on classes that
-came with a model does not stick to the package's.
+`hqlt export` copies this file to a model's folder. It defines subclasses, because transformers sets attributes on the
+classes that it loads from a model's folder, and those of the package must not change.
 """
 
 from __future__ import annotations

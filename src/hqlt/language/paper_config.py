@@ -1,7 +1,7 @@
-"""The settings of the paper's code, as ours; and what a converted model computes otherwise.
+"""Conversion of the settings of the paper's code, and notes on what a converted model computes differently.
 
-That code is github.com/kazuki-irie/hybrid-memory, a fork of flash-linear-attention. Its model types are `hybrid_qlt`,
-`delta_net` and `transformer`; that library's own are the latter two and `gated_deltanet`.
+The code is github.com/kazuki-irie/hybrid-memory, a fork of flash-linear-attention, with model types `hybrid_qlt`,
+`delta_net` and `transformer`. The library's own model types are the latter two and `gated_deltanet`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ COPIED: dict[str, Any] = {
     "hidden_size": 2048, "num_hidden_layers": 24, "norm_eps": 1e-6, "vocab_size": 32_000, "tie_word_embeddings": False,
     "initializer_range": 0.02, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
 }  # fmt: skip
-"""Settings that mean here what they mean there, with their defaults there."""
+"""Settings with the same name and meaning, and the original code's defaults."""
 COMMON: dict[str, Any] = {
     **COPIED, "hidden_ratio": 4, "intermediate_size": None, "hidden_act": "swish", "attnres_block_size": None,
 }  # fmt: skip
@@ -42,7 +42,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "rope_theta": 10_000.0,
     },
 }  # fmt: skip
-"""By model type: the settings that matter, and their defaults there."""
+"""By model type: the settings that are read, and the original code's defaults."""
 
 ALL_MUST: dict[str, Any] = {"hidden_act": "swish", "attnres_block_size": None}
 LINEAR_MUST: dict[str, Any] = {**ALL_MUST, "use_beta": True, "qk_norm": "l2"}
@@ -55,7 +55,7 @@ MUST_BE: dict[str, dict[str, Any]] = {
     "gated_deltanet": ALL_MUST,
     "transformer": {**ALL_MUST, "qkv_bias": False, "qk_norm": False},
 }  # fmt: skip
-"""What our layer computes; a model with another value of these has no counterpart here."""
+"""By model type: the only values that our layers support."""
 
 MODES = {
     "sync_chunk": ("synchronous", "delta"),
@@ -66,27 +66,33 @@ MODES = {
 
 
 class Settings(NamedTuple):
+    """Converted settings."""
+
     config: HQLTConfig
     notes: list[str]
-    """Where the converted model computes otherwise than that code does."""
+    """Differences between the converted model and the original code."""
 
 
 def read_settings(given: Mapping[str, Any]) -> Settings:
-    """Our config for their config.json. Raises ValueError for what our layer does not compute, and for odd values."""
+    """Convert the content of a config.json of the paper's code.
+
+    Raises:
+        ValueError: when our layers do not support a value, or a value is invalid.
+    """
     try:
-        return _read(given)
+        return _converted(given)
     except (StrictDataclassError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"expected the settings of a model, got {' '.join(str(error).split())}") from error
 
 
-def _read(given: Mapping[str, Any]) -> Settings:
+def _converted(given: Mapping[str, Any]) -> Settings:
     kind = given.get("model_type")
     check_choice("model_type", str(kind), DEFAULTS)
     assert isinstance(kind, str)
     theirs = {name: given.get(name, default) for name, default in DEFAULTS[kind].items()}
     for name, value in MUST_BE[kind].items():
         if theirs[name] != value:
-            raise ValueError(f"{name}: expected {value!r}, which our layer computes, got {theirs[name]!r}")
+            raise ValueError(f"{name}: expected {value!r}, the only value our layers support, got {theirs[name]!r}")
     fields = {name: theirs[name] for name in (*COPIED, "num_heads")}
     fields["intermediate_size"] = theirs["intermediate_size"] or 256 * -(
         -int(theirs["hidden_size"] * (theirs["hidden_ratio"] or 4) * 2 / 3) // 256
@@ -106,7 +112,7 @@ def _hybrid(theirs: Mapping[str, Any]) -> dict[str, Any]:
         "fast_weights": rule,
         "mixer": mixer,
         "window": theirs["chunk_size"],
-        "beta_max": None if rule == "linear" or theirs["allow_neg_eigval"] else 1.0,  # unless given, it is 2
+        "beta_max": None if rule == "linear" or theirs["allow_neg_eigval"] else 1.0,  # the default is 2
         "rope_theta": 10_000.0 if theirs["use_local_pos_encoding"] else None,
         "conv_size": theirs["conv_size"] if theirs["use_short_conv"] else 0,
         "output_gate": theirs["use_gate"],
@@ -149,7 +155,9 @@ def _linear(theirs: Mapping[str, Any]) -> dict[str, Any]:
 
 def _transformer(theirs: Mapping[str, Any]) -> dict[str, Any]:
     if theirs["num_kv_heads"] not in (None, theirs["num_heads"]):
-        raise ValueError(f"num_kv_heads: expected as many as num_heads, got {theirs['num_kv_heads']}")
+        raise ValueError(
+            f"num_kv_heads: expected the same as num_heads = {theirs['num_heads']}, got {theirs['num_kv_heads']}"
+        )
     return {
         "layer_kinds": ["kv"] * theirs["num_hidden_layers"],
         "kv_window": theirs["window_size"],
@@ -158,12 +166,12 @@ def _transformer(theirs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _attention_layers(theirs: Mapping[str, Any], others: str) -> dict[str, Any]:
-    """Layers of plain attention between those of another kind."""
+    """The fields for layers of plain attention among those of another kind."""
     attention = theirs["attn"]
     if not attention:
         return {}
     if not isinstance(attention, Mapping):
-        raise ValueError(f"attn: expected the settings of attention, the same in all its layers, got {attention}")
+        raise ValueError(f"attn: expected one mapping of settings for all attention layers, got {attention}")
     own = {
         "num_heads": attention.get("num_heads", theirs["num_heads"]),
         "num_kv_heads": attention.get("num_kv_heads"),
@@ -178,35 +186,34 @@ def _attention_layers(theirs: Mapping[str, Any], others: str) -> dict[str, Any]:
 
 
 def notes_on(theirs: Mapping[str, Any]) -> list[str]:
-    """What the paper's code does otherwise than the paper's equations, and so than the converted model."""
+    """Where the paper's code differs from the paper's equations, which the converted model follows."""
     mode, positions = theirs["attn_mode"], theirs["use_local_pos_encoding"]
-    notes = [
-        "Evaluated with a padding mask and more than one row, that code's rows attend into each other; ours do not."
-    ]
+    notes = ["Padded batches: in the original code, rows attend to each other during evaluation; here they do not."]
     if mode == "sync_chunk_linear":
         notes += [
-            "LOGITS DIFFER: that code sums linear attention's normaliser over heads, ours over time, as it should be; "
-            "the weights were trained with the former.",
-            "That code carries no fast weights from call to call in this mode; ours does.",
+            "LOGITS DIFFER: the original code sums the normaliser of linear attention over heads, this model over time "
+            "(which is correct); the weights were trained with the former.",
+            "Calls: the original code carries no fast weights between calls in this mode; this model does.",
         ]
     if mode.startswith("sync") and positions:
         notes.append(
-            "Decoding: layers above the first get rotary positions off by one there (one token counter for all); here "
-            "decoding equals one pass."
+            "Decoding: in the original code, rotary positions of all layers but the first are off by one, because the "
+            "layers share one token counter; here decoding equals one pass."
         )
     if mode == "delayed":
-        notes.append("Packed documents: the shift by the window crosses their borders there; here it does not.")
+        notes.append("Packed documents: in the original code, writes cross document boundaries; here they do not.")
         notes.append(
-            "Decoding: q and k positions drift apart by one from the second step there; here decoding equals one pass."
+            "Decoding: in the original code, the positions of q and k differ by one from the second step on; here "
+            "decoding equals one pass."
             if positions
-            else "Decoding without positions: only the new keys meet the whole window's values there; here decoding "
-            "equals one pass."
+            else "Decoding without positions: in the original code, only the new keys are paired with the whole "
+            "window's values; here decoding equals one pass."
         )
     if mode == "chunk":
         if theirs["chunk_size"] != 64:
             notes.append(
-                f"LOGITS DIFFER: that code writes fast weights in chunks of 64 whatever the window; here the chunk is "
-                f"the window, {theirs['chunk_size']}."
+                f"LOGITS DIFFER: the original code writes fast weights in chunks of 64 regardless of the window; here "
+                f"the chunk is the window, {theirs['chunk_size']}."
             )
-        notes.append("That code carries no state from call to call in this mode; ours does.")
+        notes.append("Calls: the original code carries no state between calls in this mode; this model does.")
     return notes

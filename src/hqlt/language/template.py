@@ -1,4 +1,4 @@
-"""A conversation as tokens: the chat template of a tokenizer, or a plain one."""
+"""Rendering conversations as tokens, by a tokenizer's chat template or a plain one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hqlt.data import Tokenizer
 from hqlt.model import HQLTForCausalLM
 
 Message: TypeAlias = Mapping[str, Any]
-"""{"role": "system", "user" or "assistant", "content": its text}"""
+"""{"role": "system", "user" or "assistant", "content": text}"""
 
 PLAIN = (
     "{% for message in messages %}"
@@ -20,9 +20,9 @@ PLAIN = (
     "{% endfor %}"
     "{{ 'Assistant:\\n' if add_generation_prompt else '' }}"
 )
-"""The template for a model that came without one; see `chat_tokens`."""
+"""Template for models without one; see `chat_tokens`."""
 PLAIN_ENDS = ("\n\nUser:", "\n\nAssistant:")
-"""Texts that end an answer in the plain template, in which no token does. They are not part of the answer."""
+"""Texts that end an answer in the plain template, which has no end token. They are not part of the answer."""
 
 
 def chat_tokens(
@@ -31,15 +31,13 @@ def chat_tokens(
     add_generation_prompt: bool = True,
     encode: Callable[[str], list[int]] | None = None,
 ) -> list[int]:
-    """A conversation as the model reads it: the tokenizer's chat template, filled in as transformers does.
+    """Render a conversation as tokens by the tokenizer's chat template, as transformers does.
 
-    add_generation_prompt: end with what stands before an answer. encode: an `Encoder`, which remembers what it encoded;
-    None: the tokenizer. Special tokens that are spelled out in a message are special, as in transformers.
-
-    Where the tokenizer has no chat template, as beside a base model or where tokens are bytes, `plain_template` is its:
+    Special tokens spelled out in a message are encoded as special tokens, as in transformers. Tokenizers without a chat
+    template, such as those of base models or bytes, use `plain_template`:
 
         You know Paris well.
-                                 (the system message, if there is one)
+                                 (that was the system message, if there is one)
         User:
         Where is the Louvre?
 
@@ -51,14 +49,24 @@ def chat_tokens(
 
         Assistant:
 
-    each line ended by a line break, after the special tokens that the tokenizer puts before every text. An answer ends
-    there at one of `PLAIN_ENDS`.
+    with a line break after each line, preceded by the special tokens that the tokenizer puts before every text. There,
+    an answer ends at one of `PLAIN_ENDS`.
 
-    What is appended to a conversation leaves the tokens before it as they are, so that the state after them can be
-    reused: in the plain template as far as the tokenizer joins nothing across messages (bytes never do), in another as
-    far as the template only appends. Whoever reuses a state compares tokens.
+    Appending messages usually keeps all earlier tokens, so that the state after them can be reused. This does not hold
+    for templates that rewrite earlier messages, or tokenizers that merge characters across messages. Callers that reuse
+    a state must compare tokens.
 
-    Raises ValueError for messages that the template refuses.
+    Args:
+        tokenizer: the model's tokenizer.
+        messages: the conversation.
+        add_generation_prompt: whether to append the beginning of an answer.
+        encode: encodes the rendered text, such as an `Encoder`, which caches. Default: the tokenizer.
+
+    Returns:
+        Token ids.
+
+    Raises:
+        ValueError: when the template rejects the messages.
     """
     untyped: Any = chat_template_utils
     special = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
@@ -70,23 +78,23 @@ def chat_tokens(
             add_generation_prompt=add_generation_prompt,
             **{name: tokenizer.spelling(id) for name, id in special.items() if id is not None},
         )
-    except (TemplateError, TypeError) as error:  # the template's own words, or an operation that its code cannot do
-        raise ValueError(f"messages: expected some that the model's chat template takes, got: {error}") from error
+    except (TemplateError, TypeError) as error:  # raised by the template, or by an unsupported operation in it
+        raise ValueError(f"messages: expected messages that the chat template accepts, got: {error}") from error
     return encode(text) if encode is not None else tokenizer.encode_prompt(text, add_special_tokens=False)
 
 
 def plain_template(tokenizer: Tokenizer) -> str:
-    """`PLAIN`, after the special tokens that the tokenizer puts before every text."""
+    """`PLAIN`, preceded by the special tokens that the tokenizer puts before every text."""
     return "".join(map(tokenizer.spelling, tokenizer.prefix_ids)) + PLAIN
 
 
 def is_plain(tokenizer: Tokenizer) -> bool:
-    """Whether the plain template serves: the model came without one, or was exported with this one."""
+    """Whether the plain template is used: the tokenizer has no template, or was exported with the plain one."""
     return tokenizer.chat_template in (None, plain_template(tokenizer))
 
 
 def end_tokens(model: HQLTForCausalLM, tokenizer: Tokenizer) -> list[int]:
-    """What ends an answer: the tokens that the model's generation config names, and the tokenizer's own."""
+    """The tokens that end an answer: those of the generation config and those of the tokenizer."""
     config: Any = model.generation_config
     named = config.eos_token_id
     named = named if isinstance(named, list) else [named]

@@ -1,4 +1,4 @@
-"""Tiny models of transformers with random weights: every parameter has its own, norms and biases too."""
+"""Tiny models of transformers in which all parameters are random, norms and biases too."""
 
 from __future__ import annotations
 
@@ -72,9 +72,9 @@ def config_for(**changes: Any) -> Any:
         "eos_token_id": 2,
         "pad_token_id": 0,
     }
-    changes = sizes | copy.deepcopy(changes)  # transformers adds to the dicts that it is given
+    changes = sizes | copy.deepcopy(changes)  # transformers modifies these dicts
     if changes["model_type"] == "qwen3":
-        changes.setdefault("head_dim", 4)  # theirs is 128
+        changes.setdefault("head_dim", 4)  # the default is 128
     return AutoConfig.for_model(changes.pop("model_type"), **changes)
 
 

@@ -1,4 +1,4 @@
-"""GGUF files: their fields are a config, their tensors a model's, and what they say otherwise is refused."""
+"""GGUF files: fields become a config, tensors a model, and everything else is refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.model.pretrained.conftest import LLAMA3, model_for
 pytest.importorskip("gguf", reason="the extra `retrofit`")
 
 TEXT = torch.randint(3, 37, (2, 40), generator=torch.Generator().manual_seed(1))
-WIDE = {"hidden_size": 32, "intermediate_size": 64}  # blocks hold 32 numbers
+WIDE = {"hidden_size": 32, "intermediate_size": 64}  # quantization blocks hold 32 numbers
 MODELS = {
     "llama": {"model_type": "llama", "num_key_value_heads": 2, **WIDE},
     "llama, all of it": {
@@ -29,12 +29,14 @@ SCALED = {"rope.scaling.type": "linear", "rope.scaling.factor": 2.0}
 
 
 def written(file, name, quantization=None, fields=None, tensors=None):
-    """A model, and its file. fields, tensors: what is said otherwise; None: not at all."""
+    """Write a model to a file; returns the model. `fields` and `tensors` override; None removes."""
     model = model_for(**MODELS[name])
-    told = fields_of(model) | ({f"llama.{key}": value for key, value in SCALED.items()} if "all" in name else {})
-    told, held = told | (fields or {}), tensors_of(model) | (tensors or {})
-    said = {key: value for key, value in told.items() if value is not None}
-    values = write_gguf(file, said, {key: value for key, value in held.items() if value is not None}, quantization)
+    all_fields = fields_of(model) | ({f"llama.{key}": value for key, value in SCALED.items()} if "all" in name else {})
+    all_fields, all_tensors = all_fields | (fields or {}), tensors_of(model) | (tensors or {})
+    written = {key: value for key, value in all_fields.items() if value is not None}
+    values = write_gguf(
+        file, written, {key: value for key, value in all_tensors.items() if value is not None}, quantization
+    )
     return model, values
 
 
@@ -44,7 +46,7 @@ def read(file):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_model_is_the_one_that_was_written(tmp_path, name):
+def test_round_trip(tmp_path, name):
     theirs, _ = written(tmp_path / "m.gguf", name)
     found, config = read(tmp_path / "m.gguf")
     unsaid = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "head_dim": head_dim(theirs.config)}
@@ -56,7 +58,7 @@ def test_the_model_is_the_one_that_was_written(tmp_path, name):
 
 
 @pytest.mark.parametrize("quantization", ["F16", "BF16", "Q8_0", "Q4_1", "Q5_0"])
-def test_what_is_quantized_is_what_gguf_makes_of_it(tmp_path, quantization):
+def test_dequantization_equals_gguf(tmp_path, quantization):
     theirs, values = written(tmp_path / "m.gguf", "qwen3", quantization)
     found, config = read(tmp_path / "m.gguf")
     theirs.load_state_dict(tensors_in(found, config))
@@ -68,10 +70,10 @@ def test_what_is_quantized_is_what_gguf_makes_of_it(tmp_path, quantization):
 
 
 def test_the_frequencies_of_a_llama_3(tmp_path):
-    """A file has what they are divided by, from which the config follows; no other divisors are a config's."""
+    """A file holds divisors of frequencies, from which the config is derived; other divisors are refused."""
     f = 500_000.0 ** (-torch.arange(0, 8, 2) / 8)
     kept = ((8192 * f / (2 * torch.pi) - 1) / 3).clamp(0, 1)
-    assert 0 < kept[2] < 1  # one is blended
+    assert 0 < kept[2] < 1  # one is interpolated
     divisors = (1 / (kept + (1 - kept) / 32)).numpy()
     base = {"llama.rope.freq_base": 500_000.0}
     written(tmp_path / "m.gguf", "llama", fields=base, tensors={"rope_freqs.weight": divisors})
@@ -81,7 +83,7 @@ def test_the_frequencies_of_a_llama_3(tmp_path):
     }
     assert "rope_freqs.weight" not in tensors_in(found, config)
     written(tmp_path / "n.gguf", "llama", fields=base, tensors={"rope_freqs.weight": divisors[::-1].copy()})
-    with pytest.raises(ValueError, match=r"rope_freqs\.weight: expected the divisors that follow from"):
+    with pytest.raises(ValueError, match=r"rope_freqs\.weight: expected the divisors of a Llama 3, computed from"):
         read(tmp_path / "n.gguf")
 
 
@@ -95,11 +97,11 @@ def test_the_frequencies_of_a_llama_3(tmp_path):
         ({"llama.rope.scaling.type": "longrope"}, "longrope"),
         ({"llama.embedding_length": None}, "expected a model's sizes and embeddings, got KeyError"),
         ({"llama.feed_forward_length": [64, 32]}, "expected the fields of a llama, got .*intermediate_size"),
-        ({"general.type": "adapter"}, "expected a whole model in one file .*, got type 'adapter'"),
-        ({"split.count": 3}, "expected a whole model in one file .* got 1 of 3"),
+        ({"general.type": "adapter"}, "expected a complete model in one file, got type 'adapter'"),
+        ({"split.count": 3}, "expected a complete model in one file, got 1 of 3"),
     ],
 )
-def test_fields_that_are_not_followed_are_refused(tmp_path, fields, message):
+def test_unsupported_fields_are_refused(tmp_path, fields, message):
     written(tmp_path / "m.gguf", "llama", fields=fields)
     with pytest.raises(ValueError, match=message):
         config_of(read(tmp_path / "m.gguf")[1])
@@ -111,22 +113,22 @@ def test_fields_that_are_not_followed_are_refused(tmp_path, fields, message):
         ({"blk.0.ffn_gate_exps.weight": np.ones((4, 4), np.float32)}, "1 unknown, such as blk.0.ffn_gate_exps.weight"),
         ({"blk.1.attn_v.weight": None}, "1 missing, such as model.layers.1.self_attn.v_proj.weight"),
         ({"blk.0.attn_v.bias": np.ones(16, np.float32)}, "1 unknown, such as blk.0.attn_v.bias"),
-        ({"blk.1.ffn_up.weight": np.ones((4, 4), np.float32)}, "1 of another shape, such as model.layers.1.mlp.up"),
+        ({"blk.1.ffn_up.weight": np.ones((4, 4), np.float32)}, "1 with another shape, such as model.layers.1.mlp.up"),
     ],
 )
-def test_tensors_that_are_not_the_model_s_are_refused(tmp_path, tensors, message):
+def test_wrong_tensors_are_refused(tmp_path, tensors, message):
     written(tmp_path / "m.gguf", "llama", tensors=tensors)
     with pytest.raises(ValueError, match=message):
         tensors_in(*read(tmp_path / "m.gguf"))
 
 
-def test_a_quantization_that_cannot_be_undone(tmp_path, monkeypatch):
+def test_an_unsupported_quantization(tmp_path, monkeypatch):
     def dequantize(data, kind):
         raise NotImplementedError
 
     written(tmp_path / "m.gguf", "llama", "Q8_0")
     monkeypatch.setattr("gguf.dequantize", dequantize)
-    with pytest.raises(ValueError, match="expected a quantization that the package gguf can undo, got"):
+    with pytest.raises(ValueError, match="expected a quantization that the package gguf can dequantize, got"):
         tensors_in(*read(tmp_path / "m.gguf"))
 
 
@@ -135,7 +137,7 @@ def test_other_files(tmp_path):
     content = (tmp_path / "whole.gguf").read_bytes()
     for n in (30, len(content) // 2, len(content) - 100):
         (tmp_path / "cut.gguf").write_bytes(content[:n])
-        with pytest.raises(ValueError, match="expected a whole GGUF file, got"):
+        with pytest.raises(ValueError, match="expected a complete GGUF file, got"):
             read_gguf(tmp_path / "cut.gguf")
     written(tmp_path / "other.gguf", "llama", fields={"general.architecture": "gemma"})
     with pytest.raises(ValueError, match=r"general\.architecture: expected one of 'llama', 'qwen2', 'qwen3', got 'gem"):

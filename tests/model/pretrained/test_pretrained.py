@@ -1,4 +1,4 @@
-"""Models of transformers, converted and back: the same logits, the same text, the same tensors."""
+"""Models of transformers converted there and back: same logits, same text, same tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from hqlt.memory.rotary import Rotary
 from hqlt.model import HQLTConfig
-from hqlt.model.pretrained import config_as, config_of, from_transformers, moved, to_transformers
+from hqlt.model.pretrained import config_as, config_of, from_transformers, our_names, to_transformers
 from tests.float64 import in_float64
 from tests.model.pretrained.conftest import LINEAR, MIXED, MODELS, config_for, model_for
 
@@ -33,7 +33,7 @@ def test_logits(pair, mask):
 
 @pytest.mark.parametrize("mask", [None, MASK], ids=["", "left-padded"])
 def test_logits_in_float64(pair, mask, monkeypatch):
-    """Their norms, recurrences and angles are float32, whatever the model: with all in float64, nothing differs."""
+    """transformers computes norms, recurrences and angles in float32; with all of them in float64, logits are equal."""
     theirs, ours = (model.double() for model in pair)
     in_float64(theirs.config.model_type.removesuffix("_text"), monkeypatch)
     config = ours.config
@@ -52,7 +52,7 @@ def test_logits_in_float64(pair, mask, monkeypatch):
 
 
 def logits_of(pair, mask) -> list[Tensor]:
-    """Each model's, at the tokens that are no padding."""
+    """The logits of both models, except at padding."""
     read = torch.ones_like(TEXT) if mask is None else mask
     with torch.no_grad():
         return [model(TEXT, attention_mask=mask).logits[read.bool()] for model in pair]
@@ -74,27 +74,27 @@ def test_logits_in_two_calls(pair):
     torch.testing.assert_close(logits, expected, rtol=0, atol=2e-4 * expected.std().item())
 
 
-def test_and_back(pair):
+def test_conversion_back(pair):
     theirs, ours = pair
     again = to_transformers(ours, theirs.config.model_type)
     assert type(again) is type(theirs)
     assert again.state_dict().keys() == theirs.state_dict().keys()
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in theirs.state_dict().items())
     assert torch.equal(again(TEXT).logits, theirs(TEXT).logits)
-    told, told_again = theirs.config.to_dict(), again.config.to_dict()
-    ignored = {"dtype", "architectures", "max_window_layers"}  # saved with a model, or of no effect beside layer_types
-    assert {name: told_again[name] for name in told if name not in ignored} == {
-        name: value for name, value in told.items() if name not in ignored
+    config, config_again = theirs.config.to_dict(), again.config.to_dict()
+    ignored = {"dtype", "architectures", "max_window_layers"}  # added on saving, or without effect given layer_types
+    assert {name: config_again[name] for name in config if name not in ignored} == {
+        name: value for name, value in config.items() if name not in ignored
     }
 
 
-def test_every_tensor_is_moved_none_copied(pair):
-    """But for those that are packed together there."""
+def test_tensors_are_shared(pair):
+    """Except packed ones."""
     theirs, ours = pair
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
     held = {p.data_ptr() for p in ours.parameters()}
     for name, p in theirs.named_parameters():
-        names, _ = moved(name, ours.config, theirs.config.model_type)
+        names, _ = our_names(name, ours.config, theirs.config.model_type)
         assert len(names) > 1 or p.data_ptr() in held, name
     if set(ours.config.kinds) == {"kv"}:
         assert {p.data_ptr() for p in theirs.parameters()} == held
@@ -106,7 +106,7 @@ def test_the_config_survives_its_file(pair, tmp_path):
     assert HQLTConfig.from_pretrained(tmp_path).to_dict() == ours.config.to_dict()
 
 
-def test_what_goes_along():
+def test_generation_config_and_mode_are_kept():
     theirs = model_for(model_type="llama").to(torch.bfloat16).train()
     theirs.generation_config = GenerationConfig(eos_token_id=[2, 5], temperature=0.3, do_sample=True)
     ours = from_transformers(theirs)
@@ -119,14 +119,14 @@ def test_what_goes_along():
 
 
 def test_configs_of_older_versions():
-    """rope_theta and rope_scaling, beside each other, and `type` for rope_type; what is missing has its default."""
-    told = config_for(model_type="llama").to_dict() | {
+    """Separate rope_theta and rope_scaling, `type` instead of rope_type, and defaults for missing fields."""
+    older = config_for(model_type="llama").to_dict() | {
         "rope_theta": 500.0,
         "rope_scaling": {"type": "linear", "factor": 2.0},
         "num_key_value_heads": None,
     }
-    del told["rope_parameters"], told["head_dim"], told["attention_bias"]
-    config = config_of(AutoConfig.for_model(**told))
+    del older["rope_parameters"], older["head_dim"], older["attention_bias"]
+    config = config_of(AutoConfig.for_model(**older))
     assert (config.rope_theta, config.rope_scaling) == (500.0, {"rope_type": "linear", "factor": 2.0})
     assert (config.num_kv_heads, config.head_dim, config.qkv_bias) == (4, 4, False)
     windows = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}
@@ -143,7 +143,7 @@ def test_configs_of_older_versions():
         ({"hidden_act": "gelu"}, "hidden_act: expected 'silu', which is what our layers have, got 'gelu'"),
         ({"rope_parameters": {**LINEAR, "rope_type": "dynamic"}}, "got 'dynamic': its frequencies change"),
         ({"rope_parameters": {**LINEAR, "partial_rotary_factor": 0.5}}, "rope_parameters: expected .*0.5"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config: expected weights that are plain"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config: expected unquantized weights"),
         ({"model_type": "qwen2", "layer_types": ["full_attention", "chunked_attention"]}, "layer_types: expected"),
         ({"model_type": "qwen3", "layer_types": ["full_attention", "linear_attention"]}, "layer_types: expected"),
         ({"model_type": "qwen3_next", **MIXED}, "num_experts: expected 0, which is what our layers have, got 512"),
@@ -152,7 +152,7 @@ def test_configs_of_older_versions():
         ({"model_type": "olmo_hybrid", **MIXED, "hidden_act": "gelu"}, "hidden_act: expected 'silu', which"),
     ],
 )  # fmt: skip
-def test_what_our_layers_do_not_compute_is_refused(changes, message):
+def test_unsupported_configs_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         config_of(config_for(**{"model_type": "llama", **changes}))
 
@@ -180,14 +180,14 @@ def test_what_our_layers_do_not_compute_is_refused(changes, message):
         ("olmo_hybrid", {"layer_kinds": ["kv", "fw"]}, "qk_norm: expected 'full', which is what a olmo"),
     ],
 )  # fmt: skip
-def test_what_an_architecture_does_not_have_is_refused(architecture, changes, message):
+def test_models_that_an_architecture_cannot_express_are_refused(architecture, changes, message):
     sizes = {"hidden_size": 16, "num_heads": 4, "num_hidden_layers": 2, "vocab_size": 37}
     with pytest.raises(ValueError, match=message):
         config_as(HQLTConfig(**{**sizes, "layer_kinds": ["kv", "kv"], **changes}), architecture)
 
 
-def test_a_model_of_ours_becomes_each():
-    """With the fields that each has always, a model that was made here is theirs; the defaults are a Llama's."""
+def test_a_model_trained_from_scratch_converts_to_each_architecture():
+    """A model with an architecture's fixed fields converts to it; those of a Llama are the defaults."""
     sizes = {"hidden_size": 16, "num_heads": 4, "num_hidden_layers": 2, "layer_kinds": ["kv", "kv"], "vocab_size": 37}
     of_fw = {
         "num_heads": 4, "num_kv_heads": None, "head_dim": 6, "conv_size": 4, "output_gate": "silu", "norm_eps": 1e-5,

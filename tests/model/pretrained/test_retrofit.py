@@ -1,4 +1,4 @@
-"""What a retrofitted model is before it is trained: its teacher as far as the window and sinks reach."""
+"""Before training, a retrofitted model equals its teacher within window and sinks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def logits(model, tokens):
 
 @pytest.mark.parametrize("rule", ["delta", "gated-delta", "linear", "none"])
 @pytest.mark.parametrize("full", [(), (1,)])
-def test_begins_as_its_teacher_within_the_window_and_as_the_window_alone_beyond(teacher, rule, full):
+def test_equals_the_teacher_within_the_window_and_windowed_attention_beyond(teacher, rule, full):
     tokens = torch.randint(37, (2, LENGTH))
     config = config_for(teacher.config, full=full, window=WINDOW, sinks=SINKS, rule=rule)
     windowed = config_for(teacher.config, full=full, window=WINDOW, sinks=SINKS, rule="none")
@@ -40,7 +40,7 @@ def test_begins_as_its_teacher_within_the_window_and_as_the_window_alone_beyond(
 
 
 @pytest.mark.parametrize("options", [{}, {"feature_map": "learned"}, {"rule": "linear", "feature_map": "hedgehog"}])
-def test_lacks_of_its_teacher_what_is_new_alone(teacher, options):
+def test_only_new_parameters_are_missing_in_the_teacher(teacher, options):
     config = config_for(teacher.config, full=(0,), window=WINDOW, **options)
     missing, unknown = HQLTForCausalLM(config).load_state_dict(teacher.state_dict(), strict=False)
     assert unknown == []
@@ -54,7 +54,7 @@ def test_lacks_of_its_teacher_what_is_new_alone(teacher, options):
     assert {name for name, parameter in student.named_parameters() if parameter.requires_grad} == set(missing)
 
 
-def test_shares_what_is_not_new(teacher):
+def test_shares_the_teachers_tensors(teacher):
     theirs = dict(teacher.named_parameters())
     for name, parameter in retrofitted(teacher, config_for(teacher.config, window=WINDOW)).named_parameters():
         if name in theirs:
@@ -80,9 +80,9 @@ def small(**changes):
 @pytest.mark.parametrize(
     ("config", "options", "message"),
     [
-        ({"layer_kinds": ["kv", "hybrid"]}, {}, "model: expected kv layers alone.*got hybrid layers too"),
-        ({}, {}, "model: expected kv layers alone"),
-        ({"layer_kinds": ["kv", "kv"], "kv_window": 8}, {}, r"model: expected layers that attend to everything.*got 8"),
+        ({"layer_kinds": ["kv", "hybrid"]}, {}, "model: expected only kv layers.*got also hybrid layers"),
+        ({}, {}, "model: expected only kv layers"),
+        ({"layer_kinds": ["kv", "kv"], "kv_window": 8}, {}, r"model: expected layers with full attention.*got 8"),
         ({"layer_kinds": ["kv", "kv"]}, {"full": (2,)}, r"full: expected indices of layers from 0 to 1, got \[2\]"),
         ({"layer_kinds": ["kv", "kv"]}, {"full": (0, 1)}, "full: expected fewer than all 2 layers"),
         ({"layer_kinds": ["kv", "kv"]}, {"window": 0}, "window: expected at least 1"),

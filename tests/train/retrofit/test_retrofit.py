@@ -166,7 +166,7 @@ def test_refused_before_anything_is_written(teacher, text, tmp_path, options, me
 
 
 def test_a_retrofitted_model_is_refused(whole, text, tmp_path):
-    with pytest.raises(SystemExit, match=r"model: expected kv layers alone.* got hybrid layers too"):
+    with pytest.raises(SystemExit, match=r"model: expected only kv layers.* got also hybrid layers"):
         retrofit(whole, text, tmp_path / "run")
 
 

@@ -1,7 +1,7 @@
-"""What the configs of pretrained architectures say in our fields, and back: one table, and nothing lost on the way.
+"""Conversion of configs between transformers' architectures and `HQLTConfig`, from one table.
 
-Whether a config can be expressed is not listed but tried: it is converted and converted back, and a field that comes
-back with another value is refused. So is a field that only a later version of transformers knows.
+Whether a config can be expressed is tested, not listed: it is converted there and back, and a field whose value changes
+is refused. This includes fields that only a later version of transformers has.
 """
 
 from __future__ import annotations
@@ -36,35 +36,35 @@ SHARED = {
     "eos_token_id": "eos_token_id",
     "pad_token_id": "pad_token_id",
 }
-"""Our fields and theirs, in every architecture."""
+"""Our fields → theirs, in every architecture."""
 
 
 class Architecture(NamedTuple):
-    """What an architecture has beside the shared fields.
+    """How the config of an architecture maps to ours, in addition to the shared fields.
 
-    Our fields are those of all layers; "fw.…" are the ones that its FW-memories have otherwise (`HQLTConfig.of_kind`).
+    Names of our fields apply to all layers; "fw.…" names fields that differ for fw layers (`HQLTConfig.of_kind`).
     """
 
-    named: dict[str, str | None]
-    """More of our fields, and what its config calls them; None for a shared one that it does not have."""
+    renamed: dict[str, str | None]
+    """More of our fields → its fields. None: it lacks this shared field."""
     fixed: dict[str, Any]
-    """Our fields that its config does not have, and what they always are."""
+    """Our fields that its config lacks, with their constant values."""
     layer_types: bool = False
-    """Whether its config says of each layer whether it has the window."""
+    """Whether its config says for each layer if it has a sliding window."""
     hybrid: bool = False
-    """Whether its config says of each layer whether it is linear attention, which is an FW-memory alone here."""
+    """Whether its config says for each layer if it is linear attention, which becomes an fw layer."""
     values: Mapping[str, Mapping[Any, Any]] = MappingProxyType({})
-    """Of some of our fields: its value, and ours."""
-    always: Mapping[str, Any] = MappingProxyType({})
+    """Our fields whose values differ: its value → ours."""
+    required: Mapping[str, Any] = MappingProxyType({})
     """Its fields that must have these values."""
     partial_rotary: bool = False
-    """Whether it turns a part of each head, where its config says so."""
+    """Whether its config can restrict the rotary embedding to a part of each head."""
     positions_optional: bool = False
-    """Whether it has no positions where its config has no rope_theta."""
+    """Whether it has no positional encoding if its config has no rope_theta."""
 
     def fields(self) -> dict[str, str]:
-        """Our fields, and what its config calls them."""
-        return {ours: name for ours, name in (SHARED | self.named).items() if name is not None}
+        """Our fields → its fields."""
+        return {ours: name for ours, name in (SHARED | self.renamed).items() if name is not None}
 
 
 OF_LINEAR: dict[str, str | None] = {
@@ -74,7 +74,7 @@ OF_LINEAR: dict[str, str | None] = {
     "num_value_heads": "linear_num_value_heads",
     "value_dim": "linear_value_head_dim",
 }
-"""What the layers of linear attention have, in all architectures that have any."""
+"""Fields of linear attention, in all architectures that have it."""
 GATED_DELTA: dict[str, Any] = {
     "fast_weights": "gated-delta", "mlp_bias": False, "kv_window": None, "fw.num_kv_heads": None, "fw.qkv_bias": False,
     "fw.o_bias": False, "fw.qk_norm": None, "fw.output_gate": "silu",
@@ -97,10 +97,10 @@ ARCHITECTURES = {
         {"kv_window": "sliding_window"}, {"qkv_bias": False, "o_bias": False, "mlp_bias": False, "qk_norm": None}
     ),
     "qwen3_next": Architecture(
-        OF_LINEAR, QWEN_HYBRID, hybrid=True, partial_rotary=True, always={"num_experts": 0, "attention_bias": False}
+        OF_LINEAR, QWEN_HYBRID, hybrid=True, partial_rotary=True, required={"num_experts": 0, "attention_bias": False}
     ),
     "qwen3_5_text": Architecture(
-        OF_LINEAR, QWEN_HYBRID, hybrid=True, partial_rotary=True, always={"attention_bias": False}
+        OF_LINEAR, QWEN_HYBRID, hybrid=True, partial_rotary=True, required={"attention_bias": False}
     ),
     "olmo_hybrid": Architecture(
         {
@@ -115,31 +115,38 @@ ARCHITECTURES = {
 
 WITHOUT_EFFECT = frozenset(
     {
-        "attention_dropout",  # in training alone
-        "pretraining_tp",  # transformers reads it no more
-        "max_window_layers", "use_sliding_window",  # layer_types says it
-        "linear_a_log_min", "linear_a_log_max", "linear_dt_min", "linear_dt_max", "linear_dt_init_floor",  # beginnings
+        "attention_dropout",  # only in training
+        "pretraining_tp",  # no longer used by transformers
+        "max_window_layers", "use_sliding_window",  # redundant with layer_types
+        "linear_a_log_min", "linear_a_log_max", "linear_dt_min", "linear_dt_max", "linear_dt_init_floor",  # init only
         "decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size", "norm_topk_prob", "num_experts_per_tok",
-        "output_router_logits", "router_aux_loss_coef", "shared_expert_intermediate_size",  # of experts
+        "output_router_logits", "router_aux_loss_coef", "shared_expert_intermediate_size",  # only with experts
     }
 )  # fmt: skip
-"""Their fields that logits do not depend on, given the others."""
+"""Their fields that have no effect on the logits, given the others."""
 OF_IMAGES = ("mrope_section", "mrope_interleaved")
-"""What rotary positions of two axes need, which in a text are one and the same."""
+"""Parameters of multi-axis rotary embeddings, whose axes coincide for text."""
 OF_ATTENTION = frozenset(arguments_of("kv-only", None, None))
 
 
 def config_of(theirs: PreTrainedConfig) -> HQLTConfig:
-    """Our config for one of transformers', whatever version wrote it.
+    """Convert a config of transformers, written by any version, to ours.
 
-    Raises ValueError for another architecture, and for a field whose value our layers do not compute.
+    Args:
+        theirs: a config of one of `ARCHITECTURES`.
+
+    Returns:
+        The config of a model with the same logits.
+
+    Raises:
+        ValueError: when the architecture is unknown, or our layers cannot express the value of a field.
     """
     check_choice("model_type", theirs.model_type, ARCHITECTURES)
     kind = ARCHITECTURES[theirs.model_type]
     if getattr(theirs, "quantization_config", None):
         raise ValueError(
-            "quantization_config: expected weights that are plain numbers, got quantized ones; dequantize the model "
-            "with transformers (model.dequantize()) and save it first"
+            "quantization_config: expected unquantized weights, got quantized ones; dequantize the model with "
+            "transformers (model.dequantize()) and save it first"
         )
     values: dict[str, Any] = {ours: getattr(theirs, name, None) for ours, name in kind.fields().items()} | kind.fixed
     values |= {ours: of_theirs[values[ours]] for ours, of_theirs in kind.values.items()}
@@ -160,14 +167,23 @@ def config_of(theirs: PreTrainedConfig) -> HQLTConfig:
     except StrictDataclassError as error:
         raise ValueError(f"expected the config of a {theirs.model_type}, got {_line(error)}") from error
     config.max_position_embeddings = theirs.max_position_embeddings
-    _refuse_lost(_told(theirs), _told(_expressed(config, theirs.model_type)), "our layers have")
+    again = _nearest(config, theirs.model_type)
+    _refuse_changed(_normalized_theirs(theirs), _normalized_theirs(again), "our layers have")
     return config
 
 
 def config_as(config: HQLTConfig, architecture: str) -> PreTrainedConfig:
-    """The config of one of transformers' architectures (`ARCHITECTURES`) for one of ours that has its kinds of layers.
+    """Convert our config to one of transformers' architectures.
 
-    Raises ValueError for another architecture, and for a field whose value the architecture does not have.
+    Args:
+        config: a config with the kinds of layers that the architecture has.
+        architecture: one of `ARCHITECTURES`.
+
+    Returns:
+        The config of a model of transformers with the same logits.
+
+    Raises:
+        ValueError: when the architecture is unknown, or it cannot express the value of a field.
     """
     check_choice("architecture", architecture, ARCHITECTURES)
     hybrid = ARCHITECTURES[architecture].hybrid
@@ -177,19 +193,19 @@ def config_as(config: HQLTConfig, architecture: str) -> PreTrainedConfig:
         raise ValueError(
             f"layer_kinds: expected {expected}, because a {architecture} is {is_made_of}, got {config.kinds}"
         )
-    theirs = _expressed(config, architecture)
-    _refuse_lost(_said(config), _said(config_of(theirs)), f"a {architecture} has")
+    theirs = _nearest(config, architecture)
+    _refuse_changed(_normalized(config), _normalized(config_of(theirs)), f"a {architecture} has")
     return theirs
 
 
-def _expressed(config: HQLTConfig, architecture: str) -> PreTrainedConfig:
-    """The nearest that the architecture has."""
-    kind, ours = ARCHITECTURES[architecture], _said(config)
+def _nearest(config: HQLTConfig, architecture: str) -> PreTrainedConfig:
+    """The nearest config of the architecture."""
+    kind, ours = ARCHITECTURES[architecture], _normalized(config)
     windows = ours["kv_window"] if isinstance(ours["kv_window"], list) else [ours["kv_window"]] * len(config.kinds)
     ours["kv_window"] = windows[0]
     for field, of_theirs in kind.values.items():
         ours[field] = next((theirs for theirs, value in of_theirs.items() if value == ours.get(field)), False)
-    values = {name: ours[field] for field, name in kind.fields().items()} | dict(kind.always)
+    values = {name: ours[field] for field, name in kind.fields().items()} | dict(kind.required)
     if kind.layer_types:
         values["sliding_window"] = next(filter(None, windows), None)
         values["use_sliding_window"] = values["sliding_window"] is not None
@@ -206,45 +222,46 @@ def _expressed(config: HQLTConfig, architecture: str) -> PreTrainedConfig:
     try:
         theirs: PreTrainedConfig = AutoConfig.for_model(architecture, **values)
     except StrictDataclassError as error:
-        raise ValueError(f"expected what a {architecture} can be, got {_line(error)}") from error
+        raise ValueError(f"expected a config that a {architecture} can have, got {_line(error)}") from error
     return theirs
 
 
-def _told(theirs: PreTrainedConfig) -> dict[str, Any]:
-    """What a config says that logits depend on."""
+def _normalized_theirs(theirs: PreTrainedConfig) -> dict[str, Any]:
+    """The fields of a config of transformers that affect the logits."""
     own = {field.name for field in fields(theirs)} - {field.name for field in fields(PreTrainedConfig)}
-    told = {name: getattr(theirs, name) for name in sorted(own - WITHOUT_EFFECT)} | {"rope_parameters": _rotary(theirs)}
-    if "layer_types" in told:
-        window = f"sliding_attention of {told.pop('sliding_window', None)}"
-        told["layer_types"] = [window if layer == "sliding_attention" else layer for layer in theirs.layer_types]
-    return told
+    values = {name: getattr(theirs, name) for name in sorted(own - WITHOUT_EFFECT)}
+    values["rope_parameters"] = _rotary(theirs)
+    if "layer_types" in values:
+        window = f"sliding_attention of {values.pop('sliding_window', None)}"
+        values["layer_types"] = [window if layer == "sliding_attention" else layer for layer in theirs.layer_types]
+    return values
 
 
 def _rotary(theirs: PreTrainedConfig) -> dict[str, Any]:
-    """`rope_parameters` without what says nothing: None, the older name of rope_type, and what only images need."""
+    """`rope_parameters` without entries that are None, the older name of rope_type, and those only for images."""
     ignored = ("type", *OF_IMAGES)
     return {name: value for name, value in theirs.rope_parameters.items() if value is not None and name not in ignored}
 
 
-def _said(config: HQLTConfig) -> dict[str, Any]:
-    """What a config of kv and fw layers says that logits depend on, in one form, by the names of `Architecture`."""
+def _normalized(config: HQLTConfig) -> dict[str, Any]:
+    """The fields of a config of kv and fw layers that affect the logits, with the names of `Architecture`."""
     rotary = Rotary.of(config.rope_theta, config.partial_rotary_factor, config.rope_scaling)
-    said = {name: getattr(config, name) for name in (*SHARED, "mlp_bias", "zero_centered_block_norms")}
+    values = {name: getattr(config, name) for name in (*SHARED, "mlp_bias", "zero_centered_block_norms")}
     for kind in dict.fromkeys(config.kinds):
         index, attends = config.kinds.index(kind), kind == "kv"
         layer = {**config.layer_options(index), "block_norms": config.block_options(index)["norms"]}
-        said |= {
+        values |= {
             name if attends or name not in {*OF_ATTENTION, "block_norms"} else f"fw.{name}": value
-            for name, value in _in_one_form(layer, attends).items()
+            for name, value in _normalized_layer(layer, attends).items()
         }
-    return said | {
+    return values | {
         "kv_window": _one_if_same(config.kv_window),
         "rope_scaling": None if rotary is None or rotary.scaling is None else dict(rotary.scaling),
     }
 
 
-def _in_one_form(layer: dict[str, Any], attends: bool) -> dict[str, Any]:
-    """A layer's options, with what None and other defaults stand for."""
+def _normalized_layer(layer: dict[str, Any], attends: bool) -> dict[str, Any]:
+    """A layer's options, with None and other defaults replaced by the values they stand for."""
     heads = layer["num_heads"]
     width = layer["head_dim"] or layer["hidden_size"] // heads
     defaults = {
@@ -254,16 +271,16 @@ def _in_one_form(layer: dict[str, Any], attends: bool) -> dict[str, Any]:
         "value_dim": width,
         "head_norm": False if attends else "head",
     }
-    plain = {
+    explicit = {
         "kv_activation": None if layer["kv_activation"] == "default" else layer["kv_activation"],
         "fw_activation": "silu" if layer["fw_activation"] == "default" else layer["fw_activation"],
         "output_gate": "silu" if layer["output_gate"] is True else layer["output_gate"],
         "head_norm": "head" if layer["head_norm"] is True else layer["head_norm"],
     }
     filled = {name: value for name, value in defaults.items() if name in layer and layer[name] is None}
-    unsaid = {name for name, default in options_of(KVMemory.with_retention).items() if layer.get(name) == default}
-    said = {**layer, **plain, **filled}
-    return {name: value for name, value in said.items() if name not in {"window", "blend", *unsaid}}
+    unused = {name for name, default in options_of(KVMemory.with_retention).items() if layer.get(name) == default}
+    values = {**layer, **explicit, **filled}
+    return {name: value for name, value in values.items() if name not in {"window", "blend", *unused}}
 
 
 def _one_if_same(windows: Any) -> Any:
@@ -271,7 +288,7 @@ def _one_if_same(windows: Any) -> Any:
     return windows[0] if same else windows
 
 
-def _refuse_lost(given: Mapping[str, Any], again: Mapping[str, Any], who: str) -> None:
+def _refuse_changed(given: Mapping[str, Any], again: Mapping[str, Any], who: str) -> None:
     for name, value in given.items():
         if again.get(name) != value:
             raise ValueError(f"{name}: expected {again.get(name)!r}, which is what {who}, got {value!r}")

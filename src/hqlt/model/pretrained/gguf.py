@@ -1,6 +1,6 @@
-"""GGUF files, as llama.cpp reads them: their fields as a config of transformers, their tensors under its names.
+"""Reading GGUF files of llama.cpp: their fields as a config of transformers, their tensors with transformers' names.
 
-Every field that a model depends on and every tensor is understood or refused; nothing is skipped in silence.
+Every tensor, and every field that a model depends on, is either understood or refused; nothing is skipped silently.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from hqlt.model.pretrained.weights import shapes_of
 from hqlt.registry import check_choice
 
 FAMILIES = {"llama": True, "qwen2": False, "qwen3": False}
-"""`general.architecture`, which is transformers' model_type too, and whether llama.cpp turns neighbours in a head of q
-and k, not halves, so that their rows stand in another order. Mistral, SmolLM and SmolLM2 are Llamas there."""
+"""`general.architecture`, which equals transformers' model_type → whether llama.cpp applies the rotary embedding to
+adjacent dimensions instead of halves, and so stores the rows of q and k in another order. Mistral, SmolLM and SmolLM2
+are stored as "llama"."""
 
 FIELDS = {
     "context_length": "max_position_embeddings",
@@ -34,14 +35,14 @@ FIELDS = {
     "attention.key_length": "head_dim",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
-"""Fields behind the architecture's name, and what transformers' configs call them."""
+"""Fields after the prefix of the architecture's name → fields of transformers' configs."""
 ROPE = {
     "rope.freq_base": "rope_theta",
     "rope.scaling.type": "rope_type",
     "rope.scaling.factor": "factor",
     "rope.scaling.original_context_length": "original_max_position_embeddings",
 }
-"""And what their `rope_parameters` do."""
+"""Fields → entries of transformers' `rope_parameters`."""
 WITHOUT_EFFECT = ("vocab_size", "rope.scaling.finetuned")
 SPECIAL = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
 
@@ -51,27 +52,29 @@ TENSORS = {
     "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm", "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }  # fmt: skip
-"""Parts of a model there and in transformers; `output` is the head, outside the model."""
+"""Names of a model's parts → transformers' names. `output` is the head, outside the model."""
 ROPE_FREQUENCIES = "rope_freqs.weight"
 LLAMA3: dict[str, Any] = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""Of all Llamas since 3.1: a file holds the frequencies that follow from it, not these numbers."""
+"""The scaling of all Llamas since 3.1. A file does not hold these numbers but the frequencies computed from them."""
 
 
 class Gguf(NamedTuple):
+    """The content of a GGUF file."""
+
     file: Path
     fields: dict[str, Any]
-    """Numbers, strings and lists, by name."""
+    """Metadata by name: numbers, strings and lists."""
     stored: dict[str, Any]
-    """The tensors, quantized, in the package's form."""
+    """Tensors by name, still quantized, as objects of the package gguf."""
 
     def quantizations(self) -> str:
-        """What the tensors are stored as: 210 of Q4_1, 61 of F32."""
+        """Count the tensors by type, such as "210 of Q4_1, 61 of F32"."""
         kinds = Counter(tensor.tensor_type.name for tensor in self.stored.values())
         return ", ".join(f"{n} of {kind}" for kind, n in kinds.most_common())
 
 
 def is_gguf(file: Path) -> bool:
-    """Whether the file begins as all GGUF files do."""
+    """Whether the file has the signature of a GGUF file."""
     if not file.is_file():
         return False
     with file.open("rb") as opened:
@@ -79,41 +82,52 @@ def is_gguf(file: Path) -> bool:
 
 
 def read_gguf(file: Path) -> Gguf:
-    """Raises ValueError for a file that is not whole or a part of a model, ModuleNotFoundError without `gguf`."""
+    """Read a GGUF file.
+
+    Raises:
+        ValueError: when the file is damaged or holds only a part of a model.
+        ModuleNotFoundError: when the package gguf is not installed.
+    """
     import gguf
 
     try:
         reader = gguf.GGUFReader(file)
         fields = {name: _plain(field.contents()) for name, field in reader.fields.items()}
     except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise ValueError(f"{file}: expected a whole GGUF file, got {type(error).__name__}: {error}") from error
+        raise ValueError(f"{file}: expected a complete GGUF file, got {type(error).__name__}: {error}") from error
     if fields.get("general.type", "model") != "model" or fields.get("split.count", 1) > 1:
         part = f"1 of {fields['split.count']}" if "split.count" in fields else f"type {fields['general.type']!r}"
-        raise ValueError(f"{file}: expected a whole model in one file (llama-gguf-split --merge makes one), got {part}")
+        raise ValueError(
+            f"{file}: expected a complete model in one file, got {part}; merge parts with llama-gguf-split --merge"
+        )
     return Gguf(file, fields, {tensor.name: tensor for tensor in reader.tensors})
 
 
 def _plain(value: Any) -> Any:
-    """Numbers in float32 as the shortest decimal that means them: 1e-05, not 9.999999747378752e-06."""
+    """Convert float32 to the float with the shortest decimal form: 1e-05 instead of 9.999999747378752e-06."""
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def config_in(gguf: Gguf) -> PreTrainedConfig:
-    """Raises ValueError for another architecture, and for a field that no model of transformers would follow."""
+    """The config of transformers that a file's fields describe.
+
+    Raises:
+        ValueError: when the architecture is unknown, or a field has no equivalent in transformers.
+    """
     architecture = str(gguf.fields.get("general.architecture"))
     check_choice("general.architecture", architecture, FAMILIES)
-    said = {
+    fields = {
         name.removeprefix(f"{architecture}."): value
         for name, value in gguf.fields.items()
         if name.startswith(f"{architecture}.")
     }
-    values = {theirs: said.pop(name) for name, theirs in FIELDS.items() if name in said}
+    values = {theirs: fields.pop(name) for name, theirs in FIELDS.items() if name in fields}
     try:
         values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
         values["vocab_size"] = int(gguf.stored["token_embd.weight"].shape[1])
     except (KeyError, IndexError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f"{gguf.file}: expected a model's sizes and embeddings, got {error!r}") from error
-    values["rope_parameters"] = _rope(gguf, said, values["head_dim"])
+    values["rope_parameters"] = _pop_rope(gguf, fields, values["head_dim"])
     values["tie_word_embeddings"] = "output.weight" not in gguf.stored
     values["attention_bias"] = "blk.0.attn_q.bias" in gguf.stored
     values["mlp_bias"] = "blk.0.ffn_up.bias" in gguf.stored
@@ -123,10 +137,10 @@ def config_in(gguf: Gguf) -> PreTrainedConfig:
         "rope.dimension_count": values["head_dim"], "attention.value_length": values["head_dim"],
         "attention.causal": True, "expert_count": 0, "expert_used_count": 0,
     }  # fmt: skip
-    for name, value in said.items():
+    for name, value in fields.items():
         if name not in WITHOUT_EFFECT and (name not in expected or value != expected[name]):
-            told = expected.get(name, "no such field")
-            raise ValueError(f"{architecture}.{name}: expected {told}, which is what our layers have, got {value!r}")
+            only = expected.get(name, "no such field")
+            raise ValueError(f"{architecture}.{name}: expected {only}, which is what our layers have, got {value!r}")
     try:
         config: PreTrainedConfig = AutoConfig.for_model(architecture, **values)
     except (StrictDataclassError, KeyError, TypeError) as error:
@@ -135,12 +149,13 @@ def config_in(gguf: Gguf) -> PreTrainedConfig:
     return config
 
 
-def _rope(gguf: Gguf, said: dict[str, Any], head_dim: int) -> dict[str, Any]:
-    """What a config says of positions, taken from what the file says.
+def _pop_rope(gguf: Gguf, fields: dict[str, Any], head_dim: int) -> dict[str, Any]:
+    """The `rope_parameters` of the config; removes their fields from `fields`.
 
-    Raises ValueError for divisors of frequencies that are not those of a Llama 3.
+    Raises:
+        ValueError: when the file holds frequency divisors other than those of a Llama 3.
     """
-    rope = {theirs: said.pop(name) for name, theirs in ROPE.items() if name in said}
+    rope = {theirs: fields.pop(name) for name, theirs in ROPE.items() if name in fields}
     rope.setdefault("rope_theta", 10_000.0)
     if rope.get("rope_type", "none") == "none":
         rope = {"rope_theta": rope["rope_theta"], "rope_type": "default"}
@@ -153,7 +168,7 @@ def _rope(gguf: Gguf, said: dict[str, Any], head_dim: int) -> dict[str, Any]:
         expected = f / llama3(f, rope["rope_theta"], **options)[0]
         if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-5):
             raise ValueError(
-                f"{ROPE_FREQUENCIES}: expected the divisors that follow from {options}, as a Llama 3 has, got "
+                f"{ROPE_FREQUENCIES}: expected the divisors of a Llama 3, computed from {options}, got "
                 f"{divisors.tolist()}"
             )
         rope |= {"rope_type": "llama3", **options}
@@ -161,9 +176,10 @@ def _rope(gguf: Gguf, said: dict[str, Any], head_dim: int) -> dict[str, Any]:
 
 
 def tensors_in(gguf: Gguf, config: PreTrainedConfig) -> dict[str, Tensor]:
-    """All tensors in float32, by transformers' names, their rows in its order.
+    """All tensors of a file, dequantized to float32, with transformers' names and order of rows.
 
-    Raises ValueError for tensors that are not those of the config, and for a quantization that `gguf` cannot undo.
+    Raises:
+        ValueError: when tensors do not match the config, or `gguf` cannot dequantize them.
     """
     names = {name: their_name(name) for name in gguf.stored if name != ROPE_FREQUENCIES}
     shapes = shapes_of(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config)
@@ -173,10 +189,10 @@ def tensors_in(gguf: Gguf, config: PreTrainedConfig) -> dict[str, Tensor]:
     wrong = {
         "unknown": [name for name, theirs in names.items() if theirs not in shapes],
         "missing": [theirs for theirs in shapes if theirs not in tensors],
-        "of another shape": [name for name, tensor in tensors.items() if tensor.shape != shapes[name]],
+        "with another shape": [name for name, tensor in tensors.items() if tensor.shape != shapes[name]],
     }
-    if told := [f"{len(some)} {what}, such as {min(some)}" for what, some in wrong.items() if some]:
-        raise ValueError(f"{gguf.file}: expected the tensors of a {config.model_type}, got {'; '.join(told)}")
+    if errors := [f"{len(some)} {what}, such as {min(some)}" for what, some in wrong.items() if some]:
+        raise ValueError(f"{gguf.file}: expected the tensors of a {config.model_type}, got {'; '.join(errors)}")
     if FAMILIES[config.model_type]:
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
         for name, tensor in tensors.items():
@@ -186,7 +202,7 @@ def tensors_in(gguf: Gguf, config: PreTrainedConfig) -> dict[str, Tensor]:
 
 
 def their_name(name: str) -> str | None:
-    """transformers' name of a tensor; None for an unknown one."""
+    """transformers' name of a tensor, or None if it is unknown."""
     found = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     if not found:
         return None
@@ -204,6 +220,6 @@ def _dequantized(gguf: Gguf, name: str) -> Tensor:
         values = dequantize(stored.data, stored.tensor_type)
     except NotImplementedError as error:
         raise ValueError(
-            f"{name}: expected a quantization that the package gguf can undo, got {stored.tensor_type.name}"
+            f"{name}: expected a quantization that the package gguf can dequantize, got {stored.tensor_type.name}"
         ) from error
     return torch.from_numpy(np.array(values, dtype=np.float32))

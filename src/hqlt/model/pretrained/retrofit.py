@@ -1,4 +1,4 @@
-"""A model of full attention as one whose layers attend to a window, with an FW-memory beside it."""
+"""Conversion of a model with full attention to one with windowed attention and FW-memories."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hqlt.model.config import HQLTConfig
 from hqlt.model.language_model import HQLTForCausalLM
 
 NO_RULE = "none"
-"""In a rule's place: layers get a window, and no FW-memory beside it."""
+"""Instead of a rule: layers get a window but no FW-memory."""
 
 
 def config_for(
@@ -26,28 +26,39 @@ def config_for(
     kept: int = 0,
     **options: Any,
 ) -> HQLTConfig:
-    """The config of a retrofitted model, from that of a model of full attention (`hqlt convert`).
+    """The config of a retrofitted model.
 
-        full layers      y = attention to everything, as it was
-        all others       y = attention to the window and sinks + γ ⊙ RMSNorm(FW read), begun at γ = 0
+        full layers      y = full attention
+        other layers     y = attention to window and sinks + γ ⊙ RMSNorm(FW read)     γ = 0 at initialization
 
-    The layers in `full` stay as they are; the others become hybrid, blend "synchronous", mixer "add", values without an
-    activation in both memories. With rule "none" they stay attention, to the window and sinks alone. So all weights of
-    the model have their place, and a model with them, the new ones untrained, has its logits exactly for the first
-    window + sinks tokens of a segment, and beyond them those of the windowed attention.
+    The other layers become hybrid layers with blend "synchronous", mixer "add" and no activation of the values. With
+    rule "none" they remain attention, to window and sinks only. The retrofitted model uses all weights of the original.
+    Before training, its logits equal those of the original for the first window + sinks tokens of a segment, and those
+    of windowed attention after them.
 
-    retention, kept: `kept` entries stay visible beyond the window, by this policy. options: any field of HQLTConfig or
-    option of the rule, such as feature_map="learned".
+    Args:
+        kv: config of a model with full attention (`hqlt convert`).
+        full: indices of the layers that keep full attention.
+        window (tokens): window of the other layers.
+        sinks (tokens): number of first tokens of a segment that stay visible.
+        rule: write rule of the FW-memories, or "none".
+        retention: which entries stay visible beyond the window.
+        kept: number of these entries per KV head.
+        **options: any fields of `HQLTConfig`, or options of the rule, such as feature_map="learned".
 
-    Raises ValueError for a model with other layers than full attention, for indices of layers that it does not have,
-    where no layer would change, and as HQLTConfig does.
+    Returns:
+        A new config.
+
+    Raises:
+        ValueError: when the model has layers other than full attention, when an index in `full` does not exist, when no
+            layer would change, and as `HQLTConfig` does.
     """
     refuse_other_than_full(kv)
     layers = kv.num_hidden_layers
     if wrong := sorted({index for index in full if not 0 <= index < layers}):
         raise ValueError(f"full: expected indices of layers from 0 to {layers - 1}, got {wrong}")
     if len(set(full)) == layers:
-        raise ValueError(f"full: expected fewer than all {layers} layers, got all, and nothing would change")
+        raise ValueError(f"full: expected fewer than all {layers} layers, got all; nothing would change")
     config, alone = copy.deepcopy(kv), rule == NO_RULE
     kinds = ["kv" if alone or layer in full else "hybrid" for layer in range(layers)]
     if own := (kv.of_kind or {}).get("kv"):
@@ -75,24 +86,34 @@ def _set_others(config: HQLTConfig, options: dict[str, Any]) -> None:
 
 
 def refuse_other_than_full(config: HQLTConfig) -> None:
-    """Raises ValueError for a model that has other layers than kv layers that attend to everything."""
+    """Check that all layers of a model are full attention.
+
+    Raises:
+        ValueError: when they are not.
+    """
     if other := sorted({kind for kind in config.kinds if kind != "kv"}):
         raise ValueError(
-            f"model: expected kv layers alone, as `hqlt convert` makes of a transformer, got {' and '.join(other)} "
-            f"layers too; such a model has a bounded memory already"
+            f"model: expected only kv layers, as `hqlt convert` makes of a transformer, got also {' and '.join(other)} "
+            f"layers, whose memory is bounded already"
         )
-    reach = config.kv_window if isinstance(config.kv_window, list) else [config.kv_window]
-    if any(window is not None for window in reach):
-        raise ValueError(f"model: expected layers that attend to everything (kv_window None), got {config.kv_window}")
+    windows = config.kv_window if isinstance(config.kv_window, list) else [config.kv_window]
+    if any(window is not None for window in windows):
+        raise ValueError(f"model: expected layers with full attention (kv_window None), got {config.kv_window}")
 
 
 def retrofitted(teacher: HQLTForCausalLM, config: HQLTConfig) -> HQLTForCausalLM:
-    """A model of `config_for(teacher.config, …)`: the teacher's tensors, which both then share, and new parameters as
-    they begin. Those alone ask for gradients.
+    """Build the retrofitted model.
+
+    Args:
+        teacher: the original model.
+        config: `config_for(teacher.config, …)`.
+
+    Returns:
+        A model that shares the teacher's tensors. Only its new parameters require gradients.
     """
     student = HQLTForCausalLM(config)
     missing, unknown = student.load_state_dict(teacher.state_dict(), strict=False, assign=True)
-    assert not unknown, f"the teacher's weights without a place: {unknown}"
+    assert not unknown, f"weights of the teacher that the student lacks: {unknown}"
     student.tie_weights()
     student.generation_config = copy.deepcopy(teacher.generation_config)
     for name, parameter in student.named_parameters():

@@ -1,4 +1,4 @@
-"""Weights moved between transformers' architectures and ours: names change, what is packed is split, numbers stay."""
+"""Conversion of weights between transformers' architectures and ours: tensors are renamed, and packed ones split."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from hqlt.model.pretrained.architectures import config_as, config_of
 
 
 class Packed(NamedTuple):
-    """Several of our tensors in one of theirs, next to each other."""
+    """Several of our tensors that are concatenated in one of theirs."""
 
     names: tuple[str, ...]
     by_head: bool = False
-    """Within each head of a layer (`num_heads`); otherwise one after the other."""
+    """Whether they are concatenated within each head (`num_heads`) instead of as a whole."""
 
 
 Parts = Mapping[str, str | Packed]
-"""What parts of a layer are called there and here."""
+"""Their name of a part of a layer → ours."""
 
 ATTENTION: Parts = {
     "self_attn": "memory",
@@ -78,38 +78,51 @@ LAYERS: dict[str, dict[str, Parts]] = {
         },
     },
 }
-"""By architecture and kind of layer; where nothing is said, `ATTENTION`."""
+"""By architecture and kind of layer; `ATTENTION` for all others."""
 
 
 def from_transformers(theirs: PreTrainedModel) -> HQLTForCausalLM:
-    """A model of transformers (`hqlt.model.pretrained.ARCHITECTURES`) as one of kv and fw layers.
+    """Convert a model of transformers to kv and fw layers.
 
-    It computes the same logits, from the same tensors: what is not packed there is not copied.
+    Args:
+        theirs: a model of one of `hqlt.model.pretrained.ARCHITECTURES`.
 
-    Raises ValueError for another architecture, and for a field of its config whose value our layers do not compute.
+    Returns:
+        A model with the same logits. It shares all tensors that are not packed.
+
+    Raises:
+        ValueError: when the architecture is unknown, or our layers cannot express the value of a config field.
     """
     config = config_of(theirs.config)
     shapes = shapes_of(HQLTForCausalLM, config)
     tensors: dict[str, Tensor] = {}
     for name, tensor in theirs.state_dict().items():
-        ours, groups = moved(name, config, theirs.config.model_type)
+        ours, groups = our_names(name, config, theirs.config.model_type)
         rows = [shapes[part][0] // groups for part in ours]
         parts = [tensor] if len(ours) == 1 else tensor.unflatten(0, (groups, -1)).split(rows, dim=1)
-        tensors |= {part: piece.reshape(shapes[part]) for part, piece in zip(ours, parts, strict=True)}
+        tensors |= {name: part.reshape(shapes[name]) for name, part in zip(ours, parts, strict=True)}
     return _with_weights(HQLTForCausalLM, config, tensors, theirs)
 
 
 def to_transformers(ours: HQLTForCausalLM, architecture: str) -> PreTrainedModel:
-    """A model of kv and fw layers as one of transformers' architectures, from the same tensors where none is packed.
+    """Convert a model of kv and fw layers to one of transformers' architectures.
 
-    Raises ValueError where the model has anything that the architecture does not have.
+    Args:
+        ours: the model.
+        architecture: one of `hqlt.model.pretrained.ARCHITECTURES`.
+
+    Returns:
+        A model of transformers with the same logits. It shares all tensors that are not packed.
+
+    Raises:
+        ValueError: when the architecture cannot express the model.
     """
-    told: Any = ours.config
-    config = config_as(told, architecture)
+    our_config: Any = ours.config
+    config = config_as(our_config, architecture)
     kind, given = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], ours.state_dict()
     tensors: dict[str, Tensor] = {}
     for name, shape in shapes_of(kind, config).items():
-        names, groups = moved(name, told, architecture)
+        names, groups = our_names(name, our_config, architecture)
         parts = [given[part] for part in names]
         if len(parts) > 1:
             parts = [torch.cat([part.unflatten(0, (groups, -1)) for part in parts], dim=1)]
@@ -117,8 +130,8 @@ def to_transformers(ours: HQLTForCausalLM, architecture: str) -> PreTrainedModel
     return _with_weights(kind, config, tensors, ours)
 
 
-def moved(theirs: str, config: HQLTConfig, architecture: str) -> tuple[tuple[str, ...], int]:
-    """Our names of what is in a tensor of theirs, and how often these take turns in it."""
+def our_names(theirs: str, config: HQLTConfig, architecture: str) -> tuple[tuple[str, ...], int]:
+    """Our names of the tensors packed in one of theirs, and the number of groups in which they alternate."""
     head, _, rest = theirs.partition("layers.")
     if not rest:
         return (theirs,), 1
@@ -133,13 +146,13 @@ def moved(theirs: str, config: HQLTConfig, architecture: str) -> tuple[tuple[str
 
 
 def shapes_of(kind: Any, config: Any) -> dict[str, torch.Size]:
-    """Of all tensors of a model, which is not built."""
+    """The shapes of all tensors of a model, by name. No memory is allocated."""
     with torch.device("meta"):
         return {name: tensor.shape for name, tensor in kind(config).state_dict().items()}
 
 
 def _with_weights(kind: Any, config: Any, tensors: dict[str, Tensor], source: PreTrainedModel) -> Any:
-    """A model of this kind and config with these tensors, and what goes along with its source."""
+    """Build a model with these tensors, and the generation config, name and mode of its source."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -149,7 +162,7 @@ def _with_weights(kind: Any, config: Any, tensors: dict[str, Tensor], source: Pr
     finally:
         if shown:
             logging.enable_progress_bar()
-    assert not any(report.values()), report  # the configs say the same, so the tensors are the same
+    assert not any(report.values()), report  # equal configs have equal tensors
     model.config.name_or_path = source.config.name_or_path
     model.generation_config = copy.deepcopy(source.generation_config)
     return model.train(source.training)
