@@ -21,7 +21,6 @@ MODULES = (
 """Those whose `__all__` is the API."""
 TO_DO: set[str] = {
     "blend",
-    "data",
     "layer",
     "memory",
     "mixer",

@@ -17,17 +17,17 @@ def test_from_text_to_tokens_of_a_tokenizer_of_ones_own(tmp_path, capsys):
     lines = str(write_lines(tmp_path / "a.jsonl", texts(50)))
     tokenizer, folder = tmp_path / "bpe", tmp_path / "tokens"
     main(["tokenizer", "train", lines, "--vocabulary=300", f"--out={tokenizer}"])
-    assert f"{tokenizer}: a vocabulary of 300\n" in capsys.readouterr().out
+    assert f"{tokenizer}: vocabulary size 300\n" in capsys.readouterr().out
     command = ["data", "prepare", lines, f"--tokenizer={tokenizer}", f"--folder={folder}", "--validation-share=0.1"]
     main(command)
     said = capsys.readouterr().out
     assert f"{folder}: tokens of {tokenizer}, vocabulary 300" in said
-    assert "finished by an earlier start" not in said
+    assert "already finished" not in said
     assert f"{len(TokenFiles(folder)):,} tokens           44 documents" in said
     main(command)
-    assert "finished by an earlier start" in capsys.readouterr().out
+    assert "already finished" in capsys.readouterr().out
     main(["data", "check", str(folder)])
-    assert "7 of 7 parts are as the manifest says" in capsys.readouterr().out
+    assert "7 of 7 files match the manifest" in capsys.readouterr().out
 
     tokens = folder / "train-00000.tokens"
     tokens.write_bytes(bytes(len(tokens.read_bytes())))
@@ -36,7 +36,7 @@ def test_from_text_to_tokens_of_a_tokenizer_of_ones_own(tmp_path, capsys):
     assert ended.value.code == 1
     said = capsys.readouterr().out
     assert "train-00000.tokens: expected the checksum" in said
-    assert "6 of 7 parts are as the manifest says" in said
+    assert "6 of 7 files match the manifest" in said
 
 
 def test_what_is_skipped_is_reported(tmp_path, capsys):
@@ -49,9 +49,9 @@ def test_what_is_skipped_is_reported(tmp_path, capsys):
     for _ in range(2):  # by a finished folder, too
         main(command)
         said = capsys.readouterr().out
-        assert "skipped 10 documents that are also in the files for validation and test\n" in said
-        assert "skipped 9 files, as their kind is not known: 0.csv, 1.csv, 2.csv, 3.csv, 4.csv, 5.csv, " in said
-        assert "7.csv and 1 more; --pattern chooses files\n" in said
+        assert "skipped 10 documents that the validation and test files contain\n" in said
+        assert "skipped 9 files with an unknown format: 0.csv, 1.csv, 2.csv, 3.csv, 4.csv, 5.csv, " in said
+        assert "7.csv and 1 more; choose files with --pattern\n" in said
 
 
 @pytest.mark.parametrize(
@@ -59,9 +59,9 @@ def test_what_is_skipped_is_reported(tmp_path, capsys):
     [
         (["--limit-tokens=0"], "limit_tokens: expected at least 1"),
         (["--shard-tokens=-1"], "expected at least 1"),
-        (["--validation-share=2"], "expected shares that leave some for training, got 2.0"),
-        (["--test-share=.nan"], "expected shares that leave some for training, got 0.005, nan"),
-        (["--validation=FOLDER"], "FOLDER: expected files of one kind among .* found none"),
+        (["--validation-share=2"], "expected shares that sum to less than 1, got 2.0"),
+        (["--test-share=.nan"], "expected shares that sum to less than 1, got 0.005, nan"),
+        (["--validation=FOLDER"], "FOLDER: expected files of one format among .* found none"),
         (["--tokenizer=FOLDER"], "expected a folder with a tokenizer.json"),
         (["--text-field=body"], "a.jsonl, line 1: expected a field 'body', got 'text', 'n'"),
         (["--validation-share=0.5", "--test-share=0.49"], "expected at least 4 different documents"),
@@ -79,21 +79,21 @@ def test_a_failed_command_leaves_nothing(wrong, message, tmp_path):
 def test_a_text_too_small_for_the_vocabulary_is_told(tmp_path, capsys):
     lines = str(write_lines(tmp_path / "a.jsonl", ["a a a", "b b", "c"]))
     main(["tokenizer", "train", lines, f"--out={tmp_path / 'bpe'}", "--validation-share=0", "--test-share=0"])
-    assert "has not pairs enough for 8,192" in capsys.readouterr().out
+    assert "has too few pairs for 8,192" in capsys.readouterr().out
 
 
 def test_mistakes_end_with_one_line(tmp_path, capsys):
     lines = str(write_lines(tmp_path / "a.jsonl", texts(50)))
     main(["data", "prepare", lines, f"--folder={tmp_path / 'd'}"])
     for wrong, message in (
-        (["data", "prepare", lines, f"--folder={tmp_path / 'd'}", "--limit-tokens=9"], "limit_tokens: there None"),
+        (["data", "prepare", lines, f"--folder={tmp_path / 'd'}", "--limit-tokens=9"], "limit_tokens: expected None"),
         (["data", "prepare", "nothing.txt"], "expected a file or a folder, found none"),
         (["data", "check", str(tmp_path)], "expected a folder written by `hqlt data prepare`"),
         (["tokenizer", "train", lines, "--vocabulary=12"], "vocabulary: expected at least 257"),
         (["tokenizer", "train", lines, "--limit-bytes=0"], "limit_bytes: expected at least 1, got 0"),
         (["tokenizer", "train", lines, f"--out={tmp_path}"], "expected a new or empty folder"),
         (["data", "prepare", lines, f"--folder={lines}"], "expected a folder, found a file"),
-        (["data", "prepare", lines, "--separator="], "separator: expected none, as .* leave out --separator"),
+        (["data", "prepare", lines, "--separator="], "separator: expected none, because .* remove --separator"),
         (
             ["tokenizer", "train", lines, "--out=/proc/nothing/here"],
             "/proc/nothing/here could not be written: No such file",

@@ -77,18 +77,18 @@ def test_a_finished_folder_is_left_as_it_is_and_other_data_refused(tmp_path, bpe
     assert prepare(lines, folder, limit_tokens=300, on_progress=told.append) == first
     assert not told
     for other, message in (
-        ({"limit_tokens": 400}, "limit_tokens: there 300, asked for 400"),
-        ({"tokenizer": bpe}, "tokenizer: there bytes, asked for"),
-        ({"test_share": 0.3}, r"source, for: there \[0.005, 0.005\], asked for \[0.005, 0.3\]"),
-        ({"text_field": "n"}, "source, text_field: there text, asked for n"),
+        ({"limit_tokens": 400}, "limit_tokens: expected 300, got 400"),
+        ({"tokenizer": bpe}, "tokenizer: expected bytes, got"),
+        ({"test_share": 0.3}, r"source, for: expected \[0.005, 0.005\], got \[0.005, 0.3\]"),
+        ({"text_field": "n"}, "source, text_field: expected text, got n"),
     ):
-        with pytest.raises(ValueError, match=f"holds data of other settings .{message}"):
+        with pytest.raises(ValueError, match=f"has data prepared with other settings .{message}"):
             prepare(lines, folder, **{"limit_tokens": 300, **other})
     write_lines(lines, texts(21))
-    with pytest.raises(ValueError, match="source, names and sizes: there"):
+    with pytest.raises(ValueError, match="source, names and sizes: expected"):
         prepare(lines, folder, limit_tokens=300)
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
-    with pytest.raises(ValueError, match="expected an empty folder or a new one, found other files"):
+    with pytest.raises(ValueError, match="expected a new or empty folder, found other files"):
         prepare(lines, tmp_path)
 
 
@@ -121,7 +121,7 @@ def test_documents_of_held_out_files_are_not_trained_on(tmp_path, bpe):
     assert sorted(training_texts(parts_of(lines, **own, test_share=0.1))) == sorted(read["train"])
     assert read_manifest(tmp_path / "d")[0] == manifest
     with pytest.raises(
-        ValueError, match=r"none for train: 40 of the source were skipped, as they also stand in the fil"
+        ValueError, match=r"none for train: 40 of the source were skipped, because the files given with"
     ):
         prepare(lines, tmp_path / "e", validation=lines, test_share=0)
 
@@ -206,7 +206,7 @@ def test_a_stopped_start_is_gone_on_with(how, bpe, tmp_path, request):
         process.wait()
         process.stderr.close()
         shards = finished_shards(folder)
-        with pytest.raises(ValueError, match="the data is not whole yet; run the same `hqlt data prepare` again"):
+        with pytest.raises(ValueError, match="the data is incomplete; run the same `hqlt data prepare` command again"):
             TokenFiles(folder)
         if how == signal.SIGINT:
             assert not list(folder.glob("*.unfinished"))
@@ -345,7 +345,7 @@ def test_a_manifest_that_is_none_is_refused(folder, tmp_path):
             TokenFiles(folder)
     with pytest.raises(ValueError, match="got no such folder"):
         TokenFiles(tmp_path / "nothing")
-    with pytest.raises(ValueError, match="got an empty or other folder"):
+    with pytest.raises(ValueError, match="got an empty folder or one with other files"):
         TokenFiles(tmp_path)
     manifest.write_text(whole)
     with pytest.raises(ValueError, match=r"expected one that .* holds, train or validation or test, got 'tset'"):

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from hqlt.data import load_tokenizer
-from hqlt.data.holdout import FEW, Holdout
+from hqlt.data.holdout import EXACT_BELOW, Holdout
 from hqlt.data.hub import Hub
 from hqlt.data.local import JsonLines, LocalFormat, TextFiles
 from hqlt.data.parts import parts_of, training_texts
@@ -97,7 +97,10 @@ def test_json_is_read_line_by_line_where_it_is_named(tmp_path):
     (tmp_path / "a.jsonl").unlink()
     assert list(LocalFormat().source_in(file)) == texts(9)
     assert list(LocalFormat(pattern="*.json.gz").source_in(tmp_path)) == texts(9)
-    with pytest.raises(ValueError, match=r"found none \(skipped, .* known: c4\.00000-of-01024\.json\.gz\); choose by"):
+    with pytest.raises(
+        ValueError,
+        match=r"found none \(skipped because of an unknown format: c4\.00000-of-01024\.json\.gz\); choose with",
+    ):
         LocalFormat().source_in(tmp_path)
 
 
@@ -168,7 +171,7 @@ def test_the_library_is_split_as_the_task_splits_it():
         assert isinstance(part.source, TextFiles)
         assert part.source.files == library_files(split)
     assert "".join(parts[1].source).encode() == bytes(files_of("validation")[0].numpy())
-    with pytest.raises(ValueError, match="expected no validation or test of your own"):
+    with pytest.raises(ValueError, match="expected no validation or test options"):
         parts_of("python-library", test_share=0.1)
 
 
@@ -182,7 +185,7 @@ def test_given_files_are_held_out_and_not_trained_on(tmp_path):
     assert [part.split for part in parts] == [(0.0, 0.0), "validation", "test"]
     with pytest.raises(ValueError, match=r"validation: expected a file or a folder, found none at .*nothing"):
         parts_of(tmp_path, validation=tmp_path / "nothing")
-    with pytest.raises(ValueError, match=r"test_share: expected none, as --test gives the documents, got 0\.1"):
+    with pytest.raises(ValueError, match=r"test_share: expected none, because --test gives the documents, got 0\.1"):
         parts_of(tmp_path, test=tmp_path / "held.txt", test_share=0.1)
 
 
@@ -192,16 +195,16 @@ def test_documents_are_held_out_by_what_they_are():
     splits = [holdout.split_of(text) for text in documents]
     assert [splits.count(split) for split in ("train", "validation", "test")] == [43, 5, 2]
     assert Holdout.of(reversed(documents * 2), 0.1, 0.04) == holdout
-    of_many = Holdout.of((str(i) for i in range(10 * FEW)), 0.1, 0.05)
-    splits = [of_many.split_of(str(i)) for i in range(10 * FEW)]
+    of_many = Holdout.of((str(i) for i in range(10 * EXACT_BELOW)), 0.1, 0.05)
+    splits = [of_many.split_of(str(i)) for i in range(10 * EXACT_BELOW)]
     assert 0.09 < splits.count("validation") / len(splits) < 0.11
     assert 0.04 < splits.count("test") / len(splits) < 0.06
     least = Holdout.of("abc", 0.005, 0.005)
     assert sorted(map(least.split_of, "abc")) == ["test", "train", "validation"]
     assert {Holdout.of("ab", 0, 0).split_of(text) for text in "ab"} == {"train"}
-    with pytest.raises(ValueError, match=r"expected at least 3 different documents, .* found 2; cut a long text"):
+    with pytest.raises(ValueError, match=r"expected at least 3 different documents, .* found 2; split a long text"):
         Holdout.of("abab", 0.1, 0.1)
-    with pytest.raises(ValueError, match=r"expected shares that leave some for training, got 0\.5, 0\.5"):
+    with pytest.raises(ValueError, match=r"expected shares that sum to less than 1, got 0\.5, 0\.5"):
         Holdout.of("ab", 0.5, 0.5)
 
 
@@ -240,7 +243,7 @@ def test_an_option_that_the_source_has_no_use_for_is_refused(source, options, tm
     if not source:
         (tmp_path / "a.jsonl").unlink()
     (name,) = options
-    with pytest.raises(ValueError, match=f"{name}: expected none, as .* has no use for it"):
+    with pytest.raises(ValueError, match=f"{name}: expected none, because .* does not use it"):
         parts_of(tmp_path / source if local else source, **options)
 
 
@@ -257,7 +260,7 @@ def test_an_option_for_the_held_out_files_alone_is_used(tmp_path):
     [
         ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', r"a\.jsonl, line 2: expected a field 'text', got 'txt'; name"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', r"a\.jsonl, line 2: expected a JSON object, got Expecting value"),
-        ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl, line 1: expected a text in 'text', got int"),
+        ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl, line 1: expected a string in 'text', got int"),
         ("a.jsonl", b"[1]\n", r"a\.jsonl, line 1: expected a field 'text', got 'list'"),
         ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl, line 1: expected a JSON object, got 'utf-8' codec"),
         (
@@ -270,14 +273,14 @@ def test_an_option_for_the_held_out_files_alone_is_used(tmp_path):
         ("a.jsonl.zst", b"no Zstandard at all", r"a\.jsonl\.zst: expected a whole Zstandard file, got"),
         ("a.jsonl.gz", b"no gzip at all", r"a\.jsonl\.gz: expected a whole gzip file, got"),
         ("a.txt", b"caf\xe9", r"a\.txt: expected text in UTF-8, got .* convert it first"),
-        ("a.txt", b"\xff\xfea\0", r"a\.txt: expected text in UTF-8, got UTF-16, whose .* iconv -f UTF-16 -t UTF-8"),
+        ("a.txt", b"\xff\xfea\0", r"a\.txt: expected text in UTF-8, got UTF-16 .* iconv -f UTF-16 -t UTF-8"),
         ("a.jsonl", b"\xfe\xff\0{", r"a\.jsonl: expected text in UTF-8, got UTF-16"),
         (
             "a.json",
             b'[\n{"text": "a"}]',
-            r"a\.json, line 1: expected a JSON object, got .* \(`jq -c '\.\[\]'` makes lines of an array",
+            r"a\.json, line 1: expected a JSON object, got .* \(`jq -c '\.\[\]'` turns an array into lines",
         ),
-        ("a.csv.gz", b"", r"a\.csv\.gz: expected text or one of \.txt.*got \.csv\.gz; turn it into JSON lines"),
+        ("a.csv.gz", b"", r"a\.csv\.gz: expected text or one of \.txt.*got \.csv\.gz; convert it to JSON Lines"),
         ("a.parquet.gz", b"", r"a\.parquet\.gz: expected text or one of \.txt.*got \.parquet\.gz"),
         ("a.parquet", b"PAR1 or not", r"a\.parquet: expected a whole Parquet file, got"),
     ],
@@ -295,9 +298,9 @@ def test_wrong_columns_folders_and_names_are_told(tmp_path):
     with pytest.raises(ValueError, match=r"a\.parquet: expected a field 'body', got 'text', 'n'; name"):
         list(LocalFormat(text_field="body").source_in(tmp_path))
     (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(ValueError, match=r"files of one kind .* found Parquet and TextFiles; choose by --pattern"):
+    with pytest.raises(ValueError, match=r"files of one format .* found Parquet and TextFiles; choose with --pattern"):
         LocalFormat().source_in(tmp_path)
-    with pytest.raises(ValueError, match=r"files of one kind .* found none"):
+    with pytest.raises(ValueError, match=r"files of one format .* found none"):
         LocalFormat(pattern="*.xyz").source_in(tmp_path)
     for name in ("./nothing", "corpus.jsonl", str(tmp_path / "x")):
         with pytest.raises(ValueError, match="expected a file or a folder, found none"):
@@ -358,7 +361,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     asked = []
-    monkeypatch.setattr("hqlt.data.network.answers", lambda: asked.append(1))
+    monkeypatch.setattr("hqlt.data.network.hub_answers", lambda: asked.append(1))
     with pytest.raises(ValueError, match=r"could not be loaded \(https://huggingface\.co does not answer; "):
         list(Hub("no/such"))
     with pytest.raises(

@@ -119,7 +119,7 @@ def test_the_end_of_a_document_is_asked_for_and_the_next_ones_beginning_is_not(t
 
 
 def test_mistakes_are_told(files):
-    with pytest.raises(ValueError, match=rf"length: expected from 1 to {len(files) - 1}, as the train split"):
+    with pytest.raises(ValueError, match=rf"length: expected from 1 to {len(files) - 1}, because the train split"):
         Windows(files, len(files))
     with pytest.raises(ValueError, match=r"rows: expected a multiple of the 2 ranks, got 3"):
         Windows(files, 8).batch(0, 3, 0, 2)

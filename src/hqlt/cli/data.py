@@ -1,4 +1,4 @@
-"""`hqlt data prepare` and `hqlt data check`: folders of tokens."""
+"""`hqlt data prepare` and `hqlt data check`: data folders of tokens."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from hqlt.report.preparing import PreparingDisplay
 def _prepare(
     source: str, folder: Path | None = None, tokenizer: str = "bytes", subset: str | None = None, **how: Any
 ) -> None:
-    """Turn documents into a folder of tokens for training: memory-mapped shards, and a manifest with checksums.
+    """Tokenize documents for training: memory-mapped shards and a manifest with checksums.
 
-    The same command resumes where an earlier one was stopped, and leaves a finished folder as it is. Documents are held
+    Run the same command again to resume after an interruption; a finished folder is left unchanged. Documents are held
     out for validation and test by a hash of their text.
 
     Args:
-        source: python-library, a file (.txt, .md, .jsonl, .ndjson, perhaps with .gz, .bz2, .xz or .zst behind it;
+        source: python-library, a file (.txt, .md, .jsonl or .ndjson, optionally with .gz, .bz2, .xz or .zst after it;
             .parquet), a folder of such files, or the name of a dataset on the Hugging Face hub, such as
             HuggingFaceFW/fineweb-edu, which is streamed.
-        folder: where the tokens go; runs/data/SOURCE-TOKENIZER by default.
-        tokenizer: bytes, a tokenizer.json, a folder that holds one, or a name on the hub.
-        subset: of a dataset on the hub, such as sample-100BT.
+        folder: where the tokens are written; default: runs/data/SOURCE-TOKENIZER.
+        tokenizer: bytes, a tokenizer.json, a folder that contains one, or a name on the hub.
+        subset: name of a subset of a hub dataset, such as sample-100BT.
     """
     console = Console(highlight=False, markup=False, soft_wrap=True)
     folder = folder or Path("runs/data") / slug(source, subset, tokenizer)
@@ -39,31 +39,31 @@ def _prepare(
                 source, folder, tokenizer=tokenizer, subset=subset, on_progress=display.on_progress, **how
             )
         except KeyboardInterrupt:
-            again = shlex.join(["hqlt", *sys.argv[1:]])
-            console.print(f"stopped with {display.kept:,} tokens in finished shards; resume with: {again}")
+            command = shlex.join(["hqlt", *sys.argv[1:]])
+            console.print(f"stopped with {display.kept:,} tokens in finished shards; resume with: {command}")
             raise
     if not display.worked:
-        console.print("finished by an earlier start:")
+        console.print("already finished:")
     console.print(summary(folder, manifest))
 
 
 def _check(folder: Path) -> None:
-    """Read a folder of tokens and compare each file with its checksum. Ends with status 1 where one is wrong.
+    """Compare each file of a data folder with its checksum. The exit status is 1 if any differs.
 
     Args:
-        folder: what `hqlt data prepare` wrote.
+        folder: a folder written by `hqlt data prepare`.
     """
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    files, wrong = 0, 0
+    files, damaged = 0, 0
     with console.status("reading") as status:
         for name, fault in check(folder):
             status.update(name)
             files += 1
             if fault is not None:
-                wrong += 1
+                damaged += 1
                 console.print(fault)
-    console.print(f"{folder}: {files - wrong} of {files} parts are as the manifest says")
-    if wrong:
+    console.print(f"{folder}: {files - damaged} of {files} files match the manifest")
+    if damaged:
         raise SystemExit(1)
 
 
@@ -71,7 +71,7 @@ data = {"prepare": _prepare, "check": _check}
 
 
 def summary(folder: Path, manifest: Manifest) -> str:
-    """A line a split."""
+    """A text with one line per split."""
     lines = [f"{folder}: tokens of {manifest.tokenizer['name']}, vocabulary {manifest.tokenizer['vocab_size']:,}"]
     for split, shards in manifest.splits.items():
         if shards:
@@ -82,16 +82,14 @@ def summary(folder: Path, manifest: Manifest) -> str:
             )
     skipped = manifest.skipped
     if skipped["documents"]:
-        lines.append(f"skipped {skipped['documents']:,} documents that are also in the files for validation and test")
+        lines.append(f"skipped {skipped['documents']:,} documents that the validation and test files contain")
     if skipped["files"]:
         names = join_names(skipped["names"], skipped["files"])
-        lines.append(
-            f"skipped {skipped['files']:,} files, as their kind is not known: {names}; --pattern chooses files"
-        )
+        lines.append(f"skipped {skipped['files']:,} files with an unknown format: {names}; choose files with --pattern")
     return "\n".join(lines)
 
 
 def slug(*names: str | None) -> str:
-    """A folder's name from other names."""
+    """A folder name made from other names."""
     parts = [re.sub(r"[^a-z0-9.]+", "-", Path(name).name.lower()).strip("-.") for name in names if name]
     return "-".join(filter(None, parts))

@@ -1,4 +1,4 @@
-"""`hqlt train`: a language model from scratch, on a laptop or under torchrun."""
+"""`hqlt train`: train a language model from scratch, on a laptop or under torchrun."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from hqlt.train.language.settings import TrainSettings
 
 
 def train(folder: Path | None = None, device: str | None = None, **settings: Any) -> None:
-    """Train a language model from scratch, on a text file for one: `hqlt train --data=book.txt`.
+    """Train a language model from scratch, for example on a text file: `hqlt train --data=book.txt`.
 
-    Without options: the smallest model on the source of Python's standard library. The same command resumes where an
-    earlier one was stopped, exactly; `--config=runs/X/config.json` repeats a run. `--config hqlt-340m` is
-    the paper's recipe; under `torchrun --no-python` the same command uses all processes. Any field of the model can be
-    given by `--model.NAME`.
+    Without options, this trains the smallest model on the source code of Python's standard library. Run the same
+    command again to resume exactly after an interruption; `--config=runs/X/config.json` repeats a run. `--config
+    hqlt-340m` is the paper's recipe. Under `torchrun --no-python` the same command uses all processes. Any field of the
+    model can be set with `--model.NAME`.
 
     Args:
-        folder: where everything goes; runs/PRESET-DATA by default.
-        device: cuda or cpu; cuda where there is one by default.
+        folder: the folder of the run; default: runs/PRESET-DATA.
+        device: cuda or cpu; default: cuda if available.
     """
     from hqlt.train.language.run import run
 

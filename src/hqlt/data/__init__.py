@@ -1,8 +1,8 @@
-"""The data of language models: tokenizers, folders of tokens, and batches of them.
+"""Data for language models: tokenizers, folders of token files, and batches read from them.
 
->>> prepare("python-library", "runs/data/python")           # once; `hqlt data prepare` on the command line
+>>> prepare("python-library", "runs/data/python")           # once; on the command line: `hqlt data prepare`
 >>> data = Windows(TokenFiles("runs/data/python"), length=256)
->>> data.batch(0, rows=8)                                     # the first batch; any other, in any order, as well
+>>> data.batch(0, rows=8)                                     # the first batch; batches can be read in any order
 """
 
 from hqlt.data.bpe import train_tokenizer

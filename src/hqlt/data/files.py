@@ -1,4 +1,4 @@
-"""Reading a folder of tokens: memory-mapped, and checked against its manifest."""
+"""Reading a folder of token files: memory-mapped and checked against the manifest."""
 
 from __future__ import annotations
 
@@ -19,14 +19,29 @@ from hqlt.data.shard import Shard, stored
 from hqlt.data.tokenizer import Tokenizer, load_tokenizer
 from hqlt.task.task import Split
 
-ADVICE = "restore it from a copy, or prepare the data anew into another folder"
+RECOVERY_HINT = "restore the file from a copy, or prepare the data again in another folder"
 
 
 class TokenFiles:
-    """One split of a folder that `hqlt data prepare` wrote: its documents end to end.
+    """One split of a folder written by `hqlt data prepare`, as one sequence of concatenated documents.
 
-    Opening it compares the sizes of all files with the manifest; `hqlt data check` compares their contents.
-    Raises ValueError that names the file, what was expected and what was found.
+    Opening the split checks the size of each file against the manifest; `hqlt data check` also checks the contents.
+
+    Args:
+        folder: a folder written by `prepare`.
+        split: "train", "validation" or "test".
+
+    Raises:
+        ValueError: if the folder has no such split, or if a file is missing or has the wrong size.
+
+    Example:
+        >>> import pathlib
+        >>> from hqlt.data import TokenFiles, prepare
+        >>> _ = pathlib.Path("text.txt").write_text("some text")
+        >>> _ = prepare("text.txt", "data", validation_share=0, test_share=0)
+        >>> tokens, begins = TokenFiles("data").read(0, 4)
+        >>> tokens.tolist(), begins.tolist()
+        ([115, 111, 109, 101], [True, False, False, False])
     """
 
     def __init__(self, folder: str | Path, split: Split = "train") -> None:
@@ -41,38 +56,49 @@ class TokenFiles:
         self._starts = [_open(self.folder, shard, ".starts", "uint64") for shard in shards]
 
     def __len__(self) -> int:
-        """Tokens, with those that end documents."""
+        """Number of tokens, including those that end documents."""
         return int(self.ends[-1])
 
     @property
     def bytes(self) -> int:
-        """Of the text, in UTF-8."""
+        """Size of the text in UTF-8, in bytes."""
         return self.manifest.bytes(self.split)
 
     @property
     def documents(self) -> int:
+        """Number of documents."""
         return self.manifest.documents(self.split)
 
     @property
     def vocab_size(self) -> int:
+        """Vocabulary size of the tokenizer."""
         return int(self.manifest.tokenizer["vocab_size"])
 
     @functools.cached_property
     def digest(self) -> str:
-        """Names the data: other tokens, borders or meaning of a token give another digest."""
+        """Identifies the data: changes if the tokens, the document boundaries or the tokenizer change."""
         shards = [(shard.sha256_tokens, shard.sha256_starts) for shard in self.manifest.splits[self.split]]
-        told = json.dumps([self.manifest.tokenizer["digest"], self.manifest.dtype, shards])
-        return hashlib.sha256(told.encode()).hexdigest()
+        content = json.dumps([self.manifest.tokenizer["digest"], self.manifest.dtype, shards])
+        return hashlib.sha256(content.encode()).hexdigest()
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """The one that made the tokens, from the folder itself."""
+        """The tokenizer that produced the tokens, loaded from the folder."""
         return tokenizer_of(self.folder, self.manifest)
 
     def read(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """The tokens start … stop − 1, [t] int64, and where a document begins among them, [t] bool.
+        """Read a range of tokens.
 
-        Raises ValueError where they cannot be this tokenizer's: the file was damaged.
+        Args:
+            start: index of the first token.
+            stop: index after the last token.
+
+        Returns:
+            The tokens ([t] int64), and whether each one begins a document ([t] bool), with t = stop − start.
+
+        Raises:
+            IndexError: if the range is empty or exceeds the split.
+            ValueError: if a token is not in the vocabulary, because the file is damaged.
         """
         if not 0 <= start < stop <= len(self):
             raise IndexError(f"start, stop: expected 0 ≤ start < stop ≤ {len(self)}, got {start} and {stop}")
@@ -89,7 +115,7 @@ class TokenFiles:
                 name = self.manifest.splits[self.split][i].name
                 raise ValueError(
                     f"{self.folder / name}.tokens: expected tokens below {self.vocab_size}, found {found.max()}; see "
-                    f"`hqlt data check {self.folder}`; {ADVICE}"
+                    f"`hqlt data check {self.folder}`; {RECOVERY_HINT}"
                 )
             tokens[to : to + high - low] = found
             first, last = np.searchsorted(self._starts[i], np.array([low, high], np.uint64))
@@ -98,7 +124,22 @@ class TokenFiles:
 
 
 def check(folder: str | Path) -> Iterator[tuple[str, str | None]]:
-    """Read every file of a folder of tokens; yields its name, and None or what is wrong with it."""
+    """Compare all files of a data folder with the checksums in its manifest.
+
+    Args:
+        folder: a folder written by `prepare`.
+
+    Returns:
+        An iterator that yields, for each file, its name and a description of the fault, or None if it is intact.
+
+    Example:
+        >>> import pathlib
+        >>> from hqlt.data import check, prepare
+        >>> _ = pathlib.Path("text.txt").write_text("some text")
+        >>> _ = prepare("text.txt", "data", validation_share=0, test_share=0)
+        >>> list(check("data"))
+        [('train-00000.tokens', None), ('train-00000.starts', None), ('tokenizer', None)]
+    """
     folder = Path(folder)
     manifest, _ = read_manifest(folder)
     for shards in manifest.splits.values():
@@ -108,13 +149,14 @@ def check(folder: str | Path) -> Iterator[tuple[str, str | None]]:
     try:
         found = tokenizer_of(folder, manifest).digest
         expected = manifest.tokenizer["digest"]
-        wrong = None if found == expected else f"expected the digest {expected}, found {found}; {ADVICE}"
+        fault = None if found == expected else f"expected the digest {expected}, found {found}; {RECOVERY_HINT}"
     except ValueError as error:
-        wrong = str(error)
-    yield "tokenizer", wrong
+        fault = str(error)
+    yield "tokenizer", fault
 
 
 def tokenizer_of(folder: Path, manifest: Manifest) -> Tokenizer:
+    """The tokenizer that is saved in a data folder."""
     name = manifest.tokenizer["name"]
     return load_tokenizer("bytes" if name == "bytes" else folder / "tokenizer")
 
@@ -127,7 +169,7 @@ def _fault(folder: Path, shard: Shard, ending: str, dtype: str, sha256: str) -> 
     path = folder / f"{shard.name}{ending}"
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    return None if found == sha256 else f"{path}: expected the checksum {sha256}, found {found}; {ADVICE}"
+    return None if found == sha256 else f"{path}: expected the checksum {sha256}, found {found}; {RECOVERY_HINT}"
 
 
 def _open(folder: Path, shard: Shard, ending: str, dtype: str) -> NDArray[Any]:
@@ -135,9 +177,9 @@ def _open(folder: Path, shard: Shard, ending: str, dtype: str) -> NDArray[Any]:
     numbers = shard.tokens if ending == ".tokens" else shard.documents
     expected = numbers * stored(dtype).itemsize
     if not path.is_file():
-        raise ValueError(f"{path}: expected a file of {expected} bytes, found none; {ADVICE}")
+        raise ValueError(f"{path}: expected a file of {expected} bytes, found none; {RECOVERY_HINT}")
     found = path.stat().st_size
     if found != expected:
-        raise ValueError(f"{path}: expected {expected} bytes, found {found}; {ADVICE}")
-    mapped = torch.from_file(str(path), size=found, dtype=torch.uint8)  # keeps no file open, unlike np.memmap
+        raise ValueError(f"{path}: expected {expected} bytes, found {found}; {RECOVERY_HINT}")
+    mapped = torch.from_file(str(path), size=found, dtype=torch.uint8)  # unlike np.memmap, this keeps no file open
     return mapped.numpy().view(stored(dtype))

@@ -1,4 +1,4 @@
-"""Documents of a Hugging Face dataset, streamed: nothing is stored but the tokens."""
+"""Documents of a Hugging Face dataset, streamed: only the tokens are stored."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from hqlt.errors import first_line
 
 
 class Hub(Source):
-    """`datasets.load_dataset(name, subset, split=split, streaming=True)`, one field of each row.
+    """One field of each row of `datasets.load_dataset(name, subset, split=split, streaming=True)`.
 
-    Resumes by the dataset's own state: only the file that was being read is read again.
+    Reading resumes from the state of the dataset; only the file that was being read is read again.
     """
 
     options = frozenset({"text_field", "subset", "split"})
@@ -39,7 +39,7 @@ class Hub(Source):
                 row = next(rows)
             except StopIteration:
                 return
-            except Exception as error:  # of many libraries below: network, hub, file formats
+            except Exception as error:  # datasets raises errors of many libraries (network, hub, file formats)
                 raise OSError(
                     f"{self.name}: reading stopped after row {self.seen} ({type(error).__name__}: {error}); the same "
                     f"command resumes from the last finished shards"
@@ -57,11 +57,11 @@ class Hub(Source):
     def _load(self) -> Any:
         from datasets import load_dataset
 
-        with offline_if_unreachable(self.name) as silent:
+        with offline_if_unreachable(self.name) as offline:
             try:
                 dataset = load_dataset(self.name, name=self.subset, split=self.split, streaming=True)
-            except Exception as error:  # of many libraries below: network, hub, file formats
-                why = f"{silent}{type(error).__name__}: {first_line(error)}"
+            except Exception as error:  # datasets raises errors of many libraries (network, hub, file formats)
+                why = f"{offline}{type(error).__name__}: {first_line(error)}"
                 raise ValueError(
                     f"{self.name}: expected a file, a folder, python-library, or a dataset on the Hugging Face hub, "
                     f"which could not be loaded ({why}); check the name, --subset, --split and the network"

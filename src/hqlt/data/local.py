@@ -1,4 +1,4 @@
-"""Documents in text files, JSON lines and Parquet."""
+"""Documents in text files, JSON Lines and Parquet."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hqlt.errors import join_names, require
 
 
 class TextFiles(Files):
-    """A file is a document; with a separator, what stands between two lines that equal it is one ("": blank lines)."""
+    """Each file is a document; with a separator, a document ends at each line equal to it ("": at blank lines)."""
 
     options = frozenset({"separator"})
 
@@ -38,7 +38,7 @@ class TextFiles(Files):
 
 
 class JsonLines(Files):
-    """A line is a JSON object, and one of its fields a document."""
+    """Each line is a JSON object, with the document in one of its fields."""
 
     options = frozenset({"text_field"})
 
@@ -49,17 +49,17 @@ class JsonLines(Files):
                 if not row.strip():
                     continue
                 try:
-                    told = json.loads(row)
+                    record = json.loads(row)
                 except (ValueError, RecursionError) as error:
                     raise ValueError(
-                        f"{file}, line {number}: expected a JSON object, got {error}; each line is to be one "
-                        f"(`jq -c '.[]'` makes lines of an array)"
+                        f"{file}, line {number}: expected a JSON object, got {error}; each line must be one "
+                        f"(`jq -c '.[]'` turns an array into lines)"
                     ) from error
-                yield text_of(told, self.text_field, f"{file}, line {number}"), position()
+                yield text_of(record, self.text_field, f"{file}, line {number}"), position()
 
 
 class Parquet(Files):
-    """A row is a document, in one of its columns."""
+    """Each row is a document, in one of the columns."""
 
     options = frozenset({"text_field"})
 
@@ -85,26 +85,28 @@ class Parquet(Files):
 KINDS: dict[str, type[Files]] = {
     ".txt": TextFiles, ".md": TextFiles, ".jsonl": JsonLines, ".ndjson": JsonLines, ".parquet": Parquet,
 }  # fmt: skip
-"""By a file's ending in lower case; of text and JSON lines also behind it one of COMPRESSIONS."""
+"""Formats by file suffix in lower case. Text and JSON Lines may have a suffix of COMPRESSIONS after it."""
 NAMED_KINDS = {**KINDS, ".json": JsonLines}
-"""Those of files that are named, by themselves or by a pattern: in a folder a .json mostly describes the data."""
+"""Formats of files that are named explicitly or by a pattern. In a folder, a .json file is usually metadata."""
 NOT_TEXT = (".arrow", ".csv", ".tsv", ".zip", ".tar", ".tgz", ".7z")
-"""Endings of files that hold documents in a way that is not known here."""
+"""Suffixes of files that contain documents in a format that is not supported."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalFormat:
+    """How local files are read as documents."""
+
     text_field: str = "text"
-    """Of JSON lines and Parquet."""
+    """The field with the text, in JSON Lines and Parquet."""
     separator: str | None = None
-    """A line between two documents of a text file; "": a blank one; None: a file is one document."""
+    """The line between two documents of a text file; "": a blank line; None: each file is one document."""
     pattern: str | None = None
-    """Which files of a folder; None: all of the known kinds. A file of no known kind is text."""
+    """Which files of a folder are read; None: all with a known suffix. Unknown suffixes are read as text."""
 
     def source_in(self, path: Path, without: Sequence[Path] = ()) -> Files:
-        """The source in a file or folder, but for some files that have another use.
+        """The source that reads a file or folder, except the files `without`.
 
-        Raises ValueError for a folder with no such files, or with files of several kinds, and for a table or archive.
+        Raises ValueError for a folder without such files or with several formats, and for an unsupported format.
         """
         files, root, names = [path], path.parent, list[str]()
         if path.is_dir():
@@ -116,13 +118,13 @@ class LocalFormat:
             names = [file.as_posix() for file in skipped if not hidden(file)]
         elif not path.is_file():
             raise ValueError(f"{path}: expected a file or a folder, got neither")
-        kinds = {kind_of(file, NAMED_KINDS) or text_or_refused(file) for file in files}
+        kinds = {kind_of(file, NAMED_KINDS) or text_or_error(file) for file in files}
         if len(kinds) != 1:
-            others = f" (skipped, as their kind is not known: {join_names(names)})" if names else ""
+            others = f" (skipped because of an unknown format: {join_names(names)})" if names else ""
             what = " and ".join(sorted(kind.__name__ for kind in kinds)) or f"none{others}"
             raise ValueError(
-                f"{path}: expected files of one kind among {', '.join(KINDS)}, found {what}; choose by --pattern, "
-                f'such as --pattern="*.txt"'
+                f"{path}: expected files of one format among {', '.join(KINDS)}, found {what}; choose with --pattern, "
+                f'for example --pattern="*.txt"'
             )
         (kind,) = kinds
         if kind is Parquet or any(ending_of(file)[1] == ".zst" for file in files):
@@ -133,39 +135,40 @@ class LocalFormat:
 
 
 def kind_of(file: Path, kinds: Mapping[str, type[Files]]) -> Any:
-    """How a file is read, by its ending; None: as its ending does not say."""
+    """The format of a file by its suffix; None: unknown."""
     ending, compression = ending_of(file)
     kind = kinds.get(ending)
     return None if kind is Parquet and compression else kind
 
 
-def text_or_refused(file: Path) -> type[TextFiles]:
-    """What has no ending that is known is text; a table or an archive is refused."""
+def text_or_error(file: Path) -> type[TextFiles]:
+    """Files with an unknown suffix are read as text. Raises ValueError for tables and archives."""
     ending, compression = ending_of(file)
     if ending in NOT_TEXT or (ending == ".parquet" and compression):
         raise ValueError(
-            f"{file}: expected text or one of {', '.join(NAMED_KINDS)} (but for Parquet also {', '.join(COMPRESSIONS)} "
-            f'behind it), got {ending}{compression}; turn it into JSON lines, one {{"text": "…"}} a document'
+            f"{file}: expected text or one of {', '.join(NAMED_KINDS)} (all except Parquet also with "
+            f"{', '.join(COMPRESSIONS)}), got {ending}{compression}; convert it to JSON Lines, with one "
+            f'{{"text": "…"}} per document'
         )
     return TextFiles
 
 
 def ending_of(file: Path) -> tuple[str, str]:
-    """In lower case, without the one of a compression; and that."""
+    """The suffix without that of a compression, and that of the compression, both in lower case."""
     *_, before, last = ["", "", *(suffix.lower() for suffix in file.suffixes)]
     return (before, last) if last in COMPRESSIONS else (last, "")
 
 
 def text_of(row: Any, field: str, place: str) -> str:
-    """The text of a row; null is an empty one."""
+    """The text in a field of a row; null is read as an empty text."""
     if not isinstance(row, dict) or field not in row:
         raise ValueError(_no_such_field(place, field, row if isinstance(row, dict) else [type(row).__name__]))
     text = "" if row[field] is None else row[field]
     if not isinstance(text, str):
-        raise ValueError(f"{place}: expected a text in {field!r}, got {type(text).__name__}")
+        raise ValueError(f"{place}: expected a string in {field!r}, got {type(text).__name__}")
     return without_lone_surrogates(text)
 
 
 def _no_such_field(place: str, field: str, fields: Any) -> str:
     there = ", ".join(map(repr, fields)) or "none"
-    return f"{place}: expected a field {field!r}, got {there}; name the one with the text by --text-field"
+    return f"{place}: expected a field {field!r}, got {there}; name the field that contains the text with --text-field"

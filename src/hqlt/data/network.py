@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub answers: asked once, and not again and again for a minute by each library."""
+"""Whether the Hugging Face hub is reachable: checked once, instead of each library retrying for a minute."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-SECONDS = 5
+TIMEOUT_SECONDS = 5
 
 
 @contextlib.contextmanager
 def offline_if_unreachable(name: str = "") -> Iterator[str]:
-    """Where the hub does not answer, only what is cached is looked for within the context.
+    """Use only the local cache within this context if the hub does not answer.
 
-    name: of what is looked for; a local file or folder needs no hub. Gives an empty text, or a clause that says so.
+    name: what is going to be loaded; the hub is not checked for a local file or folder. Yields a clause for error
+    messages that says why the hub is not used, or an empty string.
     """
     if name and Path(name).exists():
         yield ""
@@ -23,7 +24,7 @@ def offline_if_unreachable(name: str = "") -> Iterator[str]:
 
     if constants.HF_HUB_OFFLINE:
         yield "HF_HUB_OFFLINE is set; "
-    elif answers():
+    elif hub_answers():
         yield ""
     else:
         with contextlib.ExitStack() as stack:
@@ -33,11 +34,11 @@ def offline_if_unreachable(name: str = "") -> Iterator[str]:
             yield f"{constants.ENDPOINT} does not answer; "
 
 
-def answers() -> bool:
+def hub_answers() -> bool:
     from huggingface_hub import constants, get_session
 
     try:
-        get_session().head(constants.ENDPOINT, timeout=SECONDS)
-    except Exception:  # of whichever library it asks by
+        get_session().head(constants.ENDPOINT, timeout=TIMEOUT_SECONDS)
+    except Exception:  # the error type depends on the HTTP library
         return False
     return True

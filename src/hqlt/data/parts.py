@@ -1,4 +1,4 @@
-"""What is prepared: the sources, one after another, and which split the documents of each are for."""
+"""The parts of a data set: sources, and the split that the documents of each one belong to."""
 
 from __future__ import annotations
 
@@ -20,38 +20,41 @@ from hqlt.task.text import library_files
 
 HELD_OUT: tuple[Split, Split] = ("validation", "test")
 PYTHON_LIBRARY = "python-library"
-SHARE = 0.005
-"""Of the documents, for validation and for test each, where nothing else is said."""
+DEFAULT_SHARE = 0.005
+"""Default share of the documents that is held out for validation, and for test."""
 
 
 @dataclass(frozen=True)
 class Part:
+    """A source, and the split or splits of its documents."""
+
     source: Source
     split: Split | tuple[float, float]
-    """The one split of all documents, or the shares that validation and test get of them."""
+    """The split of all documents, or the shares that are held out for validation and test."""
 
     @property
     def splits(self) -> tuple[Split, ...]:
-        """Those that documents are wanted for."""
+        """The splits that must not be empty."""
         if isinstance(self.split, tuple):
             return ("train", *(name for name, share in zip(HELD_OUT, self.split, strict=True) if share))
         return (self.split,)
 
-    def holdout(self, elsewhere: Collection[int]) -> Holdout | None:
-        """How documents are shared out; a look at the source's first ones, which are read again later.
+    def holdout(self, excluded: Collection[int]) -> Holdout | None:
+        """How documents are assigned to splits; None: all are in one split. Reads the first documents of the source.
 
-        elsewhere: documents that have another use, as `held_out_documents` gives them.
+        excluded: hashes of documents to skip, from `held_out_documents`.
         """
         if isinstance(self.split, str):
             return None
-        return Holdout.of(self.without(elsewhere, copy.copy(self.source)), *self.split)
+        return Holdout.of(self.without(excluded, copy.copy(self.source)), *self.split)
 
-    def without(self, elsewhere: Collection[int], texts: Iterable[str]) -> Iterator[str]:
-        """The source's documents but for those that are held out by files of one's own."""
-        unknown = not elsewhere or isinstance(self.split, str)
-        return (text for text in texts if unknown or hash64(text.strip()) not in elsewhere)
+    def without(self, excluded: Collection[int], texts: Iterable[str]) -> Iterator[str]:
+        """The texts without the excluded ones, unless this part itself is a validation or test file."""
+        keep_all = not excluded or isinstance(self.split, str)
+        return (text for text in texts if keep_all or hash64(text.strip()) not in excluded)
 
     def identity(self) -> dict[str, Any]:
+        """What the documents and their splits depend on, as JSON."""
         return {**self.source.identity(), "for": self.split}
 
 
@@ -68,33 +71,44 @@ def parts_of(
     validation_share: float | None = None,
     test_share: float | None = None,
 ) -> list[Part]:
-    """What is prepared: the parts in the order in which they are read.
+    """The parts of a data set, in the order in which they are read.
 
     Args:
-        source: python-library, a file, a folder, the name of a dataset on the hub, or a Source. Files are read as their
-            endings say: text, JSON lines, Parquet.
-        text_field: the field or column with the text, in JSON lines, Parquet and datasets; text by default.
-        subset: of a dataset on the hub, such as sample-100BT.
-        split: of a dataset on the hub; train by default.
-        separator: a line that stands between two documents of a text file, "" for blank lines; by default a file is one
+        source: python-library, a file, a folder, the name of a dataset on the Hugging Face hub, or a Source. The suffix
+            of a file determines its format: text, JSON Lines or Parquet.
+        text_field: name of the field or column with the text, in JSON Lines, Parquet and hub datasets; default: text.
+        subset: name of a subset of a hub dataset, such as sample-100BT.
+        split: name of a split of a hub dataset; default: train.
+        separator: the line between two documents of a text file, "" for blank lines; default: each file is one
             document.
-        pattern: which files of a folder, such as "*.py"; text, JSON lines or Parquet files by default.
-        validation: a file or folder for validation, whose documents are skipped in the source; by default documents are
-            held out.
-        test: a file or folder for the test split, in the same way.
-        validation_share: of the documents; 0.005 by default, and at least one.
-        test_share: of the documents; 0.005 by default, and at least one.
+        pattern: glob for the files of a folder, such as "*.py"; default: text, JSON Lines or Parquet files.
+        validation: a file or folder with the validation documents, which are skipped in the source; default: documents
+            of the source are held out.
+        test: a file or folder with the test documents, likewise.
+        validation_share: share of the documents held out for validation, at least one document; default: 0.005.
+        test_share: share of the documents held out for test, at least one document; default: 0.005.
+
+    Returns:
+        The parts: the source, then the validation and test files if given.
 
     Raises:
-        ValueError: for a wrong source, and for an option that it has no use for: other documents than were meant would
-            be read.
+        ValueError: if the source does not exist or cannot be read, if the shares are invalid, or if an option does not
+            apply to the source.
+
+    Example:
+        >>> import pathlib
+        >>> from hqlt.data import parts_of
+        >>> _ = pathlib.Path("texts.txt").write_text("first text\\n\\nsecond text")
+        >>> [part] = parts_of("texts.txt", separator="")
+        >>> list(part.source)
+        ['first text\\n', 'second text']
     """
-    told = {"text_field": text_field, "subset": subset, "split": split, "separator": separator, "pattern": pattern}
-    given = {name for name, value in told.items() if value is not None}
+    options = {"text_field": text_field, "subset": subset, "split": split, "separator": separator, "pattern": pattern}
+    given = {name for name, value in options.items() if value is not None}
     if source == PYTHON_LIBRARY:
         _refuse_unused(given, PYTHON_LIBRARY)
         if (validation, test, validation_share, test_share) != (None, None, None, None):
-            raise ValueError(f"{PYTHON_LIBRARY}: expected no validation or test of your own, as it has fixed ones")
+            raise ValueError(f"{PYTHON_LIBRARY}: expected no validation or test options, because its splits are fixed")
         return [_library("train"), _library("validation"), _library("test")]
     shares = [_share_of("validation", validation_share, validation), _share_of("test", test_share, test)]
     check_shares(*shares)
@@ -119,7 +133,7 @@ def parts_of(
 
 
 def _dataset(name: str, subset: str | None, split: str | None, text_field: str) -> Hub:
-    """A dataset on the hub. Raises ValueError for a name that is meant as a path."""
+    """A dataset on the hub. Raises ValueError for a name that must be a path."""
     path = Path(name).expanduser()
     if path.is_absolute() or name.startswith((".", "~")) or kind_of(path, NAMED_KINDS):
         raise ValueError(f"{name}: expected a file or a folder, found none")
@@ -128,27 +142,42 @@ def _dataset(name: str, subset: str | None, split: str | None, text_field: str) 
 
 
 def _refuse_unused(given: Collection[str], source: str) -> None:
+    """Raises ValueError if any option is left."""
     for name in sorted(given):
-        raise ValueError(f"{name}: expected none, as {source} has no use for it; leave out --{name.replace('_', '-')}")
+        raise ValueError(f"{name}: expected none, because {source} does not use it; remove --{name.replace('_', '-')}")
 
 
 def held_out_documents(parts: Sequence[Part]) -> frozenset[int]:
-    """Hashes of the documents in files of one's own for validation and test, which nothing is to be trained on.
+    """Hashes of the documents in the validation and test files, which are excluded from training.
 
-    White space around a document does not make it another one.
+    White space around a document is ignored.
     """
-    if all(isinstance(part.split, str) for part in parts):  # the splits of one source, which has its own rule
+    if all(isinstance(part.split, str) for part in parts):  # a source with predefined splits
         return frozenset()
     own = (part for part in parts if isinstance(part.split, str))
     return frozenset(hash64(text.strip()) for part in own for text in copy.copy(part.source))
 
 
 def training_texts(parts: Sequence[Part]) -> Iterator[str]:
-    """The documents of the training split."""
-    elsewhere = held_out_documents(parts)
+    """The documents of the training split, such as for training a tokenizer.
+
+    Args:
+        parts: what `parts_of` returned.
+
+    Returns:
+        An iterator over the texts.
+
+    Example:
+        >>> import pathlib
+        >>> from hqlt.data import parts_of, training_texts
+        >>> _ = pathlib.Path("text.txt").write_text("some text")
+        >>> list(training_texts(parts_of("text.txt", validation_share=0, test_share=0)))
+        ['some text']
+    """
+    excluded = held_out_documents(parts)
     for part in parts:
-        holdout = part.holdout(elsewhere)
-        for text in part.without(elsewhere, copy.copy(part.source)):
+        holdout = part.holdout(excluded)
+        for text in part.without(excluded, copy.copy(part.source)):
             if (holdout.split_of(text) if holdout else part.split) == "train":
                 yield text
 
@@ -160,7 +189,7 @@ def _library(split: Split) -> Part:
 
 def _share_of(name: str, share: float | None, file: Path | None) -> float:
     if file is None:
-        return SHARE if share is None else share
+        return DEFAULT_SHARE if share is None else share
     if share:
-        raise ValueError(f"{name}_share: expected none, as --{name} gives the documents, got {share}")
+        raise ValueError(f"{name}_share: expected none, because --{name} gives the documents, got {share}")
     return 0.0

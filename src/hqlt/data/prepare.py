@@ -1,4 +1,4 @@
-"""From documents to a folder of tokens, shard by shard, resumed where an earlier start was stopped."""
+"""Tokenizing documents into a data folder, shard by shard. An interrupted preparation can be resumed."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ from hqlt.disk import exclusive_folder, holds_files, sync_folder
 from hqlt.task.task import SPLITS
 
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 1024, 1 << 22
-"""A batch of texts for the tokenizer ends at whichever comes first."""
+"""Limits of a batch for the tokenizer; whichever is reached first ends the batch."""
 
 
 class PrepareProgress(NamedTuple):
-    """What can be told after each batch."""
+    """Progress of `prepare`, reported after each batch."""
 
     documents: int
+    """Documents written so far."""
     tokens: int
+    """Tokens written so far."""
     done: float | None
-    """The share of the work that is done; None: nobody knows."""
+    """The completed share of the work, from 0 to 1; None: unknown."""
     kept: int
-    """Tokens in finished shards, where no interrupt can take them away."""
+    """Tokens in finished shards, which are not lost if the preparation is interrupted."""
 
 
 def prepare(
@@ -41,29 +43,39 @@ def prepare(
     tokenizer: str | Path = "bytes",
     limit_tokens: int | None = None,
     shard_tokens: int = 1 << 25,
-    on_progress: Callable[[PrepareProgress], None] = lambda told: None,
+    on_progress: Callable[[PrepareProgress], None] = lambda progress: None,
     **how: Any,
 ) -> Manifest:
-    """Write the documents of a source as tokens into a folder that `TokenFiles` reads.
+    """Tokenize the documents of a source into a folder that `TokenFiles` reads.
 
-    A finished folder of the same settings is left as it is. An unfinished one (after Ctrl-C, a kill or a full disk) is
-    resumed from its last finished shards, and ends up the same as if nothing had happened.
+    A finished folder with the same settings is left unchanged. An unfinished one (after Ctrl-C, a kill or a full disk)
+    is resumed from its last finished shards; the result is the same as without the interruption.
 
     Args:
-        source: what `parts_of` takes.
-        folder: where the tokens go.
-        tokenizer: bytes, a tokenizer.json, a folder that holds one, or a name on the hub. A copy goes into the folder.
-            A document begins with the special tokens that it puts before every text, and ends with its eos token, if it
-            has such.
-        limit_tokens: stop after the document with which there are as many tokens for training, and no split is empty.
-        shard_tokens: tokens in a file; what is lost by an interrupt is less.
-        on_progress: called after each batch.
-        how: what else `parts_of` takes. Documents that also stand in its validation and test files are skipped in the
-            source; `Manifest.skipped` counts them.
+        source: the documents; see `parts_of`.
+        folder: where the tokens are written.
+        tokenizer: bytes, a tokenizer.json, a folder that contains one, or a name on the hub. A copy is saved in the
+            folder. Each document starts with the tokenizer's prefix tokens and ends with its eos token, if it has any.
+        limit_tokens: stop after the document that reaches this many training tokens, once no split is empty; None:
+            read all documents.
+        shard_tokens: tokens per file. An interruption loses less than this.
+        on_progress: called with a `PrepareProgress` after each batch.
+        how: further options of `parts_of`. Source documents that the validation and test files contain are skipped and
+            counted in `Manifest.skipped`.
+
+    Returns:
+        The manifest of the finished folder.
 
     Raises:
-        ValueError: for a wrong source, and for a folder with other data, in which nothing is touched.
-        OSError: where the folder cannot be written.
+        ValueError: if the source or an option is invalid, or if the folder has other data; it is left unchanged.
+        OSError: if the folder cannot be written.
+
+    Example:
+        >>> import pathlib
+        >>> from hqlt.data import prepare
+        >>> _ = pathlib.Path("text.txt").write_text("some text")
+        >>> prepare("text.txt", "data", validation_share=0, test_share=0).tokens("train")
+        9
     """
     folder = Path(folder)
     if shard_tokens < 1 or (limit_tokens is not None and limit_tokens < 1):
@@ -74,12 +86,12 @@ def prepare(
     identities = [part.identity() for part in parts]
     wanted = Manifest.begin(str(source), identities, limit_tokens, shard_tokens, tok, skipped)
     with exclusive_folder(folder):
-        manifest, place = begun_in(folder, wanted, tok)
-        if place is None:
+        manifest, position = open_folder(folder, wanted, tok)
+        if position is None:
             return manifest
         try:
-            with contextlib.closing(Writing(folder, manifest, tok, parts, on_progress)) as writing:
-                writing.write_from(place)
+            with contextlib.closing(FolderWriter(folder, manifest, tok, parts, on_progress)) as writer:
+                writer.write_from(position)
         except BaseException:
             if not any(manifest.splits.values()):  # there is nothing to resume from
                 (folder / PROGRESS).unlink()
@@ -91,42 +103,48 @@ def prepare(
     return manifest
 
 
-class Place(NamedTuple):
-    """Where to resume."""
+class Position(NamedTuple):
+    """The position from which a preparation resumes."""
 
     part: int = 0
+    """Index of the part."""
     source: dict[str, Any] | None = None
-    """How far the part's source was read; None: not at all."""
+    """State of the part's source; None: nothing has been read."""
     holdout: Holdout | None = None
+    """How the part's documents are assigned to splits."""
 
 
-def begun_in(folder: Path, wanted: Manifest, tokenizer: Tokenizer) -> tuple[Manifest, Place | None]:
-    """The folder's data so far, and where to resume; None: it is whole. Refuses a folder with other data or files."""
-    place: Place | None = None
+def open_folder(folder: Path, wanted: Manifest, tokenizer: Tokenizer) -> tuple[Manifest, Position | None]:
+    """The manifest so far, and the position to resume from; None: the folder is complete.
+
+    Raises ValueError for a folder with other data or other files.
+    """
+    position: Position | None = None
     if (folder / MANIFEST).exists():
         found, _ = read_manifest(folder)
     elif (folder / PROGRESS).exists():
         found, more = read_manifest(folder, PROGRESS)
-        part, source, holdout = (more["place"][name] for name in Place._fields)
-        place = Place(part, source, holdout and Holdout(*holdout))
+        part, source, holdout = (more["place"][name] for name in Position._fields)
+        position = Position(part, source, holdout and Holdout(*holdout))
     elif holds_files(folder):
-        raise ValueError(f"{folder}: expected an empty folder or a new one, found other files in it")
+        raise ValueError(f"{folder}: expected a new or empty folder, found other files; give another folder")
     else:
-        found, place = wanted, Place()
-    if place is not None and not any(found.splits.values()):  # nothing is lost by beginning anew
-        found, place = wanted, Place()
+        found, position = wanted, Position()
+    if position is not None and not any(found.splits.values()):  # nothing is lost by starting again
+        found, position = wanted, Position()
         shutil.rmtree(folder / "tokenizer", ignore_errors=True)
-        found.save(folder, PROGRESS, place=place._asdict())
+        found.save(folder, PROGRESS, place=position._asdict())
         tokenizer.save(folder / "tokenizer")
     if (found.settings, found.tokenizer["digest"]) != (wanted.settings, wanted.tokenizer["digest"]):
         raise ValueError(
-            f"{folder}: holds data of other settings ({_difference(found, wanted)}); give another folder, or remove it"
+            f"{folder}: has data prepared with other settings ({_difference(found, wanted)}); give another folder, or "
+            f"remove this one"
         )
-    return found, place
+    return found, position
 
 
-class Writing:
-    """The shards being written, and those that are finished."""
+class FolderWriter:
+    """Writes the documents of all parts into the shards of a folder."""
 
     def __init__(
         self,
@@ -138,93 +156,95 @@ class Writing:
     ) -> None:
         self.folder, self.manifest, self.tokenizer, self.parts = folder, manifest, tokenizer, parts
         self.on_progress = on_progress
-        self.around = tokenizer.prefix_ids, [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+        self.prefix, self.suffix = tokenizer.prefix_ids, [] if tokenizer.eos_id is None else [tokenizer.eos_id]
         self.limit: float = manifest.settings["limit_tokens"] or float("inf")
-        self.round: dict[str, ShardWriter] = {}
-        self.elsewhere = held_out_documents(parts)
+        self.writers: dict[str, ShardWriter] = {}
+        self.excluded = held_out_documents(parts)
         self.tokens = {split: manifest.tokens(split) for split in SPLITS}
 
-    def write_from(self, place: Place) -> None:
+    def write_from(self, position: Position) -> None:
+        """Write everything after the position."""
         shard_tokens = self.manifest.settings["shard_tokens"]
-        while place.part < len(self.parts):
-            part = self.parts[place.part]
-            if place.source is None:
-                place = place._replace(holdout=part.holdout(self.elsewhere))
+        while position.part < len(self.parts):
+            part = self.parts[position.part]
+            if position.source is None:
+                position = position._replace(holdout=part.holdout(self.excluded))
             else:
-                part.source.load_state_dict(place.source)
-            self.tell()
+                part.source.load_state_dict(position.source)
+            self.report_progress()
             for texts in batches(part.source, min(BATCH_CHARACTERS, shard_tokens)):
-                self.write_batch(part, place.holdout, texts)
-                self.tell()
-                if sum(writer.tokens for writer in self.round.values()) >= shard_tokens:
-                    self.keep(place._replace(source=part.source.state_dict()))
+                self.write_batch(part, position.holdout, texts)
+                self.report_progress()
+                if sum(writer.tokens for writer in self.writers.values()) >= shard_tokens:
+                    self.finish_shards(position._replace(source=part.source.state_dict()))
                 if self.enough_for(part):
                     break
-            place = Place(place.part + 1)
-            self.keep(place)
-        self.tell()
+            position = Position(position.part + 1)
+            self.finish_shards(position)
+        self.report_progress()
 
     def write_batch(self, part: Part, holdout: Holdout | None, documents: Sequence[str]) -> None:
-        texts = list(part.without(self.elsewhere, documents))
+        """Tokenize documents and append each one to the shard of its split."""
+        texts = list(part.without(self.excluded, documents))
         self.manifest.skipped["documents"] += len(documents) - len(texts)
         for text, ids in zip(texts, self.tokenizer.encode_batch(texts), strict=True):
             split = holdout.split_of(text) if holdout else part.split
             assert not isinstance(split, tuple)
             if self.enough_for(part) or (split == "train" and self.limit_reached):
                 continue
-            if self.around != ([], []):
-                ids = np.concatenate([self.around[0], ids, self.around[1]])
-            if split not in self.round:
+            if self.prefix or self.suffix:
+                ids = np.concatenate([self.prefix, ids, self.suffix])
+            if split not in self.writers:
                 name = f"{split}-{len(self.manifest.splits[split]):05d}"
-                self.round[split] = ShardWriter(self.folder, name, self.manifest.dtype)
-            self.round[split].add(ids, len(text.encode()))
+                self.writers[split] = ShardWriter(self.folder, name, self.manifest.dtype)
+            self.writers[split].add(ids, len(text.encode()))
             self.tokens[split] += len(ids)
 
     def enough_for(self, part: Part) -> bool:
-        """Whether the limit is reached, and no split of the part is empty."""
+        """Whether the token limit is reached and no split of the part is empty."""
         return "train" in part.splits and self.limit_reached and all(self.tokens[split] for split in part.splits)
 
     @property
     def limit_reached(self) -> bool:
         return self.tokens["train"] >= self.limit
 
-    def keep(self, place: Place) -> None:
-        """Finish the round's shards, then note them and the place that follows them."""
-        for split in list(self.round):
-            self.manifest.splits[split].append(self.round[split].finish())
-            del self.round[split]
+    def finish_shards(self, position: Position) -> None:
+        """Finish the open shards, then save the manifest so far and the position after them."""
+        for split in list(self.writers):
+            self.manifest.splits[split].append(self.writers[split].finish())
+            del self.writers[split]
         sync_folder(self.folder)
-        self.manifest.save(self.folder, PROGRESS, place=place._asdict())
+        self.manifest.save(self.folder, PROGRESS, place=position._asdict())
 
     def close(self) -> None:
-        """Take away the shards that are not finished."""
-        for writer in self.round.values():
+        """Remove unfinished shards."""
+        for writer in self.writers.values():
             writer.abandon()
 
-    def tell(self) -> None:
+    def report_progress(self) -> None:
         documents = sum(self.manifest.documents(split) for split in SPLITS)
-        documents += sum(len(writer.starts) for writer in self.round.values())
+        documents += sum(len(writer.starts) for writer in self.writers.values())
         tokens = sum(self.tokens.values())
-        kept = tokens - sum(writer.tokens for writer in self.round.values())
+        kept = tokens - sum(writer.tokens for writer in self.writers.values())
         self.on_progress(PrepareProgress(documents, tokens, self._done(), kept))
 
     def _done(self) -> float | None:
         sizes = [part.source.size for part in self.parts]
-        whole = None if None in sizes else sum(filter(None, sizes))
-        read = sum(part.source.passed for part in self.parts) / whole if whole else None
-        towards = self.tokens["train"] / self.limit
-        return max(read or 0.0, min(towards, 1.0)) if towards else read
+        total = None if None in sizes else sum(filter(None, sizes))
+        read = sum(part.source.passed for part in self.parts) / total if total else None
+        of_limit = self.tokens["train"] / self.limit
+        return max(read or 0.0, min(of_limit, 1.0)) if of_limit else read
 
 
-def batches(source: Source, most_characters: int) -> Iterator[list[str]]:
-    """Documents that are not empty, many at a time; the last of a batch may exceed its characters."""
+def batches(source: Source, max_characters: int) -> Iterator[list[str]]:
+    """Batches of nonempty documents. The last document of a batch may exceed the limit on characters."""
     batch: list[str] = []
     characters = 0
     for text in source:
         if text:
             batch.append(text)
             characters += len(text)
-        if len(batch) == BATCH_DOCUMENTS or characters >= most_characters:
+        if len(batch) == BATCH_DOCUMENTS or characters >= max_characters:
             yield batch
             batch, characters = [], 0
     if batch:
@@ -232,34 +252,34 @@ def batches(source: Source, most_characters: int) -> Iterator[list[str]]:
 
 
 def refuse_empty(folder: Path, manifest: Manifest, parts: Sequence[Part]) -> None:
-    """Every split that was asked for has documents."""
+    """Raises ValueError if a requested split has no documents."""
     missing = [split for part in parts for split in part.splits if not manifest.documents(split)]
     if not missing:
         return
     skipped = manifest.skipped["documents"]
     hint = (
-        f": {skipped:,} of the source were skipped, as they also stand in the files given by --validation and --test; "
+        f": {skipped:,} of the source were skipped, because the files given with --validation and --test contain them; "
         f"give other files"
         if skipped
         else "; raise --validation-share or --test-share, or set them to 0"
     )
     raise ValueError(
         f"{folder}: expected documents in every split, found none for {' and '.join(missing)}{hint}, and remove this "
-        f"folder or give another"
+        f"folder or give another one"
     )
 
 
 def _difference(found: Manifest, wanted: Manifest) -> str:
-    """The first settings that are not equal."""
+    """The first setting that differs."""
     if found.tokenizer["digest"] != wanted.tokenizer["digest"]:
-        return f"tokenizer: there {found.tokenizer['name']}, asked for {wanted.tokenizer['name']}"
-    there, asked = _facts(found.settings), _facts(wanted.settings)
-    place = next(place for place in (*there, *asked) if there.get(place) != asked.get(place))
-    return f"{place[0]}: there {there.get(place)}, asked for {asked.get(place)}"
+        return f"tokenizer: expected {found.tokenizer['name']}, got {wanted.tokenizer['name']}"
+    old, new = _flattened(found.settings), _flattened(wanted.settings)
+    key = next(key for key in (*old, *new) if old.get(key) != new.get(key))
+    return f"{key[0]}: expected {old.get(key)}, got {new.get(key)}"
 
 
-def _facts(settings: dict[str, Any]) -> dict[tuple[str, int], Any]:
-    """Settings, and those of the sources, by name and the source's number."""
+def _flattened(settings: dict[str, Any]) -> dict[tuple[str, int], Any]:
+    """All settings, including those of the sources, by name and index of the source."""
     facts = {(name, 0): value for name, value in settings.items() if name != "parts"}
     facts["number of sources", 0] = len(settings["parts"])
     return facts | {

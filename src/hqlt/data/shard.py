@@ -1,4 +1,4 @@
-"""A shard: some whole documents of a split, as two files that appear whole or not at all."""
+"""A shard: some complete documents of a split, in two files that are written atomically."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from hqlt.disk import explain_write_errors, unfinished_path, write_synced
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """What the manifest says of NAME.tokens (the documents end to end) and NAME.starts (where each begins, uint64)."""
+    """The manifest's entry for NAME.tokens (concatenated documents) and NAME.starts (their first positions, uint64)."""
 
     name: str
     tokens: int
     documents: int
     bytes: int
-    """Of the text, in UTF-8."""
+    """Size of the text in UTF-8, in bytes."""
     sha256_tokens: str
     sha256_starts: str
 
 
 class ShardWriter:
-    """Writes documents beside the shard's place; `finish` moves them there, `abandon` leaves no trace."""
+    """Writes documents to temporary files; `finish` renames them to their final names, `abandon` removes them."""
 
     def __init__(self, folder: Path, name: str, dtype: str) -> None:
         self.name = name
@@ -42,7 +42,7 @@ class ShardWriter:
             self.file = unfinished_path(self.paths[0]).open("wb", buffering=1 << 20)
 
     def add(self, ids: NDArray[Any], text_bytes: int) -> None:
-        """One document."""
+        """Append one document."""
         data = ids.astype(self.dtype).tobytes()
         with explain_write_errors(self.paths[0]):
             self.file.write(data)
@@ -52,6 +52,7 @@ class ShardWriter:
         self.bytes += text_bytes
 
     def finish(self) -> Shard:
+        """Move the files to their final names and return the manifest's entry."""
         starts = np.array(self.starts, dtype=stored("uint64")).tobytes()
         with explain_write_errors(self.paths[0]):
             self.file.flush()
@@ -71,12 +72,13 @@ class ShardWriter:
         )
 
     def abandon(self) -> None:
-        with contextlib.suppress(OSError):  # what is still buffered may not fit either
+        """Remove the temporary files."""
+        with contextlib.suppress(OSError):  # the disk may be too full for the remaining buffer
             self.file.close()
         for path in self.paths:
             unfinished_path(path).unlink(missing_ok=True)
 
 
 def stored(dtype: str) -> np.dtype[Any]:
-    """How numbers lie in the file: little-endian on every machine."""
+    """The dtype in the file: little-endian on every machine."""
     return np.dtype(dtype).newbyteorder("<")

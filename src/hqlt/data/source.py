@@ -1,4 +1,4 @@
-"""Where documents come from: a source is an iterable of texts that knows how far it was read."""
+"""Sources of documents: iterables of texts that know how far they have been read."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from typing import Any, ClassVar
 
 
 class Source:
-    """Documents in a fixed order. Once iterated, `state_dict` says how far; a new source resumes from it."""
+    """Documents in a fixed order. `state_dict` returns the position; a new source can resume from it."""
 
     options: ClassVar[frozenset[str]] = frozenset()
-    """Those of `parts_of` that say how it is read: its attributes of these names."""
+    """Names of the options of `parts_of` that this source uses; each one is an attribute."""
 
     def __init__(self) -> None:
         self.seen = 0
-        """Documents handed out."""
+        """Documents yielded so far."""
         self.size: int | None = None
-        """Bytes in all; None: nobody knows."""
+        """Total size in bytes; None: unknown."""
         self.passed = 0
-        """Bytes that were read."""
+        """Bytes read so far."""
         self.skipped: list[str] = []
-        """Files of a folder that are not read, as their kind is not known."""
+        """Files of a folder that are not read because their format is unknown."""
 
     def identity(self) -> dict[str, Any]:
-        """What the documents depend on, in JSON; the place of a file is not part of it, its name and size are."""
+        """What the documents depend on, as JSON: names and sizes of files, but not the folder that contains them."""
         return {"kind": type(self).__name__, **{name: getattr(self, name) for name in self.options}}
 
     def documents(self, skip: int) -> Iterator[str]:
-        """All documents but the first `skip`."""
+        """All documents except the first `skip`."""
         raise NotImplementedError
 
     def __iter__(self) -> Iterator[str]:
@@ -46,9 +46,9 @@ class Source:
 
 
 class Files(Source):
-    """Documents in local files, one file after another.
+    """Documents in local files, read one file after another.
 
-    text_field: of files that have such. separator: of text.
+    text_field: the field with the text, for formats with fields. separator: the line between documents, for text files.
     """
 
     def __init__(
@@ -77,12 +77,12 @@ class Files(Source):
             before += size
 
     def texts_of(self, file: Path) -> Iterator[tuple[str, int]]:
-        """The documents of one file, and how many of its bytes were read."""
+        """Yield the documents of one file, each with the number of bytes of the file read so far."""
         raise NotImplementedError
 
 
 def without_lone_surrogates(text: str) -> str:
-    """JSON can spell halves of characters, which UTF-8 cannot: each becomes U+FFFD."""
+    """Replace lone surrogates, which JSON can contain but UTF-8 cannot encode, with U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""Text as it lies in files: UTF-8, perhaps with a byte order mark, perhaps compressed."""
+"""Reading text files: UTF-8, optionally with a byte order mark, optionally compressed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import IO, Any
 
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "Zstandard"}
-"""By a file's last ending, in lower case."""
+"""Compression formats by the last suffix of a file name, in lower case."""
 OTHER_MARKS = {
-    codecs.BOM_UTF32_LE: "UTF-32",  # begins as the mark of UTF-16 does
+    codecs.BOM_UTF32_LE: "UTF-32",  # starts with the byte order mark of UTF-16
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
@@ -25,9 +25,9 @@ OTHER_MARKS = {
 
 @contextlib.contextmanager
 def opened(file: Path) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
-    """What is in a file, uncompressed by its ending, and a function: how many bytes of the file were read so far.
+    """Open a file, decompressed by its suffix. Also yields a function that returns the position in the file in bytes.
 
-    Raises ValueError for a compressed file that is damaged.
+    Raises ValueError if a compressed file is damaged.
     """
     with file.open("rb") as raw:
         ending = file.suffix.lower()
@@ -58,32 +58,34 @@ def _uncompressed(raw: Any, ending: str) -> Any:
 
 
 def without_mark(data: bytes, file: Path) -> bytes:
-    """The beginning of a file without UTF-8's byte order mark. Raises ValueError for the mark of another encoding."""
+    """Strip the UTF-8 byte order mark from the start of a file. Raises ValueError for that of another encoding."""
     for mark, encoding in OTHER_MARKS.items():
         if data.startswith(mark):
             raise ValueError(
-                f"{file}: expected text in UTF-8, got {encoding}, whose byte order mark it begins with; convert it "
-                f"first, such as by: iconv -f {encoding} -t UTF-8"
+                f"{file}: expected text in UTF-8, got {encoding} (according to its byte order mark); convert it "
+                f"first, for example: iconv -f {encoding} -t UTF-8"
             )
     return data.removeprefix(codecs.BOM_UTF8)
 
 
 def decoded(data: bytes, file: Path) -> str:
-    """Raises ValueError for what is not UTF-8."""
+    """Decode UTF-8. Raises ValueError if the data is not UTF-8."""
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: expected text in UTF-8, got {error}; convert it first, by iconv for one") from error
+        raise ValueError(
+            f"{file}: expected text in UTF-8, got {error}; convert it first, for example with iconv"
+        ) from error
 
 
 def read_text(file: Path) -> str:
-    """A whole file. Raises ValueError for what is not UTF-8, OSError for what cannot be read."""
+    """Read a whole text file. Raises ValueError if it is not UTF-8, OSError if it cannot be read."""
     with opened(file) as (content, _):
         return decoded(without_mark(content.read(), file), file)
 
 
 def beginning_of(file: Path, size: int) -> tuple[str, bool]:
-    """About as many bytes of a file, as text, and whether that is all of it. Raises what `read_text` raises."""
+    """The text of about the first `size` bytes, and whether this is the whole file. Raises what `read_text` raises."""
     with opened(file) as (content, _):
         data, more = content.read(size), content.read(4)
     for end in range(len(more) + 1):  # a character has at most four bytes
@@ -93,5 +95,5 @@ def beginning_of(file: Path, size: int) -> tuple[str, bool]:
 
 
 def printable(text: str) -> str:
-    """The same text, with U+FFFD for what would control a terminal."""
+    """Replace control characters, which could affect a terminal, with U+FFFD."""
     return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)

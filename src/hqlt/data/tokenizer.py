@@ -1,4 +1,4 @@
-"""From text to tokens and back: bytes, or any tokenizer of `tokenizers` and transformers."""
+"""Tokenizers: bytes, or any tokenizer of `tokenizers` and transformers."""
 
 from __future__ import annotations
 
@@ -21,108 +21,157 @@ from hqlt.disk import write_atomic
 from hqlt.errors import first_line
 
 END_OF_TEXT = "<|endoftext|>"
-USUAL_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
-"""What ends a document by name, where a lone tokenizer.json does not say."""
+COMMON_EOS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
+"""Names of the eos token to look for if there is only a tokenizer.json, which does not name it."""
 
 
 class Tokenizer:
-    """From a text to tokens, and back."""
+    """Converts text to token ids and back. `load_tokenizer` returns the implementation for a name."""
 
     name: str
-    """What `load_tokenizer` was asked for."""
+    """The name that was given to `load_tokenizer`."""
     vocab_size: int
-    """All ids are below."""
+    """Vocabulary size; all ids are smaller."""
     bos_id: int | None = None
-    """The token that begins a text; None: there is none. Whether it stands before every text, `prefix_ids` says."""
+    """The token that begins a text; None: there is none. See `prefix_ids` for whether it is added to every text."""
     eos_id: int | None = None
     """The token that ends a document; None: there is none."""
     chat_template: str | None = None
-    """In Jinja, as transformers has it: how a conversation is written. None: the model came without; see
+    """Jinja template that formats a conversation, as in transformers; None: the tokenizer has none. See
     `hqlt.language.template`."""
 
     @property
     def digest(self) -> str:
-        """Names what the tokenizer does: two with the same digest give the same tokens."""
+        """Identifies the tokenization: two tokenizers with the same digest produce the same tokens."""
         raise NotImplementedError
 
     @property
     def eos_ids(self) -> list[int]:
-        """`eos_id` where there is one."""
+        """A list with `eos_id`; empty if it is None."""
         return [] if self.eos_id is None else [self.eos_id]
 
     @functools.cached_property
     def prefix_ids(self) -> list[int]:
-        """The special tokens that it puts before every text, such as `bos_id`; often none."""
+        """The special tokens that are added before every text, such as `bos_id`; often none."""
         alone, whole = self.encode_prompt("a", add_special_tokens=False), self.encode_prompt("a")
         places = range(len(whole) - len(alone) + 1)
         return whole[: next((i for i in places if whole[i : i + len(alone)] == alone), 0)]
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of the text alone; special tokens that are spelled out in it are read as text."""
+        """Encode a text without adding special tokens.
+
+        Args:
+            text: the text; special tokens that are spelled out in it are encoded as ordinary text.
+
+        Returns:
+            The token ids.
+        """
         raise NotImplementedError
 
     def encode_prompt(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """As transformers tokenizes what a model is given: special tokens that are spelled out in it are special.
+        """Encode a prompt as transformers does.
 
-        add_special_tokens: with those that the tokenizer puts around every text.
+        Args:
+            text: the prompt; special tokens that are spelled out in it are encoded as special tokens.
+            add_special_tokens: whether to add the special tokens that the tokenizer puts around every text.
+
+        Returns:
+            The token ids.
         """
         return self.encode(text)
 
     def pieces(self, text: str) -> list[str]:
-        """A prompt cut where no token can span the cut: the tokens of the pieces, without those that the tokenizer puts
-        around a text, are those of the whole."""
+        """Split a prompt where no token can span the boundary, so that the parts can be encoded separately.
+
+        Args:
+            text: the prompt.
+
+        Returns:
+            Parts whose tokens, without added special tokens, concatenate to those of the whole prompt.
+        """
         return [text]
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
-        """Many texts at once, in parallel where the tokenizer can."""
+        """Encode many texts, in parallel if the tokenizer supports it. See `encode`."""
         return [np.array(self.encode(text), dtype=np.uint32) for text in texts]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text, without special tokens unless they are wanted."""
+        """Decode token ids.
+
+        Args:
+            ids: the token ids.
+            skip_special_tokens: whether to omit special tokens from the text.
+
+        Returns:
+            The text.
+        """
         raise NotImplementedError
 
     def spelling(self, id: int) -> str:
-        """A token as text; a special one, too."""
+        """The text of one token, including special tokens."""
         return self.decode([id], skip_special_tokens=False)
 
     def stream(self, after: Sequence[int] = ()) -> TextStream:
-        """after: the last token or tokens of the text that is continued, which may say whether a blank comes first."""
+        """A decoder for tokens that arrive one at a time.
+
+        Args:
+            after: the last token or tokens of the text that is continued; the first new token may depend on them for a
+                leading space.
+
+        Returns:
+            A `TextStream`.
+        """
         return TextStream(self.decode, after)
 
     def save(self, folder: Path) -> None:
-        """Write what `load_tokenizer` (and AutoTokenizer) reads again; bytes need nothing."""
+        """Save the tokenizer where `load_tokenizer` and AutoTokenizer can load it. Bytes save nothing."""
         raise NotImplementedError
 
 
 class TextStream:
-    """Tokens come one by one, text goes out as soon as its characters are whole.
+    """Decodes tokens one at a time and returns text as soon as its characters are complete.
 
-    What a token adds to the text depends on the one before it (a space, half a character), so both are decoded.
+    The text that a token adds depends on the token before it (a space, part of a character), so both are decoded.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], after: Sequence[int]) -> None:
         self.decode = decode
-        self.told = list(after)
-        self.waiting: list[int] = []
+        self.previous = list(after)
+        self.pending: list[int] = []
 
     def add(self, id: int) -> str:
-        self.waiting.append(id)
+        """The text that is complete after one more token; empty if a character is still incomplete."""
+        self.pending.append(id)
         text = self.end()
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
-        self.told, self.waiting = self.waiting, []
+        self.previous, self.pending = self.pending, []
         return text
 
     def end(self) -> str:
-        """What is left: an unfinished character, as U+FFFD."""
-        return self.decode(self.told + self.waiting)[len(self.decode(self.told)) :]
+        """The remaining text, with an incomplete character as U+FFFD."""
+        return self.decode(self.previous + self.pending)[len(self.decode(self.previous)) :]
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
-    """ "bytes", a tokenizer.json, a folder that holds one, or a name on the Hugging Face hub.
+    """Load a tokenizer.
 
-    Special tokens that stand in a text as words are read as text: no document can end itself or another.
-    Raises ValueError where there is no such tokenizer.
+    Special tokens that are spelled out in a document are encoded as ordinary text, so that no document can end itself.
+
+    Args:
+        name: "bytes", a tokenizer.json, a folder that contains one, or a name on the Hugging Face hub.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ValueError: if there is no such tokenizer or it cannot be loaded.
+
+    Example:
+        >>> from hqlt.data import load_tokenizer
+        >>> tokenizer = load_tokenizer("bytes")
+        >>> tokenizer.encode("hi"), tokenizer.decode([104, 105])
+        ([104, 105], 'hi')
     """
     path = Path(name).expanduser()
     if str(name) == "bytes":
@@ -132,14 +181,14 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     if (path / "tokenizer.json").is_file():
         return FastTokenizer.from_file(path / "tokenizer.json", str(name))
     if path.is_dir() and not (path / "tokenizer_config.json").is_file():
-        raise ValueError(f"{name}: expected a folder with a tokenizer.json, found none in it")
+        raise ValueError(f"{name}: expected a folder with a tokenizer.json, found none")
     return _auto_tokenizer(str(name))
 
 
 def model_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer beside a model, as AutoTokenizer loads it.
+    """The tokenizer in a model's folder, as AutoTokenizer loads it.
 
-    Which special tokens stand around a text, its class and tokenizer_config.json say, not tokenizer.json alone.
+    The special tokens around a text depend on its class and on tokenizer_config.json, not on tokenizer.json alone.
     """
     if (folder / "tokenizer_config.json").is_file():
         return _auto_tokenizer(str(folder))
@@ -149,29 +198,29 @@ def model_tokenizer(folder: Path) -> Tokenizer:
 def _auto_tokenizer(name: str) -> Tokenizer:
     from transformers import AutoTokenizer
 
-    with offline_if_unreachable(name) as silent:
+    with offline_if_unreachable(name) as offline:
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
-        except Exception as error:  # of many libraries below: network, hub, file formats, packages that it needs
+        except Exception as error:  # transformers raises errors of many libraries (network, hub, formats, packages)
             raise ValueError(
-                f"tokenizer: expected bytes, a tokenizer.json, a folder that holds one, or a name on the hub, got "
-                f"{name!r}, which could not be loaded: {silent}{first_line(error)}"
+                f"tokenizer: expected bytes, a tokenizer.json, a folder that contains one, or a name on the hub, got "
+                f"{name!r}, which could not be loaded: {offline}{first_line(error)}"
             ) from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    ours: Tokenizer
+    loaded: Tokenizer
     if backend is None:
-        ours = SlowTokenizer(name, tokenizer)
+        loaded = SlowTokenizer(name, tokenizer)
     else:
-        ours = FastTokenizer(
+        loaded = FastTokenizer(
             name, backend, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.split_special_tokens
         )
     template = tokenizer.chat_template
-    ours.chat_template = template.get("default") if isinstance(template, dict) else template
-    return ours
+    loaded.chat_template = template.get("default") if isinstance(template, dict) else template
+    return loaded
 
 
 class Bytes(Tokenizer):
-    """A text is its bytes in UTF-8. No id is beyond 255, so nothing ends a document but a reset."""
+    """The bytes of the text in UTF-8. There is no eos token; only a reset separates documents."""
 
     name = digest = "bytes"
     vocab_size = 256
@@ -193,7 +242,7 @@ class Bytes(Tokenizer):
 
 
 class ByteStream(TextStream):
-    """Bytes that are no UTF-8 wait for nothing."""
+    """Decodes UTF-8 one byte at a time; invalid bytes become U+FFFD at once."""
 
     def __init__(self) -> None:
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -206,7 +255,7 @@ class ByteStream(TextStream):
 
 
 class SubwordTokenizer(Tokenizer):
-    """What those of `tokenizers` and of transformers have in common."""
+    """The common part of tokenizers from `tokenizers` and transformers."""
 
     tokenizer: Any
 
@@ -216,7 +265,7 @@ class SubwordTokenizer(Tokenizer):
 
 
 class FastTokenizer(SubwordTokenizer):
-    """A tokenizer of `tokenizers`: it encodes batches in parallel."""
+    """A tokenizer of the `tokenizers` library; it encodes batches in parallel."""
 
     def __init__(
         self,
@@ -226,7 +275,7 @@ class FastTokenizer(SubwordTokenizer):
         bos_id: int | None = None,
         split_special_tokens: bool = False,
     ) -> None:
-        """split_special_tokens: those that are spelled out in a prompt are text there, too."""
+        """split_special_tokens: encode special tokens that are spelled out in a prompt as ordinary text, too."""
         self.name, self.eos_id, self.bos_id = name, eos_id, bos_id
         self.split_special_tokens = split_special_tokens
         self.tokenizer = tokenizer
@@ -241,10 +290,10 @@ class FastTokenizer(SubwordTokenizer):
 
         try:
             tokenizer = Backend.from_file(str(file))
-        except Exception as error:  # `tokenizers` raises nothing narrower
+        except Exception as error:  # `tokenizers` raises nothing more specific
             raise ValueError(f"{file}: expected a tokenizer.json of `tokenizers`, got {error}") from error
         begin, end = (_named_token(file.parent, name) for name in ("bos_token", "eos_token"))
-        ids = (tokenizer.token_to_id(token) for token in (end, *USUAL_ENDS) if token is not None)
+        ids = (tokenizer.token_to_id(token) for token in (end, *COMMON_EOS) if token is not None)
         eos_id = next((id for id in ids if id is not None), None)
         return cls(name, tokenizer, eos_id, None if begin is None else tokenizer.token_to_id(begin))
 
@@ -265,14 +314,14 @@ class FastTokenizer(SubwordTokenizer):
         return ids
 
     def pieces(self, text: str) -> list[str]:
-        """Cut before each special token, but for those whose tokens depend on what stands before them."""
+        """Split before each special token, except those whose tokens depend on the preceding text."""
         added = [token for token in self.tokenizer.get_added_tokens_decoder().values() if not token.normalized]
         if self.split_special_tokens or not added:
             return [text]
-        alone = {token.content for token in added if not (token.lstrip or token.single_word)}
+        splittable = {token.content for token in added if not (token.lstrip or token.single_word)}
         longest_first = sorted((re.escape(token.content) for token in added), key=len, reverse=True)
         found = re.finditer("|".join(longest_first), text)
-        cuts = [match.start() for match in found if match[0] in alone and match.start() > 0]
+        cuts = [match.start() for match in found if match[0] in splittable and match.start() > 0]
         return [text[begin:end] for begin, end in itertools.pairwise([0, *cuts, len(text)])]
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
@@ -282,17 +331,19 @@ class FastTokenizer(SubwordTokenizer):
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / "tokenizer.json", self.tokenizer.to_str(pretty=True).encode())
-        told = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        told |= {"eos_token": None if self.eos_id is None else self.tokenizer.id_to_token(self.eos_id)}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        config |= {"eos_token": None if self.eos_id is None else self.tokenizer.id_to_token(self.eos_id)}
         if self.bos_id is not None:
-            told |= {"bos_token": self.tokenizer.id_to_token(self.bos_id)}
+            config |= {"bos_token": self.tokenizer.id_to_token(self.bos_id)}
         if self.chat_template is not None:
-            told |= {"chat_template": self.chat_template}
-        write_atomic(folder / "tokenizer_config.json", (json.dumps(told, indent=1, ensure_ascii=False) + "\n").encode())
+            config |= {"chat_template": self.chat_template}
+        write_atomic(
+            folder / "tokenizer_config.json", (json.dumps(config, indent=1, ensure_ascii=False) + "\n").encode()
+        )
 
 
 class SlowTokenizer(SubwordTokenizer):
-    """A tokenizer of transformers that `tokenizers` does not know."""
+    """A tokenizer of transformers without a `tokenizers` backend."""
 
     def __init__(self, name: str, tokenizer: Any) -> None:
         self.name, self.tokenizer, self.vocab_size = name, tokenizer, len(tokenizer)
@@ -320,7 +371,7 @@ class SlowTokenizer(SubwordTokenizer):
 
 
 def _named_token(folder: Path, name: str) -> str | None:
-    """The token that the files beside a tokenizer.json name as its "bos_token" or "eos_token"."""
+    """The "bos_token" or "eos_token" according to the configuration files next to a tokenizer.json."""
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         if not (folder / file).is_file():
             continue

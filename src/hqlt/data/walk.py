@@ -1,4 +1,4 @@
-"""The files below a folder, behind links too."""
+"""Listing the files below a folder, following links."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import NoReturn
 
 
 def files_below(folder: Path, pattern: str | None = None) -> tuple[list[Path], list[Path]]:
-    """The files of a folder and of all folders in it, in order; and links that lead nowhere.
+    """All files below a folder, sorted, and all broken links.
 
-    Links to files and folders are followed. What can be reached in several ways is listed once: a link to a folder that
-    holds it ends there.
+    Links to files and folders are followed. A file that can be reached in several ways is listed once, so cyclic links
+    are harmless.
 
-    pattern: of names, such as "*.py", or of the ends of paths, "en/*.txt". Raises ValueError for one that is none,
-    OSError for a folder that cannot be read.
+    pattern: a glob for file names such as "*.py", or for the end of paths such as "en/*.txt". Raises ValueError for an
+    invalid pattern, OSError for a folder that cannot be read.
     """
     roots: list[Path] = []
     candidates: list[Path] = []
@@ -40,12 +40,12 @@ def files_below(folder: Path, pattern: str | None = None) -> tuple[list[Path], l
 
 
 def hidden(path: Path) -> bool:
-    """Whether it, or a folder that it is in, begins with a dot."""
+    """Whether the name of the file or of a folder in its path starts with a dot."""
     return any(name.startswith(".") for name in path.parts)
 
 
 def _trees(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
-    """The folder, and each folder that a link leads to, each once: with the files that no further link hides."""
+    """The folder and every linked folder, each once, with the files below it that are not behind another link."""
     seen = {folder.resolve()}
     waiting = [folder]
     while waiting:

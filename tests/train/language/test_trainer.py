@@ -89,7 +89,7 @@ def test_held_out_text_too_short_for_a_window_is_refused_before_training(tmp_pat
     for name, text in {"a": "0123456789" * 200, "b": "0123456789", "c": "9876543210" * 9}.items():
         (tmp_path / f"{name}.txt").write_text(text)
     prepare(tmp_path / "a.txt", tmp_path / "tokens", validation=tmp_path / "b.txt", test=tmp_path / "c.txt")
-    with pytest.raises(ValueError, match="length: expected from 1 to 9, as the validation split"):
+    with pytest.raises(ValueError, match="length: expected from 1 to 9, because the validation split"):
         trainer(tmp_path / "tokens", tmp_path)
 
 
