@@ -27,7 +27,6 @@ TO_DO: set[str] = {
     "registry",
     "report",
     "shapes",
-    "study",
     "train",
 }
 """Parts of the package whose docstrings are not in this form yet."""

@@ -14,7 +14,7 @@ from hqlt.study.commands import print_and_run, runs_of
 
 @pytest.fixture
 def ran(monkeypatch, tmp_path):
-    """Two GPUs, and what is run on them, all of it well unless its status is set."""
+    """Two GPUs, and a record of the commands that are run; they succeed unless a status is set."""
     ran = SimpleNamespace(commands=[], status=0)
 
     def run(command, check):
@@ -28,7 +28,7 @@ def ran(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(("what", "count"), [("language", 10), ("recall", 10), ("language-ablations", 6)])
-def test_every_run_of_a_table_is_a_command_of_ours(what, count):
+def test_every_run_of_a_table_has_valid_commands(what, count):
     runs = runs_of(what, gpus=8)
     assert len({run.name for run in runs}) == count
     for run in runs:
@@ -42,7 +42,7 @@ def test_every_run_of_a_table_is_a_command_of_ours(what, count):
         assert 10 < run.hours < 200
 
 
-def test_blocks_that_are_computed_twice_take_longer(monkeypatch):
+def test_activation_checkpointing_takes_longer(monkeypatch):
     name, recipe = commands.recipe_of("340m")
     hours = []
     for choice in (True, False):
@@ -57,15 +57,15 @@ def test_without_a_gpu_the_commands_are_printed(monkeypatch):
     console = Console(record=True, width=200)
     print_and_run("language", None, console)
     printed = console.export_text()
-    assert "By estimate" in printed and "nothing was run" in printed
-    said = printed.replace("\n", " ").replace("  ", " ")
-    assert said.index("hqlt data prepare HuggingFaceFW/fineweb-edu") < said.index(
+    assert "Estimated total" in printed and "nothing was run" in printed
+    text = printed.replace("\n", " ").replace("  ", " ")
+    assert text.index("hqlt data prepare HuggingFaceFW/fineweb-edu") < text.index(
         shlex.join(runs_of("language", 8)[0].commands[0])
     )
 
 
-def test_what_is_there_is_not_made_again(ran, tmp_path):
-    """Data first, then training and evaluation of the run that was asked for."""
+def test_finished_work_is_not_repeated(ran, tmp_path):
+    """Data come first, then training and evaluation of the selected run."""
     only = ["reproduce", "recall", "--scale=paper", "--only=hqlt-340m-window-128"]
     main(only)
     python = [sys.executable, "-m"]
@@ -85,7 +85,7 @@ def test_what_is_there_is_not_made_again(ran, tmp_path):
     assert [command[2] for command in ran.commands] == ["torch.distributed.run", "hqlt"]
 
 
-def test_a_command_that_fails_ends_it_and_is_named(ran):
+def test_a_failed_command_is_named_and_the_rest_not_run(ran):
     ran.status = 3
     with pytest.raises(SystemExit, match=r"^hqlt data prepare .*got status 3"):
         main(["reproduce", "language", "--scale=paper"])

@@ -20,30 +20,30 @@ def progress(step):
 
 @pytest.fixture
 def metrics(tmp_path):
-    (tmp_path / "m").write_text("what an earlier start left, cut by a ki")
+    (tmp_path / "m").write_text("left by an earlier run, truncated by a ki")
     metrics = StudyMetrics(tmp_path / "m")
     yield metrics
     metrics.close()
 
 
 def lines(metrics):
-    return [(told["cell"], told["step"]) for told in map(json.loads, metrics.path.read_text().splitlines())]
+    return [(line["cell"], line["step"]) for line in map(json.loads, metrics.path.read_text().splitlines())]
 
 
-def test_lines_come_as_cells_are_trained(metrics):
+def test_lines_are_written_while_cells_are_trained(metrics):
     for cell, step in ((CELL, 1), (OTHER, 1), (CELL, 2)):
         metrics.on_event(Event(cell, progress(step)))
     assert lines(metrics) == [(A, 1), (B, 1), (A, 2)]
 
 
-def test_a_cell_that_is_tried_again_begins_anew(metrics):
+def test_a_restarted_cell_loses_its_earlier_lines(metrics):
     for cell, step in ((CELL, 1), (OTHER, 1), (CELL, 2), (CELL, 1)):
         metrics.on_event(Event(cell, progress(step)))
     assert lines(metrics) == [(B, 1), (A, 1)]
 
 
-def test_a_cell_that_ended_has_its_whole_history(metrics):
-    """What was trained before an earlier start was killed, too."""
+def test_a_finished_cell_has_its_whole_history(metrics):
+    """The history includes steps from before the study was killed and resumed."""
     score = Score("accuracy", 1.0, [])
     metrics.on_event(Event(CELL, progress(3)))
     metrics.on_event(Result(CELL, 1, 1.0, Fit(3, score, score), [progress(step) for step in (1, 2, 3)]))

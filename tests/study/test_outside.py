@@ -1,4 +1,4 @@
-"""A study whose task hqlt does not know: by a module that was imported, and by an installed package."""
+"""Studies on tasks from outside hqlt: from an imported module, and from an installed package."""
 
 import json
 import sys
@@ -11,8 +11,8 @@ from hqlt.study import read_study
 from tests.toys import task as toy
 
 STUDY = {
-    "title": "Who counts?",
-    "introduction": "A toy.",
+    "title": "A task from outside",
+    "introduction": "A test.",
     "models": {"DeltaNet": {"layer_kinds": "fw"}, "Synchronous": {}},
     "experiments": {
         "majority": {
@@ -43,7 +43,7 @@ def study(tmp_path, monkeypatch):
     return write
 
 
-def test_its_cells_run_in_processes_of_their_own(study, capsys):
+def test_worker_processes_know_the_task(study, capsys):
     study("toy-majority")
     assert toy.Majority(length=7).vocab_size == 3
     main(["reproduce", "study.yaml", "--workers=2", "--folder=run"])
@@ -52,7 +52,7 @@ def test_its_cells_run_in_processes_of_their_own(study, capsys):
     assert "majority" in capsys.readouterr().out
 
 
-def test_an_installed_package_makes_itself_known(study, tmp_path, monkeypatch):
+def test_an_installed_package_registers_its_task(study, tmp_path, monkeypatch):
     (tmp_path / "toy_installed.py").write_text(PACKAGE)
     info = tmp_path / "toy_installed-1.dist-info"
     info.mkdir()

@@ -1,4 +1,4 @@
-"""Studies as processes of their own: stopped, killed, and resumed."""
+"""Studies in processes of their own that are stopped or killed."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ COMMON = {"hidden_size": 16, "num_heads": 2, "num_hidden_layers": 1, "window": 4
 BUDGET = {"batch_size": 8, "validations": 1, "validation_rows": 8, "test_rows": 8}
 STUDY = {
     "title": "Two cells",
-    "introduction": "One is short, and one is long.",
+    "introduction": "A short and a long one.",
     "models": {"Synchronous": {}},
     "experiments": {
         "short": {"task": "parity", "common": COMMON, "budget": BUDGET | {"steps": 2}},
@@ -26,7 +26,7 @@ MARK = "HQLT_TEST_OF_STOPPING"
 
 @pytest.fixture
 def study(tmp_path):
-    """A study under way, whose short cell is finished and whose long one runs, in a process group of its own."""
+    """A running study in its own process group; its short cell is finished, its long cell still runs."""
     if not os.path.isdir("/proc"):
         pytest.skip("needs /proc to find the workers")
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(STUDY))
@@ -53,13 +53,13 @@ def study(tmp_path):
 
 
 def processes(folder: Path) -> list[int]:
-    """Of the study in this folder."""
+    """Process ids of the study in this folder."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
             if f"{MARK}={folder}".encode() in (path / "environ").read_bytes().split(b"\0"):
                 found.append(int(path.name))
-        except OSError:  # it ended just now, or is another user's
+        except OSError:  # it has just ended, or belongs to another user
             pass
     return found
 
@@ -72,8 +72,8 @@ def all_gone(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
-def test_the_first_signal_leaves_the_report_of_what_is_finished(study, number, status, tmp_path):
-    send = os.killpg if number == signal.SIGINT else os.kill  # a terminal sends Ctrl-C to all processes of a command
+def test_the_first_signal_writes_the_report_of_finished_cells(study, number, status, tmp_path):
+    send = os.killpg if number == signal.SIGINT else os.kill  # a terminal sends Ctrl-C to the whole process group
     send(study.pid, number)
     assert study.wait(timeout=60) == status
     assert all_gone(tmp_path)
@@ -85,9 +85,9 @@ def test_the_first_signal_leaves_the_report_of_what_is_finished(study, number, s
 
 
 def test_the_second_signal_stops_at_once(study, tmp_path):
-    at_work = len(processes(tmp_path))
+    running = len(processes(tmp_path))
     os.killpg(study.pid, signal.SIGINT)
-    while len(processes(tmp_path)) >= at_work:  # until it is answered: a worker is gone, and the report begins
+    while len(processes(tmp_path)) >= running:  # wait until a worker is gone and the report begins
         pass
     os.killpg(study.pid, signal.SIGINT)
     assert study.wait(timeout=20) == 130

@@ -45,13 +45,13 @@ def read(tmp_path, given):
 
 
 def changed(path, value, given=GIVEN):
-    """The study with the value at a path of keys replaced, or for None taken out."""
+    """Return the study with the value at a path of keys replaced, or removed if the value is None."""
     first, *rest = path
     new = {**given, first: changed(rest, value, given[first]) if rest else value}
     return {k: v for k, v in new.items() if v is not None}
 
 
-def test_a_file_says_which_cells_there_are(tmp_path):
+def test_a_file_defines_the_cells(tmp_path):
     study = read(tmp_path, GIVEN)
     cells = study.cells()
     assert [(cell.model, cell.seed) for cell in cells] == [
@@ -67,20 +67,20 @@ def test_a_file_says_which_cells_there_are(tmp_path):
     assert {cell.budget.steps for cell in dataclasses.replace(study, seeds=(5,)).quick().cells()} == {4}
 
 
-def test_an_experiment_may_name_the_models_that_take_part(tmp_path):
+def test_an_experiment_may_select_models(tmp_path):
     study = read(tmp_path, changed([*PARITY, "models"], ["Synchronous"]))
     assert {cell.model for cell in study.cells()} == {"Synchronous"}
     with pytest.raises(ValueError, match=r"short parity.models: expected one of .*did you mean 'Synchronous'\?"):
         read(tmp_path, changed([*PARITY, "models"], ["Synchronus"]))
 
 
-def test_a_model_may_have_fields_in_one_experiment_alone(tmp_path):
+def test_a_model_may_have_options_for_one_experiment_only(tmp_path):
     own = {"Synchronous": {"mixer": "sum", "window": 2}}
     cells = read(tmp_path, changed([*PARITY, "own"], own)).cells()
     assert {(cell.config.get("mixer"), cell.config.get("window")) for cell in cells} == {(None, None), ("sum", 2)}
     with pytest.raises(ValueError, match=r"short parity.own: expected one of .*, got 'Sync'"):
         read(tmp_path, changed([*PARITY, "own"], {"Sync": {}}))
-    with pytest.raises(ValueError, match=r"short parity.own.Synchronous: expected keys with values, got 3"):
+    with pytest.raises(ValueError, match=r"short parity.own.Synchronous: expected a mapping, got 3"):
         read(tmp_path, changed([*PARITY, "own"], {"Synchronous": 3}))
 
 
@@ -88,7 +88,7 @@ SWITCHED = {"trained_as": "Synchronous", "retention": "surprise", "window": 2, "
 
 
 def test_a_model_may_be_trained_as_another_and_switched_for_the_test(tmp_path):
-    """Its weights are the other's, whether they are there already or not; what is tested has a retention."""
+    """It has the other model's weights, whether those are trained already or not, and is tested with a retention."""
     study = read(tmp_path, changed(["models"], {**GIVEN["models"], "Switched": SWITCHED}))
     plain, switched = (next(c for c in study.cells() if c.model == model) for model in ("Synchronous", "Switched"))
     assert switched.config == plain.config
@@ -121,16 +121,16 @@ def test_what_cannot_be_switched_is_refused(tmp_path, fields, message):
     [
         (["sedes"], [1], r"key: expected one of .*, got 'sedes'; did you mean 'seeds'\?"),
         (["title"], None, r"expected the key 'title', got 'experiments', 'introduction'"),
-        (["seeds"], ["a"], r"study.yaml: seeds: expected a list, each of it a whole number, got \['a'\]$"),
+        (["seeds"], ["a"], r"study.yaml: seeds: expected a list, each item a whole number, got \['a'\]$"),
         (["seeds"], [0, -1], r"study.yaml: seeds: expected whole numbers from 0 to .*, got -1$"),
         (["seeds"], [0, 0], r"seed 0: expected .*each seed once, got two cells that are both called 'short-parity-"),
         (["title"], 3, "study.yaml: title: expected text, got 3$"),
         (["models", 5], {}, "models: expected text as keys, got 5; put it in quotes$"),
-        (["models", "short-parity"], 1, "models.short-parity: expected keys with values, got 1$"),
+        (["models", "short-parity"], 1, "models.short-parity: expected a mapping, got 1$"),
         (["models", "synchronous"], {}, "got two cells that are both called 'short-parity-synchronous-seed0'"),
         ([*PARITY, "paper"], {"Synchronos": 1}, r"paper: expected one of .*did you mean 'Synchronous'\?$"),
         ([*PARITY, "options", "labels"], "postfix", "labels: expected one of answer, prefix, got 'postfix'$"),
-        ([*PARITY, "options", "train_lengths"], 5, "train_lengths: expected a list, each of it a whole number, got 5$"),
+        ([*PARITY, "options", "train_lengths"], 5, "train_lengths: expected a list, each item a whole number, got 5$"),
         ([*PARITY, "common", "window"], "two", "DeltaNet in short parity: .*two"),
         ([*PARITY, "budget", "steps"], 0, "parity.budget: steps: expected a whole number of at least 1, got 0$"),
         (
@@ -157,7 +157,7 @@ def test_what_cannot_be_switched_is_refused(tmp_path, fields, message):
         ([*PARITY, "common", "hidden_size"], None, r"DeltaNet in short parity: hidden_size: expected .* got 'nothing'"),
         ([*PARITY, "common", "num_heads"], "two", r"study.yaml: DeltaNet in short parity: num_heads: .* got 'two'"),
         (["models", "Synchronous"], {"mixer": "vectr"}, r"Synchronous in .*mixer: .*did you mean 'vector'\?"),
-        ([*PARITY, "common"], [], r"short parity.common: expected keys with values, got \[\]"),
+        ([*PARITY, "common"], [], r"short parity.common: expected a mapping, got \[\]"),
         (["seeds"], [], "expected at least one model, experiment and seed"),
         (["models", "Synchronous"], {"layer_kinds": 3}, r"Synchronous in short parity: .*layer_kinds"),
         (
@@ -166,10 +166,10 @@ def test_what_cannot_be_switched_is_refused(tmp_path, fields, message):
             "Synchronous in .*kept: expected at least 1, the number",
         ),
         (["models", "Synchronous"], {"blend": "synchron"}, r"Synchronous in .*did you mean 'synchronous'\?"),
-        (["experiments"], [], r"experiments: expected keys with values, got \[\]"),
+        (["experiments"], [], r"experiments: expected a mapping, got \[\]"),
     ],
 )
-def test_a_mistake_is_told_with_its_place_and_the_nearest_right_key(tmp_path, path, value, message):
+def test_errors_name_the_place_and_the_nearest_valid_key(tmp_path, path, value, message):
     with pytest.raises(ValueError, match=message):
         read(tmp_path, changed(path, value))
 
@@ -185,7 +185,7 @@ def test_a_mistake_is_told_with_its_place_and_the_nearest_right_key(tmp_path, pa
         ({"layer_kinds": ["fw", "hybrid"], "mixer": "sum"}, 107),
     ],
 )
-def test_mlps_make_up_for_each_layer_without_a_mixer(own, width):
+def test_mlps_are_wider_in_models_with_smaller_mixers(own, width):
     config = config_of({"hidden_size": 32, "num_heads": 4, "num_hidden_layers": 2}, own)
     assert config["intermediate_size"] == width
     sizes = [HQLTForCausalLM(HQLTConfig(**one, vocab_size=3)).num_parameters() for one in (config, FULL)]
@@ -194,14 +194,14 @@ def test_mlps_make_up_for_each_layer_without_a_mixer(own, width):
 
 @pytest.mark.parametrize("kinds", ["hybrid", "fw"])
 @pytest.mark.parametrize("rule", ["linear", "gated-delta", "kda"])
-def test_mlps_make_up_for_what_a_write_rule_brings(rule, kinds):
+def test_mlps_are_narrower_in_models_with_larger_write_rules(rule, kinds):
     sizes = {"hidden_size": 32, "num_heads": 4, "num_hidden_layers": 2}
     config = config_of(sizes, {"layer_kinds": kinds, "fast_weights": rule})
     ours, delta = (HQLTForCausalLM(HQLTConfig(**one, vocab_size=3)).num_parameters() for one in (config, FULL))
     assert ours == pytest.approx(delta, rel=0.01)
 
 
-def test_what_is_no_yaml_or_not_there_is_refused(tmp_path):
+def test_invalid_and_missing_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="expected a study in YAML"):
         read(tmp_path, "a: [")
     with pytest.raises(ValueError, match="expected a study in YAML"):
@@ -211,13 +211,13 @@ def test_what_is_no_yaml_or_not_there_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", known_studies())
-def test_every_study_of_ours_reads_and_its_models_are_of_equal_size(name):
+def test_every_built_in_study_is_valid_and_its_models_are_of_equal_size(name):
     study = read_study(known_studies()[name])
     cells = {(cell.column, cell.model): cell for cell in study.cells()}.values()
     assert len({cell.name for cell in study.cells()}) == len(study.cells())
     for label, experiment in study.experiments.items():
         assert set(experiment.paper) <= set(study.models)
-        if not isinstance(experiment.budget, Budget):  # agents' memories differ in what they need
+        if not isinstance(experiment.budget, Budget):  # the sizes of agents' memories differ
             continue
         vocabulary = build("task", experiment.task, **experiment.options).vocab_size
         with torch.device("meta"):
@@ -230,8 +230,8 @@ def test_every_study_of_ours_reads_and_its_models_are_of_equal_size(name):
             assert max(sizes) / min(sizes) < (1.01 if study.sizes else 1.05), (label, sizes)
 
 
-def test_the_papers_setting_takes_a_step():
-    """With its own models; of its batches two sequences."""
+def test_models_of_the_papers_setting_can_be_trained():
+    """A step with batches of two sequences."""
     study = read_study(known_studies()["expressivity-paper"])
     for cell in study.cells():
         if cell.seed == 0 and cell.model in ("Transformer", "Delayed-Chunk", "Synchronous"):
@@ -249,8 +249,8 @@ def test_the_papers_setting_takes_a_step():
 
 
 AGENTS = {
-    "title": "Who remembers?",
-    "introduction": "A corridor.",
+    "title": "Agents in a corridor",
+    "introduction": "A test.",
     "models": {"LSTM": {"memory": "lstm"}, "Synchronous": {"memory": "synchronous"}},
     "experiments": {
         "maze": {
@@ -290,7 +290,7 @@ def test_a_study_of_agents(tmp_path):
     assert (quick.steps, quick.evaluations) == (100, 2)
 
 
-def test_a_cell_of_an_agent_that_was_killed_goes_on_exactly(tmp_path):
+def test_a_killed_agent_cell_resumes_exactly(tmp_path):
     cell = read(tmp_path, AGENTS).cells()[1]
     *_, whole = cell.run(tmp_path / "whole", "cpu")
     evaluated = (told.progress.step for told in cell.run(tmp_path / "killed", "cpu") if told.kept)
@@ -318,13 +318,13 @@ def test_a_cell_of_an_agent_that_was_killed_goes_on_exactly(tmp_path):
         (["models", "LSTM"], {"memory": "lstmm"}, r"LSTM in maze: .*did you mean 'lstm'"),
     ],
 )
-def test_a_mistake_in_a_study_of_agents(tmp_path, path, value, message):
+def test_errors_in_a_study_of_agents(tmp_path, path, value, message):
     with pytest.raises(ValueError, match=message):
         read(tmp_path, changed(path, value, AGENTS))
 
 
-def test_the_papers_agent_plays_and_learns(tmp_path):
-    """In whole episodes of 780 steps, with its own width; from batches of two episodes."""
+def test_the_papers_agent_can_be_trained(tmp_path):
+    """Whole episodes of 780 steps, with the paper's width, in batches of two episodes."""
     study = read_study(known_studies()["visual-match-paper"]).quick()
     (cell,) = (cell for cell in study.cells() if (cell.model, cell.seed) == ("Synchronous", 0))
     assert (cell.config["hidden_size"], cell.config["window"], cell.config["num_layers"]) == (100, 64, 3)
@@ -333,14 +333,14 @@ def test_the_papers_agent_plays_and_learns(tmp_path):
     assert result.fit.test.metric == "success"
 
 
-def test_null_is_no_value(tmp_path):
+def test_null_is_refused(tmp_path):
     text = yaml.safe_dump(changed([*PARITY, "budget", "validations"], "NULL")).replace("'NULL'", "null")
-    with pytest.raises(ValueError, match=r"parity.budget: validations: expected a whole number, got nothing$"):
+    with pytest.raises(ValueError, match=r"parity.budget: validations: expected a whole number, got null$"):
         read(tmp_path, text)
 
 
-def test_every_write_rule_of_the_study_learns_in_every_place(tmp_path):
-    """Each model of its recall takes a step, and reads a sequence in pieces as in one."""
+def test_every_model_of_the_rules_study_can_be_trained_and_read_in_chunks(tmp_path):
+    """Each takes a step on recall, and reads a sequence in chunks as in one call."""
     tiny = Budget(steps=1, batch_size=1, validations=1, validation_rows=1, test_rows=1)
     for cell in read_study(known_studies()["rules-laptop"]).only("recall").cells():
         if cell.seed == 0:

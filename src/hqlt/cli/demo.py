@@ -40,7 +40,7 @@ def demo(
     """
     folder = folder or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
     console = Console()
-    again = ["hqlt", "demo", *["--quick"] * quick, f"--seed={seed}", f"--folder={folder}"]
+    command = ["hqlt", "demo", *["--quick"] * quick, f"--seed={seed}", f"--folder={folder}"]
     text: dict[str, Any] = {}
 
     def additions(results: Sequence[Result]) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def demo(
     run_study(
         study.quick() if quick else study,
         folder,
-        again=shlex.join(again),
+        resume_command=shlex.join(command),
         workers=workers,
         device="cpu",
         console=console,

@@ -64,16 +64,20 @@ def reproduce(
     given["folder"] = folder = folder or Path("runs") / (f"{name}-quick" if quick else name)
     options = {"scale": scale, "only": only, **given}
     imported = [f"--import={module}" for module in plugin_modules()]
-    again = [
-        "hqlt",
-        *imported,
-        "reproduce",
-        what,
+    command = [
+        *["hqlt", *imported, "reproduce", what],
         *(f"--{key}={value}" for key, value in options.items() if value is not None),
+        *["--quick"] * quick,
     ]
-    resume = shlex.join([*again, *["--quick"] * quick])
     run_study(
-        study, folder, again=resume, workers=workers, device=device, console=Console(), quick=quick, export=export
+        study,
+        folder,
+        resume_command=shlex.join(command),
+        workers=workers,
+        device=device,
+        console=Console(),
+        quick=quick,
+        export=export,
     )
 
 

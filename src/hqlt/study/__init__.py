@@ -1,4 +1,4 @@
-"""Studies: models, tasks, budgets and seeds in one YAML file, run as a grid of cells, reported as table and plots."""
+"""Studies: models, tasks, budgets and seeds in a YAML file, run as a grid of cells and reported as table and plots."""
 
 from hqlt.study.study import Experiment, Study, known_studies, read_study
 

@@ -1,4 +1,4 @@
-"""The language tables at the paper's scale: which commands, how many GPU hours by estimate, and running them."""
+"""The paper's language tables at full scale: print the commands with an estimate of GPU hours, and run them."""
 
 from __future__ import annotations
 
@@ -19,35 +19,42 @@ if TYPE_CHECKING:
     from hqlt.train.language.settings import TrainSettings
 
 TABLES = ("language", "language-ablations", "recall")
-"""A run that stands in two of them is trained once."""
+"""The tables. A run that belongs to two of them is trained once."""
 DATA = (
     "hqlt", "data", "prepare", "HuggingFaceFW/fineweb-edu", "--subset=sample-100BT",
     "--tokenizer=fla-hub/transformer-1.3B-100B", "--limit-tokens=16000000000",
 )  # fmt: skip
 PROGRAMS = {"hqlt": ("-m", "hqlt"), "torchrun": ("-m", "torch.distributed.run")}
-"""How this very Python runs them."""
+"""Arguments that run each program with the current Python."""
 GPU, PEAK, USED = "H100", 989e12, 0.4
-"""A GPU's peak in bfloat16, and the share of it that such runs use."""
+"""A GPU, its peak FLOP/s in bfloat16, and the share of the peak that training is assumed to reach."""
 
 
 class Run(NamedTuple):
+    """The training and evaluation of one model."""
+
     name: str
     folder: Path
     data: Path
     commands: list[list[str]]
     hours: float
-    """Of one GPU, by estimate."""
+    """Estimated hours of one GPU."""
 
     @property
     def finished(self) -> bool:
-        """Whether it is evaluated, which comes last."""
+        """Whether the model is evaluated, which is the last command."""
         return (self.folder / "eval" / "results.json").is_file()
 
 
 def runs_of(what: str, gpus: int) -> list[Run]:
-    """The runs of a table: the models of the paper's, as in `hqlt/evaluate/paper.yaml`.
+    """List the runs of a table: the paper's models, as in `hqlt/evaluate/paper.yaml`.
 
-    Raises FileNotFoundError and ValueError where their recipe is missing or none.
+    Args:
+        what: one of TABLES.
+        gpus: number of GPUs that the commands are for.
+
+    Raises:
+        FileNotFoundError, ValueError: if a recipe is missing or invalid.
     """
     models = [(row["preset"], row.get("changes", {}), row) for row in tables()["models"].values()]
     of_table = {
@@ -61,6 +68,7 @@ def runs_of(what: str, gpus: int) -> list[Run]:
 
 
 def run_of(preset: str, changes: Mapping[str, Any], gpus: int) -> Run:
+    """Make the run of a preset with changes to its fields."""
     from hqlt.model import preset as preset_of
     from hqlt.train.language.cost import flops_per_token
 
@@ -73,12 +81,12 @@ def run_of(preset: str, changes: Mapping[str, Any], gpus: int) -> Run:
     cost = flops_per_token(preset_of(preset, **changes), recipe.length)
     cost *= recipe.steps * recipe.batch_size * recipe.length
     if recipe.activation_checkpointing:
-        cost *= 4 / 3  # forward, forward again, and backward, which is as much as two
+        cost *= 4 / 3  # a second forward pass; the backward pass costs as much as two
     return Run(name, folder, Path(recipe.data), [train, score], cost / (PEAK * USED) / 3600)
 
 
 def recipe_of(size: str) -> tuple[str, TrainSettings]:
-    """The name and the settings of the paper's recipe: `hqlt train --config=hqlt-SIZE`."""
+    """Return the name and the settings of the paper's recipe, as in `hqlt train --config=hqlt-SIZE`."""
     import yaml
 
     from hqlt.train.language.settings import TrainSettings
@@ -89,11 +97,18 @@ def recipe_of(size: str) -> tuple[str, TrainSettings]:
 
 
 def print_and_run(what: str, only: str | None, console: Console) -> None:
-    """Print every command with its hours; where there is a GPU, run them one after the other, on all GPUs there are.
+    """Print every command with its estimated hours; if there are GPUs, run the commands in sequence on all of them.
 
-    A run that is half finished goes on from where it is; one that is evaluated is left as it is. only: one run's name.
+    Unfinished runs are resumed, finished ones skipped.
 
-    Raises ValueError for another name, ChildProcessError where a command fails, and what `runs_of` raises.
+    Args:
+        what: one of TABLES.
+        only: name of a single run; None for all.
+        console: where the commands are printed.
+
+    Raises:
+        ValueError: for an unknown run.
+        ChildProcessError: if a command fails.
     """
     import torch
 
@@ -105,25 +120,25 @@ def print_and_run(what: str, only: str | None, console: Console) -> None:
         check_choice("only", only, [run.name for run in runs])
         runs = [run for run in runs if run.name == only]
     console.print(
-        f"By estimate {sum(r.hours for r in runs):,.0f} hours of one {GPU} in all, at {USED:.0%} of its peak."
+        f"Estimated total: {sum(r.hours for r in runs):,.0f} hours on one {GPU}, at {USED:.0%} of its peak FLOP/s."
     )
     data = {run.data: [*DATA, f"--folder={run.data}"] for run in runs}
     blocks = [("data, once", list(data.values()))]
     for run in runs:
-        there = ", finished by an earlier start" if run.finished else ""
-        blocks.append((f"{run.name}: {run.hours:,.0f} hours of one {GPU}{there}", run.commands))
+        note = ", already finished" if run.finished else ""
+        blocks.append((f"{run.name}: {run.hours:,.0f} hours on one {GPU}{note}", run.commands))
     for title, commands in blocks:
         console.print(f"\n# {title}")
         for command in commands:
             console.print(shlex.join(command), soft_wrap=True)
     if not found:
-        console.print("\nNo GPU here: nothing was run.")
+        console.print("\nNo GPU found: nothing was run.")
         return
     waiting = [command for folder, command in data.items() if not (folder / MANIFEST).is_file()]
     for command in waiting + [command for run in runs if not run.finished for command in run.commands]:
         status = subprocess.run([sys.executable, *PROGRAMS[command[0]], *command[1:]], check=False).returncode
         if status:
             raise ChildProcessError(
-                f"{shlex.join(command)}: expected it to end well, got status {status}, for the reason above; the same "
-                f"hqlt reproduce goes on from there"
+                f"{shlex.join(command)}: expected exit status 0, got status {status}; see its output above; the same "
+                f"hqlt reproduce resumes from there"
             )

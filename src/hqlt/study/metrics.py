@@ -1,4 +1,4 @@
-"""metrics.jsonl of a study: a line for each step of a cell that is kept, and one alone."""
+"""metrics.jsonl of a study, with exactly one line for each recorded step of a cell."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from hqlt.train.grid import Event, Result
 
 
 class StudyMetrics:
-    """Lines come as cells are trained. One that is tried again begins anew; one that ended has its whole history."""
+    """Writes lines while cells are trained.
+
+    If a cell is restarted, its earlier lines are removed. A finished cell has the lines of its whole history, including
+    those of an earlier run.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -25,21 +29,22 @@ class StudyMetrics:
             self.cells[name] = event.history
             self._rewrite()
         elif event.in_history:
-            told = self.cells.setdefault(name, [])
-            if told and told[-1].step >= event.progress.step:
-                told.clear()
+            history = self.cells.setdefault(name, [])
+            if history and history[-1].step >= event.progress.step:
+                history.clear()
                 self._rewrite()
-            told.append(event.progress)
-            self.file.write(line(name, event.progress))
+            history.append(event.progress)
+            self.file.write(to_line(name, event.progress))
 
     def close(self) -> None:
         self.file.close()
 
     def _rewrite(self) -> None:
         self.close()
-        write_atomic(self.path, "".join(line(name, one) for name, told in self.cells.items() for one in told).encode())
+        lines = [to_line(name, progress) for name, history in self.cells.items() for progress in history]
+        write_atomic(self.path, "".join(lines).encode())
         self.file = self.path.open("a", buffering=1)
 
 
-def line(cell: str, progress: Progress) -> str:
+def to_line(cell: str, progress: Progress) -> str:
     return json.dumps({"cell": cell, **progress._asdict()}) + "\n"

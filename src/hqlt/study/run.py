@@ -1,4 +1,4 @@
-"""Running a study into a folder, and what is left there: JSON, a table, plots, one page."""
+"""Run a study in a folder, and write its report there: JSON, a table, plots and an HTML page."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ from hqlt.train.grid import Cell, CellsFailed, Event, Result, as_json, finished_
 
 EXPORTED = ("README.md", "results.json", "curves.png")
 PROTOCOL = (
-    "Checkpoints were chosen by the validation score and tested once. Validation and test sets are the same "
-    "for all models and come from other seeds (text: other files) than the training data and each other. "
-    "All that was run is in the table."
+    "Checkpoints were selected by validation score and tested once. Validation and test sets are the same for all "
+    "models. Training, validation and test data come from different seeds (text: from different files). The table "
+    "contains every run."
 )
 
 
 Additions: TypeAlias = Callable[[Sequence[Result]], Mapping[str, Any]]
-"""From all results, what the page shows beside them: more content for `write_page`."""
+"""Makes additional content of the page, as `write_page` takes it, from all results."""
 
 
 def run_study(
     study: Study,
     folder: Path,
     *,
-    again: str,
+    resume_command: str,
     workers: int | None,
     device: str,
     console: Console,
@@ -51,41 +51,51 @@ def run_study(
     export: Path | None = None,
     additions: Additions | None = None,
 ) -> None:
-    """Train every cell that the folder does not hold yet, and leave the report of all in it.
+    """Train every cell whose result is not in the folder yet, and write the report of all cells.
 
-    again: the command that resumes after an interrupt. workers: None takes all cores. quick: the budgets are too small
-    to learn, and the report says so. export: where what is worth committing is copied.
+    Args:
+        study: the study.
+        folder: holds results, models and the report; an unfinished run of the study is resumed.
+        resume_command: the command to print if the study is stopped.
+        workers: number of parallel processes; None for the number of cores.
+        device: device for training.
+        console: where progress and the table are printed.
+        quick: whether the budgets are too small to learn; the report then says so and marks no best score.
+        export: folder for a copy of the files that are worth committing.
+        additions: makes additional content of the page.
 
-    The first Ctrl-C or SIGTERM leaves the report of what is finished, and ends with SystemExit 130 or 143. Raises
-    ModuleNotFoundError, ValueError or OSError before anything is trained or written, for a package that is missing,
-    for wrong arguments, and for a folder that is not this study's or cannot be written.
+    Raises:
+        SystemExit: if the study is stopped by Ctrl-C (130) or SIGTERM (143), or if cells failed; the report of the
+            finished cells is written before.
+        ModuleNotFoundError, ValueError, OSError: before anything is trained or written, for a missing package, wrong
+            arguments, or a folder that cannot be written or belongs to another study.
     """
-    from hqlt.report import page, plots  # noqa: F401  needed at the end: a package that they miss is told now
+    from hqlt.report import page, plots  # noqa: F401  used at the end; a missing package is reported now
 
     cells, workers = study.cells(), os.cpu_count() or 1 if workers is None else workers
     if workers < 1:
         raise ValueError(f"workers: expected at least 1, got {workers}")
     if export is not None:
         check_writable(export, folder=True)
-    settings = {"study": study.title, **settings_of(workers, device)}
-    report = partial(leave_report, study, folder=folder, settings=settings, console=console, quick=quick)
+    settings = {"study": study.title, **collect_settings(workers, device)}
+    report = partial(write_report, study, folder=folder, settings=settings, console=console, quick=quick)
     with run_folder(folder, "study"):
         check_same_study(study, folder)
         finished_results(folder, cells)
         metrics = StudyMetrics(folder / "metrics.jsonl")
-        told = json.dumps(settings | {"cells": [dataclasses.asdict(cell) for cell in cells]}, indent=1)
-        write_atomic(folder / "config.json", told.encode())
+        config = json.dumps(settings | {"cells": [dataclasses.asdict(cell) for cell in cells]}, indent=1)
+        write_atomic(folder / "config.json", config.encode())
         console.print(f"{len(cells)} cells on {workers} processes → {folder}", highlight=False, soft_wrap=True)
-        begun = time.monotonic()
+        started = time.monotonic()
         try:
             results = train(cells, folder, workers, device, metrics, console)
         except (Stopped, CellsFailed) as error:
             if finished := list(finished_results(folder, cells).values()):
                 report(finished)
-            raise ended(error, f"{len(finished)} of {len(cells)}", again, console) from None
-        console.print(f"{time.monotonic() - begun:.0f} s in all", highlight=False)
+            raise exit_with(error, f"{len(finished)} of {len(cells)}", resume_command, console) from None
+        console.print(f"finished in {time.monotonic() - started:.0f} s", highlight=False)
         report(results, **(additions(results) if additions else {}))
-        if export is not None:  # what is worth committing: no weights and no logs
+        if export is not None:  # neither weights nor logs
             export.mkdir(parents=True, exist_ok=True)
             for name in EXPORTED:
                 shutil.copyfile(folder / name, export / name)
@@ -94,7 +104,7 @@ def run_study(
 def train(
     cells: Sequence[Cell], folder: Path, workers: int, device: str, metrics: StudyMetrics, console: Console
 ) -> list[Result]:
-    """The grid, its events on the display and in metrics.jsonl."""
+    """Run the grid; its events go to the display and to metrics.jsonl."""
     from hqlt.report.live import GridDisplay
 
     with contextlib.closing(metrics), GridDisplay(cells, console) as display:
@@ -106,16 +116,17 @@ def train(
         return run_grid(cells, folder, workers, on_event, device)
 
 
-def ended(error: Stopped | CellsFailed, finished: str, again: str, console: Console) -> SystemExit:
-    """What a study that was stopped, or of which cells failed, ends with."""
+def exit_with(error: Stopped | CellsFailed, finished: str, resume_command: str, console: Console) -> SystemExit:
+    """Make the exception that ends a study which was stopped or has failed cells."""
     if isinstance(error, CellsFailed):
-        return SystemExit(f"{error}\ntry these again with: {again}")
-    console.print(f"stopped with {finished} cells finished; resume with: {again}", highlight=False, soft_wrap=True)
+        return SystemExit(f"{error}\nrun these again with: {resume_command}")
+    message = f"stopped with {finished} cells finished; resume with: {resume_command}"
+    console.print(message, highlight=False, soft_wrap=True)
     return SystemExit(128 + error.number)
 
 
 def check_same_study(study: Study, folder: Path) -> None:
-    """Raises ValueError where the folder holds a study of another title: its report would be overwritten."""
+    """Raise ValueError if the folder holds a study with another title, whose report would be overwritten."""
     config = folder / "config.json"
     try:
         title = json.loads(config.read_text()).get("study", study.title) if config.exists() else study.title
@@ -125,7 +136,8 @@ def check_same_study(study: Study, folder: Path) -> None:
         raise ValueError(f"{folder}: expected a run of {study.title!r}, found one of {title!r}; give another folder")
 
 
-def settings_of(workers: int, device: str) -> dict[str, Any]:
+def collect_settings(workers: int, device: str) -> dict[str, Any]:
+    """Record the command, versions and hardware."""
     return {
         "command": shlex.join(["hqlt", *sys.argv[1:]]),
         "workers": workers,
@@ -137,7 +149,7 @@ def settings_of(workers: int, device: str) -> dict[str, Any]:
     }
 
 
-def leave_report(
+def write_report(
     study: Study,
     results: Sequence[Result],
     *,
@@ -147,9 +159,18 @@ def leave_report(
     quick: bool = False,
     **content: Any,
 ) -> None:
-    """One table (also as Markdown, README.md), one plot, one page, one JSON file.
+    """Write README.md, results.json, curves.png and report.html, and print the table.
 
-    Where results are missing, the title says how many are there. content: more of it for the page.
+    If results are missing, the title says how many there are.
+
+    Args:
+        study: the study.
+        results: of all finished cells.
+        folder: where the files are written.
+        settings: what `collect_settings` returns.
+        console: where the table is printed.
+        quick: whether the budgets are too small to learn.
+        content: additional content of the page.
     """
     from hqlt.report.page import write_page
     from hqlt.report.plots import figure_of, save
@@ -163,9 +184,9 @@ def leave_report(
     how = json.dumps(settings, indent=1, ensure_ascii=False)
     for label, e in study.experiments.items():
         how += f"\n{label}: {json.dumps(e.options)} {json.dumps(e.common)} {e.budget}"
-    validated = (r._replace(history=[told for told in r.history if told.validation is not None]) for r in results)
-    kept = ",\n".join(json.dumps(as_json(result)) for result in validated)
-    (folder / "results.json").write_text(f"[\n{kept}\n]\n")
+    validated = (r._replace(history=[p for p in r.history if p.validation is not None]) for r in results)
+    lines = ",\n".join(json.dumps(as_json(result)) for result in validated)
+    (folder / "results.json").write_text(f"[\n{lines}\n]\n")
     (folder / "README.md").write_text(
         f"# {title}\n\n{study.introduction.strip()}\n\n{table.as_markdown()}\n![Curves](curves.png)\n\n"
         f"{PROTOCOL}\n\n```\n{how}\n```\n",
@@ -178,9 +199,9 @@ def leave_report(
         table=table,
         plot=save(figure_of(results), folder / "curves.png"),
         protocol=PROTOCOL,
-        settings="\n".join([how, *(f"{r.cell.name}: best update {r.fit.best_step}" for r in results)]),
+        settings="\n".join([how, *(f"{r.cell.name}: best checkpoint at step {r.fit.best_step}" for r in results)]),
         **content,
     )
     console.print(table.for_terminal())
-    for what, name in (("page", "report.html"), ("plot", "curves.png")):
-        console.print(f"{what}: {folder / name}", highlight=False, soft_wrap=True)
+    for kind, name in (("page", "report.html"), ("plot", "curves.png")):
+        console.print(f"{kind}: {folder / name}", highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""What a study is, and how its YAML file is read: every key is known, and everything is built once before it runs."""
+"""Studies and their YAML files: every key is checked, and every model and task is built once before a study runs."""
 
 from __future__ import annotations
 
@@ -35,43 +35,44 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """A task, and what all models get alike for it."""
+    """A task, with the options and the budget that all models share on it."""
 
     task: str
-    """Name of the task; or a world's, in which agents are trained."""
+    """Name of a task, or of an environment in which agents are trained."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the task or the world."""
+    """Options of the task or environment."""
     common: dict[str, Any] = field(default_factory=dict)
-    """What the models share: fields of HQLTConfig, for agents arguments of `build_memory`."""
+    """Options that the models share: fields of HQLTConfig, or for agents arguments of `build_memory`."""
     budget: Any
-    """A Budget; for agents an AgentBudget."""
+    """A Budget, or for agents an AgentBudget."""
     seeds: tuple[int, ...] | None = None
-    """Of weights and training data; None: the study's."""
+    """Seeds of weights and training data. Default: those of the study."""
     models: tuple[str, ...] | None = None
-    """Labels of the study's models that take part, in the order in which they are run; None: all."""
+    """Labels of the models that take part, in the order in which they are run. Default: all models of the study."""
     own: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """What a model has here alone, by its label: over what it has everywhere."""
+    """Options of single models in this experiment, by label; they override the model's other options."""
     paper: dict[str, float] = field(default_factory=dict)
-    """What the paper reports, by model, in the table's units."""
+    """The paper's results by model, in the units of the table."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """Every model on every experiment with every seed."""
+    """A comparison: every model on every experiment with every seed."""
 
     title: str
+    """Title of the report."""
     introduction: str
-    """What the study asks, in a few sentences."""
+    """The question that the study asks, in a few sentences."""
     models: dict[str, dict[str, Any]]
-    """What makes a model what it is, by its label: fields of HQLTConfig, for agents arguments of `build_memory`. With
-    {trained_as: LABEL, …} it is that model, trained alike, and all else is given to `hqlt.with_retention` before the
-    test."""
+    """Options of each model, by label: fields of HQLTConfig, or for agents arguments of `build_memory`. A model with
+    {trained_as: LABEL, …} is trained as the model LABEL; its other options are passed to `hqlt.with_retention` before
+    the test."""
     experiments: dict[str, Experiment]
-    """By the label of their column."""
+    """Experiments, by the label of their column."""
     seeds: tuple[int, ...] = (0,)
-    """Of weights and training data, for experiments that name none."""
+    """Seeds of weights and training data, for experiments without seeds of their own."""
     sizes: bool = False
-    """Whether parameters and the bytes of the state stand beside every score, not only under the table."""
+    """Whether the table has columns for the number of parameters and the bytes of state of every model."""
 
     def __post_init__(self) -> None:
         for seed in (*self.seeds, *(seed for e in self.experiments.values() for seed in e.seeds or ())):
@@ -79,11 +80,15 @@ class Study:
                 raise ValueError(f"seeds: expected whole numbers from 0 to 2**32 − 1, got {seed}")
 
     def cells(self) -> list[Cell]:
-        """Raises ValueError, saying whose, where the fields of a model do not fit together."""
+        """List the cells of the grid: one for each experiment, model and seed.
+
+        Raises:
+            ValueError: if the options of a model do not fit together; the message names the model.
+        """
         return [
-            cell_of(
+            make_cell(
                 experiment,
-                *self.built_from(model, experiment),
+                *self.model_options(model, experiment),
                 model=model,
                 task=experiment.task,
                 task_options=experiment.options,
@@ -96,53 +101,62 @@ class Study:
             for seed in experiment.seeds or self.seeds
         ]
 
-    def built_from(self, model: str, experiment: Experiment) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What the model is built with here, and how it is trained as another and then switched."""
+    def model_options(self, model: str, experiment: Experiment) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the options that a model is built with in an experiment, and the fields `trained_as` and `switched`
+        of its cell, if it is trained as another model."""
         own = {**self.models[model], **experiment.own.get(model, {})}
         other = own.pop("trained_as", None)
         if other is None:
             return own, {}
-        with at(f"models.{model}.trained_as"):
+        with error_location(f"models.{model}.trained_as"):
             check_choice("label", other, [label for label, fields in self.models.items() if "trained_as" not in fields])
-        return self.built_from(other, experiment)[0], {"trained_as": other, "switched": own}
+        return self.model_options(other, experiment)[0], {"trained_as": other, "switched": own}
 
     def only(self, label: str | None) -> Study:
-        """The study with one experiment; with all of them for None."""
+        """Return the study with a single experiment, or with all of them if `label` is None."""
         if label is None:
             return self
         check_choice("only", label, self.experiments)
         return dataclasses.replace(self, experiments={label: self.experiments[label]})
 
     def quick(self) -> Study:
-        """Budgets too small to learn, to see that everything runs."""
-        few = {label: dataclasses.replace(e, budget=quick(e.budget)) for label, e in self.experiments.items()}
-        return dataclasses.replace(self, experiments=few)
+        """Return the study with budgets too small to learn, to check that everything runs."""
+        small = {label: dataclasses.replace(e, budget=quick_budget(e.budget)) for label, e in self.experiments.items()}
+        return dataclasses.replace(self, experiments=small)
 
 
-def cell_of(given: Experiment, own: dict[str, Any], switched: dict[str, Any], /, **of_both: Any) -> Cell:
-    """A cell of the kind that the budget is for."""
-    with at(f"{of_both['model']} in {of_both['experiment']}"):
-        if isinstance(given.budget, Budget):
-            return TaskCell(config=config_of(given.common, own), **of_both, **switched)
+def make_cell(experiment: Experiment, own: dict[str, Any], switched: dict[str, Any], /, **fields: Any) -> Cell:
+    """Make a cell of the kind that the experiment's budget is for.
+
+    Args:
+        experiment: provides the shared options and the budget.
+        own: the model's own options.
+        switched: the fields `trained_as` and `switched`, or nothing.
+        fields: all other fields of the cell.
+    """
+    with error_location(f"{fields['model']} in {fields['experiment']}"):
+        if isinstance(experiment.budget, Budget):
+            return TaskCell(config=config_of(experiment.common, own), **fields, **switched)
         from hqlt.train.agent.cell import AgentCell
 
-        config = {**given.common, **own}
+        config = {**experiment.common, **own}
         if "memory" not in config:
             got = ", ".join(map(repr, config)) or "nothing"
             raise ValueError(f"expected the key 'memory', got {got}")
-        return AgentCell(config=config, **of_both, **switched)
+        return AgentCell(config=config, **fields, **switched)
 
 
 @contextlib.contextmanager
-def at(place: object) -> Iterator[None]:
-    """Within this context a ValueError, and a package that is missing, is told with its place before it."""
+def error_location(place: object) -> Iterator[None]:
+    """Prefix the message of a ValueError or ModuleNotFoundError with a place, and raise it as a ValueError."""
     try:
         yield
     except (ValueError, ModuleNotFoundError) as error:
         raise ValueError(f"{place}: {reason(error)}") from None
 
 
-def quick(budget: Any) -> Any:
+def quick_budget(budget: Any) -> Any:
+    """Return a budget too small to learn."""
     if isinstance(budget, Budget):
         most, new = {"steps": 15, "batch_size": 32}, {"validations": 2, "validation_rows": 16, "test_rows": 64}
     else:
@@ -153,14 +167,24 @@ def quick(budget: Any) -> Any:
 
 
 def config_of(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """A model's fields of HQLTConfig: the shared ones that it has a use for, and its own over them.
+    """Combine shared and own options into a model's fields of HQLTConfig; own options take precedence.
 
-    `layer_kinds` may be one kind for all layers. Where `intermediate_size` is not given, the MLPs are three times as
-    wide as the model, wider by what its mixers have fewer weights than vector mixers in all layers, and narrower by
-    what its write rules have beyond one gate a head: all models are equal in size. Where `initializer_range` is not
-    given, it is 1/(2√hidden_size).
+    Shared options that the model does not use are dropped. `layer_kinds` may be one kind for all layers. The default of
+    `initializer_range` is 1/(2√hidden_size).
 
-    Raises ValueError where the sizes are missing or no numbers.
+    The default of `intermediate_size` makes all models equal in size: it is three times `hidden_size`, plus the width
+    that corresponds to weights that the mixers lack compared with vector mixers in all layers, minus the width that
+    corresponds to weights that the write rules have in addition to one gate per head.
+
+    Args:
+        common: options shared by all models.
+        own: options of this model.
+
+    Returns:
+        Fields of HQLTConfig, without `vocab_size`.
+
+    Raises:
+        ValueError: if a size is missing or not a positive number.
     """
     from hqlt.model.config import without_unused
 
@@ -174,20 +198,26 @@ def config_of(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     added = {"initializer_range": hidden**-0.5 / 2}
     if "intermediate_size" not in config:
         missing = hidden - own_weights(json.dumps(config, default=str)) / layers / hidden  # rows of a matrix
-        added["intermediate_size"] = 3 * hidden + round(missing / 3)  # an MLP has three
+        added["intermediate_size"] = 3 * hidden + round(missing / 3)  # an MLP has three matrices
     return added | config
 
 
 @functools.cache
 def own_weights(config: str) -> int:
-    """How many weights a model with these fields (JSON) has in its mixers, and for its write rules beyond one gate a
-    head; 0 where it cannot be built."""
+    """Count a model's weights in its mixers and in its write rules, excluding one gate per head.
+
+    Args:
+        config: fields of HQLTConfig, as JSON.
+
+    Returns:
+        The count, or 0 if the model cannot be built.
+    """
     from hqlt.model import HQLTConfig, HQLTForCausalLM
 
     try:
         with torch.device("meta"):
             model = HQLTForCausalLM(HQLTConfig(**json.loads(config), vocab_size=1))
-    except Exception:  # `_try` says why
+    except Exception:  # `_check_buildable` reports the error
         return 0
     own = 0
     for layer in (block.memory for block in model.model.layers):
@@ -203,16 +233,27 @@ def count_of(part: torch.nn.Module) -> int:
 
 
 def known_studies() -> dict[str, Path]:
-    """The studies that come with the library: `expressivity-laptop` and others."""
+    """Find the studies that come with the library.
+
+    Returns:
+        Paths of the YAML files by name.
+
+    Example:
+        >>> from hqlt.study import known_studies
+        >>> "expressivity-laptop" in known_studies()
+        True
+    """
     folder = Path(str(resources.files("hqlt.study")))
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
 def read_study(path: Path) -> Study:
-    """Read a study and build each of its models and tasks once, so that no mistake waits until it is run.
+    """Read a study, and build each of its models and tasks once, so that mistakes are found before it runs.
+
+    A study in YAML:
 
         title: Parity
-        introduction: Who tracks a state?
+        introduction: Which models can track a state?
         seeds: [0, 1, 2]
         models:
           DeltaNet: {layer_kinds: fw}
@@ -224,52 +265,69 @@ def read_study(path: Path) -> Study:
             common: {hidden_size: 32, num_heads: 4, num_hidden_layers: 1, window: 8, rope_theta: null}
             budget: {steps: 150, batch_size: 128}
 
-    Raises ValueError that says where a key is unknown (with the nearest that is known), missing or of a wrong type.
+    Args:
+        path: a YAML file.
+
+    Returns:
+        The study.
+
+    Raises:
+        ValueError: if a key is unknown, missing or of a wrong type; the message says where, and suggests a known key.
+
+    Example:
+        >>> from hqlt.study import known_studies, read_study
+        >>> study = read_study(known_studies()["demo"])
+        >>> list(study.experiments)
+        ['parity', 'recall', 'text']
     """
-    with at(path):
+    with error_location(path):
         try:
-            given = _keys(Study, yaml.safe_load(path.read_text(encoding="utf-8")))
+            content = _check_keys(Study, yaml.safe_load(path.read_text(encoding="utf-8")))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ValueError(f"expected a study in YAML: {error}") from None
-        for label, model in _mapping(given["models"], "models").items():
-            _mapping(model, f"models.{label}")
+        for label, model in _check_mapping(content["models"], "models").items():
+            _check_mapping(model, f"models.{label}")
         experiments = {
             label: _experiment(experiment, f"experiments.{label}")
-            for label, experiment in _mapping(given["experiments"], "experiments").items()
+            for label, experiment in _check_mapping(content["experiments"], "experiments").items()
         }
-        study = _build(Study, given | {"experiments": experiments})
+        study = _build(Study, content | {"experiments": experiments})
         for label, experiment in experiments.items():
-            of_models = {"models": experiment.models or (), "own": experiment.own, "paper": experiment.paper}
-            for name, labels in of_models.items():
+            by_model = {"models": experiment.models or (), "own": experiment.own, "paper": experiment.paper}
+            for name, labels in by_model.items():
                 for model in labels:
                     check_choice(f"experiments.{label}.{name}", model, study.models)
-        _check(study.cells())
+        _check_cells(study.cells())
     return study
 
 
-def _experiment(given: Any, where: str) -> Experiment:
-    with at(where):
-        given = _keys(Experiment, given)
+def _experiment(content: Any, where: str) -> Experiment:
+    with error_location(where):
+        content = _check_keys(Experiment, content)
     for part in ("common", "options", "own", "paper"):
-        _mapping(given.get(part, {}), f"{where}.{part}")
-    for label, fields in given.get("own", {}).items():
-        _mapping(fields, f"{where}.own.{label}")
-    kind = _kind(f"{where}.task", given["task"])
-    with at(f"{where}.budget"):
-        budget_of: Any = Budget
+        _check_mapping(content.get(part, {}), f"{where}.{part}")
+    for label, fields in content.get("own", {}).items():
+        _check_mapping(fields, f"{where}.own.{label}")
+    kind = _kind(f"{where}.task", content["task"])
+    with error_location(f"{where}.budget"):
+        budget_class: Any = Budget
         if kind == "world":
-            from hqlt.train.agent.cell import AgentBudget as budget_of
-        budget = _build(budget_of, given["budget"])
-    with at(where):
-        experiment = _build(Experiment, given | {"budget": budget})
+            from hqlt.train.agent.cell import AgentBudget as budget_class
+        budget = _build(budget_class, content["budget"])
+    with error_location(where):
+        experiment = _build(Experiment, content | {"budget": budget})
     if kind == "task":
-        with at(f"{where}.options"):
+        with error_location(f"{where}.options"):
             _build(find(kind, experiment.task), experiment.options)
     return experiment
 
 
 def _kind(where: str, name: Any) -> str:
-    """Whether this is a "task" or a "world". Raises ValueError, with the nearest, where it is neither."""
+    """Return whether a name is that of a "task" or a "world".
+
+    Raises:
+        ValueError: if it is neither; the message suggests a known name.
+    """
     for kind in ("task", "world"):
         with contextlib.suppress(ValueError, ModuleNotFoundError):
             find(kind, name)
@@ -277,100 +335,101 @@ def _kind(where: str, name: Any) -> str:
     known = names("task")
     try:
         known += names("world")
-    except ModuleNotFoundError:  # of gymnasium, without which a name that is like no task's may be a world's
+    except ModuleNotFoundError:  # gymnasium is missing: a name unlike any task's may be that of an environment
         if not difflib.get_close_matches(str(name), known, n=1):
             raise
     check_choice(where, name, known)
     raise AssertionError
 
 
-def _check(cells: Sequence[Cell]) -> None:
-    """Raises ValueError where there are none, two have one name, or one cannot be built."""
+def _check_cells(cells: Sequence[Cell]) -> None:
+    """Refuse an empty study, cells with equal names, and cells that cannot be built."""
     if not cells:
-        raise ValueError("expected at least one model, experiment and seed, got none of one of them")
+        raise ValueError("expected at least one model, experiment and seed, got no cells")
     count = Counter(cell.name for cell in cells)
     for cell in cells:
-        with at(f"{cell.model} in {cell.column}"):
+        with error_location(f"{cell.model} in {cell.column}"):
             if count[cell.name] > 1:
                 raise ValueError(
                     f"seed {cell.seed}: expected labels that differ in letters or digits, and each seed once, got two "
                     f"cells that are both called {cell.name!r}"
                 )
-            _try(cell)
+            _check_buildable(cell)
 
 
-def _build(kind: type[T], given: Any) -> T:
-    """kind(**given), with keys and types checked. What is built already is taken as it is."""
-    given = _keys(kind, given)
-    hints = get_type_hints(kind)
-    for name, value in given.items():
+def _build(cls: type[T], options: Any) -> T:
+    """Return cls(**options), after checking keys and types. Values that are dataclasses already are not checked."""
+    options = _check_keys(cls, options)
+    hints = get_type_hints(cls)
+    for name, value in options.items():
         if value is None and name in hints and type(None) not in (hints[name], *get_args(hints[name])):
-            raise ValueError(f"{name}: expected {words(hints[name])}, got nothing")
-    built = {name: value for name, value in given.items() if _is_built(value)}
+            raise ValueError(f"{name}: expected {describe_type(hints[name])}, got null")
+    built = {name: value for name, value in options.items() if _is_built(value)}
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
-    plain = {name: value for name, value in given.items() if name not in built}
-    for name in plain:  # not add_class_arguments: it reads a base class's annotations in the class's own module
+    plain = {name: value for name, value in options.items() if name not in built}
+    for name in plain:  # not add_class_arguments: it resolves a base class's annotations in the subclass's module
         parser.add_argument(f"--{name}", type=hints.get(name, Any))
     try:
-        return kind(**parser.instantiate(parser.parse_object(plain)).as_dict(), **built)
+        return cls(**parser.instantiate(parser.parse_object(plain)).as_dict(), **built)
     except ArgumentError as error:
         found = re.search(r'Parser key "(\w+)', str(error))
         if found is None:
             raise ValueError(str(error)) from None
         name = found[1]
-        raise ValueError(f"{name}: expected {words(hints[name])}, got {given[name]!r}") from None
+        raise ValueError(f"{name}: expected {describe_type(hints[name])}, got {options[name]!r}") from None
     except TypeError as error:
         raise ValueError(str(error)) from None
 
 
-WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
 
 
-def words(hint: Any) -> str:
-    """What a type is called in a YAML file."""
+def describe_type(hint: Any) -> str:
+    """Describe a type to someone who writes a YAML file."""
     arguments = get_args(hint)
     match get_origin(hint):
         case typing.Literal:
             return f"one of {', '.join(map(str, arguments))}"
         case typing.Union | types.UnionType:
-            return " or ".join(map(words, arguments))
+            return " or ".join(map(describe_type, arguments))
         case builtins.tuple | builtins.list:
-            each = " and ".join(dict.fromkeys(words(argument) for argument in arguments if argument is not ...))
-            return f"a list, each of it {each}"
+            each = " and ".join(dict.fromkeys(describe_type(argument) for argument in arguments if argument is not ...))
+            return f"a list, each item {each}"
         case builtins.dict:
-            return "keys with values" if arguments[1] is Any else f"keys, each with {words(arguments[1])}"
-    return WORDS.get(hint, str(hint))
+            return "a mapping" if arguments[1] is Any else f"a mapping, each value {describe_type(arguments[1])}"
+    return TYPE_NAMES.get(hint, str(hint))
 
 
 def _is_built(value: Any) -> bool:
     return dataclasses.is_dataclass(value) or (isinstance(value, dict) and any(map(_is_built, value.values())))
 
 
-def _keys(kind: type, given: Any) -> dict[str, Any]:
-    """The mapping, with no key that is not an option and none missing that has no default."""
-    options = options_of(kind)
-    for name in _mapping(given):
+def _check_keys(cls: type, content: Any) -> dict[str, Any]:
+    """Return the mapping, after checking that all keys are options of the class and that no required one is missing."""
+    options = options_of(cls)
+    for name in _check_mapping(content):
         check_choice("key", name, options)
     for name, default in options.items():
-        if default is inspect.Parameter.empty and name not in given:
-            raise ValueError(f"expected the key {name!r}, got {', '.join(map(repr, given)) or 'nothing'}")
-    return dict(given)
+        if default is inspect.Parameter.empty and name not in content:
+            raise ValueError(f"expected the key {name!r}, got {', '.join(map(repr, content)) or 'nothing'}")
+    return dict(content)
 
 
-def _mapping(given: Any, where: str = "") -> dict[str, Any]:
+def _check_mapping(content: Any, where: str = "") -> dict[str, Any]:
     place = f"{where}: " if where else ""
-    if not isinstance(given, dict):
-        raise ValueError(f"{place}expected keys with values, got {given!r}")
-    for name in given:
+    if not isinstance(content, dict):
+        raise ValueError(f"{place}expected a mapping, got {content!r}")
+    for name in content:
         if not isinstance(name, str):
             raise ValueError(f"{place}expected text as keys, got {name!r}; put it in quotes")
-    return given
+    return content
 
 
-def _try(cell: Any) -> None:
-    """Build its model, on a device that costs nothing, and its task or world, at each value that it is tested along.
+def _check_buildable(cell: Any) -> None:
+    """Build a cell's model, on the meta device, and its task, or its environment at each value of the test.
 
-    Raises ValueError where that fails.
+    Raises:
+        ValueError: if that fails.
     """
     from hqlt.model import HQLTConfig, HQLTForCausalLM
 
@@ -393,6 +452,6 @@ def _try(cell: Any) -> None:
             build_memory(settings.memory, **settings.model)
     except (ValueError, ModuleNotFoundError):
         raise
-    except Exception as error:  # what a library says of a wrong type
-        given = json.dumps({**cell.config, **cell.task_options}, default=str, ensure_ascii=False)
-        raise ValueError(f"expected values that it can be built with, got {given}: {error}") from None
+    except Exception as error:  # a library's error for a value of the wrong type
+        got = json.dumps({**cell.config, **cell.task_options}, default=str, ensure_ascii=False)
+        raise ValueError(f"expected options that the model can be built with, got {got}: {error}") from None
