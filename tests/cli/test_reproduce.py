@@ -100,7 +100,7 @@ def test_failed_cells_are_named_and_the_others_reported(tmp_path, monkeypatch, c
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("hqlt.study.run.run_grid", fail)
-    monkeypatch.setattr("hqlt.cli.reproduce.outside", lambda: ["mine"])  # whose module registered something
+    monkeypatch.setattr("hqlt.cli.reproduce.plugin_modules", lambda: ["mine"])  # as if it had registered something
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(STUDY))
     with pytest.raises(SystemExit, match=r"(?s)parity: why.*again with: hqlt --import=mine reproduce mine.yaml"):
         main(["reproduce", "mine.yaml"])
