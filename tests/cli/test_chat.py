@@ -1,4 +1,4 @@
-"""A conversation as it is held: lines into stdin, answers out of stdout, all else on stderr."""
+"""`hqlt chat`: questions from stdin, answers to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def said(monkeypatch, capsys):
-    """What a conversation of these lines prints: (stdout, stderr)."""
+def converse(monkeypatch, capsys):
+    """The output of a conversation with these input lines: (stdout, stderr)."""
 
     def run(folder, *lines: str, options=OPTIONS):
         monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
@@ -42,129 +42,134 @@ def said(monkeypatch, capsys):
 
 
 def counts(err: str) -> list[tuple[int, int]]:
-    """Of each answer: tokens read, and reused."""
+    """Tokens read and reused for each answer."""
     return [(int(read), int(reused)) for read, reused in re.findall(r"(\d+) read, (\d+) reused", err)]
 
 
-def test_a_conversation(folder, said):
-    out, err = said(folder, "One?", "", "  Two?", " /three")
+def test_a_conversation(folder, converse):
+    out, err = converse(folder, "One?", "", "  Two?", " /three")
     _, answers = talk(Chat(ascii_model(), load_tokenizer("bytes")), ["One?", "Two?", "/three"])
     assert out == "".join(f"{answer.text}\n" for answer in answers)
     assert counts(err) == [(answer.read, answer.reused) for answer in answers]
-    assert 'no chat template beside this model: it continues a text in which messages stand after "User:"' in err
+    assert 'this model has no chat template: messages follow "User:" and "Assistant:" in plain text' in err
     assert re.search(
-        r"first token after \d\.\d\d s · tokens: 23 read, 0 reused, 12 made at [\d,]+ per second · state \d\.\d kB", err
+        r"first token after \d\.\d\d s · tokens: 23 read, 0 reused, 12 generated at [\d,]+ per second · state",
+        err,
     )
 
 
-def test_a_turn_taken_back_a_fork_and_another_try(folder, said):
-    out, err = said(folder, "One?", "Two?", "/undo", "Two?", "/fork b", "Three?", "/switch main", "Three?", "/retry")
+def test_undo_fork_and_retry(folder, converse):
+    out, err = converse(
+        folder, "One?", "Two?", "/undo", "Two?", "/fork b", "Three?", "/switch main", "Three?", "/retry"
+    )
     _, two, again, three, same, retried, _ = out.split("\n")
     assert two == again and three == same == retried
     _, _, *others = counts(err)
     assert [read for read, _ in others] == [1, len(two) - 11 + len("\n\nUser:\nThree?\n\nAssistant:\n"), 1, 1]
     assert "b: 2 turns in common" in err and f"main: 2 turns; last: …{two.strip()}" in " ".join(err.split())
-    _, err = said(folder, "One?", "/fork b", "/switch")
+    _, err = converse(folder, "One?", "/fork b", "/switch")
     assert re.search(r"  main: 1 turn\n\* b: 1 turn\n", err)
 
 
-def test_saved_and_loaded(folder, said, tmp_path):
+def test_saved_and_loaded(folder, converse, tmp_path):
     file = tmp_path / "talk"
-    one, err = said(folder, "One?", f"/save {file}", "Two?")
+    one, err = converse(folder, "One?", f"/save {file}", "Two?")
     assert f"{file}: 0.0 MB" in " ".join(err.split())
-    two, later = said(folder, f"/load {file}", "Two?")
+    two, later = converse(folder, f"/load {file}", "Two?")
     assert one.split("\n")[1:] == two.split("\n") and counts(err)[1:] == counts(later)
     weights = folder / "model" / "model.safetensors"
     before = weights.read_bytes()
-    _, err = said(folder, "One?", f"/save {weights}")
+    _, err = converse(folder, "One?", f"/save {weights}")
     assert "expected format" in err and weights.read_bytes() == before
 
 
-def test_a_store_of_states(folder, said, tmp_path):
+def test_a_store_of_states(folder, converse, tmp_path):
     options = (*OPTIONS, f"--store={tmp_path / 'store'}")
-    out, _ = said(folder, "One?", "Two?", options=options)
-    again, err = said(folder, "One?", "Two?", options=options)
+    out, _ = converse(folder, "One?", "Two?", options=options)
+    again, err = converse(folder, "One?", "Two?", options=options)
     assert again == out and [read for read, _ in counts(err)] == [1, 1]
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit, match="file: expected a folder, found a file"):
-        said(folder, options=[f"--store={tmp_path / 'file'}"])
+        converse(folder, options=[f"--store={tmp_path / 'file'}"])
 
 
-def test_answers_guessed_ahead(folder, said):
-    """By another model, or from the conversation: the same answers, and the same states are found again."""
+def test_speculative_decoding(folder, converse):
+    """With a draft model or prompt lookup, answers and the number of reused tokens stay the same."""
     lines = ("One? One? One? One?", "Two?", "/undo", "One?")
-    expected, err = said(folder, *lines)
+    expected, err = converse(folder, *lines)
     for option in ("--prompt-lookup", f"--draft={folder}"):
-        guessed, other = said(folder, *lines, options=(*OPTIONS, option))
-        assert guessed == expected and counts(other) == counts(err)
+        drafted, other = converse(folder, *lines, options=(*OPTIONS, option))
+        assert drafted == expected and counts(other) == counts(err)
     with pytest.raises(SystemExit, match="--draft or --prompt-lookup, not both"):
-        said(folder, options=["--prompt-lookup", f"--draft={folder}"])
+        converse(folder, options=["--prompt-lookup", f"--draft={folder}"])
 
 
-def test_a_system_message(folder, said, tmp_path):
-    plain, err = said(folder, "/system Be brief.", "One?", "/system", "/retry")
-    assert "the next answer reads the whole conversation again" in err
+def test_a_system_message(folder, converse, tmp_path):
+    plain, err = converse(folder, "/system Be brief.", "One?", "/system", "/retry")
+    assert "the next answer will read the whole conversation again" in err
     assert (
         plain
-        == said(folder, "One?", "/retry", options=(*OPTIONS, "--system=Be brief."))[0].split("\n")[0]
+        == converse(folder, "One?", "/retry", options=(*OPTIONS, "--system=Be brief."))[0].split("\n")[0]
         + "\n"
-        + (said(folder, "One?")[0])
+        + (converse(folder, "One?")[0])
     )
     size = save_chat_tokenizer(tmp_path, CHATML.replace("message.role +", "message.role | replace('system', '') +"))
     build(vocab_size=size).save_pretrained(tmp_path)
-    _, err = said(tmp_path, "/system Be brief.")
+    _, err = converse(tmp_path, "/system Be brief.")
     assert "no chat template" not in err
 
 
-def test_a_template_without_a_place_for_it(said, tmp_path):
+def test_a_template_without_system_messages(converse, tmp_path):
     size = save_chat_tokenizer(tmp_path, "{{ raise_exception('no') if messages[0].role == 'system' else 'a' }}")
     build(vocab_size=size).save_pretrained(tmp_path)
-    message = "system: expected a chat template with a place for it, but this model's has none"
-    assert message in said(tmp_path, "/system Be brief.")[1]
+    message = "system: expected a chat template that supports a system message, got one that does not"
+    assert message in converse(tmp_path, "/system Be brief.")[1]
     with pytest.raises(SystemExit, match=message):
-        said(tmp_path, options=["--system=Be brief."])
+        converse(tmp_path, options=["--system=Be brief."])
 
 
-def test_seeds(folder, said):
+def test_seeds(folder, converse):
     options = ("--max-new-tokens=12", "--temperature=2", "--top-k=90")
-    one, same, other = (said(folder, "One?", "/retry", options=(*options, f"--seed={seed}"))[0] for seed in (1, 1, 2))
+    one, same, other = (
+        converse(folder, "One?", "/retry", options=(*options, f"--seed={seed}"))[0] for seed in (1, 1, 2)
+    )
     assert one == same != other
-    assert len(set(one.split("\n"))) == 3  # another try is another answer
+    assert len(set(one.split("\n"))) == 3  # a retry gives another answer
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("/undo", "/undo: expected a turn, but nothing has been asked yet"),
-        ("/retry", "/retry: expected a turn, but nothing has been asked yet"),
-        ("/frok b", r"expected one of /save, .*/quit, got /frok \(did you mean /fork\?\)"),
-        ("/", "expected one of .* got /; a blank before the slash makes it a question"),
-        ("/fork", "/fork: expected NAME behind it, got nothing"),
-        ("/undo 2", "/undo: expected nothing behind it, got 2"),
-        ("/fork main", "/fork: expected a new name, got main, which is taken; /switch main goes there"),
+        ("/undo", "/undo: expected a question to have been asked, got an empty conversation"),
+        ("/retry", "/retry: expected a question to have been asked, got an empty conversation"),
+        ("/frok b", r"expected one of /save, .*/quit, got /frok; did you mean /fork\?"),
+        ("/", "expected one of .* got /; put a space before the slash to ask it as a question"),
+        ("/fork", "/fork: expected NAME, got no argument"),
+        ("/undo 2", "/undo: expected no argument, got 2"),
+        ("/fork main", "/fork: expected a new name, got main, which exists; /switch main switches to it"),
         ("/switch b", "/switch: expected one of main, got b"),
         ("/save nowhere/talk", "save: expected a conversation, got one without messages"),
         ("/load nowhere", "No such file or directory: nowhere"),
-        ("/help", r"/switch \[NAME\] +to the conversation of that name"),
+        ("/help", r"/switch \[NAME\] +switch to the conversation of that name"),
     ],
 )
-def test_what_cannot_be_done_is_said(folder, said, line, message):
-    _, err = said(folder, line)
+def test_invalid_commands_are_reported(folder, converse, line, message):
+    _, err = converse(folder, line)
     assert re.search(message, " ".join(err.split()))
 
 
-def test_options_that_cannot_be(folder, said):
+def test_invalid_options_are_refused(folder, converse):
     for option, message in (
         ("--max-new-tokens=0", "max-new-tokens: expected at least 1"),
-        ("--top-p=2", "top-p ≤ 1"),
+        ("--top-p=2", "top-p: expected above 0 and at most 1"),
         ("--kept=3", "retention"),
     ):
         with pytest.raises(SystemExit, match=message):
-            said(folder, options=[option])
+            converse(folder, options=[option])
 
 
 class Terminal:
-    """The command as it runs in one."""
+    """The command in a pseudo-terminal."""
 
     def __init__(self, *arguments: str) -> None:
         self.end, end = os.openpty()
@@ -172,14 +177,14 @@ class Terminal:
         command = [sys.executable, "-c", code, *arguments]
         self.process = subprocess.Popen(command, stdin=end, stdout=end, stderr=end)
         os.close(end)
-        self.shown = ""
+        self.output = ""
 
     def until(self, pattern: str) -> None:
-        """Wait until this is shown, after what was waited for before."""
-        while not (found := re.search(pattern, self.shown, re.DOTALL)):
-            assert select.select([self.end], [], [], 60)[0], f"expected {pattern}, got {self.shown}"
-            self.shown += os.read(self.end, 4096).decode(errors="replace")
-        self.shown = self.shown[found.end() :]
+        """Wait until the output matches, after the previous match."""
+        while not (found := re.search(pattern, self.output, re.DOTALL)):
+            assert select.select([self.end], [], [], 60)[0], f"expected {pattern}, got {self.output}"
+            self.output += os.read(self.end, 4096).decode(errors="replace")
+        self.output = self.output[found.end() :]
 
     def type(self, keys: str) -> None:
         os.write(self.end, keys.encode())
@@ -187,7 +192,7 @@ class Terminal:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="expects readline on a pseudo-terminal")
 def test_in_a_terminal(folder):
-    """A prompt, the line before by the arrow key, Ctrl-C for an answer that would never end, Ctrl-D to leave."""
+    """The prompt, the arrow key for the previous line, Ctrl-C to stop an endless answer, Ctrl-D to leave."""
     terminal = Terminal("chat", str(folder), "--max-new-tokens=1000000", "--greedy")
     terminal.until("Ctrl-D leaves.*main>")
     terminal.type("One?\n")
@@ -196,10 +201,10 @@ def test_in_a_terminal(folder):
         terminal.type(keys)
         terminal.until("One?.*.{100}" if keys else ".{100}")
         terminal.process.send_signal(signal.SIGINT)
-        terminal.until("first token after.*ended by Ctrl-C.*main>")
+        terminal.until("first token after.*stopped by Ctrl-C.*main>")
     terminal.type("a")
     terminal.until("a")
-    time.sleep(0.1)  # until it waits for the next key
+    time.sleep(0.1)  # until it waits for input
     terminal.process.send_signal(signal.SIGINT)
     terminal.until("/quit or Ctrl-D leaves.*main>")
     terminal.type("\x04")

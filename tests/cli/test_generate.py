@@ -1,4 +1,4 @@
-"""The command as a person runs it: into a pipe goes the new text alone."""
+"""`hqlt generate` as it is run in a shell; a pipe receives only the new text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tokenizers import processors
 
 from hqlt.cli import main
-from hqlt.cli.generate import shown
+from hqlt.cli.generate import live_output
 from hqlt.language import generation
 from tests.language.conftest import build, prepending
 
@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def said(capsys, *arguments) -> str:
+def generated(capsys, *arguments) -> str:
     main(["generate", *map(str, arguments)])
     return capsys.readouterr().out
 
@@ -32,40 +32,42 @@ def said(capsys, *arguments) -> str:
 def test_a_document_read_once(folder, tmp_path, capsys):
     document, state = tmp_path / "document.txt", tmp_path / "state"
     document.write_text("a document, longer than the window\n" * 50)
-    assert said(capsys, folder, "--prompt-file", document, "--max-new-tokens=0", "--save-state", state) == ""
+    assert generated(capsys, folder, "--prompt-file", document, "--max-new-tokens=0", "--save-state", state) == ""
     options = ("--prompt=and?", "--max-new-tokens=20", "--seed=3")
-    anew = said(capsys, folder / "model", "--prompt-file", document, *options)
-    assert len(anew) > 1
-    assert said(capsys, folder, "--load-state", state, *options) == anew
-    assert said(capsys, folder, "--load-state", state, "--prompt=and?", "--max-new-tokens=20", "--seed=4") != anew
+    expected = generated(capsys, folder / "model", "--prompt-file", document, *options)
+    assert len(expected) > 1
+    assert generated(capsys, folder, "--load-state", state, *options) == expected
+    assert (
+        generated(capsys, folder, "--load-state", state, "--prompt=and?", "--max-new-tokens=20", "--seed=4") != expected
+    )
 
 
 def test_a_store(folder, tmp_path, capsys):
-    """Read by one command, reused by the next, also for another prompt that begins alike; the text is the same."""
+    """A state is reused by the next command, also for another prompt with the same beginning; the text is the same."""
     document, store = tmp_path / "document.txt", ("--store", tmp_path / "store")
     document.write_text("a document, longer than the window\n" * 50)
     for prompt, reused in (("", 0), ("and?", 1749), ("and then?", 1753), ("and then?", 1758)):
         options = ("--prompt-file", document, f"--prompt={prompt}", "--greedy", "--max-new-tokens=9")
         main(["generate", str(folder), *map(str, (*options, *store))])
-        told = capsys.readouterr()
-        assert f"{reused} of the prompt's {1750 + len(prompt)} tokens were reused from" in told.err
-        assert told.out == said(capsys, folder, *options)
-    assert said(capsys, folder, "--prompt=a text", "--max-new-tokens=0", *store) == ""
+        printed = capsys.readouterr()
+        assert f"{reused} of the prompt's {1750 + len(prompt)} tokens were reused from" in printed.err
+        assert printed.out == generated(capsys, folder, *options)
+    assert generated(capsys, folder, "--prompt=a text", "--max-new-tokens=0", *store) == ""
 
 
 def test_drafts(folder, tmp_path, capsys):
-    """Proposed by a smaller model or looked up in the text: the text is the same, also after a file or a store."""
+    """Draft tokens of a smaller model or of the text do not change the text, also with a loaded state or a store."""
     smaller, state, prompt = tmp_path / "smaller", tmp_path / "state", "--prompt=" + "once more, and " * 8
     build(hidden_size=8).save_pretrained(smaller)
     options = ("--max-new-tokens=40", "--greedy")
-    plain = said(capsys, folder, prompt, *options)
+    plain = generated(capsys, folder, prompt, *options)
     for drafts in (("--draft", smaller), ("--prompt-lookup",)):
-        assert said(capsys, folder, prompt, *options, *drafts) == plain
+        assert generated(capsys, folder, prompt, *options, *drafts) == plain
         for _ in range(2):
-            assert said(capsys, folder, prompt, *options, *drafts, "--store", tmp_path / "store") == plain
-        assert said(capsys, folder, "--prompt=once more, and ", "--max-new-tokens=0", "--save-state", state) == ""
+            assert generated(capsys, folder, prompt, *options, *drafts, "--store", tmp_path / "store") == plain
+        assert generated(capsys, folder, "--prompt=once more, and ", "--max-new-tokens=0", "--save-state", state) == ""
         rest = "--prompt=" + "once more, and " * 7
-        assert said(capsys, folder, rest, *options, *drafts, "--load-state", state) == plain
+        assert generated(capsys, folder, rest, *options, *drafts, "--load-state", state) == plain
     for wrong, match in (
         (("--draft", smaller, "--prompt-lookup"), "prompt-lookup: expected --draft or --prompt-lookup, not both"),
         (
@@ -77,16 +79,16 @@ def test_drafts(folder, tmp_path, capsys):
             main(["generate", str(folder), prompt, *map(str, wrong)])
 
 
-def test_rows_and_their_ends(folder, capsys):
-    out = said(capsys, folder, "--prompt=abc", "--max-new-tokens=9", "--num-return-sequences=3", "--greedy")
+def test_several_continuations(folder, capsys):
+    out = generated(capsys, folder, "--prompt=abc", "--max-new-tokens=9", "--num-return-sequences=3", "--greedy")
     rows = out.split("--- ")[1:]
     assert len(rows) == 3
     assert {row.partition("\n")[2].strip() for row in rows} == {rows[0].partition("\n")[2].strip()}
-    greedy = said(capsys, folder, "--prompt=abc", "--max-new-tokens=9", "--greedy")
-    assert said(capsys, folder, "--prompt=abc", "--max-new-tokens=9", "--temperature=0") == greedy
+    greedy = generated(capsys, folder, "--prompt=abc", "--max-new-tokens=9", "--greedy")
+    assert generated(capsys, folder, "--prompt=abc", "--max-new-tokens=9", "--temperature=0") == greedy
 
 
-def test_a_prompt_begins_as_the_tokenizer_begins_a_text(tmp_path, capsys, monkeypatch):
+def test_a_prompt_begins_with_the_special_tokens_of_the_tokenizer(tmp_path, capsys, monkeypatch):
     tokenizer = prepending()
     tokenizer.bos_id = 0
     tokenizer.tokenizer.add_special_tokens(["<s>", "</s>"])
@@ -99,33 +101,33 @@ def test_a_prompt_begins_as_the_tokenizer_begins_a_text(tmp_path, capsys, monkey
     monkeypatch.setattr(generation, "prefill", lambda *a: given.append(a[1]) or prefill(*a))
     text = tokenizer.encode("text")
     for options, expected in (
-        (["--prompt=text"], [0, *text]),  # and no token that ends it
+        (["--prompt=text"], [0, *text]),  # without the token that ends a text
         (["--prompt=<s>text"], [0, *text]),
         ([], [0]),
         (["--prompt=text</s>"], [0, *text, 1]),
     ):
-        said(capsys, tmp_path, "--max-new-tokens=1", *options)
+        generated(capsys, tmp_path, "--max-new-tokens=1", *options)
         assert given.pop() == expected
     state = tmp_path / "state"
-    said(capsys, tmp_path, "--prompt=text", "--max-new-tokens=0", "--save-state", state)
-    said(capsys, tmp_path, "--prompt=text", "--max-new-tokens=1", "--load-state", state)
-    assert given == [[0, *text], text]  # in the middle of a text nothing begins
+    generated(capsys, tmp_path, "--prompt=text", "--max-new-tokens=0", "--save-state", state)
+    generated(capsys, tmp_path, "--prompt=text", "--max-new-tokens=1", "--load-state", state)
+    assert given == [[0, *text], text]  # no special tokens after a loaded state
 
 
 def test_long_rows_are_whole_on_a_terminal():
-    """Wrapped in their panels, and all of them at the end, however many lines the terminal has."""
+    """Rows are wrapped in their panels, and printed in full at the end, however few lines the terminal has."""
     console = Console(file=io.StringIO(), force_terminal=True, width=40, height=6)
     words = [[f"w{row}x{i}" for i in range(50)] for row in range(3)]
-    with shown(console, "prompt", 3) as told:
+    with live_output(console, "prompt", 3) as write:
         for row, some in enumerate(words):
             for word in some:
-                told(row, f"{word} ")
+                write(row, f"{word} ")
     last = console.file.getvalue().rpartition("\x1b[?25h")[2]
     assert set(last.split()) >= {word for some in words for word in some}
     assert {len(line) for line in last.splitlines() if line.startswith("│")} == {40}
 
 
-def test_what_was_read_is_not_lost(folder, tmp_path, capsys, monkeypatch):
+def test_a_state_is_rescued_if_its_file_cannot_be_written(folder, tmp_path, capsys, monkeypatch):
     state, saved = tmp_path / "state", generation.save_past
     options = ("--prompt=a text", "--max-new-tokens=9", "--seed=1", "--save-state", state)
 
@@ -137,11 +139,11 @@ def test_what_was_read_is_not_lost(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(generation, "save_past", failing)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(
-        SystemExit, match=r"state could not be written \(No space left .*\); what was read is in .*state"
+        SystemExit, match=r"state could not be written \(No space left .*\); the state was saved to .*state"
     ):
-        said(capsys, folder, *options)
+        generated(capsys, folder, *options)
     monkeypatch.setattr(generation, "save_past", saved)
-    said(capsys, folder, *options)
+    generated(capsys, folder, *options)
     (elsewhere,) = tmp_path.glob("hqlt-*/state")
     assert same(elsewhere, state)
 
@@ -151,15 +153,15 @@ def same(one, other):
     return one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
 
 
-def test_ctrl_c_keeps_the_prompt(folder, tmp_path, capsys, monkeypatch):
+def test_ctrl_c_saves_the_state_after_the_prompt(folder, tmp_path, capsys, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(generation, "continue_text", interrupted)
     with pytest.raises(SystemExit):
-        said(capsys, folder, "--prompt=a text", "--save-state", tmp_path / "state")
+        generated(capsys, folder, "--prompt=a text", "--save-state", tmp_path / "state")
     monkeypatch.undo()
-    said(capsys, folder, "--prompt=a text", "--max-new-tokens=0", "--save-state", tmp_path / "again")
+    generated(capsys, folder, "--prompt=a text", "--max-new-tokens=0", "--save-state", tmp_path / "again")
     assert same(tmp_path / "state", tmp_path / "again")
 
 
@@ -173,18 +175,21 @@ def test_ctrl_c_keeps_the_prompt(folder, tmp_path, capsys, monkeypatch):
             ["FOLDER", "--prompt=a", "--num-return-sequences=2", "--save-state=s"],
             "save-state: expected one continuation",
         ),
-        (["FOLDER", "--prompt=a", "--save-state=nowhere/s"], "save-state: expected a file in a folder .* got nowhere"),
-        (["FOLDER", "--prompt=a", "--save-state=FOLDER"], "save-state: expected a file in a folder"),
+        (
+            ["FOLDER", "--prompt=a", "--save-state=nowhere/s"],
+            "save-state: expected a file in an existing folder, got nowhere",
+        ),
+        (["FOLDER", "--prompt=a", "--save-state=FOLDER"], "save-state: expected a file in an existing folder"),
         (["FOLDER", "--prompt=a", "--num-return-sequences=0"], "num-return-sequences: expected at least 1"),
-        (["FOLDER", "--prompt=a", "--temperature=-1"], "temperature ≥ 0"),
-        (["FOLDER", "--prompt=a", "--top-p=2"], "0 < top-p ≤ 1"),
-        (["FOLDER", "--prompt=a", "--top-k=0"], "top-k ≥ 1"),
-        (["FOLDER", "--prompt=a", "--temperature=.nan"], "temperature ≥ 0"),
-        (["FOLDER", "--prompt=a", "--temperature=.inf"], "temperature ≥ 0"),
+        (["FOLDER", "--prompt=a", "--temperature=-1"], "temperature: expected a number ≥ 0"),
+        (["FOLDER", "--prompt=a", "--top-p=2"], "top-p: expected above 0 and at most 1"),
+        (["FOLDER", "--prompt=a", "--top-k=0"], "top-k: expected at least 1"),
+        (["FOLDER", "--prompt=a", "--temperature=.nan"], "temperature: expected a number ≥ 0"),
+        (["FOLDER", "--prompt=a", "--temperature=.inf"], "temperature: expected a number ≥ 0"),
         (["FOLDER", "--prompt=a", "--max-new-tokens=0"], "max-new-tokens: expected at least 1, or --save-state"),
         (
             ["FOLDER", "--prompt=a", "--store=FOLDER", "--load-state=FOLDER/model/config.json"],
-            "store: expected without",
+            "store: expected no --load-state",
         ),
         (["FOLDER", "--prompt=a", "--store=FOLDER/model/config.json"], "expected a folder, found a file"),
         (["FOLDER", "--prompt=a", "--max-new-tokens=-1"], "max-new-tokens: expected at least 0"),
@@ -195,7 +200,7 @@ def test_ctrl_c_keeps_the_prompt(folder, tmp_path, capsys, monkeypatch):
         (["FOLDER", "--prompt=a", "--device=nothing"], "device: expected one .* got 'nothing'"),
     ],
 )
-def test_what_cannot_be_done_is_said(folder, arguments, message):
+def test_invalid_options_are_refused(folder, arguments, message):
     with pytest.raises(SystemExit, match=message):
         main(["generate", *(argument.replace("FOLDER", str(folder)) for argument in arguments)])
 

@@ -1,4 +1,4 @@
-"""`hqlt chat`: a conversation with a model in the terminal, in which nothing is read twice."""
+"""`hqlt chat`: a conversation with a model in the terminal, of which nothing is read twice."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from hqlt.cli.generate import check_choice, check_drafts, drafts_for, expect
+from hqlt.cli.generate import check_drafts, check_sampling, drafts_for, expect
 from hqlt.cli.progress import progress
 from hqlt.cli.retention_options import RetentionOptions
 from hqlt.data.text import printable
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from hqlt.language.template import Message
 
 COMMANDS = {
-    "save FILE": "keep this conversation and the state after it in a file",
-    "load FILE": "continue the conversation in a file, in the place of this one",
-    "fork NAME": "go on under a new name; the conversation so far stays under the old one, too",
-    "switch [NAME]": "to the conversation of that name; without one: list them",
-    "undo": "take the last question back, and its answer",
-    "retry": "another answer to the last question",
-    "system [TEXT]": "what the model is told before all else; without a text: nothing",
-    "help": "these lines",
-    "quit": "leave, as Ctrl-D does",
+    "save FILE": "save this conversation and its state to a file",
+    "load FILE": "replace this conversation with the one in a file",
+    "fork NAME": "continue under a new name; the old name keeps the conversation so far",
+    "switch [NAME]": "switch to the conversation of that name; without a name, list all",
+    "undo": "remove the last question and its answer",
+    "retry": "generate another answer to the last question",
+    "system [TEXT]": "set the system message; without a text, remove it",
+    "help": "show this list",
+    "quit": "leave, like Ctrl-D",
 }
-"""What can be typed after a slash, and what it does. By the first word, a method of `Session`."""
+"""Commands after a slash and their descriptions. The first word names a method of `Session`."""
 
 
 def chat(
@@ -51,30 +51,31 @@ def chat(
     device: str | None = None,
     **retention_options: Any,
 ) -> None:
-    """Talk with a model. Each turn reads only what is new; /undo, /fork and /switch cost nothing.
+    """Chat with a model. Each turn reads only what is new; /undo, /fork and /switch cost nothing.
 
-    /help lists the commands, Ctrl-C ends an answer, Ctrl-D leaves. Where stdin is a pipe, each of its lines is a
-    question or a command; into a pipe or a file go the answers alone. Messages are written in the chat template of the
-    model's tokenizer; where it has none, after "User:" and "Assistant:".
+    /help lists the commands, Ctrl-C ends an answer, Ctrl-D leaves. If stdin is a pipe, each line is a question or a
+    command; if stdout is a pipe or file, it receives only the answers. Messages are formatted with the chat template of
+    the model's tokenizer; without one, they follow "User:" and "Assistant:".
 
     Args:
-        model: a model's folder, or the run that trained it.
-        system: what the model is told before the conversation.
+        model: folder of a model, or of the run that trained it.
+        system: system message.
         max_new_tokens: maximum number of tokens per answer.
-        temperature: below 1 the likely gets likelier; 0 is greedy.
-        top_p: choose among the likeliest tokens that have this probability together.
-        top_k: choose among this many of the likeliest tokens.
-        seed: the same seed and questions make the same answers; another one at each start by default.
-        greedy: always the likeliest token.
-        store: keep the states of conversations in this folder, too, so that what begins like one is not read again at
-            another start. Many commands and models may share it; what is in it may be deleted at any time.
-        draft: the folder or run of a smaller model with the same tokenizer. It proposes tokens that the model checks
-            several at a time, so that answers come faster where it is right, and are the same.
-        prompt_lookup: propose what followed the last tokens where they stood in the conversation before.
-        device: where the model runs, such as cpu; cuda where there is one by default.
+        temperature: sampling temperature; 0 decodes greedily.
+        top_p: sample from the smallest set of most likely tokens with at least this total probability.
+        top_k: sample from this many of the most likely tokens.
+        seed: random seed; the same seed and questions give the same answers. Default: a different seed at each start.
+        greedy: always choose the most likely token.
+        store: also keep the states of conversations in this folder, so that a known beginning is not read again after
+            a restart. Several commands and models may share the folder; its contents may be deleted at any time.
+        draft: folder or run of a smaller model with the same tokenizer, for speculative decoding: it proposes tokens,
+            and the model checks several at a time. Answers stay the same and come faster if the proposals are right.
+        prompt_lookup: speculative decoding without a draft model: propose what followed the last tokens at an earlier
+            place in the conversation.
+        device: device of the model, such as cpu; default: cuda if available.
     """
-    choice: Any = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "greedy": greedy}
-    check_choice(seed=seed, **choice)
+    sampling: Any = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "greedy": greedy}
+    check_sampling(seed=seed, **sampling)
     expect("max-new-tokens", max_new_tokens, max_new_tokens >= 1, "at least 1")
     check_drafts(draft, prompt_lookup)
     if store is not None:
@@ -91,11 +92,10 @@ def chat(
     language_model = retention.load(model, device_there, notes)
     drafts = drafts_for(draft, prompt_lookup, tokenizer, device_there)
     talk = Chat(language_model, tokenizer, PrefixStore(language_model, folder=store), drafts)
-    session = Session(talk, notes, {"max_new_tokens": max_new_tokens, **choice})
+    session = Session(talk, notes, {"max_new_tokens": max_new_tokens, **sampling})
     if is_plain(tokenizer):
         notes.print(
-            'no chat template beside this model: it continues a text in which messages stand after "User:" and '
-            '"Assistant:"',
+            'this model has no chat template: messages follow "User:" and "Assistant:" in plain text',
             style="dim",
         )
     if system:
@@ -108,17 +108,17 @@ def chat(
 
 
 class Session:
-    """Conversations by name, the one that goes on, and what is typed."""
+    """Named conversations, one of which is current, and the commands typed."""
 
-    def __init__(self, chat: Chat, notes: Console, choice: dict[str, Any]) -> None:
-        self.chat, self.notes, self.choice = chat, notes, choice
+    def __init__(self, chat: Chat, notes: Console, options: dict[str, Any]) -> None:
+        self.chat, self.notes, self.options = chat, notes, options
         self.conversations: dict[str, list[Message]] = {"main": []}
         self.name = "main"
         self.terminal = sys.stdin.isatty() and sys.stdout.isatty()
 
     @property
     def messages(self) -> list[Message]:
-        """Of the conversation that goes on: a value, which is replaced, never changed."""
+        """The messages of the current conversation. The list is replaced, never modified."""
         return self.conversations[self.name]
 
     @messages.setter
@@ -126,7 +126,7 @@ class Session:
         self.conversations[self.name] = messages
 
     def run(self) -> None:
-        """Answer until there are no more questions."""
+        """Answer until the input ends."""
         if self.terminal:
             edit_lines()
             self.note("/help lists the commands, Ctrl-C ends an answer, Ctrl-D leaves")
@@ -144,9 +144,9 @@ class Session:
                     raise
                 self.note("\n/quit or Ctrl-D leaves")
             except Exception as error:
-                if (said := explanation(error)) is None or isinstance(error, BrokenPipeError):
+                if (message := explanation(error)) is None or isinstance(error, BrokenPipeError):
                     raise
-                self.notes.print(said, style="red", markup=False)
+                self.notes.print(message, style="red", markup=False)
 
     def note(self, text: str) -> None:
         self.notes.print(text, style="dim", markup=False)
@@ -154,62 +154,63 @@ class Session:
     def ask(self, question: str) -> None:
         from hqlt.language.generation import PREFILL_CHUNK
 
-        def told(text: str) -> None:
+        def write(text: str) -> None:
             sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
             sys.stdout.flush()
 
-        asked = [*self.messages, {"role": "user", "content": question}]
-        reading = functools.partial(progress, "reading", least=PREFILL_CHUNK)
-        answer = self.chat.answer(asked, told, reading=reading, **self.choice)
+        messages = [*self.messages, {"role": "user", "content": question}]
+        bar = functools.partial(progress, "reading", least=PREFILL_CHUNK)
+        answer = self.chat.answer(messages, write, progress=bar, **self.options)
         sys.stdout.write("\n")
         sys.stdout.flush()
-        self.messages = [*asked, {"role": "assistant", "content": answer.text}]
-        self.note(f"{answer}{' · ended by Ctrl-C' if answer.interrupted else ''}")
+        self.messages = [*messages, {"role": "assistant", "content": answer.text}]
+        self.note(f"{answer}{' · stopped by Ctrl-C' if answer.interrupted else ''}")
 
     def command(self, name: str = "", argument: str = "") -> None:
-        """Do what a line after its slash says. Raises ValueError for what is no command."""
-        takes = {words.partition(" ")[0]: words.partition(" ")[2] for words in COMMANDS}
-        if name not in takes:
-            near = difflib.get_close_matches(name, takes, n=1)
-            meant = f" (did you mean /{near[0]}?)" if near else "; a blank before the slash makes it a question"
-            raise ValueError(f"expected one of /{', /'.join(takes)}, got /{name}{meant}")
-        if bool(argument) != bool(takes[name]) and not takes[name].startswith("["):
-            raise ValueError(f"/{name}: expected {takes[name] or 'nothing'} behind it, got {argument or 'nothing'}")
-        getattr(self, name)(*[argument] * bool(takes[name]))
+        """Run a command. Raises ValueError if it is unknown or has a wrong argument."""
+        arguments = {words.partition(" ")[0]: words.partition(" ")[2] for words in COMMANDS}
+        if name not in arguments:
+            near = difflib.get_close_matches(name, arguments, n=1)
+            hint = f"; did you mean /{near[0]}?" if near else "; put a space before the slash to ask it as a question"
+            raise ValueError(f"expected one of /{', /'.join(arguments)}, got /{name}{hint}")
+        expected = arguments[name]
+        if bool(argument) != bool(expected) and not expected.startswith("["):
+            raise ValueError(f"/{name}: expected {expected or 'no argument'}, got {argument or 'no argument'}")
+        getattr(self, name)(*[argument] * bool(expected))
 
     def save(self, file: str) -> None:
         from hqlt.state import load_notes
 
         path = Path(file).expanduser()
         if path.is_file():
-            load_notes(path)  # refuses to replace anything but a state
+            load_notes(path)  # refuses to overwrite anything but a state
         self.chat.save(path, self.messages)
         self.note(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
     def load(self, file: str) -> None:
         self.messages = self.chat.load(Path(file).expanduser())
-        self.note(f"{told_of(self.messages)}; {last_words(self.messages)}")
+        self.note(f"{turns_of(self.messages)}; {last_answer(self.messages)}")
 
     def fork(self, name: str) -> None:
         if name in self.conversations:
-            raise ValueError(f"/fork: expected a new name, got {name}, which is taken; /switch {name} goes there")
+            raise ValueError(f"/fork: expected a new name, got {name}, which exists; /switch {name} switches to it")
         self.conversations[name] = self.messages
         self.name = name
-        self.note(f"{name}: {told_of(self.messages)} in common")
+        self.note(f"{name}: {turns_of(self.messages)} in common")
 
     def switch(self, name: str) -> None:
         if not name:
             for other, messages in self.conversations.items():
-                self.note(f"{'*' if other == self.name else ' '} {other}: {told_of(messages)}")
+                self.note(f"{'*' if other == self.name else ' '} {other}: {turns_of(messages)}")
             return
         if name not in self.conversations:
             raise ValueError(f"/switch: expected one of {', '.join(self.conversations)}, got {name}")
         self.name = name
-        self.note(f"{name}: {told_of(self.messages)}; {last_words(self.messages)}")
+        self.note(f"{name}: {turns_of(self.messages)}; {last_answer(self.messages)}")
 
     def undo(self) -> None:
         self.messages = self.last_turn("undo")[0]
-        self.note(f"{told_of(self.messages)}; {last_words(self.messages)}")
+        self.note(f"{turns_of(self.messages)}; {last_answer(self.messages)}")
 
     def retry(self) -> None:
         before, question = self.last_turn("retry")
@@ -220,18 +221,18 @@ class Session:
             self.messages = turn if self.messages is before else self.messages
 
     def last_turn(self, command: str) -> tuple[list[Message], str]:
-        """What stands before it, and its question. Raises ValueError where there is none."""
+        """The messages before the last turn, and its question. Raises ValueError if there is no turn."""
         if len(self.messages) < 2:
-            raise ValueError(f"/{command}: expected a turn, but nothing has been asked yet")
+            raise ValueError(f"/{command}: expected a question to have been asked, got an empty conversation")
         return self.messages[:-2], self.messages[-2]["content"]
 
     def system(self, text: str) -> None:
-        if text and not self.chat.takes_system():
-            raise ValueError("system: expected a chat template with a place for it, but this model's has none")
+        if text and not self.chat.supports_system():
+            raise ValueError("system: expected a chat template that supports a system message, got one that does not")
         others = [message for message in self.messages if message["role"] != "system"]
         self.messages = [*[{"role": "system", "content": text}] * bool(text), *others]
         if others:
-            self.note("the next answer reads the whole conversation again")
+            self.note("the next answer will read the whole conversation again")
 
     def help(self) -> None:
         width = max(map(len, COMMANDS))
@@ -242,19 +243,19 @@ class Session:
         raise EOFError
 
 
-def told_of(messages: list[Message]) -> str:
+def turns_of(messages: list[Message]) -> str:
     turns = sum(message["role"] == "assistant" for message in messages)
     return f"{turns} turn{'' if turns == 1 else 's'}"
 
 
-def last_words(messages: list[Message]) -> str:
-    """The end of the last answer, to know where one is."""
-    said = " ".join(printable(messages[-1]["content"]).split()) if messages else ""
-    return f"last: …{said[-60:]}" if said else "nothing said yet"
+def last_answer(messages: list[Message]) -> str:
+    """The end of the last answer, as a reminder."""
+    text = " ".join(printable(messages[-1]["content"]).split()) if messages else ""
+    return f"last: …{text[-60:]}" if text else "no messages yet"
 
 
 def edit_lines() -> None:
-    """At the prompt: earlier lines by the arrow keys, commands completed by the tabulator."""
+    """Enable line editing at the prompt: history with the arrow keys, completion of commands with Tab."""
     with contextlib.suppress(ImportError):
         import readline
 

@@ -1,4 +1,4 @@
-"""`hqlt generate`: a model continues a text, or what it remembers of one."""
+"""`hqlt generate`: continue a text, or a saved state."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from hqlt.model import HQLTForCausalLM
 
 SHOWN = 400
-"""Characters of a prompt's end that are shown before what follows."""
+"""Number of last characters of the prompt that are shown before the continuation."""
 
 
 def generate(
@@ -59,29 +59,29 @@ def generate(
     does this automatically: if a prompt begins like an earlier one, only the rest is read.
 
     Args:
-        model: a model's folder, or the run that trained it.
-        prompt: the text to continue. It begins with the special tokens that the tokenizer puts before every text, and
-            those spelled out in it are special, as in transformers.
-        prompt_file: a file with the text, before the prompt where both are given.
+        model: folder of a model, or of the run that trained it.
+        prompt: the text to continue. As in transformers, the tokenizer's special tokens are put before it, and special
+            tokens spelled out in it are recognised.
+        prompt_file: a file with the text; if both are given, the prompt follows it.
         max_new_tokens: maximum number of tokens to generate; 0 only reads the prompt, to save its state.
-        temperature: below 1 the likely gets likelier; 0 is greedy.
-        top_p: choose among the likeliest tokens that have this probability together.
-        top_k: choose among this many of the likeliest tokens.
-        seed: the same seed makes the same text; another one at each start by default.
+        temperature: sampling temperature; 0 decodes greedily.
+        top_p: sample from the smallest set of most likely tokens with at least this total probability.
+        top_k: sample from this many of the most likely tokens.
+        seed: random seed; the same seed gives the same text. Default: a different seed at each start.
         num_return_sequences: number of continuations to generate.
-        greedy: always the likeliest token.
-        save_state: keep what was read (the prompt, then the new text) in this file.
-        load_state: continue from what was kept in this file.
-        store: keep the state after the prompt in this folder, and continue from the longest beginning of the prompt
-            that is in it. Many commands and models may share it; what is in it may be deleted at any time.
-        draft: the folder or run of a smaller model with the same tokenizer. It proposes tokens that the model checks
-            several at a time, so that the text comes faster where it is right, and is the same.
-        prompt_lookup: propose what followed the last tokens where they stood in the text before: faster where a text
-            repeats itself.
-        device: where the model runs, such as cpu; cuda where there is one by default.
+        greedy: always choose the most likely token.
+        save_state: save the state after the prompt and the new text to this file.
+        load_state: continue from the state in this file.
+        store: store the state after the prompt in this folder, and start from the longest stored prefix of the prompt.
+            Several commands and models may share the folder; its contents may be deleted at any time.
+        draft: folder or run of a smaller model with the same tokenizer, for speculative decoding: it proposes tokens,
+            and the model checks several at a time. The text stays the same and comes faster if the proposals are right.
+        prompt_lookup: speculative decoding without a draft model: propose what followed the last tokens at an earlier
+            place in the text. Faster if the text repeats itself.
+        device: device of the model, such as cpu; default: cuda if available.
     """
-    choice: Any = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "greedy": greedy, "seed": seed}
-    check(max_new_tokens, num_return_sequences, save_state, load_state, store, choice)
+    sampling: Any = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "greedy": greedy, "seed": seed}
+    check(max_new_tokens, num_return_sequences, save_state, load_state, store, sampling)
     check_drafts(draft, prompt_lookup, num_return_sequences)
     from hqlt.data.text import read_text
     from hqlt.device import usable_device
@@ -95,50 +95,52 @@ def generate(
     ids = ids_of(text, tokenizer, begins=load_state is None)
     language_model = retention.load(model, device_there, notes)
     drafts = drafts_for(draft, prompt_lookup, tokenizer, device_there)(ids)
-    past = read(language_model, ids, load_state, store, notes)
+    past = read_prompt(language_model, ids, load_state, store, notes)
     try:
         if max_new_tokens:
             options = {
                 "max_new_tokens": max_new_tokens,
                 "num_return_sequences": num_return_sequences,
                 "drafts": drafts,
-                **choice,
+                **sampling,
             }
-            past = write_on(language_model, past, tokenizer, text[-SHOWN:], notes, options)
-    finally:  # after Ctrl-C, or where the reader of the pipe has left, too
+            past = print_continuation(language_model, past, tokenizer, text[-SHOWN:], notes, options)
+    finally:  # also after Ctrl-C, or if the reader of the pipe has exited
         if save_state is not None:
-            keep(save_state, past, language_model, notes)
+            save_or_rescue(save_state, past, language_model, notes)
 
 
-def write_on(
+def print_continuation(
     model: HQLTForCausalLM, past: Past, tokenizer: Tokenizer, text: str, notes: Console, options: dict[str, Any]
 ) -> Past:
-    """Show what is made, as it is made, behind the end of the prompt's text. options: of `continue_text`."""
+    """Print the continuation after the end of the prompt while it is generated. options: those of `continue_text`."""
     from hqlt.language import generation
 
     rows, eos = options["num_return_sequences"], tokenizer.eos_ids
     console = Console(soft_wrap=rows == 1)
     began = time.monotonic()
-    with shown(console, text, rows) as write:
+    with live_output(console, text, rows) as write:
         streamer = generation.TextStreamer(tokenizer, rows, eos, write)
-        made, past = generation.continue_text(model, past, eos=eos, streamer=streamer, **options)
+        new, past = generation.continue_text(model, past, eos=eos, streamer=streamer, **options)
     if console.is_terminal:
-        speed = made.numel() / (time.monotonic() - began)
-        notes.print(f"{made.numel()} tokens, {speed:.0f} per second", style="dim")
+        speed = new.numel() / (time.monotonic() - began)
+        notes.print(f"{new.numel()} tokens, {speed:.0f} per second", style="dim")
     return past
 
 
-def read(model: HQLTForCausalLM, ids: list[int], load_state: Path | None, store: Path | None, notes: Console) -> Past:
-    """The prompt after what was kept in a file, or but for its beginning in a store."""
+def read_prompt(
+    model: HQLTForCausalLM, ids: list[int], load_state: Path | None, store: Path | None, notes: Console
+) -> Past:
+    """Read the prompt, after a loaded state or the longest prefix in a store."""
     from hqlt.language import generation
     from hqlt.state import PrefixStore
 
     past = generation.load_past(load_state, model) if load_state else None
     prefixes = PrefixStore(model, folder=store) if store else None
-    with progress("reading", len(ids), least=generation.PREFILL_CHUNK) as told:
+    with progress("reading", len(ids), least=generation.PREFILL_CHUNK) as on_progress:
         if prefixes is None:
-            return generation.prefill(model, ids, past, told)
-        past, stored = generation.prefill_from_store(prefixes, model, ids, told)
+            return generation.prefill(model, ids, past, on_progress)
+        past, stored = generation.prefill_from_store(prefixes, model, ids, on_progress)
     notes.print(f"{stored} of the prompt's {len(ids)} tokens were reused from {store}", style="dim", soft_wrap=True)
     return past
 
@@ -146,7 +148,7 @@ def read(model: HQLTForCausalLM, ids: list[int], load_state: Path | None, store:
 def drafts_for(
     draft: Path | None, prompt_lookup: bool, tokenizer: Tokenizer, device: torch.device
 ) -> Callable[[Sequence[int]], Drafts | None]:
-    """Who guesses what follows some tokens. Raises ValueError where the draft model's tokens are others."""
+    """A function from the tokens to `Drafts`. Raises ValueError if the draft model has another tokenizer."""
     from hqlt.language.folder import load_model, read_config, tokenizer_of
     from hqlt.language.generation import Drafts
 
@@ -155,24 +157,23 @@ def drafts_for(
     theirs = tokenizer_of(draft, read_config(draft).vocab_size)
     if theirs.digest != tokenizer.digest:
         raise ValueError(
-            f"draft: expected a model with the same tokenizer, got one with another ({theirs.name}, not "
-            f"{tokenizer.name}) in {draft}"
+            f"draft: expected a model with the same tokenizer ({tokenizer.name}), got {theirs.name} in {draft}"
         )
     return functools.partial(Drafts, model=load_model(draft, device))
 
 
 def ids_of(text: str, tokenizer: Tokenizer, begins: bool) -> list[int]:
-    """A prompt's tokens. begins: whether it is a text's beginning, which has the tokenizer's special tokens."""
+    """The tokens of a prompt, with the tokenizer's special tokens before it if a text begins here."""
     ids = tokenizer.encode_prompt(text, add_special_tokens=False)
     prefix = tokenizer.prefix_ids
     return [*prefix, *ids] if begins and ids[: len(prefix)] != prefix else ids
 
 
-def check_choice(*, temperature: float, top_p: float, top_k: int | None, seed: int | None, **_: Any) -> None:
-    """Raises ValueError for options that `hqlt.language.generation.continue_text` cannot follow."""
-    expect("temperature", temperature, 0 <= temperature < float("inf"), "temperature ≥ 0")
-    expect("top-p", top_p, 0 < top_p <= 1, "0 < top-p ≤ 1")
-    expect("top-k", top_k, top_k is None or top_k >= 1, "top-k ≥ 1")
+def check_sampling(*, temperature: float, top_p: float, top_k: int | None, seed: int | None, **_: Any) -> None:
+    """Raises ValueError for sampling options out of range."""
+    expect("temperature", temperature, 0 <= temperature < float("inf"), "a number ≥ 0")
+    expect("top-p", top_p, 0 < top_p <= 1, "above 0 and at most 1")
+    expect("top-k", top_k, top_k is None or top_k >= 1, "at least 1")
     expect("seed", seed, seed is None or 0 <= seed < 2**63, f"from 0 to {2**63 - 1}")
 
 
@@ -197,10 +198,10 @@ def check(
     save_state: Path | None,
     load_state: Path | None,
     store: Path | None,
-    choice: dict[str, Any],
+    sampling: dict[str, Any],
 ) -> None:
-    """Raises ValueError or OSError for what would only fail after other work is done."""
-    check_choice(**choice)
+    """Raises ValueError or OSError for options that would otherwise fail only after the model has run."""
+    check_sampling(**sampling)
     expect("num-return-sequences", num_return_sequences, num_return_sequences >= 1, "at least 1")
     expect("max-new-tokens", max_new_tokens, max_new_tokens >= 0, "at least 0")
     expect(
@@ -212,34 +213,37 @@ def check(
     if load_state is not None and not load_state.is_file():
         raise FileNotFoundError(f"load-state: expected a file that --save-state wrote, found none at {load_state}")
     if load_state is not None and store is not None:
-        raise ValueError("store: expected without --load-state, because a prompt after a state is no text's beginning")
+        raise ValueError("store: expected no --load-state with it, got both; only prompts that begin a text are stored")
     if store is not None:
         check_writable(store, folder=True)
     if save_state is None:
         return
     if num_return_sequences > 1 and max_new_tokens > 0:
-        raise ValueError("save-state: expected one continuation, or --max-new-tokens=0, because a file holds one text")
+        raise ValueError(
+            f"save-state: expected one continuation, or --max-new-tokens=0, got {num_return_sequences}, but a file "
+            f"holds the state of one text"
+        )
     if save_state.is_dir() or not save_state.parent.is_dir():
-        raise ValueError(f"save-state: expected a file in a folder that is there, got {save_state}")
+        raise ValueError(f"save-state: expected a file in an existing folder, got {save_state}")
     check_folder_writable(save_state.parent)
 
 
-def keep(path: Path, past: Past, model: HQLTForCausalLM, notes: Console) -> None:
-    """Save what was read; where it cannot be saved there (any more), in a temporary folder, so that it is not lost."""
+def save_or_rescue(path: Path, past: Past, model: HQLTForCausalLM, notes: Console) -> None:
+    """Save the past; if the file cannot be written, save it to a temporary folder, so that it is not lost."""
     from hqlt.language.generation import save_past
 
     try:
         save_past(path, past, model)
-    except Exception as error:  # of safetensors too, which has its own
+    except Exception as error:  # safetensors has its own exceptions
         elsewhere = Path(tempfile.mkdtemp(prefix="hqlt-")) / path.name
         save_past(elsewhere, past, model)
-        raise SystemExit(f"{path} could not be written ({reason(error)}); what was read is in {elsewhere}") from None
+        raise SystemExit(f"{path} could not be written ({reason(error)}); the state was saved to {elsewhere}") from None
     notes.print(f"{path}: {path.stat().st_size / 1e6:.1f} MB", style="dim", markup=False, soft_wrap=True)
 
 
 @contextmanager
-def shown(console: Console, prompt: str, rows: int) -> Iterator[Callable[[int, str], object]]:
-    """Gives told(row, text): one row is written as it comes; several stand in panels, in a pipe one after the other."""
+def live_output(console: Console, prompt: str, rows: int) -> Iterator[Callable[[int, str], object]]:
+    """Yields write(row, text). One row is printed as it is generated; several are shown in panels or in turn."""
     if console.is_terminal:
         console.print(Text(prompt, style="dim"), end="" if rows == 1 else "\n")
     if rows == 1:
@@ -254,7 +258,7 @@ def shown(console: Console, prompt: str, rows: int) -> Iterator[Callable[[int, s
         return
     panels = Group(*map(Panel, texts))
     try:
-        with Live(panels, console=console, transient=True):  # as much as there is room for
+        with Live(panels, console=console, transient=True):  # as much as fits on the screen
             yield lambda row, text: texts[row].append(text)
     finally:
         console.print(panels)

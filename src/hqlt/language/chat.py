@@ -1,4 +1,4 @@
-"""Answers in a conversation, for which nothing is read twice."""
+"""Answers in a conversation, of which nothing is read twice."""
 
 from __future__ import annotations
 
@@ -19,105 +19,111 @@ from hqlt.model import HQLTForCausalLM
 from hqlt.state import PrefixStore, load_notes, load_state, save_state
 
 
-class TextUntil:
-    """A text that comes bit by bit, up to the first of some `ends`; what may be the beginning of one is held back."""
+class StopFilter:
+    """Passes on streamed text up to the first of several stop strings, and holds back what may begin one."""
 
-    def __init__(self, ends: Sequence[str]) -> None:
-        self.ends = ends
-        self.ended = False
-        self.waiting = ""
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops = stops
+        self.stopped = False
+        self.held = ""
 
     def add(self, text: str) -> str:
-        """More of it; what is now certain to stand before any end."""
-        if self.ended:
+        """Add text and return what certainly comes before any stop string."""
+        if self.stopped:
             return ""
-        self.waiting += text
-        places = [place for end in self.ends if (place := self.waiting.find(end)) >= 0]
-        self.ended = bool(places)
-        begun = (n for end in self.ends for n in range(1, len(end)) if self.waiting.endswith(end[:n]))
-        certain = min(places) if places else len(self.waiting) - max(begun, default=0)
-        out, self.waiting = self.waiting[:certain], self.waiting[certain:]
+        self.held += text
+        found = [place for stop in self.stops if (place := self.held.find(stop)) >= 0]
+        self.stopped = bool(found)
+        partial = (n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n]))
+        certain = min(found) if found else len(self.held) - max(partial, default=0)
+        out, self.held = self.held[:certain], self.held[certain:]
         return out
 
     def rest(self) -> str:
-        """What was held back, where no end has come."""
-        out, self.waiting = "" if self.ended else self.waiting, ""
+        """The text held back, if no stop string has come."""
+        out, self.held = "" if self.stopped else self.held, ""
         return out
 
 
-class Speech:
-    """One answer as it is made: its text, until it ends, and when it began."""
+class AnswerStream:
+    """The text of one answer while it is generated, and the time of its first token."""
 
-    def __init__(self, stream: TextStream, eos: Sequence[int], ends: Sequence[str], told: Callable[[str], object]):
-        self.stream, self.eos, self.told = stream, eos, told
-        self.until = TextUntil(ends)
+    def __init__(self, stream: TextStream, eos: Sequence[int], stops: Sequence[str], on_text: Callable[[str], object]):
+        self.stream, self.eos, self.on_text = stream, eos, on_text
+        self.filter = StopFilter(stops)
         self.text = ""
-        self.made: list[int] = []
-        self.first: float | None = None
+        self.tokens: list[int] = []
+        self.first_token_at: float | None = None
 
     def add(self, tokens: Sequence[int]) -> bool:
-        """All tokens so far; whether the answer ends here."""
-        self.first = self.first or time.perf_counter()
-        for token in tokens[len(self.made) :]:
-            self.made.append(token)
+        """Take all tokens generated so far; returns whether the answer ends here."""
+        self.first_token_at = self.first_token_at or time.perf_counter()
+        for token in tokens[len(self.tokens) :]:
+            self.tokens.append(token)
             if token in self.eos:
                 return True
-            self.say(self.until.add(self.stream.add(token)))
-            if self.until.ended:
+            self._emit(self.filter.add(self.stream.add(token)))
+            if self.filter.stopped:
                 return True
         return False
 
-    def say(self, text: str) -> None:
+    def _emit(self, text: str) -> None:
         if text:
             self.text += text
-            self.told(text)
+            self.on_text(text)
 
     def end(self) -> None:
-        """Say what was held back."""
-        self.say(self.until.add(self.stream.end()))
-        self.say(self.until.rest())
+        """Emit the text held back."""
+        self._emit(self.filter.add(self.stream.end()))
+        self._emit(self.filter.rest())
 
 
 class Answer(NamedTuple):
-    """What a model says, and what it took."""
+    """The text of an answer, and what it cost."""
 
     text: str
     read: int
     """Tokens of the conversation that were read for it."""
     reused: int
-    """Those before them, whose state was there."""
-    made: int
+    """Tokens of the conversation whose state was in the store."""
+    generated: int
     """Tokens of the answer."""
-    first: float
+    first_token: float
     """Seconds until its first token."""
     seconds: float
     """Seconds in all."""
     state_bytes: int
-    """What the state after it takes, whatever was read."""
+    """Size of the state after it."""
     interrupted: bool = False
     """Whether Ctrl-C ended it."""
 
     def __str__(self) -> str:
-        rate = (self.made - 1) / max(self.seconds - self.first, 1e-9)
-        speed = f" at {rate:,.0f} per second" if self.made > 1 else ""
+        rate = (self.generated - 1) / max(self.seconds - self.first_token, 1e-9)
+        speed = f" at {rate:,.0f} per second" if self.generated > 1 else ""
         size = f"{self.state_bytes / 1e6:,.1f} MB" if self.state_bytes >= 1e6 else f"{self.state_bytes / 1e3:.1f} kB"
         return (
-            f"first token after {self.first:.2f} s · tokens: {self.read:,} read, {self.reused:,} reused, "
-            f"{self.made:,} made{speed} · state {size}"
+            f"first token after {self.first_token:.2f} s · tokens: {self.read:,} read, {self.reused:,} reused, "
+            f"{self.generated:,} generated{speed} · state {size}"
         )
 
 
 class Chat:
-    """A model in conversation. A conversation is its messages alone, a value: a shorter one is a turn taken back, two
-    that begin alike are forks, and whatever begins a conversation and was read before is not read again.
+    """Answers messages with a language model and reads only what is new.
+
+    A conversation is nothing but its messages: removing the last ones is an undo, and two conversations with the same
+    beginning are forks. Whatever beginning of a conversation was read before is not read again.
 
     >>> chat = Chat(model, tokenizer)
-    >>> asked = [{"role": "user", "content": "Where is the Louvre?"}]
-    >>> answer = chat.answer(asked, print)
-    >>> other = chat.answer(asked, print)            # reads one token
+    >>> messages = [{"role": "user", "content": "Where is the Louvre?"}]
+    >>> answer = chat.answer(messages, print)
+    >>> other = chat.answer(messages, print)  # reads one token
 
-    store: where the states are, those before and after each answer; the greedy answers are the same without them.
-    drafts: given the tokens of a conversation, where those of the answer are guessed.
+    Args:
+        model: the language model.
+        tokenizer: its tokenizer; without a chat template, the plain template is used.
+        store: holds the states before and after each answer; default: a new store in memory. Greedy answers do not
+            depend on it.
+        drafts: maps the tokens of a conversation to speculative decoding of the answer, or None.
     """
 
     def __init__(
@@ -131,64 +137,75 @@ class Chat:
         self.store = PrefixStore(model) if store is None else store
         self.encode = CachedEncoder(tokenizer)
         self.eos = end_tokens(model, tokenizer)
-        self.ends = PLAIN_ENDS if is_plain(tokenizer) else ()
+        self.stops = PLAIN_ENDS if is_plain(tokenizer) else ()
 
     def answer(
         self,
         messages: Sequence[Message],
-        told: Callable[[str], object],
+        on_text: Callable[[str], object],
         *,
         max_new_tokens: int = 512,
-        reading: Callable[[int], AbstractContextManager[Any]] = lambda tokens: nullcontext(),
-        **choice: Any,
+        progress: Callable[[int], AbstractContextManager[Any]] = lambda tokens: nullcontext(),
+        **sampling: Any,
     ) -> Answer:
-        """The answer to the last message, at most so many tokens of it; told(text): as it comes.
+        """Answer the last message.
 
-        reading: given the number of tokens of the conversation, a context for it, which gives what is called with how
-        many are reused and then with how many are read, chunk by chunk. choice: sampling options of
-        `hqlt.language.generation.continue_text`. Ctrl-C ends an answer that has begun; before that it is a
-        KeyboardInterrupt.
+        Ctrl-C ends an answer that has begun; before that it raises KeyboardInterrupt.
 
-        Raises ValueError for messages that the template refuses.
+        Args:
+            messages: the conversation; the last message is the user's.
+            on_text: called with new text as it is generated.
+            max_new_tokens: maximum length of the answer.
+            progress: called with the number of tokens of the conversation. Returns a context manager whose value is
+                called with the number of tokens that are reused, then with the number read in each chunk.
+            sampling: options of `hqlt.language.generation.continue_text`, such as temperature.
+
+        Returns:
+            The answer.
+
+        Raises:
+            ValueError: when the chat template refuses the messages.
         """
         began = time.perf_counter()
         ids = chat_tokens(self.tokenizer, messages, encode=self.encode)
-        with reading(len(ids)) as read_told:
-            past, length = generation.prefill_from_store(self.store, self.model, ids, read_told)
-        speech = Speech(self.tokenizer.stream(after=ids[-1:]), self.eos, self.ends, told)
+        with progress(len(ids)) as on_progress:
+            past, length = generation.prefill_from_store(self.store, self.model, ids, on_progress)
+        stream = AnswerStream(self.tokenizer.stream(after=ids[-1:]), self.eos, self.stops, on_text)
         interrupted = False
         try:
-            made, past = generation.continue_text(
+            tokens, past = generation.continue_text(
                 self.model,
                 past,
                 max_new_tokens=max_new_tokens,
                 eos=self.eos,
-                should_stop=lambda made: speech.add(made[0].tolist()),
+                should_stop=lambda new: stream.add(new[0].tolist()),
                 drafts=self.drafts(ids),
-                **choice,
+                **sampling,
             )
-            self.store.put([*ids, *made[0, :-1].tolist()], past.states)
+            self.store.put([*ids, *tokens[0, :-1].tolist()], past.states)
         except KeyboardInterrupt:
             interrupted = True
-        speech.end()
+        stream.end()
         now = time.perf_counter()
         size = sum(state.bytes_per_row() for state in past.states)
-        first = (speech.first or now) - began
-        return Answer(speech.text, len(ids) - length, length, len(speech.made), first, now - began, size, interrupted)
+        first = (stream.first_token_at or now) - began
+        return Answer(stream.text, len(ids) - length, length, len(stream.tokens), first, now - began, size, interrupted)
 
-    def takes_system(self) -> bool:
-        """Whether the chat template has a place for a system message."""
-        asked = {"role": "user", "content": "a"}
+    def supports_system(self) -> bool:
+        """Whether the chat template supports a system message."""
+        question = {"role": "user", "content": "a"}
         try:
-            with_one = chat_tokens(self.tokenizer, [{"role": "system", "content": "b"}, asked])
+            with_one = chat_tokens(self.tokenizer, [{"role": "system", "content": "b"}, question])
         except ValueError:
             return False
-        return with_one != chat_tokens(self.tokenizer, [asked])
+        return with_one != chat_tokens(self.tokenizer, [question])
 
     def save(self, path: Path, messages: Sequence[Message]) -> None:
-        """To a file of `hqlt.save_state`: the messages, and the state after them.
+        """Save the messages and the state after them with `hqlt.save_state`.
 
-        Raises ValueError where nothing has been said, OSError where it cannot be written.
+        Raises:
+            ValueError: when there are no messages.
+            OSError: when the file cannot be written.
         """
         if not messages:
             raise ValueError("save: expected a conversation, got one without messages")
@@ -198,9 +215,10 @@ class Chat:
         save_state(path, states, self.model, notes=json.dumps(notes, ensure_ascii=False))
 
     def load(self, path: Path) -> list[Message]:
-        """What `save` wrote, of this model; the next answer reads only what is new.
+        """Load a conversation that `save` wrote with this model, and put its state into the store.
 
-        Raises ValueError for another file, and for another model's.
+        Raises:
+            ValueError: when the file is not a conversation, or was saved with another model.
         """
         states = load_state(path, self.model, device=self.model.device)
         try:
@@ -210,6 +228,8 @@ class Chat:
             ]
             tokens = [int(token) for token in notes["tokens"]]
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}: expected a conversation, as `hqlt chat` saves it, got a state alone") from error
+            raise ValueError(
+                f"{path}: expected a conversation, as `hqlt chat` saves it, got a state without messages"
+            ) from error
         self.store.put(tokens, () if isinstance(states, MemoryState) else states)
         return messages
