@@ -1,4 +1,4 @@
-"""Probes: figures known by hand, a model that recalls everything, and what remains without the FW-memory."""
+"""Probes: values known by hand, a model with perfect recall, and models with their FW-memories bypassed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WORDS = SMALL["vocab_size"]
 
 
 def small(**fields: Any) -> HQLTForCausalLM:
-    """With gates that are not where "add" begins."""
+    """A small model with random gates, because those of mixer "add" are 0 at initialization."""
     torch.manual_seed(0)
     model = HQLTForCausalLM(HQLTConfig(**{**SMALL, **fields})).double().eval()
     for name, weight in model.named_parameters():
@@ -36,7 +36,7 @@ def text(n: int = 3, length: int = 100) -> Tensor:
 
 
 class Bigrams(nn.Module):
-    """logits of the next token: a row of a table."""
+    """A model whose next-token logits are a row of a table."""
 
     def __init__(self, words: int = WORDS):
         super().__init__()
@@ -47,12 +47,12 @@ class Bigrams(nn.Module):
 
 
 class PerfectRecall(nn.Module):
-    """Names, for sure, what came after the place before that ends most like the text so far."""
+    """Predicts the token that followed the longest earlier match of the current context."""
 
     def forward(self, input_ids: Tensor, past_key_values: Any, use_cache: bool) -> Any:
         logits = torch.zeros(*input_ids.shape, WORDS)
         for row, tokens in enumerate(input_ids.tolist()):
-            alike = [0] * len(tokens)  # how many tokens before i and before the current one are the same
+            alike = [0] * len(tokens)  # length of the match that ends at i
             for t, token in enumerate(tokens):
                 alike = [(1 + alike[i - 1] if i else 1) if tokens[i] == token else 0 for i in range(t)] + [0] * (
                     len(tokens) - t
@@ -67,64 +67,66 @@ class TestPerplexityByPosition:
         model, tokens = Bigrams(), text()
         log_p = model.table.log_softmax(dim=1)
         nll = [[-log_p[a, b].item() for a, b in itertools.pairwise(row)] for row in tokens.tolist()]
-        told = probe(model, tokens, beyond=40)
+        result = probe(model, tokens, beyond=40)
         mean = sum(sum(row[39:]) for row in nll) / (3 * 60)
-        assert (told["nll"], told["perplexity"]) == pytest.approx((mean, math.exp(mean)), abs=1e-10)
-        bins = told["by_position"]
+        assert (result["nll"], result["perplexity"]) == pytest.approx((mean, math.exp(mean)), abs=1e-10)
+        bins = result["by_position"]
         assert [(one["begin"], one["end"]) for one in bins] == [(1, 32), (32, 45), (45, 64), (64, 91), (91, 100)]
         assert bins[1]["nll"] == pytest.approx(sum(sum(row[31:44]) for row in nll) / (3 * 13), abs=1e-10)
 
     def test_bins_hold_each_token_once(self):
-        nll = torch.arange(1.0, 300).double()[None]  # what stands at position p is p
+        nll = torch.arange(1.0, 300).double()[None]  # the value at position p is p
         for one in by_position(nll):
             assert one["nll"] == (one["begin"] + one["end"] - 1) / 2
 
     @pytest.mark.parametrize("kind", [{}, {"layer_kinds": ["kv", "hybrid"], "mixer": "add", "fast_weights": "linear"}])
-    def test_in_pieces(self, kind, monkeypatch):
+    def test_in_chunks(self, kind, monkeypatch):
         model, tokens = small(**kind), text()
         whole = outcomes(model, tokens)
-        monkeypatch.setattr(probes, "PIECE", 7)
-        in_pieces = outcomes(model, tokens)
-        torch.testing.assert_close(in_pieces[0], whole[0], atol=1e-10, rtol=0)
-        assert torch.equal(in_pieces[1], whole[1])
+        monkeypatch.setattr(probes, "CHUNK", 7)
+        in_chunks = outcomes(model, tokens)
+        torch.testing.assert_close(in_chunks[0], whole[0], atol=1e-10, rtol=0)
+        assert torch.equal(in_chunks[1], whole[1])
 
 
 class TestRecall:
     def test_perfect(self):
-        tokens = torch.randperm(WORDS, generator=torch.Generator().manual_seed(0))[:240].view(2, 120)  # none twice
-        told = recall(PerfectRecall(), tokens, distance=70, paragraph=20)
-        assert (told["nll"], told["accuracy"]) == (0.0, 1.0)
-        assert told["nll_first"] > 1
+        tokens = torch.randperm(WORDS, generator=torch.Generator().manual_seed(0))[:240].view(
+            2, 120
+        )  # without repetition
+        result = recall(PerfectRecall(), tokens, distance=70, paragraph=20)
+        assert (result["nll"], result["accuracy"]) == (0.0, 1.0)
+        assert result["nll_first"] > 1
 
-    def test_what_is_read(self, monkeypatch):
-        """A paragraph, the end of the next row, the paragraph."""
+    def test_layout_of_the_text(self, monkeypatch):
+        """The paragraph, the end of the next row, the paragraph again."""
         seen = []
         monkeypatch.setattr(probes, "outcomes", lambda _, x: seen.append(x) or (torch.zeros(2, 6), torch.ones(2, 6)))
         recall(Bigrams(), torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]), distance=5, paragraph=2)
         assert seen[0].tolist() == [[1, 2, 8, 9, 10, 1, 2], [6, 7, 3, 4, 5, 6, 7]]
 
     def test_a_model_without_memory_gains_nothing(self):
-        told = recall(Bigrams(), text(), distance=50, paragraph=10)
-        assert told["nll"] == pytest.approx(told["nll_first"], abs=1e-10)
+        result = recall(Bigrams(), text(), distance=50, paragraph=10)
+        assert result["nll"] == pytest.approx(result["nll_first"], abs=1e-10)
 
 
 class TestNeedles:
     def test_perfect(self):
-        told = needles(PerfectRecall(), text(2, 128), [100, 128], [0.0, 0.5, 1.0])
-        assert [(one["length"], one["depth"]) for one in told] == [(n, d) for n in (100, 128) for d in (0, 0.5, 1)]
-        assert all((one["nll"], one["accuracy"]) == (0.0, 1.0) for one in told)
+        result = needles(PerfectRecall(), text(2, 128), [100, 128], [0.0, 0.5, 1.0])
+        assert [(one["length"], one["depth"]) for one in result] == [(n, d) for n in (100, 128) for d in (0, 0.5, 1)]
+        assert all((one["nll"], one["accuracy"]) == (0.0, 1.0) for one in result)
 
     def test_a_model_without_memory_finds_none(self):
         assert all(one["accuracy"] < 0.2 for one in needles(Bigrams(), text(8), [100], [0.0, 1.0]))
 
-    def test_what_is_read(self):
-        texts, asked = probes.texts_with_needles(text(2, 100), 90, [1.0, 0.0], seed=0)
+    def test_layout_of_the_text(self):
+        texts, value_begins = probes.texts_with_needles(text(2, 100), 90, [1.0, 0.0], seed=0)
         assert texts.shape == (2, 90)
         for row, of_text in zip(texts.tolist(), text(2, 100).tolist(), strict=True):
             first, last = row[:8], row[66:74]
             assert row[8:66] == of_text[:58]
-            assert row[74:] == [*last, *first], "the latest fact is asked for first"
-            assert [row[i : i + 4] for i in asked] == [last[4:], first[4:]]
+            assert row[74:] == [*last, *first], "the last fact is queried first"
+            assert [row[i : i + 4] for i in value_begins] == [last[4:], first[4:]]
 
     def test_by_seed(self):
         first, again, other = (probes.texts_with_needles(text(), 100, [0.5], seed)[0] for seed in (0, 0, 1))
@@ -139,7 +141,7 @@ class TestShares:
         assert [one["layer"] for one in shares] == [1, 3]
         assert all(0 < one["share"] < 1 and 0 < one["gate"] < 1 for one in shares)
 
-    def test_a_branch_that_is_bypassed_shows_as_nothing(self):
+    def test_a_bypassed_branch_has_share_0(self):
         model = small(mixer="add")
         assert all(one["share"] > 0 for one in probe(model, text())["shares"])
         with fw_bypassed(model):
@@ -151,7 +153,7 @@ class TestBypassed:
         with torch.no_grad():
             return model(text()).logits
 
-    def test_a_model_without_fw_memories_is_itself(self):
+    def test_a_model_without_fw_memories_does_not_change(self):
         model = small(layer_kinds=["kv", "kv"])
         before = self.logits(model)
         with fw_bypassed(model):
@@ -162,7 +164,7 @@ class TestBypassed:
         with_fw = self.logits(model)
         with fw_bypassed(model):
             bypassed = self.logits(model)
-        assert torch.equal(self.logits(model), with_fw), "all is as it was"
+        assert torch.equal(self.logits(model), with_fw), "the model is restored"
         assert not torch.allclose(bypassed, with_fw)
         for layer in model.model.layers:
             nn.init.zeros_(layer.memory.mixer.gate_proj.weight)
@@ -199,7 +201,7 @@ class TestBypassed:
             torch.testing.assert_close(layer(x)[0], expected, atol=1e-10, rtol=0)
 
     def test_step_by_step(self):
-        """The memory goes on being written."""
+        """The FW-memories are still written."""
         model, tokens = small(mixer="scalar"), text()
         with torch.no_grad():
             with fw_bypassed(model):
@@ -219,18 +221,18 @@ class TestBypassed:
 class TestProbe:
     def test_is_json_and_deterministic(self):
         model = small(mixer="add")
-        told = probe(model, text())
-        assert json.loads(json.dumps(told)) == told == probe(model, text())
-        assert (told["window"], told["rows"], told["length"], told["beyond"]) == (4, 3, 100, 50)
+        result = probe(model, text())
+        assert json.loads(json.dumps(result)) == result == probe(model, text())
+        assert (result["window"], result["rows"], result["length"], result["beyond"]) == (4, 3, 100, 50)
 
-    def test_sizes_of_long_texts(self, monkeypatch):
-        asked = []
+    def test_default_sizes_for_long_texts(self, monkeypatch):
+        lengths = []
         monkeypatch.setattr(
-            probes, "outcomes", lambda _, x: asked.append(x.shape[1]) or (torch.zeros(1, x.shape[1] - 1),) * 2
+            probes, "outcomes", lambda _, x: lengths.append(x.shape[1]) or (torch.zeros(1, x.shape[1] - 1),) * 2
         )
-        told = probe(Bigrams(), text(1, 1024))
-        assert asked == [1024, 464, 256, 512, 1024]
-        assert (told["beyond"], told["recall"]["distance"], told["window"]) == (256, 400, None)
+        result = probe(Bigrams(), text(1, 1024))
+        assert lengths == [1024, 464, 256, 512, 1024]
+        assert (result["beyond"], result["recall"]["distance"], result["window"]) == (256, 400, None)
 
     def test_window(self):
         assert probe(small(layer_kinds=["kv", "hybrid"]), text())["window"] == 4
@@ -266,15 +268,15 @@ class TestProbe:
 
 class TestState:
     @pytest.mark.parametrize("kinds", [["hybrid", "hybrid"], ["kv", "hybrid"], ["hybrid", "fw"]])
-    def test_is_what_a_cache_holds(self, kinds):
+    def test_equals_the_size_of_a_cache(self, kinds):
         model = small(layer_kinds=kinds, retention="value-norm", kept=3)
-        told = probes.state_bytes(model)
+        result = probes.state_bytes(model)
         for t in (10, 37):
             with torch.no_grad():
                 states = model(text(1, t), use_cache=True).past_key_values.states
-            assert sum(state.bytes_per_row() for state in states) == told["fixed"] + t * told["per_token"]
+            assert sum(state.bytes_per_row() for state in states) == result["fixed"] + t * result["per_token"]
 
-    def test_of_others(self):
+    def test_other_models_have_none(self):
         assert probes.state_bytes(Bigrams()) is None
 
 
@@ -288,7 +290,7 @@ def test_rows_of_a_report():
     assert bypassed["probe"]["perplexity"] != own["probe"]["perplexity"]
 
 
-def test_a_row_is_bypassed_in_the_better_way():
+def test_rows_are_bypassed_in_the_way_with_the_lower_loss():
     for seed in range(4):
         model = small(mixer="add", options={"kv_gate": True})
         nn.init.normal_(model.lm_head.weight, generator=torch.Generator().manual_seed(seed))

@@ -1,4 +1,4 @@
-"""The report of a retrofit: what a row says, from figures known by hand."""
+"""The report of a retrofit, from rows whose values are known by hand."""
 
 from __future__ import annotations
 
@@ -74,18 +74,18 @@ def test_recovered():
     assert recovered(ROWS[2], ROWS[1:]) is None
 
 
-def test_seeds_stand_together_and_rows_before_their_bypassed_ones():
-    told = lines(table_of_rows(ROWS))
-    assert list(told) == [
+def test_seeds_are_grouped_and_followed_by_bypassed_rows():
+    by_name = lines(table_of_rows(ROWS))
+    assert list(by_name) == [
         "original", "window + sinks", "delta", "delta, FW bypassed", "linear", "linear, FW bypassed", "LoRA alone",
     ]  # fmt: skip
-    delta, bypassed = told["delta"], told["delta, FW bypassed"]
+    delta, bypassed = by_name["delta"], by_name["delta, FW bypassed"]
     assert delta["recovered %"] == "70 (65–75)"
     assert bypassed["recovered %"] == "22 (20–25)"
     assert delta["perplexity from token 256 on"] == f"{(math.exp(2.5) + math.exp(2.7)) / 2:.2f} (12.18–14.88)"
-    assert (delta["FW share %"], told["LoRA alone"]["FW share %"]) == ("25 (20–30)", "–")
-    assert (delta["trained on, tokens"], told["original"]["trained on, tokens"]) == ("18,000", "–")
-    assert (delta["state, bytes"], told["original"]["state, bytes"]) == ("1,000", "1,000 + 96")
+    assert (delta["FW share %"], by_name["LoRA alone"]["FW share %"]) == ("25 (20–30)", "–")
+    assert (delta["training tokens"], by_name["original"]["training tokens"]) == ("18,000", "–")
+    assert (delta["state, bytes"], by_name["original"]["state, bytes"]) == ("1,000", "1,000 + 96")
 
 
 def test_facts_at_the_end_of_a_text_do_not_count():
@@ -93,10 +93,10 @@ def test_facts_at_the_end_of_a_text_do_not_count():
     assert lines(table_of_needles(ROWS))["original"]["256, 100%"] == "100"
 
 
-def test_a_branch_that_is_bypassed_is_named():
+def test_the_verdict_names_unused_fw_memories():
     assert verdict(ROWS) == (
-        "delta: its FW-memories are used, without them it loses +0.950 nats per token. "
-        "linear: its FW-memories are bypassed, without them it loses +0.000 nats per token."
+        "delta: its FW-memories are used; bypassing them changes the loss by +0.950 nats/token. "
+        "linear: its FW-memories are not used; bypassing them changes the loss by +0.000 nats/token."
     )
     assert verdict(ROWS[:2]) == ""
 
@@ -111,7 +111,7 @@ def test_curves():
     titles = [axes.get_title() for axes in figure.axes]
     assert titles == [
         "Loss by position",
-        "What the FW-memories contribute",
+        "Contribution of the FW-memories",
         "Facts in 256 tokens",
         "Facts in 1,024 tokens",
     ]
@@ -122,17 +122,19 @@ def test_curves():
     delta, bypassed = positions["delta"], positions["delta, FW bypassed"]
     assert delta.get_color() == bypassed.get_color() != positions["linear"].get_color()
     assert (delta.get_linestyle(), bypassed.get_linestyle()) == ("-", ":")
-    assert [list(line.get_ydata()) for line in figure.axes[1].lines] == [[25, 25], [1, 1]], "medians, none bypassed"
+    assert [list(line.get_ydata()) for line in figure.axes[1].lines] == [[25, 25], [1, 1]], (
+        "medians over seeds; no curve for bypassed rows"
+    )
 
 
-def test_what_is_left(tmp_path):
+def test_files_of_the_report(tmp_path):
     out = io.StringIO()
     leave_retrofit_report(tmp_path, ROWS, {"seed": 0}, Console(file=out, width=200), title="SmolLM2 retrofitted")
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "README.md", "curves.png", "report.html"}
     written = json.loads((tmp_path / "results.json").read_text())
     assert (written["rows"], written["run"]) == (ROWS, {"seed": 0})
     page = (tmp_path / "report.html").read_text()
-    for text in ("SmolLM2 retrofitted", "linear: its FW-memories are bypassed", "Facts by length and depth"):
+    for text in ("SmolLM2 retrofitted", "linear: its FW-memories are not used", "Facts by length and depth"):
         assert text in page
         assert text in (tmp_path / "README.md").read_text() + out.getvalue() + "Facts by length and depth"
     assert "LoRA alone" in out.getvalue()

@@ -1,6 +1,6 @@
-"""What a model makes of what lies beyond its window, from tokens alone: the measurements of a retrofit.
+"""Probes: how well a model uses text beyond its window, measured on tokens only. They evaluate a retrofit.
 
-Deterministic: the same model and tokens give the same numbers.
+The same model and tokens always give the same numbers.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from hqlt.mixer import Mixer
 from hqlt.report.shares import memory_shares
 from hqlt.shapes import at_least_float32
 
-PIECE = 1024
-"""Tokens that are read at once."""
+CHUNK = 1024
+"""Tokens per forward pass."""
 BEYOND, DISTANCE, PARAGRAPH = 256, 400, 64
 LENGTHS = (256, 512, 1024)
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 KEY, VALUE = 4, 4
-"""Tokens of a fact."""
+"""Tokens of a fact's key and value."""
 FEW_ROWS = 2
-"""That shares are taken of, and that decide how FW-memories are bypassed."""
+"""Rows on which shares are measured, and on which the way of bypassing FW-memories is chosen."""
 
 
 def probe(
@@ -47,19 +47,27 @@ def probe(
     depths: Sequence[float] = DEPTHS,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Everything below, of a causal language model on tokens [n, length], as JSON has it.
+    """Run all probes on a causal language model. Use `fw_bypassed(model)` to probe it without its FW-memories.
 
-    window: what the model's windows reach, noted beside the figures; None: the widest that it has. beyond: the
-    perplexity is of the tokens with at least so many before them (None: 256, or half of a shorter text). distance,
-    paragraph: from the first copy of how many tokens to the second (None: 400 and 64, or less in a shorter text).
-    lengths, depths: of the texts with facts in them (None: 256, 512 and 1,024, as far as the tokens go). seed: of the
-    facts.
+    Args:
+        model: a model of hqlt or transformers.
+        tokens ([n, length]): texts that the model was not trained on.
+        window (tokens): the model's window, included in the result. Default: its widest window.
+        beyond (tokens): perplexity is measured on tokens with at least this many before them. Default: 256, or half of
+            a shorter text.
+        distance (tokens): from the first copy of a paragraph to the second. Default: 400, or less in a shorter text.
+        paragraph (tokens): length of the paragraph. Default: 64, or less in a shorter text.
+        lengths (tokens): lengths of the texts with facts. Default: 256, 512 and 1,024, as far as `length` allows.
+        depths: places of the facts, from 0 (beginning) to 1 (end).
+        seed: seed of the facts.
 
-    → "perplexity" and "nll" (nats per token) from `beyond` on; "by_position": `by_position`; "recall": `recall`;
-    "needle": `needles`; "shares": `shares_by_layer`; "state": `state_bytes`. With the FW-memory bypassed: the same
-    within `fw_bypassed(model)`.
+    Returns:
+        A JSON-compatible dict: "perplexity" and "nll" (nats per token) from `beyond` on; "by_position"
+        (`by_position`), "recall" (`recall`), "needle" (`needles`), "shares" (`shares_by_layer`), "state"
+        (`state_bytes`).
 
-    Raises ValueError for tokens that are too few for what is asked.
+    Raises:
+        ValueError: when the tokens are too few.
     """
     n, length = tokens.shape
     beyond = min(BEYOND, length // 2) if beyond is None else beyond
@@ -86,22 +94,31 @@ def probe(
 
 
 def probed(name: str, model: nn.Module, tokens: Tensor, **options: Any) -> list[dict[str, Any]]:
-    """Rows of a report (`hqlt.report.retrofit`): the model, and if it has FW-memories, itself with them bypassed.
+    """Probe a model, and once more with its FW-memories bypassed if it has any.
 
-    Bypassed in the way of the two (`fw_bypassed`) that leaves the model better, so that what the FW-memories are worth
-    is not overstated.
+    Of the two ways to bypass (`fw_bypassed`), the one with the lower loss is used, so that the benefit of the
+    FW-memories is not overstated.
+
+    Args:
+        name: name of the rows.
+        model: a model of hqlt or transformers.
+        tokens ([n, length]): texts that the model was not trained on.
+        **options: options of `probe`.
+
+    Returns:
+        One or two rows of a report (`hqlt.report.retrofit`).
     """
     rows: list[dict[str, Any]] = [{"name": name, "probe": probe(model, tokens, **options)}]
     if any(layer.fw is not None for layer in layers_of(model)):
         whole = min((False, True), key=lambda whole: loss_bypassed(model, tokens[:FEW_ROWS], whole))
         with fw_bypassed(model, kv_whole=whole):
-            told = probe(model, tokens, **options)
-        rows.append({"name": name, "bypassed": True, "kv_whole": whole, "probe": told})
+            bypassed = probe(model, tokens, **options)
+        rows.append({"name": name, "bypassed": True, "kv_whole": whole, "probe": bypassed})
     return rows
 
 
 def loss_bypassed(model: nn.Module, tokens: Tensor, kv_whole: bool) -> float:
-    """Nats per token of the texts' second halves."""
+    """Loss of the second half of each text with FW-memories bypassed, in nats per token."""
     with fw_bypassed(model, kv_whole=kv_whole):
         return outcomes(model, tokens)[0][:, tokens.shape[1] // 2 :].mean().item()
 
@@ -115,7 +132,7 @@ def check(
     lengths: Sequence[int],
     depths: Sequence[float],
 ) -> None:
-    """Raises ValueError for what these tokens [n, length] are too few for."""
+    """Raise ValueError if the tokens [n, length] are too few for these options."""
     least = 2 * (KEY + VALUE) * len(depths)
     if n < 1 or length < max(least, 2):
         raise ValueError(f"tokens: expected [n, length] with at least one row of {max(least, 2)}, got {[n, length]}")
@@ -131,30 +148,45 @@ def check(
 
 @torch.no_grad()
 def outcomes(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """For each token of [n, length] but the first: −log p in nats, float64, and whether it is the likeliest.
+    """The loss of each token except the first of a row, and whether it was predicted.
 
-    → [n, length − 1] each. Some rows at a time, and in pieces with the cache carried, so that few logits exist at once.
+    Rows are read in small batches, and long ones in chunks with a cache, so that few logits exist at a time.
+
+    Args:
+        model: a causal language model.
+        tokens ([n, length]): the texts.
+
+    Returns:
+        −log p in nats (float64, [n, length − 1]), and whether the token was the most likely one (bool,
+        [n, length − 1]).
     """
     device = next(iter(model.parameters()), tokens).device
     nll, right = [], []
-    for rows in tokens.to(device).split(max(PIECE // tokens.shape[1], 1)):
+    for rows in tokens.to(device).split(max(CHUNK // tokens.shape[1], 1)):
         cache = None
-        for piece, following in zip(rows[:, :-1].split(PIECE, 1), rows[:, 1:].split(PIECE, 1), strict=True):
-            read = model(input_ids=piece, past_key_values=cache, use_cache=True)
-            cache, logits = read.past_key_values, read.logits.mT
+        for chunk, targets in zip(rows[:, :-1].split(CHUNK, 1), rows[:, 1:].split(CHUNK, 1), strict=True):
+            output = model(input_ids=chunk, past_key_values=cache, use_cache=True)
+            cache, logits = output.past_key_values, output.logits.mT
             logits = logits.to(at_least_float32(logits.dtype))
-            nll.append(F.cross_entropy(logits, following, reduction="none").double().cpu())
-            right.append((logits.argmax(dim=1) == following).cpu())
+            nll.append(F.cross_entropy(logits, targets, reduction="none").double().cpu())
+            right.append((logits.argmax(dim=1) == targets).cpu())
     return _joined(nll, len(tokens)), _joined(right, len(tokens))
 
 
 def _joined(parts: list[Tensor], n: int) -> Tensor:
-    """[n, length − 1] from pieces, row by row."""
+    """Concatenate chunks, which are ordered row by row, to [n, length − 1]."""
     return torch.cat([part.flatten() for part in parts]).view(n, -1)
 
 
 def by_position(nll: Tensor) -> list[dict[str, float]]:
-    """Mean nats of the tokens that begin … end − 1 tokens stand before, in bins that grow: nll as `outcomes` has it."""
+    """The mean loss by position, in bins of growing width.
+
+    Args:
+        nll (nats, [n, length − 1]): the losses that `outcomes` returns.
+
+    Returns:
+        Bins {"begin", "end", "nll"} over the tokens that have begin … end − 1 tokens before them.
+    """
     edges = bin_edges(nll.shape[1] + 1)
     edges[0] = 1
     return [
@@ -165,12 +197,19 @@ def by_position(nll: Tensor) -> list[dict[str, float]]:
 
 
 def recall(model: nn.Module, tokens: Tensor, distance: int, paragraph: int) -> dict[str, float]:
-    """Loss on the second copy of a paragraph, `distance` tokens after the first, with another row's text between.
+    """The loss on the second copy of a paragraph, after text from another row.
 
         row[: paragraph]   the end of the next row   row[: paragraph] again
 
-    "nll", "accuracy" (of the arg-max): of the second copy; "nll_first": of the first, which nothing precedes. Each but
-    for its first token, which nobody can know.
+    Args:
+        model: a causal language model.
+        tokens ([n, length]): the texts.
+        distance (tokens): from the first copy to the second.
+        paragraph (tokens): length of the paragraph.
+
+    Returns:
+        "nll" and "accuracy" (of the most likely token) of the second copy, and "nll_first" of the first. The first
+        token of each copy is not scored, because it cannot be predicted.
     """
     copy, other = tokens[:, :paragraph], tokens.roll(-1, dims=0)
     filler = other[:, other.shape[1] - (distance - paragraph) :]
@@ -188,18 +227,28 @@ def recall(model: nn.Module, tokens: Tensor, distance: int, paragraph: int) -> d
 def needles(
     model: nn.Module, tokens: Tensor, lengths: Sequence[int], depths: Sequence[float], seed: int = 0
 ) -> list[dict[str, float]]:
-    """Facts key → value at each depth of a text (0: its beginning, 1: its end), all asked for behind it.
+    """How well facts key → value are found that are placed at several depths of a text and queried after it.
 
         text … key value … text … key' value' … text   key' value'   key value
 
-    Key and value are four tokens each, any that occur in the text; every row has its own. The latest fact is asked for
-    first. By length (questions included) and depth: mean "nll" and "accuracy" (of the arg-max) of the values' tokens.
+    Key and value have four random tokens each, drawn from those of the texts, and differ between rows. The last fact is
+    queried first.
+
+    Args:
+        model: a causal language model.
+        tokens ([n, length]): the texts.
+        lengths (tokens): lengths of the texts, including the queries.
+        depths: places of the facts, from 0 (beginning) to 1 (end).
+        seed: seed of the facts.
+
+    Returns:
+        For each "length" and "depth": mean "nll" and "accuracy" (of the most likely token) of the value's tokens.
     """
     results = []
     for length in lengths:
-        texts, asked = texts_with_needles(tokens, length, depths, seed)
+        texts, value_begins = texts_with_needles(tokens, length, depths, seed)
         nll, right = outcomes(model, texts)
-        for depth, begin in zip(depths, asked, strict=True):
+        for depth, begin in zip(depths, value_begins, strict=True):
             value = slice(begin - 1, begin - 1 + VALUE)
             results.append(
                 {
@@ -213,13 +262,13 @@ def needles(
 
 
 def texts_with_needles(tokens: Tensor, length: int, depths: Sequence[float], seed: int) -> tuple[Tensor, list[int]]:
-    """Texts [n, length], and for each depth where the value begins that is asked for."""
-    n, many, fact = len(tokens), len(depths), KEY + VALUE
-    room = length - 2 * fact * many
-    chance = torch.Generator().manual_seed(seed)
+    """Build texts [n, length] with facts and queries; also returns where the queried value of each depth begins."""
+    n, count, fact = len(tokens), len(depths), KEY + VALUE
+    room = length - 2 * fact * count
+    generator = torch.Generator().manual_seed(seed)
     occurring = tokens.unique().cpu()
-    facts = occurring[torch.randint(len(occurring), (n, many, fact), generator=chance)].to(tokens.device)
-    order = sorted(range(many), key=lambda i: depths[i])
+    facts = occurring[torch.randint(len(occurring), (n, count, fact), generator=generator)].to(tokens.device)
+    order = sorted(range(count), key=lambda i: depths[i])
     parts, begin = [], 0
     for i in order:
         end = round(depths[i] * room)
@@ -227,38 +276,52 @@ def texts_with_needles(tokens: Tensor, length: int, depths: Sequence[float], see
         begin = end
     parts.append(tokens[:, begin:room])
     parts += [facts[:, i] for i in reversed(order)]
-    asked = {i: length - fact * (place + 1) + KEY for place, i in enumerate(order)}
-    return torch.cat(parts, dim=1), [asked[i] for i in range(many)]
+    value_begins = {i: length - fact * (place + 1) + KEY for place, i in enumerate(order)}
+    return torch.cat(parts, dim=1), [value_begins[i] for i in range(count)]
 
 
 def shares_by_layer(model: nn.Module, tokens: Tensor, beyond: int) -> list[dict[str, float]]:
-    """Of each layer that mixes both memories, from token `beyond` on: what `hqlt.report.memory_shares` says, averaged.
+    """The mean contribution of the FW-memory to each layer with both memories, from token `beyond` on.
 
-    "layer" counts all layers from 0; "share": the FW-memory's part of what is mixed, 0 for a branch that is bypassed;
-    "gate": its mean weight. Empty for a model without such layers.
+    Args:
+        model: a causal language model.
+        tokens ([n, length]): the texts.
+        beyond (tokens): number of first tokens that are ignored.
+
+    Returns:
+        For each such layer: "layer", its index; "share", the FW-memory's part of the mixer's output
+        (`hqlt.report.memory_shares`), which is 0 if it is bypassed; "gate", its mean weight.
     """
     mixing = [i for i, layer in enumerate(layers_of(model)) if layer.kv is not None and layer.fw is not None]
     if not mixing:
         return []
-    told = memory_shares(model, tokens.to(next(model.parameters()).device))
-    gates, shares = (x[..., beyond:].double().mean(dim=(1, 2)).tolist() for x in told)
+    per_token = memory_shares(model, tokens.to(next(model.parameters()).device))
+    gates, shares = (x[..., beyond:].double().mean(dim=(1, 2)).tolist() for x in per_token)
     return [
         {"layer": layer, "share": share, "gate": gate} for layer, share, gate in zip(mixing, shares, gates, strict=True)
     ]
 
 
 def layers_of(model: nn.Module) -> list[HybridMemory]:
+    """All layers of hqlt in a model."""
     return [layer for layer in model.modules() if isinstance(layer, HybridMemory)]
 
 
 def window_of(model: nn.Module) -> int | None:
-    """The widest of the layers that have any; None for full attention."""
+    """The widest window of a model's layers, or None if none has a window."""
     windows = [layer.blend.window for layer in layers_of(model) if layer.kv is not None]
     return max((window for window in windows if window is not None), default=None)
 
 
 def state_bytes(model: nn.Module) -> dict[str, int] | None:
-    """Of a sequence: "fixed" bytes, and "per_token" what full attention adds; None for a model without our layers."""
+    """The size of one sequence's state in bytes.
+
+    Args:
+        model: any model.
+
+    Returns:
+        "fixed", and "per_token", which full attention adds for each token; None if the model has no layers of hqlt.
+    """
     layers = layers_of(model)
     if not layers:
         return None
@@ -274,15 +337,27 @@ def state_bytes(model: nn.Module) -> dict[str, int] | None:
 
 @contextmanager
 def fw_bypassed(model: nn.Module, *, kv_whole: bool = False) -> Iterator[nn.Module]:
-    """Within it every FW-memory reads as zero, as an empty one does.
+    """A context in which every FW-memory of a model reads as zero, like an empty one.
 
-    kv_whole: whether the KV-memory's read then has weight 1, so that the layer is its attention (with the norm behind
-    the mix, where there is one), or the weight that its mixer gives it beside the FW-memory. Mixer "add" without
-    kv_gate gives it 1 in any case. A layer without a KV-memory adds nothing to the residual stream (but for o_proj's
-    bias). A model without FW-memories is itself.
+    A layer without a KV-memory then adds nothing to the residual stream (except a bias of o_proj). A model without
+    FW-memories does not change.
 
-    >>> with fw_bypassed(model):
-    ...     without = probe(model, tokens)
+    Args:
+        model: the model.
+        kv_whole: whether the read of the KV-memory gets weight 1, so that the layer becomes its attention (with the
+            norm after the mixer, if there is one). Otherwise it keeps the weight that the mixer gives it. With mixer
+            "add" without kv_gate the weight is always 1.
+
+    Returns:
+        A context manager that returns the model.
+
+    Example:
+        >>> import torch
+        >>> from hqlt.evaluate.probes import fw_bypassed
+        >>> from hqlt.model import HQLTForCausalLM, preset
+        >>> model, tokens = HQLTForCausalLM(preset("tiny")), torch.arange(9)[None]
+        >>> with fw_bypassed(model):
+        ...     without = model(tokens).logits
     """
 
     def silence(_: nn.Module, args: tuple[Tensor | None, Reads]) -> tuple[Tensor | None, Reads]:

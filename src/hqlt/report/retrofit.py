@@ -1,7 +1,8 @@
-"""What a retrofit recovered of the original, and whether its FW-memories had a part in it: table, curves, one page.
+"""The report of a retrofit: how much of the original is recovered, and how much of that the FW-memories contribute.
 
-A row is {"name", "probe"}, the latter of `hqlt.evaluate.probes.probe`; with "bypassed": True it is the row of that name
-without its FW-memories, and "tokens" says how many it was trained on. Rows of one name are seeds of one another.
+A row is {"name", "probe"}, where "probe" is the result of `hqlt.evaluate.probes.probe`. Rows with "bypassed": True are
+those of the same name without FW-memories. "tokens" is the number of training tokens. Rows with the same name are
+different seeds.
 """
 
 from __future__ import annotations
@@ -27,51 +28,59 @@ from hqlt.report.training import leave_report
 Row: TypeAlias = Mapping[str, Any]
 
 ORIGINAL, WINDOW = "original", "window + sinks"
-"""Names of the rows that all others are measured between: everything recovered, and nothing."""
+"""Names of the rows that define 100% and 0% recovered."""
 BYPASSED = ", FW bypassed"
-BETWEEN = {ORIGINAL: BLACK, WINDOW: GREY}
+REFERENCE_COLOURS = {ORIGINAL: BLACK, WINDOW: GREY}
 COLOURS = (VERMILLION, BLUE, GREEN, PURPLE, ORANGE, SKY)
-"""Of the other rows."""
+"""Colours of the other rows."""
 MARKERS = "osD^vPX*h"
-BYPASS = 0.02
-"""Nats per token: a retrofit that loses less without its FW-memories does not use them."""
+UNUSED_BELOW = 0.02
+"""FW-memories count as unused if bypassing them increases the loss by less than this, in nats per token."""
 
 
 def leave_retrofit_report(
-    folder: Path, rows: Sequence[Row], told: dict[str, Any], console: Console, *, title: str, introduction: str = ""
+    folder: Path, rows: Sequence[Row], run_info: dict[str, Any], console: Console, *, title: str, introduction: str = ""
 ) -> None:
-    """Write results.json, README.md, curves.png and report.html into the folder; print the table.
+    """Write results.json, README.md, curves.png and report.html, and print the table.
 
-    told: how the rows were made; results.json holds it as "run", beside "rows".
+    Args:
+        folder: where to write.
+        rows: the results.
+        run_info: how they were obtained; saved as "run" in results.json.
+        console: where to print.
+        title: title of the page.
+        introduction: first sentences of the page.
     """
-    said = " ".join(filter(None, [introduction, verdict(rows)]))
+    introduction = " ".join(filter(None, [introduction, verdict(rows)]))
     leave_report(
         folder,
-        told,
+        run_info,
         {"rows": list(rows)},
         console,
         title=title,
-        introduction=said,
+        introduction=introduction,
         table=table_of_rows(rows),
         figure=figure_of_rows(rows),
-        shown=f"{said}\n\n",
-        protocol="All models read the same held-out tokens. Facts are four random tokens that name four others, one at "
-        "each depth of a text, all asked for behind it; a paragraph is read twice, with other text between.",
+        shown=f"{introduction}\n\n",
+        protocol="All models read the same held-out tokens. A fact maps four random tokens to four others. One is at "
+        "each depth of a text, and all are queried after it. For recall, a paragraph is read twice, with other text in "
+        "between.",
         sections=[{"title": "Facts by length and depth", "table": table_of_needles(rows), "plot": None}],
         plot_alt="Loss above the original's by position; facts found by depth; the FW-memories' share by layer",
     )
     console.print(verdict(rows), markup=False)
 
 
-# What is told of a row
+# Values of a row
 
 
 def name_of(row: Row) -> str:
+    """The name of a row, with a suffix if it is bypassed."""
     return f"{row['name']}{BYPASSED if row.get('bypassed') else ''}"
 
 
 def by_name(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Seeds together, in the order in which they come, each row followed by itself bypassed."""
+    """Group the rows by name, in the order of their first row. Bypassed rows follow those they belong to."""
     names = list(dict.fromkeys(row["name"] for row in rows))
     groups = {
         name + end: [row for row in rows if name_of(row) == name + end] for name in names for end in ("", BYPASSED)
@@ -80,7 +89,10 @@ def by_name(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def recovered(row: Row, rows: Sequence[Row]) -> float | None:
-    """(log ppl of window + sinks − that of the row) / (… − that of the original); None where either is missing."""
+    """The recovered share of log perplexity; None if one of the two reference rows is missing.
+
+    (log ppl of window + sinks − log ppl of the row) / (log ppl of window + sinks − log ppl of the original)
+    """
     ends = [[each["probe"]["nll"] for each in rows if name_of(each) == name] for name in (WINDOW, ORIGINAL)]
     if not all(ends) or ends[0][0] == ends[1][0]:
         return None
@@ -89,50 +101,51 @@ def recovered(row: Row, rows: Sequence[Row]) -> float | None:
     return share
 
 
-def found(row: Row) -> float:
-    """Mean accuracy over all lengths and depths but the end of a text, which a window reaches."""
+def facts_found(row: Row) -> float:
+    """Mean accuracy over all lengths and depths, except depth 1, which lies within the window."""
     accuracies = [one["accuracy"] for one in row["probe"]["needle"] if one["depth"] < 1]
     return statistics.mean(accuracies) if accuracies else math.nan
 
 
-def share_of(row: Row) -> float:
+def fw_share(row: Row) -> float:
+    """Mean share of the FW-memories over layers; nan if there are none or they are bypassed."""
     shares = [one["share"] for one in row["probe"]["shares"]]
     return math.nan if row.get("bypassed") or not shares else statistics.mean(shares)
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """Of each model with FW-memories: what it loses without them; a branch that it does not use is called bypassed."""
-    told = []
+    """A sentence for each model with FW-memories: whether it uses them, and how much it loses without them."""
+    sentences = []
     for name, group in by_name(rows).items():
         without = [row for row in rows if row.get("bypassed") and row["name"] == name]
         if not without or name.endswith(BYPASSED):
             continue
         lost = statistics.median(row["probe"]["nll"] for row in without)
         lost -= statistics.median(row["probe"]["nll"] for row in group)
-        kind = "its FW-memories are bypassed" if lost < BYPASS else "its FW-memories are used"
-        told.append(f"{name}: {kind}, without them it loses {lost:+.3f} nats per token.")
-    return " ".join(told)
+        used = "are not used" if lost < UNUSED_BELOW else "are used"
+        sentences.append(f"{name}: its FW-memories {used}; bypassing them changes the loss by {lost:+.3f} nats/token.")
+    return " ".join(sentences)
 
 
 # Tables
 
 
 def table_of_rows(rows: Sequence[Row]) -> Table:
-    """A line a name: the median over seeds, and behind it the least and the greatest."""
+    """One line per name: the median over seeds, with minimum and maximum in parentheses."""
     first = rows[0]["probe"]
     columns: dict[str, Callable[[Row], float | None]] = {
         f"perplexity from token {first['beyond']} on": lambda row: row["probe"]["perplexity"],
         "recovered %": lambda row: _percent(recovered(row, rows)),
         "recall, nats": lambda row: row["probe"]["recall"]["nll"],
         "recall %": lambda row: _percent(row["probe"]["recall"]["accuracy"]),
-        "facts %": lambda row: _percent(found(row)),
-        "FW share %": lambda row: _percent(share_of(row)),
+        "facts %": lambda row: _percent(facts_found(row)),
+        "FW share %": lambda row: _percent(fw_share(row)),
     }
     lines = []
     for name, group in by_name(rows).items():
-        figures = [_figure([tell(row) for row in group], column) for column, tell in columns.items()]
-        lines.append([name, *figures, _tokens(group[0]), _state(group[0])])
-    names = ["model", *columns, "trained on, tokens", "state, bytes"]
+        values = [_median([value_of(row) for row in group], column) for column, value_of in columns.items()]
+        lines.append([name, *values, _tokens(group[0]), _state(group[0])])
+    names = ["model", *columns, "training tokens", "state, bytes"]
     return Table(names, [list(map(TableCell, line)) for line in lines], _caption(rows))
 
 
@@ -140,12 +153,12 @@ def _caption(rows: Sequence[Row]) -> str:
     probe, several = rows[0]["probe"], any(len(group) > 1 for group in by_name(rows).values())
     recall = probe["recall"]
     return (
-        f"{probe['rows']} texts of {probe['length']:,} tokens. Recovered: of log perplexity, between {WINDOW} (0) and "
-        f"the {ORIGINAL} (100). Recall: the second copy of a paragraph of {recall['paragraph']} tokens, "
-        f"{recall['distance']} after the first: loss (of the first copy: {recall['nll_first']:.2f}), and arg-maxima "
-        f"that are right. Facts: arg-maxima of their values that are right, mean over lengths and depths but the end. "
-        f"FW share: of what the mixers put out, mean over their layers. State: of a sequence; + for each token read. "
-        f"{'Median over seeds, the least and the greatest in brackets.' if several else 'One seed.'}"
+        f"{probe['rows']} texts of {probe['length']:,} tokens. Recovered: share of log perplexity between {WINDOW} (0) "
+        f"and the {ORIGINAL} (100). Recall: loss and accuracy on the second copy of a paragraph of "
+        f"{recall['paragraph']} tokens, {recall['distance']} tokens after the first (loss on the first copy: "
+        f"{recall['nll_first']:.2f}). Facts: accuracy on their values, mean over lengths and depths except 100%. FW "
+        f"share: the FW-memory's part of the mixers' output, mean over layers. State: bytes per sequence, + bytes per "
+        f"token read. {'Median over seeds, with minimum and maximum in parentheses.' if several else 'One seed.'}"
     )
 
 
@@ -153,13 +166,13 @@ def _percent(share: float | None) -> float | None:
     return None if share is None else 100 * share
 
 
-def _figure(values: Sequence[float | None], column: str) -> str:
+def _median(values: Sequence[float | None], column: str) -> str:
     known = [value for value in values if value is not None and not math.isnan(value)]
     if not known:
         return "–"
     form = ".0f" if "%" in column else ".2f"
-    brackets = f" ({min(known):{form}}–{max(known):{form}})" if len(known) > 1 else ""
-    return format(statistics.median(known), form) + brackets
+    extremes = f" ({min(known):{form}}–{max(known):{form}})" if len(known) > 1 else ""
+    return format(statistics.median(known), form) + extremes
 
 
 def _tokens(row: Row) -> str:
@@ -174,6 +187,7 @@ def _state(row: Row) -> str:
 
 
 def table_of_needles(rows: Sequence[Row]) -> Table:
+    """Accuracy on facts, one column per length and depth."""
     places = [(one["length"], one["depth"]) for one in rows[0]["probe"]["needle"]]
     lines = []
     for name, group in by_name(rows).items():
@@ -187,7 +201,7 @@ def table_of_needles(rows: Sequence[Row]) -> Table:
             ]
             cells.append(TableCell(f"{statistics.median(values):.0f}" if values else "–"))
         lines.append([TableCell(name), *cells])
-    caption = "Arg-maxima that are right, %. Depth 0: the beginning of the text; questions count to its length."
+    caption = "Accuracy, %. Columns: length of the text including the queries, and depth (0%: its beginning)."
     return Table(["model", *(f"{length:,}, {depth:.0%}" for length, depth in places)], lines, caption)
 
 
@@ -195,7 +209,7 @@ def table_of_needles(rows: Sequence[Row]) -> Table:
 
 
 def figure_of_rows(rows: Sequence[Row]) -> Figure:
-    """Loss by position, the FW-memories' share by layer, and below them the facts found by depth, a panel a length."""
+    """Loss by position and the FW-memories' share by layer; below, facts found by depth, one panel per length."""
     groups = by_name(rows)
     styles = styles_of_rows(groups)
     lengths = sorted({one["length"] for row in rows for one in row["probe"]["needle"]})
@@ -217,10 +231,10 @@ def figure_of_rows(rows: Sequence[Row]) -> Figure:
 
 
 def styles_of_rows(groups: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, Any]]:
-    """A colour and a marker for each model; bypassed, the same one dotted and hollow."""
+    """One colour and marker per model; bypassed rows have the same, with dotted lines and hollow markers."""
     own = [name for name in groups if not name.endswith(BYPASSED)]
     colours, marks = itertools.cycle(COLOURS), itertools.cycle(MARKERS)
-    chosen = {name: (BETWEEN.get(name) or next(colours), next(marks)) for name in own}
+    chosen = {name: (REFERENCE_COLOURS.get(name) or next(colours), next(marks)) for name in own}
     styles = {}
     for name in groups:
         colour, marker = chosen[name.removesuffix(BYPASSED)]
@@ -233,13 +247,13 @@ def styles_of_rows(groups: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, A
 
 
 def draw_positions(axes: Axes, groups: Mapping[str, Sequence[Row]], styles: dict[str, dict[str, Any]]) -> None:
-    """Nats above the original's, where it is there: so the text's own ups and downs are gone."""
+    """Draw the loss minus the original's, if there is a row of it; the difference removes variations of the text."""
     base = groups.get(ORIGINAL)
-    level = [one["nll"] for one in base[0]["probe"]["by_position"]] if base else itertools.repeat(0.0)
+    baseline = [one["nll"] for one in base[0]["probe"]["by_position"]] if base else itertools.repeat(0.0)
 
     def curve(row: Row) -> Curve:
-        bins = zip(row["probe"]["by_position"], level, strict=bool(base))
-        return [((one["begin"] + one["end"] - 1) / 2, one["nll"] - under) for one, under in bins]
+        bins = zip(row["probe"]["by_position"], baseline, strict=bool(base))
+        return [((one["begin"] + one["end"] - 1) / 2, one["nll"] - level) for one, level in bins]
 
     draw(axes, {name: [curve(row) for row in group] for name, group in groups.items()}, styles)
     for window in {row["probe"]["window"] for group in groups.values() for row in group} - {None}:
@@ -260,7 +274,7 @@ def draw_positions(axes: Axes, groups: Mapping[str, Sequence[Row]], styles: dict
 
 
 def draw_shares(axes: Axes, groups: Mapping[str, Sequence[Row]], styles: dict[str, dict[str, Any]]) -> None:
-    """By layer, the median over seeds that have an FW-memory there. A branch that is bypassed lies at 0."""
+    """Draw the share by layer, the median over seeds with an FW-memory there. Unused FW-memories lie at 0."""
     for name, group in groups.items():
         by_layer: dict[int, list[float]] = {}
         for one in itertools.chain.from_iterable(row["probe"]["shares"] for row in group if not row.get("bypassed")):
@@ -271,7 +285,7 @@ def draw_shares(axes: Axes, groups: Mapping[str, Sequence[Row]], styles: dict[st
     axes.set_ylim(-1, max(25.0, 1.05 * axes.dataLim.y1) if axes.lines else 100)
     axes.set_xlabel("layer")
     axes.set_ylabel("share of the FW-memory, %")
-    axes.set_title("What the FW-memories contribute")
+    axes.set_title("Contribution of the FW-memories")
     if not axes.lines:
         axes.text(0.5, 0.5, "no FW-memories", transform=axes.transAxes, ha="center", color=GREY)
 
@@ -279,6 +293,8 @@ def draw_shares(axes: Axes, groups: Mapping[str, Sequence[Row]], styles: dict[st
 def draw_needles(
     axes: Axes, groups: Mapping[str, Sequence[Row]], styles: dict[str, dict[str, Any]], length: int
 ) -> None:
+    """Draw the accuracy on facts by depth, for texts of one length."""
+
     def curve(row: Row) -> Curve:
         ones = [one for one in row["probe"]["needle"] if one["length"] == length]
         return sorted((100 * one["depth"], 100 * one["accuracy"]) for one in ones)

@@ -1,4 +1,4 @@
-"""A tiny teacher of bytes, whose attention looks far back, and a text."""
+"""A tiny byte-level teacher with full attention, and a text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SMALL = (
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory) -> Path:
-    """The folder of a model of three kv layers, all of which attend to everything."""
+    """The folder of a model of three kv layers with full attention."""
     folder = tmp_path_factory.mktemp("teacher")
     sizes: dict[str, Any] = {"hidden_size": 16, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 24}
     config = HQLTConfig(vocab_size=256, num_hidden_layers=3, layer_kinds=["kv"] * 3, **sizes)
@@ -46,7 +46,7 @@ def text(tmp_path_factory) -> Path:
 
 
 def retrofit(teacher: Path, text: Path, folder: Path, *options: str) -> dict[str, Any]:
-    """Run the command to its end; → its results.json."""
+    """Run the command to its end; returns the content of results.json."""
     main(["retrofit", str(teacher), str(folder), f"--data={text}", *SMALL, *options])
     results: dict[str, Any] = json.loads((folder / "results.json").read_text())
     return results

@@ -1,4 +1,4 @@
-"""The stages: each brings its loss down, stopped anywhere they resume exactly, and what is left is a plain model."""
+"""Retrofit: each stage lowers its loss, interrupted runs resume exactly, and the result is an ordinary model."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ LORA = "--lora-rank=2"
 
 @pytest.fixture(scope="module")
 def whole(teacher, text, tmp_path_factory):
-    """A run that nothing interrupted."""
+    """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     retrofit(teacher, text, folder, "--tune.tokens=480", "--tune.length=20")
     return folder
 
 
-def test_each_stage_brings_its_loss_down(whole):
+def test_each_stage_lowers_its_loss(whole):
     by_stage = {stage: [line["loss"] for line in lines(whole) if line["stage"] == stage] for stage in (1, 2, 3)}
     assert [len(losses) for losses in by_stage.values()] == [16, 8, 6]
     found = results(whole)
@@ -46,18 +46,18 @@ def test_each_stage_brings_its_loss_down(whole):
         ("original", None), ("window + sinks", None), ("delta", None), ("delta", True),
     ]  # fmt: skip
     window, result, bypassed = (row["probe"]["nll"] for row in found["rows"][1:])
-    assert len({window, result, bypassed}) == 3, "one layer stays full, and the FW-memories say something"
+    assert len({window, result, bypassed}) == 3, "one layer keeps full attention, and the FW-memories contribute"
 
 
-def test_stage_1_brings_each_layer_to_the_original(teacher, text, tmp_path, capsys):
+def test_stage_1_fits_each_layer_to_the_original(teacher, text, tmp_path, capsys):
     found = retrofit(teacher, text, tmp_path / "run", "--fit.tokens=9216", "--distill.tokens=0")
     original, result = load_model(teacher), load_model(tmp_path / "run")
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert re.search(
-        r"untrained: 0\.\d+ nats from the original, perplexity .*stage 1 done: 0\.\d+ nats", said, re.DOTALL
+        r"untrained: KL from the original 0\.\d+ nats, perplexity .*stage 1 done: KL .* 0\.\d+ nats", printed, re.DOTALL
     )
     batch = Windows(TokenFiles(tmp_path / "run" / "data"), 48).batch(0, 16)
-    scored, layers = beyond(batch, reach=5), sorted({0, 1, 2} - set(found["run"]["layers"]["full"]))
+    scored, layers = beyond(batch, visible=5), sorted({0, 1, 2} - set(found["run"]["layers"]["full"]))
     with torch.no_grad():
         start, end = (
             layer_errors(original, model, batch, scored, layers, 1.0)
@@ -66,14 +66,14 @@ def test_stage_1_brings_each_layer_to_the_original(teacher, text, tmp_path, caps
     assert all(end[layer] < start[layer] for layer in layers)
 
 
-def test_the_layers_that_the_window_changes_most_stay(whole):
+def test_layers_with_the_largest_errors_keep_full_attention(whole):
     found = json.loads((whole / "config.json").read_text())["layers"]
     assert found["full"] == [found["errors"].index(max(found["errors"]))]
     first = lines(whole)[0]
     assert [f"layer_{layer}" in first for layer in range(3)] == [layer not in found["full"] for layer in range(3)]
 
 
-def test_the_result_is_a_model_as_any_other(whole, teacher, capsys):
+def test_the_result_is_an_ordinary_model(whole, teacher, capsys):
     model = AutoModelForCausalLM.from_pretrained(whole / "model")
     assert sorted(model.config.kinds) == ["hybrid", "hybrid", "kv"]
     assert model.generation_config.eos_token_id == 7
@@ -89,14 +89,14 @@ def test_stopped_anywhere_it_resumes_exactly(teacher, text, whole, tmp_path, mon
     options = ("--tune.tokens=480", "--tune.length=20", *lora)
     if lora:
         retrofit(teacher, text, whole := tmp_path / "whole", *options)
-    update, stops = RetrofitTrainer.update, [2, 16, 21, 28]  # the sixteenth ends stage 1
+    update, stops = RetrofitTrainer.update, [2, 16, 21, 28]  # stage 1 ends after update 16
 
     def stopped(trainer, *arguments):
-        told = update(trainer, *arguments)
-        if stops and told.step == stops[0]:
+        result = update(trainer, *arguments)
+        if stops and result.step == stops[0]:
             stops.pop(0)
             os.kill(os.getpid(), signal.SIGINT)
-        return told
+        return result
 
     monkeypatch.setattr(RetrofitTrainer, "update", stopped)
     for step in (2, 16, 21, 28):
@@ -116,21 +116,21 @@ def results(folder):
 
 @needs_peft
 @pytest.mark.parametrize("rule", ["delta", "none"])
-def test_merged_it_is_what_it_was(teacher, text, tmp_path, monkeypatch, rule):
-    """And without an FW-memory there is no stage 1, and low-rank changes alone are trained."""
+def test_merging_lora_changes_no_logits(teacher, text, tmp_path, monkeypatch, rule):
+    """With rule none there is no stage 1, and only LoRA is trained."""
     unmerged = {}
 
-    def keep(trainer, *arguments):
+    def compare_and_save(trainer, *arguments):
         tokens = torch.arange(30)[None]
         unmerged["logits"] = trainer.student.eval()(tokens, use_cache=False).logits
         unmerged["teacher"] = trainer.teacher(tokens, use_cache=False).logits
         assert trainer.lora is not None
-        return kept(trainer, *arguments)
+        return save_model(trainer, *arguments)
 
     from hqlt.train.retrofit import run
 
-    kept = run.keep
-    monkeypatch.setattr(run, "keep", keep)
+    save_model = run.save_model
+    monkeypatch.setattr(run, "save_model", compare_and_save)
     found = retrofit(teacher, text, tmp_path / "run", LORA, f"--rule={rule}", "--lora-learning-rate=0.01")
     scores = found["run"]["scores"]
     assert ("fit" in scores, len(found["rows"])) == ((True, 4) if rule == "delta" else (False, 3))
@@ -159,7 +159,7 @@ def test_merged_it_is_what_it_was(teacher, text, tmp_path, monkeypatch, rule):
         (("--data=nowhere",), "data: expected a text file, a folder"),
     ],
 )
-def test_refused_before_anything_is_written(teacher, text, tmp_path, options, message):
+def test_errors_are_raised_before_anything_is_written(teacher, text, tmp_path, options, message):
     with pytest.raises(SystemExit, match=message):
         retrofit(teacher, text, tmp_path / "run", *options)
     assert not (tmp_path / "run").exists()
@@ -170,7 +170,7 @@ def test_a_retrofitted_model_is_refused(whole, text, tmp_path):
         retrofit(whole, text, tmp_path / "run")
 
 
-def test_texts_too_short_are_refused(teacher, tmp_path):
+def test_short_texts_are_refused(teacher, tmp_path):
     folder = tmp_path / "documents"
     folder.mkdir()
     for i in range(400):
@@ -180,12 +180,12 @@ def test_texts_too_short_are_refused(teacher, tmp_path):
         retrofit(teacher, tmp_path / "tokens", tmp_path / "run")
 
 
-def test_other_layers_and_other_settings(teacher, text, whole, tmp_path):
-    """Any as the control; and a folder is of one run alone."""
+def test_random_layers_and_changed_settings(teacher, text, whole, tmp_path):
+    """With random layers; and a run with other settings does not resume in the same folder."""
     chance = retrofit(teacher, text, tmp_path / "run", "--full-choice=random", "--fit.tokens=0", "--distill.tokens=0")
     assert len(chance["run"]["layers"]["full"]) == 1
     window, result, bypassed = (row["probe"]["nll"] for row in chance["rows"][1:])
-    assert result == bypassed != window, "untrained FW-memories add nothing; all layers have the window in its row"
+    assert result == bypassed != window, "untrained FW-memories add nothing; in the window row, all layers are windowed"
     again = f"--config={tmp_path / 'run' / 'config.json'}"
     main(["retrofit", str(teacher), str(tmp_path / "again"), again, "--validation-rows=0"])
     ours, theirs = (load_file(tmp_path / run / "model" / "model.safetensors") for run in ("again", "run"))
@@ -196,7 +196,7 @@ def test_other_layers_and_other_settings(teacher, text, whole, tmp_path):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("peft") is not None, reason="peft is installed")
-def test_without_peft_it_says_how_to_get_it(teacher, text, tmp_path):
+def test_without_peft_the_error_says_how_to_install_it(teacher, text, tmp_path):
     with pytest.raises(SystemExit) as ended:
         retrofit(teacher, text, tmp_path / "run", LORA)
     assert str(ended.value) == f"expected the package peft; {how_to_install('retrofit')}"

@@ -1,4 +1,4 @@
-"""What a run is made of, from its options."""
+"""Settings of a retrofit: options of the layers, and the number of updates."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from hqlt.train.retrofit.settings import RetrofitSettings, Stage
 
-GIVEN = {"window": 64, "sinks": 4, "retention": "recent", "kept": 0}
+DEFAULTS = {"window": 64, "sinks": 4, "retention": "recent", "kept": 0}
 
 
 @pytest.mark.parametrize(
@@ -21,12 +21,12 @@ GIVEN = {"window": 64, "sinks": 4, "retention": "recent", "kept": 0}
         ("none", {"kept_positions": "clamped"}, {"kept_positions": "clamped"}),
     ],
 )
-def test_layers_begin_with_what_helps_unless_told_otherwise(rule, options, expected):
+def test_default_options_of_the_layers(rule, options, expected):
     settings = RetrofitSettings(rule=rule, options=options)
-    assert settings.layer_options() == {**GIVEN, "rule": rule, **expected}
+    assert settings.layer_options() == {**DEFAULTS, "rule": rule, **expected}
 
 
-def test_a_stage_takes_as_many_updates_as_its_tokens_need():
+def test_number_of_updates():
     settings = RetrofitSettings(fit=Stage(tokens=4097), distill=Stage(), tune=Stage(tokens=1, length=100))
     assert [(name, stage.steps) for name, stage in settings.stages] == [("fit", 2), ("tune", 1)]
     assert settings.steps == 3

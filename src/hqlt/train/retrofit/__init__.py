@@ -1,1 +1,1 @@
-"""`hqlt retrofit`: a converted model gains a bounded memory, in stages."""
+"""`hqlt retrofit`: give a converted model a bounded memory, in stages."""

@@ -1,4 +1,4 @@
-"""Low-rank changes to a model's linear maps, by peft, and their merging."""
+"""LoRA by the package peft: low-rank updates of a model's linear maps, and merging them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,22 @@ from hqlt.errors import require
 from hqlt.model import HQLTForCausalLM
 
 IN_LORA = ".lora_"
-"""Stands in the names of its parameters."""
+"""Part of the names of its parameters."""
 
 
 class Lora:
-    """W x → W x + B A x for the linear maps of the blocks, A [rank, in] begun at random, B [out, rank] at 0.
+    """Low-rank updates of all frozen linear maps in the blocks.
 
-    Frozen maps alone: those of new parameters are trained themselves. Source: Hu et al. 2021, "LoRA", section 4.1.
+        W x → W x + B A x       A [rank, in] random, B [out, rank] zero at initialization
+
+    Maps that are trained themselves are not changed.
+
+    Args:
+        model: the model, which is modified in place.
+        rank: rank of the updates.
+
+    Source:
+        Hu et al. 2021, "LoRA", section 4.1.
     """
 
     def __init__(self, model: HQLTForCausalLM, rank: int) -> None:
@@ -31,9 +40,9 @@ class Lora:
         ]
         config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=maps)
         self.wrapped: Any = peft.LoraModel(model, config, "default")
-        for name, parameter in model.named_parameters():  # peft freezes all but its own
+        for name, parameter in model.named_parameters():  # peft freezes all other parameters
             parameter.requires_grad_(name in trained or IN_LORA in name)
 
     def merge(self) -> None:
-        """Add B A to the weights, in new tensors, and take the model back to what it was made of."""
+        """Add B A to the weights, as new tensors, and restore the model's original modules."""
         self.wrapped.merge_and_unload(safe_merge=True)

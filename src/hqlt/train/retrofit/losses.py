@@ -1,4 +1,4 @@
-"""What each stage brings down, and what both models say of a batch."""
+"""The losses of the stages."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from hqlt.shapes import Hidden, Resets
 from hqlt.task.task import IGNORE, Batch
 
 Watch = Callable[[int, Hidden, "Resets | None", Hidden], None]
-"""(layer, the input of its attention [b, t, d], resets, its output [b, t, d])"""
+"""(layer, input of its attention [b, t, d], resets, output of its attention [b, t, d])"""
 
 
-def beyond(batch: Batch, reach: int) -> Tensor:
-    """Bool[b, t]: tokens with at least `reach` others before them in their segment."""
+def beyond(batch: Batch, visible: int) -> Tensor:
+    """Bool[b, t]: whether a token has at least `visible` tokens before it in its segment."""
     b, t = batch.inputs.shape
     start = torch.zeros(b, dtype=torch.long, device=batch.inputs.device)
-    return positions(batch.resets, start, t) >= reach
+    return positions(batch.resets, start, t) >= visible
 
 
 @torch.no_grad()
 def read_watched(teacher: HQLTForCausalLM, batch: Batch, watch: Watch) -> None:
-    """Let the teacher read a batch, and call `watch` with what each attention is given and makes of it.
+    """Run the teacher on a batch, and call `watch` with the input and output of each layer's attention.
 
-    Nothing is held from layer to layer: what `watch` computes is gone before the next one.
+    No activations are kept from one layer to the next.
     """
 
     def hook(layer: int) -> Callable[..., None]:
-        def seen(memory: HybridMemory, given: Any, made: Any) -> None:
-            x, _, resets = given
-            watch(layer, x, resets, made[0])
+        def call_watch(memory: HybridMemory, inputs: Any, outputs: Any) -> None:
+            x, _, resets = inputs
+            watch(layer, x, resets, outputs[0])
 
-        return seen
+        return call_watch
 
     with contextlib.ExitStack() as hooks:
         for layer, block in enumerate(teacher.model.layers):
@@ -48,29 +48,29 @@ def read_watched(teacher: HQLTForCausalLM, batch: Batch, watch: Watch) -> None:
         teacher.model(batch.inputs, resets=batch.resets, use_cache=False)
 
 
-def relative_error(made: Hidden, wanted: Hidden, scored: Tensor) -> Tensor:
-    """Σ ‖made − wanted‖² / Σ ‖wanted‖² over the scored tokens, Bool[b, t]."""
-    made, wanted = made[scored].float(), wanted[scored].float()
-    return (made - wanted).square().sum() / wanted.square().sum()
+def relative_error(output: Hidden, target: Hidden, scored: Tensor) -> Tensor:
+    """Σ ‖output − target‖² / Σ ‖target‖² over the scored tokens, Bool[b, t]."""
+    output, target = output[scored].float(), target[scored].float()
+    return (output - target).square().sum() / target.square().sum()
 
 
 def layer_errors(
     teacher: HQLTForCausalLM, student: HQLTForCausalLM, batch: Batch, scored: Tensor, layers: list[int], weight: float
 ) -> dict[int, float]:
-    """By layer: the relative error of the student's attention on the teacher's inputs.
+    """The relative error of each layer of the student, on the teacher's inputs.
 
-    Where gradients are enabled, each is followed by its own backward pass, times the weight, so that one layer's
-    activations are all that is held.
+    If gradients are enabled, each error is multiplied by the weight and followed by its own backward pass, so that
+    activations of only one layer are kept at a time.
     """
     errors: dict[int, float] = {}
     learn = torch.is_grad_enabled()
 
-    def watch(layer: int, x: Hidden, resets: Resets | None, wanted: Hidden) -> None:
+    def watch(layer: int, x: Hidden, resets: Resets | None, target: Hidden) -> None:
         if layer not in layers:
             return
         with torch.set_grad_enabled(learn):
             block: Any = student.model.layers[layer]
-            error = relative_error(block.memory(x, None, resets)[0], wanted, scored)
+            error = relative_error(block.memory(x, None, resets)[0], target, scored)
             if learn:
                 (error * weight).backward()
         errors[layer] = error.item()
@@ -80,14 +80,14 @@ def layer_errors(
 
 
 def logits_at(model: HQLTForCausalLM, batch: Batch, scored: Tensor) -> Tensor:
-    """[scored tokens, vocabulary], in float32."""
+    """Logits at the scored tokens, [n, vocabulary], in float32."""
     hidden = model.model(batch.inputs, resets=batch.resets, use_cache=False).last_hidden_state
     logits: Tensor = model.lm_head(hidden[scored])
     return logits.float()
 
 
 def divergence(teacher: HQLTForCausalLM, student: HQLTForCausalLM, batch: Batch, scored: Tensor) -> Tensor:
-    """Σ KL(teacher ‖ student) of the next token over the scored tokens, in nats."""
+    """Summed KL(teacher ‖ student) of the next token at the scored tokens, in nats."""
     with torch.no_grad():
         theirs = logits_at(teacher, batch, scored).log_softmax(dim=-1)
     ours = logits_at(student, batch, scored).log_softmax(dim=-1)
@@ -95,15 +95,15 @@ def divergence(teacher: HQLTForCausalLM, student: HQLTForCausalLM, batch: Batch,
 
 
 def next_token(student: HQLTForCausalLM, batch: Batch, scored: Tensor) -> Tensor:
-    """Σ −log p(next token) over the scored tokens that have one, in nats."""
+    """Summed cross-entropy of the next token at the scored tokens that have one, in nats."""
     logits = logits_at(student, batch, scored)
     return F.cross_entropy(logits, batch.targets[scored], ignore_index=IGNORE, reduction="sum")
 
 
-def micro_batches(batch: Batch, rows: int, reach: int) -> Iterator[tuple[Batch, Tensor, float]]:
-    """The parts of a batch that have scored tokens, which those are, and the part's share of all of them."""
-    total = int(beyond(batch, reach).sum())
+def micro_batches(batch: Batch, rows: int, visible: int) -> Iterator[tuple[Batch, Tensor, float]]:
+    """Split a batch into (micro-batch, scored tokens, share of all scored tokens); skips those without any."""
+    total = int(beyond(batch, visible).sum())
     for part in batch.split(rows):
-        scored = beyond(part, reach)
+        scored = beyond(part, visible)
         if count := int(scored.sum()):
             yield part, scored, count / total

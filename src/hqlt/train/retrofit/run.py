@@ -1,4 +1,4 @@
-"""`hqlt retrofit`: from a converted model to one with a bounded memory, and its folder."""
+"""One run of `hqlt retrofit`: from a converted model to a folder with a retrofitted one."""
 
 from __future__ import annotations
 
@@ -23,21 +23,29 @@ from hqlt.model.pretrained.retrofit import NO_RULE, config_for, refuse_other_tha
 from hqlt.signals import stop_if_asked
 from hqlt.train.language.run import DEFAULT_DATA
 from hqlt.train.language.text import prepare_file
-from hqlt.train.retrofit.layers import Choice, choose, errors_in, errors_of_window
+from hqlt.train.retrofit.layers import LayerChoice, choose_layers, errors_of_window, load_or_measure_errors
 from hqlt.train.retrofit.settings import RetrofitSettings
 from hqlt.train.retrofit.trainer import RetrofitTrainer
 from hqlt.train.run import run as run_of
 
 
 def run(settings: RetrofitSettings, model: Path, folder: Path, device: str | None = None) -> None:
-    """Retrofit as the settings say into the folder, resuming from its newest checkpoint if there is one.
+    """Retrofit a model, resuming from the newest checkpoint in the folder if there is one.
 
-    A first Ctrl-C or SIGTERM is obeyed after the update under way. Leaves config.json, layers.json, metrics.jsonl,
-    checkpoints/, and at the end model/, results.json, curves.png, README.md and report.html.
+    Writes config.json, layers.json, metrics.jsonl and checkpoints/, and at the end model/, results.json, curves.png,
+    README.md and report.html. On Ctrl-C or SIGTERM, the run stops after the current update and saves a checkpoint.
 
-    Raises ValueError or OSError, before anything is trained, for what cannot be; and where training diverged.
+    Args:
+        settings: what to build and how to train it.
+        model: folder of the original model.
+        folder: output folder.
+        device: device to train on. Default: cuda if available.
+
+    Raises:
+        ValueError: before training, for invalid settings, model or data; and when training diverges.
+        OSError: when a file cannot be read or written.
     """
-    from hqlt.report.retrofit import leave_retrofit_report  # now: a package that it misses would be the end of all
+    from hqlt.report.retrofit import leave_retrofit_report  # imported first, so that a missing package is found now
 
     config, place = read_config(model), usable_device(device)
     refuse_other_than_full(config)
@@ -49,19 +57,19 @@ def run(settings: RetrofitSettings, model: Path, folder: Path, device: str | Non
             f"data: expected a text file, a folder that `hqlt data prepare` wrote, or {DEFAULT_DATA}, found nothing at "
             f"{data.absolute()}"
         )
-    choose(settings, config, errors=[0.0] * config.num_hidden_layers)  # refuses what it would refuse later
+    choose_layers(settings, config, errors=[0.0] * config.num_hidden_layers)  # raises errors before any work
 
     def build(console: Console) -> RetrofitTrainer:
         tokens = data_of(settings, model, folder, console)
         teacher = teacher_of(model, place)
         source = digest_of(model)
-        choice = chosen(settings, teacher, source, tokens, folder, console)
+        choice = run_stage_0(settings, teacher, source, tokens, folder, console)
         return RetrofitTrainer(settings, teacher, source, choice, tokens, folder)
 
-    def finish(trainer: RetrofitTrainer, folder: Path, told: dict[str, Any], console: Console) -> None:
+    def finish(trainer: RetrofitTrainer, folder: Path, run_info: dict[str, Any], console: Console) -> None:
         trainer.refuse_diverged()
-        keep(trainer, model, folder)
-        told |= {
+        save_model(trainer, model, folder)
+        run_info |= {
             "scores": trainer.extra_state["scores"],
             "tokens": trainer.tokens(),
             "updates_skipped": trainer.skipped,
@@ -69,23 +77,23 @@ def run(settings: RetrofitSettings, model: Path, folder: Path, device: str | Non
         rows = rows_of(trainer, console)
         if rows:
             title = f"{find_model(model).name} with a bounded memory"
-            leave_retrofit_report(folder, rows, told, console, title=title, introduction=trainer.title() + ".")
+            leave_retrofit_report(folder, rows, run_info, console, title=title, introduction=trainer.title() + ".")
         else:
-            write_atomic(folder / "results.json", json.dumps({"run": told, "rows": []}, indent=1).encode())
-        console.print(f"written to {folder / 'model'}", markup=False)
+            write_atomic(folder / "results.json", json.dumps({"run": run_info, "rows": []}, indent=1).encode())
+        console.print(f"saved to {folder / 'model'}", markup=False)
 
     run_of("retrofit", folder, build, finish)
 
 
 def teacher_of(model: Path, device: torch.device) -> HQLTForCausalLM:
-    """The model in float32: what is trained is so, and it shares the rest."""
+    """Load the original model in float32, because the student shares its tensors."""
     teacher = load_model(model, device)
     nn.Module.float(teacher)
     return teacher
 
 
 def digest_of(model: Path) -> str:
-    """Names a model's weights."""
+    """SHA-256 of a model's weight files."""
     whole = hashlib.sha256()
     for path in weight_files(find_model(model)):
         with path.open("rb") as file:
@@ -94,9 +102,10 @@ def digest_of(model: Path) -> str:
 
 
 def data_of(settings: RetrofitSettings, model: Path, folder: Path, console: Console) -> Path:
-    """The folder of tokens: the given one, or of a text, made where missing.
+    """The folder of tokens: the given one, or one prepared from a text.
 
-    Raises ValueError for tokens of another tokenizer than the model's.
+    Raises:
+        ValueError: when the tokens are those of another tokenizer than the model's.
     """
     tokenizer = tokenizer_of(model, read_config(model).vocab_size)
     name = tokenizer.name if tokenizer.name == "bytes" else find_model(model)
@@ -112,53 +121,53 @@ def data_of(settings: RetrofitSettings, model: Path, folder: Path, console: Cons
     if found["digest"] != expected.digest:
         raise ValueError(
             f"data: expected tokens of the model's own tokenizer, got those of {found['name']} in {data}; prepare them "
-            f"by `hqlt data prepare SOURCE FOLDER --tokenizer {name}`"
+            f"with `hqlt data prepare SOURCE FOLDER --tokenizer {name}`"
         )
     return data
 
 
-def chosen(
+def run_stage_0(
     settings: RetrofitSettings, teacher: HQLTForCausalLM, source: str, tokens: Path, folder: Path, console: Console
-) -> Choice:
-    """Stage 0, or what an earlier start found."""
+) -> LayerChoice:
+    """Measure the error of each layer, unless an earlier run in this folder has, and choose the full layers."""
     files = TokenFiles(tokens, "train")
     windows = Windows(files, settings.distill.length, settings.seed)
-    asked = ("window", "sinks", "measure_tokens", "seed", "precision")
-    measured = {"source": source, "data": files.digest, "length": windows.length}
-    measured |= {name: getattr(settings, name) for name in asked}
-    with console.status(f"stage 0: what a window of {settings.window} changes in each layer"):
-        errors = errors_in(folder, measured, lambda: errors_of_window(settings, teacher, windows))
+    relevant = ("window", "sinks", "measure_tokens", "seed", "precision")
+    conditions = {"source": source, "data": files.digest, "length": windows.length}
+    conditions |= {name: getattr(settings, name) for name in relevant}
+    with console.status(f"stage 0: measuring the error of a window of {settings.window} in each layer"):
+        errors = load_or_measure_errors(folder, conditions, lambda: errors_of_window(settings, teacher, windows))
     config: Any = teacher.config
-    choice = choose(settings, config, errors)
+    choice = choose_layers(settings, config, errors)
     each = ", ".join(f"{layer}: {100 * error:.0f}%" for layer, error in enumerate(errors))
-    console.print(f"stage 0: squared error of each layer's attention with window and sinks alone: {each}", markup=False)
+    console.print(f"stage 0: squared error of each layer with window and sinks only: {each}", markup=False)
     return choice
 
 
 def rows_of(trainer: RetrofitTrainer, console: Console) -> list[dict[str, Any]]:
-    """Probes on held-out text: of the original, of window and sinks alone in all layers, of the result with and
-    without its FW-memories."""
+    """Probe results on held-out text: the original, window and sinks only in all layers, and the retrofitted model with
+    and without its FW-memories."""
     from hqlt.report.retrofit import ORIGINAL, WINDOW
 
     if trainer.held_out is None:
         return []
     teacher, settings = trainer.teacher, trainer.settings
     config: Any = teacher.config
-    alone = retrofitted(teacher, config_for(config, window=settings.window, sinks=settings.sinks, rule=NO_RULE))
-    named = "window + sinks, trained" if settings.rule == NO_RULE else settings.rule
+    windowed = retrofitted(teacher, config_for(config, window=settings.window, sinks=settings.sinks, rule=NO_RULE))
+    label = "window + sinks, trained" if settings.rule == NO_RULE else settings.rule
     rows: list[dict[str, Any]] = []
-    for name, model in ((ORIGINAL, teacher), (WINDOW, alone), (named, trainer.student)):
+    for name, model in ((ORIGINAL, teacher), (WINDOW, windowed), (label, trainer.student)):
         stop_if_asked(trainer.signals)
         with console.status(f"probing {name}"), trainer.autocast():
             if model is trainer.student:
                 rows += probed(name, model, trainer.held_out.inputs)
             else:
                 rows.append({"name": name, "probe": probe(model, trainer.held_out.inputs)})
-    return [row | {"tokens": trainer.tokens()} if row["name"] == named else row for row in rows]
+    return [row | {"tokens": trainer.tokens()} if row["name"] == label else row for row in rows]
 
 
-def keep(trainer: RetrofitTrainer, model: Path, folder: Path) -> None:
-    """Write the model, its low-rank changes merged, as any other: with tokenizer, chat template, code and card."""
+def save_model(trainer: RetrofitTrainer, model: Path, folder: Path) -> None:
+    """Merge the LoRA weights and save the model with tokenizer, chat template, code and card."""
     from hqlt.language.export import save
 
     if trainer.lora is not None:

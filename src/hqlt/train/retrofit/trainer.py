@@ -1,4 +1,4 @@
-"""The stages of a retrofit, one after the other: what each trains, and on what."""
+"""The trainer of a retrofit, which runs its stages in order."""
 
 from __future__ import annotations
 
@@ -22,59 +22,78 @@ from hqlt.train.checkpoints import Checkpoints
 from hqlt.train.language.ranks import enable_activation_checkpointing
 from hqlt.train.language.trainer import PATIENCE, model_fields
 from hqlt.train.live import memory_in_use
-from hqlt.train.retrofit.layers import Choice
+from hqlt.train.retrofit.layers import LayerChoice
 from hqlt.train.retrofit.lora import IN_LORA, Lora
 from hqlt.train.retrofit.losses import beyond, divergence, layer_errors, micro_batches, next_token
 from hqlt.train.retrofit.settings import STAGES, RetrofitSettings, Stage
 from hqlt.train.run import Trainer
 
-FREE = ("data", "keep_checkpoints", "save_every", "micro_batch_size", "activation_checkpointing", "full", "full_choice")
-"""Settings that may change when a run is resumed: the data and the layers are in the identity themselves."""
-LEAST = 2 * (KEY + VALUE) * len(DEPTHS)
-"""Tokens of a text that has room for the probes' facts."""
-IN_MAP, MAPS = ".feature_map.", 5.0
-"""Stands in the names of feature maps, and how much greater their learning rate is: they begin as the identity, and
-have far to go."""
+MAY_CHANGE = (
+    "data",
+    "keep_checkpoints",
+    "save_every",
+    "micro_batch_size",
+    "activation_checkpointing",
+    "full",
+    "full_choice",
+)
+"""Settings that may change when a run is resumed. The identity of a run contains the data and the layers themselves."""
+MIN_VALIDATION_LENGTH = 2 * (KEY + VALUE) * len(DEPTHS)
+"""Length of a text, in tokens, that has room for the facts of the probes."""
+FEATURE_MAP, FEATURE_MAP_RATE = ".feature_map.", 5.0
+"""Part of the names of feature maps, and the factor of their learning rate. It is large because they are initialized as
+the identity, far from their optimum."""
 BETAS = 0.9, 0.95
-"""AdamW's."""
+"""β of AdamW."""
 
 
 class Update(NamedTuple):
-    """What is told after an update."""
+    """Metrics of one update."""
 
     step: int
-    """Updates of all stages, skipped ones included."""
+    """Number of updates in all stages, including skipped ones."""
     stage: str
     loss: float
-    """fit: the relative squared error, mean over layers; distill: KL, tune: cross-entropy, in nats per scored token."""
+    """fit: mean relative squared error of the layers; distill: KL, tune: cross-entropy, both in nats per scored
+    token."""
     gradient_norm: float
     """Before clipping; fit: of all layers together."""
     learning_rate: float
     tokens: int
-    """Seen since the run began."""
+    """Tokens read since the run began."""
     skipped: int
-    """Updates skipped so far, because a gradient was not finite or no token was scored."""
+    """Number of updates skipped so far, because a gradient was not finite or no token was scored."""
     layers: dict[int, float]
     """fit: the error of each layer."""
     scores: dict[str, float] | None = None
-    """Of held-out text, at the end of a stage: kl, nats."""
+    """At the end of a stage: kl and nats on held-out text."""
 
     @property
     def units(self) -> int:
+        """Tokens read since the run began, from which the speed is computed."""
         return self.tokens
 
     def as_line(self) -> dict[str, Any]:
-        """Flat, for metrics.jsonl and trackers."""
-        told = self._asdict()
-        layers, scores = told.pop("layers"), told.pop("scores") or {}
-        told["stage"] = STAGES.index(self.stage) + 1
-        return told | {f"layer_{layer}": error for layer, error in layers.items()} | scores
+        """The metrics as a flat dict, for metrics.jsonl and trackers."""
+        line = self._asdict()
+        layers, scores = line.pop("layers"), line.pop("scores") or {}
+        line["stage"] = STAGES.index(self.stage) + 1
+        return line | {f"layer_{layer}": error for layer, error in layers.items()} | scores
 
 
 class RetrofitTrainer(Trainer[Update]):
-    """The original and the model that it becomes: they share all weights that are not trained.
+    """Trains a retrofitted model, the student. It shares all frozen weights with the original, the teacher.
 
-    teacher: in float32, on its device. source: names its weights. Raises ValueError for data that do not suit it.
+    Args:
+        settings: what to train.
+        teacher: the original model in float32, on the device to train on.
+        source: digest of its weights.
+        choice: which layers keep full attention.
+        data: folder of tokens.
+        folder: folder of the run.
+
+    Raises:
+        ValueError: when the documents are too short.
     """
 
     kind, unit = "retrofit", "tokens"
@@ -85,7 +104,7 @@ class RetrofitTrainer(Trainer[Update]):
         settings: RetrofitSettings,
         teacher: HQLTForCausalLM,
         source: str,
-        choice: Choice,
+        choice: LayerChoice,
         data: Path,
         folder: Path,
     ) -> None:
@@ -106,7 +125,7 @@ class RetrofitTrainer(Trainer[Update]):
         self.size = sum(parameter.numel() for parameter in self.student.parameters())
         self.checkpoints = Checkpoints(folder / "checkpoints", settings.keep_checkpoints)
         self.stage = ""
-        """The name of the one that is under way."""
+        """Name of the current stage."""
         self.lora: Lora | None = None
         self.optimiser: torch.optim.Optimizer
         self.skipped, self.skipped_in_a_row = 0, 0
@@ -115,7 +134,7 @@ class RetrofitTrainer(Trainer[Update]):
     # Training.
 
     def updates(self) -> Iterator[Update]:
-        """Raises ValueError too, once training diverged."""
+        """Train, and yield the metrics of each update. Raises ValueError when training diverges."""
         scores = self.extra_state["scores"]
         if self.step == 0 and "start" not in scores:
             scores |= {"original": self.score(self.teacher), "start": self.score(self.student)}
@@ -124,62 +143,64 @@ class RetrofitTrainer(Trainer[Update]):
             name, stage, first = self.stage_at(self.step)
             if name != self.stage:
                 self.begin(name)
-            told = self.update(name, stage, self.step - first)
+            update = self.update(name, stage, self.step - first)
             if self.step == first + stage.steps:
                 scores[name] = self.score(self.student)
-                told = told._replace(scores=scores[name])
-            yield told
+                update = update._replace(scores=scores[name])
+            yield update
             if self.skipped_in_a_row == PATIENCE:
                 self.refuse_diverged()
             if self.step < self.settings.steps:
                 stop_if_asked(self.signals)
 
     def refuse_diverged(self) -> None:
-        """Raises ValueError where the last updates were skipped."""
+        """Raise ValueError if the last updates were skipped."""
         if self.skipped_in_a_row:
             raise ValueError(
                 f"training diverged: the last {self.skipped_in_a_row} updates were skipped, because their gradients "
-                f"were not finite; give smaller learning rates, and another folder"
+                f"were not finite; use smaller learning rates and a new folder"
             )
 
-    def due(self, told: Update) -> bool:
-        return self.step % self.settings.save_every == 0 or told.scores is not None
+    def due(self, update: Update) -> bool:
+        """Whether to save a checkpoint after this update."""
+        return self.step % self.settings.save_every == 0 or update.scores is not None
 
     def stage_at(self, step: int) -> tuple[str, Stage, int]:
-        """The stage of a step, and the step that it begins with."""
+        """The stage of a step, and its first step."""
         first = 0
         for name, stage in self.settings.stages:
             if step < first + stage.steps:
                 return name, stage, first
             first += stage.steps
-        raise AssertionError("there are fewer steps")
+        raise AssertionError("step is after the last stage")
 
     def begin(self, name: str) -> None:
-        """A stage's parameters, and its optimiser, which has seen nothing yet."""
+        """Begin a stage: add its parameters, and create its optimizer."""
         settings, self.stage = self.settings, name
         torch.manual_seed(settings.seed + 1)
         if name != "fit" and settings.lora_rank and self.lora is None:
             self.lora = Lora(self.student, settings.lora_rank)
         by_peak: dict[float, list[Tensor]] = {}
         for part, parameter in self.trained().items():
-            own = getattr(settings, name).learning_rate * (MAPS if IN_MAP in part else 1)
+            own = getattr(settings, name).learning_rate * (FEATURE_MAP_RATE if FEATURE_MAP in part else 1)
             by_peak.setdefault(settings.lora_learning_rate if IN_LORA in part else own, []).append(parameter)
         groups = [{"params": parameters, "peak": peak} for peak, parameters in by_peak.items()]
         self.optimiser = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, weight_decay=0.0)
 
     def trained(self) -> dict[str, Tensor]:
+        """The trained parameters, by name."""
         return {name: parameter for name, parameter in self.student.named_parameters() if parameter.requires_grad}
 
     def update(self, name: str, stage: Stage, index: int) -> Update:
-        """One batch of a stage, its index-th. Where a gradient is not finite, or nothing is scored, nothing changes."""
-        settings, reach = self.settings, self.settings.reach
+        """Train on batch `index` of a stage. Skipped if a gradient is not finite or no token is scored."""
+        settings = self.settings
         batch = self.windows[name].batch(index, stage.batch_size).to(self.device)
         for group in self.optimiser.param_groups:
             group["lr"] = group["peak"] * stage.share_at(index)
         self.student.train()
         self.optimiser.zero_grad(set_to_none=True)
         loss, layers = 0.0, dict.fromkeys(self.choice.changed, 0.0) if name == "fit" else {}
-        parts = list(micro_batches(batch, settings.micro_batch_size, reach))
+        parts = list(micro_batches(batch, settings.micro_batch_size, settings.visible))
         for part, scored, share in parts:
             if name == "fit":
                 with self.autocast():
@@ -187,12 +208,12 @@ class RetrofitTrainer(Trainer[Update]):
                 layers = {layer: error + share * errors[layer] for layer, error in layers.items()}
             else:
                 with self.autocast():
-                    summed = self.summed(name, part, scored) * share / int(scored.sum())
-                summed.backward()
-                loss += summed.item()
+                    part_loss = self.summed_loss(name, part, scored) * share / int(scored.sum())
+                part_loss.backward()
+                loss += part_loss.item()
         if layers:
             loss = sum(layers.values()) / len(layers)
-        norm = self.clip(name)
+        norm = self.clip_gradients(name)
         if parts and norm.isfinite():
             self.optimiser.step()
             self.skipped_in_a_row = 0
@@ -203,13 +224,14 @@ class RetrofitTrainer(Trainer[Update]):
         rate = stage.learning_rate * stage.share_at(index)
         return Update(self.step, name, loss, norm.item(), rate, self.tokens(), self.skipped, layers)
 
-    def summed(self, name: str, batch: Batch, scored: Tensor) -> Tensor:
+    def summed_loss(self, name: str, batch: Batch, scored: Tensor) -> Tensor:
+        """The loss of stage "distill" or "tune", summed over scored tokens."""
         if name == "distill":
             return divergence(self.teacher, self.student, batch, scored)
         return next_token(self.student, batch, scored)
 
-    def clip(self, name: str) -> Tensor:
-        """The gradient's norm. In stage 1 each layer has a loss of its own, and is clipped by itself."""
+    def clip_gradients(self, name: str) -> Tensor:
+        """Clip the gradients; returns their norm before. In stage 1 each layer is clipped by itself."""
         groups: list[Any] = [self.student.parameters()]
         if name == "fit":
             groups = [block.parameters() for block in self.student.model.layers]
@@ -217,7 +239,7 @@ class RetrofitTrainer(Trainer[Update]):
         return torch.stack(norms).norm()
 
     def tokens(self) -> int:
-        """Of all updates so far."""
+        """Number of tokens in all updates so far."""
         total, left = 0, self.step
         for _, stage in self.settings.stages:
             total += min(left, stage.steps) * stage.batch_size * stage.length
@@ -225,18 +247,19 @@ class RetrofitTrainer(Trainer[Update]):
         return total
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Autocast to bfloat16 if the settings ask for it."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16")
 
     # Scores.
 
     @torch.no_grad()
     def score(self, model: HQLTForCausalLM) -> dict[str, float]:
-        """On held-out tokens beyond window and sinks: kl, KL(original ‖ model), and nats, both per token."""
+        """KL(original ‖ model), "kl", and cross-entropy, "nats", both per held-out token beyond window and sinks."""
         if self.held_out is None:
             return {}
         kl, nats = 0.0, 0.0
         model.eval()
-        for part, scored, share in micro_batches(self.held_out, self.settings.micro_batch_size, self.settings.reach):
+        for part, scored, share in micro_batches(self.held_out, self.settings.micro_batch_size, self.settings.visible):
             share /= int(scored.sum())
             with self.autocast():
                 kl += share * divergence(self.teacher, model, part, scored).item()
@@ -244,21 +267,21 @@ class RetrofitTrainer(Trainer[Update]):
         return {"kl": kl, "nats": nats}
 
     def _held_out(self) -> Batch | None:
-        """Texts that are scored, long enough for the probes; None: there are none."""
+        """Validation texts, long enough for the probes, or None."""
         if "validation" not in self.splits or not self.settings.validation_rows:
             return None
-        windows = Windows(self.splits["validation"], max(self.settings.distill.length, LEAST))
+        windows = Windows(self.splits["validation"], max(self.settings.distill.length, MIN_VALIDATION_LENGTH))
         return windows.batch(0, min(self.settings.validation_rows, len(windows))).to(self.device)
 
     def _refuse_unscored(self) -> None:
-        """Raises ValueError where texts are too short for anything to lie beyond the window."""
+        """Raise ValueError if no text is longer than window + sinks."""
         for name, stage in self.settings.stages:
             first = self.windows[name].batch(0, min(64, len(self.windows[name])))
-            if not beyond(first, self.settings.reach).any():
+            if not beyond(first, self.settings.visible).any():
                 raise ValueError(
-                    f"data: expected documents of more than window + sinks = {self.settings.reach} tokens, beyond "
-                    f"which there is something to be learned, got none in {len(first.inputs)} windows of "
-                    f"{stage.length} tokens of {self.splits['train'].folder}; give a smaller --window"
+                    f"data: expected documents of more than window + sinks = {self.settings.visible} tokens, because "
+                    f"only tokens beyond them are trained on, got none in {len(first.inputs)} windows of "
+                    f"{stage.length} tokens of {self.splits['train'].folder}; use a smaller --window"
                 )
 
     # Checkpoints.
@@ -276,15 +299,15 @@ class RetrofitTrainer(Trainer[Update]):
         return {"stage": self.stage, "skipped": self.skipped}
 
     def identity(self) -> dict[str, Any]:
-        settings = {name: value for name, value in dataclasses.asdict(self.settings).items() if name not in FREE}
+        settings = {name: value for name, value in dataclasses.asdict(self.settings).items() if name not in MAY_CHANGE}
         data = self.splits["train"].digest
         return {"source": self.source, "model": model_fields(self.choice.config), "data": data, **settings}
 
-    def restore(self, place: Path, told: Mapping[str, Any]) -> None:
+    def restore(self, place: Path, metadata: Mapping[str, Any]) -> None:
         tensors = self.checkpoints.load(place)
-        self.step, self.skipped = int(told["step"]), int(told["skipped"])
-        if told["stage"]:
-            self.begin(told["stage"])
+        self.step, self.skipped = int(metadata["step"]), int(metadata["skipped"])
+        if metadata["stage"]:
+            self.begin(metadata["stage"])
         for name, parameter in self.trained().items():
             with torch.no_grad():
                 parameter.copy_(tensors.pop(f"model.{name}"))
@@ -295,14 +318,14 @@ class RetrofitTrainer(Trainer[Update]):
                     key: value if key == "step" else value.to(self.device) for key, value in kept.items()
                 }
 
-    # What is said of it.
+    # Reports.
 
     def title(self) -> str:
         new = sum(parameter.numel() for parameter in self.student.parameters() if parameter.requires_grad)
         full, layers = self.choice.full, len(self.student.model.layers)
         which = f" ({', '.join(map(str, full))})" if full else ""
         return (
-            f"{self.size:,} parameters, {new:,} of them new; {len(full)} of {layers} layers stay full attention"
+            f"{self.size:,} parameters, {new:,} of them new; {len(full)} of {layers} layers keep full attention"
             f"{which}; {len(self.splits['train']):,} tokens, on {self.device.type}"
         )
 
@@ -315,20 +338,21 @@ class RetrofitTrainer(Trainer[Update]):
             "data": {"folder": str(files.folder), "digest": files.digest, "bytes_per_token": files.bytes / len(files)},
         }
 
-    def status(self, told: Update, speed: float) -> list[str]:
-        number, unit = STAGES.index(told.stage) + 1, {"fit": "relative error", "distill": "KL"}.get(told.stage, "loss")
-        words = [f"stage {number}", f"{unit} {told.loss:.4f}", f"{speed:,.0f} tokens/s"]
-        if told.skipped:
-            words.append(f"{told.skipped} updates skipped")
-        return [*words, f"gradient {told.gradient_norm:.2f}", f"{memory_in_use(self.device) / 2**20:,.0f} MiB"]
+    def status(self, update: Update, speed: float) -> list[str]:
+        name = {"fit": "relative error", "distill": "KL"}.get(update.stage, "loss")
+        words = [f"stage {STAGES.index(update.stage) + 1}", f"{name} {update.loss:.4f}", f"{speed:,.0f} tokens/s"]
+        if update.skipped:
+            words.append(f"{update.skipped} updates skipped")
+        return [*words, f"gradient {update.gradient_norm:.2f}", f"{memory_in_use(self.device) / 2**20:,.0f} MiB"]
 
-    def message(self, told: Update) -> str | None:
+    def message(self, update: Update) -> str | None:
         scores = self.extra_state["scores"]
-        news = [f"untrained: {said(scores['start'])}"] if told.step == 1 and scores["start"] else []
-        if told.scores:
-            news.append(f"stage {STAGES.index(told.stage) + 1} done: {said(told.scores)}")
-        return "; ".join(news) or None
+        messages = [f"untrained: {formatted(scores['start'])}"] if update.step == 1 and scores["start"] else []
+        if update.scores:
+            messages.append(f"stage {STAGES.index(update.stage) + 1} done: {formatted(update.scores)}")
+        return "; ".join(messages) or None
 
 
-def said(scores: dict[str, float]) -> str:
-    return f"{scores['kl']:.4f} nats from the original, perplexity {math.exp(scores['nats']):.2f} beyond the window"
+def formatted(scores: dict[str, float]) -> str:
+    """The scores as text."""
+    return f"KL from the original {scores['kl']:.4f} nats, perplexity {math.exp(scores['nats']):.2f} beyond the window"
