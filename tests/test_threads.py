@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from hqlt import threads
-from hqlt.threads import GENTLE, Load, wait_gently_if_busy
+from hqlt.threads import PASSIVE, Load, use_passive_wait_if_busy
 
 
 @pytest.fixture(autouse=True)
@@ -23,23 +23,23 @@ class Machine(Load):
     def __init__(self, others: float) -> None:
         self.others = others
 
-    def of_others(self) -> float:
+    def busy_cores(self) -> float:
         return self.others
 
 
 def test_a_busy_machine_is_met_gently_and_a_quiet_one_as_torch_does() -> None:
     before = os.environ.copy()
-    wait_gently_if_busy(Machine(0.1))
+    use_passive_wait_if_busy(Machine(0.1))
     assert os.environ == before
-    wait_gently_if_busy(Machine(1.0))
-    assert os.environ == before | GENTLE
+    use_passive_wait_if_busy(Machine(1.0))
+    assert os.environ == before | PASSIVE
 
 
 @pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"])
 def test_what_the_user_said_stays(name: str) -> None:
     os.environ[name] = "7"
     before = os.environ.copy()
-    wait_gently_if_busy(Machine(1.0))
+    use_passive_wait_if_busy(Machine(1.0))
     assert os.environ == before
 
 
@@ -49,11 +49,11 @@ def test_a_program_beside_this_one_is_load_and_this_one_is_not() -> None:
     while mine.begun + 0.3 > threads.time.monotonic():
         pass  # busy by itself
     cores = len(os.sched_getaffinity(0))
-    quiet = mine.of_others()
+    quiet = mine.busy_cores()
     assert 0 <= quiet <= cores
     other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
-        assert Load().of_others() <= cores + 0.2
+        assert Load().busy_cores() <= cores + 0.2
     finally:
         other.kill()
         other.wait()
@@ -62,7 +62,7 @@ def test_a_program_beside_this_one_is_load_and_this_one_is_not() -> None:
 def test_where_the_system_does_not_say_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     before = os.environ.copy()
-    wait_gently_if_busy(Load())
+    use_passive_wait_if_busy(Load())
     assert os.environ == before
 
 
@@ -71,7 +71,7 @@ def test_a_command_decides_before_torch_is_loaded() -> None:
         "import sys\nfrom hqlt import cli\n"
         "def decided(machine):\n"
         "    print('torch' in sys.modules)\n    sys.exit(0)\n"
-        "cli.wait_gently_if_busy = decided\ncli.main(['bench', 'ops'])"
+        "cli.use_passive_wait_if_busy = decided\ncli.main(['bench', 'ops'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

@@ -1,4 +1,4 @@
-"""Where a command's tensors live."""
+"""Selection of the device that a command runs on."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from hqlt.errors import first_line
 
 
 def usable_device(name: str | None = None) -> torch.device:
-    """The device of this name; by default cuda where there is one, else cpu.
+    """The device of this name; by default, cuda if available, else cpu.
 
-    Raises ValueError where torch cannot use it here.
+    Raises:
+        ValueError: If PyTorch cannot use it here.
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

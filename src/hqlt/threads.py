@@ -1,9 +1,9 @@
-"""How torch's threads wait for one another, chosen before torch is loaded.
+"""OpenMP's wait policy, which must be set before PyTorch is loaded.
 
-After each operation the threads of OpenMP spin for a while, because the next one usually follows at once. Where another
-program needs the core, the scheduler takes it from the thread that spins; the next operation then waits for a time
-slice, 3 to 30 times as long as it takes. Threads that sleep instead are woken at once, at a small price on a machine
-that does nothing else. libgomp reads its variables when it is loaded, so this is decided at a command's start.
+After each operation, OpenMP's threads spin for a while, because the next operation usually follows at once. If another
+program needs the core, the scheduler takes it from a spinning thread, and the next operation waits for a time slice: 3
+to 30 times as long as the operation itself. Threads that sleep instead are woken at once, at a small cost on an idle
+machine. libgomp reads its environment variables when it is loaded, so this is decided when a command starts.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ import time
 from pathlib import Path
 
 PREFIXES = ("OMP_", "GOMP_", "KMP_")
-"""Of the environment's variables by which users and launchers set this themselves."""
-GENTLE = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""What a busy machine is met with."""
-BUSY = 0.4
-"""Cores that others keep busy, from which on a machine counts as busy."""
-SHORTEST = 0.15
-"""Seconds to watch for at least: the kernel counts in hundredths."""
+"""Prefixes of the environment variables with which users and launchers set the policy themselves."""
+PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Environment variables to set on a busy machine."""
+BUSY_CORES = 0.4
+"""A machine counts as busy if other processes use at least this many cores."""
+MIN_SECONDS = 0.15
+"""Minimum time to observe the load, because the kernel counts in hundredths of a second."""
 
 
 class Load:
-    """How busy other processes keep the cores that this one may use, from its making on."""
+    """Measures how busy other processes keep the cores that this process may use, from construction on."""
 
     def __init__(self) -> None:
         self.begun, self.busy, self.own = time.monotonic(), _busy_seconds(), time.process_time()
 
-    def of_others(self) -> float:
-        """Cores, between 0 and all; 0 where the system does not tell."""
-        wait = SHORTEST - (time.monotonic() - self.begun)
+    def busy_cores(self) -> float:
+        """Average number of cores used by other processes; 0 if the system does not report it."""
+        wait = MIN_SECONDS - (time.monotonic() - self.begun)
         if self.busy is None:
             return 0.0
         if wait > 0:
@@ -40,7 +40,7 @@ class Load:
 
 
 def _busy_seconds() -> float | None:
-    """Seconds that the cores which this process may use have worked since the system began; None where unknown."""
+    """Busy time, since boot, of the cores that this process may use, in seconds; None if unknown."""
     try:
         mine = {f"cpu{core}" for core in os.sched_getaffinity(0)}
         lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
@@ -51,9 +51,9 @@ def _busy_seconds() -> float | None:
         return None
 
 
-def wait_gently_if_busy(load: Load) -> None:
-    """Set the environment for the torch that is loaded next, unless its user has said how threads are to wait."""
+def use_passive_wait_if_busy(load: Load) -> None:
+    """Set the wait policy in the environment if the machine is busy, unless the user has already set a policy."""
     if any(name.startswith(PREFIXES) for name in os.environ):
         return
-    if load.of_others() >= BUSY:
-        os.environ.update(GENTLE)
+    if load.busy_cores() >= BUSY_CORES:
+        os.environ.update(PASSIVE)

@@ -68,10 +68,10 @@ def test_a_contestant_that_fails_or_is_wrong_is_skipped_with_its_reason(capsys):
         "not a number": lambda: [torch.full((3,), math.nan)],
         "broken": broken,
     }
-    able = gpu.taking_part(contestants, lambda run: run(), [torch.ones(3)])
+    able = gpu.runnable(contestants, lambda run: run(), [torch.ones(3)])
     assert list(able) == ["right"]
     wrong, no_number, failed = capsys.readouterr().out.splitlines()
-    assert wrong.startswith("skipped: wrong: SystemExit: wrong differs from what was expected by 1.0e+00")
+    assert wrong.startswith("skipped: wrong: SystemExit: wrong differs from the expected result by 1.0e+00")
     assert no_number.startswith("skipped: not a number")
     assert failed == "skipped: broken: RuntimeError: out of resources"
 

@@ -1,4 +1,4 @@
-"""Every benchmark runs, finds its contestants equal, and leaves its figures. (What they say is no test's business.)"""
+"""Every benchmark runs, finds its contestants equal and writes its results. (The times are not tested.)"""
 
 import json
 import math
@@ -80,7 +80,7 @@ def test_steps_of_the_worlds(tmp_path, capsys):
     assert {"cores", "load before"} <= written["setting"].keys()
     assert {row["case"] for row in written["results"]} == {"VisualMatch"}
     for row in written["results"]:
-        rate = row["steps a second"]
+        rate = row["steps per second"]
         assert 0 < rate["slowest"] <= rate["median"] <= rate["fastest"]
     assert "one by one" in capsys.readouterr().out
 

@@ -112,9 +112,9 @@ def test_the_benchmarks_peer_is_the_operation(calls):
 def test_a_benchmarks_row_is_of_what_it_names(calls):
     layer = HybridMemory(8, 2, window=3)
     x = torch.randn(1, 70, 8)
-    assert gpu.takes_part("fla", lambda: layer(x))
-    assert not gpu.takes_part("dense", lambda: layer(x))
-    assert not gpu.takes_part("fla", lambda: None)
+    assert gpu.uses_backend("fla", lambda: layer(x))
+    assert not gpu.uses_backend("dense", lambda: layer(x))
+    assert not gpu.uses_backend("fla", lambda: None)
 
 
 def test_what_it_needs_is_named(monkeypatch):

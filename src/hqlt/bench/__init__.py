@@ -1,1 +1,1 @@
-"""What `hqlt bench` measures: ours and its peers side by side, in one run, equal before they are timed."""
+"""The benchmarks of `hqlt bench`: this package and other implementations in one run, checked for equality first."""

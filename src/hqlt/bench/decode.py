@@ -1,11 +1,12 @@
-"""A token at a time after a long context: a transformer, its windowed layers, and the same retrofitted with a memory.
+"""Decoding after a long context: a transformer, the same with windowed layers, and the same retrofitted with a memory.
 
-The shape is SmolLM2-135M's, with random weights, whose values no time depends on. Contexts are not read: the state of a
-short text stands for that of a long one, attention's entries repeated to as many as it has, so that 32,000 tokens cost
-no more time than they must. In bfloat16 are weights, activations and entries; fast weights stay float32.
+The shape is that of SmolLM2-135M, with random weights, whose values do not affect the times. Long contexts are not
+actually read: the state after a short text is used, with attention's KV entries repeated up to the length of the
+context. In bfloat16, weights, activations and KV entries are bfloat16; fast weights stay float32.
 
-Decoding moves much and computes little, so its ceiling is that of copying: each step reads the weights and the state.
-Reading (the next 256 tokens at once) is counted in operations; its ceiling is a large product of matrices of its dtype.
+Decoding moves much data and computes little, so its ceiling is the copy rate: each step reads the weights and the
+    state. Reading (the next 256 tokens at once) is counted in operations; its ceiling is a large matrix product in the
+    same dtype.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from hqlt.model.pretrained import to_transformers
 from hqlt.model.pretrained.retrofit import NO_RULE, config_for, retrofitted
 
 ONLY = ("float32", "bfloat16")
-CAPTION = "a token, batch 1; ×: times faster than the first; %: of the measured ceiling; MB of state: of one sequence"
+CAPTION = "per token, batch 1; ×: speedup over the first row; %: share of the measured ceiling; state of one sequence"
 SIZE = {
     "hidden_size": 576, "num_heads": 9, "num_kv_heads": 3, "intermediate_size": 1536, "num_hidden_layers": 30,
     "vocab_size": 49152, "rope_theta": 1e5, "tie_word_embeddings": True,
@@ -42,19 +43,19 @@ SMALL = {
 }
 STEPS, READ = 8, 256
 TEXT = 128
-"""Tokens of the short text: more than window and sinks."""
+"""Tokens of the short text, more than window and sinks."""
 
 
 class Contestant(NamedTuple):
-    """A model, and what it does after a context."""
+    """A model, and its cache after a context."""
 
     model: Any
-    begin: Callable[[], Any]
-    """A cache that ends at the context."""
+    cache_after_context: Callable[[], Any]
+    """Returns a cache that holds the context."""
     state: int
-    """Its bytes."""
+    """Size of the cache in bytes."""
     operations: float
-    """Of a token."""
+    """Operations per token."""
 
 
 @torch.no_grad()
@@ -65,14 +66,17 @@ def run(rounds: int, quick: bool, only: str | None) -> list[Row]:
     for name in ONLY:
         if only in (None, name):
             dtype = getattr(torch, name)
-            cast = {model: copy.deepcopy(of).to(dtype) for model, of in models.items()} if name != "float32" else models
+            if name != "float32":
+                converted = {label: copy.deepcopy(model).to(dtype) for label, model in models.items()}
+            else:
+                converted = models
             for context in [200] if quick else [1_000, 8_000, 32_000]:
-                results += one_race(cast, context, name, rounds, quick)
+                results += one_race(converted, context, name, rounds, quick)
     return results
 
 
 def models_of(size: dict[str, Any]) -> dict[str, Any]:
-    """By name. All have the same weights, as far as they have them."""
+    """The models by name. They share all weights that they have in common."""
     layers = int(size["num_hidden_layers"])
     original = HQLTForCausalLM(HQLTConfig(**size, layer_kinds=["kv"] * layers)).eval()
     learned = {"feature_map": "learned", "kv_gate": True}
@@ -121,9 +125,9 @@ def one_race(models: dict[str, Any], context: int, dtype: str, rounds: int, quic
 
 
 def contestant(model: Any, text: Tensor, context: int) -> Contestant:
-    """With a cache as it is after so many tokens."""
+    """A contestant with a cache as it is after `context` tokens."""
     cache = model(text, use_cache=True).past_key_values
-    table = model.get_input_embeddings().weight  # looked up, and multiplied by for the last token alone
+    table = model.get_input_embeddings().weight  # not counted: a lookup, and a product for the last token only
     parameters = sum(p.numel() for p in model.parameters() if p is not table)
     if not isinstance(cache, HQLTCache):
         long, state = DynamicCache(config=model.config), 0
@@ -139,27 +143,26 @@ def contestant(model: Any, text: Tensor, context: int) -> Contestant:
         if layer.blend.slots is None and isinstance(kv, Held):
             kv = kv._replace(keys=repeated(kv.keys, context, 1), values=repeated(kv.values, context, 1))
         states.append(after._replace(kv=kv, position=torch.full_like(after.position, context)))
-    begin = HQLTCache.from_states(states)
-    return Contestant(
-        model, begin.fork, sum(each.bytes_per_row() for each in states), operations(model, parameters, context)
-    )
+    after_context = HQLTCache.from_states(states)
+    size = sum(state.bytes_per_row() for state in states)
+    return Contestant(model, after_context.fork, size, operations(model, parameters, context))
 
 
 def cropped(cache: DynamicCache, context: int) -> DynamicCache:
-    """The cache as it was after the context, whatever has been read since."""
+    """The cache cropped back to the context."""
     if (more := cache.get_seq_length() - context) > 0:
         cache.crop(-more)
     return cache
 
 
 def repeated(x: Tensor, length: int, axis: int) -> Tensor:
-    """So long along an axis, by copies one behind another."""
+    """x repeated along an axis up to this length."""
     times = -(-length // x.shape[axis])
     return torch.cat([x] * times, dim=axis).narrow(axis, 0, length).contiguous()
 
 
 def operations(model: Any, parameters: int, context: int) -> float:
-    """Of one token: two a weight, and each layer's memories."""
+    """Operations per token: two per weight, plus those of each layer's memories."""
     total = 2.0 * parameters
     layers = [part for part in model.modules() if isinstance(part, HybridMemory)]
     for layer in layers:
@@ -173,16 +176,15 @@ def operations(model: Any, parameters: int, context: int) -> float:
 
 
 def decoded(contestant: Contestant, tokens: Tensor, steps: int) -> Tensor:
-    """The logits of the last of so many tokens, one by one."""
-    cache = contestant.begin()
+    """Decode `steps` tokens one by one, and return the logits of the last."""
+    cache = contestant.cache_after_context()
     for t in range(steps):
         logits: Tensor = contestant.model(tokens[:, t : t + 1], past_key_values=cache, use_cache=True).logits
     return logits
 
 
 def read(contestant: Contestant, tokens: Tensor) -> Tensor:
-    """The logits of the last token of a text."""
-    logits: Tensor = contestant.model(
-        tokens, past_key_values=contestant.begin(), use_cache=True, logits_to_keep=1
-    ).logits
+    """Read all tokens in one call, and return the logits of the last."""
+    cache = contestant.cache_after_context()
+    logits: Tensor = contestant.model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     return logits

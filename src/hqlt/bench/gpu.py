@@ -1,12 +1,13 @@
-"""On a GPU, bfloat16: what is between a synchronous layer's projections, and one training step of hqlt-340m.
+"""GPU benchmark in bfloat16: the core of a synchronous layer (between its projections), and a training step of
+hqlt-340m.
 
-The peer is what the paper's layer runs: φ, fla's `chunk_delta_rule`, rotary positions, FlashAttention, then mixer and
-norm, each by itself, in PyTorch: as coded, and again with all that is elementwise compiled. A contestant that does not
-run here, or computes something else, is reported and skipped.
+The peer is the computation of the paper's layer as separate PyTorch calls: φ, fla's `chunk_delta_rule`, rotary
+embedding, FlashAttention, mixer and norm. It is measured as written, and with its elementwise operations compiled. A
+contestant that does not run here, or computes something else, is reported and skipped.
 
-Counted are the memories' own operations, as in `hqlt.bench.ops`, and for a training step 6 operations a token and
-weight of the matrix products and the memories' own, against the dense bfloat16 rate measured on the same card in the
-same run.
+For the core, the memories' own operations are counted, as in `hqlt.bench.ops`. For a training step, they are added to 6
+operations per token and weight of the matrix products. The ceiling is the dense bfloat16 rate measured on the same card
+in the same run.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ from hqlt.ops.features import rotated, unit_silu
 
 ONLY = ("memories", "train")
 SHAPE = (8, 2048, 8, 128)
-CAPTION = "bfloat16; ×: times faster than the first; %: of the measured dense rate of matrix products"
+CAPTION = "bfloat16; ×: speedup over the first row; %: share of the measured dense rate of matrix products"
 TOLERANCE = 4e-2
 T = TypeVar("T")
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Place(NamedTuple):
-    """Where the contestants run, in which type, and how they are measured."""
+    """The device and dtype of the contestants, and how they are measured."""
 
     device: str = "cuda"
     dtype: torch.dtype = torch.bfloat16
@@ -61,20 +62,20 @@ GPU = Place()
 
 
 def setting() -> dict[str, Any]:
-    """What the figures hold for."""
+    """The machine and versions that the results hold for."""
     if not torch.cuda.is_available():
         raise SystemExit(
-            "hqlt bench gpu: expected a CUDA GPU and a build of torch that sees it, found none; the other benchmarks "
-            "run on a CPU, and `make test-triton` checks the GPU kernels on one"
+            "hqlt bench gpu: expected a CUDA GPU that PyTorch can use, found none; the other benchmarks run on a CPU, "
+            "and `make test-triton` checks the GPU kernels on a CPU"
         )
     if importlib.util.find_spec("fla") is None:
-        raise SystemExit(f"hqlt bench gpu: expected the peer, fla-core, found none; {how_to_install('gpu')}")
+        raise SystemExit(f"hqlt bench gpu: expected the package fla-core, found none; {how_to_install('gpu')}")
     measured = {name: f"{rate:.3g}" for name, rate in rates(GPU).items()}
     return {"GPU": torch.cuda.get_device_name(), "torch": torch.__version__, **measured}
 
 
 def rates(place: Place) -> dict[str, float]:
-    """How fast this copies and multiplies."""
+    """Measured rates of copying and of dense matrix products."""
     copied = copy_rate(2**29 if place is GPU else 2**10, meter=place.meter, device=place.device)
     return {"copied TB/s": copied / 1e12, "dense TFLOP/s": _dense_rate(place is not GPU, place) / 1e12}
 
@@ -94,7 +95,7 @@ def _dense_rate(quick: bool, place: Place) -> float:
 
 
 def inputs(b: int, t: int, h: int, d: int, **kind: Any) -> list[Tensor]:
-    """q, k, v, β, gate, norm weight: leaves."""
+    """Random q, k, v, β, gate and norm weight, which require gradients."""
     q, k, v, gate = torch.randn(4, b, t, h, d, **kind)
     v, beta = F.silu(v), 2 * torch.rand(b, t, h, device=q.device)
     return [x.requires_grad_() for x in (q, k, v, beta, gate, torch.ones(d, **kind))]
@@ -103,7 +104,7 @@ def inputs(b: int, t: int, h: int, d: int, **kind: Any) -> list[Tensor]:
 def one_by_one(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, gate: Tensor, norm_weight: Tensor, *, attention: Attention
 ) -> Tensor:
-    """The same layer's middle as the paper's code runs it: fla, then attention, then mixer and norm."""
+    """The core of the layer as the paper's code runs it: fla, then attention, then mixer and norm."""
     fw, _ = ops.delta_rule(unit_silu(q), unit_silu(k), v, beta, backend="fla")
     cos, sin = Rotary(10_000.0).table(q.shape[1], q.shape[3], q.device, torch.float32)
     kv = attention(rotated(q, cos, sin), rotated(k, cos, sin), v)
@@ -112,7 +113,7 @@ def one_by_one(
 
 
 def varlen_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """PyTorch's FlashAttention of sequences laid end to end, which knows windows."""
+    """PyTorch's FlashAttention for packed sequences, which supports windows."""
     from torch.nn.attention.varlen import varlen_attn
 
     b, t = q.shape[:2]
@@ -124,7 +125,7 @@ def varlen_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
 
 def flex_window(window: int, t: int, device: torch.device) -> Attention:
-    """PyTorch's FlexAttention with a band, compiled."""
+    """PyTorch's FlexAttention with a band mask, compiled."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     def band(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -136,7 +137,7 @@ def flex_window(window: int, t: int, device: torch.device) -> Attention:
 
 
 def flash_full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """PyTorch's own FlashAttention over everything before."""
+    """PyTorch's FlashAttention, fully causal."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
@@ -145,7 +146,7 @@ def flash_full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def peers_of(leaves: list[Tensor], window: int) -> dict[str, Callable[[], Tensor]]:
-    """The same operation as others run it: each as coded, and compiled."""
+    """The peers by name, each as written and compiled."""
     t, device = leaves[0].shape[1], leaves[0].device
     attentions: dict[str, Attention] = {
         "varlen": partial(varlen_window, window=window),
@@ -172,33 +173,33 @@ def memories_race(
         return ops.synchronous(*leaves, window=window, rotary=rotary, backend=backend)[0]
 
     ours = {"composed: chunked, blocked": partial(layer, "composed"), "triton": partial(layer, "triton")}
-    expected = _both_ways(ours["composed: chunked, blocked"], leaves)
-    contestants = taking_part(peers_of(leaves, window) | ours, lambda run: _both_ways(run, leaves), expected)
-    whole = {"fla, FlashAttention over all": partial(one_by_one, *leaves, attention=flash_full)}
-    whole = taking_part(whole, lambda run: _both_ways(run, leaves))
+    expected = _output_and_gradients(ours["composed: chunked, blocked"], leaves)
+    contestants = runnable(peers_of(leaves, window) | ours, lambda run: _output_and_gradients(run, leaves), expected)
+    full = {"fla, FlashAttention over all": partial(one_by_one, *leaves, attention=flash_full)}
+    full = runnable(full, lambda run: _output_and_gradients(run, leaves))
     unit = b * t * h * d
     count = unit * (6 * d + 4 * window), unit * (14 * d + 10 * window)
-    measured = forward_and_backward(contestants, leaves, count, ceiling, rounds, place.meter, TOLERANCE, beside=whole)
+    measured = forward_and_backward(contestants, leaves, count, ceiling, rounds, place.meter, TOLERANCE, baselines=full)
     return rows(f"memories, mixer, norm; window {window}", shape, measured)
 
 
-def _both_ways(run: Callable[[], Tensor], leaves: list[Tensor]) -> list[Tensor]:
-    """Its answer, and the gradients of the answer's square."""
+def _output_and_gradients(run: Callable[[], Tensor], leaves: list[Tensor]) -> list[Tensor]:
+    """The output, and the gradients of the sum of its squares."""
     out = run()
     return [out.detach(), *torch.autograd.grad(out.float().square().sum(), leaves)]
 
 
-def taking_part(
+def runnable(
     contestants: dict[str, T], answer: Callable[[T], list[Tensor]], expected: list[Tensor] | None = None
 ) -> dict[str, T]:
-    """Those that run here and answer as expected; of the others is printed why not."""
+    """The contestants that run here and return the expected result. For each of the others, the reason is printed."""
     able = {}
     for name, run in contestants.items():
         try:
             if expected is None:
                 answer(run)
             else:
-                check_equal({"what was expected": expected, name: answer(run)}, TOLERANCE)
+                check_equal({"the expected result": expected, name: answer(run)}, TOLERANCE)
             able[name] = run
         except (Exception, SystemExit) as error:  # whatever a kernel, a compiler or a driver raises
             print(f"skipped: {name}: {type(error).__name__}: {first_line(error)}", flush=True)
@@ -222,7 +223,7 @@ def training_race(b: int, t: int, quick: bool, rounds: int, ceiling: float, plac
         "chunked, blocked": (model, "chunked"),
         "fla, blocked": (model, "fla"),
         "triton": (model, "triton"),
-        "triton, compiled blocks": (compiled, "triton"),  # of the others each chunk would be compiled, for minutes
+        "triton, compiled blocks": (compiled, "triton"),  # not the others: compiling each of their chunks takes minutes
     }
 
     def loss(one: HQLTForCausalLM, backend: str | None = None) -> Tensor:
@@ -239,9 +240,9 @@ def training_race(b: int, t: int, quick: bool, rounds: int, ceiling: float, plac
 
     with torch.no_grad():
         expected = [loss(model, "chunked")]
-        able = {name: chosen for name, chosen in contestants.items() if takes_part(chosen[1], partial(loss, model))}
-        able = taking_part(able, lambda chosen: [loss(*chosen)], expected)
-    able = taking_part(able, lambda chosen: step(*chosen))
+        able = {name: chosen for name, chosen in contestants.items() if uses_backend(chosen[1], partial(loss, model))}
+        able = runnable(able, lambda chosen: [loss(*chosen)], expected)
+    able = runnable(able, lambda chosen: step(*chosen))
     works: dict[str, Work] = {name: partial(step, *chosen) for name, chosen in able.items()}
     multiplied = sum(p.numel() for p in model.parameters()) - config.vocab_size * config.hidden_size
     window, d = config.window or t, config.hidden_size // config.num_heads
@@ -250,8 +251,8 @@ def training_race(b: int, t: int, quick: bool, rounds: int, ceiling: float, plac
     return rows("training step, hqlt-340m", (b, t, config.hidden_size, config.num_heads), {"step": measured})
 
 
-def takes_part(backend: str, work: Work) -> bool:
-    """Whether the work runs an implementation of this name when forced. If not, its row would tell of another."""
+def uses_backend(backend: str, work: Work) -> bool:
+    """Whether the work runs this backend when it is forced. If not, its row would show another one's time."""
     calls = mock.Mock()
 
     def counted(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -262,6 +263,6 @@ def takes_part(backend: str, work: Work) -> bool:
             if backend in known:
                 patches.enter_context(mock.patch.dict(known, {backend: counted(known[backend])}))
         patches.enter_context(ops.use_backend(backend))
-        with suppress(Exception):  # `taking_part` says why
+        with suppress(Exception):  # `runnable` reports it
             work()
     return calls.called

@@ -1,9 +1,9 @@
 """The stages of benchmarks/gpu.sh: python -m hqlt.bench.gpu_stages STAGE FOLDER [--rehearse] [--rounds=7]
 
-Each stage is a process of its own and leaves FOLDER/STAGE.json, so that one that fails takes no other with it.
+Each stage runs in its own process and writes FOLDER/STAGE.json, so that a stage that fails does not affect the others.
 
-A rehearsal runs the same code without a GPU: the kernels interpreted (TRITON_INTERPRET=1), tiny sizes, float32. It has
-no clock: every time and rate in what it leaves is null, and its files are called rehearsal-STAGE.json.
+A rehearsal runs the same code without a GPU: interpreted kernels (TRITON_INTERPRET=1), tiny sizes, float32. It measures
+nothing: all times and rates in its results are null, and its files are named rehearsal-STAGE.json.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ PACKAGES = ("triton", "fla-core", "flash-attn", "transformers", "numpy", "jsonar
 
 
 def setting() -> Answer:
-    """What all figures hold for."""
+    """The machine and versions that all results hold for."""
     here: Answer = {"python": platform.python_version(), "machine": platform.machine(), "processors": os.cpu_count()}
-    here["torch"] = torch.__version__  # names the build, which the package's metadata may not
+    here["torch"] = torch.__version__  # includes the build, unlike the package's metadata
     installed = {found.name: found.version for found in importlib.metadata.distributions()}
     here |= {name: installed.get(name) for name in PACKAGES}
     here["native library"] = native.why_not() or "built"
@@ -53,14 +53,14 @@ def setting() -> Answer:
         here |= {"GPU": card.name, "compute capability": f"{card.major}.{card.minor}", "CUDA": torch.version.cuda}
         here |= {"multiprocessors": card.multi_processor_count, "memory GB": round(card.total_memory / 1e9, 1)}
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-            done = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True)
+            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
             here["driver"] = done.stdout.strip()
     return here
 
 
 def right(place: Place, folder: Path, rounds: int) -> Answer:
-    """Ours against the reference, in every type; a second assembler's answers are added to the first's."""
+    """Compare the kernels with the reference in every dtype. Results of a second assembler are added to the first's."""
     from hqlt.bench import gpu_kernels
 
     before = folder / file_of("right", place)
@@ -69,15 +69,15 @@ def right(place: Place, folder: Path, rounds: int) -> Answer:
 
 
 def memcheck(place: Place, folder: Path, rounds: int) -> Answer:
-    """One small call of each type, to be run under compute-sanitizer."""
+    """One small call per dtype, to be run under compute-sanitizer."""
     from hqlt.bench.gpu_kernels import SHAPES, TINY, compare
 
     shape, dtypes = (SHAPES[1], (torch.bfloat16, torch.float32)) if place is GPU else (TINY, (torch.float32,))
-    return {str(dtype): compare(shape, dtype, place.device, again=0) for dtype in dtypes}
+    return {str(dtype): compare(shape, dtype, place.device, repeats=0) for dtype in dtypes}
 
 
 def warm_peer(place: Place, folder: Path, rounds: int) -> Answer:
-    """Compile fla's variants, of which there are many, one after the other: in the background, before the race."""
+    """Compile fla's many autotuning variants, in the background, before the race."""
     leaves = gpu.inputs(*(gpu.SHAPE if place is GPU else (1, 64, 1, 16)), dtype=place.dtype, device=place.device)
     begun = time.monotonic()
     gpu.one_by_one(*leaves, attention=lambda q, k, v: v).float().sum().backward()
@@ -85,7 +85,7 @@ def warm_peer(place: Place, folder: Path, rounds: int) -> Answer:
 
 
 def sweep(place: Place, folder: Path, rounds: int) -> Answer:
-    """Warps, stages and blocks of each kernel, checked and timed."""
+    """Check and time launch options of each kernel: warps, stages and blocks."""
     from hqlt.bench.gpu_kernels import Shape, sweep
 
     shape = Shape(*gpu.SHAPE, 128) if place is GPU else Shape(1, 33, 1, 4, 20, window=3)
@@ -93,7 +93,7 @@ def sweep(place: Place, folder: Path, rounds: int) -> Answer:
 
 
 def demo(place: Place, folder: Path, rounds: int) -> Answer:
-    """The models of `hqlt demo`, trained on the card: what they reach, and how long each took."""
+    """Train the models of `hqlt demo` on the card; report their scores and times."""
     from hqlt.study import known_studies, read_study
     from hqlt.train.grid import as_json, run_grid
 
@@ -117,16 +117,17 @@ STAGES: dict[str, Callable[[Place, Path, int], Answer]] = {
     "sweep": sweep,
     "demo": demo,
 }
-UNKEPT = ("memcheck", "warm_peer")
-"""Stages of which only the log tells."""
+LOG_ONLY = ("memcheck", "warm_peer")
+"""Stages whose results are only logged."""
 
 
 def file_of(stage: str, place: Place) -> str:
+    """The name of a stage's results file."""
     return f"{'' if place is GPU else 'rehearsal-'}{stage}.json"
 
 
 def without_nan(x: Any) -> Any:
-    """JSON knows no NaN: null."""
+    """x with non-finite numbers replaced by None, because JSON has none."""
     if isinstance(x, dict):
         return {name: without_nan(value) for name, value in x.items()}
     if isinstance(x, list | tuple):
@@ -137,28 +138,30 @@ def without_nan(x: Any) -> Any:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("stage", choices=STAGES)
-    parser.add_argument("folder", type=Path, help="where STAGE.json goes")
-    parser.add_argument("--rehearse", action="store_true", help="without a GPU: tiny, interpreted, not timed")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each contestant")
-    given = parser.parse_args(arguments)
-    place = REHEARSAL if given.rehearse else GPU
+    parser.add_argument("folder", type=Path, help="folder for STAGE.json")
+    parser.add_argument("--rehearse", action="store_true", help="run without a GPU: tiny, interpreted, not timed")
+    parser.add_argument("--rounds", type=int, default=7, help="number of measurements of each contestant")
+    options = parser.parse_args(arguments)
+    place = REHEARSAL if options.rehearse else GPU
     if place is GPU and not torch.cuda.is_available():
-        raise SystemExit(f"{given.stage}: no GPU: expected one that torch {torch.__version__} sees; or --rehearse")
-    if given.rehearse and os.environ.get("TRITON_INTERPRET") != "1":
+        raise SystemExit(
+            f"{options.stage}: no GPU: expected one that torch {torch.__version__} can use; or pass --rehearse"
+        )
+    if options.rehearse and os.environ.get("TRITON_INTERPRET") != "1":
         raise SystemExit("--rehearse: expected TRITON_INTERPRET=1 in the environment, to run the kernels on a CPU")
     torch.manual_seed(0)
     answer: Answer = {"setting": setting()}
-    if given.rehearse:
+    if options.rehearse:
         answer["rehearsal"] = "no GPU: tiny, interpreted, not timed; a check of the scripts, not a measurement"
-    answer |= STAGES[given.stage](place, given.folder, 1 if given.rehearse else given.rounds)
-    if given.stage in UNKEPT:
+    answer |= STAGES[options.stage](place, options.folder, 1 if options.rehearse else options.rounds)
+    if options.stage in LOG_ONLY:
         print(json.dumps(without_nan(answer), default=str))
         return
-    given.folder.mkdir(parents=True, exist_ok=True)
+    options.folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(without_nan(answer), indent=1, ensure_ascii=False, default=str)
-    (given.folder / file_of(given.stage, place)).write_text(text + "\n")
-    if given.stage in ("race", "train"):
-        title = f"{given.stage}, {answer['setting'].get('GPU', 'REHEARSAL: no GPU, nothing was measured')}"
+    (options.folder / file_of(options.stage, place)).write_text(text + "\n")
+    if options.stage in ("race", "train"):
+        title = f"{options.stage}, {answer['setting'].get('GPU', 'REHEARSAL: no GPU, nothing was measured')}"
         Console(width=160).print(table_of(title, answer["results"], CAPTION))
 
 

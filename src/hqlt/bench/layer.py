@@ -1,6 +1,6 @@
-"""One whole layer, forward and backward, with native memories, with chunks and blocks, and with the peers in it.
+"""One whole layer, forward and backward, with native, chunked and peer implementations of its memories.
 
-Counted are the layer's own operations: 10·d² a token for the projections, and the memories' as in `hqlt.bench.ops`.
+The layer's own operations are counted: 10·d² per token for the projections, and the memories' as in `hqlt.bench.ops`.
 """
 
 from __future__ import annotations

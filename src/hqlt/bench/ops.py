@@ -1,8 +1,8 @@
-"""The memories' reads and writes by themselves, against what a CPU user has today.
+"""Single operations, compared with what is available on a CPU today.
 
-Counted are each operation's own multiplications and additions: 6·k·v a token and head forward and 14·k·v backward for
-the delta rule, 4 and 10 for linear attention and additive rules (of both, 2 and 4 are the read, the rest each write);
-1 and 2 more for decay; 4 and 10 a pair and channel for attention, over the window.
+Each operation's own multiplications and additions are counted. The delta rule takes 6·k·v per token and head forward
+and 14·k·v backward; linear attention and additive rules 4·k·v and 10·k·v. In both, the read takes 2·k·v and 4·k·v, and
+each write the rest. Decay adds 1·k·v and 2·k·v. Attention takes 4 and 10 per query, entry in the window, and channel.
 """
 
 from __future__ import annotations
@@ -51,20 +51,20 @@ def run(rounds: int, quick: bool, only: str | None) -> list[Row]:
 Shape = tuple[int, int, int, int, int]
 
 
-def pairs(shape: Shape) -> list[Tensor]:
-    """q, k, v, β"""
+def inputs(shape: Shape) -> list[Tensor]:
+    """Random q, k, v and β."""
     b, t, h, k, v = shape
     q, key = (F.normalize(torch.randn(b, t, h, k), dim=-1).requires_grad_() for _ in range(2))
     return [q, key, torch.randn(b, t, h, v, requires_grad=True), torch.rand(b, t, h).requires_grad_()]
 
 
 def gates(b: int, t: int, h: int) -> Tensor:
-    """log α as Mamba-2's initialisation has it: −A · dt, A uniform in (1, 16), dt log-uniform in (0.001, 0.1)."""
+    """log α as initialised in Mamba-2: −A · dt, with A uniform in (1, 16) and dt log-uniform in (0.001, 0.1)."""
     return (-(1 + 15 * torch.rand(h)) * 10 ** (-3 + 2 * torch.rand(b, t, h))).requires_grad_()
 
 
 def delta_race(shape: Shape, rounds: int, ceiling: float) -> list[Row]:
-    x = pairs(shape)
+    x = inputs(shape)
     contestants = {"transformers": lambda: peers.delta_rule(*x)[0]}
     for backend in ("chunked", "native"):
         contestants[backend] = lambda backend=backend: delta_rule(*x, backend=backend)[0]  # type: ignore[misc]
@@ -73,39 +73,39 @@ def delta_race(shape: Shape, rounds: int, ceiling: float) -> list[Row]:
 
 
 def written(x: list[Tensor], **options: Any) -> dict[str, Callable[[], Tensor]]:
-    """Our implementations of one rule of the family. x: q, k, v, β and, where it decays, log α."""
+    """This package's implementations of one write rule. x: q, k, v, β and, with decay, log α."""
     q, k, v, beta, *decay = x
     options |= {"beta": beta, "decay": decay[0] if decay else None}
     return {name: lambda name=name: fast_weights(q, k, v, **options, backend=name)[0] for name in ("chunked", "native")}  # type: ignore[misc]
 
 
 def gated_delta_race(shape: Shape, rounds: int, ceiling: float) -> list[Row]:
-    x = [*pairs(shape), gates(*shape[:3])]
+    x = [*inputs(shape), gates(*shape[:3])]
     contestants = {"transformers": lambda: peers.gated_delta_rule(*x)[0]} | written(x)
     unit = math.prod(shape)
     return rows("gated delta rule", shape, forward_and_backward(contestants, x, (7 * unit, 16 * unit), ceiling, rounds))
 
 
 def rows_race(case: str, erase: bool, shape: Shape, rounds: int, ceiling: float) -> list[Row]:
-    """Gates as GLA has them: logsigmoid(·) / 16."""
-    x = [*pairs(shape), (F.logsigmoid(torch.randn(shape[:4])) / 16).requires_grad_()]
+    """Decay per row, with gates as in GLA: logsigmoid(·) / 16."""
+    x = [*inputs(shape), (F.logsigmoid(torch.randn(shape[:4])) / 16).requires_grad_()]
     unit = math.prod(shape)
     count = (7 * unit, 16 * unit) if erase else (5 * unit, 12 * unit)
     return rows(case, shape, forward_and_backward(written(x, erase=erase), x, count, ceiling, rounds))
 
 
 def two_writes_race(shape: Shape, rounds: int, ceiling: float) -> list[Row]:
-    """Beside two calls of one write a token."""
-    one, (q, *other) = pairs(shape), pairs(shape)
+    """Two writes per token, compared with two calls of one write per token."""
+    one, (q, *other) = inputs(shape), inputs(shape)
     x = [q, *(torch.cat([y, z], dim=1).detach().requires_grad_() for y, z in zip(one[1:], other, strict=True))]
     native = written(one)["native"]
     unit = math.prod(shape)
     measured = forward_and_backward(
         written(x), [*x, *one], (10 * unit, 24 * unit), ceiling, rounds,
-        beside={"native, one write, twice": lambda: native() + native()},
-        its_count={"native, one write, twice": (12 * unit, 28 * unit)},
+        baselines={"native, one write, twice": lambda: native() + native()},
+        baseline_count={"native, one write, twice": (12 * unit, 28 * unit)},
     )  # fmt: skip
-    return rows("two writes a token", shape, measured)
+    return rows("two writes per token", shape, measured)
 
 
 def linear_race(shape: Shape, rounds: int, ceiling: float) -> list[Row]:
@@ -129,27 +129,27 @@ def window_race(window: int, shape: tuple[int, int, int, int], rounds: int, ceil
     unit = b * t * h * d
     full, of_full = {FULL: partial(peers.full_attention, *x)}, {FULL: (2.0 * unit * t, 5.0 * unit * t)}
     count = 4 * unit * window, 10 * unit * window
-    measured = forward_and_backward(contestants, x, count, ceiling, rounds, beside=full, its_count=of_full)
+    measured = forward_and_backward(contestants, x, count, ceiling, rounds, baselines=full, baseline_count=of_full)
     return rows(f"attention, window {window}", shape, measured)
 
 
 def retention_race(window: int, kept: int, shape: tuple[int, int, int, int], rounds: int, ceiling: float) -> list[Row]:
-    """A short window and the pairs of the highest (here random) scores, with the choice of which stay; beside a window
-    of as many pairs, and full attention. Times are against that window."""
+    """A short window plus entries kept by (here random) scores, their selection included; compared with a window of as
+    many entries, and with full attention. Speedups are relative to that window."""
     b, t, h, d = shape
     x = [torch.randn(b, t, h, d, requires_grad=True) for _ in range(3)]
     scores, leaves = torch.randn(b, t, h), torch.arange(t).expand(b, t) + window
 
-    def retained(choice: str | None, backend: str) -> Tensor:
-        beyond = Beyond(expiry(scores, leaves, kept=kept, backend=choice), kept)
+    def retained(expiry_backend: str | None, backend: str) -> Tensor:
+        beyond = Beyond(expiry(scores, leaves, kept=kept, backend=expiry_backend), kept)
         return window_attention(*x, window=window, beyond=beyond, backend=backend)
 
     contestants = {"blocked": partial(retained, "chunked", "blocked"), "native": partial(retained, "native", "native")}
-    beside = {
+    baselines = {
         f"native, window {window + kept}": partial(window_attention, *x, window=window + kept, backend="native"),
         FULL: partial(peers.full_attention, *x),
     }
     unit = b * t * h * d
     count, of_full = (4 * unit * (window + kept), 10 * unit * (window + kept)), {FULL: (2.0 * unit * t, 5.0 * unit * t)}
-    measured = forward_and_backward(contestants, x, count, ceiling, rounds, beside=beside, its_count=of_full)
+    measured = forward_and_backward(contestants, x, count, ceiling, rounds, baselines=baselines, baseline_count=of_full)
     return rows(f"attention, window {window} + {kept} kept", shape, measured)

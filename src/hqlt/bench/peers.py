@@ -1,4 +1,4 @@
-"""What a CPU user has today in place of our operations, under their signatures."""
+"""Other CPU implementations of this package's operations, with the same signatures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def delta_rule(
 def gated_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor, *, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`torch_chunk_gated_delta_rule`, transformers' implementation without a GPU."""
+    """`torch_chunk_gated_delta_rule`, transformers' CPU implementation."""
     from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
     out, final = torch_chunk_gated_delta_rule(q, k, v, decay, beta, initial_state=state, output_final_state=True)
@@ -36,14 +36,14 @@ def gated_delta_rule(
 
 
 def band_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int, **_: Any) -> Tensor:
-    """PyTorch's fused attention with a band for a mask."""
+    """PyTorch's fused attention with a band mask."""
     t, l = q.shape[1], k.shape[1]
     age = torch.arange(l - t, l)[:, None] - torch.arange(l)
     return _heads_first(q, k, v, attn_mask=(age >= 0) & (age < window))
 
 
 def full_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """PyTorch's fused attention over everything before."""
+    """PyTorch's fused attention, fully causal."""
     return _heads_first(q, k, v, is_causal=True)
 
 
@@ -54,7 +54,7 @@ def _heads_first(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
 
 @contextlib.contextmanager
 def memories(delta: Callable[..., Any], window: Callable[..., Any]) -> Iterator[None]:
-    """Within this context every layer's memories are these two operations."""
+    """Context manager in which the memories of every layer are computed by these two operations."""
     with mock.patch.object(ops, "delta_rule", delta), mock.patch.object(ops, "window_attention", window):
         yield
 
@@ -66,12 +66,12 @@ MEMORIES: dict[str, Callable[[], AbstractContextManager[None]]] = {
     ),
     "native": contextlib.nullcontext,
 }
-"""The contestants of a layer and of a training step."""
+"""Contestants of the layer and training benchmarks."""
 
 
 @contextlib.contextmanager
 def no_memories() -> Iterator[None]:
-    """Within this context layers have no memories: what remains is the limit. Every projection gets its gradient."""
+    """Context manager in which layers have no memories, to measure the limit. Every projection still has a gradient."""
 
     def forward(self: Blend, memories: object, new: Tokens, state: object, resets: object) -> tuple[Reads, MemoryState]:
         position = torch.zeros(len(new.q), dtype=torch.long)

@@ -1,4 +1,5 @@
-"""A race: contestants take turns, times are medians, results are compared before anything is timed."""
+"""Comparison of contestants: results are compared before anything is timed, contestants take turns, times are
+medians."""
 
 from __future__ import annotations
 
@@ -18,11 +19,12 @@ from hqlt.report.terminal import FittingTable
 
 Work = Callable[[], Any]
 Row = dict[str, Any]
-"""{"case", "shape", "implementation", and for each thing measured {"ms", "times faster", "of ceiling", "peak MB"}}"""
+"""A row of results: "case", "shape", "implementation", and for each measurement a dictionary such as {"ms", "times
+faster", "of ceiling", "peak MB"}."""
 
 
 def seconds(work: Work) -> float:
-    """Time that has passed; with one thread the processor's, in which other programs count less."""
+    """Wall-clock time; with one thread, CPU time, which other programs affect less."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     begin = clock()
     work()
@@ -30,7 +32,7 @@ def seconds(work: Work) -> float:
 
 
 def cuda_seconds(work: Work) -> float:
-    """Time between two events on the GPU's own clock."""
+    """Time between two CUDA events, on the GPU's clock."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     work()
@@ -40,26 +42,26 @@ def cuda_seconds(work: Work) -> float:
 
 
 def peak_megabytes(work: Work) -> float:
-    """How far the process grew during the work, by the kernel's own account; NaN where there is none to ask."""
+    """Growth of the process's memory during the work, as the kernel reports it; NaN if it does not."""
     reset = Path("/proc/self/clear_refs")
     if not reset.exists():
         return float("nan")
     ctypes.CDLL(None).malloc_trim(0)
-    reset.write_text("5")  # the high-water mark begins anew
+    reset.write_text("5")  # resets the high-water mark
     before = resident_megabytes()
     work()
     return resident_megabytes("VmHWM") - before
 
 
 def resident_megabytes(field: str = "VmRSS") -> float:
-    """What the process has in memory now, or had at most (VmHWM); NaN where the kernel does not tell."""
+    """Resident memory of the process now, or its peak (VmHWM); NaN if the kernel does not report it."""
     status = Path("/proc/self/status")
     found = re.search(rf"{field}:\s+(\d+)", status.read_text()) if status.exists() else None
     return int(found[1]) * 1024 / 1e6 if found else float("nan")
 
 
 def cuda_peak_megabytes(work: Work) -> float:
-    """How much more memory than before PyTorch gave out on the GPU during the work, at its highest."""
+    """Peak of the GPU memory that PyTorch allocated during the work, minus what was allocated before."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -79,28 +81,28 @@ CUDA = Meter(cuda_seconds, cuda_peak_megabytes)
 
 
 def matrix_product_rate(n: int = 1536, rounds: int = 5, meter: Meter = CPU, **kind: Any) -> float:
-    """Floating-point operations a second of a large product of matrices: the ceiling of what computes.
+    """Floating-point operations per second of a large matrix product: the ceiling of compute-bound work.
 
-    kind: the matrices' dtype and device, where not float32 on a CPU.
+    kind: dtype and device of the matrices, float32 on the CPU by default.
     """
     x = torch.randn(n, n, **kind)
     return 2 * n**3 / max(min(meter.seconds(lambda: x @ x) for _ in range(rounds)), 1e-9)
 
 
 def copy_rate(numbers: int = 2**24, rounds: int = 5, meter: Meter = CPU, **kind: Any) -> float:
-    """Bytes a second, read and written, of copying more than any cache holds: the ceiling of what only moves."""
+    """Bytes read and written per second when copying more than any cache holds: the ceiling of memory-bound work."""
     x, y = torch.randn(numbers, **kind), torch.empty(numbers, **kind)
     return 2 * x.nbytes / max(min(meter.seconds(lambda: y.copy_(x)) for _ in range(rounds)), 1e-9)
 
 
 def check_equal(results: dict[str, Any], tolerance: float = 1e-4) -> None:
-    """Refuse to compare contestants that compute different things. Each result: a tensor or some of them."""
+    """Exit if the contestants' results differ. Each result is a tensor or several tensors."""
     (first, expected), *others = results.items()
     for name, got in others:
         for e, g in zip(_tensors(expected), _tensors(got), strict=True):
             error = ((e - g).norm() / e.norm().clamp_min(1e-30)).item()
             if not error < tolerance:
-                raise SystemExit(f"{name} differs from {first} by {error:.1e}: nothing to compare")
+                raise SystemExit(f"{name} differs from {first} by {error:.1e}; their times are not comparable")
 
 
 def _tensors(x: Tensor | Iterable[Tensor | None]) -> list[Tensor]:
@@ -110,9 +112,18 @@ def _tensors(x: Tensor | Iterable[Tensor | None]) -> list[Tensor]:
 def race(
     contestants: Mapping[str, Work], count: dict[str, float] | float, ceiling: float, rounds: int, meter: Meter = CPU
 ) -> dict[str, Row]:
-    """Time them in turns. count: operations (or bytes) of each, or of all; ceiling: how many of them a second.
+    """Time the contestants in turns.
 
-    → by name: ms, how many times faster than the first contestant, part of the ceiling reached, peak memory.
+    Args:
+        contestants: The work of each, by name.
+        count: Number of operations (or bytes), by name or the same for all.
+        ceiling: Possible operations (or bytes) per second.
+        rounds: Number of measurements of each.
+        meter: How time and memory are measured.
+
+    Returns:
+        For each name, the median time, the speedup over the first contestant, the share of the ceiling reached, and the
+        peak memory.
     """
     for work in contestants.values():
         work()
@@ -120,7 +131,7 @@ def race(
     for _ in range(rounds):
         for name, work in contestants.items():
             times[name].append(meter.seconds(work))
-    median = {name: statistics.median(of) for name, of in times.items()}
+    median = {name: statistics.median(measured) for name, measured in times.items()}
     first = median[next(iter(contestants))]
     return {
         name: {
@@ -134,10 +145,10 @@ def race(
 
 
 def rows(case: str, shape: tuple[int, ...], measured: dict[str, dict[str, Row]]) -> list[Row]:
-    """One row an implementation, from {what was measured: race's answer}."""
+    """One row per implementation. measured: the results of `race`, by what was measured."""
     names = next(iter(measured.values()))
     return [
-        {"case": case, "shape": shape, "implementation": name} | {what: of[name] for what, of in measured.items()}
+        {"case": case, "shape": shape, "implementation": name} | {what: each[name] for what, each in measured.items()}
         for name in names
     ]
 
@@ -150,15 +161,23 @@ def forward_and_backward(
     rounds: int,
     meter: Meter = CPU,
     tolerance: float = 1e-3,
-    beside: Mapping[str, Callable[[], Tensor]] | None = None,
-    its_count: Mapping[str, tuple[float, float]] | None = None,
+    baselines: Mapping[str, Callable[[], Tensor]] | None = None,
+    baseline_count: Mapping[str, tuple[float, float]] | None = None,
 ) -> dict[str, dict[str, Row]]:
-    """Both directions: without gradients, and with those of a fixed random direction. count: forward, backward.
+    """Time the forward pass without gradients, and forward plus backward for a fixed random gradient of the output.
 
-    leaves: all that a gradient is asked of, by some of them or by all. beside: what computes something else, and is a
-    measure beside the contestants, not one to be equal to; its_count: where that is another.
+    Args:
+        contestants: Functions that return the output, by name.
+        leaves: Tensors to differentiate with respect to; a contestant may use only some of them.
+        count: Operations of the forward and of the backward pass.
+        ceiling: Possible operations per second.
+        rounds: Number of measurements of each.
+        meter: How time and memory are measured.
+        tolerance: Accepted relative difference between results.
+        baselines: Functions that compute something else, timed for comparison but not checked for equality.
+        baseline_count: Operations of those baselines whose count differs.
     """
-    beside = beside or {}
+    baselines = baselines or {}
     with torch.no_grad():
         direction = torch.randn_like(next(iter(contestants.values()))())
 
@@ -169,11 +188,11 @@ def forward_and_backward(
         return lambda: torch.autograd.grad(run(), leaves, direction, allow_unused=True)
 
     measured = {}
-    for what, prepare, of in (("forward", forward, lambda n: n[0]), ("forward + backward", both, sum)):
+    for what, prepare, total_of in (("forward", forward, lambda n: n[0]), ("forward + backward", both, sum)):
         works = {name: prepare(run) for name, run in contestants.items()}
         check_equal({name: work() for name, work in works.items()}, tolerance)
-        works = {name: prepare(run) for name, run in beside.items()} | works
-        total = {name: float(of((its_count or {}).get(name, count))) for name in works}
+        works = {name: prepare(run) for name, run in baselines.items()} | works
+        total = {name: float(total_of((baseline_count or {}).get(name, count))) for name in works}
         measured[what] = race(works, total, ceiling, rounds, meter)
     return measured
 
@@ -185,19 +204,20 @@ FIGURES = {
     "ratio": ("ratio", 1, ".3g"), "aim": ("aim", 1, ""),
     **{rate: (rate, 1, ",.0f") for rate in ("median", "slowest", "fastest")},
 }  # fmt: skip
-"""What is measured: its heading, its factor and its format in a table."""
+"""For each measured quantity, its heading, factor and number format in a table."""
 
 
 def table_of(title: str, results: list[Row], caption: str) -> FittingTable:
+    """A table with one line per row of results."""
     names = [name for name in ("case", "shape", "implementation") if name in results[0]]
     columns: list[str] = [*names]
     rows = [[Text(str(row[name]).strip("(,)")) for name in names] for row in results]
     for what in (name for name, value in results[0].items() if isinstance(value, dict)):
         measured = [row.get(what, {}) for row in results]
-        there = [figure for figure in FIGURES if any(figure in of for of in measured)]
-        for figure in there:
+        present = [figure for figure in FIGURES if any(figure in values for values in measured)]
+        for figure in present:
             heading, factor, form = FIGURES[figure]
-            columns.append(f"{what} {heading}" if figure == there[0] else heading)
-            for row, of in zip(rows, measured, strict=True):
-                row.append(Text(format(factor * of[figure], form) if figure in of else ""))
+            columns.append(f"{what} {heading}" if figure == present[0] else heading)
+            for row, values in zip(rows, measured, strict=True):
+                row.append(Text(format(factor * values[figure], form) if figure in values else ""))
     return FittingTable(columns, rows, caption, title, names=len(names))

@@ -1,9 +1,9 @@
-"""`hqlt serve` as its clients see it, beside transformers' generate loop with the same weights: `tiny`, random.
+"""`hqlt serve` as its clients see it, compared with transformers' generate loop and the same weights: `tiny`, random.
 
-The server is a process of its own, asked over HTTP. A history is read once; then come turns of 64 tokens more, each
-another one, and the time until the first token of its answer is taken. Streams begin together, and all of their tokens
-count, from the first request to the last token. Idle sessions are states in the prefix store of an engine: two each,
-after its prompt and after its answer.
+The server runs in its own process and is queried over HTTP. A history is read once. Each turn then adds 64 new tokens,
+and the time to the first token of the answer is measured. Streams start together, and all of their tokens count, from
+the first request to the last token. Idle sessions are states in the prefix store of an engine: two each, after the
+prompt and after the answer.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from hqlt.serve.request import Request
 from hqlt.state import PrefixStore
 
 ONLY = ("first token", "streams", "sessions", "prompt lookup")
-CAPTION = "medians of the rounds; ratio: as its aim says, of the case's first row and this one"
+CAPTION = "medians over rounds; ratio: between this row and the first row of its case, with the aim next to it"
 SETTING = {"clock": "the wall's"}
 TURN = 64
-"""Tokens of a turn, and of a stream's prompt."""
+"""Tokens per turn, and in the prompt of a stream."""
 
 
 def run(rounds: int, quick: bool, only: str | None) -> list[Row]:
@@ -58,19 +58,21 @@ def run(rounds: int, quick: bool, only: str | None) -> list[Row]:
 
 @contextlib.contextmanager
 def serving(model: HQLTForCausalLM) -> Iterator[str]:
-    """A server of the model, in as many threads as this process has → its URL."""
+    """Context manager that serves the model with as many threads as this process has, and yields the URL."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(Path(folder) / "tiny")
         command = [sys.executable, "-m", "hqlt", "serve", "tiny", "--port=0"]
 
-        threads = torch.get_num_threads()  # said only where they are not all: who says it chooses how they wait, too
+        threads = (
+            torch.get_num_threads()
+        )  # set only if it is not all: setting it also disables the choice of wait policy
         environment = os.environ | ({} if threads == os.cpu_count() else {"OMP_NUM_THREADS": str(threads)})
         server = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
         assert server.stderr is not None
         try:
-            ready = re.match(r"tiny at (\S+),", said := server.stderr.readline())
+            ready = re.match(r"tiny at (\S+),", line := server.stderr.readline())
             if ready is None:
-                raise SystemExit(f"hqlt serve did not begin: {said}{server.communicate()[1]}")
+                raise SystemExit(f"hqlt serve did not start: {line}{server.communicate()[1]}")
             yield ready[1]
         finally:
             server.terminate()
@@ -78,7 +80,7 @@ def serving(model: HQLTForCausalLM) -> Iterator[str]:
 
 
 async def ask(url: str, prompt: str, tokens: int) -> float:
-    """Streams a continuation to its end → seconds to its first token."""
+    """Stream a continuation to its end, and return the seconds to its first token."""
     host, _, port = url.removeprefix("http://").rpartition(":")
     body = json.dumps({"model": "tiny", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True})
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nConnection: close\r\n"
@@ -91,12 +93,12 @@ async def ask(url: str, prompt: str, tokens: int) -> float:
             first = time.perf_counter() - begun
     writer.close()
     if b"data: [DONE]" not in answer:
-        raise SystemExit(f"hqlt serve: expected a stream to its end, got {answer.decode()!r}")
+        raise SystemExit(f"hqlt serve: expected a complete stream, got {answer.decode()!r}")
     return first
 
 
 def text(length: int) -> str:
-    """Letters that no other text begins with."""
+    """Random letters, so that no two texts share a prefix."""
     return bytes(torch.randint(97, 123, (length,)).tolist()).decode()
 
 
@@ -111,17 +113,17 @@ def first_token(model: HQLTForCausalLM, url: str, rounds: int, short: int, long:
 
     histories = text(short), text(long)
     for history in histories:
-        turn(history)  # the longest stored prefix of each later turn is found in this one
+        turn(history)  # stores the prefix that later turns reuse
         asyncio.run(ask(url, history + "\n", 1))
     contestants: dict[str, Callable[[], float]] = {
         f"turn after {long:,} tokens": lambda: turn(histories[1]),
         f"turn after {short:,} tokens": lambda: turn(histories[0]),
-        "the long history read anew": lambda: turn(text(long)),
-        "transformers' generate, anew": timed(generate),
+        "the long history read again": lambda: turn(text(long)),
+        "transformers' generate, read again": timed(generate),
     }
     times = in_turns(contestants, rounds)
     ours = times[f"turn after {long:,} tokens"]
-    aims = {f"turn after {short:,} tokens": (1, "≤ 1.2"), "the long history read anew": (-1, "≥ 20")}
+    aims = {f"turn after {short:,} tokens": (1, "≤ 1.2"), "the long history read again": (-1, "≥ 20")}
     rows = []
     for name, its in times.items():
         power, aim = aims.get(name, (-1, ""))
@@ -178,10 +180,10 @@ def sessions(model: HQLTForCausalLM, n: int) -> list[Row]:
 
 
 def prompt_lookup(rounds: int, tokens: int) -> list[Row]:
-    """Greedy text, plain and with drafts that are looked up in it: a text that is a cycle, and one that repeats parts.
+    """Greedy decoding with and without prompt lookup, for a text that is a cycle and for one that only repeats parts.
 
-    A cycle is what a model makes whose blocks add nothing, so that a token follows from the one before it. It computes
-    as much as any other.
+    A model whose blocks add nothing generates a cycle, because each token depends only on the one before it. It
+    computes as much as any other model.
     """
     results: list[Row] = []
     for what in ("a cycle", "random weights"):
@@ -200,7 +202,7 @@ def prompt_lookup(rounds: int, tokens: int) -> list[Row]:
         }
         texts = [work() for work in works.values()]
         if not torch.equal(*texts):
-            raise SystemExit("prompt lookup: expected the text of plain greedy decoding, got another")
+            raise SystemExit("prompt lookup: expected the text of plain greedy decoding, got a different text")
         times = in_turns({name: timed(work) for name, work in works.items()}, rounds)
         for name, its in times.items():
             faster = times[f"greedy, {what}"] / its
@@ -210,7 +212,7 @@ def prompt_lookup(rounds: int, tokens: int) -> list[Row]:
 
 
 class Waiting:
-    """A listener that only waits for the end."""
+    """A listener that only waits until the request has ended."""
 
     def __init__(self) -> None:
         self.done, self.error = threading.Event(), None
@@ -229,7 +231,7 @@ class Waiting:
 
 
 def converse(engine: Engine, n: int) -> None:
-    """A turn of each of n conversations."""
+    """Run one turn of each of n conversations."""
     for _ in range(n):
         listener = Waiting()
         prompt = list(text(TURN).encode())
@@ -240,7 +242,7 @@ def converse(engine: Engine, n: int) -> None:
 
 
 def timed(work: Work) -> Callable[[], float]:
-    """Seconds by the wall's clock: two processes are at work."""
+    """A function that measures wall-clock seconds, because two processes are working."""
 
     def measure() -> float:
         begun = time.perf_counter()
@@ -251,9 +253,9 @@ def timed(work: Work) -> Callable[[], float]:
 
 
 def in_turns(contestants: dict[Any, Callable[[], float]], rounds: int) -> dict[Any, float]:
-    """The median of what each says, over rounds in which they take turns, after one that does not count."""
-    said = [{name: measure() for name, measure in contestants.items()} for _ in range(rounds + 1)][1:]
-    return {name: statistics.median(its[name] for its in said) for name in contestants}
+    """The median measurement of each contestant, over rounds in which they take turns, after a warm-up round."""
+    measured = [{name: measure() for name, measure in contestants.items()} for _ in range(rounds + 1)][1:]
+    return {name: statistics.median(each[name] for each in measured) for name in contestants}
 
 
 def row(case: str, what: str, measured: Row) -> Row:

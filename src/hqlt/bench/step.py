@@ -1,10 +1,10 @@
-"""One token of one layer at batch 1, its state carried: the memories against the projections, and against a cache.
+"""One token through one layer at batch 1 with a state: the memories, compared with the projections and with a KV cache.
 
-Nothing here computes much, so the ceiling is that of copying: the projections read their weights, the memories read
-their state and write the next one (the given state is left as it was), full attention reads its cache. A state after a
-million tokens is one after a thousand whose row counts a million: no part of it grows.
+All of this is memory-bound, so the ceiling is the copy rate: the projections read their weights, the memories read
+their state and write a new one (states are not modified in place), and full attention reads its cache. The state after
+a million tokens is one after a thousand tokens with its position changed, because its size does not grow.
 
-Beside them, a layer that keeps entries beyond a short window, against one with a window as long as both together.
+A layer that keeps entries beyond a short window is compared with one whose window is as long as both together.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def blend_race(layer: HybridMemory, d: int, h: int, rounds: int, ceiling: float)
                 linear(x)
 
     def copied() -> None:
-        for part, given in zip(copy.leaves(), young.leaves(), strict=True):
-            part.copy_(given)
+        for target, source in zip(copy.leaves(), young.leaves(), strict=True):
+            target.copy_(source)
 
     def numbers(out: Tensor, after: MemoryState) -> list[Tensor]:
         return [out, *leaves((after.kv, after.fw))]
@@ -88,7 +88,7 @@ def blend_race(layer: HybridMemory, d: int, h: int, rounds: int, ceiling: float)
 
 
 def retention_race(shape: tuple[int, int, int, int], window: int, rounds: int, ceiling: float) -> list[Row]:
-    """Whole layers that reach equally many entries. (They compute different things.)"""
+    """Whole layers that see equally many entries. (They compute different things.)"""
     (b, t, d, h), short = shape, window // 4
     layers = {
         f"window {window}": HybridMemory(d, h, window),

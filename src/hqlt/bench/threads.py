@@ -1,8 +1,8 @@
-"""A training step of the tiny model on a quiet machine and beside a program that keeps one core busy, by how torch's
-threads wait for one another (`hqlt.threads`).
+"""A training step of the tiny model, on an idle machine and with another program keeping one core busy, for different
+OpenMP wait policies (`hqlt.threads`).
 
-Each contestant is a process of its own, because libgomp reads its variables when it is loaded. The program beside it
-is made here: a loop that never sleeps.
+Each contestant runs in its own process, because libgomp reads its environment variables when it is loaded. The other
+program is a loop that never sleeps.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ from hqlt.bench.race import Row
 from hqlt.threads import PREFIXES
 
 ONLY = ("quiet", "busy")
-CAPTION = (
-    "training steps of the tiny model a second (b8 t256), and the share of the first contestant's on a quiet machine"
-)
+CAPTION = "training steps per second of the tiny model (b8 t256), and their share of the first row's on a quiet machine"
 
 CONTESTANTS: dict[str, dict[str, str]] = {
     "torch's default": {},
@@ -37,9 +35,9 @@ CONTESTANTS: dict[str, dict[str, str]] = {
 MEASURE = """
 import os, sys, json, time
 if os.environ.get("HQLT_BENCH"):
-    from hqlt.threads import Load, wait_gently_if_busy
+    from hqlt.threads import Load, use_passive_wait_if_busy
     del os.environ["HQLT_BENCH"]
-    wait_gently_if_busy(Load())
+    use_passive_wait_if_busy(Load())
 import torch
 from hqlt.model import HQLTForCausalLM, preset
 seconds, b, t = float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
@@ -61,7 +59,7 @@ print(json.dumps(steps / (time.perf_counter() - begun)))
 
 
 def run(rounds: int, quick: bool, only: str | None) -> list[Row]:
-    """rounds: processes of each contestant, in turns. `--threads` plays no part: it is what is measured."""
+    """Run `rounds` processes per contestant, in turns. `--threads` has no effect, because threads are measured."""
     arguments = ["0.1", "1", "8"] if quick else ["3", "8", "256"]
     machines = [machine for machine in ONLY if only in (None, machine)]
     speeds: dict[str, dict[str, list[float]]] = {name: {machine: [] for machine in machines} for name in CONTESTANTS}
@@ -70,26 +68,30 @@ def run(rounds: int, quick: bool, only: str | None) -> list[Row]:
             with busy_core() if machine == "busy" else contextlib.nullcontext():
                 for name, variables in CONTESTANTS.items():
                     speeds[name][machine].append(steps_per_second(variables, arguments))
-    median = {name: {machine: statistics.median(of) for machine, of in its.items()} for name, its in speeds.items()}
-    first = median[next(iter(CONTESTANTS))][machines[0]]
+    medians = {
+        name: {machine: statistics.median(measured) for machine, measured in by_machine.items()}
+        for name, by_machine in speeds.items()
+    }
+    first = medians[next(iter(CONTESTANTS))][machines[0]]
     return [
-        {"implementation": name} | {machine: {"steps/s": of, "share": of / first} for machine, of in its.items()}
-        for name, its in median.items()
+        {"implementation": name}
+        | {machine: {"steps/s": speed, "share": speed / first} for machine, speed in by_machine.items()}
+        for name, by_machine in medians.items()
     ]
 
 
 def steps_per_second(variables: dict[str, str], arguments: list[str]) -> float:
-    """Of a new process with these variables and none of the user's own about threads."""
-    mine = {name: value for name, value in os.environ.items() if not name.startswith(PREFIXES)}
+    """Speed in a new process with these environment variables, without the user's own settings of threads."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(PREFIXES)} | variables
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, *arguments], env=mine | variables, check=True, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", MEASURE, *arguments], env=environment, check=True, stdout=subprocess.PIPE, text=True
     )
     return float(json.loads(done.stdout))
 
 
 @contextlib.contextmanager
 def busy_core() -> Iterator[None]:
-    """Another program that keeps one core busy."""
+    """Context manager in which another program keeps one core busy."""
     other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
         time.sleep(0.5)

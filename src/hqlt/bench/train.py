@@ -1,7 +1,7 @@
-"""One training step of the tiny model (forward, backward, AdamW), with native memories and with the peers in it.
+"""One training step of the tiny model (forward, backward, AdamW), with native, chunked and peer implementations.
 
-Where the memories are removed, the rest of the model remains: no memory can make a step faster than that. Counted are
-6 operations a parameter and token and the memories' own, as in `hqlt.bench.ops`.
+With the memories removed, the rest of the model is the lower limit of a step's time. 6 operations per parameter and
+token are counted, plus the memories' own, as in `hqlt.bench.ops`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hqlt.bench import peers
 from hqlt.bench.race import Row, Work, check_equal, matrix_product_rate, race, rows
 
 ONLY = ("256", "512")
-"""Tokens in a row."""
+"""Tokens per row."""
 
 
 def run(rounds: int, quick: bool, only: str | None) -> list[Row]:

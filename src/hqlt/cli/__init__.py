@@ -22,7 +22,7 @@ from typing import NamedTuple, NoReturn, TypeAlias
 
 from hqlt._version import version
 from hqlt.errors import EXTRAS, explanation, first_line, how_to_install, is_out_of_memory
-from hqlt.threads import Load, wait_gently_if_busy
+from hqlt.threads import Load, use_passive_wait_if_busy
 
 Command: TypeAlias = "Callable[..., None] | dict[str, Command]"
 
@@ -124,7 +124,7 @@ def run_command(arguments: Sequence[str], machine: Load) -> None:
         if command is None:
             from hqlt.cli.parser import dashed, parse, parser_of  # now: a list of commands needs none of it
 
-            wait_gently_if_busy(machine)  # before the command loads torch
+            use_passive_wait_if_busy(machine)  # before the command loads torch
             import_all(modules)
         prog, command = f"{prog} {name}", load(name) if command is None else command[name]
     options = parse(parser_of(command, prog), arguments)

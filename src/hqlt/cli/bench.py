@@ -1,4 +1,4 @@
-"""`hqlt bench`: how fast, beside what else there is. One table, and JSON."""
+"""`hqlt bench`: speed compared with other implementations, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hqlt.bench.race import table_of
 from hqlt.disk import check_writable, write_atomic
 from hqlt.registry import check_choice
 
-CAPTION = "float32; ×: times faster than the first; %: of the measured ceiling"
+CAPTION = "float32; ×: speedup over the first row; %: share of the measured ceiling"
 
 
 def bench(
@@ -29,22 +29,23 @@ def bench(
     json: Path | None = None,
     quick: bool = False,
 ) -> None:
-    """Measure ours and its peers side by side on this machine, and print one table.
+    """Benchmark this package against other implementations on this machine, and print a table.
 
-    Results are compared before anything is timed; contestants take turns, and times are medians. Beside each stand its
-    peak memory and the part of the machine's measured ceiling that its own count of operations (or bytes) reaches.
+    Results are compared for equality before anything is timed. Contestants take turns, and times are medians. The table
+    also shows the peak memory, and the share of the machine's measured ceiling that each reaches by its count of
+    operations (or bytes).
 
     Args:
-        what: "ops" the memories' reads and writes, "layer" one layer, "step" one token, "train" one training step, all
-            on the CPU; "gpu" a synchronous layer's middle and a training step of hqlt-340m on a GPU; "worlds" steps of
-            the partially observable worlds, in as many threads as NumPy uses for them: one; "threads" a training step,
-            on a quiet and on a busy machine, by how torch's threads wait; "serve" what clients of `hqlt serve` wait
-            for, and what idle sessions take.
-        threads: of torch and of the native memories.
-        rounds: turns of each contestant.
-        only: one part of the benchmark, such as "delta" of ops, "synchronous" of step, or "VisualMatch" of worlds.
-        json: where the figures go; runs/bench/WHAT.json by default.
-        quick: sizes so small that the times say nothing; to see that everything runs.
+        what: On the CPU: "ops", single operations; "layer", one layer; "step", one token; "train", one training step;
+            "decode", one token after a long context. "gpu": the core of a synchronous layer, and a training step of
+            hqlt-340m, on a GPU. "worlds": steps of the partially observable environments, in one thread. "threads": a
+            training step on an idle and on a busy machine, by OpenMP wait policy. "serve": latency and throughput of
+            `hqlt serve`, and memory of idle sessions.
+        threads: Number of threads of PyTorch and of the native kernels.
+        rounds: Number of measurements of each contestant.
+        only: Run one part of the benchmark, such as "delta" of ops, "synchronous" of step, or "VisualMatch" of worlds.
+        json: File for the results; runs/bench/WHAT.json by default.
+        quick: Use tiny sizes, to check that everything runs. The times are meaningless.
     """
     module = importlib.import_module(f"hqlt.bench.{what}")
     file = json or Path("runs/bench") / f"{what}.json"
@@ -61,7 +62,7 @@ def bench(
         torch.set_num_threads(before)
     title = f"hqlt bench {what}: " + ", ".join(f"{name} {value}" for name, value in setting.items())
     console = Console()
-    if not console.is_terminal:  # rich cannot know how wide a log may be
+    if not console.is_terminal:  # rich does not know the width of a log
         console.width = 160
     console.print(table_of(title, results, getattr(module, "CAPTION", CAPTION)))
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +70,11 @@ def bench(
 
 
 def check_options(parts: Sequence[str], threads: int, rounds: int, only: str | None) -> None:
-    """Raises ValueError for what no benchmark can run with."""
+    """Check the options of a benchmark.
+
+    Raises:
+        ValueError: If an option is out of range.
+    """
     cores = max(os.cpu_count() or 1, 2)
     if not 1 <= threads <= cores:
         raise ValueError(f"threads: expected 1 to {cores}, got {threads}")
@@ -80,7 +85,7 @@ def check_options(parts: Sequence[str], threads: int, rounds: int, only: str | N
 
 
 def setting_of_cpu(threads: int) -> dict[str, Any]:
-    """What the figures hold for."""
+    """The machine and versions that the results hold for."""
     return {
         "processor": platform.processor() or platform.machine(),
         "threads": threads,

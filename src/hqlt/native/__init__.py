@@ -1,8 +1,8 @@
-"""The memories' reads and writes in C++, for CPUs: one small library, called on the addresses of tensors.
+"""The operations in C++ for CPUs: one small library, called through ctypes with the addresses of tensors.
 
-`memories.cpp` is compiled for plain vectors, AVX2 and AVX-512 at once, and the library picks what the machine has
-(HQLT_NATIVE_ISA=plain|avx2|avx512 names one, for tests). It knows nothing of Python or torch, so that one build serves
-every version of both. Its calls run on torch's own threads, as many as `torch.get_num_threads()` says.
+`memories.cpp` is compiled for plain vectors, AVX2 and AVX-512, and the library selects what the machine supports
+(HQLT_NATIVE_ISA=plain|avx2|avx512 overrides it, for tests). It does not depend on Python or PyTorch, so one build works
+with every version of both. Its calls run on PyTorch's own threads, as many as `torch.get_num_threads()` returns.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ OTHER_DTYPES = {"bt?": torch.bool, "bl?": torch.bool, "bl#": torch.int64, "blh#"
 
 
 class Kernel(NamedTuple):
-    """A kernel's sizes, in the order in which C++ reads them, and the axes of its tensors, in the order of `run`.
+    """The sizes that a kernel takes, in the order in which C++ reads them, and the axes of its tensors, in call order.
 
-    "q" is the number of query heads, a multiple of h; "n" of writes, a multiple of t; "½" half of k; "*" all leading
-    axes as one; "#" a tensor of integers; "?" one that may be None.
+    "q" is the number of query heads, a multiple of h; "n" the number of writes, a multiple of t; "½" is half of k; "*"
+    stands for all leading axes, flattened; "#" marks a tensor of integers, and "?" one that may be None.
     """
 
     sizes: str
@@ -76,7 +76,7 @@ KERNELS = {
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    """(the library, "") or (None, why not)."""
+    """(the library, ""), or (None, the reason why it is unavailable)."""
     built = sorted([*FOLDER.glob("_memories*.so"), *FOLDER.glob("_memories*.dylib")])
     if not built:
         return None, f"the native library was not built: no _memories*.so in {FOLDER}"
@@ -93,8 +93,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         library.hqlt_use_openmp(_openmp())
     except (OSError, AttributeError) as error:
         return None, f"the native library does not load: {error}"
-    built_from, there = library.hqlt_sources(), _digest_of_sources()
-    if built_from and there and built_from != there:
+    built_from, current = library.hqlt_sources(), _digest_of_sources()
+    if built_from and current and built_from != current:
         return None, f"the native library was built from other sources than those in {FOLDER}: install hqlt again"
     if not library.hqlt_instruction_set():
         return None, f"HQLT_NATIVE_ISA={os.environ.get('HQLT_NATIVE_ISA')}: this machine has no such instructions"
@@ -102,56 +102,64 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 
 def _digest_of_sources() -> bytes:
-    """Of the C++ beside this file, as setup.py computes it; "" in a wheel, which has none."""
+    """Digest of the C++ sources next to this file, as setup.py computes it; empty in a wheel, which has no sources."""
     sources = sorted([*FOLDER.glob("*.h"), *FOLDER.glob("memories.cpp")])
     return hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest().encode() if sources else b""
 
 
 def _openmp() -> ctypes.c_void_p | None:
-    """The function that starts torch's own threads; None where torch does not run on OpenMP."""
+    """The function that runs work on PyTorch's own threads; None if PyTorch does not use OpenMP."""
     with contextlib.suppress(OSError, AttributeError):
         return ctypes.cast(ctypes.CDLL(torch._C.__file__).GOMP_parallel, ctypes.c_void_p)
     return None
 
 
 _library, _why_not = _load()
-_silent = False
+_warned = False
 
 
 def available() -> bool:
-    """Whether the native implementations can run here. Warns once where they cannot."""
-    global _silent
-    if _library is None and not _silent:
-        _silent = True
+    """Whether the native implementations can run here. Warns once if they cannot."""
+    global _warned
+    if _library is None and not _warned:
+        _warned = True
         warnings.warn(f"hqlt: {_why_not}; slower torch implementations run instead", RuntimeWarning, stacklevel=2)
     return _library is not None
 
 
 def why_not() -> str:
-    """Why they cannot run, "" where they can."""
+    """Why the native implementations cannot run, or "" if they can."""
     return _why_not
 
 
 def instruction_set() -> str:
-    """ "plain", "avx2" or "avx512"; "" where the library is missing."""
+    """The instruction set in use: "plain", "avx2" or "avx512"; "" if the library is missing."""
     return "" if _library is None else _library.hqlt_instruction_set().decode()
 
 
 def run(kernel: str, scale: float, tensors: Sequence[Any], *more_sizes: int) -> None:
-    """Call a kernel on contiguous tensors of the first one's dtype, float32 or float64 (marks: bool; indices: int64).
+    """Call a kernel on contiguous tensors of one dtype, float32 or float64 (marks are bool, indices int64).
 
-    C++ trusts what it is given, so everything is looked at here: shapes (once for each combination), dtypes, devices
-    and addresses. more_sizes: what C++ reads after the sizes of tensors.
+    C++ does not validate its arguments, so everything is checked here: shapes (once per combination), dtypes, devices
+    and addresses.
 
-    Raises ValueError for tensors that the kernel cannot run on, MemoryError where there is none left.
+    Args:
+        kernel: Name of the kernel, a key of `KERNELS`.
+        scale: A factor; its meaning depends on the kernel.
+        tensors: Inputs and outputs, in the order of `KERNELS`.
+        more_sizes: Integers that the kernel takes after the sizes of the tensors.
+
+    Raises:
+        ValueError: If the kernel cannot run on these tensors.
+        MemoryError: If there is not enough memory.
     """
     if _library is None:
-        raise RuntimeError(f"backend 'native': {_why_not}; name another backend, or None to let hqlt pick")
+        raise RuntimeError(f"backend 'native': {_why_not}; name another backend, or None to let hqlt select one")
     sizes = _sizes(kernel, more_sizes, *(None if x is None else x.shape for x in tensors))
     dtype = tensors[0].dtype
     if dtype not in FLOATS:
         raise ValueError(f"{kernel}: expected float32 or float64, got {dtype}")
-    aligned: list[Tensor] = []  # copies, which live until the call is over
+    aligned: list[Tensor] = []  # copies, kept alive until the call is over
     addresses: list[int | None] = []
     for x, axes in zip(tensors, KERNELS[kernel].tensors, strict=True):
         if x is None:
@@ -161,10 +169,10 @@ def run(kernel: str, scale: float, tensors: Sequence[Any], *more_sizes: int) -> 
         address = x.data_ptr() if x.is_cpu and x.dtype is expected and x.is_contiguous() else 0
         if not address:
             raise ValueError(
-                f"{kernel}: expected a contiguous tensor of {expected} in a CPU's memory, got {x.dtype} on {x.device} "
+                f"{kernel}: expected a contiguous tensor of {expected} in CPU memory, got {x.dtype} on {x.device} "
                 f"of shape {list(x.shape)} and strides {list(x.stride())}"
             )
-        if address % expected.itemsize:  # an input: what torch allocates is aligned
+        if address % expected.itemsize:  # always an input: PyTorch allocates aligned memory
             aligned.append(x.clone())
             address = aligned[-1].data_ptr()
         addresses.append(address)
@@ -174,7 +182,7 @@ def run(kernel: str, scale: float, tensors: Sequence[Any], *more_sizes: int) -> 
 
 @functools.lru_cache(maxsize=4096)
 def _sizes(kernel: str, more_sizes: tuple[int, ...], *shapes: torch.Size | None) -> ctypes.Array[ctypes.c_int64]:
-    """A kernel's sizes, for tensors whose shapes agree with it and with each other."""
+    """The sizes that a kernel takes, after checking that the tensors' shapes match the kernel and each other."""
     letters, tensors = KERNELS[kernel]
     bound: dict[str, float] = {"1": 1}
     for number, (axes, shape) in enumerate(zip(tensors, shapes, strict=True)):
@@ -192,7 +200,7 @@ def _sizes(kernel: str, more_sizes: tuple[int, ...], *shapes: torch.Size | None)
                 f"{kernel}: tensor {number}: expected [{', '.join(axes)}] with {bound}, got shape {list(shape or ())}"
             )
     if bound.get("l", math.inf) < bound.get("t", 0):
-        raise ValueError(f"{kernel}: expected at least as many pairs as queries, got {bound}")
+        raise ValueError(f"{kernel}: expected at least as many entries as queries, got {bound}")
     if bound.get("q", 0) % (bound.get("h") or 1):
         raise ValueError(f"{kernel}: expected query heads in a multiple of the heads of k, got {bound}")
     if bound.get("n", 0) % (bound.get("t") or 1):
@@ -201,41 +209,41 @@ def _sizes(kernel: str, more_sizes: tuple[int, ...], *shapes: torch.Size | None)
     if min(sizes) < 1:
         raise ValueError(
             f"{kernel}: expected sizes of at least 1, got {sizes} for [{', '.join(letters)}]; call the operation of "
-            f"hqlt.ops, which serves empty tensors"
+            f"hqlt.ops, which supports empty tensors"
         )
     return (ctypes.c_int64 * len(sizes))(*sizes)
 
 
 def one_token(is_double: bool, job: bytes) -> None:
-    """Call the kernel of one token on what `hqlt.ops.step` packed for it."""
-    assert _library is not None, "asked for by native.available()"
+    """Call the one-token kernel on a job packed by `hqlt.ops.step`."""
+    assert _library is not None, "the caller checks native.available()"
     _raise(_library.hqlt_one_token(is_double, torch.get_num_threads(), job))
 
 
-def _raise(refusal: bytes | None) -> None:
-    """What C++ says about a call that it did not finish."""
-    if refusal == b"memory":
+def _raise(error: bytes | None) -> None:
+    """Raise the error that C++ returned, if any."""
+    if error == b"memory":
         raise MemoryError("backend 'native': not enough memory; use shorter sequences, smaller batches or windows")
-    if refusal:
-        raise ValueError(f"backend 'native': expected {refusal.decode()}")
+    if error:
+        raise ValueError(f"backend 'native': expected {error.decode()}")
 
 
 def cast(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
-    """The same numbers in this type. Most are, and asking costs less than torch's own look."""
+    """The tensors in this dtype. Most already are, and this check is cheaper than a call of `Tensor.to`."""
     return [x if x.dtype == dtype else x.to(dtype) for x in tensors]
 
 
 def contiguous(*tensors: Tensor | None) -> list[Any]:
-    """The same tensors, laid out without gaps; None stays None."""
+    """The tensors in contiguous memory; None stays None."""
     return [x if x is None or x.is_contiguous() else x.contiguous() for x in tensors]
 
 
 def may_run(*tensors: Tensor | None) -> bool:
-    """Whether native code may read these tensors' memory by its address, and nobody sees the difference.
+    """Whether native code may read these tensors by address, bypassing PyTorch's dispatcher without visible effect.
 
-    They are ordinary tensors whose memory holds their numbers, no gradient is asked for, and no compiler, mode or
-    transform of torch watches. Otherwise torch's dispatcher must see the operation (as a `torch.library` operator), or
-    the readable twin runs.
+    This requires ordinary tensors whose memory holds their numbers, no gradient, and no active compiler, mode or
+    transform of PyTorch. Otherwise the dispatcher must see the operation (as a `torch.library` operator), or the
+    reference runs.
     """
     grad = torch.is_grad_enabled()
     return not is_traced() and all(
@@ -244,7 +252,7 @@ def may_run(*tensors: Tensor | None) -> bool:
 
 
 def is_traced() -> bool:
-    """Whether a compiler, a mode, a transform or a tracer of torch watches what is done to tensors."""
+    """Whether a compiler, mode, transform or tracer of PyTorch is active, which must see all operations on tensors."""
     return (
         is_compiling()
         or _len_torch_dispatch_stack() > 0
@@ -255,10 +263,10 @@ def is_traced() -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a transform runs that only torch's own operations serve: torch.func's, or forward-mode AD."""
+    """Whether a transform is active that supports only PyTorch's own operations: torch.func or forward-mode AD."""
     return not is_compiling() and (peek_interpreter_stack() is not None or forward_ad._current_level >= 0)
 
 
 def is_jit_traced() -> bool:
-    """Whether `torch.jit.trace` records."""
+    """Whether `torch.jit.trace` is recording."""
     return not is_compiling() and _get_tracing_state() is not None
