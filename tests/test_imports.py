@@ -32,7 +32,7 @@ PARTS_THAT_KNOW_NO_MODEL = ("task", "data")
 HEAVY = {
     "transformers", "tokenizers", "datasets", "pyarrow", "torchdata", "lm_eval", "matplotlib", "jinja2", "pandas",
     "scipy", "gymnasium", "jsonargparse", "rich", "tensorboard", "triton", "accelerate", "onnxscript", "gguf", "peft",
-    "fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client",
+    "fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client", "wandb", "shtab",
 }  # fmt: skip
 
 

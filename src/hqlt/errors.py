@@ -21,6 +21,7 @@ EXTRAS = {
     **dict.fromkeys(("popgym",), "popgym"),
     **dict.fromkeys(("minigrid",), "minigrid"),
     **dict.fromkeys(("shtab",), "completion"),
+    **dict.fromkeys(("wandb",), "wandb"),
 }
 """Packages that only some commands need, and the extra of hqlt that brings them."""
 

@@ -8,7 +8,7 @@ from typing import Any
 from hqlt.train.retrofit.settings import RetrofitSettings
 
 
-def retrofit(model: Path, folder: Path, device: str | None = None, **settings: Any) -> None:
+def retrofit(model: Path, folder: Path, device: str | None = None, wandb: bool = False, **settings: Any) -> None:
     """Give a converted model a bounded memory: most layers get windowed attention and an FW-memory.
 
     Stage 0 measures the error that the window causes in each layer; layers with the largest error keep full attention.
@@ -21,7 +21,9 @@ def retrofit(model: Path, folder: Path, device: str | None = None, **settings: A
         model: the folder of a model, as written by `hqlt convert`.
         folder: output folder.
         device: cuda or cpu; by default cuda if available.
+        wandb: also report to Weights & Biases (package wandb; WANDB_MODE=offline writes to FOLDER/wandb only).
+            TensorBoard and trackio are used if they are installed.
     """
     from hqlt.train.retrofit.run import run
 
-    run(RetrofitSettings(**settings), model, folder, device)
+    run(RetrofitSettings(**settings), model, folder, device, wandb)

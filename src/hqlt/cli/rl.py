@@ -12,7 +12,7 @@ from hqlt.registry import find, load_plugins, names
 from hqlt.train.agent.settings import AgentSettings, option_prefix
 
 
-def train(folder: Path | None = None, device: str = "cpu", **settings: Any) -> None:
+def train(folder: Path | None = None, device: str = "cpu", wandb: bool = False, **settings: Any) -> None:
     """Train an agent with a memory. The same command resumes where an earlier one stopped, exactly.
 
     Without options: a T-maze, whose corridor is longer than the memory's window. Any argument of the world can be given
@@ -21,11 +21,13 @@ def train(folder: Path | None = None, device: str = "cpu", **settings: Any) -> N
     Args:
         folder: where everything goes; runs/WORLD-MEMORY by default.
         device: cpu or cuda. Small models are fastest on one core.
+        wandb: also report to Weights & Biases (package wandb; WANDB_MODE=offline writes to FOLDER/wandb only).
+            TensorBoard and trackio are used if they are installed.
     """
     from hqlt.train.agent.run import run
 
     chosen = take_hyperparameters(settings)
-    run(AgentSettings(**settings, hyperparameters=chosen), folder, device)
+    run(AgentSettings(**settings, hyperparameters=chosen), folder, device, wandb)
 
 
 def hyperparameters() -> dict[str, Any]:

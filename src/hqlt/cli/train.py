@@ -8,7 +8,7 @@ from typing import Any
 from hqlt.train.language.settings import TrainSettings
 
 
-def train(folder: Path | None = None, device: str | None = None, **settings: Any) -> None:
+def train(folder: Path | None = None, device: str | None = None, wandb: bool = False, **settings: Any) -> None:
     """Train a language model from scratch, for example on a text file: `hqlt train --data=book.txt`.
 
     Without options, this trains the smallest model on the source code of Python's standard library. Run the same
@@ -19,7 +19,9 @@ def train(folder: Path | None = None, device: str | None = None, **settings: Any
     Args:
         folder: the folder of the run; default: runs/PRESET-DATA.
         device: cuda or cpu; default: cuda if available.
+        wandb: also report to Weights & Biases (package wandb; WANDB_MODE=offline writes to FOLDER/wandb only).
+            TensorBoard and trackio are used if they are installed.
     """
     from hqlt.train.language.run import run
 
-    run(TrainSettings(**settings), folder, device)
+    run(TrainSettings(**settings), folder, device, wandb)

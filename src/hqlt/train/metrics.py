@@ -1,14 +1,16 @@
-"""The numbers of a run as it goes: one JSON line a step, TensorBoard and trackio where installed."""
+"""The numbers of a run during training: a JSON line per step, and trackers such as TensorBoard."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import math
+import secrets
 from pathlib import Path
 from typing import Any, TextIO
 
 from hqlt.disk import write_atomic
+from hqlt.errors import first_line
 
 
 class Metrics:
@@ -45,29 +47,61 @@ def _step_of(line: str, place: str) -> int:
 
 
 class Trackers:
-    """TensorBoard and trackio, those of them that are installed."""
+    """Trackers of a run: TensorBoard and trackio if they are installed, Weights & Biases (wandb) on request.
 
-    def __init__(self, folder: Path, settings: dict[str, Any], step: int) -> None:
+    Raises ValueError if wandb cannot start, such as without an account.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], step: int, wandb: bool = False) -> None:
         self.writer: Any = None
-        self.trackio: Any = None
+        self.modules: list[Any] = []
+        """Modules with wandb's interface, started."""
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         if importlib.util.find_spec("trackio"):
-            self.trackio = importlib.import_module("trackio")
-            self.trackio.init(project="hqlt", name=folder.as_posix(), config=settings, resume="allow")
+            trackio = importlib.import_module("trackio")
+            trackio.init(project="hqlt", name=folder.as_posix(), config=settings, resume="allow")
+            self.modules.append(trackio)
+        if wandb:
+            self.modules.append(_started_wandb(folder, settings))
 
     def write(self, line: dict[str, Any]) -> None:
         numbers = {name: value for name, value in line.items() if name != "step" and value is not None}
         if self.writer is not None:
             for name, value in numbers.items():
                 self.writer.add_scalar(name, value, line["step"])
-        if self.trackio is not None:
-            self.trackio.log(numbers, step=line["step"])
+        for module in self.modules:
+            module.log(numbers, step=line["step"])
 
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
-        if self.trackio is not None:
-            self.trackio.finish()
+        for module in self.modules:
+            module.finish()
+
+
+def _started_wandb(folder: Path, settings: dict[str, Any]) -> Any:
+    """The module wandb, with a run of its own for the folder; a resumed run continues it."""
+    wandb: Any = importlib.import_module("wandb")
+    file = folder / "wandb" / "run-id"
+    if not file.exists():
+        file.parent.mkdir(exist_ok=True)
+        write_atomic(file, secrets.token_hex(8).encode())
+    try:
+        wandb.init(
+            project="hqlt",
+            name=folder.as_posix(),
+            id=file.read_text(),
+            dir=folder,
+            config=settings,
+            resume="allow",
+            settings=wandb.Settings(console="off"),  # it would record each state of the live line
+        )
+    except wandb.Error as error:
+        raise ValueError(
+            f"--wandb: expected a run that can start, got: {first_line(error)}; run `wandb login`, or set "
+            f"WANDB_MODE=offline"
+        ) from error
+    return wandb

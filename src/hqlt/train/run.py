@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hqlt._version import version
 from hqlt.disk import write_atomic
+from hqlt.errors import require
 from hqlt.run_folder import run_folder
 from hqlt.signals import Stopped, stopping
 from hqlt.train.checkpoints import Checkpoints, recovery_hint
@@ -136,14 +137,24 @@ Finish = Callable[[T, Path, dict[str, Any], Console], None]
 """Of a trainer that has done its steps: (trainer, folder, how the run was made, console)."""
 
 
-def run(kind: str, folder: Path, build: Callable[[Console], T], finish: Finish[T], *, first: bool = True) -> None:
+def run(
+    kind: str,
+    folder: Path,
+    build: Callable[[Console], T],
+    finish: Finish[T],
+    *,
+    first: bool = True,
+    wandb: bool = False,
+) -> None:
     """Train into the folder, resuming from its newest checkpoint if there is one; then test and report.
 
     The first Ctrl-C or SIGTERM saves and ends with status 130 or 143, a second one ends at once.
 
     kind: of the folder. build: makes the trainer; refuses, before anything is written, what cannot be trained. first:
-    whether this is the process that prints and writes.
+    whether this is the process that prints and writes. wandb: whether it reports to Weights & Biases.
     """
+    if wandb:
+        require("wandb")
     with run_folder(folder, kind) if first else contextlib.nullcontext():
         console = Console(highlight=False, soft_wrap=True, quiet=not first)
         trainer = build(console)
@@ -155,7 +166,7 @@ def run(kind: str, folder: Path, build: Callable[[Console], T], finish: Finish[T
         console.print(f"{trainer.title()} → {folder}{since}", markup=False)
         with stopping() as trainer.signals:
             try:
-                train_and_log(trainer, folder, console, first)
+                train_and_log(trainer, folder, console, first, wandb)
                 finish(trainer, folder, told, console)
             except Stopped as stopped:
                 trainer.save()
@@ -164,16 +175,17 @@ def run(kind: str, folder: Path, build: Callable[[Console], T], finish: Finish[T
                 sys.exit(128 + stopped.number)
 
 
-def train_and_log(trainer: Trainer[Any], folder: Path, console: Console, first: bool) -> None:
+def train_and_log(trainer: Trainer[Any], folder: Path, console: Console, first: bool, wandb: bool = False) -> None:
     """Train; the first process reports each update: the live line, metrics.jsonl, trackers."""
     if not first:
         for _ in trainer.train():
             pass
         return
     begun, speed_of, done = time.monotonic(), Speed(), trainer.step
+    settings = trainer.description()["settings"]
     with contextlib.ExitStack() as stack:
         metrics = stack.enter_context(contextlib.closing(Metrics(folder / "metrics.jsonl", trainer.last_logged_step)))
-        trackers = stack.enter_context(contextlib.closing(Trackers(folder, trainer.description()["settings"], done)))
+        trackers = stack.enter_context(contextlib.closing(Trackers(folder, settings, done, wandb)))
         line = stack.enter_context(LiveLine(console, trainer.settings.steps, done))
         for told in trainer.train():
             speed = speed_of.at(told.units)

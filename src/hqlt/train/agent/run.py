@@ -20,7 +20,7 @@ from hqlt.train.run import run as run_of
 WEIGHTS = "agent.safetensors"
 
 
-def run(settings: AgentSettings, folder: Path | None = None, device: str = "cpu") -> None:
+def run(settings: AgentSettings, folder: Path | None = None, device: str = "cpu", wandb: bool = False) -> None:
     """Train as the settings say into the folder, resuming from its newest checkpoint if there is one.
 
     A first Ctrl-C or SIGTERM is obeyed before the next step of an environment. Leaves config.json, metrics.jsonl,
@@ -38,7 +38,7 @@ def run(settings: AgentSettings, folder: Path | None = None, device: str = "cpu"
         refuse_divergence(trainer, folder)
 
     place = folder or Path("runs") / f"{settings.env.replace('/', '-')}-{settings.memory}"
-    run_of("agent", place, lambda _: AgentTrainer(settings, device, place / "checkpoints"), finish)
+    run_of("agent", place, lambda _: AgentTrainer(settings, device, place / "checkpoints"), finish, wandb=wandb)
 
 
 def refuse_divergence(trainer: AgentTrainer, folder: Path) -> None:

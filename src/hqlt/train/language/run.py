@@ -20,7 +20,7 @@ from hqlt.train.run import run as run_of
 DEFAULT_DATA = "python-library"
 
 
-def run(settings: TrainSettings, folder: Path | None = None, device: str | None = None) -> None:
+def run(settings: TrainSettings, folder: Path | None = None, device: str | None = None, wandb: bool = False) -> None:
     """Train as the settings say into the folder, resuming from its newest checkpoint if there is one.
 
     A first Ctrl-C or SIGTERM is obeyed after the update under way. Leaves config.json, metrics.jsonl, checkpoints/,
@@ -47,7 +47,7 @@ def run(settings: TrainSettings, folder: Path | None = None, device: str | None 
                 console.print(f"the data hold no {split} text: nothing is scored on it")
             return trainer
 
-        run_of("language", place, build, finish, first=ranks.first)
+        run_of("language", place, build, finish, first=ranks.first, wandb=wandb)
 
 
 def finish(trainer: Trainer, folder: Path, told: dict[str, Any], console: Console) -> None:

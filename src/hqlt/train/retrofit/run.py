@@ -29,7 +29,7 @@ from hqlt.train.retrofit.trainer import RetrofitTrainer
 from hqlt.train.run import run as run_of
 
 
-def run(settings: RetrofitSettings, model: Path, folder: Path, device: str | None = None) -> None:
+def run(settings: RetrofitSettings, model: Path, folder: Path, device: str | None = None, wandb: bool = False) -> None:
     """Retrofit a model, resuming from the newest checkpoint in the folder if there is one.
 
     Writes config.json, layers.json, metrics.jsonl and checkpoints/, and at the end model/, results.json, curves.png,
@@ -40,6 +40,7 @@ def run(settings: RetrofitSettings, model: Path, folder: Path, device: str | Non
         model: folder of the original model.
         folder: output folder.
         device: device to train on. Default: cuda if available.
+        wandb: whether to report to Weights & Biases.
 
     Raises:
         ValueError: before training, for invalid settings, model or data; and when training diverges.
@@ -82,7 +83,7 @@ def run(settings: RetrofitSettings, model: Path, folder: Path, device: str | Non
             write_atomic(folder / "results.json", json.dumps({"run": run_info, "rows": []}, indent=1).encode())
         console.print(f"saved to {folder / 'model'}", markup=False)
 
-    run_of("retrofit", folder, build, finish)
+    run_of("retrofit", folder, build, finish, wandb=wandb)
 
 
 def teacher_of(model: Path, device: torch.device) -> HQLTForCausalLM:
