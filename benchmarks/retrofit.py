@@ -6,7 +6,8 @@
 Each run is one `hqlt retrofit` in a folder of its own, seed after seed; options that are not listed here are handed on
 to it (--precision=bfloat16, --lora_rank=8). All models are then probed on the same text, which none was trained on.
 What is there already is not done again, a run that was stopped resumes, and table and curves are written anew after
-each run. A control without an FW-memory has nothing to fit: it gets stage 1's tokens in stage 2.
+each run. Of the two controls without FW-memories, "LoRA alone" has nothing to fit and gets stage 1's tokens in stage 2;
+"window gate and LoRA" has all that the others have (mixer, window gate δ, both stages) around memories that stay empty.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import hqlt
 from hqlt.disk import write_atomic
 from hqlt.evaluate.probes import probe, probed
 from hqlt.language.folder import load_model, read_config, tokenizer_of
+from hqlt.memory import FWMemory, Write
 from hqlt.model import HQLTForCausalLM
 from hqlt.model.pretrained.retrofit import config_for, retrofitted
 from hqlt.report.retrofit import ORIGINAL, WINDOW, leave_retrofit_report
@@ -37,6 +39,7 @@ from hqlt.report.retrofit import ORIGINAL, WINDOW, leave_retrofit_report
 RUNS: dict[str, dict[str, Any]] = {
     "delta": {"rule": "delta"},
     "LoRA alone": {"rule": "none"},
+    "window gate and LoRA": {"rule": "empty"},
     "gated-delta": {"rule": "gated-delta"},
     "linear": {"rule": "linear"},
     "delta, random full layers": {"rule": "delta", "full_choice": "random"},
@@ -48,6 +51,18 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 """By name: options of `hqlt retrofit`. The rules' states are equally large, but for linear's normaliser (1 in 64)."""
 STAGES = ("fit", "distill", "tune")
+
+
+@hqlt.register("rule", "empty")
+class Empty(FWMemory):
+    """Writes nothing, so that all reads are 0: what is left of a retrofit is the window's gate."""
+
+    def state_entries(self) -> tuple[()]:
+        return ()
+
+    def forward(self, q: torch.Tensor, write: Write, past: Any, resets: Any) -> tuple[torch.Tensor, tuple[()]]:
+        b, t, reads, _ = q.shape
+        return write.values.new_zeros(b, t, reads, self.heads.v), ()
 
 
 def main() -> None:
@@ -138,10 +153,10 @@ def measured(
     options: argparse.Namespace, name: str, seed: int, place: Path, given: Sequence[str], tokens: torch.Tensor
 ) -> list[dict[str, Any]]:
     """One retrofit, and the probes of its result."""
-    command = ["hqlt", "retrofit", str(options.model), str(place), *given]
-    print(" ".join(command), flush=True)
+    command = ["retrofit", str(options.model), str(place), *given]
+    print("hqlt", *command, flush=True)
     begin = time.perf_counter()
-    subprocess.run([sys.executable, "-m", *command], check=True)
+    subprocess.run([sys.executable, __file__, *command], check=True)
     seconds = time.perf_counter() - begin
     rows = probed(name, load_model(place), tokens)
     trained = sum(getattr(options, stage) for stage in STAGES)
@@ -168,4 +183,7 @@ def report(options: argparse.Namespace, more: Sequence[str], rows: list[dict[str
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["retrofit"]:  # `hqlt retrofit`, with the rule "empty"
+        hqlt.cli.main()
+    else:
+        main()

@@ -1,8 +1,8 @@
 """Compile every kernel for a Hopper GPU, where there is none: python compile_kernels.py. Prints JSON.
 
-"resources": at the sizes of a 340M layer in bfloat16; "with decay": the same with decay. "narrow": lines of the float64
-kernels' code with a float32 in it. "variants": how often each kernel is compiled over calls of many lengths, windows
-and numbers of KV entries.
+"resources": at the sizes of a 340M layer in bfloat16; "with decay", "with sinks": the same with them. "narrow": lines
+of the float64 kernels' code with a float32 in it. "variants": how often each kernel is compiled over calls of many
+lengths, windows and numbers of KV entries.
 """
 
 from __future__ import annotations
@@ -96,16 +96,18 @@ def variants(calls: list[tuple[Shape, torch.dtype]]) -> dict[str, int]:
 
 if __name__ == "__main__":
     with compiling_for(90):
-        wide, decaying = (launches_of(Shape(8, 2048, 8, 128, 128, decays=x), torch.bfloat16) for x in (False, True))
-        exact = launches_of(Shape(1, 70, 2, 16, 16, held=3, window=7, decays=True), torch.float64)
+        wide, decaying, sinks = (launches_of(Shape(8, 2048, 8, 128, 128, **options), torch.bfloat16)
+                                 for options in ({}, {"decays": True}, {"kept": 4}))  # fmt: skip
+        exact = launches_of(Shape(1, 70, 2, 16, 16, held=3, window=7, decays=True, kept=4), torch.float64)
         calls = [(Shape(b, t, 2, 16, 16, *rest), torch.bfloat16)
                  for b, t, *rest in itertools.product((1, 3), LENGTHS, HELD, WINDOWS)]  # fmt: skip
         compiled = [{call.name: resources_of(kernel) for call, kernel in zip(of, compile_all(of), strict=True)}
-                    for of in (wide, decaying)]  # fmt: skip
+                    for of in (wide, decaying, sinks)]  # fmt: skip
         float64 = {call.name: kernel.asm["ttir"] for call, kernel in zip(exact, compile_all(exact), strict=True)}
         answer = {
             "resources": compiled[0],
             "with decay": compiled[1],
+            "with sinks": compiled[2],
             "narrow": {name: re.findall(r".*\bf32\b.*", code) for name, code in float64.items()},
             "variants": variants(calls),
         }

@@ -20,7 +20,7 @@ from hqlt.ops import synchronous
 from hqlt.ops.backend import IMPLEMENTATIONS
 from hqlt.ops.synchronous import triton
 from tests.laws import Laws, Memory, close, normal
-from tests.layers import build_layer, tokens
+from tests.layers import HIDDEN, tokens
 from tests.ops.inputs import HEADS, KEY, VALUE, strided
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -69,12 +69,21 @@ def resets_of(b, l, part=0.05, seed=7):
     return torch.rand(b, l, generator=torch.Generator().manual_seed(seed)) < part
 
 
-def run(inputs, window, resets, backend, rotary=True):
+def beyond_of(inputs, window, resets, kept, seed=11):
+    """Which entries stay visible beyond the window: per KV head, those with the highest of random scores."""
+    b, l, heads = inputs[1].shape[:3]
+    leaves = (torch.arange(l) + window).expand(b, l)
+    expiry = ops.expiry(normal(b, l, heads, seed=seed), leaves, kept=kept, resets=resets)
+    return ops.Beyond(expiry, kept)
+
+
+def run(inputs, window, resets, backend, rotary=True, beyond=None):
     """The operation where its backend runs, its answer on the CPU."""
     q, k, *inputs, state, decay = (x if x is None else x.to(device_of(backend)) for x in [*inputs, None][:8])
     table = Rotary(100.0).table(k.shape[1], k.shape[3], q.device, q.dtype) if rotary and k.shape[3] % 2 == 0 else None
     resets = None if resets is None else resets.to(q.device)
-    given = {"window": window, "rotary": table, "state": state, "decay": decay, "resets": resets}
+    beyond = beyond and beyond._replace(expiry=beyond.expiry.to(q.device))
+    given = {"window": window, "rotary": table, "state": state, "decay": decay, "resets": resets, "beyond": beyond}
     y, W = synchronous(q, k, *inputs, **given, backend=backend)
     return y.cpu(), W.cpu()
 
@@ -230,11 +239,22 @@ def test_query_heads_share_pairs_and_matrix(backend, group, decays):
 
 
 @every_backend
+@pytest.mark.parametrize(("kept", "held", "window", "group"), [(1, 0, 3, 1), (4, 9, 5, 2), (40, 50, 7, 1)])
+def test_entries_that_stay_beyond_the_window(backend, kept, held, window, group):
+    """Few of many chunks' entries, more than fit into a tile, and entries kept from earlier calls."""
+    inputs, resets = inputs_of(2, 70, held=held, group=group), resets_of(2, held + 70, 0.02)
+    for marks in (None, resets):
+        assert_as_reference(inputs, window, marks, backend, beyond=beyond_of(inputs, window, marks, kept))
+
+
+@every_backend
 @given(data=st.data())
 def test_any_shape_window_and_resets(backend, data):
     b, t, held, window = (data.draw(st.integers(*ends)) for ends in [(1, 3), (1, 70), (0, 40), (1, 80)])
     resets = resets_of(b, held + t, data.draw(st.sampled_from([0.0, 0.03, 0.3, 1.0])), data.draw(st.integers(0, 99)))
-    assert_as_reference(inputs_of(b, t, held, decays=data.draw(st.booleans())), window, resets, backend)
+    inputs, kept = inputs_of(b, t, held, decays=data.draw(st.booleans())), data.draw(st.integers(0, 20))
+    beyond = beyond_of(inputs, window, resets, kept) if kept else None
+    assert_as_reference(inputs, window, resets, backend, beyond=beyond)
 
 
 @every_backend
@@ -294,10 +314,19 @@ def test_composed_is_the_layer():
 
 
 @needs_triton
-@pytest.mark.parametrize("choice", ["synchronous-vector-delta-plain", "synchronous-gated-delta"])
-def test_a_layer_runs_it_when_asked_to(choice):
-    """In two pieces with a reset: outputs, final state and gradients of the whole layer."""
-    layer = build_layer(choice, 5).to(device_of("triton"))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"fast_weights": "gated-delta"},
+        {"sinks": 2},
+        {"sinks": 1, "retention": "value-norm", "kept": 3, "num_kv_heads": 1, "rope_theta": None},
+    ],
+)
+def test_a_layer_runs_it_when_asked_to(options):
+    """In two calls, with resets: outputs, final state and gradients of the whole layer."""
+    torch.manual_seed(0)
+    layer = HybridMemory(HIDDEN, 2, window=5, **options).double().to(device_of("triton"))
     x = tokens(2, 40).to(device_of("triton")).requires_grad_()
     resets = resets_of(2, 40).to(x.device)
     answers = []
@@ -320,7 +349,8 @@ def test_a_layer_runs_it_when_asked_to(choice):
     "option",
     [
         {"partial_rotary_factor": 0.5},
-        {"sinks": 2},
+        {"sinks": 2, "kept_positions": "clamped"},
+        {"retention": "surprise", "kept": 2},
         {"fast_weights": "linear"},
         {"feature_map": "learned"},
         {"kv_activation": None},
@@ -341,7 +371,9 @@ def operator_inputs(device, decays):
     decay = decay if decays else None
     resets = torch.zeros(2, 7, dtype=torch.bool, device=device)
     resets[1, 5] = True
-    return *inputs, decay, *Rotary(100.0).table(7, KEY, torch.device(device), torch.float64), resets, 4, 0.5, 1e-6
+    expiry = beyond_of(inputs, 4, resets.cpu(), 2).expiry.int().to(device) if decays else None
+    table = Rotary(100.0).table(7, KEY, torch.device(device), torch.float64)
+    return *inputs, decay, *table, resets, expiry, 4, 0.5, 1e-6, 2 if decays else 0
 
 
 @needs_triton
@@ -354,7 +386,7 @@ def test_both_directions_are_operators_of_torch(decays):
     torch.library.opcheck(forward, given)
     with torch.no_grad():
         y, W, *kept = forward(*given)
-        torch.library.opcheck(backward, (*given[:6], *given[7:11], *kept, y, W, *given[11:]))
+        torch.library.opcheck(backward, (*given[:6], *given[7:12], *kept, y, W, *given[12:]))
 
 
 @needs_triton

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from hqlt.ops import synchronous
-from tests.ops.test_synchronous import INTERPRETED, NO_TRITON, inputs_of, resets_of
+from tests.ops.test_synchronous import INTERPRETED, NO_TRITON, beyond_of, inputs_of, resets_of
 
 pytestmark = pytest.mark.skipif(bool(NO_TRITON) or not INTERPRETED, reason=NO_TRITON or "on a GPU nobody looks on")
 
@@ -86,10 +86,13 @@ def watched(granule: int) -> Iterator[list[Traffic]]:
         yield launches
 
 
-def forward_and_backward(inputs: list[torch.Tensor], window: int, resets: torch.Tensor | None = None) -> None:
+def forward_and_backward(
+    inputs: list[torch.Tensor], window: int, resets: torch.Tensor | None = None, kept: int = 0
+) -> None:
+    beyond = beyond_of(inputs, window, resets, kept) if kept else None
     wanted = [x.detach().requires_grad_() for x in inputs]
     *inputs, state, decay = [*wanted, None][:8]
-    y, W = synchronous(*inputs, state=state, decay=decay, window=window, resets=resets, backend="triton")
+    y, W = synchronous(*inputs, state=state, decay=decay, window=window, resets=resets, beyond=beyond, backend="triton")
     torch.autograd.grad([y, W], wanted, [torch.ones_like(y), torch.ones_like(W)])
 
 
@@ -127,11 +130,11 @@ def test_forward_and_backward_move_57_units(decays, most):
     assert 57 <= sum(map(sum, units.values())) < most
 
 
-@pytest.mark.parametrize("decays", [False, True])
-def test_programs_are_not_in_each_other_s_way(decays):
+@pytest.mark.parametrize(("decays", "kept"), [(False, 0), (True, 0), (False, 20)])
+def test_programs_are_not_in_each_other_s_way(decays, kept):
     """No program loads or stores what another of the same launch stores, and what it stores itself it loads again
     behind a barrier only: in any order, at any time, the answers are the same."""
     with watched(1) as launches:
-        forward_and_backward(inputs_of(2, 35, held=5, key=8, value=20, decays=decays), 9, resets_of(2, 40))
-    assert len(launches) == 6
+        forward_and_backward(inputs_of(2, 35, held=5, key=8, value=20, decays=decays), 9, resets_of(2, 40), kept)
+    assert len(launches) == (8 if kept else 6)
     assert [conflict for of in launches for conflict in of.conflicts] == []

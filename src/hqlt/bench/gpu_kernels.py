@@ -22,7 +22,7 @@ from torch import Tensor
 from hqlt.bench.gpu import Place
 from hqlt.errors import first_line
 from hqlt.memory.rotary import Rotary
-from hqlt.ops import synchronous
+from hqlt.ops import Beyond, expiry, synchronous
 from hqlt.ops.synchronous.kernels import launch, operators
 from hqlt.ops.synchronous.kernels.launch import Launch
 from hqlt.shapes import at_least_float32
@@ -47,6 +47,8 @@ class Shape(NamedTuple):
     held: int = 0
     window: int = 64
     decays: bool = False
+    kept: int = 0
+    """Entries per KV head that stay visible beyond the window."""
 
 
 SHAPES = (
@@ -57,8 +59,10 @@ SHAPES = (
     Shape(2, 256, 3, 128, 64, held=0, window=256),
     Shape(2, 131, 2, 64, 64, held=9, window=10, decays=True),
     Shape(2, 330, 2, 128, 128, held=63, window=64, decays=True),
+    Shape(2, 131, 2, 64, 64, held=30, window=10, kept=4),
+    Shape(2, 330, 2, 128, 128, held=63, window=16, decays=True, kept=48),
 )
-TINY = Shape(1, 35, 1, 4, 3, held=2, window=3, decays=True)
+TINY = Shape(1, 35, 1, 4, 3, held=2, window=3, decays=True, kept=2)
 
 
 class Launched(NamedTuple):
@@ -97,7 +101,7 @@ def recorded(then: Callable[..., None] = lambda *_: None) -> Iterator[list[Launc
 
 def launches_of(shape: Shape, dtype: torch.dtype, resets: bool = True) -> list[Launched]:
     """All launches of a forward pass, a backward pass and a call of one token, one per kernel."""
-    b, t, h, k, v, held, window, decays = shape
+    b, t, h, k, v, held, window, decays, most = shape
     l, wide = held + t, at_least_float32(dtype)
 
     def meta(*size: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -107,13 +111,14 @@ def launches_of(shape: Shape, dtype: torch.dtype, resets: bool = True) -> list[L
     beta, matrix, table = meta(b, t, h, dtype=wide), meta(b, h, k, v, dtype=wide), meta(l, 1, k // 2, dtype=wide)
     marks, position = meta(b, l, dtype=torch.bool) if resets else None, meta(b, dtype=torch.long)
     decay = meta(b, t, h, dtype=wide) if decays else None
-    inputs = q, key, value, beta, gate, weight, matrix, decay, table, table, marks
+    expires = meta(b, l, h, dtype=torch.int32) if most else None
+    inputs = q, key, value, beta, gate, weight, matrix, decay, table, table, marks, expires
     new_q, new_k, new_v, new_beta, new_gate = (x[:, :1] for x in (q, key, value, beta, gate))
     new_decay = None if decay is None else decay[:, :1]
     scale, norm_eps = k**-0.5, 1e-6
     with recorded() as launches:
-        _, _, *saved = operators.run_forward(*inputs, window, scale, norm_eps)
-        arguments: tuple[Any, ...] = *inputs[:6], *inputs[7:], *saved, gate, matrix, window, scale, norm_eps
+        _, _, *saved = operators.run_forward(*inputs, window, scale, norm_eps, most)
+        arguments: tuple[Any, ...] = *inputs[:6], *inputs[7:], *saved, gate, matrix, window, scale, norm_eps, most
         operators.run_backward(*arguments)
         operators.run_one_token(
             new_q, new_k, new_v, new_beta, new_gate, weight, new_decay, table, table, None,
@@ -130,7 +135,7 @@ def warm_up(launches: list[Launched]) -> list[Future[Any]]:
 
 def inputs_of(shape: Shape, dtype: torch.dtype, device: str) -> list[Tensor]:
     """q, k, v, β, gate, norm weight, W_0 and, with decay, log α: the same numbers in every dtype, up to rounding."""
-    b, t, h, k, v, held, _, decays = shape
+    b, t, h, k, v, held, _, decays, _ = shape
     random, wide = torch.Generator().manual_seed(0), at_least_float32(dtype)
 
     def normal(*size: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -140,6 +145,16 @@ def inputs_of(shape: Shape, dtype: torch.dtype, device: str) -> list[Tensor]:
     beta = (2 * normal(b, t, h, dtype=torch.float64).sigmoid()).to(wide)
     inputs = [q, key, value, beta, normal(b, t, h, v), 1 + 0.3 * normal(v), normal(b, h, k, v, dtype=wide)]
     return [*inputs, -0.1 * normal(b, t, h, dtype=wide).exp()] if decays else inputs
+
+
+def _beyond(shape: Shape, resets: Tensor) -> Beyond | None:
+    """Entries that stay visible beyond the window: those with the highest of random scores."""
+    if not shape.kept:
+        return None
+    b, l = resets.shape
+    scores = torch.rand(b, l, shape.h, generator=torch.Generator().manual_seed(3)).to(resets.device)
+    leaves = (torch.arange(l, device=resets.device) + shape.window).expand(b, l)
+    return Beyond(expiry(scores, leaves, kept=shape.kept, resets=resets), shape.kept)
 
 
 def outputs_and_gradients(tensors: list[Tensor], shape: Shape, resets: Tensor, backend: str = "triton") -> list[Tensor]:
@@ -155,6 +170,7 @@ def outputs_and_gradients(tensors: list[Tensor], shape: Shape, resets: Tensor, b
         "state": state,
         "decay": decay,
         "resets": resets,
+        "beyond": _beyond(shape, resets),
         "backend": backend,
     }
     out = synchronous(*inputs, **options)
@@ -215,7 +231,9 @@ def candidates(table: launch.Table, quick: bool) -> list[tuple[str, Launch]]:
         others = [Launch(*options) for options in product((4, 8), (1, 2, 3), blocks)]
         if quick:
             others = [in_use._replace(block=16)] if kernel in BLOCKED else []
-        every += [(kernel, options) for options in dict.fromkeys([in_use, *others]) if kernel != "step"]
+        every += [
+            (kernel, options) for options in dict.fromkeys([in_use, *others]) if kernel not in ("step", "list_far")
+        ]
     return every
 
 

@@ -10,16 +10,17 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hqlt.blend import Memories, Synchronous
+from hqlt.blend import Memories, Synchronous, Timeline
 from hqlt.layer.norm import RMSNorm
 from hqlt.layer.parts import Fused, Parts, Projected, native_form
-from hqlt.memory import Held, KVMemory, MemoryState
+from hqlt.memory import Candidates, Held, KVMemory, MemoryState
 from hqlt.memory.fw import MatrixState
 from hqlt.memory.rotary import Rotary, Table
 from hqlt.mixer import VectorMixer
-from hqlt.ops import explain, mix, synchronous
+from hqlt.ops import Beyond, explain, mix, synchronous
 from hqlt.ops.step import (
     FIRST_HELD,
     NOTHING,
@@ -34,7 +35,7 @@ from hqlt.ops.step import (
     run,
 )
 from hqlt.ops.synchronous.step import step
-from hqlt.shapes import Resets, Values
+from hqlt.shapes import Keys, Resets, Values
 
 Numbers: TypeAlias = tuple[Rotary | None, float, float, Retained | None]
 
@@ -148,7 +149,9 @@ class SynchronousOperation:
         _, kv, fw, blend, mixer, norm = parts
         if fw is None or type(blend) is not Synchronous or type(mixer) is not VectorMixer or type(norm) is not RMSNorm:
             return None
-        if type(kv) is not KVMemory or kv.kept or native_form(fw) not in ("delta", "gated-delta"):
+        if type(kv) is not KVMemory or not kv.reads_alike or native_form(fw) not in ("delta", "gated-delta"):
+            return None
+        if kv.retention is not None and kv.retention.needs_errors:  # it scores what the FW-memory predicts
             return None
         if type(fw.v_activation) is not nn.Identity or (kv.positions is not None and kv.positions.fraction != 1):
             return None
@@ -159,7 +162,7 @@ class SynchronousOperation:
         gate = projected.gate.view(*new.q.shape[:3], -1)
         beta, decay = (*new.gates, None)[:2]
         window, one = blend.window, new.q.shape[1] == 1 and not torch.is_grad_enabled()
-        if one and window is not None and state is not None and isinstance(state.kv, Held):
+        if one and window is not None and state is not None and isinstance(state.kv, Held) and not kv.kept:
             y, keys, values, matrix, position = step(
                 new.q, new.keys, new.values, beta, gate, norm.weight, state.kv.keys, state.kv.values, state.fw.matrix,
                 state.position, decay=decay, rotary=kv.rotary(window, new.q), norm_eps=norm.eps, resets=resets,
@@ -167,12 +170,27 @@ class SynchronousOperation:
             held = state.kv._replace(keys=keys, values=values)
             return y, state._replace(kv=held, fw=MatrixState(matrix), position=position)
         timeline = blend.timeline(new, state, resets)
+        candidates = blend.candidates(kv, new, timeline, state, None)
+        keys, values, resets, beyond = _entries(kv, timeline, candidates)
         y, matrix = synchronous(
-            new.q, timeline.keys, timeline.values, beta, gate, norm.weight, decay=decay, window=window,
-            rotary=kv.rotary(timeline.keys.shape[1], new.q), norm_eps=norm.eps,
-            state=None if state is None else state.fw.matrix, resets=timeline.resets,
+            new.q, keys, values, beta, gate, norm.weight, decay=decay, window=window,
+            rotary=kv.rotary(keys.shape[1], new.q), norm_eps=norm.eps,
+            state=None if state is None else state.fw.matrix, resets=resets, beyond=beyond,
         )  # fmt: skip
-        return y, blend.state_after(Memories(kv, fw), timeline, MatrixState(matrix))
+        return y, blend.state_after(Memories(kv, fw), timeline, MatrixState(matrix), candidates)
+
+
+def _entries(
+    kv: KVMemory, timeline: Timeline, candidates: Candidates | None
+) -> tuple[Keys, Values, Resets | None, Beyond | None]:
+    """Keys, values and resets as `hqlt.ops.synchronous` reads them, and which entries stay beyond the window."""
+    keys, values, _, _, resets = timeline
+    if candidates is None:
+        return keys, values, resets, None
+    kept = candidates.keys.shape[1] - keys.shape[1]
+    old = kv.old(candidates.keys[:, :kept], candidates, rotated_by_index=True)
+    resets = None if resets is None else F.pad(resets, (kept, 0))
+    return torch.cat([old, keys], dim=1), candidates.values, resets, Beyond(candidates.expiry, kv.kept)
 
 
 class FusedMixAndNorm:

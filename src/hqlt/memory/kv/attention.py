@@ -111,6 +111,13 @@ class KVMemory(nn.Module):
         plain = self.positions is None or (self.positions.fraction == 1 and self.positions.scaling is None)
         return "window" if plain and self.q_norm is None and self.gate is None else None
 
+    @property
+    def reads_alike(self) -> bool:
+        """Whether entries beyond the window are compared as those within it: at their true distance, by the same norm,
+        without a gate."""
+        true_distance = self.positions is None or self.kept_positions == "true"
+        return true_distance and self.q_norm is None and self.gate is None
+
     def read(
         self,
         q: Queries,
@@ -154,8 +161,8 @@ class KVMemory(nn.Module):
         near, far = (q_turned, torch.cat([keys[:, :n], k_turned], dim=1)), (q, keys)
         if self.q_norm is not None and self.k_norm is not None:
             far = self.q_norm(q), self.k_norm(keys)
-        elif self.gate is None and (self.positions is None or self.kept_positions == "true"):
-            return (q_turned, torch.cat([self._old(keys[:, :n], candidates), k_turned], dim=1)), ()
+        elif self.reads_alike:
+            return (q_turned, torch.cat([self.old(keys[:, :n], candidates), k_turned], dim=1)), ()
         far = self._placed(*far, candidates, n, window)
         if self.gate is not None:  # one more number for each head: g in q, 1 in k
             gate = (self.gate * self.heads.k**0.5).to(q.dtype)[:, None].expand(*q.shape[:3], 1)
@@ -172,14 +179,20 @@ class KVMemory(nn.Module):
             return self._turned(q, distance), self._turned(keys, 0)
         t, l = q.shape[1], keys.shape[1] - n
         cos, sin = self.positions.table(l, self.heads.k, q.device, q.dtype)
-        keys = torch.cat([self._old(keys[:, :n], candidates), apply_rotary(keys[:, n:], cos, sin)], dim=1)
+        keys = torch.cat([self.old(keys[:, :n], candidates), apply_rotary(keys[:, n:], cos, sin)], dim=1)
         return apply_rotary(q, cos[l - t :], sin[l - t :]), keys
 
-    def _old(self, keys: Keys, candidates: Candidates) -> Keys:
-        """Kept keys [b, n, h, k], turned by where they lie before the timeline."""
-        if self.positions is None or keys.shape[1] == 0:
+    def old(self, keys: Keys, candidates: Candidates, *, rotated_by_index: bool = False) -> Keys:
+        """Kept keys [b, n, h, k] with the rotary embedding of their places, which lie before the timeline.
+
+        rotated_by_index: leave out what the rotation of each key by its index among the candidates will add.
+        """
+        n = keys.shape[1]
+        if self.positions is None or n == 0:
             return keys
-        places = candidates.positions[:, : keys.shape[1]] + candidates.offset[:, None, None]
+        places = candidates.positions[:, :n] + candidates.offset[:, None, None]
+        if rotated_by_index:
+            places += n - torch.arange(n, device=keys.device)[:, None]
         cos, sin = self.positions.cos_sin(places.flatten(), self.heads.k, keys.dtype)
         return apply_rotary(keys.reshape(1, -1, 1, keys.shape[3]), cos, sin).view_as(keys)
 

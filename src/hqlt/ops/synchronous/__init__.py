@@ -8,6 +8,7 @@ from hqlt.ops.backend import empty_read, implementation
 from hqlt.ops.heads import match_heads
 from hqlt.ops.synchronous import composed, reference, triton
 from hqlt.ops.synchronous.inputs import Inputs
+from hqlt.ops.window_attention import Beyond, check_beyond
 from hqlt.shapes import Keys, Matrix, Queries, Resets, Strengths, Values, at_least_float32, check_resets, match_floats
 
 __all__ = ["Inputs", "composed", "reference", "synchronous", "triton"]
@@ -28,12 +29,13 @@ def synchronous(
     scale: float | None = None,
     state: Matrix | None = None,
     resets: Resets | None = None,
+    beyond: Beyond | None = None,
     backend: str | None = None,
 ) -> tuple[Values, Matrix]:
     """Both memories read by the same queries, mixed by an elementwise gate and normalised per head.
 
         fw_t = scale · W_tᵀ φ(q_t)         W_t = α_t W_{t−1} + φ(k_t) ⊗ β_t (v_t − α_t W_{t−1}ᵀ φ(k_t))
-        kv_t = Σ_j softmax_j(scale · R_t q_t · R_j k_j) v_j         over the `window` latest tokens j
+        kv_t = Σ_j softmax_j(scale · R_t q_t · R_j k_j) v_j         over the `window` latest tokens j, and those kept
         mix  = σ(gate) ⊙ fw + (1 − σ(gate)) ⊙ kv         y = mix / √(mean(mix²) + norm_eps) ⊙ norm_weight
 
     φ is `hqlt.ops.unit_silu`, and R_j the rotary embedding of position j.
@@ -54,13 +56,16 @@ def synchronous(
         scale: Factor of the FW read and of the attention scores, k^-0.5 by default.
         state (`[b, h, k, v]`): W_0, zeros by default.
         resets (`Bool[b, l]`): Tokens that begin a segment.
+        beyond: Entries that stay visible outside the window, compared as those within it: `hqlt.ops.Beyond` without q
+            and k. None by default.
         backend: Name of a backend; selected automatically by default.
 
     Returns:
         y `[b, t, g·h, v]` in the dtype of v, and the final matrix `[b, h, k, v]` in at least float32.
 
     Raises:
-        ValueError: If shapes, dtypes or devices do not match, the window is below 1, or the backend is unknown or does
+        ValueError: If shapes, dtypes or devices do not match, the window is below 1, `beyond` has queries and keys of
+            its own, or the backend is unknown or does
             not support the call.
 
     Source:
@@ -88,6 +93,10 @@ def synchronous(
     if window < 1:
         raise ValueError(f"window: expected at least 1 (the token itself) or None for all, got {window}")
     _check_rotary(rotary, l, size["k"])
+    if beyond is not None:
+        check_beyond(beyond, q, k)
+        if beyond.q is not None:
+            raise ValueError("beyond: expected entries that are compared as those within the window, got q and k")
     wide = at_least_float32(v.dtype)
     state = q.new_zeros(b, *(size[x] for x in "hkv"), dtype=wide) if state is None else state.to(wide)
     run = implementation("synchronous", q, backend, size)
@@ -95,7 +104,9 @@ def synchronous(
         gated = () if decay is None else (decay,)
         return empty_read(v, size["g·h"], q, k, beta, gate, norm_weight, state, *gated), state
     scale = max(size["k"], 1) ** -0.5 if scale is None else scale
-    y, state = run(Inputs(q, k, v, beta, gate, norm_weight, window, rotary, norm_eps, scale, state, resets, decay))
+    y, state = run(
+        Inputs(q, k, v, beta, gate, norm_weight, window, rotary, norm_eps, scale, state, resets, decay, beyond)
+    )
     return y.to(v.dtype), state
 
 

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from hqlt.ops.window_attention.beyond import Beyond
 from hqlt.shapes import Keys, Matrix, Queries, Resets, Strengths, Values
 
 
@@ -23,3 +24,4 @@ class Inputs(NamedTuple):
     state: Matrix
     resets: Resets | None
     decay: Strengths | None
+    beyond: Beyond | None = None

@@ -38,5 +38,5 @@ def reads(x: Inputs, backend: str | None = None) -> tuple[Values, Values, Matrix
     if x.rotary is not None:
         cos, sin = (table[:l] for table in x.rotary)
         q, k = rotated(q, cos[own], sin[own], backend=backend), rotated(k, cos, sin, backend=backend)
-    kv = window_attention(q, k, v, window=x.window, scale=scale, resets=resets, backend=backend)
+    kv = window_attention(q, k, v, window=x.window, scale=scale, resets=resets, beyond=x.beyond, backend=backend)
     return fw, kv, matrix

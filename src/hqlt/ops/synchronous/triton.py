@@ -28,8 +28,11 @@ def synchronous(x: Inputs) -> tuple[Values, Matrix]:
     q, k, gate = (tensor.to(x.v.dtype) for tensor in (x.q, x.k, x.gate))
     cos, sin = rotary_in(x.v.dtype, x.rotary)
     window = min(x.window, k.shape[1])
+    expiry = None if x.beyond is None else x.beyond.expiry.clamp(max=torch.iinfo(torch.int32).max).int()
+    most = 0 if x.beyond is None else x.beyond.most
     y, matrix, *_ = forward(
-        q, k, x.v, x.beta, gate, x.norm_weight, x.state, x.decay, cos, sin, x.resets, window, x.scale, x.norm_eps
+        q, k, x.v, x.beta, gate, x.norm_weight, x.state, x.decay, cos, sin, x.resets, expiry, window, x.scale,
+        x.norm_eps, most,
     )  # fmt: skip
     return y, matrix
 

@@ -70,7 +70,7 @@ def window_attention(
     if window < 1:
         raise ValueError(f"window: expected at least 1 (the token itself) or None for all, got {window}")
     if beyond is not None:
-        _check_beyond(beyond, q, k)
+        check_beyond(beyond, q, k)
     if reach == "chunk":
         # The first token of a chunk sees nothing before itself, like the first token of a segment.
         resets = positions(resets, torch.zeros(b, dtype=torch.long, device=q.device), l) % window == 0
@@ -85,7 +85,7 @@ def window_attention(
     return out
 
 
-def _check_beyond(beyond: Beyond, q: Queries, k: Keys) -> None:
+def check_beyond(beyond: Beyond, q: Queries, k: Keys) -> None:
     expiry, most, q_far, k_far = beyond
     if expiry.shape != k.shape[:3] or expiry.dtype != torch.int64 or expiry.device != k.device:
         raise ValueError(

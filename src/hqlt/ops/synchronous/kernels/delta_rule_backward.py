@@ -66,7 +66,7 @@ def carry_backward(
 
 @kernel
 def entries_backward(
-    q, k, v, beta, decay, cos, sin, ids, unit_k, inverse, R, S, d_kv, d_fw, log_total, kv_slope, d_log_read, dR,
+    q, k, v, beta, decay, cos, sin, expiry, ids, unit_k, inverse, R, S, d_kv, d_fw, log_total, kv_slope, d_log_read, dR,
     d_after, dk, dv, d_beta, d_decay, T, L, window,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
     C: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr, scale: tl.constexpr,
@@ -103,7 +103,7 @@ def entries_backward(
     key_at, value_at = tile(k, b, held + n * C, i, h, kc, L, H, K), tile(v, b, held + n * C, i, h, vc, L, H, V)
     d_key, d_value = entry_backward(
         rotated(load(key_at, keys, ACC), cos, sin, entry, exists, 1.0, K, KP, ACC).to(DTYPE),
-        load(value_at, values, DTYPE), held + n * C, segment, q, cos, sin, ids, d_kv, log_total, kv_slope, b, h,
+        load(value_at, values, DTYPE), held + n * C, segment, q, cos, sin, expiry, ids, d_kv, log_total, kv_slope, b, h,
         scale, T, L, window, H, G, K, V, KP, VP, C, ACC, DTYPE, BLOCK,
     )  # fmt: skip
     d_key = rotated(d_key, cos, sin, entry, exists, -1.0, K, KP, ACC)

@@ -23,12 +23,12 @@ Table = dict[str, Launch]
 
 NARROW: Table = {
     "prepare": Launch(4), "carry": Launch(4, stages=3), "read": Launch(4), "queries_backward": Launch(8),
-    "carry_backward": Launch(4, stages=3), "entries_backward": Launch(8), "step": Launch(4),
+    "carry_backward": Launch(4, stages=3), "entries_backward": Launch(8), "step": Launch(4), "list_far": Launch(1),
 }  # fmt: skip
 """For head widths up to 64."""
 WIDE: Table = {
     "prepare": Launch(4), "carry": Launch(4, stages=3), "read": Launch(8), "queries_backward": Launch(8),
-    "carry_backward": Launch(4, stages=3), "entries_backward": Launch(8), "step": Launch(8),
+    "carry_backward": Launch(4, stages=3), "entries_backward": Launch(8), "step": Launch(8), "list_far": Launch(1),
 }  # fmt: skip
 """For wider heads. `hqlt.bench.gpu_kernels.sweep` measures alternatives to the entries of these two tables."""
 CHUNK = {2: 64, 4: 32, 8: 32}
@@ -65,6 +65,10 @@ class Call(NamedTuple):
         """Launch one program per block of matrix columns, head and row. It loops over all chunks."""
         self._launch(kernel, -(-self.named["V"] // self._block(kernel)), tensors)
 
+    def each_head(self, kernel: Any, *tensors: Tensor | None) -> None:
+        """Launch one program per KV head and row."""
+        self._launch(kernel, 1, tensors)
+
     def each_query_head(self, kernel: Any, *tensors: Tensor | None) -> None:
         """Launch one program per query head and row."""
         self._launch(kernel, self.g, tensors)
@@ -89,10 +93,11 @@ def launch(
         kernel[(programs,)](*tensors, **constants, num_warps=options.warps, num_stages=options.stages)
 
 
-def call(q: Tensor, k: Tensor, v: Tensor, **constants: Any) -> Call:
+def call(q: Tensor, k: Tensor, v: Tensor, most: int = 0, **constants: Any) -> Call:
     """The `Call` for q [b, t, g·h, k], k [b, l, h, k] and v [b, l, h, v].
 
-    constants: Further constants that kernels take by name.
+    most: Number of entries per KV head that stay visible beyond the window. constants: Further constants that kernels
+    take by name.
     """
     b, t, heads, width = q.shape
     h, c = k.shape[2], chunk_of(q, v)
@@ -100,6 +105,7 @@ def call(q: Tensor, k: Tensor, v: Tensor, **constants: Any) -> Call:
         "T": t, "L": k.shape[1], "H": h, "G": heads // h, "K": width, "V": v.shape[3], "C": c,
         "KP": 2 * _power_of_two((width + 1) // 2, 8), "VP": _power_of_two(v.shape[3], 16),
         "ACC": tl.float64 if q.dtype == torch.float64 else tl.float32,
+        "M": most, "F": min(c, _power_of_two(max(most, 1), 16)),  # entries beyond the window, and how many at a time
         "PRECISION": "tf32" if q.element_size() == 2 else "ieee",  # of the products in the inverse
     }  # fmt: skip
     return Call(b, h, heads // h, -(-t // c), named | constants)

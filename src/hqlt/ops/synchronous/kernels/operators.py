@@ -22,13 +22,22 @@ from torch import Tensor
 
 from hqlt.native import contiguous
 from hqlt.ops.segments import segment_ids
-from hqlt.ops.synchronous.kernels import delta_rule, delta_rule_backward, reads, step
-from hqlt.ops.synchronous.kernels.launch import call, chunk_of
+from hqlt.ops.synchronous.kernels import attention, delta_rule, delta_rule_backward, reads, step
+from hqlt.ops.synchronous.kernels.launch import Call, call, chunk_of
 from hqlt.shapes import at_least_float32
 
 
 def _ids(k: Tensor, resets: Tensor | None) -> Tensor:
     return k.new_zeros(k.shape[:2], dtype=torch.int32) if resets is None else segment_ids(resets).int()
+
+
+def _far(kernels: Call, k: Tensor, expiry: Tensor | None, most: int) -> Tensor | None:
+    """The entries beyond the window that each chunk of queries may read; None if none stay visible."""
+    if expiry is None:
+        return None
+    far = k.new_empty(kernels.b, kernels.chunks, kernels.h, most, dtype=torch.int32)
+    kernels.each_head(attention.list_far, expiry, far)
+    return far
 
 
 def run_forward(
@@ -43,19 +52,24 @@ def run_forward(
     cos: Tensor | None,
     sin: Tensor | None,
     resets: Tensor | None,
+    expiry: Tensor | None,
     window: int,
     scale: float,
     norm_eps: float,
+    most: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns y [b, t, g·h, v] and the final matrix [b, h, k, v]; for the backward pass, φK, (I + L)⁻¹, Y, R and S."""
-    inputs = contiguous(q, k, v, beta, gate, norm_weight, state, decay, cos, sin)
-    q, k, v, beta, gate, norm_weight, state, decay, cos, sin = inputs
+    inputs = contiguous(q, k, v, beta, gate, norm_weight, state, decay, cos, sin, expiry)
+    q, k, v, beta, gate, norm_weight, state, decay, cos, sin, expiry = inputs
     ids = _ids(k, resets)
-    kernels = call(q, k, v, window=window, scale=scale, norm_eps=norm_eps)
+    kernels = call(q, k, v, most, window=window, scale=scale, norm_eps=norm_eps)
+    far = _far(kernels, k, expiry, most)
     y, final, unit_k, inverse, Y, R, S = _outputs(q, k, v, beta, gate, norm_weight, state)
     kernels.each_chunk(delta_rule.prepare, k, v, beta, decay, ids, unit_k, inverse, Y, R)
     kernels.each_slice(delta_rule.carry, unit_k, Y, R, decay, ids, state, S, final)
-    kernels.each_chunk_of_queries(reads.read, q, k, v, gate, norm_weight, decay, cos, sin, ids, unit_k, R, S, y)
+    kernels.each_chunk_of_queries(
+        reads.read, q, k, v, gate, norm_weight, decay, cos, sin, expiry, far, ids, unit_k, R, S, y
+    )  # fmt: skip
     return y, final, unit_k, inverse, Y, R, S
 
 
@@ -86,6 +100,7 @@ def run_backward(
     cos: Tensor | None,
     sin: Tensor | None,
     resets: Tensor | None,
+    expiry: Tensor | None,
     unit_k: Tensor,
     inverse: Tensor,
     Y: Tensor,
@@ -96,12 +111,14 @@ def run_backward(
     window: int,
     scale: float,
     norm_eps: float,
+    most: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of q, k, v, β, gate, norm weight, initial matrix and decay (empty without decay)."""
-    inputs = contiguous(q, k, v, beta, gate, norm_weight, decay, cos, sin, dy, d_final)
-    q, k, v, beta, gate, norm_weight, decay, cos, sin, dy, d_final = inputs
+    inputs = contiguous(q, k, v, beta, gate, norm_weight, decay, cos, sin, expiry, dy, d_final)
+    q, k, v, beta, gate, norm_weight, decay, cos, sin, expiry, dy, d_final = inputs
     ids = _ids(k, resets)
-    kernels = call(q, k, v, window=window, scale=scale, norm_eps=norm_eps)
+    kernels = call(q, k, v, most, window=window, scale=scale, norm_eps=norm_eps)
+    far = _far(kernels, k, expiry, most)
     (b, t, heads, _), wide = q.shape, at_least_float32(q.dtype)
     dq, dk, dv, d_beta, d_gate, d_state = (torch.empty_like(x) for x in (q, k, v, beta, gate, d_final))
     d_fw, d_kv, dR, d_after = (torch.empty_like(x) for x in (gate, gate, gate, S))
@@ -109,15 +126,15 @@ def run_backward(
     log_total, kv_slope = (v.new_empty(b, heads, t, dtype=wide) for _ in range(2))
     d_log_read, d_decay = None if decay is None else torch.empty_like(kv_slope), _gradient_of(decay, beta)
     kernels.each_chunk_of_queries(
-        reads.queries_backward, q, k, v, gate, norm_weight, decay, cos, sin, ids, unit_k, R, S, dy,
-        dq, d_gate, d_weight, d_fw, d_kv, dR, log_total, kv_slope, d_log_read,
+        reads.queries_backward, q, k, v, gate, norm_weight, decay, cos, sin, expiry, far, ids, unit_k, R, S,
+        dy, dq, d_gate, d_weight, d_fw, d_kv, dR, log_total, kv_slope, d_log_read,
     )  # fmt: skip
     kernels.each_slice(
         delta_rule_backward.carry_backward, q, unit_k, Y, dR, decay, ids, d_fw, d_final, d_after, d_state
     )  # fmt: skip
     kernels.each_chunk_of_entries(
-        delta_rule_backward.entries_backward, q, k, v, beta, decay, cos, sin, ids, unit_k, inverse, R, S, d_kv, d_fw,
-        log_total, kv_slope, d_log_read, dR, d_after, dk, dv, d_beta, d_decay,
+        delta_rule_backward.entries_backward, q, k, v, beta, decay, cos, sin, expiry, ids, unit_k, inverse, R, S, d_kv,
+        d_fw, log_total, kv_slope, d_log_read, dR, d_after, dk, dv, d_beta, d_decay,
     )  # fmt: skip
     return dq, dk, dv, d_beta, d_gate, d_weight.sum(dim=(0, 1, 2)).to(norm_weight.dtype), d_state, d_decay
 
@@ -131,7 +148,7 @@ backward = torch.library.custom_op("hqlt::synchronous_backward", run_backward, m
 
 @backward.register_fake
 def _(q, k, v, beta, gate, norm_weight, decay, *others):
-    d_final = others[9]
+    d_final = others[10]
     gradients = (x.new_empty(x.shape) for x in (q, k, v, beta, gate, norm_weight, d_final))
     return *gradients, _gradient_of(decay, beta)
 
@@ -140,8 +157,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     saved = output[2:]
     ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)  # else autograd would allocate zeros as large as the saved outputs
-    ctx.save_for_backward(*inputs[:6], *inputs[7:11], *saved)
-    ctx.constants = inputs[11:]
+    ctx.save_for_backward(*inputs[:6], *inputs[7:12], *saved)
+    ctx.constants = inputs[12:]
 
 
 def _gradients(ctx: Any, dy: Tensor | None, d_final: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -150,7 +167,7 @@ def _gradients(ctx: Any, dy: Tensor | None, d_final: Tensor | None, *_: None) ->
     if d_final is None:
         d_final = S.new_zeros(S.shape[:1] + S.shape[2:], dtype=at_least_float32(S.dtype))
     *gradients, d_decay = backward(*ctx.saved_tensors, dy, d_final, *ctx.constants)
-    return *gradients, None if decay is None else d_decay, *(None,) * 6
+    return *gradients, None if decay is None else d_decay, *(None,) * 8
 
 
 forward.register_autograd(_gradients, setup_context=_setup_context)

@@ -26,9 +26,9 @@ from hqlt.ops.synchronous.kernels.tiles import (
 
 @triton.jit
 def both(
-    q, k, v, decay, cos, sin, ids, unit_k, R, S, b, n, reader, scale: tl.constexpr, T, L, window,
+    q, k, v, decay, cos, sin, expiry, far, ids, unit_k, R, S, b, n, reader, scale: tl.constexpr, T, L, window,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
-    C: tl.constexpr, ACC: tl.constexpr, DTYPE: tl.constexpr,
+    M: tl.constexpr, F: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Returns fw = scale (φQ S + tril(φQ φKᵀ) R), decayed; kv; and the logarithms of the softmax denominators."""
     h, i = reader // G, tl.arange(0, C)
@@ -41,7 +41,7 @@ def both(
     query = load(tile(q, b, n * C, i, reader, kc, T, H * G, K), keys, ACC)
     query = rotated(query, cos, sin, L - T + token, exists, 1.0, K, KP, ACC).to(DTYPE)
     kv, log_total = attended(
-        query, k, v, cos, sin, ids, own, L - T + n * C, b, h, scale, L, window, H, K, V, KP, VP, C, ACC, DTYPE
+        query, k, v, cos, sin, expiry, far, ids, own, n, b, h, scale, T, L, window, H, K, V, KP, VP, M, F, C, ACC, DTYPE
     )  # fmt: skip
     phi = unit_silu(load(tile(q, b, n * C, i, reader, kc, T, H * G, K), keys, ACC)).to(DTYPE)
     start = load(matrix(S, (b * tl.cdiv(T, C) + n) * H + h, kc, vc, K, V), outer(kc_exists, vc_exists), DTYPE)
@@ -57,9 +57,9 @@ def both(
 
 @kernel
 def read(
-    q, k, v, gate, norm_weight, decay, cos, sin, ids, unit_k, R, S, y, T, L, window,
+    q, k, v, gate, norm_weight, decay, cos, sin, expiry, far, ids, unit_k, R, S, y, T, L, window,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
-    C: tl.constexpr, ACC: tl.constexpr, scale: tl.constexpr, norm_eps: tl.constexpr,
+    M: tl.constexpr, F: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr, scale: tl.constexpr, norm_eps: tl.constexpr,
 ):  # fmt: skip
     """Computes y = RMSNorm(γ fw + (1 − γ) kv)."""
     n, reader, b = this_program(tl.cdiv(T, C), H * G)
@@ -69,8 +69,8 @@ def read(
     vc, vc_exists = value_columns(V, VP)
     values = outer(token < T, vc_exists)
     fw, kv, _ = both(
-        q, k, v, decay, cos, sin, ids, unit_k, R, S, b, n, reader, scale, T, L, window, H, G, K, V, KP, VP, C, ACC,
-        DTYPE,
+        q, k, v, decay, cos, sin, expiry, far, ids, unit_k, R, S, b, n, reader, scale, T, L, window, H, G, K, V, KP, VP,
+        M, F, C, ACC, DTYPE,
     )  # fmt: skip
     gamma = 1 / (1 + tl.exp(-load(tile(gate, b, n * C, i, reader, vc, T, H * G, V), values, ACC)))
     mix = kv + gamma * (fw - kv)
@@ -81,10 +81,10 @@ def read(
 
 @kernel
 def queries_backward(
-    q, k, v, gate, norm_weight, decay, cos, sin, ids, unit_k, R, S, dy,
+    q, k, v, gate, norm_weight, decay, cos, sin, expiry, far, ids, unit_k, R, S, dy,
     dq, d_gate, d_weight, d_fw, d_kv, dR, log_total, kv_slope, d_log_read, T, L, window,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
-    C: tl.constexpr, ACC: tl.constexpr, scale: tl.constexpr, norm_eps: tl.constexpr,
+    M: tl.constexpr, F: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr, scale: tl.constexpr, norm_eps: tl.constexpr,
 ):  # fmt: skip
     """Gradients, from dy, of the norm, the gate, both reads and the queries, and of R through the reads in its chunk.
 
@@ -102,8 +102,8 @@ def queries_backward(
     own, before, _ = chunk_segments(ids, b, n, T, L, C)
     position = L - T + token
     fw, kv, denominator = both(
-        q, k, v, decay, cos, sin, ids, unit_k, R, S, b, n, reader, scale, T, L, window, H, G, K, V, KP, VP, C, ACC,
-        DTYPE,
+        q, k, v, decay, cos, sin, expiry, far, ids, unit_k, R, S, b, n, reader, scale, T, L, window, H, G, K, V, KP, VP,
+        M, F, C, ACC, DTYPE,
     )  # fmt: skip
 
     gamma = 1 / (1 + tl.exp(-load(tile(gate, b, n * C, i, reader, vc, T, H * G, V), values, ACC)))
@@ -128,8 +128,8 @@ def queries_backward(
     d_query = query_backward(
         rotated(load(queries, keys, ACC), cos, sin, position, exists, 1.0, K, KP, ACC).to(DTYPE),
         load(tile(d_kv, b, n * C, i, reader, vc, T, H * G, V), values, DTYPE), load(log_total + at_token, exists, ACC),
-        load(kv_slope + at_token, exists, ACC), k, v, cos, sin, ids, own, L - T + n * C, b, h, scale, L, window,
-        H, K, V, KP, VP, C, ACC, DTYPE,
+        load(kv_slope + at_token, exists, ACC), k, v, cos, sin, expiry, far, ids, own, n, b, h, scale, T, L,
+        window, H, K, V, KP, VP, M, F, C, ACC, DTYPE,
     )  # fmt: skip
     d_query = rotated(d_query, cos, sin, position, exists, -1.0, K, KP, ACC)
 
