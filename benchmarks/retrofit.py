@@ -1,13 +1,15 @@
-"""Retrofits of one model by different rules, and their controls, side by side: what each recovers of the original.
+"""Compare retrofits of one model with different rules, and controls: how much of the original each recovers.
 
     hqlt convert SmolLM2-135M-Instruct.Q4_1.gguf smollm2
     python benchmarks/retrofit.py smollm2 --data=wikitext2_valid.txt --text=wikitext2_test.txt
 
-Each run is one `hqlt retrofit` in a folder of its own, seed after seed; options that are not listed here are handed on
-to it (--precision=bfloat16, --lora_rank=8). All models are then probed on the same text, which none was trained on.
-What is there already is not done again, a run that was stopped resumes, and table and curves are written anew after
-each run. Of the two controls without FW-memories, "LoRA alone" has nothing to fit and gets stage 1's tokens in stage 2;
-"window gate and LoRA" has all that the others have (mixer, window gate δ, both stages) around memories that stay empty.
+Each run is one `hqlt retrofit` in its own folder, seed after seed. Options that are not listed here are passed to it
+(--precision=bfloat16, --lora_rank=8). All models are probed on the same text, which none was trained on. Finished runs
+are not repeated, interrupted ones resume, and table and curves are updated after each run.
+
+There are two controls without FW-memories. "LoRA alone" has nothing to fit in stage 1 and gets its tokens in stage 2.
+"window gate and LoRA" has everything that the others have (mixer, window gate δ, both stages), but its memories stay
+empty.
 """
 
 from __future__ import annotations
@@ -49,13 +51,13 @@ RUNS: dict[str, dict[str, Any]] = {
     "LoRA alone, none full, kept by value-norm": {"rule": "none", "full": 0, "retention": "value-norm"},
     "LoRA alone, none full, kept at random": {"rule": "none", "full": 0, "retention": "random"},
 }
-"""By name: options of `hqlt retrofit`. The rules' states are equally large, but for linear's normaliser (1 in 64)."""
+"""By name: options of `hqlt retrofit`. All rules have states of the same size, except linear's normaliser (1/64)."""
 STAGES = ("fit", "distill", "tune")
 
 
 @hqlt.register("rule", "empty")
 class Empty(FWMemory):
-    """Writes nothing, so that all reads are 0: what is left of a retrofit is the window's gate."""
+    """A rule that writes nothing, so that all reads are 0. Of the new parts, only the window's gate remains."""
 
     def state_entries(self) -> tuple[()]:
         return ()
@@ -67,23 +69,29 @@ class Empty(FWMemory):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="a folder that `hqlt convert` wrote")
-    parser.add_argument("--data", required=True, help="what is trained on, as `hqlt retrofit` takes it")
-    parser.add_argument("--text", type=Path, required=True, help="a text file that all models are probed on")
-    parser.add_argument("--rows", type=int, default=8, help="texts of --length tokens, from its beginning")
+    parser.add_argument("model", type=Path, help="a folder written by `hqlt convert`")
+    parser.add_argument("--data", required=True, help="training data, as for `hqlt retrofit`")
+    parser.add_argument("--text", type=Path, required=True, help="text file on which all models are probed")
+    parser.add_argument(
+        "--rows", type=int, default=8, help="number of texts of --length tokens, from the beginning of --text"
+    )
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--fit", type=int, default=200_000, help="tokens of stage 1")
     parser.add_argument("--distill", type=int, default=400_000, help="tokens of stage 2")
     parser.add_argument("--tune", type=int, default=0, help="tokens of stage 3")
     parser.add_argument("--window", type=int, default=64)
     parser.add_argument("--sinks", type=int, default=4)
-    parser.add_argument("--kept", type=int, default=64, help="entries of the runs that keep any beyond the window")
-    parser.add_argument("--seeds", type=numbers, default=[0, 1, 2], help="0,1,2")
+    parser.add_argument("--kept", type=int, default=64, help="kept entries in runs that keep any beyond the window")
+    parser.add_argument("--seeds", type=numbers, default=[0, 1, 2], help="such as 0,1,2")
     parser.add_argument(
-        "--only", type=lambda text: text.split(";"), default=list(RUNS), help="names of runs, ; between"
+        "--only", type=lambda text: text.split(";"), default=list(RUNS), help="names of runs, separated by ;"
     )
-    parser.add_argument("--folder", type=Path, default=Path("runs/retrofit"), help="where runs, table and page go")
-    parser.add_argument("--results", type=Path, default=Path("results/retrofit"), help="a copy of table and curves")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/retrofit"), help="output folder of runs, table and page"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=Path("results/retrofit"), help="folder for a copy of table and curves"
+    )
     options, more = parser.parse_known_args()
     if unknown := set(options.only) - set(RUNS):
         parser.error(f"--only: expected some of {'; '.join(RUNS)}, got {'; '.join(sorted(unknown))}")
@@ -112,26 +120,26 @@ def tokens_of(options: argparse.Namespace) -> torch.Tensor:
 
 
 def asked_of(options: argparse.Namespace, more: dict[str, Any], given: Sequence[str]) -> dict[str, Any]:
-    """What the rows of a file depend on."""
+    """Everything that the rows of a file depend on."""
     names = ("model", "text", "rows", "length", "window", "sinks")
     return {name: str(getattr(options, name)) for name in names} | more | {"arguments": list(given)}
 
 
 def known(file: Path, asked: dict[str, Any], make: Any) -> list[dict[str, Any]]:
-    """The rows in a file, made where it is not there. Raises SystemExit where they are rows of something else."""
+    """The rows in a file, which is created if missing. Raises SystemExit if they are rows of other options."""
     if not file.exists():
         rows = make()
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(file, json.dumps({"asked": asked, "rows": rows}).encode())
     told = json.loads(file.read_text())
     if told["asked"] != asked:
-        raise SystemExit(f"{file}: expected rows of {asked}, found those of {told['asked']}; name another --folder")
+        raise SystemExit(f"{file}: expected rows of {asked}, found those of {told['asked']}; use another --folder")
     found: list[dict[str, Any]] = told["rows"]
     return found
 
 
 def baselines(options: argparse.Namespace, tokens: torch.Tensor) -> list[dict[str, Any]]:
-    """The original, and all of its layers with window and sinks alone."""
+    """The original, and window and sinks only in all its layers."""
     original: HQLTForCausalLM = load_model(options.model).float()
     config = config_for(original.config, window=options.window, sinks=options.sinks, rule="none")
     models = {ORIGINAL: original, WINDOW: retrofitted(original, config)}
@@ -139,7 +147,7 @@ def baselines(options: argparse.Namespace, tokens: torch.Tensor) -> list[dict[st
 
 
 def arguments(options: argparse.Namespace, name: str, seed: int) -> list[str]:
-    """Of `hqlt retrofit`, behind model and folder."""
+    """The arguments of `hqlt retrofit` after model and folder."""
     own, budgets = RUNS[name], {stage: getattr(options, stage) for stage in STAGES}
     if own["rule"] == "none":
         budgets["distill"] += budgets["fit"]
@@ -152,7 +160,7 @@ def arguments(options: argparse.Namespace, name: str, seed: int) -> list[str]:
 def measured(
     options: argparse.Namespace, name: str, seed: int, place: Path, given: Sequence[str], tokens: torch.Tensor
 ) -> list[dict[str, Any]]:
-    """One retrofit, and the probes of its result."""
+    """Run one retrofit, and probe its result."""
     command = ["retrofit", str(options.model), str(place), *given]
     print("hqlt", *command, flush=True)
     begin = time.perf_counter()
@@ -174,8 +182,8 @@ def report(options: argparse.Namespace, more: Sequence[str], rows: list[dict[str
         told,
         Console(),
         title=f"{options.model.name}, retrofitted",
-        introduction=f"Full attention made into windows of {options.window} tokens and {options.sinks} sinks, with an "
-        f"FW-memory beside each, but for a fifth of the layers, which stay full where nothing else is said.",
+        introduction=f"Full attention is replaced by windows of {options.window} tokens, {options.sinks} sinks and an "
+        f"FW-memory. Unless stated otherwise, a fifth of the layers keep full attention.",
     )
     options.results.mkdir(parents=True, exist_ok=True)
     for name in ("README.md", "results.json", "curves.png"):
