@@ -25,7 +25,6 @@ TO_DO: set[str] = {
     "memory",
     "mixer",
     "registry",
-    "report",
     "shapes",
     "train",
 }

@@ -136,5 +136,5 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, request, capsys):
     assert "tokens in finished shards; resume with: hqlt data prepare" in said
     assert "Traceback" not in said
     main(command)
-    assert "tokens of an earlier start" in capsys.readouterr().out
+    assert "tokens of an earlier run" in capsys.readouterr().out
     assert TokenFiles(tmp_path / "d").documents > 250

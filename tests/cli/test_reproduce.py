@@ -35,7 +35,7 @@ def test_a_study_runs_once_and_exports_its_results(tmp_path, capsys):
     file.write_text(yaml.safe_dump(STUDY))
     command = ["reproduce", str(file), "--only=parity", f"--folder={folder}", "--workers=2", f"--export={results}"]
     main(command)
-    assert "earlier start" not in capsys.readouterr().out
+    assert "earlier run" not in capsys.readouterr().out
     assert {path.name for path in results.iterdir()} == {"README.md", "results.json", "curves.png"}
     kept = json.loads((results / "results.json").read_text())
     assert [(r["cell"]["model"], r["cell"]["seed"]) for r in kept] == [
@@ -50,7 +50,7 @@ def test_a_study_runs_once_and_exports_its_results(tmp_path, capsys):
     assert set(made) == {f"parity-{m}-seed{s}.json" for m in ("deltanet-beta-2", "synchronous") for s in (0, 1)}
 
     main(command)
-    assert capsys.readouterr().out.count("earlier start") == 4
+    assert capsys.readouterr().out.count("earlier run") == 4
     assert {path.name: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()} == made
 
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -71,7 +71,7 @@ def test_an_evaluation_reports_the_retention_options(folder, tmp_path, capsys):
     assert one["settings"]["fingerprint"] == other["settings"]["fingerprint"]
     assert KEPT.items() <= one["settings"].items() and KEPT.items() <= one["config"].items()
     assert "5 kept" in capsys.readouterr().out
-    assert "Which entries stay" in (tmp_path / "results" / "report.html").read_text()
+    assert "Which KV entries are kept" in (tmp_path / "results" / "report.html").read_text()
     assert (tmp_path / "results" / "kept.png").is_file()
 
 

@@ -1,4 +1,4 @@
-"""Which KV entries stayed: what is told against what the reads depend on, and what a page shows of it."""
+"""Kept KV entries: the record equals what the reads depend on, and pages show it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 import hqlt
 from hqlt.data import load_tokenizer
 from hqlt.report import KeptPairs, kept_pairs
-from hqlt.report.kept import kept_during, marked
+from hqlt.report.kept import kept_during, page_tokens
 from hqlt.report.kept_page import figure_of_kept, kept_in_text
 from hqlt.report.page import write_page
 from tests.language.conftest import build
@@ -20,8 +20,8 @@ KEPT = {"retention": "random", "kept": 2, "sinks": 1}
 
 
 @pytest.mark.parametrize("blend", ["kv-only", "delayed-chunk"])
-def test_an_entry_is_told_to_be_visible_where_its_change_is_seen(blend):
-    """Token by token: another token in its place changes what a head reads, as long as its entry is visible."""
+def test_an_entry_is_visible_exactly_where_reads_depend_on_it(blend):
+    """Replacing a token changes what a head reads as long as the token's entry is visible."""
     layer = build_layer("", 3, blend=blend, **KEPT, **GROUPED)
     x, t = tokens(1, 14), 14
     resets = torch.arange(t)[None] == 9
@@ -33,7 +33,7 @@ def test_an_entry_is_told_to_be_visible_where_its_change_is_seen(blend):
         other = x.clone()
         other[:, j] += 1.0
         layer(other, None, resets)
-        changed = (reads[-1] != reads[0]).any(dim=-1).unflatten(2, (2, 2)).any(dim=3)[0, j + 1 :]  # of two that share
+        changed = (reads[-1] != reads[0]).any(dim=-1).unflatten(2, (2, 2)).any(dim=3)[0, j + 1 :]  # two heads share one
         expected = torch.arange(j + 1, t)[:, None] < pairs.until[:, 0, j]
         assert changed.equal(expected), j
     assert pairs.heads == [(0, 0), (0, 1)]
@@ -44,7 +44,7 @@ def test_an_entry_is_told_to_be_visible_where_its_change_is_seen(blend):
     assert all(one.equal(other) for one, other in zip(pairs.before(8)[:2], shorter[:2], strict=True))
 
 
-def test_of_a_model_all_layers_that_keep():
+def test_all_layers_that_keep_entries_are_recorded():
     model = build(layer_kinds=["fw", "hybrid", "kv", "hybrid"], num_hidden_layers=4)
     with pytest.raises(ValueError, match=r"at least one layer that keeps entries .*`hqlt.with_retention`"):
         kept_pairs(model, torch.arange(8)[None])
@@ -61,21 +61,21 @@ PAIRS = KeptPairs(
 )
 
 
-def test_what_is_said_of_each_token():
+def test_the_tokens_of_a_page():
     assert PAIRS.at_the_end().tolist() == [[0.5, 0.0, 1.0, 1.0]]
     stayed = PAIRS.stayed()[:, 0]
     assert stayed[:, :2].tolist() == [[1.0, 0.0], [0.0, 0.0]] and stayed[:, 2:].isnan().all()
-    first, second, third, _ = marked(PAIRS, "<bc>")
+    first, second, third, _ = page_tokens(PAIRS, "<bc>")
     assert first == {
         "text": "<",
         "share": 0.5,
         "recent": False,
-        "title": "token 1: held by 1 of 2 heads; seen by 3 tokens",
+        "title": "token 1: kept by 1 of 2 heads; visible to 3 tokens",
     }
     assert second["share"] == 0.0 and third["recent"] and third["title"] == "token 3: in the window"
 
 
-def test_a_page_shows_them(tmp_path):
+def test_a_page_shows_kept_entries(tmp_path):
     model, tokenizer = build(), load_tokenizer("bytes")
     text = tokenizer.encode("<b>é</b> and more, longer than the window")
     assert kept_in_text(model, text, tokenizer, tmp_path) is None
@@ -86,11 +86,11 @@ def test_a_page_shows_them(tmp_path):
         assert picture.width > 1000
     write_page(tmp_path / "page.html", title="t", introduction="i", protocol="p", settings="s", kept=kept)
     page = (tmp_path / "page.html").read_text()
-    assert "the more of the 4 KV heads\n(of 2 layers) still hold" in page
+    assert "how many of the 4 KV heads\n(in 2 layers) still keep" in page
     assert page.count('<span class="recent" title=') == 4 and page.count("rgba(var(--kv),1.00)") >= 1
     assert "&lt;</span>" in page and "<b>é" not in page
     write_page(tmp_path / "page.html", title="t", introduction="i", protocol="p", settings="s", kept=None)
-    assert "Which entries stay" not in (tmp_path / "page.html").read_text()
+    assert "Which KV entries are kept" not in (tmp_path / "page.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_a_page_shows_them(tmp_path):
         ([(layer, head) for layer in (1, 4) for head in range(9)], ["2", "5"]),
     ],
 )
-def test_a_plot_names_heads_or_if_they_are_many_layers(heads, named):
+def test_a_plot_labels_heads_or_if_there_are_many_layers(heads, named):
     index = torch.arange(30).expand(len(heads), 1, 30)
     figure = figure_of_kept(KeptPairs((index + 9).clamp(max=30), (index + 4).clamp(max=30), heads))
     (axes,) = figure.axes

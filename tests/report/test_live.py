@@ -34,8 +34,8 @@ def drawn(display):
     return capture.get()
 
 
-def test_cells_come_and_go_while_the_display_is_drawn():
-    """In another thread, as rich does."""
+def test_events_may_arrive_while_another_thread_draws():
+    """rich draws in a thread of its own."""
     display, failed, done = display_on(80), [], threading.Event()
 
     def draw():
@@ -61,7 +61,7 @@ def test_cells_come_and_go_while_the_display_is_drawn():
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_a_running_cell_has_whole_words_at_every_width(width):
+def test_a_running_cell_is_never_truncated(width):
     display = display_on(width)
     display.on_event(EVENT)
     display.on_event(EVENT._replace(progress=EVENT.progress._replace(step=11, validation=None)))
@@ -75,19 +75,19 @@ def test_a_running_cell_has_whole_words_at_every_width(width):
     if width >= 80:
         assert "0.693 nats" in shown
     if width >= 120:
-        assert "12.5 % accuracy" in shown, "the latest score stays"
+        assert "12.5 % accuracy" in shown, "the latest score is still shown"
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_a_line_of_a_finished_cell_breaks_between_words(width):
+def test_the_line_of_a_finished_cell_wraps_between_words(width):
     display = display_on(width)
     display.on_event(result())
     words = display.console.file.getvalue().split()
-    assert " ".join(words) == "parity Delayed-Streaming 0 50.0 % accuracy 12 s from an earlier start"
+    assert " ".join(words) == "parity Delayed-Streaming 0 50.0 % accuracy 12 s from an earlier run"
     assert max(map(len, display.console.file.getvalue().splitlines())) <= width
 
 
-def test_a_log_has_one_line_a_cell_and_columns():
+def test_a_log_has_one_line_per_cell_with_aligned_columns():
     display = display_on(40, terminal=False)
     with display:
         for cell in CELLS:
@@ -98,7 +98,7 @@ def test_a_log_has_one_line_a_cell_and_columns():
     assert len({line.index("50.0 %") for line in lines}) == 1
 
 
-def test_skipped_updates_are_in_sight_as_soon_as_there_are_any():
+def test_skipped_updates_are_shown_if_there_are_any():
     display = display_on(160)
     display.on_event(EVENT)
     assert "skipped" not in drawn(display)

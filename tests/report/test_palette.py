@@ -1,4 +1,4 @@
-"""Colours that are told apart, also by those who see fewer, and seen on white and on dark pages."""
+"""Colors are distinguishable, also for color-blind readers, and visible on white and on dark pages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SEEN = {
     "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
     "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
 }
-"""What becomes of linear RGB (Machado, Oliveira and Fernandes 2009, severity 1)."""
+"""Transforms of linear RGB (Machado, Oliveira and Fernandes 2009, severity 1)."""
 XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
 
 
@@ -24,31 +24,31 @@ def linear(colour):
 
 
 def lab(rgb):
-    """CIE L*a*b* of linear RGB."""
+    """Convert linear RGB to CIE L*a*b*."""
     x, y, z = np.cbrt((XYZ @ np.clip(rgb, 0, 1)) / XYZ.sum(axis=1))
     return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
 def contrast(one, other):
-    """As WCAG 2 defines it."""
+    """The contrast ratio of WCAG 2."""
     darker, lighter = sorted(XYZ[1] @ linear(colour) for colour in (one, other))
     return (lighter + 0.05) / (darker + 0.05)
 
 
 @pytest.mark.parametrize("seen", SEEN)
-def test_colours_are_told_apart(seen):
-    """By seven times what two colours beside each other need, at least."""
+def test_colors_are_distinguishable(seen):
+    """Their distance is at least seven times the just noticeable difference."""
     colours = {colour: lab(SEEN[seen] @ linear(colour)) for colour in PALETTE}
     for one, other in itertools.combinations(PALETTE, 2):
         assert np.linalg.norm(colours[one] - colours[other]) > 16, (one, other)
 
 
 @pytest.mark.parametrize("page", ["#ffffff", "#171717"])
-def test_lines_are_seen_on_a_page(page):
-    """Black is the ink of a page, of whatever colour that is."""
+def test_lines_are_visible_on_a_page(page):
+    """Black is excluded, because a page replaces it by its text color."""
     for colour in {*PALETTE, GREY} - {"#000000"}:
         assert contrast(colour, page) > 2.2, colour
 
 
-def test_models_have_colours_of_the_palette():
+def test_models_have_colors_of_the_palette():
     assert set(MODELS.values()) < set(PALETTE)

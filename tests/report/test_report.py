@@ -35,7 +35,7 @@ RESULTS = [
 ]
 
 
-def test_a_table_shows_medians_all_seeds_and_the_best():
+def test_a_table_shows_medians_seeds_and_the_best_model():
     table = table_of(RESULTS)
     assert table.columns == ["model", "parity, accuracy %", "text, bits/byte", "seconds"]
     delta, synchronous = table.rows
@@ -49,18 +49,18 @@ def test_a_table_shows_medians_all_seeds_and_the_best():
     assert "2.250" in console.export_text()
 
 
-def test_the_papers_figures_stand_beside_ours():
+def test_a_table_compares_with_the_paper():
     table = table_of(RESULTS, {"parity": {"Synchronous": 100.0}, "text": {}})
     assert table.columns == ["model", "parity, accuracy %", "paper", "text, bits/byte", "seconds"]
     assert [row[2].text for row in table.rows] == ["–", "100.0"]
 
 
-def test_from_worst_to_best_whatever_is_better():
+def test_seeds_are_sorted_from_worst_to_best():
     table = table_of([result("DeltaNet", "text", value, seed) for seed, value in enumerate((2.0, 3.0, 2.5))])
     assert table.rows[0][1].text == "2.500 (3.000 2.500 2.000)"
 
 
-def test_a_page_stands_alone_and_escapes_what_it_is_given(tmp_path):
+def test_a_page_is_self_contained_and_escapes_its_content(tmp_path):
     write_page(
         tmp_path / "page.html",
         title="<script>alert(1)</script>",
@@ -77,7 +77,7 @@ def test_a_page_stands_alone_and_escapes_what_it_is_given(tmp_path):
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
 
 
-def test_a_page_has_a_place_for_a_sample_and_folds_its_settings(tmp_path):
+def test_a_page_may_show_a_sample_and_folds_its_settings(tmp_path):
     content = {"title": "t", "introduction": "i", "protocol": "p", "settings": '{"seed": 0}'}
     write_page(tmp_path / "page.html", **content, sample={"prompt": "def ", "text": "f(<x>)"})
     page = (tmp_path / "page.html").read_text()
@@ -88,8 +88,8 @@ def test_a_page_has_a_place_for_a_sample_and_folds_its_settings(tmp_path):
     assert "A sample" not in (tmp_path / "page.html").read_text()
 
 
-def test_plots_follow_the_page_in_light_and_dark(tmp_path):
-    """Drawn in the page's ink: no picture, no background, nothing black."""
+def test_plots_have_the_colors_of_the_page(tmp_path):
+    """They contain no image, no background and nothing black."""
     figure = figure_of(RESULTS)
     content = {"title": "t", "introduction": "i", "protocol": "p", "settings": "s", "table": table_of(RESULTS)}
     write_page(tmp_path / "page.html", **content, plot=save(figure, tmp_path / "curves.png"))
@@ -98,7 +98,7 @@ def test_plots_follow_the_page_in_light_and_dark(tmp_path):
     for name in ("ink", "paper", "quiet", "line", "grid", "box", "kv", "fw"):
         assert f"--{name}: " in light and f"--{name}: " in dark.partition("</style>")[0]
     assert "<img" not in page and "<image" not in page and "<style" not in page.partition("</style>")[2]
-    assert page.count("<svg") == 2 + 4, "two models' keys, two panels for each of two experiments"
+    assert page.count("<svg") == 2 + 4, "legend entries of two models, two panels for each of two experiments"
     assert "#000000" not in page and "currentColor" in page and "var(--grid)" in page
     assert ">accuracy above chance, %</text>" in page, "text is text"
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page) and "DejaVu" not in page
@@ -107,7 +107,7 @@ def test_plots_follow_the_page_in_light_and_dark(tmp_path):
         assert max(name) in names
 
 
-def test_panels_of_an_experiment_stand_below_each_other(tmp_path):
+def test_panels_of_an_experiment_are_below_each_other(tmp_path):
     plot = save(figure_of(RESULTS), tmp_path / "curves.png")
     keys, plots = plot.split('<div class="plots">')
     assert re.findall(r"</svg>([^<]+)</span>", keys) == ["DeltaNet", "Synchronous"]
@@ -119,16 +119,16 @@ def test_panels_of_an_experiment_stand_below_each_other(tmp_path):
         assert first == pytest.approx(second) == pytest.approx(float(column.partition("px")[0]), abs=1)
 
 
-def test_axes_on_each_other_are_one_panel(tmp_path):
+def test_overlapping_axes_are_one_panel(tmp_path):
     figure, (top, bottom) = pyplot.subplots(2, 1)
     bottom.twinx().plot([1, 2])
     top.imshow([[1.0]])
     plot = save(figure, tmp_path / "x.png")
     assert plot.count("<svg") == plot.count("--width") == 2
-    assert 'class="keys"' not in plot and "data:image/png" in plot, "and a heat map is a picture in it"
+    assert 'class="keys"' not in plot and "data:image/png" in plot, "a heat map is an image within it"
 
 
-def test_a_table_is_scrolled_by_itself_beside_its_first_column(tmp_path):
+def test_a_table_scrolls_horizontally_with_a_fixed_first_column(tmp_path):
     content = {"title": "t", "introduction": "i", "protocol": "p", "settings": "s", "table": table_of(RESULTS)}
     write_page(tmp_path / "page.html", **content, plot="")
     page = (tmp_path / "page.html").read_text()
@@ -136,7 +136,7 @@ def test_a_table_is_scrolled_by_itself_beside_its_first_column(tmp_path):
     assert re.search(r"td:first-child \{[^}]*position: sticky", page) and re.search(r"td \{[^}]*nowrap", page)
 
 
-def test_quick_tables_have_no_winner(tmp_path):
+def test_quick_tables_mark_no_best_score(tmp_path):
     content = {"title": "t", "introduction": "i", "protocol": "p", "settings": "s"}
     for quick in (False, True):
         table = table_of(RESULTS, quick=quick)
@@ -151,7 +151,7 @@ def model(**options):
 
 
 @pytest.mark.parametrize("mixer", ["vector", "scalar", "sum"])
-def test_shares_tell_which_memory_spoke(mixer):
+def test_shares_of_the_memories(mixer):
     hybrid = model(mixer=mixer)
     tokens = torch.randint(0, 8, (3, 10))
     shares = memory_shares(hybrid, tokens)
@@ -162,7 +162,7 @@ def test_shares_tell_which_memory_spoke(mixer):
         assert (shares.gate == 1).all()
 
 
-def test_a_memory_left_idle_has_no_share():
+def test_an_unused_memory_has_no_share():
     hybrid = model(blend="delayed-streaming")
     shares = memory_shares(hybrid, torch.randint(0, 8, (1, 10)))
     assert (shares.fw[..., :4] == 0).all()  # nothing has left the window yet

@@ -18,7 +18,7 @@ def printed(table, width):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_no_number_is_lost_on_a_narrow_terminal(width):
+def test_no_number_is_truncated_on_a_narrow_terminal(width):
     table = Table(NAMES, [[TableCell(name), *map(TableCell, NUMBERS)] for name in ("Delayed-Streaming", "[b]")], "Why.")
     shown = printed(table, width)
     assert all(len(line) <= width for line in shown.splitlines())
@@ -31,25 +31,25 @@ def test_no_number_is_lost_on_a_narrow_terminal(width):
             assert words.count(part) == 2, part
 
 
-def test_a_terminal_that_is_wide_enough_gets_a_table_of_one_line_a_row():
+def test_a_wide_terminal_shows_one_line_per_row():
     shown = printed(table_of(RESULTS), 100)
     assert sum("DeltaNet" in line for line in shown.splitlines()) == 1
     assert "50.0 (25.0 50.0 100.0)" in shown
 
 
-def test_quick_scores_are_not_compared():
+def test_quick_tables_mark_no_best_score():
     table = table_of(RESULTS, quick=True)
     assert not any(cell.best for row in table.rows for cell in row)
     assert table.caption.startswith(TOO_SMALL)
     assert TOO_SMALL not in table_of(RESULTS).caption
 
 
-def test_sizes_stand_beside_every_score():
-    """Parameters, and what is held of a sequence; a dash where that grows, as in full attention."""
+def test_sizes_are_shown_for_every_score():
+    """The size of the state is a dash if it grows, as in full attention."""
     results = [r._replace(state_bytes=4096 if r.cell.model == "DeltaNet" else None) for r in RESULTS]
     table = table_of(results, sizes=True)
-    beside = ["parameters", "state bytes"]
-    assert table.columns == ["model", "parity, accuracy %", *beside, "text, bits/byte", *beside, "seconds"]
+    sizes = ["parameters", "state bytes"]
+    assert table.columns == ["model", "parity, accuracy %", *sizes, "text, bits/byte", *sizes, "seconds"]
     assert [[cell.text for cell in row[2:4]] for row in table.rows] == [["1,000", "4,096"], ["1,000", "–"]]
     assert "State bytes: " in table.caption and "Parameters: " not in table.caption
 

@@ -42,7 +42,7 @@ def _prepare(
             command = shlex.join(["hqlt", *sys.argv[1:]])
             console.print(f"stopped with {display.kept:,} tokens in finished shards; resume with: {command}")
             raise
-    if not display.worked:
+    if not display.has_started:
         console.print("already finished:")
     console.print(summary(folder, manifest))
 

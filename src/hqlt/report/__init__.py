@@ -1,4 +1,4 @@
-"""Results for people: tables, plots, one HTML page, what each memory contributed, and what it kept."""
+"""Reports: tables, plots, HTML pages, the contribution of each memory, and the KV entries that are kept."""
 
 from hqlt.report.kept import KeptPairs, kept_pairs
 from hqlt.report.shares import Shares, memory_shares

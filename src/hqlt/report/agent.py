@@ -14,7 +14,7 @@ from hqlt.agent.collect import Evaluation
 from hqlt.report.episode import film, write_film
 from hqlt.report.palette import GREY, VERMILLION
 from hqlt.report.table import Table, TableCell
-from hqlt.report.training import history_of, leave_report
+from hqlt.report.training import read_history, write_run_report
 from hqlt.train.agent.settings import TEST_SEED
 from hqlt.train.agent.trainer import AgentTrainer
 from hqlt.train.metrics import finite_or_none
@@ -34,7 +34,7 @@ def write_agent_report(
     told: how the run was made; the curves come from the folder's metrics.jsonl.
     """
     settings = trainer.settings
-    history = history_of(folder)
+    history = read_history(folder)
     results = {
         "test_return": tested.mean_return,
         "test_success": finite_or_none(tested.success),
@@ -49,7 +49,7 @@ def write_agent_report(
     caption = FILM if filmed.kept is None else FILM + KEPT
     titles = ("An episode", caption), ("The same episode as a film", "Step by step; also as episode.gif.")
     film_there = "![The same episode as a film](episode.gif)\n\n" if filmed.frames else ""
-    leave_report(
+    write_run_report(
         folder,
         told,
         results,

@@ -1,4 +1,4 @@
-"""Which KV entries stayed visible beyond the window, head by head."""
+"""How long KV entries stay visible beyond the window, by head."""
 
 from __future__ import annotations
 
@@ -13,48 +13,78 @@ from hqlt.layer import HybridMemory
 
 
 class KeptPairs(NamedTuple):
-    """Of n KV heads, those of all layers that keep entries, and t tokens: entry j is visible to the tokens i with
-    j ≤ i < until_j."""
+    """How long the KV entries of a text are visible, in n KV heads: all heads of the layers that keep entries.
+
+    The entry of token j is visible to the tokens i with j ≤ i < until_j.
+    """
 
     until: Tensor
-    """int64 [n, b, t], at most t: visible to the last token."""
+    """Int64 [n, b, t]: the first token to which the entry is not visible any more; t if the last token still sees it.
+    """
     leaves: Tensor
-    """int64 [n, b, t], at most until: the first token that has the entry no longer in its window."""
+    """Int64 [n, b, t], at most `until`: the first token whose window does not contain the entry."""
     heads: list[tuple[int, int]]
-    """The layer and the KV head of each, from 0."""
+    """Layer and KV head of each of the n heads, counted from 0."""
 
     def stayed(self) -> Tensor:
-        """[n, b, t]: of the tokens that came after the entry had left the window, the share that still saw it; NaN for
-        an entry that is in the window of the last token."""
+        """Share of the tokens after the entry left the window that still see it: [n, b, t].
+
+        The share is NaN for entries in the last token's window.
+        """
         t = self.until.shape[-1]
         return (self.until - self.leaves) / (t - self.leaves)
 
     def at_the_end(self) -> Tensor:
-        """[b, t]: the share of the heads that hold an entry for the last token."""
+        """Share of the heads in which the last token sees an entry: [b, t]."""
         return (self.until == self.until.shape[-1]).double().mean(dim=0)
 
     def before(self, t: int) -> KeptPairs:
-        """Of the first t tokens alone."""
+        """Restrict the result to the first t tokens."""
         return self._replace(until=self.until[..., :t].clamp(max=t), leaves=self.leaves[..., :t].clamp(max=t))
 
 
 def kept_pairs(model: nn.Module, inputs: Tensor, resets: Tensor | None = None) -> KeptPairs:
-    """Run a language model on tokens [b, t] and tell until when its layers' KV entries stayed visible.
+    """Run a language model on a text, and record how long its layers' KV entries stay visible.
 
-    Raises ValueError for a model that keeps none beyond its windows.
+    Args:
+        model: a language model with a retention.
+        inputs (int64 [b, t]): tokens.
+        resets (Bool[b, t]): True for tokens that begin a new segment. Default: none.
+
+    Returns:
+        The times, for all heads of the layers that keep entries.
+
+    Raises:
+        ValueError: if no layer keeps entries beyond its window.
+
+    Example:
+        >>> import hqlt, torch
+        >>> from hqlt.report import kept_pairs
+        >>> model = hqlt.HQLTForCausalLM(hqlt.preset("tiny", window=8, retention="surprise", kept=4)).eval()
+        >>> pairs = kept_pairs(model, torch.tensor([list(b"Which of these bytes are kept?")]))
+        >>> pairs.at_the_end().shape
+        torch.Size([1, 30])
     """
     return kept_during(model, lambda: model(inputs, resets=resets, use_cache=False))
 
 
 @torch.no_grad()
 def kept_during(model: nn.Module, run: Callable[[], object]) -> KeptPairs:
-    """The same for any model with layers that keep entries, of what one call of it reads: an agent's of an episode.
+    """Like `kept_pairs`, for any model and any call of it, such as an agent that reads an episode.
 
-    Raises ValueError for a model that keeps none beyond its windows.
+    Args:
+        model: contains the layers.
+        run: calls the model, once.
+
+    Returns:
+        The times, for all heads of the layers that keep entries.
+
+    Raises:
+        ValueError: if no layer keeps entries beyond its window.
     """
     until, leaves, heads = list[Tensor](), list[Tensor](), list[tuple[int, int]]()
 
-    def listen(number: int, layer: HybridMemory, kv: nn.Module, args: tuple[Any, ...]) -> None:
+    def record(number: int, layer: HybridMemory, kv: nn.Module, args: tuple[Any, ...]) -> None:
         q, *_, candidates = args
         t = q.shape[1]
         older = candidates.expiry.shape[1] - t
@@ -66,7 +96,7 @@ def kept_during(model: nn.Module, run: Callable[[], object]) -> KeptPairs:
 
     layers = [part for part in model.modules() if isinstance(part, HybridMemory)]
     hooks = [
-        layer.kv.register_forward_pre_hook(functools.partial(listen, number, layer))
+        layer.kv.register_forward_pre_hook(functools.partial(record, number, layer))
         for number, layer in enumerate(layers)
         if layer.kv is not None and layer.kv.kept
     ]
@@ -83,9 +113,17 @@ def kept_during(model: nn.Module, run: Callable[[], object]) -> KeptPairs:
     return KeptPairs(torch.cat(until), torch.cat(leaves), heads)
 
 
-def marked(pairs: KeptPairs, texts: Sequence[str]) -> list[dict[str, Any]]:
-    """For a page: each token's text, the share of heads that hold it at the end, and what is said of it. The first row
-    of the batch."""
+def page_tokens(pairs: KeptPairs, texts: Sequence[str]) -> list[dict[str, Any]]:
+    """Prepare the first row of the batch for a page.
+
+    Args:
+        pairs: what `kept_pairs` returns.
+        texts: each token's text.
+
+    Returns:
+        For each token its text, the share of heads that keep its entry until the end, whether it is still in every
+        window, and a tooltip.
+    """
     n, _, t = pairs.until.shape
     held, recent = (pairs.until[:, 0] == t).sum(dim=0).tolist(), (pairs.leaves[:, 0] == t).all(dim=0).tolist()
     seen = (pairs.until[:, 0] - torch.arange(t, device=pairs.until.device)).double().mean(dim=0).tolist()
@@ -95,7 +133,7 @@ def marked(pairs: KeptPairs, texts: Sequence[str]) -> list[dict[str, Any]]:
             "share": 0.0 if in_window else heads / n,
             "recent": in_window,
             "title": f"token {token + 1}: "
-            + ("in the window" if in_window else f"held by {heads} of {n} heads; seen by {tokens:.0f} tokens"),
+            + ("in the window" if in_window else f"kept by {heads} of {n} heads; visible to {tokens:.0f} tokens"),
         }
         for token, (text, heads, in_window, tokens) in enumerate(zip(texts, held, recent, seen, strict=True))
     ]

@@ -1,4 +1,4 @@
-"""What a page shows of the KV entries that stayed: a text, and a plot of all heads over time."""
+"""The section of a page on kept KV entries: a shaded text, and a plot of all heads over time."""
 
 from __future__ import annotations
 
@@ -15,26 +15,33 @@ from torch import nn
 
 from hqlt.data import Tokenizer
 from hqlt.layer import HybridMemory
-from hqlt.report.kept import KeptPairs, kept_pairs, marked
+from hqlt.report.kept import KeptPairs, kept_pairs, page_tokens
 from hqlt.report.palette import GREY, KV
 from hqlt.report.plots import save
 
 SHOWN = 480
-"""Tokens of a text on a page."""
+"""Number of tokens of the text on a page."""
 NAMED = 16
-"""Heads that have a name each beside a plot; of more, layers have."""
+"""Maximum number of heads that have labels of their own; if there are more, layers are labelled."""
 SHADES = LinearSegmentedColormap.from_list("kept", [KV + "00", KV]).with_extremes(bad=GREY + "66")
 
 
 def keeps(model: nn.Module) -> bool:
-    """Whether there is anything to show."""
+    """Whether any layer of the model keeps entries beyond its window."""
     return any(isinstance(part, HybridMemory) and part.kv is not None and part.kv.kept for part in model.modules())
 
 
 def kept_in_text(model: nn.Module, tokens: Sequence[int], tokenizer: Tokenizer, folder: Path) -> dict[str, Any] | None:
-    """For a page's `kept`: which entries of a text a language model holds at its end; leaves kept.png in the folder.
+    """Make a page's section `kept`: which entries of a text a language model keeps until its end.
 
-    None for a model that keeps none beyond its windows.
+    Args:
+        model: a language model.
+        tokens: the text, of which the first SHOWN tokens are used.
+        tokenizer: the model's tokenizer.
+        folder: where kept.png is written.
+
+    Returns:
+        The section, or None if the model keeps no entries beyond its windows.
     """
     if not keeps(model):
         return None
@@ -45,7 +52,7 @@ def kept_in_text(model: nn.Module, tokens: Sequence[int], tokenizer: Tokenizer, 
     texts = [stream.add(token) for token in shown]
     texts[-1] += stream.end()
     return {
-        "tokens": marked(pairs, texts),
+        "tokens": page_tokens(pairs, texts),
         "heads": len(pairs.heads),
         "layers": len({layer for layer, _ in pairs.heads}),
         "plot": save(figure_of_kept(pairs), folder / "kept.png"),
@@ -53,7 +60,7 @@ def kept_in_text(model: nn.Module, tokens: Sequence[int], tokenizer: Tokenizer, 
 
 
 def figure_of_kept(pairs: KeptPairs) -> Figure:
-    """A row for each head, a column for each token of the first row of the batch."""
+    """Plot the first row of the batch: a row per head, a column per token."""
     height = min(max(0.22 * len(pairs.heads), 1.2), 8) + 0.9
     figure = pyplot.figure(figsize=(11, height), layout="constrained")
     draw_kept(figure.subplots(), pairs)
@@ -61,7 +68,7 @@ def figure_of_kept(pairs: KeptPairs) -> Figure:
 
 
 def draw_kept(axes: Axes, pairs: KeptPairs, name: str = "token") -> None:
-    """How long entries stayed, by shade, the first token at 1; a bar beside it says what a shade means."""
+    """Draw how long entries stay as shades, with a color bar; the first token is at 1."""
     n, _, t = pairs.until.shape
     stayed = pairs.stayed()[:, 0].cpu().numpy()
     image = axes.imshow(
@@ -73,10 +80,10 @@ def draw_kept(axes: Axes, pairs: KeptPairs, name: str = "token") -> None:
         interpolation="nearest",
         extent=(0.5, t + 0.5, n - 0.5, -0.5),
     )
-    axes.set_xlabel(f"{name} (grey: in the window at the end)")
+    axes.set_xlabel(f"{name} (gray: in the window at the end)")
     places = range(n) if n <= NAMED else [i for i, (_, head) in enumerate(pairs.heads) if head == 0]
     labels = [f"{layer + 1}.{head + 1}" if n <= NAMED else f"{layer + 1}" for layer, head in pairs.heads]
     axes.set_yticks(list(places), [labels[i] for i in places], fontsize=8)
     axes.set_ylabel("layer.head" if n <= NAMED else "layer")
     bar = axes.figure.colorbar(image, cax=axes.inset_axes((1.01, 0, 0.012, 1)), ticks=[0, 1])
-    bar.ax.set_yticklabels(["left with\nthe window", "held to\nthe end"], fontsize=8)
+    bar.ax.set_yticklabels(["dropped at\nthe window", "kept until\nthe end"], fontsize=8)

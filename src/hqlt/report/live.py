@@ -1,4 +1,4 @@
-"""What a person sees while a grid runs: each running cell with its loss, speed and time left."""
+"""The live display of a grid: every running cell with its loss, speed and remaining time."""
 
 from __future__ import annotations
 
@@ -18,26 +18,31 @@ from hqlt.train.live import Display, format_duration
 COLUMNS = ("task", "model", "seed", "step", "loss", "gradient", "validation", "skipped", "speed", "left")
 NAMES = ("task", "model")
 GAP = 2
-DISPENSABLE = ("gradient", "seed", "skipped", "speed", "validation", "left", "loss", "task")
-"""Columns that a narrow terminal does without, the first to go first."""
+OPTIONAL = ("gradient", "seed", "skipped", "speed", "validation", "left", "loss", "task")
+"""Columns that are dropped on a narrow terminal, in this order."""
 
 
 class GridDisplay(Display):
-    """A live table on a terminal; elsewhere (a log, CI) a line for each finished cell.
+    """Shows a live table on a terminal; elsewhere (a log, CI), prints a line for each finished cell.
 
-    >>> with GridDisplay(cells) as display:
-    ...     run_grid(cells, folder, workers, display.on_event)
+        with GridDisplay(cells) as display:
+            run_grid(cells, folder, workers, display.on_event)
+
+    Args:
+        cells: all cells of the grid.
+        console: where to print. Default: stdout.
     """
 
     def __init__(self, cells: Sequence[Cell], console: Console | None = None) -> None:
         self.console = console or Console()
         self.cells = len(cells)
-        self.wide = [max((len(name) for name in names), default=0) for names in zip(*map(names_of, cells), strict=True)]
+        columns = zip(*map(names_of, cells), strict=True)
+        self.widths = [max((len(name) for name in names), default=0) for names in columns]
         self.done = 0
         self.running: Mapping[str, Event] = {}
-        """Replaced at each event and never changed: the thread that draws reads it at any time."""
-        self.fresh = 0
-        """Cells that finished in this start."""
+        """Replaced at each event and never modified, because the drawing thread may read it at any time."""
+        self.trained = 0
+        """Number of cells that were trained by this process rather than by an earlier run."""
         live = Live(get_renderable=self._render, console=self.console, refresh_per_second=4, transient=True)
         super().__init__(self.console, live)
 
@@ -45,34 +50,35 @@ class GridDisplay(Display):
         name = event.cell.name
         if isinstance(event, Event):
             before = self.running.get(name)
-            if before is not None and event.progress.validation is None:  # the latest score stays in sight
+            if before is not None and event.progress.validation is None:  # keep showing the latest score
                 event = event._replace(progress=event.progress._replace(validation=before.progress.validation))
             self.running = {**self.running, name: event}
             return
         ran_now = name in self.running
         self.running = {other: running for other, running in self.running.items() if other != name}
         self.done += 1
-        self.fresh += ran_now
+        self.trained += ran_now
         self.console.print(self.line_of(event, ran_now), soft_wrap=not self.console.is_terminal)
 
     def line_of(self, result: Result, ran_now: bool) -> Text:
-        """The names in columns where there is room for them."""
+        """Format a finished cell, with names in columns if there is room."""
         score = score_text(result.fit.test.metric, result.fit.test.value)
-        rest = [score, f"{result.seconds:.0f} s", *([] if ran_now else ["from an earlier start"])]
+        rest = [score, f"{result.seconds:.0f} s", *([] if ran_now else ["from an earlier run"])]
         names = names_of(result.cell)
-        padded = [name.ljust(width) for name, width in zip(names, self.wide, strict=True)]
+        padded = [name.ljust(width) for name, width in zip(names, self.widths, strict=True)]
         whole = "  ".join([*padded, score.rjust(18), *rest[1:]])
         narrow = self.console.is_terminal and len(whole) > self.console.width
         return Text("  ".join([*names, *rest]) if narrow else whole)
 
     def seconds_left(self, running: Mapping[str, Event]) -> float | None:
-        under_way = sum(event.progress.step / event.cell.budget.steps for event in running.values())
-        worked = self.fresh + under_way
-        left = self.cells - self.done - under_way
-        return (time.monotonic() - self.begun) / worked * left if worked > 0 else None
+        """Estimate the remaining time; None before the first update."""
+        in_progress = sum(event.progress.step / event.cell.budget.steps for event in running.values())
+        trained = self.trained + in_progress
+        left = self.cells - self.done - in_progress
+        return (time.monotonic() - self.begun) / trained * left if trained > 0 else None
 
     def _render(self) -> RenderableType:
-        """In a thread of its own."""
+        """Called in a thread of its own."""
         running = self.running
         left = self.seconds_left(running)
         bar = Progress(
@@ -82,14 +88,14 @@ class GridDisplay(Display):
             TextColumn("" if left is None else f"about {format_duration(left)} left"),
         )
         bar.add_task("", total=self.cells, completed=self.done)
-        return Group(self._table([figures_of(event) for event in running.values()]), bar)
+        return Group(self._table([row_of(event) for event in running.values()]), bar)
 
     def _table(self, rows: Sequence[Mapping[str, str]]) -> Table:
-        """As many columns as fit into the terminal."""
+        """Make a table of as many columns as fit into the terminal."""
         widths = {name: max(map(cell_len, (name, *(row[name] for row in rows)))) + GAP for name in COLUMNS}
         if not any(row["skipped"] for row in rows):
             del widths["skipped"]
-        for name in DISPENSABLE:
+        for name in OPTIONAL:
             if sum(widths.values()) > self.console.width:
                 widths.pop(name, None)
         table = Table(box=None, padding=(0, GAP, 0, 0))
@@ -101,11 +107,12 @@ class GridDisplay(Display):
 
 
 def names_of(cell: Cell) -> tuple[str, str, str]:
+    """Return experiment, model and seed of a cell."""
     return cell.column, cell.model, str(cell.seed)
 
 
-def figures_of(event: Event) -> dict[str, str]:
-    """By column."""
+def row_of(event: Event) -> dict[str, str]:
+    """Format a running cell, by column."""
     cell, progress = event.cell, event.progress
     speed = progress.tokens / max(progress.seconds, 1e-9)
     return {
@@ -121,7 +128,7 @@ def figures_of(event: Event) -> dict[str, str]:
 
 
 def score_text(metric: str, value: float) -> str:
-    """With its unit."""
+    """Format a score with its unit."""
     if metric == "bits":
         return f"{value:.3f} bits/byte"
     return f"{100 * value:.1f} % {'exact' if metric == 'exact' else 'success' if metric == 'success' else 'accuracy'}"

@@ -1,4 +1,4 @@
-"""One self-contained HTML page: tables, plots as data, nothing fetched from anywhere."""
+"""Self-contained HTML pages with tables and inline plots; they load nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import jinja2
 
 
 def write_page(path: Path, **content: Any) -> None:
-    """Fill the template `page.html.j2`; whatever stands in content is escaped.
+    """Fill the template `page.html.j2` and write the page. All content but plots is escaped.
 
-    content: title, introduction, protocol and settings (text); beside them, where there are any, `table` with `plot`,
-    `pictures`, `sections`, `shares`, `kept`, and `samples` or one `sample` (prompt and text; model, temperature and
-    seed).
+    Args:
+        path: the HTML file.
+        content: `title`, `introduction`, `protocol` and `settings` (text); optionally `table` with `plot`, `pictures`,
+            `sections`, `shares`, `kept`, and `samples` or a single `sample` (a mapping with `prompt` and `text`, and
+            optionally `model`, `temperature` and `seed`).
     """
     source = resources.files("hqlt.report").joinpath("page.html.j2").read_text()
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=False)

@@ -1,15 +1,19 @@
-"""The colours of all figures, which colour-blind readers tell apart: those of Okabe and Ito (2008) but for yellow,
-too pale for a line on white. A model has the same colour in all figures; one of a single memory has that memory's."""
+"""The colors of all figures, distinguishable for color-blind readers.
+
+They are the palette of Okabe and Ito (2008) without yellow, which is too pale for lines on white. A model has the same
+color in all figures; a model with a single memory has the color of that memory.
+"""
 
 from __future__ import annotations
 
 SKY, BLACK, PURPLE, GREEN, ORANGE, BLUE, VERMILLION = PALETTE = (
     "#56b4e9", "#000000", "#cc79a7", "#009e73", "#e69f00", "#0072b2", "#d55e00",
 )  # fmt: skip
-"""In the order in which models take them that have none of their own."""
+"""Models without a color of their own take these in order."""
 GREY = "#808080"
-"""Of what all else is compared with, and of notes."""
+"""Baselines and annotations."""
 KV, FW = ORANGE, BLUE
+"""The two memories."""
 MODELS = {
     "Transformer": KV,
     "DeltaNet": FW,
@@ -21,4 +25,4 @@ MODELS = {
     "LSTM": BLACK,
 }
 INK, GRID = BLACK, "#b0b0b0"
-"""What matplotlib draws text, axes and grids in by default; on a page they take the reader's colours."""
+"""Matplotlib's default colors of text and axes, and of grids; on a page they are replaced by the page's colors."""

@@ -1,4 +1,4 @@
-"""Plots of results. Every model keeps its colour, and every seed is drawn."""
+"""Plots of results. Every model has a fixed color, and every seed is drawn."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, PercentFormatter
 from PIL import Image
 
 from hqlt.report.palette import GREY, PALETTE
-from hqlt.report.palette import MODELS as MODEL_COLOURS
+from hqlt.report.palette import MODELS as MODEL_COLORS
 from hqlt.report.vector import plot_of
 from hqlt.train.grid import Result
 
@@ -26,8 +26,8 @@ Curve: TypeAlias = Sequence[tuple[float, float]]
 
 MARKERS = "os^DvPX*h"
 DASHES = ("-", "--", ":")
-MANY = 9
-"""Models of a panel, at most: more cannot be told apart."""
+MAX_MODELS = 9
+"""Maximum number of models in a panel; more could not be told apart."""
 TITLES = {
     "parity": "State tracking: parity",
     "recall": "Recall: key–value pairs",
@@ -40,22 +40,22 @@ METRICS = {
     "success": "success, %",
 }
 WIDTH, HEIGHT = 4.6, 3.1
-"""Of a panel, in inches."""
+"""Size of a panel, in inches."""
 LINE, NESTED, WIDEST = 1.5, 2.4, 10.0
-"""Width of a line; what it is wider by for each that hides it, so that it is seen around them; and the most it is."""
+"""Width of a line; added width for each line that hides it, so that it is visible around them; maximum width."""
 CLOSE = 0.01
-"""Curves that differ by less hide each other."""
+"""Curves that differ by less than this hide each other."""
 THOUSANDS = 10_000
-"""An axis that reaches this far is told in thousands."""
+"""Axes that reach this value are labelled in thousands."""
 COLUMNS = 4
-"""Experiments side by side."""
+"""Maximum number of panels in a row."""
 
 
 def figure_of(results: Sequence[Result]) -> Figure:
-    """Two panels an experiment, one above the other: the test score along the task's coordinate, and learning curves.
+    """Plot two panels per experiment: the test score along the task's coordinate, and below it the learning curves.
 
-    Where there are several seeds, each is a thin line and their median a thick one. More models than MANY take several
-    columns, side by side.
+    With several seeds, each is a thin line and their median a thick one. More than MAX_MODELS models are distributed
+    over several columns.
     """
     groups = grouped(list(dict.fromkeys(result.cell.model for result in results)))
     columns = [
@@ -96,50 +96,57 @@ def figure_of(results: Sequence[Result]) -> Figure:
 
 
 def grouped(models: Sequence[str]) -> list[list[str]]:
-    """At most MANY together, those of one family (what stands before a comma) beside each other."""
+    """Group models into groups of at most MAX_MODELS, with models of one family next to each other.
+
+    A model's family is the part of its label before the first comma.
+    """
     families: dict[str, list[str]] = {}
     for model in models:
         families.setdefault(model.partition(",")[0], []).append(model)
     groups: list[list[str]] = [[]]
-    for family in families.values() if len(models) > MANY else [list(models)]:
-        for part in (family[i : i + MANY] for i in range(0, len(family), MANY)):
-            if len(groups[-1]) + len(part) > MANY:
+    for family in families.values() if len(models) > MAX_MODELS else [list(models)]:
+        for part in (family[i : i + MAX_MODELS] for i in range(0, len(family), MAX_MODELS)):
+            if len(groups[-1]) + len(part) > MAX_MODELS:
                 groups.append([])
             groups[-1] += part
     return groups
 
 
 def styles_of(models: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """A marker for each, and a colour: of its own or, for the first of a family, the family's. The others take what
-    colours are left, solid, then dashed."""
-    colours = {model: MODEL_COLOURS[model] for model in models if model in MODEL_COLOURS}
+    """Assign each model a marker, a color and a dash style, as arguments of `Axes.plot`.
+
+    Models have the colors of `palette.MODELS`; the first model of a family without one takes the family's color. The
+    others take the remaining colors of the palette, first with solid and then with dashed lines.
+    """
+    colors = {model: MODEL_COLORS[model] for model in models if model in MODEL_COLORS}
     for model in models:
-        family = MODEL_COLOURS.get(model.partition(",")[0])
-        if model not in colours and family is not None and family not in colours.values():
-            colours[model] = family
-    left = itertools.cycle((colour, dash) for dash in DASHES for colour in PALETTE if colour not in colours.values())
+        family = MODEL_COLORS.get(model.partition(",")[0])
+        if model not in colors and family is not None and family not in colors.values():
+            colors[model] = family
+    left = itertools.cycle((color, dash) for dash in DASHES for color in PALETTE if color not in colors.values())
     styles = {}
     for model, marker in zip(models, itertools.cycle(MARKERS), strict=False):
-        colour, dash = (colours[model], "-") if model in colours else next(left)
-        styles[model] = {"color": colour, "linestyle": dash, "marker": marker, "label": model}
+        color, dash = (colors[model], "-") if model in colors else next(left)
+        styles[model] = {"color": color, "linestyle": dash, "marker": marker, "label": model}
     return styles
 
 
 def entries_beside(models: Sequence[str], width: float) -> int:
-    """How many entries of a legend fit into a line of so many inches."""
-    return max(int(width / (0.08 * max(map(len, models)) + 0.6)), 1)  # of text, of line and gap
+    """Estimate how many entries of a legend fit into a line of `width` inches."""
+    return max(int(width / (0.08 * max(map(len, models)) + 0.6)), 1)  # text; line and gap
 
 
 def has_coordinate(results: Sequence[Result]) -> bool:
+    """Whether the experiment's test score has a coordinate."""
     return results[0].cell.coordinate_name is not None
 
 
 def draw_experiment(panels: Sequence[Axes], results: Sequence[Result], styles: Mapping[str, dict[str, Any]]) -> None:
-    """panels: the test score's, where there is a coordinate, and the learning curves'."""
+    """Draw an experiment: the test score in the first of two panels (if it has a coordinate), then learning curves."""
     first = results[0]
     metric = first.fit.test.metric
     curves: list[tuple[Callable[[Result], Curve], str]] = [
-        (learning_curve, "steps of the world (greedy episodes)" if metric == "success" else "updates (validation)")
+        (learning_curve, "environment steps (greedy evaluation)" if metric == "success" else "updates (validation)")
     ]
     if has_coordinate(results):
         curves.insert(0, (test_curve, f"{first.cell.coordinate_name} (test)"))
@@ -162,7 +169,7 @@ def draw_experiment(panels: Sequence[Axes], results: Sequence[Result], styles: M
 
 
 def in_thousands(axes: Axes) -> FuncFormatter:
-    """One format for all numbers below the axes."""
+    """Format all tick labels of an x-axis alike: in thousands if the axis is long."""
 
     def text(x: float, _: object = None) -> str:
         return f"{x / 1000:,g}k" if x and axes.get_xlim()[1] >= THOUSANDS else f"{x:,g}"
@@ -171,8 +178,15 @@ def in_thousands(axes: Axes) -> FuncFormatter:
 
 
 def draw(axes: Axes, curves: Mapping[str, Sequence[Curve]], styles: Mapping[str, dict[str, Any]]) -> None:
-    """By model: one curve as it is; several thin, and their median, point by point. Where medians coincide, each is
-    seen around those drawn after it, and they take turns with their markers."""
+    """Draw each model's curves: a single one as it is, several as thin lines with their pointwise median.
+
+    Where medians coincide, each remains visible around the later ones, and they alternate in drawing markers.
+
+    Args:
+        axes: where to draw.
+        curves: curves by model, one per seed.
+        styles: arguments of `Axes.plot` by model.
+    """
     medians = {model: median_of(of_model) for model, of_model in curves.items()}
     wider = min(NESTED, (WIDEST - LINE) / max(len(medians) - 1, 1))
     for i, (model, curve) in enumerate(medians.items()):
@@ -182,21 +196,21 @@ def draw(axes: Axes, curves: Mapping[str, Sequence[Curve]], styles: Mapping[str,
                 axes.plot(*zip(*one, strict=True), color=style["color"], linewidth=0.6, alpha=0.4)
         draw_around(axes, curve, others[i + 1 :], style["color"], wider)
         turns = [
-            [sum(goes_through(other, [point]) for other in part) for part in (others[:i], others)] for point in curve
+            [sum(passes_through(other, [point]) for other in part) for part in (others[:i], others)] for point in curve
         ]
-        marked = [k for k, (turn, alike) in enumerate(turns) if k % max(alike, 1) == turn]  # 0: no number there
+        marked = [k for k, (turn, alike) in enumerate(turns) if k % max(alike, 1) == turn]  # `alike` is 0 at NaN
         axes.plot(*zip(*curve, strict=True), markersize=5, markevery=marked, linewidth=LINE, zorder=2.1, **style)
 
 
-def draw_around(axes: Axes, curve: Curve, later: Sequence[Curve], colour: str, wider: float) -> None:
-    """Where later curves hide it: a wider line behind them, the wider the more they are."""
-    hidden = [sum(goes_through(other, part) for other in later) for part in itertools.pairwise(curve)]
+def draw_around(axes: Axes, curve: Curve, later: Sequence[Curve], color: str, wider: float) -> None:
+    """Draw a wider line wherever later curves hide this one, in proportion to their number."""
+    hidden = [sum(passes_through(other, part) for other in later) for part in itertools.pairwise(curve)]
     for count, run in itertools.groupby(range(len(hidden)), hidden.__getitem__):
         first, *more = run
         if count:
             axes.plot(
                 *zip(*curve[first : first + len(more) + 2], strict=True),
-                color=colour,
+                color=color,
                 linewidth=LINE + count * wider,
                 zorder=2 - 0.01 * count,
                 solid_capstyle="butt",
@@ -204,29 +218,32 @@ def draw_around(axes: Axes, curve: Curve, later: Sequence[Curve], colour: str, w
 
 
 def median_of(curves: Sequence[Curve]) -> Curve:
+    """Return the pointwise median of curves with equal x-coordinates."""
     y = [statistics.median(values) for values in zip(*([y for _, y in curve] for curve in curves), strict=True)]
     return [(x, middle) for (x, _), middle in zip(curves[0], y, strict=True)]
 
 
-def goes_through(curve: Curve, points: Curve) -> bool:
-    """To the eye."""
+def passes_through(curve: Curve, points: Curve) -> bool:
+    """Whether the curve is visually indistinguishable from all points."""
     y = dict(curve)
     return all(x in y and abs(y[x] - value) < CLOSE for x, value in points)
 
 
 def test_curve(result: Result) -> Curve:
+    """Return the test score along the task's coordinate."""
     return result.fit.test.curve
 
 
 def learning_curve(result: Result) -> Curve:
-    return [(told.step, told.validation) for told in result.history if told.validation is not None]
+    """Return the validation score by step."""
+    return [(progress.step, progress.validation) for progress in result.history if progress.validation is not None]
 
 
 def save(figure: Figure, path: Path) -> str:
-    """Write a PNG of 256 colours, and return the same as HTML for a page that needs no other file."""
+    """Write a figure as a PNG with 256 colors, close it, and return it as HTML with inline SVG."""
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=110)
-    with Image.open(drawn) as image:  # a third of the bytes, and the same to the eye
+    with Image.open(drawn) as image:  # a third of the bytes, without a visible difference
         image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, format="png", optimize=True)
     plot = plot_of(figure)
     pyplot.close(figure)

@@ -23,7 +23,7 @@ from rich.console import Console
 from hqlt.report.palette import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION
 from hqlt.report.plots import Curve, draw
 from hqlt.report.table import Table, TableCell
-from hqlt.report.training import leave_report
+from hqlt.report.training import write_run_report
 
 Row: TypeAlias = Mapping[str, Any]
 
@@ -52,7 +52,7 @@ def leave_retrofit_report(
         introduction: first sentences of the page.
     """
     introduction = " ".join(filter(None, [introduction, verdict(rows)]))
-    leave_report(
+    write_run_report(
         folder,
         run_info,
         {"rows": list(rows)},

@@ -1,4 +1,4 @@
-"""Which memory spoke: the share of each in what the mixers put out, token by token."""
+"""The contribution of each memory to the output of the mixers, token by token."""
 
 from __future__ import annotations
 
@@ -13,29 +13,58 @@ from hqlt.mixer import Mixer
 
 
 class Shares(NamedTuple):
+    """Contributions of the FW-memories of all hybrid layers; the rest is the KV-memories'."""
+
     gate: Tensor
-    """[layers, b, t] mean weight that the mixer gives to the FW-memory."""
+    """[layers, b, t]: mean weight that the mixer gives to the FW-memory."""
     fw: Tensor
-    """[layers, b, t] ‖weighted FW read‖ / (‖weighted FW read‖ + ‖weighted KV read‖), mean over heads."""
+    """[layers, b, t]: ‖weighted FW read‖ / (‖weighted FW read‖ + ‖weighted KV read‖), mean over heads."""
 
 
 def memory_shares(model: nn.Module, inputs: Tensor, resets: Tensor | None = None) -> Shares:
-    """Run a language model on tokens [b, t] and tell what each hybrid layer's memories contribute.
+    """Run a language model on a text, and record how much each hybrid layer's memories contribute.
 
-    A memory left idle shows here as a share near 0. Raises ValueError for a model without hybrid layers.
+    A memory that the model does not use has a share near 0.
+
+    Args:
+        model: a language model with hybrid layers.
+        inputs (int64 [b, t]): tokens.
+        resets (Bool[b, t]): True for tokens that begin a new segment. Default: none.
+
+    Returns:
+        The shares of all hybrid layers.
+
+    Raises:
+        ValueError: if no layer mixes two memories.
+
+    Example:
+        >>> import hqlt, torch
+        >>> from hqlt.report import memory_shares
+        >>> model = hqlt.HQLTForCausalLM(hqlt.preset("tiny")).eval()
+        >>> shares = memory_shares(model, torch.tensor([list(b"some text")]))
+        >>> len(shares.fw) == model.config.num_hidden_layers
+        True
     """
     return shares_during(model, lambda: model(inputs, resets=resets, use_cache=False))
 
 
 @torch.no_grad()
 def shares_during(model: nn.Module, run: Callable[[], object]) -> Shares:
-    """The same for any model with hybrid layers, of what one call of it reads: an agent's of an episode, say.
+    """Like `memory_shares`, for any model and any call of it, such as an agent that reads an episode.
 
-    Raises ValueError for a model without hybrid layers.
+    Args:
+        model: contains the layers.
+        run: calls the model, once.
+
+    Returns:
+        The shares of all hybrid layers.
+
+    Raises:
+        ValueError: if no layer mixes two memories.
     """
     gates, shares = [], []
 
-    def listen(mixer: nn.Module, args: tuple[Tensor | None, Reads], mixed: Tensor) -> None:
+    def record(mixer: nn.Module, args: tuple[Tensor | None, Reads], mixed: Tensor) -> None:
         logits, reads = args
         if reads.fw is None or reads.kv is None:
             return
@@ -45,7 +74,7 @@ def shares_during(model: nn.Module, run: Callable[[], object]) -> Shares:
         gates.append(fw_gate.mean(dim=(-2, -1)))
         shares.append((fw / (fw + kv).clamp_min(1e-30)).mean(dim=-1))
 
-    hooks = [module.register_forward_hook(listen) for module in model.modules() if isinstance(module, Mixer)]
+    hooks = [module.register_forward_hook(record) for module in model.modules() if isinstance(module, Mixer)]
     try:
         run()
     finally:

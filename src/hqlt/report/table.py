@@ -1,4 +1,4 @@
-"""Results as one table: a row a model, a column an experiment, for the terminal, for a page and for Markdown."""
+"""Tables of results, with a row per model and a column per experiment, for terminals, pages and Markdown."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from hqlt.train.grid import Result
 
 UNITS = {"accuracy": "accuracy %", "exact": "exact answers %", "bits": "bits/byte", "success": "success %"}
 MEANING = {
-    "accuracy": "Accuracy: chance 0, perfect 100.",
-    "exact": "Exact answers: the share that is right in every byte.",
+    "accuracy": "Accuracy is normalized: 0 is chance, 100 is perfect.",
+    "exact": "Exact answers: share of answers with every byte right.",
     "bits": "Bits per byte: lower is better.",
-    "success": "Success: the share of episodes, chance not taken off.",
+    "success": "Success: share of successful episodes, not normalized by chance.",
 }
 
 
@@ -24,20 +24,26 @@ TOO_SMALL = "Quick budgets are too small to learn: the scores only show that eve
 
 
 class TableCell(NamedTuple):
+    """A text, possibly marked as the best of its column."""
+
     text: str
     best: bool = False
 
 
 class Table(NamedTuple):
+    """A table with a caption."""
+
     columns: list[str]
     rows: list[list[TableCell]]
     caption: str
 
     def for_terminal(self) -> FittingTable:
+        """Convert the table for `rich`."""
         rows = [[Text(cell.text, style="bold" if cell.best else "") for cell in row] for row in self.rows]
         return FittingTable(self.columns, rows, self.caption)
 
     def as_markdown(self) -> str:
+        """Convert the table to Markdown, with the caption below."""
         lines = [self.columns, ["---"] + ["---:"] * (len(self.columns) - 1)]
         lines += [[f"**{cell.text}**" if cell.best else cell.text for cell in row] for row in self.rows]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{self.caption}\n"
@@ -50,12 +56,17 @@ def table_of(
     quick: bool = False,
     sizes: bool = False,
 ) -> Table:
-    """Test scores by model and experiment; the median over seeds, with all of them behind it where there are several.
+    """Make a table of test scores by model and experiment.
 
-    paper: by experiment and model, what the paper reports: a column of its own beside ours. quick: the budgets were
-    too small to learn: no score is marked as the best, and the caption says why. sizes: parameters and the bytes of
-    the state stand beside every score. Where updates were skipped, because their gradient was not finite, a column
-    counts them.
+    With several seeds, a cell shows the median and, in brackets, all seeds. If any updates were skipped because their
+    gradient was not finite, a column counts them.
+
+    Args:
+        results: of all cells.
+        paper: the paper's results by experiment and model, shown in columns of their own.
+        quick: whether the budgets were too small to learn; then no score is marked as the best, and the caption says
+            why.
+        sizes: whether to show parameters and bytes of state for every score.
     """
     experiments = list(dict.fromkeys(result.cell.column for result in results))
     models = list(dict.fromkeys(result.cell.model for result in results))
@@ -71,7 +82,7 @@ def table_of(
             columns.append(("state bytes", [f"{r.state_bytes:,}" if r and r.state_bytes else "–" for r in first]))
     own = [[result for result in results if result.cell.model == model] for model in models]
     columns.append(("seconds", [f"{sum(result.seconds for result in of_model):.0f}" for of_model in own]))
-    skipped = [sum(map(skipped_in, of_model)) for of_model in own]
+    skipped = [sum(map(skipped_updates, of_model)) for of_model in own]
     if any(skipped):
         columns.append(("updates skipped", [f"{count:,}" for count in skipped]))
     rows = zip(*(cells for _, cells in columns), strict=True)
@@ -80,19 +91,20 @@ def table_of(
 
 
 def caption_of(results: Sequence[Result], experiments: Sequence[str], quick: bool, sizes: bool) -> str:
+    """Explain scores, seeds and sizes."""
     one_seed = len(results) == len({(result.cell.column, result.cell.model) for result in results})
-    seeds = "One seed" if one_seed else "Median over seeds, all of them from worst to best in brackets"
+    seeds = "One seed" if one_seed else "Median over seeds; all seeds in brackets, from worst to best"
     meanings = " ".join(dict.fromkeys(MEANING[result.fit.test.metric] for result in results))
-    told = "; ".join(f"{label} {_sizes(results, label)}" for label in experiments)
-    size = "State bytes: what is held of a sequence between two calls." if sizes else f"Parameters: {told}."
+    parameters = "; ".join(f"{label} {_sizes(results, label)}" for label in experiments)
+    size = "State bytes: size of the state of one sequence." if sizes else f"Parameters: {parameters}."
     return f"{TOO_SMALL} " * quick + (
-        f"Test scores of the checkpoint chosen on validation. {meanings} {seeds}. {size} "
-        f"Seconds: of training, all tasks{'' if one_seed else ' and seeds'}."
+        f"Test scores of the checkpoint selected by validation score. {meanings} {seeds}. {size} "
+        f"Seconds: training time over all tasks{'' if one_seed else ' and seeds'}."
     )
 
 
 def _scores(label: str, of_models: Sequence[Sequence[Result]], quick: bool) -> tuple[str, list[TableCell]]:
-    """An experiment's column. Where the budget was quick, none is marked as the best."""
+    """Make an experiment's column; with quick budgets, no score is marked as the best."""
     metric = next(result.fit.test.metric for of_model in of_models for result in of_model)
     values = [[result.fit.test.value for result in of_model] for of_model in of_models]
     best = (min if metric == "bits" else max)(statistics.median(of_model) for of_model in values if of_model)
@@ -101,17 +113,18 @@ def _scores(label: str, of_models: Sequence[Sequence[Result]], quick: bool) -> t
 
 
 def _sizes(results: Sequence[Result], label: str) -> str:
-    """The models' sizes on an experiment, from the smallest to the largest."""
+    """Format the range of the models' numbers of parameters on an experiment."""
     sizes = [f"{size:,}" for size in sorted(result.parameters for result in results if result.cell.column == label)]
     return sizes[0] if sizes[0] == sizes[-1] else f"{sizes[0]} to {sizes[-1]}"
 
 
-def skipped_in(result: Result) -> int:
+def skipped_updates(result: Result) -> int:
+    """Return the number of updates skipped during training."""
     return result.history[-1].skipped if result.history else 0
 
 
 def _score(values: list[float], metric: str, best: float | None) -> TableCell:
-    """best: the best model's, None where none is marked."""
+    """Format a model's scores; they are marked if their median is the best one (None: no marks)."""
     if not values:
         return TableCell("–")
 
@@ -119,6 +132,6 @@ def _score(values: list[float], metric: str, best: float | None) -> TableCell:
         return f"{value:.3f}" if metric == "bits" else f"{100 * value:.1f}"
 
     middle = statistics.median(values)
-    everyone = sorted(values, reverse=metric == "bits")  # from worst to best
-    brackets = f" ({' '.join(map(shown, everyone))})" if len(values) > 1 else ""
+    seeds = sorted(values, reverse=metric == "bits")  # from worst to best
+    brackets = f" ({' '.join(map(shown, seeds))})" if len(values) > 1 else ""
     return TableCell(shown(middle) + brackets, best=best is not None and shown(middle) == shown(best))

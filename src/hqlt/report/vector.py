@@ -1,4 +1,4 @@
-"""A figure as the parts of a page: an SVG for each panel, whose ink, grid and background are the page's own."""
+"""Figures as inline SVG, one per panel, in the page's own colors of text, grid and background."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from matplotlib.transforms import Bbox
 from hqlt.report.palette import GRID, INK
 
 MARGIN = 0.05
-"""Around a panel, in inches."""
+"""Margin around a panel, in inches."""
 KEY = (0.4, 0.14)
 """Width and height of a line in a legend, in inches."""
 REPLACED = {
@@ -31,11 +31,14 @@ REPLACED = {
     r"'DejaVu Sans'[^;\"]*": "system-ui, sans-serif",
     r"\s*\n\s*": "\n",
 }
-"""What is made of matplotlib's SVG for it to stand within a page, more than once."""
+"""Replacements in matplotlib's SVG that allow several of them within a page, in the page's colors."""
 
 
 def plot_of(figure: Figure) -> str:
-    """HTML: the legend, and the panels side by side as far as the page is wide, those of one `gid` below each other."""
+    """Convert a figure to HTML: the legends, and the panels side by side as far as the page is wide.
+
+    Panels whose axes have the same `gid` are below each other.
+    """
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     legends = [legend for part in (figure, *figure.subfigs) for legend in part.legends]
@@ -47,7 +50,7 @@ def plot_of(figure: Figure) -> str:
 
 
 def columns_of(figure: Figure) -> list[list[list[Axes]]]:
-    """Columns of panels; a panel's axes lie on each other."""
+    """Group the axes into columns of panels; axes at the same place belong to one panel."""
     columns: dict[object, dict[tuple[float, ...], list[Axes]]] = {}
     places: dict[tuple[float, ...], object] = {}
     for axes in figure.axes:
@@ -58,7 +61,7 @@ def columns_of(figure: Figure) -> list[list[list[Axes]]]:
 
 
 def column_of(figure: Figure, panels: Sequence[Sequence[Axes]]) -> str:
-    """Panels of one width, so that their axes stand below each other."""
+    """Convert a column of panels to HTML; all have the same width, so that their axes are aligned."""
     boxes = []
     for panel in panels:
         with shown(panel):
@@ -74,6 +77,7 @@ def column_of(figure: Figure, panels: Sequence[Sequence[Axes]]) -> str:
 
 @contextlib.contextmanager
 def shown(panel: Sequence[Axes]) -> Iterator[None]:
+    """Make a panel visible within this context."""
     for axes in panel:
         axes.set_visible(True)
     yield
@@ -82,7 +86,7 @@ def shown(panel: Sequence[Axes]) -> Iterator[None]:
 
 
 def keys_of(legend: Legend) -> Iterator[str]:
-    """An entry each: its line, and its label."""
+    """Yield each entry of a legend as HTML: its line and its label."""
     for handle, label in zip(legend.legend_handles, legend.get_texts(), strict=True):
         figure = Figure(figsize=KEY)
         line = Line2D([0.05, 0.5, 0.95], [0.5] * 3)
@@ -94,7 +98,10 @@ def keys_of(legend: Legend) -> Iterator[str]:
 
 
 def svg_of(figure: Figure, box: Bbox | None = None) -> str:
-    """The box of a figure, in inches; all of it by default. What two SVGs of a page name alike is alike in them."""
+    """Convert a figure, or a box of it in inches, to SVG.
+
+    Ids that occur in several SVGs of a page refer to identical elements.
+    """
     written = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "hqlt"}):
         figure.savefig(written, format="svg", transparent=True, bbox_inches=box, metadata={"Date": None})

@@ -31,7 +31,7 @@ class SelectiveCopying(Task):
     vocabulary: int = 16
     """Number of different tokens, including the blank and the mark."""
 
-    coordinate_name = "tokens between the token and its mark"
+    coordinate_name = "tokens between token and mark"
 
     def __post_init__(self) -> None:
         if not 1 <= self.tokens <= self.length:

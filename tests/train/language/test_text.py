@@ -98,7 +98,7 @@ def test_one_line_from_a_text_to_a_sample_and_the_next_command(tmp_path):
 def test_a_run_whose_model_keeps_entries_shows_which(tmp_path):
     (tmp_path / "a.txt").write_text(TEXT)
     run(settings(tmp_path / "a.txt", model={**SMALL, "retention": "surprise", "kept": 3}), tmp_path / "run")
-    assert "Which entries stay" in (tmp_path / "run" / "report.html").read_text()
+    assert "Which KV entries are kept" in (tmp_path / "run" / "report.html").read_text()
     assert (tmp_path / "run" / "kept.png").is_file()
 
 

@@ -54,7 +54,7 @@ def finish(trainer: Trainer, folder: Path, told: dict[str, Any], console: Consol
     """Score the trained model, write it into the run's folder, and leave a report with a sample of its text."""
     from hqlt.language.folder import load_model
     from hqlt.report.kept_page import SHOWN, kept_in_text
-    from hqlt.report.training import leave_training_report
+    from hqlt.report.training import write_training_report
 
     scores = {}
     for split in ("validation", "test"):
@@ -70,7 +70,7 @@ def finish(trainer: Trainer, folder: Path, told: dict[str, Any], console: Consol
         model = load_model(folder / "model", str(trainer.device))
         sample = sample_of(model, files, trainer.settings.preset)
         kept = kept_in_text(model, files.read(0, min(SHOWN, len(files)))[0].tolist(), files.tokenizer, folder)
-        leave_training_report(folder, told, results, sample, console, kept)
+        write_training_report(folder, told, results, sample, console, kept)
 
 
 def config_of(settings: TrainSettings, tokens: Path) -> HQLTConfig:
