@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Measure hqlt on a GPU, with or without a network, in less than nine minutes: see docs/gpu.md.
+# Benchmark hqlt on a GPU, with or without network, in less than nine minutes; see docs/gpu.md.
 #
-#     bash benchmarks/gpu.sh [FOLDER]       results go to FOLDER, by default $OUT, else results/gpu/CARD
+#     bash benchmarks/gpu.sh [FOLDER]       results are written to FOLDER, by default $OUT, else results/gpu/CARD
 #     REHEARSE=1 bash benchmarks/gpu.sh     the same without a GPU: tiny, interpreted, nothing is measured
 #
-# Stages are processes of their own. One that fails, or takes longer than it may, is noted in FOLDER/log.txt, and the
-# next one runs. WHEELS (by default ./wheels): a folder of wheels with what python lacks. PYTHON: the one to use.
+# Each stage is a separate process. If one fails or exceeds its time limit, this is noted in FOLDER/log.txt, and the next
+# one runs. WHEELS: folder of wheels of missing packages, by default ./wheels. PYTHON: the interpreter to use.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 WHEELS=${WHEELS:-wheels}
@@ -13,7 +13,7 @@ SECONDS=0
 SCRATCH=$(mktemp -d)
 trap 'kill $(jobs -p) 2>/dev/null; rm -rf "$SCRATCH"' EXIT
 
-# The python that holds a torch with CUDA; else, for a rehearsal, one that holds torch.
+# Use the first python that has torch with CUDA or, for a rehearsal, one that has torch.
 look='import torch; raise SystemExit(0 if torch.cuda.is_available() else 3)'
 GPU= python=
 for candidate in ${PYTHON:-python3 python}; do
@@ -24,7 +24,7 @@ for candidate in ${PYTHON:-python3 python}; do
         3) python=${python:-$candidate} ;;
     esac
 done
-[ -z "$python" ] && { echo "gpu.sh: expected a python that holds torch, found none; name it: PYTHON=..."; exit 1; }
+[ -z "$python" ] && { echo "gpu.sh: expected a python that has torch, found none; set PYTHON=..."; exit 1; }
 
 card='import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))'
 FOLDER=${1:-${OUT:-results/gpu/$([ -n "$GPU" ] && "$python" -c "$card" || echo no-gpu)}}
@@ -34,7 +34,7 @@ LOG=$FOLDER/log.txt
 exec > >(tee "$LOG") 2>&1
 note() { printf '[%4d s] %s\n' "$SECONDS" "$*"; }
 
-# stage NAME SECONDS COMMAND...: run it for so long at most, and note how it ended.
+# stage NAME SECONDS COMMAND...: run the command with a time limit, and log how it ended.
 stage() {
     local name=$1 limit=$2 code
     shift 2
@@ -48,18 +48,18 @@ stage() {
     esac
     return $code
 }
-# measure NAME SECONDS STAGE: a stage of hqlt.bench.gpu_stages.
+# measure NAME SECONDS STAGE: run a stage of hqlt.bench.gpu_stages.
 measure() { stage "$1" "$2" "$python" -m hqlt.bench.gpu_stages "$3" "$FOLDER" $OPTIONS; }
 
 OPTIONS= PATIENCE=1
 if [ -n "${REHEARSE:-}" ]; then
-    OPTIONS=--rehearse PATIENCE=20 # no clock, and an interpreter
+    OPTIONS=--rehearse PATIENCE=20 # nothing is timed, and the interpreter is slow
     export TRITON_INTERPRET=1 PYTHONWARNINGS=ignore
     note "REHEARSAL: no GPU, nothing is measured"
 fi
 note "$("$python" --version), $python"
 
-# What python lacks comes from the wheels. They are unpacked, nothing is installed.
+# Missing packages come from the wheels, which are unpacked; nothing is installed.
 mkdir "$SCRATCH/site"
 for wheel in "$WHEELS"/*.whl; do
     [ -e "$wheel" ] || { note "no wheels in $WHEELS: without jsonargparse there is no demo, without fla-core no peer"; break; }
@@ -80,14 +80,14 @@ measure "1 card" 60 card
 [ -z "$GPU${REHEARSE:-}" ] && { note "no GPU: the end"; exit 2; }
 nvidia-smi 2>/dev/null
 
-# In the background, while numbers are checked: the native library, built as by setup.py.
+# Build the native library as setup.py does, in the background while results are checked.
 if ! ls src/hqlt/native/_memories*.so >/dev/null 2>&1; then
     stage "native library" 200 g++ -O2 -g0 -std=c++17 -fvisibility=hidden -fPIC -shared -pthread \
         src/hqlt/native/memories.cpp -o "$SCRATCH/_memories.so" && mv "$SCRATCH/_memories.so" src/hqlt/native/ &
     builder=$!
 fi
 
-# And fla's kernels: some 90 variants, one after the other.
+# Also in the background: compile fla's kernels, about 90 variants, one after the other.
 timeout 300 "$python" -m hqlt.bench.gpu_stages warm_peer "$FOLDER" $OPTIONS >"$SCRATCH/peer" 2>&1 &
 peer=$!
 measure "2 right, triton's ptxas" 120 right
@@ -111,7 +111,7 @@ measure "6 demo" 70 demo
 
 note "waiting for the peer's kernels"
 wait "$peer" && note "the peer's kernels: done" || note "the peer's kernels: FAILED: $(tail -n 1 "$SCRATCH/peer")"
-# rest NAME SECONDS STAGE: a stage in what is left of nine minutes, if that is enough.
+# rest NAME SECONDS STAGE: run a stage in the remainder of the nine minutes, if that is enough.
 rest() {
     local limit=$2
     [ -z "${REHEARSE:-}" ] && limit=$((515 - SECONDS < limit ? 515 - SECONDS : limit))
@@ -120,4 +120,4 @@ rest() {
 rest "3 race" 120 race
 rest "4 sweep" 90 sweep
 rest "5 train" 60 train
-note "everything is in $FOLDER"
+note "all results are in $FOLDER"
