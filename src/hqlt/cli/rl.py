@@ -1,4 +1,4 @@
-"""`hqlt rl`: agents with a memory, trained and watched."""
+"""`hqlt rl`: train agents with a memory, and let them play."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from hqlt.train.agent.settings import AgentSettings, option_prefix
 
 
 def train(folder: Path | None = None, device: str = "cpu", wandb: bool = False, **settings: Any) -> None:
-    """Train an agent with a memory. The same command resumes where an earlier one stopped, exactly.
+    """Train an agent with a memory. Running the same command again resumes an interrupted run exactly.
 
-    Without options: a T-maze, whose corridor is longer than the memory's window. Any argument of the world can be given
-    by `--options.NAME`, of the memory by `--model.NAME`, of an algorithm by `--ppo.NAME`, `--sac.NAME` and the like.
+    The default is a T-maze whose corridor is longer than the memory's window. Arguments of the environment are given as
+    `--options.NAME`, of the memory as `--model.NAME`, of the algorithm as `--ppo.NAME`, `--sac.NAME` and so on.
 
     Args:
-        folder: where everything goes; runs/WORLD-MEMORY by default.
-        device: cpu or cuda. Small models are fastest on one core.
+        folder: folder of the run; runs/ENV-MEMORY by default.
+        device: cpu or cuda. Small models are fastest on one CPU core.
         wandb: also report to Weights & Biases (package wandb; WANDB_MODE=offline writes to FOLDER/wandb only).
             TensorBoard and trackio are used if they are installed.
     """
@@ -31,14 +31,14 @@ def train(folder: Path | None = None, device: str = "cpu", wandb: bool = False, 
 
 
 def hyperparameters() -> dict[str, Any]:
-    """By algorithm: what its options begin with in a run."""
+    """Return the default hyperparameters of each algorithm."""
     load_plugins()
     kinds = {option_prefix(name): find("algorithm", name) for name in names("algorithm")}
     return {name: kind.Settings(**kind.run_defaults) for name, kind in kinds.items()}
 
 
 def take_hyperparameters(settings: dict[str, Any]) -> Any:
-    """Of the chosen algorithm; those of all are taken out of the settings."""
+    """Remove the hyperparameters of all algorithms from the settings; returns those of the chosen one."""
     taken = {name: settings.pop(name, None) for name in hyperparameters()}
     return taken[option_prefix(settings["algorithm"])] if settings["algorithm"] in names("algorithm") else None
 
@@ -54,14 +54,14 @@ def play(
     seed: int = 0,
     **retention_options: Any,
 ) -> None:
-    """Let a trained agent play greedy episodes, and film one.
+    """Let a trained agent play greedy episodes, and optionally film one.
 
     Args:
-        folder: of a finished `hqlt rl train`, or models/NAME of a study of agents.
-        episodes: how many.
-        options: the world's arguments that differ from training, such as '{"corridor": 100}'.
-        film: a folder for episode.png and episode.gif.
-        seed: of the episodes.
+        folder: folder of a finished `hqlt rl train`, or models/NAME in the folder of a study of agents.
+        episodes: number of episodes.
+        options: arguments of the environment that differ from training, such as '{"corridor": 100}'.
+        film: folder to which episode.png and episode.gif are written.
+        seed: seed of the episodes.
     """
     import dataclasses
 
@@ -74,16 +74,16 @@ def play(
     check_range("--episodes", episodes, COUNT)
     check_range("--seed", seed, SEED)
     if film is not None:
-        from hqlt.report import episode  # and the folder is looked at: nothing is played in vain
+        from hqlt.report import episode  # check packages and folder before playing
 
         check_writable(film, folder=True)
     retention, trainer = RetentionOptions(**retention_options), load_agent(folder)
     retention.enable_retention(trainer.agent, console)
     trainer.settings = dataclasses.replace(trainer.settings, options={**trainer.settings.options, **(options or {})})
-    played = trainer.score(episodes, seed)
-    success = "" if played.success != played.success else f", success {100 * played.success:.0f}%"
+    result = trainer.evaluate(episodes, seed)
+    success = "" if result.success != result.success else f", success {100 * result.success:.0f}%"
     console.print(
-        f"{len(played.outcomes)} episodes: return {played.mean_return:.2f}{success}, {played.mean_length:.0f} steps"
+        f"{len(result.outcomes)} episodes: return {result.mean_return:.2f}{success}, {result.mean_length:.0f} steps"
     )
     if film is not None:
         filmed = episode.film(trainer, seed)

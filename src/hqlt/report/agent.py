@@ -1,4 +1,4 @@
-"""What is left of an agent's training: curves, an episode to look at, a table, a page, JSON."""
+"""Report of an agent's training: curves, a filmed episode, a table, a page, JSON."""
 
 from __future__ import annotations
 
@@ -20,18 +20,25 @@ from hqlt.train.agent.trainer import AgentTrainer
 from hqlt.train.metrics import finite_or_none
 
 FILM = (
-    "A greedy episode that was not scored: moments of it, and below them the reward of each step and the FW-memory's "
-    "share of what the mixers put out, the thick line being the mean of the layers."
+    "A greedy episode that is not part of the test: selected frames; below them the reward of each step and the "
+    "FW-memory's share of the mixers' output (thick line: mean over layers)."
 )
-KEPT = " At the bottom, for each KV head, how long each step's entry stayed once it had left the window."
+KEPT = " Bottom: for each KV head, how long the entry of each step was kept after it had left the window."
 
 
 def write_agent_report(
-    trainer: AgentTrainer, tested: Evaluation, folder: Path, told: dict[str, Any], console: Console
+    trainer: AgentTrainer, tested: Evaluation, folder: Path, run_info: dict[str, Any], console: Console
 ) -> None:
     """Write results.json, README.md, curves.png, episode.png, episode.gif and report.html, and print the table.
 
-    told: how the run was made; the curves come from the folder's metrics.jsonl.
+    The curves come from the folder's metrics.jsonl.
+
+    Args:
+        trainer: with the best weights loaded.
+        tested: the test episodes.
+        folder: of the run.
+        run_info: command, settings and versions of the run.
+        console: where to print.
     """
     settings = trainer.settings
     history = read_history(folder)
@@ -47,31 +54,32 @@ def write_agent_report(
     pictured = write_film(filmed, folder)
     title = f"{settings.memory} memory in {settings.env}"
     caption = FILM if filmed.kept is None else FILM + KEPT
-    titles = ("An episode", caption), ("The same episode as a film", "Step by step; also as episode.gif.")
+    titles = ("An episode", caption), ("The same episode as a film", "One frame per step; also in episode.gif.")
     film_there = "![The same episode as a film](episode.gif)\n\n" if filmed.frames else ""
     write_run_report(
         folder,
-        told,
+        run_info,
         results,
         console,
         title=title,
-        introduction=f"An agent of {told['parameters']:,} parameters, trained by {settings.algorithm.upper()}.",
+        introduction=f"An agent with {run_info['parameters']:,} parameters, trained by {settings.algorithm.upper()}.",
         table=table_of_agent(trainer, tested, history[-1]["step"]),
         figure=figure_of_agent(history),
-        protocol=f"Every {settings.evaluate_every:,} steps the same {settings.episodes} greedy episodes were played. "
-        f"The weights that did best there are kept, and were tested once, in {len(tested.outcomes)} other episodes.",
+        protocol=f"The agent was evaluated every {settings.evaluate_every:,} steps in the same {settings.episodes} "
+        f"greedy episodes. The best weights were tested once, in {len(tested.outcomes)} other episodes.",
         shown=f"![An episode](episode.png)\n\n{caption}\n\n{film_there}",
         pictures=[
-            {"title": heading, "caption": said, **picture}
-            for (heading, said), picture in zip(titles, pictured, strict=False)
+            {"title": heading, "caption": text, **picture}
+            for (heading, text), picture in zip(titles, pictured, strict=False)
         ],
     )
     console.print(f"page: {folder / 'report.html'}" + (f"    film: {folder / 'episode.gif'}" if filmed.frames else ""))
 
 
 def table_of_agent(trainer: AgentTrainer, tested: Evaluation, steps: int) -> Table:
+    """Build the table of a run, with a single row."""
     settings, success = trainer.settings, finite_or_none(tested.success)
-    columns = ["memory", "world", "steps", "best at", "test return", "test success", "episode, steps"]
+    columns = ["memory", "environment", "steps", "best step", "test return", "test success", "episode length"]
     row = [
         settings.memory,
         settings.env,
@@ -86,27 +94,30 @@ def table_of_agent(trainer: AgentTrainer, tested: Evaluation, steps: int) -> Tab
 
 
 def figure_of_agent(history: Sequence[dict[str, Any]]) -> Figure:
-    """Return, success and entropy against steps: of the episodes of training, and of the evaluations."""
-    told = [
+    """Plot return, success and entropy of training and evaluation episodes against steps."""
+    shown = [
         name for name in ("return", "success", "entropy") if any(value_of(line, name) is not None for line in history)
     ]
     figure, panels = pyplot.subplots(
-        len(told), 1, figsize=(6, 2.3 * len(told)), sharex=True, layout="constrained", squeeze=False
+        len(shown), 1, figsize=(6, 2.3 * len(shown)), sharex=True, layout="constrained", squeeze=False
     )
-    for axes, name in zip(panels[:, 0], told, strict=True):
+    for axes, name in zip(panels[:, 0], shown, strict=True):
         played = [(line["step"], value) for line in history if (value := value_of(line, name)) is not None]
         axes.plot(*zip(*played, strict=True), linewidth=0.6, color=GREY, label="training")
         greedy = [(line["step"], value) for line in history if (value := line.get(f"evaluated_{name}")) is not None]
         if greedy:
-            axes.plot(*zip(*greedy, strict=True), marker="o", markersize=3, color=VERMILLION, label="greedy")
+            axes.plot(
+                *zip(*greedy, strict=True), marker="o", markersize=3, color=VERMILLION, label="evaluation (greedy)"
+            )
         axes.set_ylabel("entropy of the policy, nats" if name == "entropy" else name)
         axes.set_gid("agent")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0, 0].legend(frameon=False)
-    panels[-1, 0].set_xlabel("steps of the environment, all copies")
+    panels[-1, 0].set_xlabel("environment steps")
     return figure
 
 
 def value_of(line: dict[str, Any], name: str) -> float | None:
+    """Return a quantity of the training episodes from a line of metrics.jsonl."""
     return line.get("mean_return" if name == "return" else name)

@@ -1,4 +1,4 @@
-"""An episode to look at: frames, rewards, and what each memory contributed."""
+"""Pictures and films of an episode: frames, rewards, and the contribution of each memory."""
 
 from __future__ import annotations
 
@@ -31,34 +31,35 @@ Frame = NDArray[np.uint8]
 """[height, width, 3]"""
 
 MOMENTS = 9
-"""Frames of a strip."""
+"""Number of frames in a picture."""
 FILMED = 240
-"""Frames of a film, at most."""
+"""Maximum number of frames in a film."""
 FRAME_MS = 120
+"""Duration of a frame in a film."""
 PIXELS = 640
-"""Least width of a film."""
+"""Minimum width of a film."""
 WIDTH, HEIGHT, CAPTION = 11.0, 4.2, 0.3
-"""Of a strip, in inches: its width, its greatest height, and what the line above a frame takes."""
-EARNED = GREEN
+"""Size of the frames in a picture, in inches: total width, maximum total height, height of a frame's title."""
+REWARD = GREEN
 
 
 class Film(NamedTuple):
-    """t steps."""
+    """A filmed episode of t steps."""
 
     frames: dict[int, Frame]
-    """By the number of steps before it: 0, t, and some or all between; none where the environment cannot be seen."""
+    """Frames by step: 0, t, and some or all in between; empty if the environment has no frames."""
     rewards: NDArray[np.float32]
-    """[t]."""
+    """[t] reward of each step."""
     shares: Shares | None
-    """[layers, 1, t]; None for models without two memories in a layer."""
+    """[layers, 1, t] shares of the memories; None for models without layers with two memories."""
     success: float
-    """0 or 1, NaN where the environment says nothing."""
+    """0 or 1; NaN if the environment does not report success."""
     kept: KeptPairs | None = None
-    """[heads, 1, t]; None for models that keep no entries beyond their windows."""
+    """[heads, 1, t]; None for models that keep no KV entries beyond their windows."""
 
 
 class Camera(VectorWrapper):
-    """Keeps the frame after every step, or every second, fourth, … of an episode too long for all, and the last one."""
+    """Records frames of an episode: one per step, or every 2nd, 4th, … step of a long one, and always the last."""
 
     def __init__(self, envs: VectorEnv) -> None:
         super().__init__(envs)
@@ -66,9 +67,9 @@ class Camera(VectorWrapper):
         self.steps, self.every = 0, 1
 
     def reset(self, **options: Any) -> Any:
-        seen = super().reset(**options)
+        result = super().reset(**options)
         self.frames, self.steps, self.every = {0: frame_of(self.env)}, 0, 1
-        return seen
+        return result
 
     def step(self, actions: Any) -> Any:
         result = super().step(actions)
@@ -82,7 +83,18 @@ class Camera(VectorWrapper):
 
 
 def film(trainer: AgentTrainer, seed: int) -> Film:
-    """Play one greedy episode. Raises what `play` raises."""
+    """Play and record one greedy episode.
+
+    Args:
+        trainer: with the agent and its settings.
+        seed: of the episode.
+
+    Returns:
+        Frames, rewards, and the contribution of each memory.
+
+    Raises:
+        Stopped, ValueError: as `hqlt.agent.play`.
+    """
     with contextlib.closing(make_env_to_film(trainer, seed)) as envs:
         (episode,) = play(trainer.agent, envs, 1, seed=seed, greedy=True, stopped=trainer.signals)
         frames = envs.frames if isinstance(envs, Camera) else {}
@@ -97,7 +109,7 @@ def film(trainer: AgentTrainer, seed: int) -> Film:
 
 
 def make_env_to_film(trainer: AgentTrainer, seed: int) -> VectorEnv:
-    """One environment, with a Camera if it can be seen: there are many ways to say that it cannot."""
+    """Build one environment, wrapped in a Camera if it can render frames."""
     with contextlib.suppress(Exception):
         envs = Camera(trainer.make_envs(1, seed, render_mode="rgb_array"))
         frame_of(envs)
@@ -106,12 +118,13 @@ def make_env_to_film(trainer: AgentTrainer, seed: int) -> VectorEnv:
 
 
 def frame_of(envs: VectorEnv) -> Frame:
+    """Return the current frame of the first environment."""
     frames: Any = envs.render()
     return np.asarray(frames[0], dtype=np.uint8)
 
 
 def record_memory(trainer: AgentTrainer, episode: Episode, during: Any) -> Any:
-    """What `shares_during` or `kept_during` hears when the episode's actions are chosen; None if that is nothing."""
+    """Run an episode through the core under `shares_during` or `kept_during`; None if the model has none of these."""
     inputs = Batch.from_episodes([episode]).to(trainer.agent.device).inputs()
     core = trainer.agent.core
     with torch.no_grad(), contextlib.suppress(ValueError):
@@ -120,7 +133,11 @@ def record_memory(trainer: AgentTrainer, episode: Episode, during: Any) -> Any:
 
 
 def write_film(film: Film, folder: Path) -> list[dict[str, str]]:
-    """Write episode.png, and episode.gif where there are frames → for a page: `plot` (HTML), `film` (data URL)."""
+    """Write episode.png and, if there are frames, episode.gif.
+
+    Returns:
+        The same for a page: `plot` (HTML) and `film` (data URL).
+    """
     pictures = [{"plot": save(figure_of_film(film), folder / "episode.png")}]
     if film.frames:
         write_gif(film, folder / "episode.gif")
@@ -130,15 +147,15 @@ def write_film(film: Film, folder: Path) -> list[dict[str, str]]:
 
 
 def figure_of_film(film: Film) -> Figure:
-    """Moments of the episode, in rows; below them rewards and the FW-memory's share, with a line at each moment, and
-    how long each step's entries stayed."""
+    """Draw selected frames in rows; below them rewards, the FW-memory's share and how long entries were kept."""
     shown = moments(film)
     columns, height = strip_layout(film.frames[shown[0]].shape[:2], len(shown)) if shown else (1, 0.0)
     strip = 0.0 if film.kept is None else min(max(0.25 * len(film.kept.heads), 0.8), 3) + 0.5
     figure = pyplot.figure(figsize=(WIDTH, 2.8 + strip + height), layout="constrained")
     parts: Any = figure.subfigures(2, 1, height_ratios=[height, 2.8 + strip]) if shown else [figure]
     rows = math.ceil(len(shown) / columns)
-    panels = parts[0].subplots(rows, columns, squeeze=False).ravel() if shown else ()  # first: on a page as well
+    # first, so that they come first on a page too
+    panels = parts[0].subplots(rows, columns, squeeze=False).ravel() if shown else ()
     if film.kept is None:
         below = parts[-1].subplots()
     else:
@@ -160,15 +177,15 @@ def figure_of_film(film: Film) -> Figure:
 
 
 def moments(film: Film) -> list[int]:
-    """Steps whose frames are shown, evenly over the episode; none without frames."""
+    """Return the steps whose frames are shown, at equal intervals; [] if there are no frames."""
     steps = len(film.rewards)
     wanted = [round(i * steps / (MOMENTS - 1)) for i in range(MOMENTS)]
-    there = np.array(sorted(film.frames))
-    return sorted({int(there[abs(there - at).argmin()]) for at in wanted}) if film.frames else []
+    available = np.array(sorted(film.frames))
+    return sorted({int(available[abs(available - step).argmin()]) for step in wanted}) if film.frames else []
 
 
 def strip_layout(shape: tuple[int, ...], count: int) -> tuple[int, float]:
-    """Columns in which `count` frames of a shape are largest, and the height of all of them in inches."""
+    """Return the number of columns in which `count` frames are largest, and their total height in inches."""
     height, width = shape
 
     def height_in(columns: int) -> float:
@@ -179,7 +196,7 @@ def strip_layout(shape: tuple[int, ...], count: int) -> tuple[int, float]:
 
 
 def draw_time(axes: Axes, film: Film, figure: Any) -> None:
-    """Rewards as bars; shares and gates as lines, of the step at which an action was chosen; the legend above."""
+    """Draw rewards as bars, shares and gates as lines, with a legend above."""
     steps = np.arange(1, len(film.rewards) + 1)
     axes.set_xlim(0.5, len(steps) + 0.5)
     axes.set_xlabel("step")
@@ -193,16 +210,16 @@ def draw_time(axes: Axes, film: Film, figure: Any) -> None:
         axes.set_ylim(0, 1)
         axes.set_ylabel("FW-memory", color=FW)
         figure.legend(frameon=False, loc="outside upper center", ncols=2)
-    earned = axes.twinx() if film.shares is not None else axes
-    axes.set_zorder(earned.get_zorder() + 1)  # lines before bars
+    rewards = axes.twinx() if film.shares is not None else axes
+    axes.set_zorder(rewards.get_zorder() + 1)  # lines in front of bars
     axes.patch.set_visible(False)
-    earned.bar(steps, film.rewards, color=EARNED, alpha=0.5, width=0.8)
-    earned.set_ylabel("reward", color=EARNED)
-    earned.spines[["top"]].set_visible(False)
+    rewards.bar(steps, film.rewards, color=REWARD, alpha=0.5, width=0.8)
+    rewards.set_ylabel("reward", color=REWARD)
+    rewards.spines[["top"]].set_visible(False)
 
 
 def write_gif(film: Film, path: Path) -> None:
-    """The frames, and below them the time line with a cursor."""
+    """Write the frames as a film, with the timeline and a cursor below."""
     steps = sorted(film.frames)
     shown = sorted({*steps[:: math.ceil(len(steps) / FILMED)], steps[-1]})
     zoom = math.ceil(PIXELS / film.frames[0].shape[1])

@@ -184,7 +184,7 @@ def test_a_run_that_diverged_says_so(tmp_path, capsys, monkeypatch):
     """The report is of the best weights; the status is no success."""
     monkeypatch.setattr(PPO, "update_weights", lambda agent, loss, max_grad_norm: agent.left_out.add_(1) and math.nan)
     said = refused([*COMMAND, "--steps=800", f"--folder={tmp_path}"])
-    assert "training diverged: gradient was no finite number at step 8" in said and "--ppo.learning_rate" in said
+    assert "training diverged: gradient was not finite at step 8" in said and "--ppo.learning_rate" in said
     assert (tmp_path / "report.html").exists()
 
 
@@ -208,7 +208,7 @@ def test_two_commands_do_not_train_in_one_folder(tmp_path):
 
 def test_what_cannot_be_played_is_refused_before_it_is_played(finished, tmp_path, monkeypatch):
     folder = str(finished["ppo"])
-    monkeypatch.setattr(AgentTrainer, "score", lambda *arguments: pytest.fail("played"))
+    monkeypatch.setattr(AgentTrainer, "evaluate", lambda *arguments: pytest.fail("played"))
     assert "--episodes: expected a whole number of at least 1, got 0" in refused(["rl", "play", folder, "--episodes=0"])
     assert "--seed: expected a whole number" in refused(["rl", "play", folder, "--seed=-1"])
     (tmp_path / "file").touch()
@@ -237,9 +237,9 @@ def test_options_that_change_what_is_seen_are_refused(tmp_path):
     played = load_agent(tmp_path)
     played.settings = dataclasses.replace(played.settings, env="CartPole-v1")
     with pytest.raises(
-        ValueError, match=r"observation: expected shape \[..., 2\], as in the environments that the enc"
+        ValueError, match=r"observation: expected shape \[..., 2\], as in the environments for which the"
     ):
-        played.score(1, 0)
+        played.evaluate(1, 0)
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
@@ -271,7 +271,7 @@ def test_a_film_shows_what_was_played_and_which_memory_spoke(finished):
     assert one.rewards.shape == (7,)
     assert one.shares.gate.shape == one.shares.fw.shape == (1, 1, 7)
     assert 0 <= one.shares.fw.min() <= one.shares.fw.max() <= 1
-    played = trainer.score(1, seed=3).outcomes[0]
+    played = trainer.evaluate(1, seed=3).outcomes[0]
     assert played.total == pytest.approx(float(np.sum(one.rewards, dtype=np.float64)))
 
 

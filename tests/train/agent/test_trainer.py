@@ -73,16 +73,19 @@ def test_stopped_anywhere_it_ends_as_if_it_had_never_been(settings, tmp_path, lo
     again = AgentTrainer(settings, folder=tmp_path)
     assert again.resume() == trainer.step
     assert got + lines(again.updates()) == told
-    assert again.unscored is None
+    assert again.pending is None
     assert_same_agent(again, whole)
 
 
 def test_stopped_in_an_evaluation_nothing_of_the_training_before_is_lost(settings, tmp_path):
     trainer = AgentTrainer(settings, folder=tmp_path)
-    score, trainer.score = trainer.score, lambda *arguments: setattr(trainer, "signals", [2]) or score(*arguments)
+    evaluate, trainer.evaluate = (
+        trainer.evaluate,
+        lambda *arguments: setattr(trainer, "signals", [2]) or evaluate(*arguments),
+    )
     with pytest.raises(Stopped):
         list(trainer.updates())
-    assert trainer.step >= settings.evaluate_every and trainer.unscored.step == trainer.step
+    assert trainer.step >= settings.evaluate_every and trainer.pending.step == trainer.step
     trainer.save()
     again = AgentTrainer(settings, folder=tmp_path)
     assert again.resume() == trainer.step == again.last_logged_step + 1
@@ -139,7 +142,7 @@ def test_where_no_episode_can_end_before_an_evaluation_it_says_so():
     settings = AgentSettings(
         env="KeyToDoor", model={"hidden_size": 8}, num_envs=4, hyperparameters=ppo, evaluate_every=200
     )
-    with pytest.raises(ValueError, match="evaluate_every: expected more than 4 copies × the longest episode"):
+    with pytest.raises(ValueError, match=r"evaluate_every: expected more than num_envs \(4\) × the longest episode"):
         list(AgentTrainer(settings).updates())
 
 
@@ -199,7 +202,7 @@ def test_pruning_leaves_what_is_whole(settings, tmp_path):
 
 def test_an_evaluation_changes_nothing(settings):
     trainer, undisturbed = AgentTrainer(settings), AgentTrainer(settings)
-    trainer.score(5, seed=3)
+    trainer.evaluate(5, seed=3)
     assert lines(trainer.updates()) == lines(undisturbed.updates())
 
 
@@ -254,7 +257,7 @@ def test_an_episode_that_does_not_end_is_an_error(algorithm, monkeypatch):
         list(trainer.updates())
     limited = AgentTrainer(dataclasses.replace(settings, options={"max_episode_steps": 50}))
     limited.agent.load_state_dict(trainer.agent.state_dict())
-    assert limited.score(2, seed=0).mean_length == 50
+    assert limited.evaluate(2, seed=0).mean_length == 50
 
 
 @pytest.mark.parametrize("name", ["tensors.safetensors", "trainer.json"])

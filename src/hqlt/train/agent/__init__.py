@@ -1,4 +1,4 @@
-"""Training agents: an environment, a memory, an algorithm; checkpoints, evaluation, what is left to look at."""
+"""Training agents: settings, the training loop, checkpoints, evaluation and reports."""
 
 from hqlt.train.agent.settings import AgentSettings
 from hqlt.train.agent.trainer import AgentTrainer, Update

@@ -1,4 +1,4 @@
-"""A cell of a grid that trains an agent in a world."""
+"""A cell of a study: one agent trained in one environment."""
 
 from __future__ import annotations
 
@@ -21,46 +21,52 @@ from hqlt.train.metrics import finite_or_none
 
 @dataclass(frozen=True, kw_only=True)
 class AgentBudget:
-    """What every agent of a comparison gets alike."""
+    """Training and evaluation budget, the same for all agents of a comparison."""
 
     steps: int
-    """Of the environment, of all copies together."""
+    """Environment steps, summed over all parallel environments."""
     algorithm: str = "ppo"
+    """Name of the algorithm."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Fields of its Settings."""
+    """Hyperparameters: fields of the algorithm's Settings."""
     num_envs: int = 64
-    """Of the environment, played side by side."""
+    """Number of parallel environments."""
     evaluations: int = 20
-    """How often the agent is scored, evenly over the steps."""
+    """Number of evaluations, at equal intervals."""
     episodes: int = 20
-    """Greedy episodes of a score, always the same."""
+    """Greedy episodes per evaluation, the same ones each time."""
     test_episodes: int = 100
-    """Others, played once by the agent that was best in the evaluations."""
+    """Other episodes, in which the best agent of the evaluations is tested once."""
     along: dict[str, list[int]] = field(default_factory=dict)
-    """One argument of the world, and values of it at which the chosen agent is tested too: {distractor: [10, 100]}."""
+    """One argument of the environment and values at which the best agent is also tested: {distractor: [10, 100]}."""
 
     def __post_init__(self) -> None:
         check_ranges(self, steps=COUNT, num_envs=COUNT, evaluations=COUNT, episodes=COUNT, test_episodes=COUNT)
         if len(self.along) > 1:
-            raise ValueError(f"along: expected at most one argument of the world, got {', '.join(self.along)}")
+            raise ValueError(f"along: expected at most one argument of the environment, got {', '.join(self.along)}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AgentCell(Cell):
-    """config: arguments of `hqlt.agent.build_memory`, with its name as `memory`. Scores are shares of success."""
+    """One agent of a study; its score is the success rate.
+
+    `config` holds the arguments of `hqlt.agent.build_memory`, its name as `memory`.
+    """
 
     unit = "steps"
     metric = "success"
 
     budget: AgentBudget
+    """Training and evaluation budget."""
 
     @property
     def coordinate_name(self) -> str | None:
+        """Argument of the environment along which the agent is tested."""
         return next(iter(self.budget.along), None)
 
     @property
     def settings(self) -> AgentSettings:
-        """As it is tested. Raises ValueError or TypeError for what cannot be built."""
+        """Settings of the tested agent; raises ValueError or TypeError if it cannot be built."""
         budget, model = self.budget, {**self.config, **self.switched}
         return AgentSettings(
             env=self.task,
@@ -77,7 +83,7 @@ class AgentCell(Cell):
         )
 
     def run(self, folder: Path, device: str = "cpu") -> Iterator[Event | Result]:
-        """Checkpoints are kept while it runs: a cell that was killed goes on from its last evaluation, exactly."""
+        """Train and test the agent; a cell that was interrupted resumes exactly from its last evaluation."""
         trained, history = self.trained, list[Progress]()
         assert isinstance(trained, AgentCell)
         done = load_result(folder, trained) if self.trained_as else None
@@ -105,23 +111,24 @@ class AgentCell(Cell):
     def _train(self, trainer: AgentTrainer, history: list[Progress]) -> Iterator[Event]:
         trainer.extra_state = {"history": []}
         trainer.resume()
-        history += [Progress(*told) for told in trainer.extra_state["history"]]
+        history += [Progress(*entry) for entry in trainer.extra_state["history"]]
         begun = time.perf_counter() - (history[-1].seconds if history else 0.0)
-        for told in trainer.train():
-            event = Event(self, progress_of(told, time.perf_counter() - begun))
+        for update in trainer.train():
+            event = Event(self, progress_of(update, time.perf_counter() - begun))
             if event.in_history:
                 history.append(event.progress)
             trainer.extra_state["history"] = list(history)
             yield event
 
 
-def progress_of(told: Update, seconds: float) -> Progress:
+def progress_of(update: Update, seconds: float) -> Progress:
+    """Convert an update into the progress of a cell."""
     return Progress(
-        step=told.step,
-        loss=finite_or_none(told.losses.get("loss", told.losses.get("critic", 0.0))) or 0.0,
-        gradient_norm=finite_or_none(told.losses.get("gradient", 0.0)) or 0.0,
+        step=update.step,
+        loss=finite_or_none(update.losses.get("loss", update.losses.get("critic", 0.0))) or 0.0,
+        gradient_norm=finite_or_none(update.losses.get("gradient", 0.0)) or 0.0,
         seconds=seconds,
-        tokens=told.step,
-        validation=told.evaluated_success,
-        skipped=told.left_out,
+        tokens=update.step,
+        validation=update.evaluated_success,
+        skipped=update.left_out,
     )

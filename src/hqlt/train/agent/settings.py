@@ -1,4 +1,4 @@
-"""What the training of an agent is: an environment, a memory, an algorithm and a number of steps."""
+"""Settings of the training of an agent: environment, memory, algorithm, steps."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from hqlt.ranges import COUNT, SEED, check_ranges
 from hqlt.registry import check_choice, find, names
 
 VALIDATION_SEED, TEST_SEED = 2**32, 2**33
-"""Of the episodes that are scored; copy i adds i. Those of training lie below 2³¹."""
+"""Seeds of evaluation and test episodes; environment i adds i. Seeds of training episodes are below 2³¹."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AgentSettings:
-    """The defaults solve a T-maze in a minute: one bit, remembered along a corridor that a window cannot see."""
+    """Settings of a training run. The defaults solve a T-maze, whose corridor exceeds the window, in a minute."""
 
     env: str = "TMazePassive"
-    """TMazePassive, TMazeActive, KeyToDoor, VisualMatch, or an id that gymnasium knows (MODULE:ID imports it first)."""
+    """TMazePassive, TMazeActive, KeyToDoor, VisualMatch, or a gymnasium id (MODULE:ID imports MODULE first)."""
     options: dict[str, Any] = field(default_factory=dict)
-    """The world's arguments: --options.corridor=50."""
+    """Arguments of the environment: --options.corridor=50."""
     memory: str = "synchronous"
-    """transformer, deltanet, synchronous, delayed-streaming, delayed-chunk, lstm, or none."""
+    """Memory: transformer, deltanet, synchronous, delayed-streaming, delayed-chunk, lstm, or none."""
     model: dict[str, Any] = field(default_factory=lambda: {"hidden_size": 32, "num_layers": 1, "window": 4})
-    """Arguments of hqlt.agent.build_memory: --model.window=16."""
+    """Arguments of the memory (hqlt.agent.build_memory): --model.window=16."""
     algorithm: str = "ppo"
-    """ppo for many copies, sac for few and for all that can be learned from an episode; or one that was registered."""
+    """Algorithm: ppo for many parallel environments, sac (off-policy) for few, or a registered one."""
     hyperparameters: Any = None
-    """The algorithm's Settings, or a mapping of some of their fields; None: those that it has in runs."""
+    """The algorithm's Settings, or a mapping of some of their fields; None: the algorithm's `run_defaults`."""
     num_envs: int = 64
-    """Of the environment, played side by side."""
+    """Number of parallel environments."""
     steps: int = 200_000
-    """Of the environment, of all copies together."""
+    """Environment steps, summed over all parallel environments."""
     seed: int = 0
-    """Of weights, environments and actions."""
+    """Seed of initial weights, environments and actions."""
     evaluate_every: int = 20_000
-    """Steps from one evaluation, and checkpoint, to the next; there is one at the end in any case. PPO's episodes end
-    there: take much more than copies × the longest episode."""
+    """Steps between evaluations; a checkpoint is saved with each. The last step is always evaluated. PPO restarts all
+    episodes at an evaluation, so use much more than num_envs × the longest episode."""
     episodes: int = 20
-    """Greedy episodes of an evaluation, always the same; as many others are played once, at the end."""
+    """Greedy episodes per evaluation, the same ones each time; as many others are used for the final test."""
     keep_checkpoints: int = 2
-    """How many checkpoints stay, the newest."""
+    """Number of newest checkpoints to keep."""
 
     def __post_init__(self) -> None:
         check_ranges(self, num_envs=COUNT, steps=COUNT, seed=SEED)
@@ -64,28 +64,28 @@ class AgentSettings:
 
     @property
     def agent(self) -> type[Agent]:
-        """The class of the algorithm. Raises ValueError for one that nobody registered."""
+        """Class of the algorithm; raises ValueError if it is not registered."""
         kind: type[Agent] = find("algorithm", self.algorithm)
         return kind
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> AgentSettings:
-        """From the fields as they are typed: hyperparameters under the name of their algorithm.
+    def from_dict(cls, given: Mapping[str, Any]) -> AgentSettings:
+        """Build settings from a mapping in which each algorithm's hyperparameters stand under its name.
 
-        Those of other algorithms are left alone.
+        The hyperparameters of algorithms other than the chosen one are ignored.
         """
         groups = {option_prefix(name) for name in names("algorithm")}
         own = {name: value for name, value in given.items() if name not in groups}
-        asked = option_prefix(own.get("algorithm", cls.algorithm))
-        return cls(**own, hyperparameters=given.get(asked))
+        chosen = option_prefix(own.get("algorithm", cls.algorithm))
+        return cls(**own, hyperparameters=given.get(chosen))
 
     def as_json(self) -> dict[str, Any]:
-        """What `of` takes."""
+        """Return the mapping that `from_dict` takes, JSON compatible."""
         fields = dataclasses.asdict(self)
         fields[option_prefix(self.algorithm)] = fields.pop("hyperparameters")
         return dict(json.loads(json.dumps(fields)))
 
 
 def option_prefix(algorithm: str) -> str:
-    """What stands before its hyperparameters where they are typed: --ppo.rollout-steps=64."""
+    """Return the prefix of an algorithm's options: "ppo" in --ppo.rollout-steps=64."""
     return algorithm.replace("-", "_")

@@ -1,4 +1,4 @@
-"""The loop: collect, learn, evaluate. One run is one trainer, and its checkpoint is all that it depends on."""
+"""The training loop of an agent: collect, learn, evaluate. A checkpoint holds everything that it depends on."""
 
 from __future__ import annotations
 
@@ -23,47 +23,56 @@ from hqlt.train.metrics import finite_or_none
 from hqlt.train.run import Trainer
 
 BEST = "best."
-FREE = ("steps", "keep_checkpoints")
+CHANGEABLE = ("steps", "keep_checkpoints")
 """Settings that may change when a run is resumed."""
 
 
 class Update(NamedTuple):
-    """What is told after some steps of play, and the learning from them."""
+    """Report of one collection and the updates that followed it; a line of metrics.jsonl."""
 
     step: int
-    """Steps of the environment so far, of all copies."""
+    """Environment steps so far, summed over all parallel environments."""
     episodes: int
-    """That ended since the last time."""
+    """Training episodes that ended since the last report."""
     mean_return: float | None
-    """Of these; None: there were none."""
+    """Mean return of these episodes; None if there were none."""
     mean_length: float | None
+    """Mean number of steps of these episodes."""
     success: float | None
-    """None also where the environment does not tell."""
+    """Success rate of these episodes; None also if the environment does not report success."""
     losses: dict[str, float]
-    """Means over the updates since the last time, "gradient" being the norm; empty: there were none."""
+    """Means over the updates since the last report, "gradient" being the norm; empty if there were none."""
     left_out: int
-    """Updates left out so far, because a gradient was not finite."""
+    """Number of updates skipped so far because the gradient was not finite."""
     evaluated_return: float | None = None
-    """Of greedy episodes, where they were played."""
+    """Mean return of the greedy evaluation, if there was one at this step."""
     evaluated_success: float | None = None
+    """Success rate of the greedy evaluation."""
 
     @property
     def units(self) -> int:
+        """Steps, for the speed."""
         return self.step
 
     def as_line(self) -> dict[str, Any]:
-        """Flat, for metrics.jsonl and trackers."""
-        told = self._asdict()
-        return told | told.pop("losses")
+        """Return a flat dictionary, for metrics.jsonl and trackers."""
+        line = self._asdict()
+        return line | line.pop("losses")
 
 
 class AgentTrainer(Trainer[Update]):
-    """An agent, the environments it lives in, and the best that it has been.
+    """Trains an agent: holds the agent, its environments and the best weights so far.
 
-    At each evaluation of an algorithm whose episodes go on, all copies begin anew. A run that is resumed is, bit for
-    bit, the one that was never stopped, in any environment whose chance `reset(seed=…)` decides.
+    PPO restarts all episodes at each evaluation. A resumed run is identical, bit for bit, to one that was never
+    interrupted, in every environment whose randomness is determined by `reset(seed=…)`.
 
-    folder: of its checkpoints. Raises ValueError for an environment that agents here cannot live in.
+    Args:
+        settings: of the agent and its training.
+        device: as torch names it.
+        folder: of the checkpoints.
+
+    Raises:
+        ValueError: when the environment, the memory or the algorithm cannot be built from the settings.
     """
 
     kind, unit = "agent", "steps"
@@ -80,10 +89,10 @@ class AgentTrainer(Trainer[Update]):
         torch.nn.Module.to(self.agent, self.device)
         self.size = sum(parameter.numel() for parameter in self.agent.parameters())
         self.checkpoints, self.extra_state = Checkpoints(folder, settings.keep_checkpoints), {}
-        self.ended = 0
-        """Episodes since the last evaluation."""
-        self.unscored: Update | None = None
-        """What is to be reported once the evaluation that is due is done."""
+        self.episodes = 0
+        """Number of training episodes since the last evaluation."""
+        self.pending: Update | None = None
+        """Update to be reported after the evaluation that is due."""
         self.best: dict[str, Tensor] = {}
         """Weights of the best evaluation so far."""
         self.best_step = 0
@@ -95,93 +104,94 @@ class AgentTrainer(Trainer[Update]):
 
     @property
     def last_logged_step(self) -> int:
-        return self.step - (self.unscored is not None)  # its line comes with the evaluation that is due
+        return self.step - (self.pending is not None)  # the pending update is logged with its evaluation
 
     def updates(self) -> Iterator[Update]:
-        """Train until the settings' steps are done; an evaluation ends each stretch of `evaluate_every` steps."""
+        """Train for the given number of steps, with an evaluation every `evaluate_every` steps."""
         settings = self.settings
-        if self.unscored is not None:
-            yield self.scored(self.unscored)
+        if self.pending is not None:
+            yield self.with_evaluation(self.pending)
         while self.step < settings.steps:
             until = (self.step // settings.evaluate_every + 1) * settings.evaluate_every
             until = min(until, settings.steps)
             for progress in self.agent.train_in(self.envs, until, stopped=self.signals):
-                told = update_of(progress, int(self.agent.left_out))
-                self.ended += told.episodes
+                update = make_update(progress, int(self.agent.left_out))
+                self.episodes += update.episodes
                 if progress.steps >= until:
-                    if not self.ended and until < settings.steps:  # the last stretch may be short
+                    if not self.episodes and until < settings.steps:  # the last interval may be shorter
                         raise ValueError(
-                            f"evaluate_every: expected more than {settings.num_envs} copies × the longest episode, so "
-                            f"that episodes end, got {settings.evaluate_every}: by step {progress.steps} none had"
+                            f"evaluate_every: expected more than num_envs ({settings.num_envs}) × the longest episode, "
+                            f"got {settings.evaluate_every}: no episode had ended by step {progress.steps}; take a "
+                            f"larger one, or fewer environments"
                         )
-                    told = self.scored(told)
-                yield told
+                    update = self.with_evaluation(update)
+                yield update
 
-    def scored(self, told: Update) -> Update:
-        """The same with the evaluation that is due."""
-        self.unscored = told
-        scored = self.score(self.settings.episodes, VALIDATION_SEED)
-        self.update_best(scored)
-        self.unscored, self.ended = None, 0
-        return told._replace(evaluated_return=scored.mean_return, evaluated_success=finite_or_none(scored.success))
+    def with_evaluation(self, update: Update) -> Update:
+        """Evaluate the agent, update the best weights, and add the result to the update."""
+        self.pending = update
+        evaluation = self.evaluate(self.settings.episodes, VALIDATION_SEED)
+        self.update_best(evaluation)
+        self.pending, self.episodes = None, 0
+        return update._replace(
+            evaluated_return=evaluation.mean_return, evaluated_success=finite_or_none(evaluation.success)
+        )
 
-    def due(self, told: Update) -> bool:
-        return told.evaluated_return is not None
+    def due(self, update: Update) -> bool:
+        """A checkpoint is saved with each evaluation."""
+        return update.evaluated_return is not None
 
-    def score(self, episodes: int, seed: int, **options: Any) -> Evaluation:
-        """Greedy episodes in the same world, or in one with other options."""
+    def evaluate(self, episodes: int, seed: int, **options: Any) -> Evaluation:
+        """Play greedy episodes in the settings' environment, optionally with other options."""
         with contextlib.closing(self.make_envs(min(episodes, 64), seed, **options)) as envs:
             return evaluate(self.agent, envs, episodes, seed=seed, stopped=self.signals)
 
-    def make_envs(self, copies: int, seed: int, **options: Any) -> VectorEnv:
-        """The settings' world, with other options where given.
-
-        Raises ValueError for options that it does not take, and whatever else keeps it from being made.
-        """
+    def make_envs(self, n: int, seed: int, **options: Any) -> VectorEnv:
+        """Build n environments of the settings, optionally with other options; raises ValueError if that fails."""
         try:
-            return make_worlds(self.settings.env, copies, seed, **{**self.settings.options, **options})
+            return make_worlds(self.settings.env, n, seed, **{**self.settings.options, **options})
         except ImportError:
             raise
-        except Exception as error:  # what other people's environments raise
+        except Exception as error:  # environments of other packages may raise anything
             kind = "" if isinstance(error, (ValueError, gymnasium.error.Error)) else f"{type(error).__name__}: "
             raise ValueError(f"{self.settings.env}: {kind}{error}") from error
 
-    def update_best(self, scored: Evaluation) -> None:
-        """By success, then by return; the later of equals, which has learned for longer."""
-        score = (finite_or_none(scored.success) or 0.0, scored.mean_return)
+    def update_best(self, evaluation: Evaluation) -> None:
+        """Keep the current weights if they are at least as good, by success and then by return."""
+        score = (finite_or_none(evaluation.success) or 0.0, evaluation.mean_return)
         if score >= self.best_score:
             self.best_step, self.best_score = self.step, score
             self.best = {name: weight.clone() for name, weight in self.agent.state_dict().items()}
 
     def test(self, episodes: int | None = None, **options: Any) -> Evaluation:
-        """Episodes that were never scored before, by the best weights, which are loaded for it."""
-        if not self.best:  # stopped before the first evaluation, and not to go on
-            self.update_best(self.score(self.settings.episodes, VALIDATION_SEED))
+        """Load the best weights and play greedy episodes that were not used in evaluations."""
+        if not self.best:  # stopped before the first evaluation
+            self.update_best(self.evaluate(self.settings.episodes, VALIDATION_SEED))
         self.agent.load_state_dict(self.best)
-        return self.score(episodes or self.settings.episodes, TEST_SEED, **options)
+        return self.evaluate(episodes or self.settings.episodes, TEST_SEED, **options)
 
     def tensors(self) -> dict[str, Tensor]:
         return self.agent.checkpoint() | {BEST + name: weight for name, weight in self.best.items()}
 
     def metadata(self) -> dict[str, Any]:
         return {
-            "ended": self.ended,
+            "ended": self.episodes,
             "best_step": self.best_step,
             "best_score": list(self.best_score) if self.best else None,
-            "unscored": self.unscored and self.unscored._asdict(),
+            "unscored": self.pending and self.pending._asdict(),
         }
 
     def identity(self) -> dict[str, Any]:
-        return {name: value for name, value in self.settings.as_json().items() if name not in FREE}
+        return {name: value for name, value in self.settings.as_json().items() if name not in CHANGEABLE}
 
-    def restore(self, place: Path, told: Mapping[str, Any]) -> None:
+    def restore(self, place: Path, metadata: Mapping[str, Any]) -> None:
         tensors = self.checkpoints.load(place)
         self.agent.restore({name: tensor for name, tensor in tensors.items() if not name.startswith(BEST)})
-        self.ended = told["ended"]
-        self.unscored = told["unscored"] and Update(**told["unscored"])
-        if told["best_score"] is not None:
-            success, mean_return = told["best_score"]
-            self.best_step, self.best_score = told["best_step"], (success, mean_return)
+        self.episodes = metadata["ended"]
+        self.pending = metadata["unscored"] and Update(**metadata["unscored"])
+        if metadata["best_score"] is not None:
+            success, mean_return = metadata["best_score"]
+            self.best_step, self.best_score = metadata["best_step"], (success, mean_return)
             self.best = {name.removeprefix(BEST): t for name, t in tensors.items() if name.startswith(BEST)}
 
     def title(self) -> str:
@@ -194,30 +204,32 @@ class AgentTrainer(Trainer[Update]):
     def description(self) -> dict[str, Any]:
         return {"settings": self.settings.as_json()}
 
-    def status(self, told: Update, speed: float) -> list[str]:
-        """Return, success, what the losses are, steps a second."""
-        words = [] if told.mean_return is None else [f"return {told.mean_return:.2f}"]
-        if told.success is not None:
-            words.append(f"success {100 * told.success:.0f}%")
-        words += [f"{name} {loss:.3f}" for name, loss in told.losses.items() if name in SHOWN]
-        if told.left_out:
-            words.append(f"{told.left_out} updates skipped")
+    def status(self, update: Update, speed: float) -> list[str]:
+        """Return, success, losses, skipped updates and steps per second."""
+        words = [] if update.mean_return is None else [f"return {update.mean_return:.2f}"]
+        if update.success is not None:
+            words.append(f"success {100 * update.success:.0f}%")
+        words += [f"{name} {loss:.3f}" for name, loss in update.losses.items() if name in STATUS_LOSSES]
+        if update.left_out:
+            words.append(f"{update.left_out} updates skipped")
         return [*words, f"{speed:,.0f} steps/s"]
 
-    def message(self, told: Update) -> str | None:
-        if told.evaluated_return is None:
+    def message(self, update: Update) -> str | None:
+        """Return and success of an evaluation."""
+        if update.evaluated_return is None:
             return None
-        success = told.evaluated_success
-        return f"greedy: return {told.evaluated_return:.2f}" + (
+        success = update.evaluated_success
+        return f"greedy: return {update.evaluated_return:.2f}" + (
             "" if success is None else f", success {100 * success:.0f}%"
         )
 
 
-SHOWN = ("loss", "critic", "actor", "entropy")
-"""Of the losses, in the live line."""
+STATUS_LOSSES = ("loss", "critic", "actor", "entropy")
+"""Losses that the live line shows."""
 
 
-def update_of(progress: Progress, left_out: int) -> Update:
+def make_update(progress: Progress, left_out: int) -> Update:
+    """Convert an agent's progress into an update."""
     played = progress.played
     return Update(
         progress.steps,
