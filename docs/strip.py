@@ -1,4 +1,4 @@
-"""A strip of frames: `python docs/strip.py TMazeActive lrrrrrrrru maze.png --show=[0,1,5,9,10]`."""
+"""Draw frames of an episode side by side: `python docs/strip.py TMazeActive lrrrrrrrru maze.png --show=[0,1,5,9,10]`."""
 
 from __future__ import annotations
 
@@ -17,46 +17,46 @@ Frame = NDArray[np.uint8]
 
 
 def strip(frames: Sequence[Frame], gap: int = 6) -> Frame:
-    """Frames of one size from left to right, white between them. → [height, n · width + (n − 1) · gap, 3]"""
+    """Join frames of one size from left to right, with white gaps: [height, n · width + (n − 1) · gap, 3]."""
     white = np.full((frames[0].shape[0], gap, 3), 255, np.uint8)
     return np.concatenate([part for frame in frames for part in (white, frame)][1:], axis=1)
 
 
 def film(name: str, moves: str, seed: int = 0, **options: Any) -> list[Frame]:
-    """An episode's first frame, and the one after each move. moves: letters of u, d, l, r."""
+    """Return the first frame of an episode, and the one after each move, a letter of u, d, l, r."""
     letters = "".join(action[0] for action in ACTIONS)
     if not set(moves) <= set(letters):
         raise ValueError(f"moves: expected letters of {letters}, got {moves!r}")
-    worlds = make_worlds(name, 1, seed, render_mode="rgb_array", **options)
-    worlds.reset(seed=seed)
-    frames = [worlds.render()]
+    envs = make_worlds(name, 1, seed, render_mode="rgb_array", **options)
+    envs.reset(seed=seed)
+    frames = [envs.render()]
     for move in moves:
-        worlds.step(np.array([letters.index(move)]))
-        frames.append(worlds.render())
-    return [np.asarray(of_copies[0]) for of_copies in frames if of_copies]
+        envs.step(np.array([letters.index(move)]))
+        frames.append(envs.render())
+    return [np.asarray(frame[0]) for frame in frames if frame]
 
 
 def draw(
-    world: str,
+    env: str,
     moves: str,
     out: Path,
     seed: int = 0,
     show: list[int] | None = None,
     options: dict[str, Any] | None = None,
 ) -> None:
-    """Play an episode and leave its frames as one picture. Needs matplotlib: pip install 'hqlt[report]'.
+    """Play an episode and save its frames as one picture. Needs matplotlib: pip install 'hqlt[report]'.
 
     Args:
-        world: one of ours: TMazePassive, TMazeActive, KeyToDoor, VisualMatch.
-        moves: what the agent does, letters of u, d, l, r.
-        out: the picture, .png.
-        seed: of the episode.
-        show: steps after which a frame is shown; 0 is the beginning. All by default.
-        options: the world's arguments, such as '{"distractor": 12}'.
+        env: TMazePassive, TMazeActive, KeyToDoor or VisualMatch.
+        moves: the agent's actions, letters of u, d, l, r.
+        out: file of the picture, .png.
+        seed: seed of the episode.
+        show: steps whose frames are shown; 0 is the start. All by default.
+        options: arguments of the environment, such as '{"distractor": 12}'.
     """
     from matplotlib.image import imsave
 
-    frames = film(world, moves, seed, **(options or {}))
+    frames = film(env, moves, seed, **(options or {}))
     imsave(out, strip([frames[step] for step in show] if show else frames))
 
 

@@ -1,4 +1,4 @@
-"""An environment of your own, and an agent that remembers: a number is shown once, and asked for five steps later."""
+"""An environment of your own and an agent with a memory: a number is shown once and must be named five steps later."""
 
 import gymnasium
 

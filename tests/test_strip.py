@@ -1,4 +1,4 @@
-"""The documentation's pictures are what its commands draw."""
+"""The pictures in the documentation are those that its commands draw."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ COMMANDS = re.findall(r"^    python docs/strip.py (.*)$", (ROOT / "docs" / "worl
 def test_pictures_of_the_documentation(arguments, tmp_path, monkeypatch):
     from matplotlib.image import imread
 
-    world, moves, picture, *options = shlex.split(arguments)
-    monkeypatch.setattr(sys, "argv", ["strip", world, moves, str(tmp_path / "picture.png"), *options])
+    env, moves, picture, *options = shlex.split(arguments)
+    monkeypatch.setattr(sys, "argv", ["strip", env, moves, str(tmp_path / "picture.png"), *options])
     runpy.run_path(str(SCRIPT), run_name="__main__")
     assert np.array_equal(imread(tmp_path / "picture.png"), imread(ROOT / picture))
 
