@@ -1,4 +1,4 @@
-"""Draw frames of an episode side by side: `python docs/strip.py TMazeActive lrrrrrrrru maze.png --show=[0,1,5,9,10]`."""
+"""Draw an episode as a row of frames: `python docs/strip.py TMazeActive lrrrrrrrru maze.png --show=[0,1,5,9,10]`."""
 
 from __future__ import annotations
 

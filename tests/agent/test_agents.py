@@ -1,4 +1,4 @@
-"""Both agents: what trains what, exact resume, and that what is carried is what solves a task of memory."""
+"""PPO and SAC: gradients, exact resume, and that only the carried memory solves a memory task."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def parts_of(names):
     return {name.split(".")[0] for name in names}
 
 
-def test_what_trains_what():
+def test_each_loss_trains_only_its_own_parts():
     agent = sac(SACSettings(target_entropy_ratio=0.5))
     losses = agent.losses(Batch.from_episodes(episodes()))
     assert parts_of(gradients(agent, losses["critic"])) == {"core", "critics"}
@@ -60,17 +60,17 @@ def test_what_trains_what():
 
 
 def test_losses_do_not_depend_on_the_padding():
-    """Each episode alone, weighted by its steps, is the batch."""
+    """The loss of a batch is the mean of the losses of its episodes, weighted by their steps."""
     agent = sac().double()
     played = episodes(dtype=np.float64)
     together = agent.losses(Batch.from_episodes(played))
     alone = [(len(episode.actions), agent.losses(Batch.from_episodes([episode]))) for episode in played]
     for name in ("critic", "actor", "entropy", "target"):
         mean = sum(n * losses[name] for n, losses in alone) / sum(n for n, _ in alone)
-        torch.testing.assert_close(together[name], mean, rtol=0, atol=1e-6)  # rewards are kept in float32
+        torch.testing.assert_close(together[name], mean, rtol=0, atol=1e-6)  # rewards are stored in float32
 
 
-def test_only_the_heads_have_targets_and_they_follow_slowly():
+def test_target_critics_are_moving_averages_of_the_heads():
     agent = sac()
     assert not any(p.requires_grad for p in agent.targets.parameters())
     before = [p.clone() for p in agent.targets.parameters()]
@@ -80,13 +80,13 @@ def test_only_the_heads_have_targets_and_they_follow_slowly():
     assert sum(p.numel() for p in agent.targets.parameters()) == sum(p.numel() for p in agent.critics.parameters())
 
 
-@pytest.mark.parametrize("share", [None, 0.1])
-def test_the_temperature_is_fixed_or_learned(share):
-    agent = sac(SACSettings(target_entropy_ratio=share))
-    told = [agent.update(Batch.from_episodes(episodes())) for _ in range(3)]
-    assert math.isclose(told[0]["alpha"], 0.1, rel_tol=1e-6)
-    assert (told[-1]["alpha"] < 0.09999) == (share is not None)  # more random than wanted: α falls
-    assert (told[0]["temperature"] != 0) == (share is not None)
+@pytest.mark.parametrize("ratio", [None, 0.1])
+def test_alpha_is_fixed_or_learned(ratio):
+    agent = sac(SACSettings(target_entropy_ratio=ratio))
+    losses = [agent.update(Batch.from_episodes(episodes())) for _ in range(3)]
+    assert math.isclose(losses[0]["alpha"], 0.1, rel_tol=1e-6)
+    assert (losses[-1]["alpha"] < 0.09999) == (ratio is not None)  # entropy above its target: α falls
+    assert (losses[0]["temperature"] != 0) == (ratio is not None)
 
 
 def weights(agent):
@@ -94,7 +94,7 @@ def weights(agent):
 
 
 @pytest.mark.parametrize("make", [Cue, DictCue])
-def test_sac_goes_on_exactly(tmp_path, make):
+def test_sac_resumes_exactly(tmp_path, make):
     def envs():
         return sync_envs(lambda: make((2, 5)), 4)
 
@@ -114,7 +114,7 @@ def test_sac_goes_on_exactly(tmp_path, make):
 
 
 @pytest.mark.parametrize("make", [Cue, DictCue])
-def test_ppo_is_put_aside_exactly(make):
+def test_ppo_resumes_exactly_between_calls(make):
     def ppo(seed):
         torch.manual_seed(seed)
         memory = build_memory("deltanet", hidden_size=8, num_layers=1)
@@ -139,35 +139,35 @@ def ppo_of(make, seed=0):
 
 @pytest.mark.parametrize("mode", list(AutoresetMode))
 @pytest.mark.parametrize("make", [Cue, DictCue])
-def test_ppo_resumes_episodes_that_were_under_way(tmp_path, make, mode):
-    """gymnasium cannot put an environment aside: the actions since its reset, taken again, bring it back."""
+def test_ppo_resumes_unfinished_episodes(tmp_path, make, mode):
+    """gymnasium cannot save an environment: it is brought back by repeating the actions since its reset."""
 
     def envs():
         return sync_envs(lambda: make((2, 9)), 3, mode)
 
     whole = ppo_of(make)
-    told = []
+    reports = []
     for i, progress in enumerate(whole.train_in(envs(), 90)):
-        told.append(progress)
+        reports.append(progress)
         if i == 2:
             save_file(whole.checkpoint(), tmp_path / "agent.safetensors")
     resumed = ppo_of(make, seed=1)
     resumed.restore(load_file(tmp_path / "agent.safetensors"))
     again = resumed.checkpoint()
-    assert all(torch.equal(again[name], kept) for name, kept in load_file(tmp_path / "agent.safetensors").items())
-    assert list(resumed.train_in(envs(), 90)) == told[3:]
+    assert all(torch.equal(again[name], saved) for name, saved in load_file(tmp_path / "agent.safetensors").items())
+    assert list(resumed.train_in(envs(), 90)) == reports[3:]
     assert torch.equal(weights(resumed), weights(whole))
-    assert not whole.carried_state(), "the next call begins new episodes"
+    assert not whole.carried_state(), "the next call starts new episodes"
 
 
 class Lottery(Cue):
-    """Its chance follows from nothing."""
+    """An environment whose randomness does not depend on the seed."""
 
     def reset(self, *, seed=None, options=None):
         return super().reset(seed=int.from_bytes(os.urandom(4)))
 
 
-def test_where_an_environment_cannot_be_brought_back_new_episodes_begin():
+def test_new_episodes_start_if_an_environment_cannot_be_brought_back():
     first, second = ppo_of(Lottery), ppo_of(Lottery, seed=1)
     next(first.train_in(sync_envs(lambda: Lottery((20, 90)), 32), 10_000))
     second.restore(first.checkpoint())
@@ -176,8 +176,8 @@ def test_where_an_environment_cannot_be_brought_back_new_episodes_begin():
     assert second.collector.seed == second.derive_seed(steps)
 
 
-class Wiped(MemoryModel):
-    """A memory that is empty again before each step."""
+class AlwaysReset(MemoryModel):
+    """A memory that is reset before each step."""
 
     def __init__(self, memory):
         super().__init__()
@@ -190,8 +190,8 @@ class Wiped(MemoryModel):
         return self.memory.sequence(x, state, torch.ones_like(resets))
 
 
-class Painted(Cue):
-    """The cue as an image: all red or all blue, then black."""
+class ImageCue(Cue):
+    """The cue as an image, all red or all blue; later images are black."""
 
     def __init__(self):
         super().__init__()
@@ -204,22 +204,22 @@ class Painted(Cue):
         return image, {}
 
     def step(self, action):
-        _, *told = super().step(action)
-        return self.black(), *told
+        _, *rest = super().step(action)
+        return self.black(), *rest
 
     def black(self):
         return np.zeros((3, 4, 4), np.uint8)
 
 
 @pytest.mark.parametrize("kind", [SAC, PPO, Reinforce])
-def test_images_are_kept_as_they_are_and_learned_from(kind):
-    envs = sync_envs(Painted, 4)
+def test_images_are_stored_as_uint8_and_train_the_encoder(kind):
+    envs = sync_envs(ImageCue, 4)
     agent = kind(envs, build_memory("synchronous", hidden_size=8, num_layers=1, window=2), seed=1)
     (episode, *_) = play(agent, envs, 4)
     assert episode.observations.dtype == np.uint8 and episode.observations.shape == (5, 3, 4, 4)
     before = agent.core.encoder.observation.layers[0].weight.clone()
-    told = [progress.losses for progress in agent.train_in(envs, 100) if progress.losses]
-    assert all(math.isfinite(loss) for losses in told for loss in losses.values())
+    reports = [progress.losses for progress in agent.train_in(envs, 100) if progress.losses]
+    assert all(math.isfinite(loss) for losses in reports for loss in losses.values())
     assert (agent.core.encoder.observation.layers[0].weight != before).any()
 
 
@@ -243,19 +243,19 @@ def success(agent):
 
 @pytest.mark.parametrize("name", ["synchronous", "lstm"])
 @pytest.mark.parametrize("kind", [SAC, PPO])
-def test_a_memory_solves_what_none_can(kind, name):
-    """Once trained it names the cue always; with its state wiped at each step, half of the time, trained or not."""
+def test_a_memory_solves_a_memory_task(kind, name):
+    """A trained agent always names the cue; with its memory reset at each step, only half of the time."""
     agent = trained(kind, build_memory(name, hidden_size=16, num_layers=1, window=2), 12_000)
     assert success(agent) == 1
-    agent.core.memory = Wiped(agent.core.memory)
+    agent.core.memory = AlwaysReset(agent.core.memory)
     assert success(agent) < 0.65
 
 
-def test_a_cue_among_the_entries_of_a_dictionary_is_remembered():
+def test_a_cue_in_a_dictionary_is_remembered():
     agent = trained(PPO, build_memory("synchronous", hidden_size=16, num_layers=1, window=2), 12_000, make=DictCue)
     assert evaluate(agent, sync_envs(DictCue, 16), 100, seed=1000).success == 1
 
 
 @pytest.mark.parametrize("kind", [SAC, PPO, Reinforce])
-def test_without_a_memory_it_is_a_guess(kind):
-    assert success(trained(kind, Wiped(build_memory("synchronous", hidden_size=16, num_layers=1)), 4_000)) < 0.65
+def test_without_a_memory_an_agent_guesses(kind):
+    assert success(trained(kind, AlwaysReset(build_memory("synchronous", hidden_size=16, num_layers=1)), 4_000)) < 0.65

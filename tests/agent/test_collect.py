@@ -1,4 +1,4 @@
-"""Playing: what is kept of episodes, and that memory is carried and wiped exactly where it must be."""
+"""Playing: complete episodes, and a memory that is carried and reset exactly where it must be."""
 
 from __future__ import annotations
 
@@ -31,10 +31,16 @@ def agent_of(memory="synchronous", kind=SAC, window=3, make=Cue):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_episodes_are_whole(mode):
+def test_episodes_are_complete(mode):
     lengths = iter((3, 2))
     episodes = play(uniform(), sync_envs(lambda: Counter(next(lengths)), 2, mode), 5)
-    assert [episode.length for episode in episodes] == [2, 3, 2, 3, 3]  # three of the first copy, two of the second
+    assert [episode.length for episode in episodes] == [
+        2,
+        3,
+        2,
+        3,
+        3,
+    ]  # three of the first environment, two of the second
     for episode in episodes:
         first = episode.observations[0]
         assert first % 100 == 0
@@ -45,7 +51,7 @@ def test_episodes_are_whole(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_what_is_read_of_the_step_before(mode):
+def test_inputs_hold_the_previous_action_and_reward(mode):
     policy = uniform()
     player = Player(sync_envs(Counter, 1, mode), policy)
     before = None
@@ -60,12 +66,12 @@ def test_what_is_read_of_the_step_before(mode):
 
 @pytest.mark.parametrize("memory", MODELS)
 @pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP])
-def test_actions_from_stepping_are_those_of_the_sequence_pass(memory, mode):
-    """Copies of unequal lengths, resets inside the batch: each episode gives the logits that it gives alone."""
+def test_stepping_and_the_sequence_pass_give_the_same_logits(memory, mode):
+    """With resets inside the batch, each episode gives the same logits as on its own."""
     agent = agent_of(memory)
     read, chosen = [], []
 
-    class Recorded:
+    class Recorder:
         init_state = agent.init_state
 
         def act(self, inputs, state, *, greedy=False):
@@ -74,7 +80,7 @@ def test_actions_from_stepping_are_those_of_the_sequence_pass(memory, mode):
             chosen.append(agent.logits(features))
             return agent.draw(chosen[-1].detach()), after
 
-    player, policy = Player(sync_envs(lambda: Cue((2, 6)), 3, mode), Recorded(), seed=0), Recorded()
+    player, policy = Player(sync_envs(lambda: Cue((2, 6)), 3, mode), Recorder(), seed=0), Recorder()
     for _ in range(20):
         player.step(policy)
     inputs = Inputs(*(torch.stack(parts, dim=1) for parts in zip(*read, strict=True)))
@@ -93,8 +99,8 @@ def test_actions_from_stepping_are_those_of_the_sequence_pass(memory, mode):
 @pytest.mark.parametrize("make", [Cue, DictCue])
 @pytest.mark.parametrize("kind", [SAC, PPO])
 @pytest.mark.parametrize("mode", MODES)
-def test_episodes_that_were_played_are_learned_from_as_they_were_played(kind, mode, make):
-    """The greedy actions of stored episodes, in a padded batch, are the actions that were taken."""
+def test_learning_recomputes_the_actions_that_were_taken(kind, mode, make):
+    """The greedy actions of stored episodes, computed in a padded batch, are the actions that were taken."""
     agent = agent_of(kind=kind, make=make)
     episodes = play(agent, sync_envs(lambda: make((1, 7), cut=True), 4, mode), 9, seed=3, greedy=True)
     batch = Batch.from_episodes(episodes)
@@ -106,28 +112,28 @@ def test_episodes_that_were_played_are_learned_from_as_they_were_played(kind, mo
 
 @pytest.mark.parametrize("make", [Cue, DictCue])
 @pytest.mark.parametrize("mode", MODES)
-def test_rollouts_go_on_where_the_last_one_ended(mode, make):
-    """Two rollouts, and one of their length, of the same steps: the same memory, values and counts."""
+def test_a_rollout_continues_the_previous_one(mode, make):
+    """Two rollouts equal one of their total length: memory, values and outcomes."""
     agent = agent_of(kind=PPO, make=make)
-    begun = agent.generator.get_state()
+    initial = agent.generator.get_state()
 
     def collect(lengths):
-        agent.generator.set_state(begun)
+        agent.generator.set_state(initial)
         collector = Collector(sync_envs(lambda: make((2, 6), cut=True), 3, mode), agent, seed=1)
         return zip(*(collector.rollout(agent, length) for length in lengths), strict=True)
 
-    (first, second), told = collect([7, 9])
+    (first, second), outcomes = collect([7, 9])
     (whole,), (together,) = collect([16])
-    assert [*told[0], *told[1]] == together and len(together) > 5
+    assert [*outcomes[0], *outcomes[1]] == together and len(together) > 5
     assert torch.equal(torch.cat([first.actions, second.actions], dim=1), whole.actions)
     logits, values = agent.logits_and_values(whole)
     later = agent.logits_and_values(second)
     torch.testing.assert_close(later[0], logits[:, 7:], rtol=0, atol=1e-10)
-    # V of what followed each action: the next step's, or that of an episode's last observation where it was cut
+    # V after each action: that of the next step, or of the last observation of a truncated episode
     followed, live = whole.next_values(values), whole.mask
     torch.testing.assert_close(first.next_values(values[:, :7])[live[:, :7]], followed[:, :7][live[:, :7]])
     cut = whole.ended & ~whole.terminated
-    if mode == AutoresetMode.NEXT_STEP:  # its last observation is read at the next step as well
+    if mode == AutoresetMode.NEXT_STEP:  # the last observation is also the input of the next step
         torch.testing.assert_close(whole.bootstrap_values[:, :-1][cut[:, :-1]].double(), values[:, 1:][cut[:, :-1]])
         assert (~live).sum() == cut[:, :-1].sum()
     else:
@@ -135,8 +141,8 @@ def test_rollouts_go_on_where_the_last_one_ended(mode, make):
 
 
 @pytest.mark.parametrize("cut", [True, False])
-def test_advantages_do_not_depend_on_how_copies_are_reset(cut):
-    """The same episodes in all three modes: the same advantage at each step of those that ended."""
+def test_advantages_do_not_depend_on_the_autoreset_mode(cut):
+    """The same episodes in all three modes have the same advantages at every step."""
     agent = agent_of(kind=PPO)
 
     class Greedy:
@@ -155,22 +161,24 @@ def test_advantages_do_not_depend_on_how_copies_are_reset(cut):
         common = min(map(len, rows))
         assert common > 20
         for found in rows[1:]:
-            torch.testing.assert_close(found[:common], rows[0][:common], rtol=0, atol=1e-6)  # rewards are in float32
+            torch.testing.assert_close(
+                found[:common], rows[0][:common], rtol=0, atol=1e-6
+            )  # rewards are stored in float32
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_evaluation_shares_episodes_out_beforehand(mode):
-    told = evaluate(uniform(2), sync_envs(lambda: Cue((1, 9)), 3, mode), 40, seed=0)
-    assert len(told.outcomes) == 40
-    lengths = [outcome.length for outcome in told.outcomes]
-    assert 4 < np.mean(lengths) < 6 and told.mean_length == np.mean(lengths)
-    assert 0.2 < told.success < 0.8 and math.isclose(told.mean_return, 2 * told.success - 1, abs_tol=1e-6)
+def test_the_number_of_episodes_of_each_environment_is_fixed_in_advance(mode):
+    result = evaluate(uniform(2), sync_envs(lambda: Cue((1, 9)), 3, mode), 40, seed=0)
+    assert len(result.outcomes) == 40
+    lengths = [outcome.length for outcome in result.outcomes]
+    assert 4 < np.mean(lengths) < 6 and result.mean_length == np.mean(lengths)
+    assert 0.2 < result.success < 0.8 and math.isclose(result.mean_return, 2 * result.success - 1, abs_tol=1e-6)
     again = evaluate(uniform(2), sync_envs(lambda: Cue((1, 9)), 3, mode), 40, seed=0)
-    assert told == again
+    assert result == again
 
 
-def test_play_stops_between_two_steps():
-    """In collection, evaluation and rollouts alike; what an unfinished round of SAC drew is undone."""
+def test_a_stop_takes_effect_before_the_next_step():
+    """In collection, evaluation and rollouts alike; the random numbers of an unfinished collection are undone."""
     calls = {
         "play": lambda agent, envs, stopped: play(agent, envs, 4, stopped=stopped),
         "evaluate": lambda agent, envs, stopped: evaluate(agent, envs, 4, stopped=stopped),
@@ -189,7 +197,7 @@ def test_play_stops_between_two_steps():
 
 
 class Stopper(VectorWrapper):
-    """Asks to stop in its third step."""
+    """Requests a stop in its third step."""
 
     def __init__(self, envs, stopped):
         super().__init__(envs)
@@ -202,16 +210,16 @@ class Stopper(VectorWrapper):
         return super().step(actions)
 
 
-def test_an_evaluation_keeps_no_observations():
+def test_evaluation_does_not_store_observations():
     player = Player(sync_envs(DictCue, 2), uniform(2), 0)
     episodes = _play(player, uniform(2), 4, greedy=False, observations=False)
-    kept = play(uniform(2), sync_envs(DictCue, 2), 4, seed=0)
-    assert [episode.outcome for episode in episodes] == [episode.outcome for episode in kept]
+    stored = play(uniform(2), sync_envs(DictCue, 2), 4, seed=0)
+    assert [episode.outcome for episode in episodes] == [episode.outcome for episode in stored]
     assert all(episode.observations == () for episode in episodes)
 
 
 @pytest.mark.parametrize("greedy", [True, False])
-def test_an_agent_that_diverged_says_so(greedy):
+def test_divergence_is_reported(greedy):
     agent = agent_of()
     with torch.no_grad():
         agent.actor[0].weight.fill_(math.nan)
@@ -219,7 +227,7 @@ def test_an_agent_that_diverged_says_so(greedy):
         play(agent, sync_envs(Cue, 2), 1, greedy=greedy)
 
 
-def test_which_memory_spoke_in_an_episode():
+def test_shares_of_the_memories_in_an_episode():
     agent = agent_of()
     batch = Batch.from_episodes(play(agent, sync_envs(lambda: Cue((5, 5)), 1), 1))
     shares = shares_during(agent, lambda: agent.core.sequence(batch.inputs(), agent.init_state(1)))

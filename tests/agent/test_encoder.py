@@ -1,4 +1,4 @@
-"""What an agent can see."""
+"""Encoders of observations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hqlt.agent.encoder import Encoder, build_encoder, observation_encoder
 from tests.agent.toy_envs import Cue, DictCue, sync_envs
 
 ACTIONS = spaces.Discrete(4)
-SEEN = {
+SPACES = {
     "vector": spaces.Box(-1, 1, (7,), np.float64),
     "number": spaces.Box(-1, 1, (), np.float32),
     "matrix": spaces.Box(-1, 1, (3, 4), np.float32),
@@ -26,9 +26,9 @@ SEEN = {
 }
 NESTED = spaces.Dict(
     {
-        "image": SEEN["image"],
-        "pair": spaces.Tuple([SEEN["vector"], SEEN["symbol"]]),
-        "bag": spaces.Dict({"symbols": SEEN["symbols"], "flags": SEEN["flags"]}),
+        "image": SPACES["image"],
+        "pair": spaces.Tuple([SPACES["vector"], SPACES["symbol"]]),
+        "bag": spaces.Dict({"symbols": SPACES["symbols"], "flags": SPACES["flags"]}),
     }
 )
 
@@ -41,7 +41,7 @@ def sampled(space, *axes):
     return tree_map(lambda x: torch.from_numpy(np.asarray(x)), space.sample())
 
 
-@pytest.mark.parametrize("space", [*SEEN.values(), NESTED], ids=[*SEEN, "nested"])
+@pytest.mark.parametrize("space", [*SPACES.values(), NESTED], ids=[*SPACES, "nested"])
 def test_a_sequence_is_encoded_step_by_step(space):
     encoder = build_encoder(space, ACTIONS, 6)
     seen = sampled(space, 2, 3)
@@ -56,8 +56,8 @@ def test_a_sequence_is_encoded_step_by_step(space):
     assert all((other != together).any(-1).all() for other in changed)
 
 
-def test_every_entry_is_seen_by_an_encoder_of_its_own():
-    """The features of a dictionary are those of its entries side by side, so a change of one changes its part alone."""
+def test_every_entry_has_its_own_encoder():
+    """Features of the entries are concatenated: changing an entry changes only its part."""
     encoder = observation_encoder(NESTED, 6)
     seen = sampled(NESTED, 5)
     features = encoder(seen)
@@ -69,8 +69,8 @@ def test_every_entry_is_seen_by_an_encoder_of_its_own():
         assert changed == [place == i for place in range(5)]
 
 
-def test_symbols_are_sums_of_one_vector_each():
-    encoder = observation_encoder(SEEN["symbols"], 6)
+def test_discrete_values_are_summed_embeddings():
+    encoder = observation_encoder(SPACES["symbols"], 6)
     assert encoder.embedding.weight.shape == (11, 6)
     got = encoder(torch.tensor([[[1, 3], [-1, 1]]]))
     torch.testing.assert_close(got[0], encoder.embedding.weight[[1, 4, 7, 10]].sum(0))
@@ -92,8 +92,8 @@ class Tiny(Cue):
         return np.zeros((3, 2, 2), np.uint8), *rest
 
 
-class Own(torch.nn.Module):
-    """An encoder of one's own: of a dictionary it reads one entry alone."""
+class CustomEncoder(torch.nn.Module):
+    """A custom encoder, which uses only one entry of a dictionary."""
 
     def __init__(self, pixels):
         super().__init__()
@@ -106,34 +106,34 @@ class Own(torch.nn.Module):
 
 @pytest.mark.parametrize("make", [DictCue, Tiny])
 @pytest.mark.parametrize("kind", [PPO, SAC])
-def test_an_encoder_of_your_own_is_trained(kind, make):
-    """What errors advise works: for dictionaries, and for images too small for the convolutions."""
+def test_a_custom_encoder_is_trained(kind, make):
+    """As the errors advise: for dictionaries, and for images too small for the convolutions."""
     envs = sync_envs(make, 4)
     memory = build_memory("lstm", hidden_size=8, num_layers=1)
-    own = Own(48 if make is DictCue else 12)
-    encoder = Encoder(observation=own, observation_width=5, actions=2, hidden_size=8)
+    custom = CustomEncoder(48 if make is DictCue else 12)
+    encoder = Encoder(observation=custom, observation_width=5, actions=2, hidden_size=8)
     agent = kind(envs, memory, encoder=encoder)
-    before = own.linear.weight.clone()
-    told = [progress.losses for progress in agent.train_in(envs, 600 if kind is PPO else 200) if progress.losses]
-    assert told and (own.linear.weight != before).any()
+    before = custom.linear.weight.clone()
+    reports = [progress.losses for progress in agent.train_in(envs, 600 if kind is PPO else 200) if progress.losses]
+    assert reports and (custom.linear.weight != before).any()
     assert len(evaluate(agent, envs, 3).outcomes) == 3
 
 
-def test_pixels_and_channels():
-    """The paper's: 8 channels, then 16, of kernel 2; (5 − 2)² · 16 numbers to the linear map."""
-    layers = build_encoder(SEEN["image"], ACTIONS, 100).observation.layers
+def test_sizes_of_the_image_encoder():
+    """As in the paper: 8 and 16 channels with kernel 2; (5 − 2)² · 16 numbers enter the linear layer."""
+    layers = build_encoder(SPACES["image"], ACTIONS, 100).observation.layers
     assert [tuple(layer.weight.shape) for layer in layers if hasattr(layer, "weight")] == [
         (8, 3, 2, 2),
         (16, 8, 2, 2),
         (100, 144),
     ]
-    encoder = build_encoder(SEEN["image, channels last"], ACTIONS, 4).observation
+    encoder = build_encoder(SPACES["image, channels last"], ACTIONS, 4).observation
     image = torch.randint(255, (1, 7, 8, 3), dtype=torch.uint8)
     assert torch.equal(encoder(image), encoder.layers(image.permute(0, 3, 1, 2).float() / 255))
 
 
 @pytest.mark.parametrize(
-    ("seen", "acted", "told"),
+    ("observations", "actions", "message"),
     [
         (spaces.Tuple([ACTIONS, spaces.Text(3)]), ACTIONS, r"observation_space\[1\]: expected Box.*FilterObservation"),
         (
@@ -145,12 +145,12 @@ def test_pixels_and_channels():
         (ACTIONS, spaces.Box(-1, 1, (2,)), "single_action_space"),
     ],
 )
-def test_other_spaces_are_refused(seen, acted, told):
-    with pytest.raises(ValueError, match=told):
-        build_encoder(seen, acted, 8)
+def test_other_spaces_are_refused(observations, actions, message):
+    with pytest.raises(ValueError, match=message):
+        build_encoder(observations, actions, 8)
 
 
 def test_environments_of_other_shapes_are_refused():
-    encoder = build_encoder(SEEN["vector"], ACTIONS, 6)
+    encoder = build_encoder(SPACES["vector"], ACTIONS, 6)
     with pytest.raises(ValueError, match=r"observation: expected shape \[..., 7\], as in the env.*, got \[2, 6\]"):
         encoder(torch.zeros(2, 6), torch.zeros(2, dtype=torch.long), torch.zeros(2))

@@ -1,4 +1,4 @@
-"""Losses against numbers worked out by hand."""
+"""Losses, compared with values worked out by hand."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def test_soft_target():
     close(got, [[1 + 0.9 * (5 + 0.5 * ENTROPY), 2.0]])
 
 
-def test_q_loss_counts_what_was_played():
+def test_q_loss_uses_only_steps_of_the_mask():
     q = tensor([[1.0, 2.0], [3.0, 4.0], [math.nan, math.nan]])
     target, mask = tensor([4.0, 1.0, 0.0]), torch.tensor([[YES, YES, NO]])
     close(losses.q_loss(q, torch.tensor([[1, 0, 0]]), target, mask), ((2 - 4) ** 2 / 2 + (3 - 1) ** 2 / 2) / 2)
 
 
-def test_actor_loss_has_its_gradient_at_the_policy_alone():
+def test_actor_loss_has_no_gradient_for_the_critics():
     logits, q = LOGITS.clone().requires_grad_(), tensor([[4.0, 8.0]]).requires_grad_()
     loss = losses.actor_loss(logits, q, 0.0, torch.tensor([[YES]]))
     close(loss.detach(), -5.0)
@@ -58,7 +58,7 @@ def test_actor_loss_has_its_gradient_at_the_policy_alone():
     close(losses.actor_loss(LOGITS, q, 0.5, torch.tensor([[YES]])), -5 - 0.5 * ENTROPY)
 
 
-def test_temperature_falls_while_the_policy_is_too_random():
+def test_alpha_falls_while_the_entropy_is_above_its_target():
     log_temperature = torch.tensor(math.log(0.2), dtype=torch.float64, requires_grad=True)
     loss = losses.temperature_loss(log_temperature, LOGITS, 0.1, torch.tensor([[YES]]))
     close(loss.detach(), 0.2 * (ENTROPY - 0.1))
@@ -67,7 +67,7 @@ def test_temperature_falls_while_the_policy_is_too_random():
 
 
 def test_generalised_advantages():
-    """γ = ½, λ = ½. Steps 0 and 1 end in a cut, step 2 terminates, step 3 is the rollout's last."""
+    """γ = ½, λ = ½. Step 1 truncates an episode, step 2 terminates one, step 3 is the last of the rollout."""
     got = losses.generalised_advantages(
         rewards=tensor([1.0, 2.0, 3.0, 4.0]),
         values=tensor([0.0, 1.0, 1.0, 2.0]),
@@ -82,7 +82,7 @@ def test_generalised_advantages():
 
 
 def test_clipped_policy_loss():
-    """Ratios 1.5 and 0.5, ε = 0.2: a gain is cut off at 1.2, a loss is not."""
+    """Ratios 1.5 and 0.5, ε = 0.2: a gain is clipped at 1.2, a loss is not."""
     now, before = tensor([math.log(1.5), math.log(0.5), math.log(1.5), 0.0]), tensor([0.0, 0.0, 0.0, 0.0])
     advantages, mask = tensor([1.0, 1.0, -1.0, 9.0]), torch.tensor([[YES, YES, YES, NO]])
     close(losses.clipped_policy_loss(now, before, advantages, 0.2, mask), -(1.2 + 0.5 - 1.5) / 3)
@@ -96,5 +96,5 @@ def test_standardised_and_value_loss():
     close(losses.value_loss(tensor([1.0, 3.0, 5.0]), tensor([2.0, 3.0, 0.0]), mask), 0.25)
 
 
-def test_nothing_played_is_no_loss():
+def test_an_empty_mask_gives_zero():
     close(losses.masked_mean(tensor([math.inf]), torch.tensor([[NO]])), 0.0)

@@ -1,4 +1,4 @@
-"""Our losses and torchrl's say the same of the same networks; where it is not installed there is nothing to compare."""
+"""Our losses equal torchrl's for the same networks; skipped if torchrl is not installed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ALPHA, GAMMA = 0.3, 0.9
 
 @pytest.fixture
 def steps():
-    """B steps, each a row of its own."""
+    """B steps, each in its own row."""
     draw = torch.Generator().manual_seed(1)
     return {
         "observation": torch.randn(B, D, generator=draw),
@@ -64,7 +64,7 @@ def test_sac_discrete(steps):
         target_entropy_weight=0.5,
     )
     theirs.make_value_estimator(gamma=GAMMA)
-    said = theirs(batch_of(steps))
+    expected = theirs(batch_of(steps))
 
     def values(parameters, x):
         return [x @ w.T + b for w, b in zip(parameters["module", "weight"], parameters["module", "bias"], strict=True)]
@@ -76,11 +76,13 @@ def test_sac_discrete(steps):
     )
     actions = steps["action"][None]
     critic = sum(losses.q_loss(one, actions, target, mask) for one in q)
-    torch.testing.assert_close(2 * critic, said["loss_qvalue"])  # theirs is without the half
-    torch.testing.assert_close(losses.actor_loss(actor(x), torch.minimum(*q), ALPHA, mask), said["loss_actor"])
+    torch.testing.assert_close(2 * critic, expected["loss_qvalue"])  # theirs has no factor ½
+    torch.testing.assert_close(losses.actor_loss(actor(x), torch.minimum(*q), ALPHA, mask), expected["loss_actor"])
     log_alpha = torch.tensor(ALPHA).log()
     ours = losses.temperature_loss(log_alpha, actor(x), theirs.target_entropy.item(), mask)
-    torch.testing.assert_close(ours / ALPHA * log_alpha, said["loss_alpha"])  # theirs has log α for α before it
+    torch.testing.assert_close(
+        ours / ALPHA * log_alpha, expected["loss_alpha"]
+    )  # theirs has the factor log α instead of α
 
 
 def test_clipped_policy_loss(steps):
@@ -96,12 +98,12 @@ def test_clipped_policy_loss(steps):
     before, advantages = torch.randn(B, A).log_softmax(-1), torch.randn(B)
     log_pi_before = losses.gather_actions(before, steps["action"])
     keys = {theirs.tensor_keys.sample_log_prob: log_pi_before, "advantage": advantages[:, None]}
-    said = theirs(batch_of(steps, **keys, value_target=torch.zeros(B, 1)))
+    expected = theirs(batch_of(steps, **keys, value_target=torch.zeros(B, 1)))
     logits, mask = actor(steps["observation"][None]), torch.ones(1, B, dtype=torch.bool)
     log_pi = losses.gather_actions(logits.log_softmax(-1), steps["action"][None])
     ours = losses.clipped_policy_loss(log_pi, log_pi_before[None], advantages[None], 0.2, mask)
-    torch.testing.assert_close(ours, said["loss_objective"])
-    torch.testing.assert_close(losses.entropy(logits).mean(), said["entropy"])
+    torch.testing.assert_close(ours, expected["loss_objective"])
+    torch.testing.assert_close(losses.entropy(logits).mean(), expected["entropy"])
 
 
 def test_generalised_advantages():

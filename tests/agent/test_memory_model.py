@@ -1,4 +1,4 @@
-"""The laws of everything an agent may remember with, in float64: stepping ≡ the sequence pass, reset ≡ apart."""
+"""Laws of every memory, in float64: stepping equals the sequence pass, a reset equals a separate sequence."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def x():
 
 @pytest.fixture
 def resets():
-    """Rows that begin anew at different times, one at its first step, one twice in a row."""
+    """Rows with resets at different times, one at its first step, one at two consecutive steps."""
     resets = torch.zeros(B, T, dtype=torch.bool)
     resets[0, 0] = resets[0, 6] = resets[1, 5] = resets[1, 6] = resets[2, 12] = True
     return resets
@@ -42,7 +42,7 @@ def same(got, expected):
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
 
 
-def test_steps_say_what_the_sequence_pass_says(model, x, resets):
+def test_stepping_equals_the_sequence_pass(model, x, resets):
     _, state = model.sequence(torch.randn(B, 5, D, dtype=torch.float64), model.init_state(B), resets[:, :5])
     expected, after = model.sequence(x, state, resets)
     got = []
@@ -55,7 +55,7 @@ def test_steps_say_what_the_sequence_pass_says(model, x, resets):
     same(model.sequence(probe, state, none)[0], model.sequence(probe, after, none)[0])
 
 
-def test_pieces_are_the_whole(model, x, resets):
+def test_chunks_equal_the_whole_sequence(model, x, resets):
     expected, _ = model.sequence(x, model.init_state(B), resets)
     first, state = model.sequence(x[:, :6], model.init_state(B), resets[:, :6])
     second, _ = model.sequence(x[:, 6:], state, resets[:, 6:])
@@ -76,7 +76,7 @@ def test_a_reset_is_a_separate_sequence(model, x, resets):
             same(together[row, begin:end], model.sequence(x[row : row + 1, begin:end], state, none)[0][0])
 
 
-def test_gradients_of_steps_are_those_of_the_sequence_pass(model, x, resets):
+def test_gradients_of_stepping_equal_those_of_the_sequence_pass(model, x, resets):
     def gradients(run):
         inputs = x.clone().requires_grad_()
         (run(inputs) ** 2).sum().backward()
@@ -100,8 +100,8 @@ def test_gradients_of_steps_are_those_of_the_sequence_pass(model, x, resets):
 
 
 @pytest.mark.parametrize("name", ["lstm", "synchronous", "deltanet", "transformer"])
-def test_what_was_long_ago_is_remembered(name):
-    """But by the one with a window that is too short."""
+def test_the_first_step_is_remembered(name):
+    """By all memories except a Transformer with a shorter window."""
     model = build_memory(name, hidden_size=D, num_layers=1, window=4).double()
     x = torch.randn(1, T, D, dtype=torch.float64)
     other = x.clone()
@@ -111,7 +111,7 @@ def test_what_was_long_ago_is_remembered(name):
     assert (apart[0, -1].abs().max() < 1e-12) == (name == "transformer")
 
 
-def test_full_attention_does_not_keep_pairs_of_earlier_episodes():
+def test_full_attention_drops_entries_of_earlier_episodes():
     model = build_memory("transformer", hidden_size=D, window=None)
     state = model.init_state(2)
     for t in range(20):

@@ -1,4 +1,4 @@
-"""Observations as their spaces say, nested or not, and what is said of those that are not."""
+"""Checks of observations against their space, nested or not, and their error messages."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ NESTED = spaces.Dict(
 )
 
 
-def seen(space=NESTED, rows=4):
+def sample(space=NESTED, rows=4):
     batched = batch_space(space, rows)
     batched.seed(0)
     return batched.sample()
 
 
 @pytest.mark.parametrize("space", [IMAGE, NESTED, spaces.Discrete(3), spaces.Box(-1, 1, (), np.float64)])
-def test_what_is_of_its_space_is_copied(space):
+def test_valid_observations_are_copied(space):
     check_observation_space(space)
-    given = seen(space)
+    given = sample(space)
     got = checked_observation(space, given, 4)
     assert type(got) is type(given) or isinstance(got, np.ndarray)
     for array, original in zip(tree_leaves(got), tree_leaves(given), strict=True):
@@ -37,16 +37,16 @@ def test_what_is_of_its_space_is_copied(space):
         assert not np.shares_memory(array, original)
 
 
-def test_wider_numbers_of_the_same_kind_are_narrowed():
+def test_wider_dtypes_of_the_same_kind_are_converted():
     space = spaces.Box(-1, 1, (2,), np.float32)
     assert checked_observation(space, np.ones((3, 2), np.float64), 3).dtype == np.float32
     with pytest.raises(InvalidObservation, match=r"observation\[0\]: expected finite numbers, got inf"):
         checked_observation(space, np.full((3, 2), 1e300), 3)
 
 
-def spoiled(place, value):
+def changed(place, value):
     """The sample with one entry changed."""
-    given = seen()
+    given = sample()
     entry = given
     for key in place[:-1]:
         entry = entry[key]
@@ -64,24 +64,24 @@ def with_nan():
 
 
 @pytest.mark.parametrize(
-    ("given", "said", "env"),
+    ("given", "message", "env"),
     [
-        (spoiled(["pose", 0], with_nan()), r"observation\['pose'\]\[0\]\[1\]: expected finite numbers, got nan", 2),
-        (spoiled(["pose", 1], np.array([-1, 0, 1, 2])), r"observation\['pose'\]\[1\]: expected -1 … 1, got 2", 3),
-        (spoiled(["inventory", "slots"], np.full((4, 2), 3)), r"\['slots'\]\[0\]: expected a value of .*, got 3", 0),
-        (spoiled(["image"], np.zeros((4, 3, 4, 4))), r"\['image'\]: expected uint8, the dtype .*, got float64", None),
-        (spoiled(["image"], np.zeros((4, 4, 4, 3), np.uint8)), r"shape \[4, 3, 4, 4\], got \[4, 4, 4, 3\]", None),
-        (spoiled(["pose"], 3), r"\['pose'\]: expected entries \[0, 1\], got int", None),
+        (changed(["pose", 0], with_nan()), r"observation\['pose'\]\[0\]\[1\]: expected finite numbers, got nan", 2),
+        (changed(["pose", 1], np.array([-1, 0, 1, 2])), r"observation\['pose'\]\[1\]: expected -1 … 1, got 2", 3),
+        (changed(["inventory", "slots"], np.full((4, 2), 3)), r"\['slots'\]\[0\]: expected a value of .*, got 3", 0),
+        (changed(["image"], np.zeros((4, 3, 4, 4))), r"\['image'\]: expected uint8, the dtype .*, got float64", None),
+        (changed(["image"], np.zeros((4, 4, 4, 3), np.uint8)), r"shape \[4, 3, 4, 4\], got \[4, 4, 4, 3\]", None),
+        (changed(["pose"], 3), r"\['pose'\]: expected entries \[0, 1\], got int", None),
         ({"image": 0}, r"observation: expected entries \[.*\], got \['image'\]", None),
     ],
 )  # fmt: skip
-def test_what_is_not_of_its_space_is_named(given, said, env):
-    with pytest.raises(InvalidObservation, match=said) as caught:
+def test_invalid_observations_are_named(given, message, env):
+    with pytest.raises(InvalidObservation, match=message) as caught:
         checked_observation(NESTED, given, 4)
     assert caught.value.env == env
 
 
-def test_spaces_without_arrays_are_refused_by_the_name_of_the_entry():
+def test_spaces_without_arrays_are_refused_and_named():
     with pytest.raises(ValueError, match=r"observation_space\['said'\]\[1\]: expected Box, .*FilterObservation"):
         check_observation_space(spaces.Dict({"seen": IMAGE, "said": spaces.Tuple([IMAGE, spaces.Text(5)])}))
     with pytest.raises(ValueError, match=r"observation_space: expected at least one entry"):

@@ -1,4 +1,4 @@
-"""Episodes come out of the replay as they went in, and a replay that is restored draws what the first one draws."""
+"""Episodes are returned unchanged by the replay buffer, and a restored buffer samples the same as the original."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def episode(length, number=0, terminated=True):
     )
 
 
-def test_a_batch_is_filled_up_and_masked():
+def test_a_batch_is_padded_and_masked():
     batch = Batch.from_episodes([episode(2, 7), episode(4, 9, terminated=False)])
     assert batch.observations.shape == (2, 5, 3, 5, 5) and batch.observations.dtype == torch.uint8
     assert batch.mask.tolist() == [[True, True, False, False], [True] * 4]
@@ -32,7 +32,7 @@ def test_a_batch_is_filled_up_and_masked():
     assert inputs.resets.tolist() == [[True, False, False, False, False]] * 2
 
 
-def test_the_oldest_episodes_go_first():
+def test_the_oldest_episodes_are_removed_first():
     replay = Replay(capacity=10)
     for number in range(5):
         replay.add(episode(3, number))
@@ -41,7 +41,7 @@ def test_the_oldest_episodes_go_first():
     assert len(replay) == 1 and replay.steps == 10
 
 
-def test_what_cannot_be_kept_or_drawn_is_refused():
+def test_invalid_episodes_and_sampling_from_nothing_are_refused():
     replay = Replay(capacity=10)
     with pytest.raises(ValueError, match="1 to 10 steps"):
         replay.add(episode(11))
@@ -50,7 +50,7 @@ def test_what_cannot_be_kept_or_drawn_is_refused():
 
 
 def nested(length, number=0, terminated=True):
-    """The same episode, its observations in entries of several dtypes."""
+    """The same episode with nested observations of several dtypes."""
     plain = episode(length, number, terminated)
     place = np.arange(length + 1, dtype=np.float32) + number
     return plain._replace(observations={"image": plain.observations, "rest": (place, {"0": place.astype(np.int8)})})
@@ -59,7 +59,7 @@ def nested(length, number=0, terminated=True):
 @pytest.mark.parametrize("episode", [episode, nested])
 @pytest.mark.parametrize("episodes", [0, 6])
 @pytest.mark.parametrize("kind", ["npz", "safetensors"])
-def test_restored_exactly(tmp_path, episodes, kind, episode):
+def test_a_restored_buffer_is_identical(tmp_path, episodes, kind, episode):
     replay = Replay(capacity=20, seed=3)
     for number in range(episodes):
         replay.add(episode(2 + number, number, terminated=number != 4))

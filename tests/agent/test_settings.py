@@ -1,4 +1,4 @@
-"""Every number of every settings has a range, and what is out of it is refused by the name that is typed."""
+"""Every numeric setting has a range; values out of range are refused by the name of the option."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def test_every_number_has_a_range(settings, field, wrong):
     value = (wrong,) if "tuple" in str(field.type) else wrong
     name = (PREFIXES[settings] + field.name).replace(".", r"\.")
     if "dict" in str(field.type):
-        pytest.skip("arguments of the world, which checks them itself")
+        pytest.skip("arguments of the environment, which checks them itself")
     with pytest.raises(ValueError, match=rf"^{name}: expected a (whole )?number .*, got "):
         settings_of(settings, **{field.name: value})
 
 
 @pytest.mark.parametrize(("settings", "field"), [*numeric_fields()])
-def test_none_is_a_value_where_the_type_has_it(settings, field):
+def test_none_is_accepted_only_if_the_type_allows_it(settings, field):
     if "None" in str(field.type):
         settings_of(settings, **{field.name: None})
     elif "dict" not in str(field.type):
@@ -48,7 +48,7 @@ def test_none_is_a_value_where_the_type_has_it(settings, field):
 
 
 @pytest.mark.parametrize(
-    ("allowed", "inside", "outside", "said"),
+    ("allowed", "inside", "outside", "text"),
     [
         (COUNT, [1, 10**9, np.int64(3)], [0, 1.0, True], "a whole number of at least 1"),
         (POSITIVE, [1e-9, 3, np.float32(0.5)], [0, -1, math.nan, math.inf], "a number above 0"),
@@ -57,7 +57,7 @@ def test_none_is_a_value_where_the_type_has_it(settings, field):
         (Range(0, 22, whole=True), [0, 22], [23, 3.5], "a whole number from 0 to 22"),
     ],
 )
-def test_ranges(allowed, inside, outside, said):
+def test_ranges(allowed, inside, outside, text):
     assert all(value in allowed for value in inside)
     assert not any(value in allowed for value in outside)
-    assert str(allowed) == said
+    assert str(allowed) == text

@@ -1,4 +1,4 @@
-"""What a stream of steps says, by hand, in gymnasium's three autoreset modes."""
+"""Streams of steps in gymnasium's three autoreset modes, compared with values worked out by hand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MODES = list(AutoresetMode)
 
 
 def counters(mode):
-    """Two copies, whose episodes last three steps and two."""
+    """Two environments, with episodes of three steps and two."""
     lengths = iter((3, 2))
     return sync_envs(lambda: Counter(next(lengths)), 2, mode)
 
@@ -29,7 +29,7 @@ def run(mode, steps):
     return stream.reset(), [stream.step(np.array([0, 2])) for _ in range(steps)]
 
 
-def test_a_copy_that_is_reset_on_the_next_step_shows_its_last_observation_first():
+def test_reset_at_the_next_step():
     begun, steps = run(AutoresetMode.NEXT_STEP, 5)
     assert begun.tolist() == [100, 100]
     assert [step.observation.tolist() for step in steps] == [[101, 101], [102, 102], [103, 200], [200, 201], [201, 202]]
@@ -41,7 +41,7 @@ def test_a_copy_that_is_reset_on_the_next_step_shows_its_last_observation_first(
 
 
 @pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.DISABLED])
-def test_a_copy_that_is_reset_in_the_same_step_shows_its_last_observation_aside(mode):
+def test_reset_in_the_same_step(mode):
     begun, steps = run(mode, 4)
     assert begun.tolist() == [100, 100]
     assert [step.successor.tolist() for step in steps] == [[101, 101], [102, 102], [103, 201], [201, 202]]
@@ -52,7 +52,7 @@ def test_a_copy_that_is_reset_in_the_same_step_shows_its_last_observation_aside(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_success_is_told_where_an_episode_ends(mode):
+def test_success_is_reported_at_the_end_of_an_episode(mode):
     stream = Stream(sync_envs(lambda: Cue((2, 2)), 3, mode))
     cue = (stream.reset(seed=0)[:, 0] > 0).astype(int)
     assert np.isnan(stream.step(cue).success).all()
@@ -64,7 +64,7 @@ def test_success_is_told_where_an_episode_ends(mode):
 
 
 @pytest.mark.parametrize("mode", [None, "sometimes"])
-def test_environments_that_do_not_say_how_they_reset_are_refused(mode):
+def test_environments_without_an_autoreset_mode_are_refused(mode):
     envs = sync_envs(Cue, 1)
     envs.metadata["autoreset_mode"] = mode
     with pytest.raises(ValueError, match=rf"metadata\['autoreset_mode'\], .*, got {mode!r}"):
@@ -74,7 +74,7 @@ def test_environments_that_do_not_say_how_they_reset_are_refused(mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("vector", [SyncVectorEnv, AsyncVectorEnv])
 def test_last_observations_of_dictionaries_and_tuples(mode, vector):
-    """`successor` is the last observation of an episode in every mode, entry by entry; `observation` the next one's."""
+    """In every mode `successor` holds the last observation of an episode and `observation` the first of the next."""
     envs = vector([lambda: DictCue((2, 2))] * 3, autoreset_mode=mode)
     stream = Stream(envs)
     seen = stream.reset(seed=1)
@@ -97,7 +97,7 @@ def stepped(stream, steps):
 
 
 class Bad(Counter):
-    """An environment in which at the third step of the second of its kind something goes wrong."""
+    """An environment with a fault in the third step of every second instance."""
 
     made = itertools.count()
 
@@ -121,7 +121,7 @@ PLACE = "Bad, env 1, step 3 of its episode: "
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "message"),
     [
         (lambda seen, reward, info: (np.nan, reward, info), PLACE + "observation: expected finite numbers, got nan"),
         (lambda seen, reward, info: (-np.inf, reward, info), PLACE + "observation: expected finite numbers, got -inf"),
@@ -130,17 +130,17 @@ PLACE = "Bad, env 1, step 3 of its episode: "
         (broken, r"Bad: step\(\) raised KeyError: 'door' \(.*test_stream.py, line \d+\)"),
     ],
 )
-def test_what_cannot_be_learned_from_is_named(mode, fault, said):
-    """The environment, which of them it was, and the step: in every mode, at once."""
+def test_faults_are_located(mode, fault, message):
+    """Errors name the environment, its index and the step, immediately and in every mode."""
     Bad.made = itertools.count()
     stream = Stream(sync_envs(lambda: Bad(fault), 2, mode))
     stream.reset(seed=0)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         stepped(stream, 5)
     assert stream._length.max() <= 3
 
 
-def test_success_that_is_no_number_is_named():
+def test_a_success_that_is_no_number_is_refused():
     Bad.made = itertools.count()
     stream = Stream(sync_envs(lambda: Bad(lambda seen, reward, info: (seen, reward, {"success": "yes"}), 3), 2))
     stream.reset()
@@ -149,7 +149,7 @@ def test_success_that_is_no_number_is_named():
 
 
 class Loose(VectorWrapper):
-    """Returns what it was told to in place of one part of a step."""
+    """Replaces one part of the result of a step."""
 
     def __init__(self, envs, part, value):
         super().__init__(envs)
@@ -162,7 +162,7 @@ class Loose(VectorWrapper):
 
 
 @pytest.mark.parametrize(
-    ("part", "value", "said"),
+    ("part", "value", "message"),
     [
         (0, np.zeros((2, 3)), r"Counter: observation: expected shape \[2\], got \[2, 3\]"),
         (0, np.array(["a", "b"]), "Counter: observation: expected float64, the dtype of its space, got <U1"),
@@ -172,15 +172,15 @@ class Loose(VectorWrapper):
         (3, False, r"Counter: truncated: expected shape \[2\], got \[\]"),
     ],
 )
-def test_vector_environments_that_break_their_contract_are_named(part, value, said):
+def test_vector_environments_that_break_the_api_are_refused(part, value, message):
     stream = Stream(Loose(sync_envs(Counter, 2), part, value))
     stream.reset()
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         stream.step(np.zeros(2, int))
 
 
 @pytest.mark.parametrize(
-    ("actions", "said"),
+    ("actions", "message"),
     [
         (np.array([0, 3]), "Counter, env 1, step 0 of its episode: action: expected 0 … 2, got 3"),
         (np.array([-1, 0]), "Counter, env 0, .* action: expected 0 … 2, got -1"),
@@ -188,14 +188,14 @@ def test_vector_environments_that_break_their_contract_are_named(part, value, sa
         (np.zeros(3, int), r"actions: expected 2 whole numbers, got int64 \[3\]"),
     ],
 )
-def test_actions_that_are_none_are_named(actions, said):
+def test_invalid_actions_are_refused(actions, message):
     stream = Stream(sync_envs(Counter, 2))
     stream.reset()
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         stream.step(actions)
 
 
-def test_an_ended_episode_without_its_last_observation_is_refused():
+def test_a_missing_final_observation_is_refused():
     stream = Stream(Loose(sync_envs(Counter, 2, AutoresetMode.SAME_STEP), 4, {}))
     stream.reset()
     with pytest.raises(ValueError, match=r"infos: expected 'final_obs' where an episode ended"):
@@ -203,13 +203,13 @@ def test_an_ended_episode_without_its_last_observation_is_refused():
 
 
 class Forgetful(VectorWrapper):
-    """Resets all, whatever the mask."""
+    """Resets all environments, ignoring the mask."""
 
     def reset(self, *, seed=None, options=None):
         return super().reset(seed=seed)
 
 
-def test_environments_that_reset_more_than_the_mask_says_are_refused():
+def test_environments_that_ignore_the_reset_mask_are_refused():
     lengths = iter((3, 2))
     stream = Stream(Forgetful(sync_envs(lambda: Counter(next(lengths)), 2, AutoresetMode.DISABLED)))
     stream.reset()
@@ -228,15 +228,17 @@ def test_an_episode_must_end(mode, monkeypatch):
     stream.reset()
     for _ in range(19):
         stream.step(np.zeros(2, int))
-    said = r"Counter, env 0, step 20 of its episode: expected an episode to end within 20 steps.*max_episode_steps=1000"
-    with pytest.raises(ValueError, match=said):
+    message = (
+        r"Counter, env 0, step 20 of its episode: expected an episode to end within 20 steps.*max_episode_steps=1000"
+    )
+    with pytest.raises(ValueError, match=message):
         stream.step(np.zeros(2, int))
-    stream = Stream(sync_envs(lambda: TimeLimit(endless(), 20), 2, mode))  # which ends in time
+    stream = Stream(sync_envs(lambda: TimeLimit(endless(), 20), 2, mode))  # ends in time
     stream.reset()
     assert sum(stream.step(np.zeros(2, int)).truncated.sum() for _ in range(50)) == 4
 
 
-def test_environments_may_say_that_their_episodes_are_longer(monkeypatch):
+def test_environments_may_declare_longer_episodes(monkeypatch):
     monkeypatch.setattr("hqlt.agent.stream.MAX_EPISODE_STEPS", 20)
     assert Stream(gymnasium.make_vec("CartPole-v1", 2, vectorization_mode="sync")).max_episode_steps == 500
     assert Stream(make_worlds("CartPole-v1", 2, 0, max_episode_steps=30)).max_episode_steps == 30
@@ -256,10 +258,10 @@ def test_names_of_environments():
 
 @pytest.mark.parametrize("kind", [PPO, SAC, None])
 def test_a_single_environment_is_refused_with_advice(kind):
-    """Wherever several are expected: by agents, and by what plays."""
+    """By agents and by streams."""
     one = gymnasium.make("CartPole-v1")
-    said = r"expected a gymnasium.vector.VectorEnv, got .*; make parallel .* with gymnasium.make_vec\('CartPole-v1'"
-    with pytest.raises(ValueError, match=said):
+    message = r"expected a gymnasium.vector.VectorEnv, got .*; make parallel .* with gymnasium.make_vec\('CartPole-v1'"
+    with pytest.raises(ValueError, match=message):
         kind(one, build_memory("none", hidden_size=4)) if kind else Stream(one)
     with pytest.raises(ValueError, match=r"SyncVectorEnv\(\[MyEnv\] \* 8\)"):
         Stream(Cue())

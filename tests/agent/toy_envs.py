@@ -1,4 +1,4 @@
-"""A world in which only a memory helps: a cue is shown at the first step and asked for at the last."""
+"""Toy environments; most show a cue at the first step that must be named at the last."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 
 class Cue(gymnasium.Env):
-    """Observations [cue as ±1, is this the last step]; the last action earns 1 if it names the cue, and −1 otherwise.
+    """Observations [cue as ±1, whether this is the last step]; the last action gives 1 if it names the cue, else −1.
 
-    cut: the episode is truncated at its end, not terminated. Lengths are drawn from `lengths`, its ends included.
+    Args:
+        lengths: smallest and largest length of an episode.
+        cut: episodes are truncated at their end, not terminated.
     """
 
     def __init__(self, lengths=(4, 4), cut=False):
@@ -32,7 +34,7 @@ class Cue(gymnasium.Env):
 
 
 class Counter(gymnasium.Env):
-    """Observation: 100 · episode + step, so that a stream can be read by eye. Episodes of 3 steps, cut short."""
+    """Observations are 100 · episode + step, to be recognised in tests. Episodes of 3 steps are truncated."""
 
     observation_space = gymnasium.spaces.Box(0, np.inf, (), np.float64)
     action_space = gymnasium.spaces.Discrete(3, start=5)
@@ -52,7 +54,7 @@ class Counter(gymnasium.Env):
 
 
 class DictCue(Cue):
-    """The same, told in entries: an image that is red or blue for the cue, whether it is the last step, and a clock."""
+    """The same in a nested dictionary: an image, red or blue for the cue, whether it is the last step, and a clock."""
 
     def __init__(self, lengths=(4, 4), cut=False):
         super().__init__(lengths, cut)
@@ -68,13 +70,13 @@ class DictCue(Cue):
 
     def reset(self, *, seed=None, options=None):
         (cue, last), info = super().reset(seed=seed)
-        return self.told(cue, last), info
+        return self.nested(cue, last), info
 
     def step(self, action):
         (cue, last), *rest = super().step(action)
-        return self.told(cue, last), *rest
+        return self.nested(cue, last), *rest
 
-    def told(self, cue, last):
+    def nested(self, cue, last):
         image = np.zeros((3, 4, 4), np.uint8)
         if cue:
             image[0 if cue > 0 else 2] = 255
