@@ -1,4 +1,4 @@
-"""Pictures of an episode: moments large enough to be seen, and films of episodes of any length."""
+"""Pictures and films of an episode: sizes of frames, legends, and episodes of any length."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from hqlt.train.agent import AgentSettings, AgentTrainer
 
 
 def film_of(steps, shape=(5, 28), shares=True):
-    """Frames that show their number."""
+    """Make a film whose frames are filled with their number."""
     frames = {step: np.full((*shape, 3), step % 256, np.uint8) for step in range(steps + 1)}
     share = Shares(torch.rand(2, 1, steps), torch.rand(2, 1, steps)) if shares else None
     return Film(frames, np.linspace(-1, 1, steps, dtype=np.float32), share, 1.0)
 
 
 @pytest.mark.parametrize(("shape", "columns"), [((60, 336), 3), ((112, 176), 5), ((400, 600), 5), ((60, 1236), 2)])
-def test_moments_stand_in_rows_in_which_they_are_large(shape, columns):
-    """Of a T-maze three a row, not nine."""
+def test_frames_are_arranged_as_large_as_possible(shape, columns):
+    """For example three T-mazes per row, not nine."""
     assert strip_layout(shape, 9)[0] == columns
     figure = figure_of_film(film_of(40, shape))
     figure.canvas.draw()
@@ -37,12 +37,12 @@ def test_moments_stand_in_rows_in_which_they_are_large(shape, columns):
 
 
 @pytest.mark.parametrize("width", [28, 336, 700])
-def test_the_legend_of_a_film_is_whole(width):
-    """The frames' width is made large enough for it."""
+def test_the_legend_of_a_film_is_complete(width):
+    """The film is made wide enough for it."""
     figures = []
-    made = episode.Figure
+    original = episode.Figure
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(episode, "Figure", lambda **options: figures.append(made(**options)) or figures[-1])
+        patch.setattr(episode, "Figure", lambda **options: figures.append(original(**options)) or figures[-1])
         patch.setattr(Image.Image, "save", lambda *arguments, **options: None)
         episode.write_gif(film_of(12, (5, width)), None)
     (figure,) = figures
@@ -54,16 +54,16 @@ def test_the_legend_of_a_film_is_whole(width):
 
 @pytest.mark.parametrize("shares", [True, False])
 @pytest.mark.parametrize("steps", [1, 2, 30])
-def test_what_is_left_of_a_film(tmp_path, steps, shares):
+def test_files_of_a_film(tmp_path, steps, shares):
     pictures = write_film(film_of(steps, shares=shares), tmp_path)
     assert [list(picture) for picture in pictures] == [["plot"], ["film"]]
-    assert pictures[0]["plot"].count("<svg") == min(steps + 1, 9) + 1 + 2 * shares, "moments, time, a legend"
+    assert pictures[0]["plot"].count("<svg") == min(steps + 1, 9) + 1 + 2 * shares, "frames, timeline, legend"
     assert pictures[1]["film"].startswith("data:image/gif;base64,")
     with Image.open(tmp_path / "episode.gif") as gif:
         assert gif.n_frames == steps + 1 and gif.width >= 640
 
 
-def test_what_was_kept_stands_below_the_same_steps():
+def test_kept_entries_are_drawn_below_the_same_steps():
     index = torch.arange(30).expand(4, 1, 30)
     pairs = KeptPairs((index + 9).clamp(max=30), (index + 4).clamp(max=30), [(i, j) for i in (0, 1) for j in (0, 1)])
     figure = figure_of_film(film_of(30)._replace(kept=pairs))
@@ -74,7 +74,7 @@ def test_what_was_kept_stands_below_the_same_steps():
     pyplot.close(figure)
 
 
-def test_an_episode_of_an_agent_that_keeps():
+def test_a_film_of_an_agent_with_a_retention():
     kept = {"hidden_size": 8, "window": 2, "retention": "surprise", "kept": 3}
     ppo = PPOSettings(rollout_steps=8, hidden_sizes=(8,))
     settings = AgentSettings(options={"corridor": 9}, model=kept, num_envs=1, hyperparameters=ppo)
@@ -85,14 +85,14 @@ def test_an_episode_of_an_agent_that_keeps():
     assert (held.sum(dim=-1) == 3).all()
 
 
-def test_an_environment_that_cannot_be_seen_has_a_picture_of_its_rewards(tmp_path):
+def test_an_environment_without_frames_has_a_picture_of_its_rewards(tmp_path):
     blind = film_of(5)._replace(frames={})
     assert len(write_film(blind, tmp_path)) == 1 and moments(blind) == []
     assert [path.name for path in tmp_path.iterdir()] == ["episode.png"]
 
 
-def test_a_long_episode_is_filmed_in_frames_evenly_apart(monkeypatch):
-    """No more of them are held than twice what a film shows; the first and the last are there."""
+def test_frames_of_a_long_episode_are_equally_spaced(monkeypatch):
+    """At most twice as many are held as a film shows; the first and the last are always included."""
     monkeypatch.setattr(episode, "FILMED", 5)
     ppo = PPOSettings(rollout_steps=8, hidden_sizes=(8,))
     trainer = AgentTrainer(

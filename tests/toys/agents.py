@@ -1,4 +1,4 @@
-"""A world and an algorithm from outside the package, each registered by one line."""
+"""An environment and an algorithm outside the package, each registered in one line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hqlt.agent.worlds import World
 
 @hqlt.register("world", "Bell")
 class Bell(World):
-    """A bell rings high or low at the first step, then `wait` steps are silent; the last action should name it.
+    """A bell rings high or low at the first step, then `wait` steps are silent; the last action must name the tone.
 
     Observation, float32 [2]: the tone, ±1 at the first step and 0 from then on; whether this is the last step. Reward
     at the end: 1 for "up" if the tone was high and for "down" if it was low. Success: the same.
@@ -39,7 +39,7 @@ class Bell(World):
         return np.stack([self._tone * (self._time == 0), last], axis=1).astype(np.float32)
 
     def _frames(self):
-        """Red for high, blue for low; brighter while it rings."""
+        """Red for high, blue for low; brighter while the bell rings."""
         frames = np.zeros((self.num_envs, 8, 8, 3), np.uint8)
         frames[self._all, :, :, np.where(self._tone > 0, 0, 2)] = np.where(self._time == 0, 255, 128)[:, None, None]
         return frames
@@ -48,16 +48,16 @@ class Bell(World):
 @dataclass(frozen=True, kw_only=True)
 class ReinforceSettings:
     learning_rate: float = 1e-2
-    """Adam's, of everything."""
+    """Learning rate of Adam, for all parameters."""
     gamma: float = 0.99
-    """γ."""
+    """Discount factor γ."""
     entropy_coef: float = 0.01
-    """What an entropy of one nat is worth in the loss."""
+    """Coefficient of the entropy bonus in the loss."""
 
 
 @hqlt.register("algorithm", "toy-reinforce")
 class Reinforce(Agent):
-    """−mean Â_t log π(a_t | h_t), Â the discounted returns of whole episodes, standardised. Williams 1992."""
+    """−mean Â_t log π(a_t | h_t), where Â are standardised discounted returns of complete episodes. Williams 1992."""
 
     Settings = ReinforceSettings
 
@@ -70,7 +70,9 @@ class Reinforce(Agent):
 
     def collect(self, envs, *, stopped=()):
         episodes = play(self, envs, 2 * envs.num_envs, seed=self.derive_seed(self.steps), stopped=stopped)
-        return Collected(episodes, [one.outcome for one in episodes], sum(one.length for one in episodes))
+        return Collected(
+            episodes, [episode.outcome for episode in episodes], sum(episode.length for episode in episodes)
+        )
 
     def learn(self, episodes):
         batch = Batch.from_episodes(episodes).to(self.device)
@@ -81,7 +83,7 @@ class Reinforce(Agent):
             returns[:, t] = batch.rewards[:, t] + self.settings.gamma * ahead
         log_pi = gather_actions(logits.log_softmax(-1), batch.actions)
         policy = -masked_mean(standardised(returns, batch.mask) * log_pi, batch.mask)
-        spread = masked_mean(entropy(logits), batch.mask)
-        loss = policy - self.settings.entropy_coef * spread
+        mean_entropy = masked_mean(entropy(logits), batch.mask)
+        loss = policy - self.settings.entropy_coef * mean_entropy
         gradient = self.update_weights(loss, 1.0)
-        return {"loss": loss.item(), "entropy": spread.item(), "gradient": gradient}
+        return {"loss": loss.item(), "entropy": mean_entropy.item(), "gradient": gradient}

@@ -1,4 +1,4 @@
-"""Playing worlds in tests, and a plain twin of the grid worlds' rules."""
+"""Helpers that play environments, and a plain-Python reference of the grid environments' rules."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ U, D, L, R = range(4)
 
 
 def actions_of(text: str) -> list[int]:
-    """ "uul" → up, up, left"""
+    """Convert "uul" to up, up, left."""
     return [[name[0] for name in ACTIONS].index(letter) for letter in text]
 
 
 def play(environment: SingleEnv, text: str) -> tuple[list[float], list[np.ndarray], dict]:
-    """Rewards, observations and the last info of an episode's beginning."""
+    """Play these moves from the start of an episode; returns rewards, observations and the last info."""
     rewards, seen, info = [], [], {}
     for action in actions_of(text):
         assert info == {}
@@ -27,20 +27,21 @@ def play(environment: SingleEnv, text: str) -> tuple[list[float], list[np.ndarra
     return rewards, seen, info
 
 
-def board_of(world: World, copy: int = 0) -> list[str]:
-    """The board as it is drawn in the docstrings, without the agent."""
-    rows = bytes(world._board[copy]).decode().replace("\0", " ")
-    rows = [rows[i : i + WIDTH] for i in range(0, len(rows), WIDTH)]
+def board_of(envs: World, i: int = 0) -> list[str]:
+    """Return the board as drawn in the docstrings, without the agent."""
+    rows = bytes(envs._board[i]).decode().replace("\0", " ")
+    rows = [rows[j : j + WIDTH] for j in range(0, len(rows), WIDTH)]
     return [row[MARGIN:-MARGIN] for row in rows[MARGIN:-MARGIN]]
 
 
-def position_of(world: World, copy: int = 0) -> tuple[int, int]:
-    row, column = divmod(int(world._position[copy]), WIDTH)
+def position_of(envs: World, i: int = 0) -> tuple[int, int]:
+    """Return row and column of the agent."""
+    row, column = divmod(int(envs._position[i]), WIDTH)
     return row - MARGIN, column - MARGIN
 
 
-class Twin:
-    """One place of a grid world, in plain Python: walls, apples, and the things that count when touched."""
+class ReferenceBoard:
+    """One phase of a grid environment in plain Python: walls, apples, and the objects that the agent touches."""
 
     def __init__(self, board: list[str], position: tuple[int, int], respawn: int | None) -> None:
         self.board = {(i, j): symbol for i, row in enumerate(board) for j, symbol in enumerate(row)}
@@ -48,7 +49,7 @@ class Twin:
         self.eaten: dict[tuple[int, int], int] = {}
 
     def step(self, action: int) -> str:
-        """→ what was touched"""
+        """Move the agent; returns the symbol that it touched."""
         self.time += 1
         i, j = self.position
         ahead = [(i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)][action]
@@ -70,8 +71,8 @@ class Twin:
                 del self.eaten[cell]
         return touched
 
-    def seen(self) -> list[str]:
-        """5 × 5 around the agent."""
+    def view(self) -> list[str]:
+        """Return the 5 × 5 cells around the agent."""
         i, j = self.position
         window = [[self.board.get((y, x), " ") for x in range(j - 2, j + 3)] for y in range(i - 2, i + 3)]
         window[2][2] = "D" if window[2][2] == "D" else "+"

@@ -1,4 +1,4 @@
-"""The grid worlds' rules: whole episodes by hand, and any episode beside a plain twin."""
+"""Rules of the grid environments: episodes worked out by hand, and random ones against a plain-Python reference."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import hqlt.agent  # noqa: F401  registers the worlds
+import hqlt.agent  # noqa: F401  registers the environments
 from hqlt.agent.worlds import KeyToDoor, VisualMatch
 from hqlt.agent.worlds.grid import COLOURS
-from tests.agent.worlds.played import Twin, board_of, play, position_of
+from tests.agent.worlds.played import ReferenceBoard, board_of, play, position_of
 
 RED, GREEN, BLUE = ((255, 0, 0), (0, 255, 0), (0, 0, 255))
 TO_SQUARE = {"r": "uullluu", "g": "uuuu", "b": "uurrruu"}
-"""From the entrance of the third room, colours in the order rgb."""
+"""Moves from the entrance of the third room to each square, with colours in the order rgb."""
 
 
 def visual_match(target: str, **options):
-    """An episode in which this colour is shown, all 22 apples there."""
+    """Start an episode in which this colour is shown, with all 22 apples."""
     environment = gymnasium.make(
         "hqlt/VisualMatch-v0", **{"explore": 2, "distractor": 5, "apples": 22, **options}
     ).unwrapped
@@ -32,9 +32,9 @@ def visual_match(target: str, **options):
 @pytest.mark.parametrize("target", "rgb")
 @pytest.mark.parametrize("chosen", "rgb")
 def test_visual_match_by_hand(target, chosen):
-    """Boxed in; left, left to an apple, up, left to another, back; then to a square; then 8 steps of no use.
+    """Enclosed; left, left to an apple, up, left to another, back; then to a square; then 8 steps without effect.
 
-    #a.a.a.a.a#     row 3, to which nothing leads here
+    #a.a.a.a.a#     row 3, not reached here
     #.a.a.a.a.#     the agent goes (5, 5) → (5, 4) → (5, 3)a → (4, 3) → (4, 2)a → (4, 3)
     #a.a.+.a.a#
     """
@@ -46,7 +46,7 @@ def test_visual_match_by_hand(target, chosen):
 
 
 def test_the_first_square_decides():
-    """Green first, then over to where red was: nothing is there any more."""
+    """Green first, then the place where red was: nothing is left there."""
     over_to_red = "uuuu" + "lll" + "uuuuuuuu"
     rewards, _, info = play(visual_match("r", wrong_reward=-1.0), "ud" + "uuuuu" + over_to_red)
     assert rewards[7:] == [0, 0, 0, -1] + [0] * 11
@@ -56,7 +56,7 @@ def test_the_first_square_decides():
     assert info["success"]
 
 
-def test_what_is_seen_of_a_visual_match():
+def test_observations_of_visual_match():
     environment = visual_match("g", distractor=1)
     world = environment.world
     image = world._observations()[0]
@@ -66,7 +66,7 @@ def test_what_is_seen_of_a_visual_match():
     assert sorted(ring) == sorted([GREEN] + [COLOURS["#"]] * 7)
     _, seen, _ = play(environment, "lr" + "u")
     assert (seen[0] == image).all()
-    # the orchard from (5, 5), of which (7, ·) is outside; then the third room from its entrance
+    # the orchard from (5, 5), where row 7 is outside the board; then the third room from its entrance
     legend = {value: symbol for symbol, value in reversed(COLOURS.items())}
 
     def drawn(image):
@@ -76,10 +76,10 @@ def test_what_is_seen_of_a_visual_match():
     assert drawn(seen[2]) == [".....", "#...#", "#.+.#", "#####", "....."]
 
 
-def test_the_papers_episode_has_780_steps():
-    worlds = VisualMatch(2)
-    worlds.reset(seed=0)
-    ended = [worlds.step(np.zeros(2, int))[2].all() for _ in range(780)]
+def test_an_episode_of_the_paper_has_780_steps():
+    envs = VisualMatch(2)
+    envs.reset(seed=0)
+    ended = [envs.step(np.zeros(2, int))[2].all() for _ in range(780)]
     assert ended.index(True) == 779
     assert KeyToDoor(1).episode_length == 85
 
@@ -94,17 +94,17 @@ def test_the_papers_episode_has_780_steps():
         (None, [0, 1, 0, 0, 0, 0, 0, 0]),
     ],
 )
-def test_an_apple_comes_back(respawn, rewards):
-    """Eaten at step t, it is seen again after step t + respawn + 1, under the agent, who eats it one step later.
+def test_an_apple_respawns(respawn, rewards):
+    """Eaten at step t, it returns after step t + respawn + 1 under the agent, which eats it one step later.
 
-    The agent waits on the apple's place: below it is a wall.
+    The agent stays on the apple's cell because there is a wall below it.
     """
     environment = visual_match("r", distractor=len(rewards), respawn=respawn)
     assert play(environment, "ud" + "ll" + "d" * 6)[0] == [0, 0, *rewards]
 
 
 def key_to_door(key: tuple[int, int], start: tuple[int, int], **options):
-    """An episode in which key and agent begin at these places."""
+    """Start an episode with key and agent in these cells."""
     environment = gymnasium.make("hqlt/KeyToDoor-v0", **{"explore": 4, "distractor": 2, **options}).unwrapped
     environment.reset(seed=0)
     while position_of(environment.world) != start or board_of(environment.world)[key[0]][key[1]] != "k":
@@ -115,9 +115,13 @@ def key_to_door(key: tuple[int, int], start: tuple[int, int], **options):
 @pytest.mark.parametrize(
     ("moves", "rewards", "success"),
     [
-        ("uuud" + "lr" + "uuuduuuuuu", [0] * 7 + [5] + [0] * 8, True),  # out, back into the doorway: it pays once
+        (
+            "uuud" + "lr" + "uuuduuuuuu",
+            [0] * 7 + [5] + [0] * 8,
+            True,
+        ),  # out and back into the doorway: the reward is given once
         ("uudd" + "lr" + "uuuduuuuuu", [0] * 16, False),  # without the key the door is a wall
-        ("luuu" + "lr" + "uuuduuuuuu", [0] * 16, False),  # past a pillar, not over it
+        ("luuu" + "lr" + "uuuduuuuuu", [0] * 16, False),  # a pillar blocks the way
     ],
 )
 def test_key_to_door_by_hand(moves, rewards, success):
@@ -137,8 +141,8 @@ def drawn(image: np.ndarray) -> list[str]:
     return ["".join(LEGEND[tuple(image[:, i, j].tolist())] for j in range(5)).replace("D", "d") for i in range(5)]
 
 
-def test_the_lamp_and_the_door_are_those_of_the_published_game():
-    """What that game shows, played side by side: a lamp for one step, a door that stays, and the ground around."""
+def test_lamp_and_door_are_those_of_the_published_game():
+    """As in that game: the lamp is lit for one step, the door stays, and the agent can leave the room."""
     environment = key_to_door((2, 4), (5, 4))
     _, seen, _ = play(environment, "uuud" + "lr" + "uuuduurrrr")
     taken, after = drawn(seen[2]), drawn(seen[3])
@@ -147,94 +151,94 @@ def test_the_lamp_and_the_door_are_those_of_the_published_game():
     assert before_the_door == [".....", "##d##", "#.+.#", "#...#", "#...#"]
     assert in_it == in_it_again == [".....", ".....", "##d##", "#...#", "#...#"]
     assert outside == [".....", ".....", "..+..", "##d##", "#...#"]
-    assert position_of(environment.world) == (0, 9)  # around the room, as far as the board goes
+    assert position_of(environment.world) == (0, 9)  # around the room, to the edge of the board
     assert drawn(seen[-1])[2] == "..+.."
 
 
-def test_two_prices_of_apples():
-    worlds = KeyToDoor(400, explore=1, distractor=40, apple_reward=(1.0, 10.0))
-    worlds.reset(seed=0)
+def test_two_rewards_of_apples():
+    envs = KeyToDoor(400, explore=1, distractor=40, apple_reward=(1.0, 10.0))
+    envs.reset(seed=0)
     rng = np.random.default_rng(0)
-    got = np.stack([worlds.step(rng.integers(4, size=400))[1] for _ in range(41)])
+    got = np.stack([envs.step(rng.integers(4, size=400))[1] for _ in range(41)])
     most = got.max(axis=0)
     assert set(np.unique(got)) == {0, 1, 10}
-    assert all(set(np.unique(column)) <= {0, price} for column, price in zip(got.T, most, strict=True))
+    assert all(set(np.unique(column)) <= {0, reward} for column, reward in zip(got.T, most, strict=True))
     assert 0.4 < (most[most > 0] == 10).mean() < 0.6
 
 
-@pytest.mark.parametrize("world", [VisualMatch, KeyToDoor])
+@pytest.mark.parametrize("kind", [VisualMatch, KeyToDoor])
 @given(
     seed=st.integers(0, 9999),
     phases=st.tuples(st.integers(1, 12), st.integers(0, 30), st.integers(1, 20)),
     apples=st.integers(0, 22),
     respawn=st.none() | st.integers(0, 6),
 )
-def test_any_episode_is_its_plain_twins(world, seed, phases, apples, respawn):
-    """Walls, apples eaten and grown again, keys, doors and squares: rewards and images, step by step."""
+def test_random_episodes_equal_the_reference(kind, seed, phases, apples, respawn):
+    """Walls, apples, keys, doors and squares: the same rewards and images at every step."""
     n, (explore, distractor, _) = 3, phases
     times = dict(zip(("explore", "distractor", "reward"), phases, strict=True))
-    worlds = world(n, **times, apples=apples, apple_reward=2.0, final_reward=7.0, respawn=respawn)
-    worlds.reset(seed=seed)
-    target = [chr(symbol) for symbol in getattr(worlds, "_target", np.zeros(n, int))]
-    twins = [Twin(board_of(worlds, i), position_of(worlds, i), respawn) for i in range(n)]
+    envs = kind(n, **times, apples=apples, apple_reward=2.0, final_reward=7.0, respawn=respawn)
+    envs.reset(seed=seed)
+    target = [chr(symbol) for symbol in getattr(envs, "_target", np.zeros(n, int))]
+    references = [ReferenceBoard(board_of(envs, i), position_of(envs, i), respawn) for i in range(n)]
     rng = np.random.default_rng(seed)
     won = [False] * n
     for time in range(1, sum(phases) + 1):
-        # now and then towards what pays: up
+        # more often up, where the rewards are
         actions = rng.choice(4, size=n, p=[0.4, 0.2, 0.2, 0.2])
-        seen, rewards, ended, _, info = worlds.step(actions)
-        for i, twin in enumerate(twins):
-            touched = twin.step(int(actions[i]))
+        seen, rewards, ended, _, info = envs.step(actions)
+        for i, reference in enumerate(references):
+            touched = reference.step(int(actions[i]))
             right = touched in ("D", target[i]) and not won[i]
             won[i] |= right
             assert rewards[i] == 2 * (touched == "a") + 7 * right
             if time in (explore, explore + distractor) and time < sum(phases):
-                board = board_of(worlds, i)
+                board = board_of(envs, i)
                 if time == explore and distractor:
                     assert sum(row.count("a") for row in board) == apples
-                twin = twins[i] = Twin(board, position_of(worlds, i), respawn)
-            assert position_of(worlds, i) == twin.position
-            colours = np.array([[COLOURS[symbol] for symbol in row] for row in twin.seen()])
+                reference = references[i] = ReferenceBoard(board, position_of(envs, i), respawn)
+            assert position_of(envs, i) == reference.position
+            colours = np.array([[COLOURS[symbol] for symbol in row] for row in reference.view()])
             assert (seen[i] == np.moveaxis(colours, -1, 0)).all()
     assert ended.all() and list(info["success"]) == won
 
 
 def coloured(images: np.ndarray) -> np.ndarray:
-    """[n] pixels of pure red, green or blue"""
+    """Count the pixels of pure red, green or blue, [n]."""
     pixels = np.moveaxis(images, 1, -1)
     return sum((pixels == colour).all(axis=-1) for colour in (RED, GREEN, BLUE)).sum(axis=(1, 2))
 
 
 @given(seed=st.integers(0, 9999), colours=st.sampled_from(["rgb", "bgr", "shuffled"]))
-def test_the_colour_is_seen_in_the_first_phase_alone(seed, colours):
-    worlds = VisualMatch(20, explore=4, distractor=30, colours=colours)
-    seen, _ = worlds.reset(seed=seed)
+def test_the_colour_is_visible_only_in_the_first_phase(seed, colours):
+    envs = VisualMatch(20, explore=4, distractor=30, colours=colours)
+    seen, _ = envs.reset(seed=seed)
     rng = np.random.default_rng(seed)
     for time in range(35):
         if time < 4:
             assert (coloured(seen) == 1).all()
         else:
-            assert (coloured(seen) == 0).all()  # the third room's entrance, at time 34, is too far from the squares
-        seen = worlds.step(rng.integers(4, size=20))[0]
+            assert (coloured(seen) == 0).all()  # at time 34 the entrance of the third room is too far from the squares
+        seen = envs.step(rng.integers(4, size=20))[0]
 
 
 def test_orders_of_the_squares():
-    def order(worlds, i):
-        return board_of(worlds, i)[1].strip("#.").replace(".", "")
+    def order(envs, i):
+        return board_of(envs, i)[1].strip("#.").replace(".", "")
 
     for colours, expected in (("rgb", {"rgb"}), ("brg", {"brg"})):
-        worlds = VisualMatch(60, explore=1, distractor=0, colours=colours)
-        worlds.reset(seed=0)
-        worlds.step(np.zeros(60, int))
-        assert {order(worlds, i) for i in range(60)} == expected
-    worlds = VisualMatch(60, explore=1, distractor=0, colours="shuffled")
-    worlds.reset(seed=0)
-    worlds.step(np.zeros(60, int))
-    assert len({order(worlds, i) for i in range(60)}) == 6
+        envs = VisualMatch(60, explore=1, distractor=0, colours=colours)
+        envs.reset(seed=0)
+        envs.step(np.zeros(60, int))
+        assert {order(envs, i) for i in range(60)} == expected
+    envs = VisualMatch(60, explore=1, distractor=0, colours="shuffled")
+    envs.reset(seed=0)
+    envs.step(np.zeros(60, int))
+    assert len({order(envs, i) for i in range(60)}) == 6
 
 
-def test_what_is_drawn_is_uniform():
-    """Of 3,000 copies, shares within 4.5 standard deviations of what chance gives."""
+def test_random_choices_are_uniform():
+    """Frequencies in 3,000 environments are within 4.5 standard deviations of their expectation."""
     n = 3000
 
     def uniform(drawn, kinds, share):
@@ -242,12 +246,12 @@ def test_what_is_drawn_is_uniform():
         assert counts.sum() == drawn.size
         assert (abs(counts / n - share) < 4.5 * (share * (1 - share) / n) ** 0.5).all()
 
-    worlds = VisualMatch(n, explore=1, distractor=5)
-    worlds.reset(seed=0)
-    uniform(worlds._target, b"rgb", 1 / 3)
-    where = np.nonzero(np.isin(worlds._board, list(b"RGB")))[1]
+    envs = VisualMatch(n, explore=1, distractor=5)
+    envs.reset(seed=0)
+    uniform(envs._target, b"rgb", 1 / 3)
+    where = np.nonzero(np.isin(envs._board, list(b"RGB")))[1]
     uniform(where, np.unique(where), 1 / 8)
-    worlds.step(np.zeros(n, int))
-    trees = np.nonzero(worlds._board == ord("a"))[1]
+    envs.step(np.zeros(n, int))
+    trees = np.nonzero(envs._board == ord("a"))[1]
     assert len(np.unique(trees)) == 22
     uniform(trees, np.unique(trees), 10 / 22)

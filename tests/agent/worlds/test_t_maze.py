@@ -1,4 +1,4 @@
-"""The T-maze's rules, by hand and by hypothesis."""
+"""Rules of the T-maze: episodes worked out by hand, and random ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import hqlt.agent  # noqa: F401  registers the worlds
+import hqlt.agent  # noqa: F401  registers the environments
 from hqlt.agent.worlds import TMaze
 from tests.agent.worlds.played import D, L, R, U, play
 
@@ -16,7 +16,7 @@ THIRD = 1 / 3
 
 
 def passive(cue: int, **options):
-    """A T-maze with a corridor of 3, at the start of an episode with this cue."""
+    """Start an episode with this cue in a T-maze with a corridor of 3."""
     environment = gymnasium.make("hqlt/TMazePassive-v0", corridor=3, **options).unwrapped
     while environment.reset(seed=None)[0][1] != cue:
         pass
@@ -38,9 +38,9 @@ def active(goal: int):
         (-1, "rrrd", [0, 0, 0, 1], True),
         (+1, "rrrd", [0, 0, 0, 0], False),
         (-1, "rrru", [0, 0, 0, 0], False),
-        (+1, "rrrr", [0, 0, 0, 0], False),  # at the junction still
-        (+1, "llll", [-THIRD, -THIRD, -THIRD, 0], False),  # the last step is never behind
-        (+1, "urrr", [-THIRD, -THIRD, -THIRD, 0], False),  # once late, late for ever
+        (+1, "rrrr", [0, 0, 0, 0], False),  # still at the junction
+        (+1, "llll", [-THIRD, -THIRD, -THIRD, 0], False),  # the last step is never penalised
+        (+1, "urrr", [-THIRD, -THIRD, -THIRD, 0], False),  # a lost step cannot be made up
         (+1, "rlrr", [0, -THIRD, -THIRD, 0], False),
     ],
 )
@@ -51,7 +51,7 @@ def test_passive_episodes_by_hand(cue, moves, rewards, success):
     if moves == "rrru":
         assert np.array_equal(seen, [[0, 0], [0, 0], [1, 0], [1, 1]])
     if moves == "llll":
-        assert np.array_equal(seen, np.zeros((4, 2)))  # the cue is shown once
+        assert np.array_equal(seen, np.zeros((4, 2)))  # the cue is shown only once
 
 
 @pytest.mark.parametrize(
@@ -60,10 +60,10 @@ def test_passive_episodes_by_hand(cue, moves, rewards, success):
         (+1, "lrrrru", [0, 0, 0, 0, 0, 1], True),
         (-1, "lrrrrd", [0, 0, 0, 0, 0, 1], True),
         (-1, "lrrrru", [0, 0, 0, 0, 0, 0], False),
-        (+1, "rrruuu", [0, 0, 0, 0, 0, 1], True),  # lucky
+        (+1, "rrruuu", [0, 0, 0, 0, 0, 1], True),  # a lucky guess
         (+1, "rrrudu", [0, 0, 0, 0, 0, 1], True),  # back and forth
         (+1, "llrrrr", [0, -THIRD, -THIRD, -THIRD, -THIRD, 0], False),
-        (+1, "rrrull", [0, 0, 0, 0, 0, 1], True),  # an arm has walls
+        (+1, "rrrull", [0, 0, 0, 0, 0, 1], True),  # walls stop the agent in an arm
     ],
 )
 def test_active_episodes_by_hand(goal, moves, rewards, success):
@@ -83,26 +83,26 @@ def test_rewards_and_penalty_are_arguments():
 
 @given(corridor=st.integers(1, 6), oracle=st.integers(0, 3), seed=st.integers(0, 99))
 def test_rules(corridor, oracle, seed):
-    """Beside a plain account of places: the cue is seen once, at the oracle's first visit; walls hold; rewards."""
+    """Compared with a plain reference: walls, rewards, and a cue that is visible only at the first visit."""
     n, length = 20, corridor + 2 * oracle + 1
-    worlds = TMaze(n, corridor=corridor, oracle=oracle)
-    seen, _ = worlds.reset(seed=seed)
-    goal, rng = worlds._goal.copy(), np.random.default_rng(seed)
+    envs = TMaze(n, corridor=corridor, oracle=oracle)
+    seen, _ = envs.reset(seed=seed)
+    goal, rng = envs._goal.copy(), np.random.default_rng(seed)
     place = [(oracle, 0)] * n
     cells = {(x, 0) for x in range(corridor + oracle + 1)} | {(corridor + oracle, y) for y in (1, -1)}
     visited = [oracle == 0] * n
     assert (seen[:, 1] == (goal if oracle == 0 else 0)).all() and (seen[:, 0] == 0).all()
     for time in range(1, length + 1):
         actions = rng.choice([U, D, L, R], size=n, p=[0.2, 0.2, 0.2, 0.4])
-        seen, rewards, ended, _, info = worlds.step(actions)
+        seen, rewards, ended, _, info = envs.step(actions)
         for i in range(n):
             x, y = place[i]
             ahead = {U: (x, y + 1), D: (x, y - 1), L: (x - 1, y), R: (x + 1, y)}[int(actions[i])]
             place[i] = x, y = ahead if ahead in cells else (x, y)
-            told = x == 0 and not visited[i]
+            shows_cue = x == 0 and not visited[i]
             visited[i] |= x == 0
             at_end = x == corridor + oracle
-            assert tuple(seen[i]) == (at_end, y if at_end else told * goal[i])
+            assert tuple(seen[i]) == (at_end, y if at_end else shows_cue * goal[i])
             right = y == goal[i]
             assert rewards[i] == (right if time == length else -(x < time - oracle) / corridor)
             if time == length:
@@ -110,10 +110,10 @@ def test_rules(corridor, oracle, seed):
     assert ended.all()
 
 
-def test_goals_are_as_often_up_as_down():
-    worlds = TMaze(4000)
-    worlds.reset(seed=0)
-    first = worlds._goal.copy()
-    worlds.reset()
-    for goals in (first, worlds._goal, first * worlds._goal, first[1:] * first[:-1]):
+def test_goals_are_uniform():
+    envs = TMaze(4000)
+    envs.reset(seed=0)
+    first = envs._goal.copy()
+    envs.reset()
+    for goals in (first, envs._goal, first * envs._goal, first[1:] * first[:-1]):
         assert abs(goals.mean()) < 4 / 4000**0.5

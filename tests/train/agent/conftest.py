@@ -6,7 +6,7 @@ import pytest
 
 from hqlt.agent import PPOSettings, SACSettings
 from hqlt.train.agent import AgentSettings
-from tests.toys import agents  # noqa: F401  registers a world and an algorithm from outside
+from tests.toys import agents  # noqa: F401  registers an environment and an algorithm
 
 SMALL = {
     "options": {"corridor": 3},
@@ -19,7 +19,7 @@ SMALL = {
 
 @pytest.fixture(params=["ppo", "sac", "toy-reinforce"])
 def settings(request):
-    """A run of a second, by each algorithm."""
+    """Settings of a run of a second, for each algorithm."""
     if request.param == "toy-reinforce":
         options = {**SMALL, "env": "Bell", "options": {"wait": 2}, "steps": 400, "evaluate_every": 150}
         return AgentSettings(**options, algorithm=request.param, num_envs=3)
@@ -31,7 +31,7 @@ def settings(request):
 
 
 class Waiting(gymnasium.Env):
-    """An episode ends when the agent chooses to leave, action 1; a greedy one that waits never does."""
+    """An episode ends when the agent leaves (action 1); with a greedy agent that waits it never ends."""
 
     observation_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
     action_space = gymnasium.spaces.Discrete(2)
@@ -45,7 +45,7 @@ class Waiting(gymnasium.Env):
 
 
 class Slow(Waiting):
-    """Episodes of ten steps. After so many steps of all environments of the process, every step takes a while."""
+    """Episodes of ten steps. After `after` steps of all environments of the process, each step takes `seconds`."""
 
     steps = 0
 
@@ -65,19 +65,19 @@ class Slow(Waiting):
 
 
 class Broken(Waiting):
-    """What an environment of one's own may do wrong in its third step."""
+    """An environment with a fault in its third step."""
 
     def __init__(self, fault):
         self.fault, self.time = fault, 0
 
     def step(self, action):
         self.time += 1
-        seen, reward, *rest = super().step(0)
+        observation, reward, *rest = super().step(0)
         if self.time < 3:
-            return seen, reward, *rest
+            return observation, reward, *rest
         return {
-            "observation": lambda: (seen * np.nan, reward, *rest),
-            "reward": lambda: (seen, np.inf, *rest),
+            "observation": lambda: (observation * np.nan, reward, *rest),
+            "reward": lambda: (observation, np.inf, *rest),
             "shape": lambda: (np.zeros(3, np.float32), reward, *rest),
             "exception": lambda: {}["door"],
         }[self.fault]()

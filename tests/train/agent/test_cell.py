@@ -1,4 +1,4 @@
-"""A cell of a study that trains an agent, and one that tests another cell's agent with a retention switched on."""
+"""A cell of a study that trains an agent, and one that tests another cell's agent with a retention enabled."""
 
 import torch
 from safetensors.torch import load_file
@@ -22,8 +22,8 @@ SWITCHED = AgentCell(
 )
 
 
-def test_an_agent_may_be_trained_as_another_and_switched_for_the_test(tmp_path):
-    """Its weights are the other's, whether they are there already or not; what is tested has a retention."""
+def test_an_agent_may_be_tested_with_a_retention_enabled_after_training(tmp_path):
+    """The weights are those of the other cell, which is trained first if necessary."""
 
     result, _ = switched_after_training(SWITCHED, PLAIN, tmp_path)
     assert [at for at, _ in result.fit.test.curve] == [3.0, 9.0]

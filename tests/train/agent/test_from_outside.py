@@ -1,4 +1,4 @@
-"""A world and an algorithm that the package does not know: one file, one line each, and all that ours can do."""
+"""An environment and an algorithm registered outside the package can do everything that the built-in ones can."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def lines(folder):
     return (folder / "metrics.jsonl").read_text()
 
 
-def test_the_command_line_is_the_python_call(tmp_path):
-    """And what is left names them, so that the agent is found again."""
+def test_command_line_and_python_give_the_same_run(tmp_path):
+    """The run's folder names both, so that the agent can be loaded again."""
     main(["rl", "train", *OPTIONS, f"--folder={tmp_path / 'command'}"])
     run(SETTINGS, tmp_path / "call")
     assert lines(tmp_path / "command") == lines(tmp_path / "call")
@@ -45,7 +45,7 @@ def test_the_command_line_is_the_python_call(tmp_path):
     assert lines(tmp_path / "again") == lines(tmp_path / "call")
 
 
-def test_it_resumes_exactly_in_processes_of_their_own(tmp_path):
+def test_it_resumes_exactly_in_new_processes(tmp_path):
     run(SETTINGS, tmp_path / "whole")
     code = (
         "import signal, sys, tests.toys.agents as toys; from hqlt.cli import main; learn = toys.Reinforce.learn\n"
@@ -62,7 +62,7 @@ def test_it_resumes_exactly_in_processes_of_their_own(tmp_path):
     assert lines(tmp_path / "r") == lines(tmp_path / "whole")
 
 
-def test_a_study_scores_it(tmp_path):
+def test_a_study_trains_and_tests_it(tmp_path):
     budget = AgentBudget(steps=60, algorithm="toy-reinforce", settings={"gamma": 0.9}, num_envs=4, evaluations=2,
                          episodes=4, test_episodes=4, along={"wait": [1, 2]})  # fmt: skip
     common = {"model": "LSTM", "config": {"memory": "lstm", "hidden_size": 8}, "task": "Bell"}
@@ -70,7 +70,7 @@ def test_a_study_scores_it(tmp_path):
     assert [value for value, _ in result.fit.test.curve] == [1, 2]
 
 
-def test_what_is_wrong_is_said_by_name(tmp_path, capsys):
+def test_errors_name_the_option(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"toy-reinforce: expected one of .*, got 'gama'; did you mean 'gamma'"):
         dataclasses.replace(SETTINGS, hyperparameters={"gama": 1})
     with pytest.raises(ValueError, match="hyperparameters: expected PPOSettings, for ppo, got ReinforceSettings"):

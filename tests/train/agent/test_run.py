@@ -1,4 +1,4 @@
-"""`hqlt rl train` as a person runs it: killed, stopped, gone on with; and what it leaves to look at."""
+"""`hqlt rl train` from the command line: killed, stopped and resumed; and the files that it writes."""
 
 import dataclasses
 import errno
@@ -49,7 +49,7 @@ def newest(folder):
 
 
 def wait_for_steps(process, folder, steps):
-    """Until the run has told of so many steps."""
+    """Wait until the run has logged this many steps."""
     metrics = folder / "metrics.jsonl"
     while process.poll() is None:
         whole = metrics.read_text().splitlines()[:-1] if metrics.exists() else []
@@ -60,31 +60,31 @@ def wait_for_steps(process, folder, steps):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """One run that was never stopped, by each algorithm."""
+    """An uninterrupted run of each algorithm."""
     folders = {}
     for name, command in (("ppo", COMMAND), ("sac", SAC)):
         folders[name] = tmp_path_factory.mktemp("rl") / name
         process = start(folders[name], command)
-        said = process.communicate()[0]
-        assert process.returncode == 0, said
+        message = process.communicate()[0]
+        assert process.returncode == 0, message
     return folders
 
 
 @pytest.mark.parametrize(("name", "command", "at"), [("ppo", COMMAND, (500, 2500)), ("sac", SAC, (250, 450))])
-def test_killed_and_stopped_it_ends_as_if_nothing_had_happened(finished, tmp_path, name, command, at):
+def test_a_killed_and_stopped_run_ends_like_an_uninterrupted_one(finished, tmp_path, name, command, at):
     for number, steps in zip((signal.SIGKILL, signal.SIGINT), at, strict=True):
         process = start(tmp_path, command)
         wait_for_steps(process, tmp_path, steps)
         process.send_signal(number)
-        said = process.communicate()[0]
-        assert process.returncode == (-9 if number == signal.SIGKILL else 130), said
+        message = process.communicate()[0]
+        assert process.returncode == (-9 if number == signal.SIGKILL else 130), message
         if process.returncode == 130:
-            assert "stopped and saved after step " in said
-            kept = json.loads((newest(tmp_path) / "trainer.json").read_text())["step"]
-            assert kept >= steps, "nothing that was reported is lost"
+            assert "stopped and saved after step " in message
+            saved = json.loads((newest(tmp_path) / "trainer.json").read_text())["step"]
+            assert saved >= steps, "no logged step is lost"
     process = start(tmp_path, command)
-    said = process.communicate()[0]
-    assert process.returncode == 0, said
+    message = process.communicate()[0]
+    assert process.returncode == 0, message
     assert (tmp_path / "metrics.jsonl").read_text() == (finished[name] / "metrics.jsonl").read_text()
     assert (tmp_path / "agent.safetensors").read_bytes() == (finished[name] / "agent.safetensors").read_bytes()
 
@@ -96,38 +96,38 @@ SLOW = [
 
 
 def wait_for_the_evaluation(process, folder):
-    """It begins at step 20 or soon after, and the line of that step comes with its end."""
+    """Wait for the evaluation at step 20, whose line is logged at its end."""
     wait_for_steps(process, folder, 10)
     time.sleep(1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_in_an_evaluation_stops_and_saves(tmp_path, number):
+def test_the_first_signal_during_an_evaluation_stops_and_saves(tmp_path, number):
     command = [*SLOW, "--options.seconds=0.1"]
     process = start(tmp_path, command)
     wait_for_the_evaluation(process, tmp_path)
     process.send_signal(number)
-    said = process.communicate()[0]
-    assert process.returncode == 128 + number, said
+    message = process.communicate()[0]
+    assert process.returncode == 128 + number, message
     (place,) = (tmp_path / "checkpoints").iterdir()
     told = json.loads((place / "trainer.json").read_text())
-    assert f"stopped and saved after step {told['step']}; the same command resumes" in said
+    assert f"stopped and saved after step {told['step']}; the same command resumes" in message
     assert 20 <= told["unscored"]["step"] == told["step"] < 25 and told["best_score"] is None
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert 10 <= lines[-1]["step"] < 20
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_second_signal_stops_at_once(tmp_path, number):
+def test_the_second_signal_exits_immediately(tmp_path, number):
     process = start(tmp_path, [*SLOW, "--options.seconds=600"])
     wait_for_the_evaluation(process, tmp_path)
     process.send_signal(number)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(0.5)
     process.send_signal(number)
-    said = process.communicate(timeout=60)[0]
-    assert process.returncode == {signal.SIGTERM: -signal.SIGTERM, signal.SIGINT: 130}[number], said
-    assert "Traceback" not in said
+    message = process.communicate(timeout=60)[0]
+    assert process.returncode == {signal.SIGTERM: -signal.SIGTERM, signal.SIGINT: 130}[number], message
+    assert "Traceback" not in message
 
 
 def no_permission(folder):
@@ -135,7 +135,7 @@ def no_permission(folder):
 
 
 def refused(command):
-    """What is said of a command that cannot be."""
+    """Return the error message of a command that is refused."""
     with pytest.raises(SystemExit) as caught:
         main(command)
     assert isinstance(caught.value.code, str), caught.value.code
@@ -143,7 +143,7 @@ def refused(command):
 
 
 @pytest.mark.parametrize(
-    ("option", "said"),
+    ("option", "message"),
     [
         ("--ppo.rollout-steps=0", "--ppo.rollout-steps: expected a whole number of at least 1, got 0"),
         ("--ppo.learning_rate=-1", "--ppo.learning-rate: expected a number above 0, got -1"),
@@ -159,13 +159,13 @@ def refused(command):
         ("--device=cuda:99", "device: expected one that torch can use here"),
     ],
 )
-def test_what_cannot_be_trained_is_refused_and_leaves_no_folder(tmp_path, option, said):
-    assert said in refused(["rl", "train", option, f"--folder={tmp_path / 'runs' / 'x'}"])
+def test_invalid_options_are_refused_before_a_folder_is_made(tmp_path, option, message):
+    assert message in refused(["rl", "train", option, f"--folder={tmp_path / 'runs' / 'x'}"])
     assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "message"),
     [
         ("observation", "hqlt-tests/Broken-v0, env 0, step 3 of its episode: observation[0]: expected finite numbers"),
         ("reward", "hqlt-tests/Broken-v0, env 0, step 3 of its episode: reward: expected a finite number, got inf"),
@@ -174,17 +174,17 @@ def test_what_cannot_be_trained_is_refused_and_leaves_no_folder(tmp_path, option
     ],
 )
 @pytest.mark.parametrize("algorithm", ["ppo", "sac"])
-def test_an_environment_that_is_broken_is_named(tmp_path, fault, said, algorithm):
+def test_a_faulty_environment_is_named(tmp_path, fault, message, algorithm):
     env = "--env=tests.train.agent.conftest:hqlt-tests/Broken-v0"
     options = [f"--options.fault={fault}", "--num-envs=2", f"--algorithm={algorithm}", f"--folder={tmp_path}"]
-    assert said in refused(["rl", "train", env, *options])
+    assert message in refused(["rl", "train", env, *options])
 
 
-def test_a_run_that_diverged_says_so(tmp_path, capsys, monkeypatch):
-    """The report is of the best weights; the status is no success."""
+def test_divergence_is_reported(tmp_path, capsys, monkeypatch):
+    """The report uses the best weights; the command fails."""
     monkeypatch.setattr(PPO, "update_weights", lambda agent, loss, max_grad_norm: agent.left_out.add_(1) and math.nan)
-    said = refused([*COMMAND, "--steps=800", f"--folder={tmp_path}"])
-    assert "training diverged: gradient was not finite at step 8" in said and "--ppo.learning_rate" in said
+    message = refused([*COMMAND, "--steps=800", f"--folder={tmp_path}"])
+    assert "training diverged: gradient was not finite at step 8" in message and "--ppo.learning_rate" in message
     assert (tmp_path / "report.html").exists()
 
 
@@ -192,9 +192,9 @@ def test_a_run_of_another_kind_and_a_folder_of_other_files_are_refused(tmp_path)
     for kind, command in (("language", "hqlt train"), ("study", "hqlt demo or hqlt reproduce")):
         with run_folder(tmp_path / kind, kind):
             (tmp_path / kind / "config.json").touch()
-        said = f"expected a run of hqlt rl train, found one of {command}"
-        assert said in refused([*COMMAND, f"--folder={tmp_path / kind}"])
-        assert said in refused(["rl", "play", str(tmp_path / kind)])
+        message = f"expected a run of hqlt rl train, found one of {command}"
+        assert message in refused([*COMMAND, f"--folder={tmp_path / kind}"])
+        assert message in refused(["rl", "play", str(tmp_path / kind)])
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "one.jpg").touch()
     assert "found other files in it" in refused([*COMMAND, f"--folder={tmp_path / 'photos'}"])
@@ -206,7 +206,7 @@ def test_two_commands_do_not_train_in_one_folder(tmp_path):
         assert "another process is at work there" in refused([*COMMAND, f"--folder={tmp_path}"])
 
 
-def test_what_cannot_be_played_is_refused_before_it_is_played(finished, tmp_path, monkeypatch):
+def test_invalid_options_of_play_are_refused_first(finished, tmp_path, monkeypatch):
     folder = str(finished["ppo"])
     monkeypatch.setattr(AgentTrainer, "evaluate", lambda *arguments: pytest.fail("played"))
     assert "--episodes: expected a whole number of at least 1, got 0" in refused(["rl", "play", folder, "--episodes=0"])
@@ -215,7 +215,7 @@ def test_what_cannot_be_played_is_refused_before_it_is_played(finished, tmp_path
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
         assert f"{place}: " in refused(["rl", "play", folder, f"--film={place}"])
     with monkeypatch.context() as closed:
-        closed.setattr("hqlt.disk.probe", no_permission)
+        closed.setattr("hqlt.disk.check_folder_writable", no_permission)
         assert "cannot be written there" in refused(["rl", "play", folder, f"--film={tmp_path / 'new'}"])
     assert "config.json: No such file" in refused(["rl", "play", str(tmp_path / "nowhere")])
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -230,7 +230,7 @@ def test_a_damaged_agent_is_reported(finished, tmp_path):
         assert f"{folder}: expected the folder of a finished `hqlt rl train`: " in refused(["rl", "play", str(folder)])
 
 
-def test_options_that_change_what_is_seen_are_refused(tmp_path):
+def test_environments_with_other_observations_are_refused(tmp_path):
     trainer = AgentTrainer(AgentSettings(model={"hidden_size": 8}, num_envs=2))
     save_agent(trainer, tmp_path)
     assert "did you mean 'corridor'" in refused(["rl", "play", str(tmp_path), '--options={"coridor": 9}'])
@@ -243,14 +243,14 @@ def test_options_that_change_what_is_seen_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
-def test_a_package_that_the_report_needs_is_missed_before_anything_is_trained(tmp_path, package):
+def test_a_package_missing_for_the_report_is_reported_before_training(tmp_path, package):
     code = f"import sys; sys.modules['{package}'] = None; from hqlt.cli import main; main({[*COMMAND]})"
     process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert f"expected the package {package}; pip install " in process.stderr
     assert process.returncode == 1 and not any(tmp_path.iterdir())
 
 
-def test_what_is_left(finished):
+def test_files_of_a_run(finished):
     folder = finished["ppo"]
     results = json.loads((folder / "results.json").read_text())
     assert results["test_episodes"] == 4
@@ -261,10 +261,10 @@ def test_what_is_left(finished):
     readme = (folder / "README.md").read_text()
     assert "| synchronous | TMazePassive |" in readme and "(episode.gif)" in readme
     with Image.open(folder / "episode.gif") as gif:
-        assert gif.n_frames == 8  # six steps to the junction, one into an arm, and the beginning
+        assert gif.n_frames == 8  # the start, six steps to the junction, one into an arm
 
 
-def test_a_film_shows_what_was_played_and_which_memory_spoke(finished):
+def test_a_film_holds_frames_rewards_and_shares(finished):
     trainer = load_agent(finished["ppo"])
     one = film(trainer, seed=3)
     assert len(one.frames) == 8
@@ -275,7 +275,7 @@ def test_a_film_shows_what_was_played_and_which_memory_spoke(finished):
     assert played.total == pytest.approx(float(np.sum(one.rewards, dtype=np.float64)))
 
 
-def test_it_plays_again(finished, capsys, tmp_path):
+def test_a_trained_agent_plays(finished, capsys, tmp_path):
     main(["rl", "play", str(finished["ppo"]), "--episodes=3", '--options={"corridor": 9}', f"--film={tmp_path}"])
     assert "3 episodes: return" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"episode.png", "episode.gif"}
@@ -285,7 +285,7 @@ def test_it_plays_again(finished, capsys, tmp_path):
         main(["rl", "play", str(tmp_path)])
 
 
-def test_any_environment_and_a_memory_that_cannot_be_told_apart(tmp_path, capsys):
+def test_a_gymnasium_environment_and_a_model_without_shares(tmp_path, capsys):
     main(
         [
             "rl", "train", "--env=CartPole-v1", "--memory=lstm", "--num-envs=4", "--steps=200", "--episodes=2",
@@ -297,7 +297,7 @@ def test_any_environment_and_a_memory_that_cannot_be_told_apart(tmp_path, capsys
     assert (tmp_path / "episode.png").exists()
 
 
-def test_another_run_or_a_damaged_checkpoint_is_refused_and_left_alone(finished, tmp_path):
+def test_another_run_and_a_damaged_checkpoint_are_refused_and_kept(finished, tmp_path):
     shutil.copytree(finished["sac"], tmp_path / "run")
     command = [*SAC, f"--folder={tmp_path / 'run'}"]
     with pytest.raises(SystemExit, match=r"is of a run with another options.corridor: 4, not 5"):
@@ -312,7 +312,7 @@ def test_another_run_or_a_damaged_checkpoint_is_refused_and_left_alone(finished,
         main([*SAC[:2], "--sac.gama=1"])
 
 
-def test_a_full_disk_leaves_the_checkpoints_from_before(settings, tmp_path, monkeypatch):
+def test_a_full_disk_keeps_earlier_checkpoints(settings, tmp_path, monkeypatch):
     trainer = AgentTrainer(settings, folder=tmp_path)
     trainer.save()
     trainer.best_step = 1
@@ -327,21 +327,21 @@ def test_a_full_disk_leaves_the_checkpoints_from_before(settings, tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
+    ("command", "message"),
     [
         (["rl", "train"], how_to_install("rl")),
         (["reproduce", "visual-match"], how_to_install("rl")),
         (["--version"], hqlt.__version__),
     ],
 )
-def test_without_gymnasium_the_other_commands_work(command, said):
+def test_without_gymnasium_the_other_commands_work(command, message):
     code = f"import sys; sys.modules['gymnasium'] = None; from hqlt.cli import main; main({command})"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert said in process.stdout + process.stderr
+    assert message in process.stdout + process.stderr
     assert "Traceback" not in process.stderr
 
 
-def test_a_config_that_comes_with_the_library_is_read_by_its_name(tmp_path):
+def test_a_bundled_config_is_found_by_name(tmp_path):
     main(["rl", "train", "--config=visual-match", "--steps=5000", f"--folder={tmp_path}"])
     settings = json.loads((tmp_path / "config.json").read_text())["settings"]
     assert (settings["env"], settings["options"]["distractor"], settings["ppo"]["rollout_steps"]) == (

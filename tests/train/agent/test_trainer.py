@@ -1,4 +1,4 @@
-"""One run of an agent: exact from its checkpoints, scored on episodes of its own, the best weights kept."""
+"""The training loop of an agent: exact resume, evaluation on separate episodes, the best weights."""
 
 import contextlib
 import dataclasses
@@ -20,7 +20,7 @@ from hqlt.train.metrics import Metrics
 
 
 def lines(updates):
-    return [told.as_line() for told in updates]
+    return [update.as_line() for update in updates]
 
 
 def assert_same_agent(one, other):
@@ -28,43 +28,43 @@ def assert_same_agent(one, other):
         assert torch.equal(tensor, other.tensors()[name]), name
 
 
-def test_a_run_goes_on_from_every_checkpoint_as_if_it_had_never_stopped(settings, tmp_path):
-    whole, told = AgentTrainer(dataclasses.replace(settings, keep_checkpoints=100), folder=tmp_path), []
+def test_a_run_resumes_exactly_from_every_checkpoint(settings, tmp_path):
+    whole, expected = AgentTrainer(dataclasses.replace(settings, keep_checkpoints=100), folder=tmp_path), []
     for update in whole.updates():
-        told.append(update.as_line())
+        expected.append(update.as_line())
         whole.save()
     places = whole.checkpoints.whole()
-    assert len(places) == len(told) >= 3
+    assert len(places) == len(expected) >= 3
     for place in places[:-1]:
         again = AgentTrainer(settings, folder=tmp_path / "alone" / place.name)
         again.checkpoints.folder.mkdir(parents=True)
         (again.checkpoints.folder / place.name).symlink_to(place)
         step = again.resume()
         assert step == int(place.name.removeprefix("step-"))
-        assert lines(again.updates()) == [line for line in told if line["step"] > step]
+        assert lines(again.updates()) == [line for line in expected if line["step"] > step]
         assert_same_agent(again, whole)
         assert (again.best_step, again.best_score) == (whole.best_step, whole.best_score)
 
 
 class StoppedAt(list):
-    """Empty until it was looked at so often: as if a signal came then."""
+    """A list of signals that is empty for the first `checks` checks, as if a signal arrived then."""
 
-    def __init__(self, looks):
+    def __init__(self, checks):
         super().__init__([2])
-        self.looks = looks
+        self.checks = checks
 
     def __bool__(self):
-        self.looks -= 1
-        return self.looks < 0
+        self.checks -= 1
+        return self.checks < 0
 
 
-@pytest.mark.parametrize("look", [5, 17, 22, 23, 40, 50])
-def test_stopped_anywhere_it_ends_as_if_it_had_never_been(settings, tmp_path, look):
-    """In a round, a rollout or an evaluation; what is lost is the round or the rollout that was begun."""
+@pytest.mark.parametrize("checks", [5, 17, 22, 23, 40, 50])
+def test_a_run_stopped_anywhere_ends_like_an_uninterrupted_one(settings, tmp_path, checks):
+    """During a collection, which is then lost, or during an evaluation."""
     whole = AgentTrainer(settings)
-    told = lines(whole.updates())
+    expected = lines(whole.updates())
     trainer, got = AgentTrainer(settings, folder=tmp_path), []
-    trainer.signals = StoppedAt(look)
+    trainer.signals = StoppedAt(checks)
     with contextlib.suppress(Stopped):
         for update in trainer.train():
             got.append(update.as_line())
@@ -72,12 +72,12 @@ def test_stopped_anywhere_it_ends_as_if_it_had_never_been(settings, tmp_path, lo
     trainer.save()
     again = AgentTrainer(settings, folder=tmp_path)
     assert again.resume() == trainer.step
-    assert got + lines(again.updates()) == told
+    assert got + lines(again.updates()) == expected
     assert again.pending is None
     assert_same_agent(again, whole)
 
 
-def test_stopped_in_an_evaluation_nothing_of_the_training_before_is_lost(settings, tmp_path):
+def test_a_stop_during_an_evaluation_loses_no_training(settings, tmp_path):
     trainer = AgentTrainer(settings, folder=tmp_path)
     evaluate, trainer.evaluate = (
         trainer.evaluate,
@@ -92,7 +92,7 @@ def test_stopped_in_an_evaluation_nothing_of_the_training_before_is_lost(setting
     assert next(again.updates()).step == trainer.step
 
 
-def test_more_steps_begin_as_fewer_did(settings):
+def test_a_longer_run_starts_like_a_shorter_one(settings):
     few = lines(AgentTrainer(settings).updates())
     more = lines(AgentTrainer(dataclasses.replace(settings, steps=settings.steps + 80)).updates())
     until = settings.steps // settings.evaluate_every * settings.evaluate_every
@@ -100,7 +100,7 @@ def test_more_steps_begin_as_fewer_did(settings):
     assert shared == more[: len(shared)]
 
 
-def test_the_best_weights_are_kept_and_tested_and_no_others(settings):
+def test_the_best_weights_are_tested(settings):
     trainer = AgentTrainer(settings)
     scores = []
     for update in trainer.updates():
@@ -116,7 +116,7 @@ def test_the_best_weights_are_kept_and_tested_and_no_others(settings):
         assert torch.equal(weight, weights[name]), name
 
 
-def test_where_the_world_tells_no_success_the_return_decides(settings):
+def test_without_success_the_return_decides(settings):
     trainer = AgentTrainer(settings)
     trainer.update_best(Evaluation((Outcome(2.0, 1, math.nan),)))
     first = trainer.best
@@ -126,7 +126,7 @@ def test_where_the_world_tells_no_success_the_return_decides(settings):
     assert trainer.best is not first
 
 
-def test_a_test_by_the_first_weights_counts_all_steps(settings, tmp_path):
+def test_results_count_all_steps_if_the_first_weights_were_best(settings, tmp_path):
     trainer = AgentTrainer(settings)
     trainer.update_best(Evaluation((Outcome(1e9, 1, 1.0),)))
     last = list(trainer.updates())[-1]
@@ -137,7 +137,7 @@ def test_a_test_by_the_first_weights_counts_all_steps(settings, tmp_path):
     assert (results["best_step"], results["steps"]) == (0, last.step)
 
 
-def test_where_no_episode_can_end_before_an_evaluation_it_says_so():
+def test_evaluations_too_frequent_for_an_episode_are_refused():
     ppo = {"rollout_steps": 8}
     settings = AgentSettings(
         env="KeyToDoor", model={"hidden_size": 8}, num_envs=4, hyperparameters=ppo, evaluate_every=200
@@ -146,7 +146,7 @@ def test_where_no_episode_can_end_before_an_evaluation_it_says_so():
         list(AgentTrainer(settings).updates())
 
 
-def test_a_last_stretch_too_short_for_an_episode_is_no_mistake():
+def test_a_short_last_interval_is_allowed():
     ppo = {"rollout_steps": 8}
     settings = AgentSettings(
         env="KeyToDoor", options={"distractor": 5}, model={"hidden_size": 8}, num_envs=2, hyperparameters=ppo,
@@ -155,25 +155,25 @@ def test_a_last_stretch_too_short_for_an_episode_is_no_mistake():
     assert list(AgentTrainer(settings).updates())[-1].evaluated_return is not None
 
 
-def test_a_run_goes_on_exactly_where_episodes_are_cut(tmp_path):
-    """In a world with more to begin anew than a place: apples that were eaten come back."""
+def test_a_run_resumes_exactly_in_the_middle_of_episodes(tmp_path):
+    """In an environment with more state than a position: eaten apples return."""
     options, model = {"explore": 3, "distractor": 30, "reward": 4}, {"hidden_size": 8, "num_layers": 1, "window": 2}
     settings = AgentSettings(
         env="VisualMatch", options=options, model=model, num_envs=4, steps=900, evaluate_every=300, episodes=2,
         hyperparameters=PPOSettings(rollout_steps=11, hidden_sizes=(8,), num_minibatches=1, epochs=1),
     )  # fmt: skip
-    whole, told = AgentTrainer(settings, folder=tmp_path), []
+    whole, expected = AgentTrainer(settings, folder=tmp_path), []
     for update in whole.updates():
-        told.append(update.as_line())
+        expected.append(update.as_line())
         if update.evaluated_return is not None and not whole.checkpoints.newest():
             whole.save()
     again = AgentTrainer(settings, folder=tmp_path)
     step = again.resume()
     assert 0 < step < 900
-    assert lines(again.updates()) == [line for line in told if line["step"] > step]
+    assert lines(again.updates()) == [line for line in expected if line["step"] > step]
 
 
-def test_what_is_no_number_is_no_json_and_what_was_left_out_is_counted(settings, tmp_path):
+def test_nan_is_written_as_null_and_skipped_updates_are_counted(settings, tmp_path):
     trainer = AgentTrainer(settings)
     trainer.agent.update_weights(trainer.agent.actor[0].weight.sum() * math.nan, 1.0)
     assert trainer.agent.left_out == 1
@@ -185,7 +185,7 @@ def test_what_is_no_number_is_no_json_and_what_was_left_out_is_counted(settings,
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {**line, "loss": None, "gradient": None}
 
 
-def test_neighbouring_seeds_meet_other_worlds(settings):
+def test_neighbouring_seeds_give_unrelated_environments(settings):
     seeds = [
         AgentTrainer(dataclasses.replace(settings, seed=seed)).agent.derive_seed(torch.tensor(0)) for seed in (0, 1)
     ]
@@ -193,20 +193,20 @@ def test_neighbouring_seeds_meet_other_worlds(settings):
     assert max(seeds) < 2**31 <= VALIDATION_SEED < TEST_SEED
 
 
-def test_pruning_leaves_what_is_whole(settings, tmp_path):
+def test_pruning_keeps_complete_checkpoints(settings, tmp_path):
     (tmp_path / "step-00000900.unfinished").mkdir()
     trainer = AgentTrainer(settings, folder=tmp_path)
     trainer.save()
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000000"]
 
 
-def test_an_evaluation_changes_nothing(settings):
+def test_an_evaluation_does_not_change_training(settings):
     trainer, undisturbed = AgentTrainer(settings), AgentTrainer(settings)
     trainer.evaluate(5, seed=3)
     assert lines(trainer.updates()) == lines(undisturbed.updates())
 
 
-def test_a_test_may_be_in_a_world_of_other_options(settings):
+def test_a_test_may_use_other_options(settings):
     trainer = AgentTrainer(settings)
     for _ in trainer.updates():
         pass
@@ -232,7 +232,7 @@ def test_a_test_may_be_in_a_world_of_other_options(settings):
         ({"env": "CartPole-v1", "options": {"render_mode": "human"}}, "CartPole-v1: .*pygame"),
     ],
 )
-def test_bad_settings(change, message):
+def test_invalid_settings_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         AgentTrainer(AgentSettings(**change)).envs.reset()
 
@@ -244,16 +244,18 @@ def test_an_unknown_kind_of_advantages_is_refused():
 
 @pytest.mark.parametrize("algorithm", ["ppo", "sac"])
 def test_an_episode_that_does_not_end_is_an_error(algorithm, monkeypatch):
-    """Whoever waits for it: a collection, or a greedy evaluation where those of the collection ended by chance."""
+    """Both in a collection and in a greedy evaluation."""
     monkeypatch.setattr("hqlt.agent.stream.MAX_EPISODE_STEPS", 100)
     env = "tests.train.agent.conftest:hqlt-tests/Waiting-v0"
     settings = AgentSettings(env=env, algorithm=algorithm, num_envs=4, steps=600, evaluate_every=300, episodes=2)
     trainer = AgentTrainer(settings)
     with torch.no_grad():
         trainer.agent.actor[-1].weight.zero_()
-        trainer.agent.actor[-1].bias.copy_(torch.tensor([5.0, 0.0]))  # waits, now and then leaves
-    said = r"hqlt-tests/Waiting-v0, env \d, step 100 of its episode: expected an episode to end within 100 .*TimeLimit"
-    with pytest.raises(ValueError, match=said):
+        trainer.agent.actor[-1].bias.copy_(torch.tensor([5.0, 0.0]))  # waits, and rarely leaves
+    message = (
+        r"hqlt-tests/Waiting-v0, env \d, step 100 of its episode: expected an episode to end within 100 .*TimeLimit"
+    )
+    with pytest.raises(ValueError, match=message):
         list(trainer.updates())
     limited = AgentTrainer(dataclasses.replace(settings, options={"max_episode_steps": 50}))
     limited.agent.load_state_dict(trainer.agent.state_dict())
@@ -284,6 +286,6 @@ def test_a_damaged_description_of_a_checkpoint_is_reported(settings, tmp_path, c
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99"])
-def test_a_device_that_is_not_there(settings, device):
+def test_an_unavailable_device_is_refused(settings, device):
     with pytest.raises(ValueError, match=f"device: expected one that torch can use here, such as cpu, got '{device}'"):
         AgentTrainer(settings, device)
