@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hqlt import HybridMemory
 from hqlt.evaluate import probes
-from hqlt.evaluate.probes import by_position, fw_bypassed, needles, outcomes, probe, recall
+from hqlt.evaluate.probes import by_position, fw_bypassed, needles, probe, recall, token_losses
 from hqlt.model import HQLTConfig, HQLTForCausalLM
 from tests.language.conftest import SMALL
 
@@ -82,9 +82,9 @@ class TestPerplexityByPosition:
     @pytest.mark.parametrize("kind", [{}, {"layer_kinds": ["kv", "hybrid"], "mixer": "add", "fast_weights": "linear"}])
     def test_in_chunks(self, kind, monkeypatch):
         model, tokens = small(**kind), text()
-        whole = outcomes(model, tokens)
+        whole = token_losses(model, tokens)
         monkeypatch.setattr(probes, "CHUNK", 7)
-        in_chunks = outcomes(model, tokens)
+        in_chunks = token_losses(model, tokens)
         torch.testing.assert_close(in_chunks[0], whole[0], atol=1e-10, rtol=0)
         assert torch.equal(in_chunks[1], whole[1])
 
@@ -101,7 +101,9 @@ class TestRecall:
     def test_layout_of_the_text(self, monkeypatch):
         """The paragraph, the end of the next row, the paragraph again."""
         seen = []
-        monkeypatch.setattr(probes, "outcomes", lambda _, x: seen.append(x) or (torch.zeros(2, 6), torch.ones(2, 6)))
+        monkeypatch.setattr(
+            probes, "token_losses", lambda _, x: seen.append(x) or (torch.zeros(2, 6), torch.ones(2, 6))
+        )
         recall(Bigrams(), torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]), distance=5, paragraph=2)
         assert seen[0].tolist() == [[1, 2, 8, 9, 10, 1, 2], [6, 7, 3, 4, 5, 6, 7]]
 
@@ -228,7 +230,7 @@ class TestProbe:
     def test_default_sizes_for_long_texts(self, monkeypatch):
         lengths = []
         monkeypatch.setattr(
-            probes, "outcomes", lambda _, x: lengths.append(x.shape[1]) or (torch.zeros(1, x.shape[1] - 1),) * 2
+            probes, "token_losses", lambda _, x: lengths.append(x.shape[1]) or (torch.zeros(1, x.shape[1] - 1),) * 2
         )
         result = probe(Bigrams(), text(1, 1024))
         assert lengths == [1024, 464, 256, 512, 1024]

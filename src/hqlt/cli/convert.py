@@ -109,7 +109,7 @@ def open_source(source: Path, settings: Path | None, map: Path | None) -> Source
     from hqlt.language.convert import convert as convert_checkpoint
     from hqlt.language.folder import TOKENIZER_FILES
     from hqlt.language.paper_config import DEFAULTS, read_settings
-    from hqlt.language.pretrained import TEXT_OF, convert_pretrained, read_their_config
+    from hqlt.language.pretrained import MULTIMODAL, convert_pretrained, read_their_config
     from hqlt.model.pretrained import ARCHITECTURES, config_of
     from hqlt.model.pretrained.gguf import is_gguf
     from hqlt.registry import check_choice
@@ -124,7 +124,7 @@ def open_source(source: Path, settings: Path | None, map: Path | None) -> Source
         )
     content = settings_of(source, settings)
     architecture = str(content.get("model_type"))
-    check_choice("model_type", architecture, (*ARCHITECTURES, *TEXT_OF, *DEFAULTS))
+    check_choice("model_type", architecture, (*ARCHITECTURES, *MULTIMODAL, *DEFAULTS))
     renames = read_renames(map) if map else None
     has_tokenizer = any((folder_of(source) / name).is_file() for name in TOKENIZER_FILES)
     tokenizer = str(folder_of(source)) if has_tokenizer else None

@@ -74,9 +74,9 @@ def probe(
     distance = min(DISTANCE, length) if distance is None else distance
     paragraph = min(PARAGRAPH, distance // 4) if paragraph is None else paragraph
     lengths = [each for each in LENGTHS if each <= length] or [length] if lengths is None else list(lengths)
-    check(n, length, beyond, distance, paragraph, lengths, depths)
+    check_sizes(n, length, beyond, distance, paragraph, lengths, depths)
     model.eval()
-    nll, _ = outcomes(model, tokens)
+    nll, _ = token_losses(model, tokens)
     mean = nll[:, beyond - 1 :].mean().item()
     return {
         "rows": n,
@@ -120,10 +120,10 @@ def probed(name: str, model: nn.Module, tokens: Tensor, **options: Any) -> list[
 def loss_bypassed(model: nn.Module, tokens: Tensor, kv_whole: bool) -> float:
     """Loss of the second half of each text with FW-memories bypassed, in nats per token."""
     with fw_bypassed(model, kv_whole=kv_whole):
-        return outcomes(model, tokens)[0][:, tokens.shape[1] // 2 :].mean().item()
+        return token_losses(model, tokens)[0][:, tokens.shape[1] // 2 :].mean().item()
 
 
-def check(
+def check_sizes(
     n: int,
     length: int,
     beyond: int,
@@ -147,7 +147,7 @@ def check(
 
 
 @torch.no_grad()
-def outcomes(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def token_losses(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """The loss of each token except the first of a row, and whether it was predicted.
 
     Rows are read in small batches, and long ones in chunks with a cache, so that few logits exist at a time.
@@ -182,7 +182,7 @@ def by_position(nll: Tensor) -> list[dict[str, float]]:
     """The mean loss by position, in bins of growing width.
 
     Args:
-        nll (nats, [n, length − 1]): the losses that `outcomes` returns.
+        nll (nats, [n, length − 1]): the losses that `token_losses` returns.
 
     Returns:
         Bins {"begin", "end", "nll"} over the tokens that have begin … end − 1 tokens before them.
@@ -213,7 +213,7 @@ def recall(model: nn.Module, tokens: Tensor, distance: int, paragraph: int) -> d
     """
     copy, other = tokens[:, :paragraph], tokens.roll(-1, dims=0)
     filler = other[:, other.shape[1] - (distance - paragraph) :]
-    nll, right = outcomes(model, torch.cat([copy, filler, copy], dim=1))
+    nll, right = token_losses(model, torch.cat([copy, filler, copy], dim=1))
     second = slice(distance, distance + paragraph - 1)
     return {
         "distance": distance,
@@ -247,7 +247,7 @@ def needles(
     results = []
     for length in lengths:
         texts, value_begins = texts_with_needles(tokens, length, depths, seed)
-        nll, right = outcomes(model, texts)
+        nll, right = token_losses(model, texts)
         for depth, begin in zip(depths, value_begins, strict=True):
             value = slice(begin - 1, begin - 1 + VALUE)
             results.append(

@@ -60,9 +60,9 @@ def convert(checkpoint: Checkpoint) -> Converted:
     theirs = checkpoint.tensors
     names = {ours: sources(ours, config, theirs) for ours in model.state_dict()}
     skipped = {name: why for name in theirs if (why := reason_to_skip(name, theirs[name], config))}
-    account_for(names, theirs, skipped)
+    check_all_used(names, theirs, skipped)
     weights = {
-        ours: assemble(ours, [theirs[name] for name in parts], fused=fused_mlp(ours, theirs))
+        ours: assemble(ours, [theirs[name] for name in parts], fused=is_fused_mlp(ours, theirs))
         for ours, parts in names.items()
     }
     for ours, expected in model.state_dict().items():
@@ -86,12 +86,12 @@ def sources(ours: str, config: HQLTConfig, theirs: Mapping[str, Tensor]) -> list
     layer, part, leaf = found.groups()  # type: ignore[union-attr]
     if part == "memory.conv":
         return [f"{layer}.{name}.weight" for name in CONVOLUTIONS]
-    if part == "mlp.up_proj" and fused_mlp(ours, theirs):
+    if part == "mlp.up_proj" and is_fused_mlp(ours, theirs):
         part = "mlp.gate_proj"
     return [f"{layer}.{MIXERS[config.mixer] if part == 'memory.mixer.gate_proj' else IN_A_LAYER[part]}{leaf}"]
 
 
-def fused_mlp(ours: str, theirs: Mapping[str, Tensor]) -> bool:
+def is_fused_mlp(ours: str, theirs: Mapping[str, Tensor]) -> bool:
     """Whether this is a gate or up projection that the source stores in one tensor, as older versions do."""
     layer, mlp, part = ours.partition(".mlp.")
     return part in ("gate_proj.weight", "up_proj.weight") and f"{layer}{mlp}up_proj.weight" not in theirs
@@ -124,7 +124,7 @@ def reason_to_skip(name: str, tensor: Tensor, config: HQLTConfig) -> str | None:
     return None
 
 
-def account_for(names: Mapping[str, list[str]], theirs: Mapping[str, Tensor], skipped: Mapping[str, str]) -> None:
+def check_all_used(names: Mapping[str, list[str]], theirs: Mapping[str, Tensor], skipped: Mapping[str, str]) -> None:
     """Refuse missing and unknown tensors, and suggest similar names.
 
     Raises:

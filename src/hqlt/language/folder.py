@@ -98,12 +98,12 @@ def load_model(where: str | Path, device: torch.device | str = "cpu") -> HQLTFor
     """
     from hqlt.model import HQLTForCausalLM
 
-    model: HQLTForCausalLM = load_whole(HQLTForCausalLM, find_model(where), read_config(where))
+    model: HQLTForCausalLM = load_strict(HQLTForCausalLM, find_model(where), read_config(where))
     nn.Module.to(model, device)
     return model
 
 
-def load_whole(kind: Any, folder: Path, config: Any) -> Any:
+def load_strict(kind: Any, folder: Path, config: Any) -> Any:
     """Load a model of transformers, of the class `kind`. Raises ValueError as `load_model` does."""
     try:
         with quiet_transformers():  # its warnings are raised as errors below

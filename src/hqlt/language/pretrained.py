@@ -17,12 +17,12 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrained
 from hqlt.data import Tokenizer
 from hqlt.language.checkpoint import tensor_names, weight_files
 from hqlt.language.convert import Converted
-from hqlt.language.folder import load_whole, quiet_transformers
+from hqlt.language.folder import load_strict, quiet_transformers
 from hqlt.model import HQLTForCausalLM
 from hqlt.model.pretrained import from_transformers, our_names
 from hqlt.model.pretrained.gguf import ROPE_FREQUENCIES, Gguf, tensors_in
 
-TEXT_OF = ("qwen3_5",)
+MULTIMODAL = ("qwen3_5",)
 """Multimodal models whose text layers are converted. The config of those is nested in the model's config."""
 SKIPPED = {
     "mtp.": "predicts tokens further ahead; transformers ignores it too",
@@ -59,7 +59,7 @@ def convert_pretrained(folder: Path, config: PreTrainedConfig) -> Converted:
     Raises:
         ValueError: when the weights do not match the config, or our layers cannot express the model.
     """
-    theirs = load_whole(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], folder, config)
+    theirs = load_strict(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], folder, config)
     in_files = (name for file in weight_files(folder) for name in tensor_names(file))
     skipped = {name: why for name in in_files for prefix, why in SKIPPED.items() if name.startswith(prefix)}
     return _converted(theirs, skipped, notes=[], reference=lambda: theirs)

@@ -60,7 +60,7 @@ def chat_tokens(
         tokenizer: the model's tokenizer.
         messages: the conversation.
         add_generation_prompt: whether to append the beginning of an answer.
-        encode: encodes the rendered text, such as an `Encoder`, which caches. Default: the tokenizer.
+        encode: encodes the rendered text, such as a `CachedEncoder`. Default: the tokenizer.
 
     Returns:
         Token ids.

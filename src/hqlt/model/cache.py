@@ -337,7 +337,7 @@ class HQLTCache(Cache):
         )
 
 
-def one_cache(past_key_values: object, cache: object) -> HQLTCache | None:
+def cache_argument(past_key_values: object, cache: object) -> HQLTCache | None:
     """The cache that was passed under either of its two names."""
     if past_key_values is not None and cache is not None and past_key_values is not cache:
         raise ValueError(

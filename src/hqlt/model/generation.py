@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
-from hqlt.model.cache import CACHE, HQLTCache, one_cache
+from hqlt.model.cache import CACHE, HQLTCache, cache_argument
 
 NEVER = torch.iinfo(torch.long).max
 
@@ -34,7 +34,7 @@ class HQLTGenerationMixin(GenerationMixin):
         Raises:
             ValueError: when the prompt has no unread token, or the attention mask differs from what the cache has read.
         """
-        given = one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
+        given = cache_argument(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         if given is not None:
             kwargs[CACHE] = given
             if given.states:

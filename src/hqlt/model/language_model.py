@@ -19,7 +19,7 @@ from hqlt.memory import FWMemory, KVMemory, MemoryState
 from hqlt.memory.fw import LearnedMap
 from hqlt.mixer import Mixer
 from hqlt.model.block import HQLTBlock
-from hqlt.model.cache import CACHE, HQLTCache, one_cache
+from hqlt.model.cache import CACHE, HQLTCache, cache_argument
 from hqlt.model.config import HQLTConfig
 from hqlt.model.generation import HQLTGenerationMixin
 from hqlt.model.loss import IGNORE, summed_cross_entropy
@@ -152,7 +152,7 @@ class HQLTModel(HQLTPreTrainedModel):
         """
         refuse_misspelt(kwargs, packed=position_ids is not None or resets is not None)
         x = self._embed(input_ids, inputs_embeds)
-        memory = self._cache(one_cache(past_key_values, cache), use_cache)
+        memory = self._cache(cache_argument(past_key_values, cache), use_cache)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden = self._read(x, memory, bool(wanted), attention_mask, position_ids, resets)
         optional: Any = {CACHE: memory, "hidden_states": tuple(hidden) if wanted else None}

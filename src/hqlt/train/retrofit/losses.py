@@ -28,7 +28,7 @@ def beyond(batch: Batch, visible: int) -> Tensor:
 
 
 @torch.no_grad()
-def read_watched(teacher: HQLTForCausalLM, batch: Batch, watch: Watch) -> None:
+def watch_attention(teacher: HQLTForCausalLM, batch: Batch, watch: Watch) -> None:
     """Run the teacher on a batch, and call `watch` with the input and output of each layer's attention.
 
     No activations are kept from one layer to the next.
@@ -75,7 +75,7 @@ def layer_errors(
                 (error * weight).backward()
         errors[layer] = error.item()
 
-    read_watched(teacher, batch, watch)
+    watch_attention(teacher, batch, watch)
     return errors
 
 
