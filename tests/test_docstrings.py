@@ -20,12 +20,6 @@ MODULES = (
 )  # fmt: skip
 """Those whose `__all__` is the API."""
 TO_DO: set[str] = {
-    "blend",
-    "layer",
-    "memory",
-    "mixer",
-    "registry",
-    "shapes",
     "train",
 }
 """Parts of the package whose docstrings are not in this form yet."""

@@ -354,7 +354,7 @@ class TestErrors:
         [
             ({"blend": "fw-only", "mixer": "vector"}, "mixer: expected none for blend 'fw-only', which has one memory"),
             ({"blend": "kv-only", "fast_weights": "delta"}, "fast_weights: expected none for blend 'kv-only'"),
-            ({"blend": "fw-only", "rope_theta": None}, "rope_theta: expected an option of what was chosen"),
+            ({"blend": "fw-only", "rope_theta": None}, "rope_theta: expected an option of the chosen parts"),
             ({"fast_weights": "linear", "beta_max": 1.0}, "beta_max: .*fast_weights='linear' uses feature_map"),
             ({"write_gates": "own"}, "write_gates: .*blend='synchronous' uses none"),
             ({"betamax": 1.0}, "betamax: .*; did you mean 'beta_max'"),
@@ -391,7 +391,7 @@ def test_a_layer_explains_how_a_token_runs():
         "grouped heads": {"num_kv_heads": 1},
     }.items():
         why = HybridMemory(8, 2, 4, **options).explain().why
-        assert why == f"one by one, each by its fastest operation: no native form of {missing}"
+        assert why == f"part by part, each with its fastest operation: no native form of {missing}"
 
 
 @pytest.mark.parametrize("choice", ONE_OF_EACH_BLEND)

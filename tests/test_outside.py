@@ -87,7 +87,7 @@ def test_a_name_means_its_class():
 
 
 def test_names_are_taken_once():
-    with pytest.raises(ValueError, match="name: expected one that no rule has, got 'delta'"):
+    with pytest.raises(ValueError, match="name: expected a name that no rule has, got 'delta'"):
         hqlt.register("rule", "delta")(TwoSpeeds)
     with pytest.raises(ValueError, match=r"kind: expected one of 'rule', .* got 'rules'; did you mean 'rule'"):
         hqlt.register("rules", "two-speeds")

@@ -131,7 +131,7 @@ def test_an_agents_memory_and_what_is_left_as_it_is():
 @pytest.mark.parametrize(
     ("layer", "options", "message"),
     [
-        (nn.Linear(2, 2), {"kept": 1}, "model: expected at least one layer whose KV-memory .* no layer of hqlt at all"),
+        (nn.Linear(2, 2), {"kept": 1}, "model: expected at least one layer whose KV-memory .* no hqlt layer"),
         (build_layer("fw-only-delta"), {"kept": 1}, "got 1 without a KV-memory and 0 that attend to everything"),
         (build_layer("synchronous-full"), {"kept": 1}, r"got 0 without .* and 1 that attend to everything \(window"),
         (build_layer(""), {}, "kept: expected at least 1"),
@@ -140,9 +140,9 @@ def test_an_agents_memory_and_what_is_left_as_it_is():
         (build_layer(""), {"keep": 3}, "keep: expected an option .* did you mean 'kept'"),
         (build_layer(""), {"kept": 3, "window": 0}, "window: expected at least 1"),
         (build_layer(""), {"kept": 3, "sinks": -1}, "sinks: expected a number of entries, at least 0"),
-        (build_layer("kv-only"), {"kept": 3}, "expected one whose scores do not ask .* got 'surprise'"),
-        (build_layer("", blend="delayed-chunk"), {"kept": 3}, "or a blend that writes a pair when it arrives"),
-        (build_layer("", fast_weights="linear"), {"kept": 3}, "'linear' predicts nothing when it writes"),
+        (build_layer("kv-only"), {"kept": 3}, "expected one that does not score by .* got 'surprise'"),
+        (build_layer("", blend="delayed-chunk"), {"kept": 3}, "or a blend that writes a token when it arrives"),
+        (build_layer("", fast_weights="linear"), {"kept": 3}, "'linear' writes without a prediction"),
     ],
 )
 def test_what_cannot_be(layer, options, message):

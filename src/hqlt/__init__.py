@@ -1,4 +1,4 @@
-"""hqlt: hybrid memory layers. One layer, two memories.
+"""hqlt: hybrid memory layers for PyTorch. One layer, two memories.
 
 >>> layer = hqlt.HybridMemory(hidden_size=64, num_heads=4, window=8)
 >>> y, state = layer(x)                  # x, y: [b, t, 64]
@@ -49,14 +49,15 @@ HOME = {
     **dict.fromkeys(("fingerprint", "load_state", "save_state"), "state"),
     **dict.fromkeys(("HQLTCache", "HQLTConfig", "HQLTForCausalLM", "HQLTModel", "preset"), "model"),
 }
-"""By name: the part that it is in."""
+"""By name: the subpackage that defines it."""
 
 
 def __getattr__(name: str) -> Any:
-    """A name, or a part such as `hqlt.agent`: loaded when first asked for, because torch and transformers take seconds.
+    """Load a public name or a subpackage such as `hqlt.agent` on first use: importing torch and transformers is slow.
 
-    Raises AttributeError for what is not here, ModuleNotFoundError for a part whose packages are missing, with what
-    installs them.
+    Raises:
+        AttributeError: when there is no such name.
+        ModuleNotFoundError: when a dependency is missing; the message says how to install it.
     """
     if name not in HOME and name not in {module.name for module in pkgutil.iter_modules(__path__)}:
         raise AttributeError(f"module 'hqlt' has no attribute {name!r}")
@@ -66,10 +67,10 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         from hqlt.errors import explanation
 
-        said = explanation(error)
-        if said is None:
+        message = explanation(error)
+        if message is None:
             raise
-        raise ModuleNotFoundError(said, name=error.name) from error
+        raise ModuleNotFoundError(message, name=error.name) from error
     return value
 
 

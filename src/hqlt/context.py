@@ -1,4 +1,4 @@
-"""Settings that hold for a `with` block, of one context: one thread and, within it, one asyncio task."""
+"""Settings with the scope of a `with` block in one thread and asyncio task."""
 
 from __future__ import annotations
 
@@ -13,28 +13,30 @@ from torch.compiler import is_compiling
 T = TypeVar("T")
 
 
-class _OfThread(threading.local):
+class _ThreadValue(threading.local):
     def __init__(self, value: Any) -> None:
         self.value = value
 
 
 class Setting(Generic[T]):
-    """A value of the current context. A new thread begins with the default, whatever the thread that starts it has."""
+    """A value of the current context. A new thread starts with the default, not with the value of its parent."""
 
     def __init__(self, name: str, default: T) -> None:
         self._variable = ContextVar(name, default=default)
-        self._of_thread = _OfThread(default)
+        self._thread = _ThreadValue(default)
 
     def get(self) -> T:
-        # torch.compile cannot read a ContextVar. It can read a thread's attribute, and compiles again when it differs.
-        return self._of_thread.value if is_compiling() else self._variable.get()
+        """Return the current value."""
+        # torch.compile cannot read a ContextVar. It can read a thread-local attribute, and recompiles when it changes.
+        return self._thread.value if is_compiling() else self._variable.get()
 
     @contextlib.contextmanager
     def set(self, value: T) -> Iterator[None]:
-        token, before = self._variable.set(value), self._of_thread.value
-        self._of_thread.value = value
+        """Context manager in which the setting has this value."""
+        token, before = self._variable.set(value), self._thread.value
+        self._thread.value = value
         try:
             yield
         finally:
             self._variable.reset(token)
-            self._of_thread.value = before
+            self._thread.value = before

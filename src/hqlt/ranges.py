@@ -1,4 +1,4 @@
-"""What numbers in settings may be: a range for each."""
+"""Ranges of the numbers in settings, and checks against them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import numpy as np
 
 
 class Range(NamedTuple):
-    """Numbers from `least` to `most`, both included; NaN and infinities never are."""
+    """Numbers from `least` to `most`, both included. NaN and infinity are never in a range."""
 
     least: float
+    """Lower end."""
     most: float = math.inf
+    """Upper end."""
     above: bool = False
-    """`least` itself is excluded."""
+    """Whether `least` itself is excluded."""
     whole: bool = False
-    """Integers only."""
+    """Whether only integers are allowed."""
 
     def __contains__(self, value: Any) -> bool:
         number = isinstance(value, (int, np.integer) if self.whole else (int, float, np.number))
@@ -41,16 +43,18 @@ SEED = Range(0, 2**63 - 1, whole=True)
 
 
 def check_range(name: str, value: Any, allowed: Range) -> None:
-    """Raises ValueError that says what the name may be."""
+    """Raise a ValueError if the value is outside its allowed range."""
     if value not in allowed:
         raise ValueError(f"{name}: expected {allowed}, got {value!r}")
 
 
 def check_ranges(settings: Any, prefix: str = "", **ranges: Range) -> None:
-    """Check the fields of a dataclass: numbers, each number of a tuple, and None where the field's type has it.
+    """Check fields of a dataclass: numbers, every number of a tuple, and None if the field's type allows it.
 
-    prefix: what stands before the names where they are typed, such as "ppo.". Raises ValueError for the first field
-    that is out of its range.
+    `prefix` precedes the names in error messages, such as "ppo.".
+
+    Raises:
+        ValueError: for the first field that is out of range.
     """
     types = {field.name: str(field.type) for field in dataclasses.fields(settings)}
     for name, allowed in ranges.items():

@@ -1,8 +1,9 @@
-"""After a bare `import hqlt`, transformers' Auto classes know our models, and transformers is not loaded for it.
+"""Register hqlt's models with transformers' Auto classes without importing transformers.
 
-`hqlt.model` registers its classes, and is imported as soon as transformers has been. transformers asks for no entry
-points, `auto_map` in a config asks its users for `trust_remote_code`, and Python has no call for "after this import":
-hence a finder, which finds what the others find.
+`hqlt.model` registers its classes when it is imported, which must happen as soon as transformers has been imported.
+transformers reads no entry points, `auto_map` in a config requires `trust_remote_code`, and Python has no hook after an
+import. Hence a finder in `sys.meta_path` that delegates to the other finders and registers the models after the module
+has been executed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from types import ModuleType
 
 
 class AfterTransformers:
-    """A finder for `sys.meta_path`."""
+    """A finder for `sys.meta_path` that registers hqlt's models once transformers has been imported."""
 
     @classmethod
     def find_spec(cls, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
@@ -36,13 +37,15 @@ class AfterTransformers:
 
 
 def register_models() -> None:
+    """Import `hqlt.model`, which registers its classes; warn if the transformers version is incompatible."""
     try:
         importlib.import_module("hqlt.model")
-    except ImportError as error:  # another version of transformers, which serves others well
+    except ImportError as error:  # an incompatible transformers must stay usable for other purposes
         warnings.warn(f"transformers' Auto classes do not know hqlt's models: {error}", stacklevel=2)
 
 
 def register_with_transformers() -> None:
+    """Register the models now if transformers is loaded, otherwise when it is imported."""
     if sys.modules.get("transformers"):
         register_models()
     elif AfterTransformers not in sys.meta_path:

@@ -1,4 +1,4 @@
-"""Where chance comes from: numbers that follow from what they are for, and from nothing else."""
+"""Reproducible pseudo-random numbers that depend only on what they are drawn for."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 GAMMA = np.uint64(0x9E3779B97F4A7C15)
-"""2⁶⁴ divided by the golden ratio: numbers this far apart, mix64, are SplitMix64."""
+"""2⁶⁴ / golden ratio: SplitMix64 is `mix64` of a counter that grows by this."""
 
 
 def hash64(*parts: object) -> int:
-    """64 bits of the SHA-256 of the parts, a slash between them: hash64("train", 0) is of "train/0"."""
+    """Return the first 64 bits of the SHA-256 of the parts, joined by slashes: hash64("train", 0) hashes "train/0"."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "little")
 
 
 def mix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """A bijection of 64 bits in which every bit of x flips about half of the bits: SplitMix64's finaliser.
+    """SplitMix64's finaliser: a bijection of 64 bits in which each bit of x flips about half of the output bits.
 
     Source: Steele, Lea, Flood 2014, "Fast Splittable Pseudorandom Number Generators", figure 16.
     """

@@ -1,15 +1,15 @@
-"""The letters. Every shape in this library is spelled with them, and none ever changes its meaning.
+"""The letters that name the axes of tensors. Each letter has one meaning in the whole library.
 
-    b  batch rows            k  width of a key or query head
-    t  time, tokens          v  width of a value head
-    h  heads                 s  pairs held by a KV-memory between two calls, at most its window
-    g  query heads a head    (query head i reads the pairs and the matrix of head i // g; 1 where none share)
-    n  chunks                c  tokens in a chunk
-    m  writes of a token
-    d  hidden size           l  length of a key timeline: the held pairs, then the new ones (s + t)
+    b  batch rows            k  width of a query or key head
+    t  time steps (tokens)   v  width of a value head
+    h  heads                 s  KV entries held between two calls, at most the window
+    g  query heads per KV head (query head i reads the KV entries and the matrix of head i // g; 1 without sharing)
+    n  chunks                c  tokens per chunk
+    m  writes per token
+    d  hidden size           l  length of the timeline: the held KV entries, then the new ones (s + t)
     a  actions of an agent
 
-A tensor's shape is written as its letters, `[b, t, h, k]`, in docstrings, in the aliases below and in errors.
+Docstrings, error messages and the aliases below write shapes with these letters, such as `[b, t, h, k]`.
 """
 
 from __future__ import annotations
@@ -37,35 +37,50 @@ _finite_checks = Setting("hqlt.checked", False)
 
 
 def checked(enabled: bool = True) -> AbstractContextManager[None]:
-    """Within this context every operation also refuses NaN and infinite inputs.
+    """Context manager in which every operation rejects NaN and infinite inputs with a ValueError.
 
-    Off by default, because looking at every number costs a pass over the data (and, on a GPU, a wait). It holds for
-    the current thread (and asyncio task); a thread that is started within it begins with the default.
+    Off by default: the check reads every number once more and synchronises with the GPU. The setting belongs to the
+    current thread (and asyncio task); a thread started inside the block has the default.
 
-    >>> with hqlt.checked():
-    ...     y, state = layer(x)
+    Args:
+        enabled: whether to check; False switches an enclosing `checked()` off.
+
+    Returns:
+        The context manager.
+
+    Example:
+        >>> import torch, hqlt
+        >>> layer = hqlt.HybridMemory(hidden_size=64, num_heads=4)
+        >>> with hqlt.checked():
+        ...     layer(torch.full((1, 3, 64), torch.nan))
+        Traceback (most recent call last):
+        ValueError: x: expected finite numbers, got nan at index (0, 0, 0) ...
     """
     return _finite_checks.set(enabled)
 
 
 def checks_finite() -> bool:
-    """Whether a `checked()` context is open."""
+    """Return whether a `checked()` context is active."""
     return _finite_checks.get()
 
 
 def match(**named: tuple[Tensor, str]) -> dict[str, int]:
-    """Bind letters to sizes: `match(q=(q, "b t h k"), v=(v, "b t h v"))["t"]` is the number of tokens.
+    """Check shapes and return the size of each letter.
 
-    Raises ValueError where a tensor has the wrong number of axes or another device than the first, where a letter
-    would stand for two sizes, and, within `checked()`, where a floating-point tensor holds NaN or infinity.
+    `match(q=(q, "b t h k"), v=(v, "b t h v"))["t"]` is the number of tokens.
+
+    Raises:
+        ValueError: when a tensor has the wrong number of axes or another device than the first, when a letter would
+            have two sizes, and, within `checked()`, when a floating-point tensor contains NaN or infinity.
     """
     return _match(named, floats=False)
 
 
 def match_floats(**named: tuple[Tensor, str]) -> dict[str, int]:
-    """`match` of tensors that must hold floating-point numbers: what an operation computes with.
+    """Like `match`, for tensors that must be floating-point.
 
-    Raises ValueError as `match` does, and where a tensor holds integers, bools or complex numbers.
+    Raises:
+        ValueError: as `match`, and when a tensor is integer, bool or complex.
     """
     return _match(named, floats=True)
 
@@ -96,6 +111,7 @@ def _match(named: dict[str, tuple[Tensor, str]], floats: bool) -> dict[str, int]
 
 
 def refuse_non_finite(name: str, tensor: Tensor) -> None:
+    """Raise a ValueError if the tensor contains NaN or infinity."""
     bad = (~torch.isfinite(tensor)).nonzero()
     if len(bad):
         where = tuple(bad[0].tolist())
@@ -107,15 +123,17 @@ def refuse_non_finite(name: str, tensor: Tensor) -> None:
 
 
 def check_resets(resets: Tensor | None, b: int, t: int, device: torch.device | None = None) -> None:
+    """Raise a ValueError unless `resets` is None or Bool[b, t]."""
     check_marks("resets", "a token begins a new segment", resets, b, t, device)
 
 
 def check_live(live: Tensor | None, b: int, t: int, device: torch.device | None = None) -> None:
+    """Raise a ValueError unless `live` is None or Bool[b, t]."""
     check_marks("live", "a token is written", live, b, t, device)
 
 
 def check_marks(name: str, where: str, marks: Tensor | None, b: int, t: int, device: torch.device | None) -> None:
-    """Refuse marks that are not Bool[b, t] on this device."""
+    """Raise a ValueError unless `marks` is None or Bool[b, t] on this device."""
     if marks is None:
         return
     if marks.dtype != torch.bool or tuple(marks.shape) != (b, t):
@@ -128,10 +146,10 @@ def check_marks(name: str, where: str, marks: Tensor | None, b: int, t: int, dev
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """The type in which fast weights accumulate: float32, or float64 for float64 inputs."""
+    """Return the dtype in which fast weights accumulate: float32, or float64 for float64 inputs."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def is_symbolic(size: object) -> bool:
-    """Whether a size is any number: of a program that is exported with a dynamic axis."""
+    """Return whether a size is symbolic, as in a program exported with a dynamic axis."""
     return isinstance(size, torch.SymInt)

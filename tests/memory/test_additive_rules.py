@@ -186,7 +186,7 @@ def test_a_model_says_to_each_layer_how_deep_it_is(name):
     agent = build_memory("synchronous", hidden_size=8, num_layers=2, fast_weights=name)
     assert [block.memory.fw.depth for block in agent.blocks] == [(0, 2), (1, 2)]
     for depth in ((2, 2), (-1, 3)):
-        with pytest.raises(ValueError, match="depth: expected a layer's index from 0 and how many layers there are"):
+        with pytest.raises(ValueError, match=r"depth: expected a layer's index \(from 0\) and the number of layers"):
             build(name, depth=depth)
 
 

@@ -208,8 +208,8 @@ def test_what_users_do_with_a_state():
     ("options", "refused"),
     [
         ({"retention": "value-norm"}, "kept: expected at least 1, .* got 0"),
-        ({"retention": "recent", "kept": 3}, "kept: expected an option of what was chosen"),
-        ({"kept": 3}, r"kept: expected an option of what was chosen \(.*retention='recent' uses none"),
+        ({"retention": "recent", "kept": 3}, "kept: expected an option of the chosen parts"),
+        ({"kept": 3}, r"kept: expected an option of the chosen parts \(.*retention='recent' uses none"),
         (
             {"retention": "surprising"},
             "retention: expected one of 'recent', 'surprise', .*, got 'surprising'; did you mean 'surprise'",
@@ -220,19 +220,19 @@ def test_what_users_do_with_a_state():
         ),
         ({"sinks": 2, "window": None}, "retention: expected 'recent' and no sinks with window=None.* sinks=2"),
         ({"sinks": -1}, "sinks: expected a number of entries, at least 0, got -1"),
-        ({"kept_gate": 0.0}, "kept_alike, kept_positions, kept_norm, kept_gate: expected as they are by default"),
+        ({"kept_gate": 0.0}, "kept_alike, kept_positions, kept_norm, kept_gate: expected their defaults"),
         (
             {"sinks": 1, "kept_positions": "near"},
             "kept_positions: expected one of 'true', 'clamped', 'none', got 'near'",
         ),
         (
             {"retention": "surprise", "kept": 2, "blend": "delayed-streaming"},
-            "retention: expected one whose scores do not ask .* or a blend that writes a pair when it arrives",
+            "retention: expected one that does not score by .* or a blend that writes a token when it arrives",
         ),
         ({"retention": "surprise", "kept": 2, "blend": "kv-only"}, "retention: expected .* got 'surprise'"),
         (
             {"retention": "surprise", "kept": 2, "fast_weights": "gla"},
-            "retention: expected .*'value-norm'.*, because fast_weights='gla' predicts nothing",
+            "retention: expected .*'value-norm'.*, because fast_weights='gla' writes without a prediction",
         ),
         ({"retention": "surprise", "kept": 2, "score": "errors"}, "score: expected one of 'error', 'beta-error'"),
         ({"blend": "fw-only", "retention": "recent"}, "retention: expected none for blend 'fw-only'"),

@@ -12,7 +12,7 @@ from hqlt.memory import Heads, Write
 from tests.laws import close, normal
 
 D, PAIRS, GROUP, K, V = 10, 2, 2, 4, 3
-HEADS = Heads(hidden_size=D, queries=GROUP * PAIRS, pairs=PAIRS, matrices=PAIRS, k=K, v=V)
+HEADS = Heads(hidden_size=D, queries=GROUP * PAIRS, keys=PAIRS, matrices=PAIRS, k=K, v=V)
 
 
 def build(name, **options):

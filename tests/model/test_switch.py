@@ -52,7 +52,7 @@ def test_fields_of_a_kind_and_of_a_registered_retention():
     [
         ({"layer_kinds": ["kv", "kv"]}, {"kept": 2}, "2 that attend to everything"),
         ({"layer_kinds": ["kv", "hybrid"], "kv_window": 3}, {"kept": 2}, "or a blend that writes a pair when it"),
-        ({}, {"kept": 2, "order": 1}, "order: expected an option of what was chosen"),
+        ({}, {"kept": 2, "order": 1}, "order: expected an option of the chosen parts"),
     ],
 )
 def test_invalid_options_are_refused(fields, options, message):

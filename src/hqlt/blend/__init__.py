@@ -1,4 +1,4 @@
-"""Blends: when a pair reaches each memory."""
+"""Blends: when a token reaches each memory."""
 
 from hqlt.blend.alone import FWOnly, KVOnly
 from hqlt.blend.blend import Blend, Memories, Reads, Timeline, Tokens

@@ -1,4 +1,4 @@
-"""One memory alone, from the same parts: the baselines."""
+"""The baselines with one memory, made of the same parts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ from hqlt.registry import register
 
 @register("blend", "kv-only")
 class KVOnly(Blend):
-    """Softmax attention alone, over a window or (window None) over everything: a transformer's layer."""
+    """Softmax attention alone, over a window or over everything (window None), as in a transformer.
+
+    Args:
+        window (tokens): number of latest tokens to attend to, the current one included. None: all.
+
+    Example:
+        >>> import hqlt
+        >>> layer = hqlt.HybridMemory(hidden_size=64, num_heads=4, window=None, blend="kv-only")
+    """
 
     has_fw = False
     native = "nothing"
@@ -17,7 +25,12 @@ class KVOnly(Blend):
 
 @register("blend", "fw-only")
 class FWOnly(Synchronous):
-    """Fast weights alone: DeltaNet, or with the additive rule a linear transformer."""
+    """Fast weights alone: DeltaNet, or a linear transformer with an additive rule.
+
+    Example:
+        >>> import hqlt
+        >>> layer = hqlt.HybridMemory(hidden_size=64, num_heads=4, blend="fw-only", fast_weights="gated-delta")
+    """
 
     has_kv = False
     native = "own"

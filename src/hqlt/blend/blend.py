@@ -1,8 +1,8 @@
-"""A blend answers one question: when does a pair reach each memory? This file holds what all answers share."""
+"""The base class of blends, which decide when a token reaches each memory."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,120 +18,139 @@ from hqlt.shapes import Keys, Positions, Queries, Resets, Values, is_symbolic
 
 
 class Memories(NamedTuple):
-    """A layer's two memories; None where it has one alone."""
+    """The memories of a layer."""
 
     kv: KVMemory | None
+    """None for "fw-only"."""
     fw: FWMemory | None
+    """None for "kv-only"."""
 
     def both(self) -> tuple[KVMemory, FWMemory]:
+        """Return (kv, fw) of a layer with two memories."""
         assert self.kv is not None and self.fw is not None, "the layer builds both"
         return self.kv, self.fw
 
 
 class Reads(NamedTuple):
-    """What the queries read from each memory, [b, t, h, v]; None from one that is not there."""
+    """What the queries read from each memory."""
 
     fw: Values | None
+    """[b, t, heads, v]; None without an FW-memory."""
     kv: Values | None
+    """[b, t, heads, v]; None without a KV-memory."""
 
     def both(self) -> tuple[Values, Values]:
-        """(fw, kv), where there are two memories."""
+        """Return (fw, kv) of a layer with two memories."""
         assert self.fw is not None and self.kv is not None, "a mixer needs two memories"
         return self.fw, self.kv
 
 
 class Tokens(NamedTuple):
-    """What new tokens bring."""
+    """The projections of new tokens."""
 
     q: Queries  # [b, t, g·h, k]
     keys: Keys  # [b, t, h, k]
     values: Values  # [b, t, h, v]
-    gates: Tree  # [b, t, …] each, the write rule's own
+    gates: Tree  # [b, t, …] each, of the write rule
 
 
 class Timeline(NamedTuple):
-    """The pairs held from earlier calls, then the new ones: l = s + t."""
+    """The KV entries held from earlier calls, then the new ones: l = s + t."""
 
     keys: Keys  # [b, l, h, k]
     values: Values  # [b, l, h, v]
-    gates: Tree  # [b, l, …] each; () for a blend that does not keep them
-    position: Positions  # [b, l] of each pair's token in its segment, negative for an unused slot
-    resets: Resets | None  # Bool [b, l], None where no segment begins after the timeline's first pair
+    gates: Tree  # [b, l, …] each; () unless the blend keeps gates
+    position: Positions  # [b, l] in the segment; negative for an unused slot
+    resets: Resets | None  # Bool[b, l]; None if no segment begins after the first entry
 
 
 class Blend(nn.Module):
-    """A schedule of both memories.
+    """Base class of blends: the schedule by which tokens reach the two memories.
 
-    It says how many pairs must be held between calls (`slots`), how many of the latest pairs stay in the KV-memory
-    after `count` tokens of a segment (`held`), and which pair reaches the FW-memory when (`scan`). Options are the
-    keyword-only arguments of the constructor; a registered blend's are the layer's own.
+    A subclass defines how many KV entries are held between calls (`slots`), how many of the latest entries are held
+    after `count` tokens of a segment (`held_count`), and when an entry is written to the FW-memory (`scan`). Its
+    options are the keyword-only arguments of its constructor; once it is registered, they are options of the layer.
 
-    window: pairs that the KV-memory reaches, the own one included; None: all.
+    Args:
+        window (tokens): number of latest tokens that the KV-memory attends to, the current one included. None: all.
+
+    Raises:
+        ValueError: when the blend cannot have this window.
     """
 
     has_kv, has_fw = True, True
-    """Which memories it blends."""
+    """Which memories the layer has."""
     needs_window = False
-    """Whether there must be an end to what the KV-memory reaches."""
+    """Whether the window must be a number."""
     keeps_gates = False
-    """Whether a pair's own gates are held with it, because it is written later and with them."""
+    """Whether the gates of a token are held with its KV entry, because it is written later with its own gates."""
     writes_on_arrival = False
-    """Whether a pair is written when it arrives, so that what the FW-memory predicted of it is known then. `scan` then
-    takes errors=True and returns them, too."""
+    """Whether a token is written when it arrives, so that the FW-memory's prediction error is known then. `scan` then
+    accepts errors=True and also returns the errors."""
     native: str | None = None
-    """What `hqlt.ops.step` calls what this blend writes, where it runs it; a subclass says so anew."""
+    """Name of this blend's writes in `hqlt.ops.step`, if it supports them; not inherited by subclasses."""
 
     def __init__(self, window: int | None) -> None:
         super().__init__()
         self.window = self.valid_window(window)
 
     def valid_window(self, window: int | None) -> int | None:
-        """A window that serves; ValueError for another."""
+        """Return the window, or raise a ValueError if this blend cannot have it."""
         if window is None and self.needs_window:
             name = name_of("blend", type(self))
-            raise ValueError(f"window: expected a number of tokens, because {name} writes what leaves it, got None")
+            raise ValueError(
+                f"window: expected a number of tokens, because {name} writes tokens that leave it, got None"
+            )
         if window is not None and window < 1:
             raise ValueError(f"window: expected at least 1 (the token itself) or None for all, got {window}")
         return window
 
     @property
     def slots(self) -> int | None:
-        """Pairs held between calls at most; None: all of them. Here: the next token brings the window's last pair."""
+        """Number of KV entries held between calls (None: all). By default window − 1: a new token completes it."""
         return None if self.window is None else self.window - 1
 
     def check(self, memories: Memories) -> None:
-        """Refuse, by a ValueError, a rule or a retention that has no meaning in this schedule."""
+        """Raise a ValueError if the write rule or the retention does not work with this blend."""
         kv, fw = memories
         if kv is None or kv.retention is None or not kv.retention.needs_errors:
             return
         name = name_of("retention", type(kv.retention))
         if not self.writes_on_arrival:
             raise ValueError(
-                f"retention: expected one whose scores do not ask for the FW-memory's errors, or a blend that writes a "
-                f"pair when it arrives (blend='synchronous'), got {name!r}: here its error is not known by then"
+                f"retention: expected one that does not score by the FW-memory's errors (retention='value-norm'), or a "
+                f"blend that writes a token when it arrives (blend='synchronous'), got {name!r}"
             )
         if fw is not None and not fw.returns_errors:
             raise ValueError(
-                f"retention: expected one whose scores do not ask for the FW-memory's errors (retention='value-norm'), "
-                f"because fast_weights={name_of('rule', type(fw))!r} predicts nothing when it writes, got {name!r}"
+                f"retention: expected one that does not score by the FW-memory's errors (retention='value-norm'), "
+                f"because fast_weights={name_of('rule', type(fw))!r} writes without a prediction, got {name!r}"
             )
 
     def held_count(self, count: Tensor) -> Tensor:
-        """How many of a segment's latest pairs the KV-memory holds on to after `count` tokens: [b]."""
+        """Return how many of the latest KV entries are held after `count` tokens of a segment: [b]."""
         return count if self.slots is None else count.clamp(max=self.slots)
 
     def scan(
         self, fw: FWMemory, new: Tokens, timeline: Timeline, past: Tree | None, resets: Resets | None
     ) -> tuple[Any, ...]:
-        """What the new tokens' queries read from the FW-memory, its state after the last of them (and `Errors`, see
-        `writes_on_arrival`).
+        """Write to the FW-memory and read it.
 
-        past: its state before, None for an empty one. resets: Bool[b, t], of the new tokens.
+        Args:
+            fw: the FW-memory.
+            new: the new tokens.
+            timeline: the held KV entries and the new ones.
+            past: the state of the FW-memory before the new tokens; None if it is empty.
+            resets (Bool[b, t]): where the new tokens begin a segment.
+
+        Returns:
+            The read [b, t, heads, v], the state after the last token, and `Errors` if asked for
+            (`writes_on_arrival`).
         """
         raise NotImplementedError
 
     def kv_resets(self, timeline: Timeline) -> Resets | None:
-        """Where what the KV-memory reaches begins anew, within the latest `window` pairs: Bool[b, l]."""
+        """Return where the entries visible to the KV-memory restart, besides the window: Bool[b, l]."""
         return timeline.resets
 
     def forward(
@@ -153,8 +172,11 @@ class Blend(nn.Module):
             kv_read = kv(new.q, keys, values, self.window, marks, *([] if candidates is None else [candidates]))
         return Reads(fw_read, kv_read), self.state_after(memories, timeline, fw_after, candidates)
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
     def timeline(self, new: Tokens, state: MemoryState | None, resets: Resets | None) -> Timeline:
-        """The held pairs, and the new ones behind them."""
+        """Return the held KV entries followed by the new ones."""
         _, keys, values, gates = new
         if not self.keeps_gates:
             gates = ()
@@ -168,21 +190,21 @@ class Blend(nn.Module):
         age = torch.arange(s, 0, -1, device=keys.device)
         position = torch.cat([state.position[:, None] - age, positions(resets, state.position, t)], dim=1)
 
-        def behind(held: Tensor, x: Tensor) -> Tensor:
+        def append(held: Tensor, x: Tensor) -> Tensor:
             return torch.cat([held.to(x.dtype), x], dim=1)
 
-        keys, values = behind(state.kv.keys, keys), behind(state.kv.values, values)
-        return Timeline(keys, values, pytree.tree_map(behind, state.kv.gates, gates), position, position == 0)
+        keys, values = append(state.kv.keys, keys), append(state.kv.values, values)
+        return Timeline(keys, values, pytree.tree_map(append, state.kv.gates, gates), position, position == 0)
 
     def leave_position(self, position: Tensor) -> Tensor:
-        """The position at which a pair leaves the window, from its own."""
-        assert self.window is not None, "the layer refuses a retention that keeps more"
+        """Return the position at which the entry at `position` leaves the window."""
+        assert self.window is not None, "the layer rejects a retention without a window"
         return position + self.window
 
     def candidates(
         self, kv: KVMemory, new: Tokens, timeline: Timeline, state: MemoryState | None, errors: Errors | None
     ) -> Candidates | None:
-        """The timeline's pairs behind those that were kept; None where nothing is kept beyond the window."""
+        """Return the kept entries followed by the timeline; None if nothing is kept beyond the window."""
         if not kv.kept:
             return None
         keys, values, _, position, resets = timeline
@@ -195,13 +217,13 @@ class Blend(nn.Module):
 
     @staticmethod
     def zero_not_live(x: Tree, live: Tensor) -> Tree:
-        """Zeros in place of what is not live, [b, t, …] each: whatever it held then reaches nobody."""
+        """Set tensors [b, t, …] to zero where a token is not live, so that their contents (even NaN) have no effect."""
         return pytree.tree_map(lambda x: x.masked_fill(~live.view(*live.shape, *(1,) * (x.dim() - 2)), 0), x)
 
     def state_after(
         self, memories: Memories, timeline: Timeline, fw: Tree, candidates: Candidates | None = None
     ) -> MemoryState:
-        """What to hold of the timeline, and the FW-memory after it."""
+        """Return the state after the timeline, given the state of the FW-memory."""
         keys, values, gates, position, _ = timeline
         count, l = position[:, -1] + 1, keys.shape[1]
         held: Held | tuple[()] = ()
@@ -210,34 +232,34 @@ class Blend(nn.Module):
             held = self.latest_entries(Held(keys, values, gates, scores), count)
         if memories.kv is not None and candidates is not None and isinstance(held, Held):
             used = count - self.held_count(count)
-            begin = candidates.scores.shape[1] - count  # of the running segment, as an index
+            begin = candidates.scores.shape[1] - count  # index of the current segment's first token
             after = memories.kv.kept_after(candidates, held.kept, begin + used, begin + self.leave_position(used - 1))
             held = held._replace(kept=after)
         return MemoryState(held, fw, keys.new_zeros(keys.shape[0], 0, 0), count)
 
     @staticmethod
     def is_known_false(condition: Tensor) -> bool:
-        """Whether it is known not to hold. While traced nobody knows, and the general way is always right."""
+        """Return whether a condition is known to be False. Nothing is known while tracing: the general path applies."""
         unknown = is_traced() or condition.is_meta or type(condition) is not Tensor
         return not unknown and not condition
 
     def extra_repr(self) -> str:
         return f"window={self.window}"
 
-    def latest_entries(self, pairs: Held, count: Tensor) -> Held:
-        """The latest pairs, zeros in unused slots. count: [b] tokens that each row's segment has."""
-        l = pairs.keys.shape[1]
+    def latest_entries(self, entries: Held, count: Tensor) -> Held:
+        """Return the entries to hold after `count` [b] tokens of each row's segment, with zeros in unused slots."""
+        l = entries.keys.shape[1]
         s = l if self.slots is None else self.slots
         unused = torch.arange(s, 0, -1, device=count.device) > self.held_count(count)[:, None]  # [b, s]
         index = None
-        if is_symbolic(l) or l < s:  # a slot before the first pair is unused, whatever is taken for it
+        if is_symbolic(l) or l < s:  # slots before the first entry are unused, whatever they are filled with
             index = torch.arange(l - s, l, device=count.device).clamp(min=0)
         elif l == s and count.device.type == "cpu" and self.is_known_false(unused.any()):
-            return pairs  # full attention, a token further: nothing to copy
+            return entries  # full attention: nothing to copy
 
         def latest(x: Tensor) -> Tensor:
             x = x[:, l - s :] if index is None else x.index_select(1, index)
             return x.masked_fill(unused.view(*unused.shape, *(1,) * (x.dim() - 2)), 0)
 
-        kept: Held = pytree.tree_map(latest, pairs)
+        kept: Held = pytree.tree_map(latest, entries)
         return kept

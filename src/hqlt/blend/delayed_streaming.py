@@ -1,4 +1,4 @@
-"""Delayed-Streaming: a token goes to the FW-memory in the moment in which it leaves the KV-memory."""
+"""Delayed-Streaming: a token is written to the FW-memory when it leaves the KV-memory's window."""
 
 from __future__ import annotations
 
@@ -16,12 +16,25 @@ WRITE_GATES = ("current", "own")
 
 @register("blend", "delayed-streaming")
 class DelayedStreaming(Blend):
-    """At step t the KV-memory holds tokens t−S+1 … t and the FW-memory 1 … t−S: each past token is in exactly one.
+    """At step t the KV-memory holds tokens t−S+1 … t and the FW-memory holds tokens 1 … t−S.
 
-    The pair of token t−S falls out of the window at step t, is written, and then the FW-memory is read. It is written
-    with the gates of the current token t, or (write_gates="own") with those that token t−S had itself.
+    Every past token is in exactly one memory. Token t−S leaves the window at step t and is written before the FW-memory
+    is read.
 
-    Source: the paper, section 3, "Delayed-Streaming blending"; there with the current gates.
+    Args:
+        window (tokens): window S.
+        write_gates: gates with which token t−S is written: those of the "current" token t (default, as in the paper)
+            or its "own".
+
+    Raises:
+        ValueError: when write_gates is neither.
+
+    Source:
+        The paper, section 3, "Delayed-Streaming blending".
+
+    Example:
+        >>> import hqlt
+        >>> layer = hqlt.HybridMemory(hidden_size=64, num_heads=4, blend="delayed-streaming", write_gates="own")
     """
 
     needs_window = True
@@ -33,6 +46,7 @@ class DelayedStreaming(Blend):
 
     @property
     def native(self) -> str | None:  # type: ignore[override]
+        """Name of this blend's writes in `hqlt.ops.step`, which supports the current token's gates."""
         return None if self.keeps_gates else "leaving"
 
     @property
@@ -46,18 +60,19 @@ class DelayedStreaming(Blend):
         if fw.gates_hold_pairs and not self.keeps_gates:
             raise ValueError(
                 f"write_gates: expected 'own' with fast_weights={name_of('rule', type(fw))!r}, whose gates hold keys "
-                f"and values of their own token, which the current token does not have for the one that it writes; "
-                f"got 'current'"
+                f"and values of the written token, got 'current'"
             )
 
     def scan(
         self, fw: FWMemory, new: Tokens, timeline: Timeline, past: Tree | None, resets: Resets | None
     ) -> tuple[Values, Tree]:
         t, l = new.q.shape[1], timeline.keys.shape[1]
-        live = timeline.position[:, -t:] >= self.slots  # else token t−S is of another segment, or none
+        live = (
+            timeline.position[:, -t:] >= self.slots
+        )  # otherwise token t−S belongs to another segment or does not exist
 
         def leaving(x: Tensor) -> Tensor:
-            """What token t−S had, for each new token t."""
+            """Shift from token t to token t−S: the token that leaves the window at t"""
             return F.pad(x, (*(0, 0) * (x.dim() - 2), self.slots - (l - t), 0))[:, :t]
 
         keys, values, gates = pytree.tree_map(leaving, (timeline.keys, timeline.values, timeline.gates))

@@ -1,4 +1,4 @@
-"""Synchronous: a token goes to both memories at once."""
+"""Synchronous: a token reaches both memories at once."""
 
 from __future__ import annotations
 
@@ -12,9 +12,19 @@ from hqlt.shapes import Resets
 
 @register("blend", "synchronous")
 class Synchronous(Blend):
-    """At step t the KV-memory holds tokens t−S+1 … t and the FW-memory 1 … t, written before it is read.
+    """At step t the KV-memory holds tokens t−S+1 … t and the FW-memory holds tokens 1 … t.
 
-    Source: the paper, section 3, "Synchronous blending".
+    Token t is written before the FW-memory is read.
+
+    Args:
+        window (tokens): window S. None: full attention.
+
+    Source:
+        The paper, section 3, "Synchronous blending".
+
+    Example:
+        >>> import hqlt
+        >>> layer = hqlt.HybridMemory(hidden_size=64, num_heads=4, window=8, blend="synchronous")
     """
 
     native = "own"

@@ -1,4 +1,4 @@
-"""The layer, and what is around it in a model."""
+"""The hybrid memory layer, and the modules around it in a block."""
 
 from hqlt.layer.block import BLOCK_NORMS, Block, SwiGLU
 from hqlt.layer.convolution import ShortConvolution

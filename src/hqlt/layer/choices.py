@@ -1,4 +1,4 @@
-"""What is chosen by name in a layer, and what builds it."""
+"""The parts of a layer that are chosen by name, and how they are built."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from hqlt.memory import KVMemory
 def choices(
     blend: str, mixer: str | None, fast_weights: str | None, retention: str | None = None
 ) -> dict[str, tuple[str, Any]]:
-    """By argument: the name that is chosen, and its class; of a layer with one memory, what that memory needs.
+    """Return, for each argument, the chosen name and its class. A layer with one memory has only the parts it needs.
 
-    Raises ValueError for an unknown name, and for a name where there is nothing to choose.
+    Raises:
+        ValueError: when a name is unknown, or is given for a part that the blend does not have.
     """
     chosen: dict[str, tuple[str, Any]] = {"blend": (blend, registry.find("blend", blend))}
     cls = chosen["blend"][1]
@@ -38,9 +39,10 @@ def choices(
 def builders_of(
     blend: str, mixer: str | None, fast_weights: str | None, retention: str | None, options: dict[str, Any]
 ) -> dict[str, Callable[..., Any]]:
-    """By argument: what builds the choice, with those of the options that are its own.
+    """Return, for each argument, a function that builds the chosen part, with the part's own options bound.
 
-    Raises ValueError as `choices` does, and for an option that none of them uses.
+    Raises:
+        ValueError: as `choices`, and when no chosen part has an option.
     """
     chosen = choices(blend, mixer, fast_weights, retention)
     own = registry.split_options(options, {f"{argument}={name!r}": cls for argument, (name, cls) in chosen.items()})

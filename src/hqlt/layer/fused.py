@@ -1,6 +1,6 @@
-"""What runs the parts between a layer's projections in one piece. Their readable twin is `Parts.run`.
+"""Fused forms of the parts between a layer's projections. Their readable reference is `Parts.run`.
 
-Each part says itself whether and as what it is known here (`native`, of `hqlt.ops.step`'s names).
+Each part names its own form in these operations: `native`, one of the names in `hqlt.ops.step`.
 """
 
 from __future__ import annotations
@@ -41,23 +41,22 @@ Numbers: TypeAlias = tuple[Rotary | None, float, float, Retained | None]
 
 
 class OneTokenStep:
-    """One token by `hqlt.ops.step`, where all parts have a native form.
+    """A single token by `hqlt.ops.step`, if all parts have a native form.
 
-    It remembers which parts it was asked about, and how the last call looked and what that meant: as long as both are
-    the same, comparing is all.
+    Caches the plan of the last call, which is reused as long as the parts and the layouts of the tensors are the same.
     """
 
     def __init__(self) -> None:
-        self.known: tuple[Any, bool] = (None, False)
+        self.supported: tuple[Any, bool] = (None, False)
         self.last: tuple[Any, Plan | None] = (None, None)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return OneTokenStep, ()  # a copy of a layer has parts of its own
+        return OneTokenStep, ()  # a copy of the layer must not share this cache
 
     def __call__(
         self, parts: Parts, projected: Projected, state: MemoryState | None, resets: Resets | None
     ) -> tuple[Values, MemoryState] | None:
-        if state is None or projected.q.shape[1] != 1 or not self.knows(asked := (parts, step_numbers(parts))):
+        if state is None or projected.q.shape[1] != 1 or not self.supports(key := (parts, step_numbers(parts))):
             return None
         q, k, v, write, gate = projected
         kv, fw, norm = state.kv, state.fw, parts.norm
@@ -73,11 +72,11 @@ class OneTokenStep:
         given = *own, keys, values, betas, matrix, key_sum, state.position, *kept
         if not may_run(given):
             return None
-        look = *asked, tuple(map(layout_of, given))
-        seen, plan = self.last
-        if look != seen:
-            plan = plan_of(*look)
-            self.last = look, plan
+        call = *key, tuple(map(layout_of, given))
+        last, plan = self.last
+        if call != last:
+            plan = plan_of(*call)
+            self.last = call, plan
         if plan is None:
             return None
         out, (keys, values, betas, matrix, key_sum, position, *kept_then) = run(plan, given)
@@ -86,18 +85,18 @@ class OneTokenStep:
         written = type(fw)._make((matrix, key_sum)[: len(fw)]) if fw else ()
         return out, MemoryState(held, written, state.convolution, position)
 
-    def knows(self, asked: tuple[Parts, Numbers]) -> bool:
-        """Whether each part has a native form: else gates and states may be of any kind."""
-        before, known = self.known
-        if before != asked:
-            known = not without_native_form(asked[0])
-            self.known = asked, known
-        return known
+    def supports(self, key: tuple[Parts, Numbers]) -> bool:
+        """Return whether every part has a native form; otherwise gates and states may be of any kind."""
+        last, supported = self.supported
+        if last != key:
+            supported = not without_native_form(key[0])
+            self.supported = key, supported
+        return supported
 
 
 def step_numbers(parts: Parts) -> Numbers:
-    """Rotary positions, β's maximum, ε of the norm, what stays beyond the window: what a part is used with, and may
-    change in its lifetime."""
+    """Return the settings of parts that may change after construction: rotary positions, maximum of β, ε of the norm,
+    and what is kept beyond the window."""
     _, kv, fw, _, _, norm = [{} if part is None else part.__dict__ for part in parts]
     retained = None
     if kv.get("kept"):
@@ -107,12 +106,12 @@ def step_numbers(parts: Parts) -> Numbers:
 
 
 def plan_of(parts: Parts, numbers: Numbers, layouts: tuple[Layout, ...]) -> Plan | None:
-    """How the kernel runs these parts on tensors of these layouts; None where it does not serve those."""
+    """Return how the kernel runs these parts on tensors of these layouts; None if it does not support them."""
     (_, kv, fw, blend, mixer, _), (positions, beta_max, norm_eps, retained) = parts, numbers
     rotary: tuple[Tensor, ...] = (NOTHING, NOTHING) * (2 if retained else 1)
     if positions is not None:
         (_, (*_, width), dtype, _), (_, keys, _, _) = layouts[0], layouts[FIRST_HELD]
-        rows = 1 << keys[1].bit_length()  # one for each age, and few tables where pairs grow in number
+        rows = 1 << keys[1].bit_length()  # one per age; powers of two, so that a growing state needs few tables
         rotary = positions.table(rows, width, torch.device("cpu"), dtype)
         if retained:
             rotary += _waves_of_digits(positions, width, dtype)
@@ -127,7 +126,7 @@ def _waves_of_digits(positions: Rotary, width: int, dtype: torch.dtype) -> Table
 
 
 def without_native_form(parts: Parts) -> list[str]:
-    """The names of the parts that `hqlt.ops.step` does not know, so that they run one by one."""
+    """Return the names of the parts that `hqlt.ops.step` does not support."""
     activation, kv, fw, blend, mixer, norm = parts
     named = {"kv": kv, "fw": fw, "blend": blend, "mixer": mixer, "retention": parts.retention}
     unknown = [name for name, part in named.items() if part is not None and native_form(part) is None]
@@ -140,8 +139,8 @@ def without_native_form(parts: Parts) -> list[str]:
 
 
 class SynchronousOperation:
-    """A synchronous layer by `hqlt.ops.synchronous`, where an implementation runs that does more than the parts do; one
-    token without gradients by its `step`."""
+    """A synchronous layer by `hqlt.ops.synchronous`, if its Triton kernels can run; a single token without gradients by
+    its `step`."""
 
     def __call__(
         self, parts: Parts, projected: Projected, state: MemoryState | None, resets: Resets | None
@@ -151,7 +150,7 @@ class SynchronousOperation:
             return None
         if type(kv) is not KVMemory or not kv.reads_alike or native_form(fw) not in ("delta", "gated-delta"):
             return None
-        if kv.retention is not None and kv.retention.needs_errors:  # it scores what the FW-memory predicts
+        if kv.retention is not None and kv.retention.needs_errors:  # needs the FW-memory's predictions
             return None
         if type(fw.v_activation) is not nn.Identity or (kv.positions is not None and kv.positions.fraction != 1):
             return None
@@ -183,18 +182,18 @@ class SynchronousOperation:
 def _entries(
     kv: KVMemory, timeline: Timeline, candidates: Candidates | None
 ) -> tuple[Keys, Values, Resets | None, Beyond | None]:
-    """Keys, values and resets as `hqlt.ops.synchronous` reads them, and which entries stay beyond the window."""
+    """Return keys, values and resets for `hqlt.ops.synchronous`, and the entries visible beyond the window."""
     keys, values, _, _, resets = timeline
     if candidates is None:
         return keys, values, resets, None
     kept = candidates.keys.shape[1] - keys.shape[1]
-    old = kv.old(candidates.keys[:, :kept], candidates, rotated_by_index=True)
+    old = kv.rotate_kept(candidates.keys[:, :kept], candidates, rotated_by_index=True)
     resets = None if resets is None else F.pad(resets, (kept, 0))
     return torch.cat([old, keys], dim=1), candidates.values, resets, Beyond(candidates.expiry, kv.kept)
 
 
 class FusedMixAndNorm:
-    """Vector mixer and norm in one pass."""
+    """The parts one by one, with the vector mixer and the norm in one pass."""
 
     def __call__(
         self, parts: Parts, projected: Projected, state: MemoryState | None, resets: Resets | None
@@ -208,4 +207,4 @@ class FusedMixAndNorm:
 
 
 FUSED: tuple[Callable[[], Fused], ...] = (OneTokenStep, SynchronousOperation, FusedMixAndNorm)
-"""A layer has one of each. Where nobody watches its parts (`Parts.hooked`), the first that serves a call runs it."""
+"""Every layer has one of each. Unless a part has hooks (`Parts.hooked`), the first that supports a call runs it."""

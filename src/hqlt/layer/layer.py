@@ -1,10 +1,10 @@
-"""The layer: project → two memories → mixer → norm → project."""
+"""The hybrid memory layer: project → two memories → mixer → norm → project."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -32,44 +32,67 @@ QK_NORMS = ("head", "full")
 
 
 class HybridMemory(nn.Module):
-    """A sequence layer whose heads hold a precise, short KV-memory and a compressed, endless FW-memory.
+    """A sequence layer whose heads combine an exact, short KV-memory with a compressed, unbounded FW-memory.
 
         q, k = W_q x, W_k x    v = SiLU(W_v x)
         y    = W_o RMSNorm(mix(FW read of q, KV read of q))
 
-    hidden_size: width of x and y. num_heads: query heads. window: tokens that the KV-memory reaches, the current one
-    included; None is full attention (for "synchronous" and "kv-only"; "fw-only" has no use for it).
+    Parameters: q_proj, k_proj, v_proj, mixer.gate_proj, o_norm, o_proj and those of the write rule, such as
+    fw.beta_proj. Options add biases, q_norm, k_norm, conv and g_proj, and g_norm in place of o_norm.
 
-    What is chosen by name (`hqlt.register` adds to each), and what each takes as `options`:
-    blend: when a token reaches each memory: "synchronous", "delayed-streaming" (write_gates="current" or "own"),
-    "delayed-chunk"; "kv-only" and "fw-only" are the baselines from the same parts ("kv-only" as in Transformer++: v
-    without SiLU, no norm). mixer: "vector" (where None), "scalar", "sum", "add" (gate_bias, kv_gate). fast_weights: how
-    a pair is written: "delta" (where None; beta_max, beta_bias), "gated-delta", "delta-product", "gated-delta-product",
-    "kda", "comba", "rwkv7", "linear", "retnet", "lightning", "gla", "mamba2", "hgrn2" or "mlstm" (`docs/rules.md`).
-    retention: which entries stay visible beyond the window: none with "recent" (where None), `kept` a KV head with
-    "surprise" (score="error" or "beta-error"), "value-norm" and "random". The KV-memory takes sinks (first entries of a
-    segment that stay, too), kept_alike, kept_positions, kept_norm and kept_gate (`hqlt.memory.KVMemory`), rope_theta
-    (base of its rotary positions, 10000 unless given, None for none), partial_rotary_factor and rope_scaling
-    (`hqlt.memory.rotary`).
+    Args:
+        hidden_size: width of x and y.
+        num_heads: number of query heads.
+        window (tokens): number of latest tokens that the KV-memory attends to, the current one included. None is full
+            attention, for "synchronous" and "kv-only"; "fw-only" ignores it.
+        blend: when a token reaches each memory: "synchronous", "delayed-streaming" or "delayed-chunk". The baselines
+            "kv-only" and "fw-only" have one memory ("kv-only" is the attention of Transformer++: v without SiLU, no
+            norm).
+        mixer: how the two reads are combined: "vector" (default), "scalar", "sum" or "add".
+        fast_weights: write rule of the FW-memory: "delta" (default), "gated-delta", "delta-product",
+            "gated-delta-product", "kda", "comba", "rwkv7", "linear", "retnet", "lightning", "gla", "mamba2", "hgrn2" or
+            "mlstm" (see `docs/rules.md`).
+        retention: which KV entries stay visible beyond the window: "recent" (default, none), "surprise", "value-norm"
+            or "random".
+        num_kv_heads: number of key and value heads, shared by groups of query heads. Default: num_heads.
+        head_dim: width of a query or key head. Default: hidden_size / num_heads.
+        num_value_heads: number of value heads, with "fw-only". Default: the number of key heads.
+        value_dim: width of a value head, with "fw-only". Default: head_dim.
+        qkv_bias: whether q_proj, k_proj and v_proj have a bias.
+        o_bias: whether o_proj has a bias.
+        qk_norm: RMSNorm of q and k over each "head" or over the "full" width. Default: none.
+        zero_centered_norms: whether the weight of these norms is 1 + w.
+        kv_activation: activation of the values in the KV-memory, "silu" or None. By default "silu", but None if the
+            attention is to stay a plain one ("kv-only" and mixer "add").
+        fw_activation: activation of the values in the FW-memory, "silu" (default) or None.
+        head_norm: RMSNorm of the mixed reads (of the FW read with mixer "add") over each "head" (or True), over each
+            "group" of value heads that share a key head, or over the "full" width. By default over each head if there
+            is an FW-memory.
+        norm_after_gate: whether the head norm follows the output gate, as in Mamba-2, instead of preceding it.
+        norm_eps: ε of all norms.
+        conv_size (taps): size of a short convolution on q, k, v, and on the keys and values that a write rule projects
+            itself. 0: no convolution.
+        output_gate: factor of the normed heads: SiLU(W_g x) ("silu" or True) or σ(W_g x) ("sigmoid"). Default: none.
+        gate_rank: rank r of the output gate, which is then W↑ W↓ x + b, as in Kimi delta attention. Default: full rank.
+        **options: options of the chosen parts: write_gates ("current" or "own") of "delayed-streaming"; gate_bias and
+            kv_gate of mixers; beta_max, beta_bias, … of write rules; kept (entries per KV head) and score ("error" or
+            "beta-error") of retentions; sinks, kept_alike, kept_positions, kept_norm, kept_gate, rope_theta (default
+            10000; None: no positions), partial_rotary_factor and rope_scaling of `hqlt.memory.KVMemory`.
 
-    Heads: num_kv_heads (None: num_heads) share pairs and matrix among query heads; head_dim (None: hidden_size /
-    num_heads) of q and k; "fw-only" has value heads of their own number (num_value_heads) and width (value_dim).
-    qkv_bias, o_bias: biases of the projections. qk_norm: RMSNorm of q and k, over each "head" or the "full" width;
-    zero_centered_norms: its weight is 1 + w. kv_activation, fw_activation: of the values that each memory sees, "silu"
-    or None; unless given, both "silu", but none for an attention that stays itself ("kv-only", mixer "add").
-    head_norm: RMSNorm of the mix (of the FW read, with mixer "add") over each "head" (or True), over each "group" of
-    value heads that share a key head, or over the "full" width; unless given, over heads where there is an FW-memory.
-    norm_eps: of all norms. conv_size: taps of a short convolution on q, k, v, and on the keys and values that a rule
-    projects itself, before anything else (0: none). output_gate: multiply the normed heads by SiLU(W_g x) ("silu" or
-    True) or by σ(W_g x) ("sigmoid"); with gate_rank W_g x is W↑ W↓ x + b through so many numbers, as in Kimi delta
-    attention. norm_after_gate: norm what the gate has multiplied instead, as Mamba-2 does.
+    Raises:
+        ValueError: when arguments do not fit together, or when no chosen part has an option.
 
-    Parameters: q_proj, k_proj, v_proj, mixer.gate_proj, o_norm, o_proj, the rule's own such as fw.beta_proj, each
-    `.weight`; with their options `.bias`, q_norm, k_norm, conv.weight, g_proj.weight and g_norm for o_norm.
+    Source:
+        The paper, section 3. Weights are initialised by PyTorch's defaults; the paper's initialisation is in
+        `hqlt.model`.
 
-    Raises ValueError for what does not fit together, and for an option that no choice uses.
-
-    Source: the paper, section 3; PyTorch's default initialisation, the paper's in `hqlt.model`.
+    Example:
+        >>> import torch, hqlt
+        >>> layer = hqlt.HybridMemory(hidden_size=64, num_heads=4, window=8, blend="delayed-chunk")
+        >>> y, state = layer(torch.randn(2, 100, 64))
+        >>> y, state = layer(torch.randn(2, 1, 64), state=state)
+        >>> state.fw.matrix.shape
+        torch.Size([2, 4, 16, 16])
     """
 
     def __init__(
@@ -110,7 +133,7 @@ class HybridMemory(nn.Module):
         self.mixer: Mixer = parts["mixer"](heads) if "mixer" in parts else Alone(heads)
         widths = heads.queries * heads.k, heads.keys * heads.k, heads.matrices * heads.v
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(hidden_size, width, bias=qkv_bias) for width in widths)
-        # After the projections: seeds draw weights in this order, and published figures hang on it.
+        # After the projections: published results depend on the order in which weights are drawn.
         self.fw: FWMemory | None = self._fw(parts) if "fast_weights" in parts else None
         self.blend.check(Memories(self.kv, self.fw))
         self._activations(kv_activation, fw_activation)
@@ -134,8 +157,8 @@ class HybridMemory(nn.Module):
         return kv
 
     def set_retention(self, retention: str, window: int | None = None, **options: Any) -> None:
-        """Keep other entries beyond the window from now on, as `hqlt.with_retention` of this layer does, in place."""
-        assert self.kv is not None and self.blend.window is not None, "there is nothing beyond the window"
+        """Change which entries are kept beyond the window, in place (`hqlt.with_retention` copies)."""
+        assert self.kv is not None and self.blend.window is not None, "the layer has no window"
         kind = registry.find("retention", retention)
         takers = {f"retention={retention!r}": kind, "KV": KVMemory.with_retention}
         own, others = registry.split_options(options, takers)
@@ -150,18 +173,18 @@ class HybridMemory(nn.Module):
         return fw
 
     def _register_like(self) -> None:
-        self.like: Tensor
-        self.register_buffer("like", torch.empty(0), persistent=False)  # has the layer's dtype, its weights or not
+        self.like: Tensor  # has the dtype and device of the layer, even if the layer has no weights of its own
+        self.register_buffer("like", torch.empty(0), persistent=False)
         self._cache_derived()
 
     def _cache_derived(self) -> None:
-        """What every call looks at, and is the same for all of them."""
+        """Cache what every call needs and no call changes."""
         self.entries = self._entries()
         self.sizes_held = [entry.sizes for entry in leaves(self.entries)]
         self.fused = tuple(make() for make in FUSED)
 
     def _activations(self, kv: str | None, fw: str | None) -> None:
-        """One activation where both memories see the same values, or one of the FW-memory's own."""
+        """Set one activation if both memories see the same values, or a separate one for the FW-memory."""
         attends_as_is = self.fw is None or self.mixer.norms_fw
         kv = (None if attends_as_is else "silu") if kv == "default" else kv
         fw = "silu" if fw == "default" else fw
@@ -172,8 +195,8 @@ class HybridMemory(nn.Module):
         if self.kv is not None and self.fw is not None and kv != fw:
             if kv is not None:
                 raise ValueError(
-                    f"kv_activation: expected {fw!r} as fw_activation, or None, because the pairs that both memories "
-                    f"see are held once; got {kv!r}"
+                    f"kv_activation: expected {fw!r} as fw_activation, or None, because values that both memories see "
+                    f"are stored once; got {kv!r}"
                 )
             self.fw.v_activation = _activation(fw)
         if self.fw is not None and self.fw.gates_hold_pairs:
@@ -193,7 +216,7 @@ class HybridMemory(nn.Module):
         return norm(q_width, eps), norm(k_width, eps)
 
     def _entries(self) -> MemoryState:
-        """What the state is made of, without the batch row."""
+        """Return the state's tree with an `Entry` in place of each tensor."""
         heads, s = self.sizes, self.blend.slots
         kv: Any = ()
         if self.kv is not None:
@@ -208,11 +231,18 @@ class HybridMemory(nn.Module):
     def forward(
         self, x: Hidden, state: MemoryState | None = None, resets: Resets | None = None
     ) -> tuple[Hidden, MemoryState]:
-        """x: [b, t, hidden]; state: what an earlier call returned, None for empty memories; resets: Bool[b, t].
+        """Process a batch of sequences.
 
-        → y [b, t, hidden], the state after the last token. The given state is left as it was.
+        Args:
+            x ([b, t, hidden]): the inputs.
+            state: the state returned by an earlier call; it is not modified. Default: empty memories.
+            resets (Bool[b, t]): True for each token that begins a new segment. Default: no resets.
 
-        Raises ValueError for shapes that do not fit and for a state that another layer made.
+        Returns:
+            y [b, t, hidden], and the state after the last token.
+
+        Raises:
+            ValueError: when shapes do not fit, or when the state belongs to another layer.
         """
         size = match(x=(x, "b t d"))
         b, t = size["b"], size["t"]
@@ -220,7 +250,7 @@ class HybridMemory(nn.Module):
             raise ValueError(f"x: expected [b, t, {self.hidden_size}] for this layer, got shape {list(x.shape)}")
         check_resets(resets, b, t)
         if state is not None:
-            if type(state) is tuple:  # as torch.jit.trace passes it
+            if type(state) is tuple:  # torch.jit.trace turns NamedTuples into tuples
                 state = self.state_of(leaves(state))
             self.check_state(state, x)
         if t == 0:
@@ -235,13 +265,16 @@ class HybridMemory(nn.Module):
             y = self.g_norm(y.view_as(heads)).flatten(2)
         return self.o_proj(y), MemoryState(kv, fw, convolution, position)
 
+    if TYPE_CHECKING:  # what a call returns, for type checkers; at run time a call goes through the hooks
+        __call__ = forward
+
     def no_tokens(self, x: Hidden) -> Hidden:
-        """y for t = 0. Every weight takes part by an empty slice: its gradient is zero, as in any other call."""
+        """Return y for t = 0. Every weight contributes an empty slice, so that its gradient is zero and not missing."""
         y: Tensor = self.o_proj(x.new_zeros(*x.shape[:2], self.sizes.reads * self.sizes.v)) + x.flatten()[:0].sum()
         return y + sum(weight.flatten()[:0].sum() for weight in self.parameters()) if torch.is_grad_enabled() else y
 
     def project(self, x: Hidden, state: MemoryState | None, resets: Resets | None) -> tuple[Projected, Tensor]:
-        """What the heads are made of, and the latest inputs of the convolution."""
+        """Return the projections of x, and the latest inputs of the convolution."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         write: Any = () if self.fw is None else self.fw.logits(x)
         latest = x.new_zeros(x.shape[0], 0, self.channels) if state is None else state.convolution
@@ -256,7 +289,7 @@ class HybridMemory(nn.Module):
         return Projected(q, k, v, write, self.mixer.logits(x)), latest
 
     def split(self, q: Hidden, k: Hidden, v: Hidden) -> tuple[Queries, Keys, Values]:
-        """Into heads, normed where there are norms of q and k: [b, t, heads, ·]."""
+        """Split q, k and v into heads [b, t, heads, ·], with the norms of q and k if there are any."""
         heads = self.sizes
         (b, t, _), (q_norm, k_norm) = q.shape, (self.q_norm, self.k_norm)
         if q_norm is not None and k_norm is not None and not self.norms_heads:
@@ -271,10 +304,10 @@ class HybridMemory(nn.Module):
     def heads(
         self, projected: Projected, state: MemoryState | None, resets: Resets | None
     ) -> tuple[Values, MemoryState]:
-        """What both memories say, mixed and normed: [b, t, h, v], and the state after the last token.
+        """Return the mixed and normed reads [b, t, h, v], and the state after the last token.
 
-        Where nobody watches a part, the first of `hqlt.layer.fused.FUSED` that serves does it in one piece; otherwise
-        the parts run one by one.
+        Unless a part has hooks, the first of `hqlt.layer.fused.FUSED` that supports the call runs it as one operation;
+        otherwise the parts run one by one.
         """
         parts = self.parts()
         if not parts.hooked():
@@ -284,34 +317,35 @@ class HybridMemory(nn.Module):
         return parts.run(projected, state, resets)
 
     def parts(self) -> Parts:
-        modules: dict[str, Any] = self._modules  # nn.Module's look-up of self.mixer takes as long as one token's mixing
+        """Return the parts between the projections."""
+        modules: dict[str, Any] = self._modules  # attribute access through nn.Module is slow for a single token
         return Parts._make(map(modules.get, ("v_activation", "kv", "fw", "blend", "mixer", "o_norm")))
 
     def explain(self) -> Choice:
-        """How a token by itself, without gradients, runs on a CPU between the projections, and why.
+        """Return how the layer processes a single token on a CPU without gradients, and why.
 
         >>> hqlt.HybridMemory(64, 4, mixer="add").explain()
-        Choice(name='parts', why='one by one, each by its fastest operation: no native form of mixer, v_activation')
+        Choice(name='parts', why='part by part, each with its fastest operation: no native form of mixer, v_activation')
         """
         if unknown := without_native_form(self.parts()):
             missing = ", ".join(unknown)
-            return Choice("parts", f"one by one, each by its fastest operation: no native form of {missing}")
+            return Choice("parts", f"part by part, each with its fastest operation: no native form of {missing}")
         if native.why_not():
-            return Choice("parts", f"one by one, each by its fastest operation: {native.why_not()}")
-        return Choice("native", "memories, mixer and norm in one call of C++")
+            return Choice("parts", f"part by part, each with its fastest operation: {native.why_not()}")
+        return Choice("native", "memories, mixer and norm in one C++ call")
 
     def init_state(self, batch_size: int, device: torch.device | str | None = None) -> MemoryState:
-        """The state of empty memories, as `state=None` means it; on the layer's device where none is given."""
+        """Return the state of empty memories, equivalent to `state=None`; by default on the layer's device."""
         state: MemoryState = pytree.tree_map(lambda entry: entry.zeros(batch_size, self.like, device), self.entries)
         return state
 
     def state_of(self, leaves: Iterable[Tensor]) -> MemoryState:
-        """The state whose `leaves()` these are."""
+        """Rebuild a state from its `leaves()`."""
         state: MemoryState = pytree.tree_unflatten(list(leaves), pytree.tree_structure(self.entries))
         return state
 
     def check_state(self, state: MemoryState, x: Hidden) -> None:
-        """Refuse a state of another layer, batch or device."""
+        """Raise a ValueError if the state belongs to another layer, batch size or device."""
         b, device = x.shape[0], x.device
         if [(part.shape, part.device) for part in leaves(state)] == [
             ((b, *sizes), device) for sizes in self.sizes_held
@@ -347,7 +381,22 @@ FW_ONLY_ARGUMENTS = ("num_value_heads", "value_dim")
 
 
 def arguments_of(blend: str, mixer: str | None, fast_weights: str | None, retention: str | None = None) -> list[str]:
-    """The names of the arguments that a layer of these choices uses."""
+    """Return the names of all arguments that a layer with these choices accepts.
+
+    Args:
+        blend: name of the blend.
+        mixer: name of the mixer. Default: "vector".
+        fast_weights: name of the write rule. Default: "delta".
+        retention: name of the retention. Default: "recent".
+
+    Returns:
+        The names, those of `HybridMemory` itself first.
+
+    Example:
+        >>> from hqlt.layer import arguments_of
+        >>> arguments_of("fw-only", None, "kda")[-3:]
+        ['beta_max', 'decay_rank', 'decay_floor']
+    """
     chosen = choices(blend, mixer, fast_weights, retention)
     unused = {name for name in ("mixer", "fast_weights", "retention") if name not in chosen}
     unused |= set(FW_ONLY_ARGUMENTS) if "memory" in chosen else set()
@@ -356,7 +405,16 @@ def arguments_of(blend: str, mixer: str | None, fast_weights: str | None, retent
 
 
 def layer_arguments() -> list[str]:
-    """The names of all arguments that some layer understands, those of registered choices included."""
+    """Return the names of all arguments that any layer accepts, options of registered classes included.
+
+    Returns:
+        The names, those of `HybridMemory` itself first.
+
+    Example:
+        >>> from hqlt.layer import layer_arguments
+        >>> {"hidden_size", "beta_max", "sinks"} <= set(layer_arguments())
+        True
+    """
     kinds = ("blend", "mixer", "rule", "retention")
     classes = [registry.find(kind, name) for kind in kinds for name in registry.names(kind)]
     return [*_own_arguments(), *_options([KVMemory, *classes])]
@@ -377,7 +435,7 @@ def _activation(name: str | None) -> nn.Module:
 def _output_gate(
     name: bool | str, rank: int | None, hidden_size: int, width: int
 ) -> tuple[nn.Module | None, Callable[[Tensor], Tensor]]:
-    """What makes its logits (None: there is no gate), and what they go through."""
+    """Return the module of the gate's logits (None without a gate), and the activation of the gate."""
     if rank is not None and not name:
         raise ValueError(f"gate_rank: expected together with output_gate, got {rank} without")
     kind = "silu" if isinstance(name, bool) else name

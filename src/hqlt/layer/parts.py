@@ -1,4 +1,4 @@
-"""From a layer's projections to its heads: what stands between, run part by part or by something fused."""
+"""The parts of a layer between its projections, run one by one or as a fused operation."""
 
 from __future__ import annotations
 
@@ -15,62 +15,69 @@ from hqlt.shapes import Keys, Queries, Resets, Values
 
 
 class Projected(NamedTuple):
-    """What the projections make of x."""
+    """The projections of x."""
 
     q: Queries
+    """[b, t, g·h, k]"""
     k: Keys
+    """[b, t, h, k]"""
     v: Values
-    """[b, t, h, v], before its activation."""
+    """[b, t, h, v] before the activation"""
     write: Tree
-    """[b, t, …] each, the write rule's logits."""
+    """The write rule's logits, [b, t, …] each."""
     gate: Tensor | None
-    """[b, t, ·], the mixer's logits; None for a mixer without."""
+    """The mixer's logits [b, t, ·]; None for a mixer without gates."""
 
 
 class Parts(NamedTuple):
-    """What stands between a layer's projections.
-
-    out = norm(mix(FW read, KV read))     reads of q by the blend, with activation(v) and the rule's gates
-    """
+    """The parts between the projections: out = norm(mix(FW read, KV read)), where the blend reads both memories."""
 
     activation: nn.Module
+    """Of the values."""
     kv: KVMemory | None
+    """The KV-memory; None for "fw-only"."""
     fw: FWMemory | None
+    """The FW-memory; None for "kv-only"."""
     blend: Blend
+    """When tokens reach each memory."""
     mixer: Mixer
+    """How the reads are combined."""
     norm: nn.Module
+    """Of the mixed reads (of the FW read if `mixer.norms_fw`)."""
 
     @property
     def retention(self) -> Retention | None:
-        """The KV-memory's, where it keeps entries beyond the window."""
+        """The retention of the KV-memory; None if it keeps no entries beyond the window."""
         return self.kv and self.kv._modules.get("retention")  # type: ignore[return-value]
 
     def run(self, given: Projected, state: MemoryState | None, resets: Resets | None) -> tuple[Values, MemoryState]:
-        """→ out [b, t, h, v] and the state after the last token, part by part."""
+        """Run the parts one by one: return out [b, t, h, v] and the state after the last token."""
         reads, after = self.read(given, state, resets)
         if self.mixer.norms_fw:
             return self.mixer(given.gate, reads._replace(fw=self.norm(reads.fw))), after
         return self.norm(self.mixer(given.gate, reads)), after
 
     def read(self, given: Projected, state: MemoryState | None, resets: Resets | None) -> tuple[Reads, MemoryState]:
-        """What each memory says, and the state after the last token."""
+        """Return the read of each memory, and the state after the last token."""
         return self.blend(Memories(self.kv, self.fw), self.tokens(given), state, resets)
 
     def tokens(self, given: Projected) -> Tokens:
+        """Return what the blend is given of the new tokens."""
         gates = () if self.fw is None else self.fw.gates(given.write)
         return Tokens(given.q, given.k, self.activation(given.v), gates)
 
     def hooked(self) -> bool:
-        """Whether a part has hooks (its own, or those of all modules), or a `forward` or `score` of its own.
+        """Return whether a part has hooks (its own or global ones) or a replaced `forward` or `score`.
 
-        Then it must be called, and nothing fused runs. (What watches tensors instead, `hqlt.native.is_traced` knows.)
+        Then the part must be called, and no fused operation may run. (`hqlt.native.is_traced` tells whether tensors are
+        traced instead.)
         """
         parts = *self, self.retention
         return _has_any_global_hook() or any([has_hooks(part) for part in parts if part is not None])  # noqa: C419
 
 
 def has_hooks(part: nn.Module) -> bool:
-    """Whether a module has hooks, or a `forward` or `score` of its own."""
+    """Return whether a module has hooks, or a replaced `forward` or `score`."""
     own = part.__dict__
     return bool(
         own["_forward_hooks"]
@@ -83,9 +90,9 @@ def has_hooks(part: nn.Module) -> bool:
 
 
 def native_form(part: nn.Module | None) -> str | None:
-    """What `hqlt.ops.step` calls a part; None where its class says nothing itself, because a subclass may differ."""
+    """Return the name of a part in `hqlt.ops.step`; None unless its own class defines one (a subclass may differ)."""
     return part.native if part is not None and "native" in vars(type(part)) else None  # type: ignore[return-value]
 
 
 Fused: TypeAlias = Callable[[Parts, Projected, MemoryState | None, Resets | None], tuple[Values, MemoryState] | None]
-"""What `Parts.run` does, in one piece; None where it does not serve these parts or this call."""
+"""A fused form of `Parts.run`; returns None if it does not support these parts or this call."""

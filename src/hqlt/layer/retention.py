@@ -1,4 +1,4 @@
-"""Entries kept beyond the window, switched on in a model that is there."""
+"""Keep KV entries beyond the window in a model that already exists."""
 
 from __future__ import annotations
 
@@ -13,24 +13,31 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def with_retention(model: Model, *, retention: str = "surprise", window: int | None = None, **options: Any) -> Model:
-    """A copy of a (trained) model whose layers keep entries beyond their window.
+    """Copy a (trained) model so that its layers keep KV entries beyond their window.
 
-    >>> reaches_further = hqlt.with_retention(model, window=16, kept=48, sinks=4)
+    The copy has its own weights, so that training one model does not change the other. They equal those of the model;
+    only parameters that the options add (kept_norm, kept_gate) start as in a new layer. States are not interchangeable,
+    because kept entries are part of them. Layers without a KV-memory or with full attention stay as they are.
 
-    model: a layer, a language model (whose config then says so: it is saved, loaded and generates as any other), or any
-    module with layers in it, such as an agent. Left as they are: layers without a KV-memory, and those that attend to
-    everything (window None).
+    Args:
+        model: a layer, a language model (its config is changed too, so that it is saved and loaded as usual), or any
+            module that contains layers, such as an agent.
+        retention: "surprise", "value-norm", "random", a registered retention, or "recent" to keep none.
+        window (tokens): new window of these layers. Default: each layer's own.
+        **options: kept and score of the retention, and sinks, kept_alike, kept_positions, kept_norm, kept_gate of
+            `hqlt.memory.KVMemory`. Options that are not given take the defaults of a new layer.
 
-    retention: "surprise", "value-norm", "random", a registered one, or "recent" to keep none. window: of those layers
-    from now on; None: each one's own. options: as of `hqlt.HybridMemory`, those of the retention (kept, score) and
-    sinks, kept_alike, kept_positions, kept_norm, kept_gate; what is not given is as in a new layer, whatever the model
-    had.
+    Returns:
+        The changed copy.
 
-    The copy has weights of its own, so that training one leaves the other alone. They are those of the model; what only
-    the options bring (kept_norm, kept_gate) begins as in a new layer. States are not interchangeable: what was kept is
-    part of them.
+    Raises:
+        ValueError: when options do not fit together, or when no layer can keep entries.
 
-    Raises ValueError for what does not fit together, and where no layer could keep anything.
+    Example:
+        >>> import torch, hqlt
+        >>> layer = hqlt.HybridMemory(hidden_size=64, num_heads=4, window=64)
+        >>> longer = hqlt.with_retention(layer, retention="surprise", window=16, kept=48, sinks=4)
+        >>> y, state = longer(torch.randn(1, 300, 64))
     """
     changed = copy.deepcopy(model)
     enable_retention(changed, retention=retention, window=window, **options)
@@ -40,25 +47,45 @@ def with_retention(model: Model, *, retention: str = "surprise", window: int | N
 def enable_retention(
     model: nn.Module, *, retention: str, window: int | None = None, **options: Any
 ) -> list[HybridMemory]:
-    """`with_retention` of the model itself, no copy → the layers that were changed."""
+    """Make a model's layers keep KV entries beyond their window, in place; otherwise as `with_retention`.
+
+    Args:
+        model: as of `with_retention`.
+        retention: as of `with_retention`.
+        window (tokens): as of `with_retention`.
+        **options: as of `with_retention`.
+
+    Returns:
+        The layers that were changed.
+
+    Raises:
+        ValueError: when options do not fit together, or when no layer can keep entries.
+
+    Example:
+        >>> import hqlt
+        >>> from hqlt.layer import enable_retention
+        >>> layer = hqlt.HybridMemory(hidden_size=64, num_heads=4, window=64)
+        >>> enable_retention(layer, retention="surprise", kept=48) == [layer]
+        True
+    """
     layers = [part for part in model.modules() if isinstance(part, HybridMemory)]
     able = [layer for layer in layers if layer.kv is not None and layer.blend.window is not None]
     if not able:
         raise ValueError(
             f"model: expected at least one layer whose KV-memory has a window, beyond which entries can be kept, got "
-            f"{_why_not(layers)}"
+            f"{_describe(layers)}"
         )
     configs = {id(config): config for part in model.modules() if (config := getattr(part, "config", None)) is not None}
     for config in configs.values():
-        if hasattr(config, "set_retention"):  # a language model's, which nobody imports for a layer
+        if hasattr(config, "set_retention"):  # a language model's; `hqlt.model` is not imported for a layer
             config.set_retention(retention, window, **options)
     for layer in able:
         layer.set_retention(retention, window, **options)
     return able
 
 
-def _why_not(layers: list[HybridMemory]) -> str:
+def _describe(layers: list[HybridMemory]) -> str:
     if not layers:
-        return "no layer of hqlt at all"
+        return "no hqlt layer"
     full = sum(layer.kv is not None for layer in layers)
     return f"{len(layers) - full} without a KV-memory and {full} that attend to everything (window=None)"

@@ -1,7 +1,7 @@
-"""Rotary positions: their base, the fraction of a head that they turn, and scalings as transformers' configs name them.
+"""Rotary position embeddings: base, rotated fraction of a head, and scalings named as in transformers' configs.
 
-Everything is computed in float64 (transformers' own functions give float32), and nothing here grows with the text: a
-table is made for the positions of one call's timeline.
+Angles are computed in float64 (transformers computes them in float32). Nothing grows with the length of the text:
+tables are made for the positions of one call's timeline.
 """
 
 from __future__ import annotations
@@ -25,20 +25,22 @@ Table = tuple[Tensor, Tensor]
 
 
 class Rotary(NamedTuple):
-    """Which angles a KV-memory's keys and queries are turned by.
+    """The rotary embedding of a KV-memory's queries and keys.
 
         angle_i = position · f_i        f_i = theta^(−2i / width), scaled; i < width / 2
 
-    Hashable and immutable: two memories with the same positions share their tables.
+    Immutable and hashable: memories with the same embedding share their tables.
 
-    Source: Su et al. 2021, "RoFormer", eq. 15 (halves rotated); the scalings name their own.
+    Source:
+        Su et al. 2021, "RoFormer", eq. 15 (with halves instead of adjacent pairs); for scalings see each function.
     """
 
     theta: float
+    """Base of the frequencies."""
     fraction: float = 1.0
-    """The part of a head that is turned; what remains has no positions."""
+    """Fraction of a head that is rotated; the rest has no positions."""
     scaling: tuple[tuple[str, Any], ...] | None = None
-    """The items of transformers' `rope_scaling`, sorted; None: not scaled."""
+    """Sorted items of transformers' `rope_scaling`. Default: no scaling."""
 
     @staticmethod
     def of(
@@ -46,18 +48,19 @@ class Rotary(NamedTuple):
         partial_rotary_factor: float = 1.0,
         rope_scaling: Mapping[str, Any] | None = None,
     ) -> Rotary | None:
-        """What three fields of a config mean; None for no positions (`rope_theta` None).
+        """Return the embedding that three fields of a config describe; None for no positions (`rope_theta` None).
 
-        rope_scaling: {"rope_type": "linear", "factor": 2.0} and so on, as transformers names it; the types are
+        `rope_scaling` is as in transformers, such as {"rope_type": "linear", "factor": 2.0}. Supported types are
         "default", "linear", "llama3" and "yarn".
 
-        Raises ValueError for values that no positions can be made of, and for options without positions.
+        Raises:
+            ValueError: when a value is invalid, or when options are given without positions.
         """
         if rope_theta is None:
             if partial_rotary_factor != 1.0 or rope_scaling is not None:
                 raise ValueError(
                     f"rope_theta: expected a number, as partial_rotary_factor={partial_rotary_factor} and "
-                    f"rope_scaling={rope_scaling} are options of rotary positions, got None; leave them out"
+                    f"rope_scaling={rope_scaling} are options of rotary positions, got None; remove them"
                 )
             return None
         if not 1 < rope_theta < math.inf:
@@ -67,35 +70,36 @@ class Rotary(NamedTuple):
         return Rotary(float(rope_theta), float(partial_rotary_factor), _read(rope_scaling))
 
     def width(self, k: int) -> int:
-        """How many numbers of a head of width k are turned: int(fraction · k), as in transformers.
+        """Return how many channels of a head of width k are rotated: int(fraction · k), as in transformers.
 
-        Raises ValueError where they are no pairs.
+        Raises:
+            ValueError: when that number is not a positive even number.
         """
         width = int(k * self.fraction)
         if width < 2 or width % 2:
             raise ValueError(
                 f"head_dim · partial_rotary_factor: expected an even number of at least 2, because rotary positions "
-                f"turn pairs of numbers, got int({k} · {self.fraction}) = {width}; change one of them or set "
+                f"rotate pairs of channels, got int({k} · {self.fraction}) = {width}; change one of them or set "
                 f"rope_theta=None"
             )
         return width
 
     def table(self, l: int, k: int, device: torch.device, dtype: torch.dtype) -> Table:
-        """cos and sin of the angles at positions 0 … l−1, times yarn's attention factor: [l, 1, width/2] each.
+        """Return cos and sin of the angles at positions 0 … l−1, times YaRN's attention factor: [l, 1, width/2] each.
 
-        Kept from call to call, but for those made while something of torch traces: they belong to it.
+        Tables are cached, except while torch is tracing.
         """
-        return (_new_table if is_traced() else _kept_table)(self, l, k, device, dtype)
+        return (_new_table if is_traced() else _cached_table)(self, l, k, device, dtype)
 
     def cos_sin(self, positions: Tensor, k: int, dtype: torch.dtype) -> Table:
-        """cos and sin of the angles at these positions, Int[l]: [l, 1, width/2] each. The angles are float64."""
+        """Return cos and sin of the angles at these positions, Int[l]: [l, 1, width/2] each."""
         f, factor = self.frequencies(k)
         angle = positions.double()[:, None, None] * f.to(positions.device)
         dtype = at_least_float32(dtype)
         return (factor * angle.cos()).to(dtype), (factor * angle.sin()).to(dtype)
 
     def frequencies(self, k: int) -> tuple[Tensor, float]:
-        """f [width/2] in float64 on the CPU, and the factor of cos and sin."""
+        """Return f [width/2] in float64 on the CPU, and the factor of cos and sin."""
         width = self.width(k)
         f = self.theta ** (-torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
         if self.scaling is None:
@@ -105,9 +109,9 @@ class Rotary(NamedTuple):
 
 
 def apply_rotary(x: Keys, cos: Tensor, sin: Tensor) -> Keys:
-    """The first numbers of each head turned, as many as the table is for; the others as they are.
+    """Apply a rotary embedding to the first `width` channels of each head of x [b, l, h, k].
 
-    x: [b, l, h, k]. cos, sin: [l, 1, width/2], of `Rotary.table`.
+    cos and sin are [l, 1, width/2], as from `Rotary.table`.
     """
     width = 2 * cos.shape[-1]
     if width == x.shape[-1]:
@@ -116,7 +120,7 @@ def apply_rotary(x: Keys, cos: Tensor, sin: Tensor) -> Keys:
 
 
 def linear(f: Tensor, theta: float, *, factor: float) -> tuple[Tensor, float]:
-    """Positions divided by `factor`. Source: Chen et al. 2023, "Extending Context Window of LLMs", section 2.3."""
+    """Divide positions by `factor`. Source: Chen et al. 2023, "Extending Context Window of LLMs", section 2.3."""
     return f / factor, 1.0
 
 
@@ -129,17 +133,19 @@ def llama3(
     high_freq_factor: float,
     original_max_position_embeddings: int,
 ) -> tuple[Tensor, float]:
-    """Frequencies of at most `low_freq_factor` turns in the original context divided by `factor`, those of at least
-    `high_freq_factor` as they are, a linear blend between. Source: Llama 3.1's code.
+    """Scale frequencies as Llama 3.1's code does.
+
+    Frequencies with at most `low_freq_factor` periods in the original context are divided by `factor`, those with at
+    least `high_freq_factor` periods are unchanged, and those in between are interpolated linearly.
     """
     if not low_freq_factor < high_freq_factor:
         raise ValueError(
             f"rope_scaling: expected low_freq_factor below high_freq_factor, got {low_freq_factor} and "
             f"{high_freq_factor}"
         )
-    turns = original_max_position_embeddings * f / (2 * math.pi)
-    kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
-    return kept * f + (1 - kept) * f / factor, 1.0
+    periods = original_max_position_embeddings * f / (2 * math.pi)
+    unchanged = ((periods - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    return unchanged * f + (1 - unchanged) * f / factor, 1.0
 
 
 def yarn(
@@ -155,15 +161,19 @@ def yarn(
     mscale_all_dim: float | None = None,
     truncate: bool = True,
 ) -> tuple[Tensor, float]:
-    """Frequencies of at least `beta_fast` turns in the original context as they are, those of at most `beta_slow`
-    divided by `factor`, a linear blend over their indices between; cos and sin times the attention factor.
+    """Scale frequencies as YaRN does.
 
-    Source: Peng et al. 2023, "YaRN", section 3.
+    Frequencies with at least `beta_fast` periods in the original context are unchanged, those with at most `beta_slow`
+    are divided by `factor`, and those in between are interpolated linearly over their indices. cos and sin are
+    multiplied by the attention factor.
+
+    Source:
+        Peng et al. 2023, "YaRN", section 3.
     """
     n = len(f)
     fast, slow = (
-        n * math.log(original_max_position_embeddings / (2 * math.pi * turns)) / math.log(theta)
-        for turns in (beta_fast, beta_slow)
+        n * math.log(original_max_position_embeddings / (2 * math.pi * periods)) / math.log(theta)
+        for periods in (beta_fast, beta_slow)
     )
     if truncate:
         fast, slow = math.floor(fast), math.ceil(slow)
@@ -180,22 +190,23 @@ def yarn(
 
 
 SCALINGS: dict[str, Callable[..., tuple[Tensor, float]]] = {"linear": linear, "llama3": llama3, "yarn": yarn}
-"""By transformers' `rope_type`: (f, theta, the type's own fields) → (f scaled, the factor of cos and sin)."""
+"""By transformers' `rope_type`: (f, theta, fields of the type) → (scaled f, factor of cos and sin)."""
 
 DEPENDS_ON_LENGTH = ("dynamic", "longrope")
+"""Types whose frequencies depend on the length of the text, which are not supported."""
 
 
 def _read(rope_scaling: Mapping[str, Any] | None) -> tuple[tuple[str, Any], ...] | None:
-    """Checked, without what is None, sorted; None where nothing is scaled."""
+    """Return the checked, sorted items without None values; None if nothing is scaled."""
     if rope_scaling is None:
         return None
     given = {name: value for name, value in rope_scaling.items() if value is not None}
-    kind = given.pop("type", "default")  # what older configs call it
+    kind = given.pop("type", "default")  # its name in older configs
     kind = given.pop("rope_type", kind)
     if kind in DEPENDS_ON_LENGTH:
         raise ValueError(
             f"rope_scaling: expected a type whose frequencies are fixed, got {kind!r}: its frequencies change with the "
-            f"length of the text, so that keys held from before would have to be turned anew"
+            f"length of the text, so that held keys would have to be rotated again"
         )
     check_choice("rope_scaling's rope_type", kind, ("default", *SCALINGS))
     spec = inspect.getfullargspec(SCALINGS.get(kind, lambda: None))
@@ -203,16 +214,16 @@ def _read(rope_scaling: Mapping[str, Any] | None) -> tuple[tuple[str, Any], ...]
     required = set(spec.kwonlyargs) - optional
     if not required <= set(given) <= required | optional:
         raise ValueError(
-            f"rope_scaling: expected beside rope_type {kind!r} the fields {', '.join(sorted(required)) or 'none'}"
-            f"{' and perhaps ' if optional else ''}{', '.join(sorted(optional))}, got {dict(rope_scaling)}"
+            f"rope_scaling: expected for rope_type {kind!r} the fields {', '.join(sorted(required)) or 'none'}"
+            f"{' and optionally ' if optional else ''}{', '.join(sorted(optional))}, got {dict(rope_scaling)}"
         )
     for name, value in given.items():
         if name != "truncate" and not (isinstance(value, int | float) and 0 < value < math.inf):
-            raise ValueError(f"rope_scaling: expected for {name} a number above 0, got {value!r}")
+            raise ValueError(f"rope_scaling: expected a number above 0 for {name}, got {value!r}")
     if kind == "default":
         return None
     read = tuple(sorted({"rope_type": kind, **given}.items()))
-    Rotary(10_000.0, 1.0, read).frequencies(2)  # a type knows what it refuses
+    Rotary(10_000.0, 1.0, read).frequencies(2)  # raises for values that the type does not accept
     return read
 
 
@@ -222,6 +233,6 @@ def _new_table(rotary: Rotary, l: int, k: int, device: torch.device, dtype: torc
 
 
 @functools.lru_cache(maxsize=64)
-def _kept_table(rotary: Rotary, l: int, k: int, device: torch.device, dtype: torch.dtype) -> Table:
-    with torch.inference_mode(False):  # what is kept must serve training too
+def _cached_table(rotary: Rotary, l: int, k: int, device: torch.device, dtype: torch.dtype) -> Table:
+    with torch.inference_mode(False):  # cached tables must be usable in training too
         return _new_table(rotary, l, k, device, dtype)

@@ -1,4 +1,4 @@
-"""Mixers: how two reads become one."""
+"""Mixers: how the reads of the two memories are combined."""
 
 from hqlt.mixer.add import AddMixer
 from hqlt.mixer.mixer import Alone, Gated, Mixer

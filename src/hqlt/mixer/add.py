@@ -9,12 +9,20 @@ from hqlt.registry import register
 
 @register("mixer", "add")
 class AddMixer(Gated):
-    """kv + γ ⊙ fw with γ = W_γ x, begun at W_γ = 0: the layer is exactly its attention at the start.
+    """kv + γ ⊙ RMSNorm(fw) with γ = W_γ x. W_γ is initialised to 0, so that the layer starts as plain attention.
 
-    The norm is the FW-memory's own, so that attention stays whole while the FW-memory is empty. gate_bias: where a bias
-    of γ begins (None: there is none); 0 begins at attention too. kv_gate: (1 − δ) kv in place of kv, with a number for
-    each head, δ = W_δ x, begun at 0 with its bias. `gate_proj` rows: γ first, then δ. A softmax over a window alone
-    gives its pairs all the weight, of which those beyond the window had a part: δ takes it back.
+    The head norm applies to the FW read only, which leaves attention unchanged while the FW-memory is empty. The rows
+    of `gate_proj` are those of γ, then those of δ.
+
+    Args:
+        heads: number and width of the layer's heads.
+        gate_bias: initial bias of γ (0 starts as plain attention too). Default: no bias.
+        kv_gate: whether kv becomes (1 − δ) kv, with one δ = W_δ x per head, initialised to 0. A softmax over a window
+            gives its entries the weight that full attention gives to entries beyond the window; δ can take it back.
+
+    Example:
+        >>> import hqlt
+        >>> layer = hqlt.HybridMemory(hidden_size=64, num_heads=4, mixer="add", kv_gate=True)
     """
 
     norms_fw = True

@@ -1,8 +1,8 @@
-"""A mixer answers one question: how do two reads become one?"""
+"""The base class of mixers, which combine the reads of the two memories."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -13,40 +13,58 @@ from hqlt.shapes import Hidden, Values
 
 
 class Mixer(nn.Module):
-    """mix = g_FW ⊙ fw + g_KV ⊙ kv.
+    """Base class of mixers: mix = g_FW ⊙ fw + g_KV ⊙ kv.
 
-    Options are the keyword-only arguments of the constructor; a registered mixer's are the layer's own.
+    A subclass defines `gates`. Its options are the keyword-only arguments of its constructor; once it is registered,
+    they are options of the layer.
+
+    Args:
+        heads: number and width of the layer's heads.
     """
 
     norms_fw = False
-    """Whether the norm over each head is the FW-memory's own, before the reads are mixed, or follows the mix."""
+    """Whether the head norm applies to the FW read before mixing, instead of to the mix."""
     native: str | None = None
-    """What `hqlt.ops.step` calls this mixer, where it runs it; a subclass says so anew."""
+    """Name of this mixer in `hqlt.ops.step`, if it supports it; not inherited by subclasses."""
 
     def __init__(self, heads: Heads) -> None:
         super().__init__()
         self.heads = heads
 
     def logits(self, x: Hidden) -> Tensor | None:
-        """Of the gates: [b, t, ·]; None for a mixer without."""
+        """Return the logits of the gates, [b, t, ·], or None for a mixer without gates."""
         return None
 
     def gates(self, logits: Any) -> tuple[Tensor | float, Tensor | float]:
-        """(g_FW, g_KV) for each token: [b, t, reads, v], or one axis of size 1 for a scalar a head."""
+        """Return (g_FW, g_KV): each a number, or [b, t, heads, v], or [b, t, heads, 1] for one scalar per head."""
         raise NotImplementedError
 
     def forward(self, logits: Any, reads: Reads) -> Values:
         (fw, kv), (fw_gate, kv_gate) = reads.both(), self.gates(logits)
         return fw_gate * fw + kv_gate * kv
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
     def init_parameters(self) -> None:
-        """Put the gates to where they begin, whatever else has initialised their projections."""
+        """Set the gates' initial values, after a model's own initialisation of the projections."""
 
 
 class Gated(Mixer):
-    """A mixer whose gates are a projection of the layer's input.
+    """Base class of mixers whose gates are a projection of the layer's input.
 
-    gate_bias: where the projection's bias begins (None: there is none).
+    Args:
+        heads: number and width of the layer's heads.
+        outputs: number of logits per token.
+        gate_bias: initial bias of the projection. None: no bias.
+
+    Example:
+        >>> from hqlt.memory import Heads
+        >>> from hqlt.mixer import Gated
+        >>> class Sigmoid(Gated):
+        ...     gates = lambda self, logits: (logits.sigmoid()[..., None], 1.0)
+        >>> heads = Heads(hidden_size=64, queries=4, keys=4, matrices=4, k=16, v=16)
+        >>> mixer = Sigmoid(heads, outputs=4, gate_bias=0.0)
     """
 
     def __init__(self, heads: Heads, outputs: int, gate_bias: float | None) -> None:
@@ -64,7 +82,13 @@ class Gated(Mixer):
 
 
 class Alone(Mixer):
-    """For one memory alone: what it says."""
+    """Returns the read of the only memory.
+
+    Example:
+        >>> import hqlt
+        >>> hqlt.HybridMemory(hidden_size=64, num_heads=4, blend="kv-only").mixer
+        Alone()
+    """
 
     native = "alone"
 

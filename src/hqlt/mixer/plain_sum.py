@@ -6,7 +6,12 @@ from hqlt.registry import register
 
 @register("mixer", "sum")
 class SumMixer(Mixer):
-    """fw + kv."""
+    """fw + kv, without gates.
+
+    Example:
+        >>> import hqlt
+        >>> layer = hqlt.HybridMemory(hidden_size=64, num_heads=4, mixer="sum")
+    """
 
     native = "sum"
 

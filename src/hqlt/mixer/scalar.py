@@ -9,9 +9,20 @@ from hqlt.registry import register
 
 @register("mixer", "scalar")
 class ScalarMixer(Gated):
-    """σ(·) fw + σ(·) kv: two independent scalars a head. `gate_proj` rows: the FW heads first, then the KV heads.
+    """g_FW fw + g_KV kv, with two independent scalars per head, (g_FW, g_KV) = σ(W x).
 
-    Source: the paper, section 3, the dynamic scalar mixer.
+    The rows of `gate_proj` are those of g_FW, then those of g_KV.
+
+    Args:
+        heads: number and width of the layer's heads.
+        gate_bias: initial bias of the projection. Default: no bias.
+
+    Source:
+        The paper, section 3, the dynamic scalar mixer.
+
+    Example:
+        >>> import hqlt
+        >>> layer = hqlt.HybridMemory(hidden_size=64, num_heads=4, mixer="scalar")
     """
 
     native = "scalar"

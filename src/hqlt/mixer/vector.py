@@ -11,9 +11,18 @@ from hqlt.shapes import Values
 
 @register("mixer", "vector")
 class VectorMixer(Gated):
-    """γ ⊙ fw + (1 − γ) ⊙ kv with γ = σ(W_γ x): one weight for each number that is read.
+    """γ ⊙ fw + (1 − γ) ⊙ kv, with one γ = σ(W_γ x) per channel.
 
-    Source: the paper, section 3, the dynamic vector mixer.
+    Args:
+        heads: number and width of the layer's heads.
+        gate_bias: initial bias of the projection. Default: no bias.
+
+    Source:
+        The paper, section 3, the dynamic vector mixer.
+
+    Example:
+        >>> import hqlt
+        >>> layer = hqlt.HybridMemory(hidden_size=64, num_heads=4, mixer="vector", gate_bias=0.0)
     """
 
     native = "vector"

@@ -21,7 +21,8 @@ class HQLTBlock(Block, GradientCheckpointingLayer):
     def __call__(self, x: Hidden, resets: Resets | None = None, state: MemoryState | None = None) -> Any:
         if not (self.gradient_checkpointing and self.training):
             return super().__call__(x, resets, state)
-        x, *leaves = super().__call__(x, resets, *(() if state is None else state.leaves()))
+        called: Any = super().__call__(x, resets, *(() if state is None else state.leaves()))
+        x, *leaves = called
         return x, self.memory.state_of(leaves)
 
     def forward(self, x: Hidden, resets: Resets | None = None, *state: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Write rules: how a pair is written."""
+"""Write rules: how a key and value are written to fast weights."""
 
 from hqlt.memory.fw.comba import CombaMemory
 from hqlt.memory.fw.delta import DeltaGates, DeltaMemory

@@ -1,4 +1,4 @@
-"""Comba: the gated delta rule as a closed loop: the key that corrects what is written also corrects what is read."""
+"""Comba: the gated delta rule with closed-loop control: the key corrects the query as well as the value."""
 
 from __future__ import annotations
 
@@ -17,27 +17,37 @@ from hqlt.registry import register
 from hqlt.shapes import Keys, Queries
 
 LEAST = -20.0
-"""Of log α: e^−20 leaves nothing of S in float32, and 1/α is still a number."""
+"""Minimum of log α: e^−20 leaves nothing of S in float32, and 1/α is still finite."""
 
 
 @register("rule", "comba")
 class CombaMemory(GatedErasing):
-    """S ← α S + φ(k) ⊗ β (v − Sᵀ p), with the S of before the decay on the right, and p = σ(d) φ(k)
+    """Comba, a gated delta rule that erases the undecayed S and corrects the query along the written key.
 
+        S ← α S + φ(k) ⊗ β (v − Sᵀ p)        with S before the decay on the right, and p = σ(d) φ(k)
         read: Sᵀ unit(SiLU(q) − D σ(d) SiLU(k)) / √k        unit(x) = x / √(‖x‖² + 1e-6)        φ(x) = unit(SiLU(x))
 
-    β = σ(W_β x); α as of the gated delta rule, begun with exp(A_log) uniform in (0, 16). d and D are numbers of each
-    key head: d begins at 1, D at `correction`, of which the authors take 1, and 0.02 for small models (None: q is not
-    corrected). inner_decay=False: no d, and σ(d) is 1. log α is at least −20.
+    β = σ(W_β x). α is that of the gated delta rule, at least e^−20, with exp(A_log) initially uniform in (0, 16). d and
+    D are one number per key head; d is initialised to 1.
 
-    The k that corrects q is the one written at the step, as it is the one that corrects v: with Delayed-Streaming
-    that of the token that leaves the window. Delayed-Chunk reads where nothing is written, and reads q as it is.
+    The key that corrects q is the one written at the same step: with Delayed-Streaming that of the token that leaves
+    the window. Delayed-Chunk reads at steps that write nothing, where q is not corrected.
 
-    flash-linear-attention normalises p once more, and σ(d) cancels in what is erased. A checkpoint of that layer is
-    inner_decay=False here, with its D · σ(decay) as D.
+    flash-linear-attention normalises p again, so that σ(d) cancels in the erased term. A checkpoint of that layer
+    corresponds to inner_decay=False here, with D · σ(d) as D.
 
-    Source: Hu et al. 2025, "Improving Bilinear RNNs with Closed-loop Control", section 3; where parameters begin, by
-    the authors' code in flash-linear-attention.
+    Args:
+        heads: number and width of the layer's heads.
+        correction: initial D. The authors use 1, and 0.02 for small models. None: q is not corrected.
+        inner_decay: whether there is a d; otherwise σ(d) is 1.
+
+    Source:
+        Hu et al. 2025, "Improving Bilinear RNNs with Closed-loop Control", section 3; initial values as in the authors'
+        code in flash-linear-attention.
+
+    Example:
+        >>> import hqlt
+        >>> layer = hqlt.HybridMemory(hidden_size=64, num_heads=4, fast_weights="comba", correction=0.02)
     """
 
     slowest = 0.0
@@ -75,7 +85,7 @@ class CombaMemory(GatedErasing):
         return x * (x.square().sum(dim=-1, keepdim=True) + 1e-6).rsqrt()
 
     def _each(self, numbers: Tensor) -> Keys:
-        """Of each key head → of each matrix: [h, 1]."""
+        """Repeat one number per key head to one per matrix: [h, 1]."""
         return numbers.repeat_interleave(self.heads.matrices // self.heads.keys)[:, None]
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""Decays: fixed, or chosen by a token for each matrix as Mamba-2 parameterises it."""
+"""Decays: fixed, or input-dependent with Mamba-2's parameterisation."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from hqlt.memory.fw.rule import FWMemory, gate_projection, init_parameter
 from hqlt.shapes import Strengths, at_least_float32
 
 STEPS = 1e-3, 0.1
-"""Where softplus(dt_bias) begins: log-uniform between these."""
+"""Initial range of softplus(dt_bias), log-uniform."""
 
 
 def log_decay(logits: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Strengths, Strengths]:
-    """→ log α = −exp(A_log) · dt, and dt = softplus(logits + dt_bias); both in at least float32."""
+    """Return log α = −exp(A_log) · dt, and dt = softplus(logits + dt_bias), both in at least float32."""
     wide = at_least_float32(logits.dtype)
     dt = F.softplus(logits.to(wide) + dt_bias.to(wide))
     return -A_log.to(wide).exp() * dt, dt
 
 
 def fixed_decay(log_alpha: list[float], like: Tensor) -> Strengths:
-    """log α of each matrix, for every token of like [b, t, …]: [b, t, h], in at least float32."""
+    """Return the log α of each matrix for every token of `like` [b, t, …]: [b, t, h], in at least float32."""
     numbers = torch.tensor(log_alpha, dtype=at_least_float32(like.dtype), device=like.device)
     return numbers.expand(*like.shape[:2], -1)
 
 
 def init_decay(A_log: nn.Parameter, dt_bias: nn.Parameter, slowest: float = 1.0) -> None:
-    """exp(A_log) uniform in (slowest, 16), softplus(dt_bias) log-uniform in (1e-3, 0.1)."""
+    """Draw exp(A_log) uniformly from (slowest, 16), and softplus(dt_bias) log-uniformly from (1e-3, 0.1)."""
     init_parameter(A_log, torch.empty_like(A_log).uniform_(slowest, 16).clamp(min=1e-4).log())
     low, high = map(math.log, STEPS)
     dt = torch.empty_like(dt_bias).uniform_(low, high).exp().clamp(min=1e-4)
@@ -37,15 +37,15 @@ def init_decay(A_log: nn.Parameter, dt_bias: nn.Parameter, slowest: float = 1.0)
 
 
 class MatrixDecay(FWMemory):
-    """A part of a rule: log α = −exp(A_log) · softplus(W_α x + dt_bias), one for each matrix.
+    """Mixin of rules with one decay per matrix, log α = −exp(A_log) · softplus(W_α x + dt_bias).
 
-    At the start exp(A_log) is uniform in (`slowest`, 16) and softplus(dt_bias) log-uniform in (1e-3, 0.1).
+    Initially exp(A_log) is uniform in (`slowest`, 16) and softplus(dt_bias) log-uniform in (1e-3, 0.1).
     """
 
     slowest = 1.0
 
     def add_decay(self) -> None:
-        """Its parameters, where the rule's constructor wants them."""
+        """Create the parameters; called by the constructor of the rule, which determines their order."""
         self.decay_proj: nn.Module = gate_projection(self.heads.hidden_size, self.heads.matrices, None)
         self.A_log, self.dt_bias = (nn.Parameter(torch.empty(self.heads.matrices)) for _ in range(2))
 
@@ -54,5 +54,5 @@ class MatrixDecay(FWMemory):
         init_decay(self.A_log, self.dt_bias, self.slowest)
 
     def log_decay(self, logits: Tensor) -> Strengths:
-        """log α from W_α x, in at least float32."""
+        """Return log α from W_α x, in at least float32."""
         return log_decay(logits, self.A_log, self.dt_bias)[0]

@@ -1,4 +1,4 @@
-"""The delta rule: correct what the memory holds under a key."""
+"""The delta rule: correct the value stored under a key."""
 
 from __future__ import annotations
 
@@ -17,18 +17,30 @@ from hqlt.shapes import Hidden, Queries, Resets, Strengths
 
 
 class DeltaGates(NamedTuple):
+    """The gates of the delta rule."""
+
     beta: Strengths
-    """[b, t, h] write strengths, in at least float32."""
+    """[b, t, h] write strengths, in at least float32"""
 
 
 @register("rule", "delta")
 class DeltaMemory(Erasing):
-    """W ← W + φ(k) ⊗ β (v − Wᵀ φ(k))        read: Wᵀ φ(q) / √k        φ(x) = SiLU(x) / √(‖SiLU(x)‖² + 1e-6)
+    """The delta rule, with β = beta_max · σ(W_β x).
 
-    β = beta_max · σ(W_β x). beta_max: at most 2, with which the rule tracks state; 1 is DeltaNet's. beta_bias: where
-    W_β's bias begins (None: there is none). feature_map: "learned" puts a matrix of each head before φ (`LearnedMap`).
+        W ← W + φ(k) ⊗ β (v − Wᵀ φ(k))        read: Wᵀ φ(q) / √k        φ(x) = SiLU(x) / √(‖SiLU(x)‖² + 1e-6)
 
-    Source: the paper, section 2.2; Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule".
+    Args:
+        heads: number and width of the layer's heads.
+        beta_max: maximum of β, at most 2. State tracking needs values above 1; DeltaNet uses 1.
+        beta_bias: initial bias of W_β. Default: no bias.
+        feature_map: "learned" adds a learned matrix per head before φ (`LearnedMap`). Default: none.
+
+    Source:
+        The paper, section 2.2; Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule".
+
+    Example:
+        >>> import hqlt
+        >>> layer = hqlt.HybridMemory(hidden_size=64, num_heads=4, fast_weights="delta", beta_max=1.0)
     """
 
     def __init__(
@@ -39,6 +51,7 @@ class DeltaMemory(Erasing):
 
     @property
     def native(self) -> str | None:  # type: ignore[override]
+        """Name of this rule in `hqlt.ops.step`, which supports no learned feature map."""
         return "delta" if self.feature_map is None else None
 
     def logits(self, x: Hidden) -> Tensor:

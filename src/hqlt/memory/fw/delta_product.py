@@ -1,4 +1,4 @@
-"""DeltaProduct: several steps of the delta rule for each token."""
+"""DeltaProduct: several steps of the delta rule per token."""
 
 from __future__ import annotations
 
@@ -17,29 +17,44 @@ from hqlt.shapes import Hidden, Queries, Strengths
 
 
 class ProductGates(NamedTuple):
+    """The gates of DeltaProduct."""
+
     beta: Strengths
-    """[b, t, m, h] write strengths in the order of the writes, in at least float32."""
+    """[b, t, m, h] write strengths in the order of the writes, in at least float32"""
     keys: Tensor
-    """[b, t, m − 1, h, k] of the first m − 1 writes, raw."""
+    """[b, t, m − 1, h, k] of the first m − 1 writes, before φ"""
     values: Tensor
     """[b, t, m − 1, h, v]"""
 
 
 @register("rule", "delta-product")
 class DeltaProductMemory(Erasing):
-    """m times S ← S + φ(k_i) ⊗ β_i (v_i − Sᵀ φ(k_i)), then the read; read and φ as of the delta rule.
+    """m steps of the delta rule per token, then the read. Read and φ are those of the delta rule.
 
-    m = num_householder, at least 2. The layer's own pair, which a KV-memory holds too, is the last of the m, which
-    nothing of the same token erases; those before it are the rule's own, k_i = W_k,i x and v_i = W_v,i x, with the
-    layer's short convolution and the activation of its values. β_i = beta_max · σ(W_β,i x). beta_max: at most 2, the
-    authors'.
+        m times: S ← S + φ(k_i) ⊗ β_i (v_i − Sᵀ φ(k_i))        β_i = beta_max · σ(W_β,i x)
 
-    Rows of `k_proj`, `v_proj` and `beta_proj` are ordered by write, then head. So of a DeltaProduct checkpoint's
-    stacked `k_proj` the first m − 1 of m blocks are `fw.k_proj` here, and the last is the layer's `k_proj`; `v_proj`
-    likewise, and `b_proj` is `fw.beta_proj`. A layer's `qk_norm` norms its own keys alone.
+    The last of the m keys and values are the layer's own, which a KV-memory holds too, so that no later step of the
+    same token erases them. The others are projections of the rule, k_i = W_k,i x and v_i = W_v,i x, with the layer's
+    short convolution and activation of values. The layer's `qk_norm` applies to its own keys only.
 
-    Source: Siems et al. 2025, "DeltaProduct: Improving State-Tracking in Linear RNNs via Householder Products",
-    section 3.
+    Rows of `k_proj`, `v_proj` and `beta_proj` are ordered by write, then head. In a DeltaProduct checkpoint, the first
+    m − 1 of the m blocks of `k_proj` are `fw.k_proj` here, and the last block is the layer's `k_proj`; likewise for
+    `v_proj`. `b_proj` is `fw.beta_proj`.
+
+    Args:
+        heads: number and width of the layer's heads.
+        num_householder: number of writes per token m, at least 2.
+        beta_max: maximum of β, at most 2, which the authors use.
+
+    Raises:
+        ValueError: when num_householder is below 2.
+
+    Source:
+        Siems et al. 2025, "DeltaProduct: Improving State-Tracking in Linear RNNs via Householder Products", section 3.
+
+    Example:
+        >>> import hqlt
+        >>> layer = hqlt.HybridMemory(hidden_size=64, num_heads=4, fast_weights="delta-product", num_householder=3)
     """
 
     gates_hold_pairs = True
@@ -47,8 +62,8 @@ class DeltaProductMemory(Erasing):
     def __init__(self, heads: Heads, *, num_householder: int = 2, beta_max: float = 2.0) -> None:
         if num_householder < 2:
             raise ValueError(
-                f"num_householder: expected at least 2 writes for each token, got {num_householder}; with 1 the rule "
-                f"is 'delta' or 'gated-delta'"
+                f"num_householder: expected at least 2 writes per token, got {num_householder}; for 1 "
+                f"use 'delta' or 'gated-delta'"
             )
         super().__init__(heads, beta_max, writes=num_householder)
         self.writes = num_householder

@@ -1,4 +1,4 @@
-"""Feature maps that are learned: what a rule makes of queries and keys, head by head."""
+"""Learned feature maps of queries and keys, one per head."""
 
 from __future__ import annotations
 
@@ -14,20 +14,30 @@ from hqlt.shapes import Keys, Queries, at_least_float32
 
 
 class LearnedMap(nn.Module):
-    """q → φ(M q), k → φ(N k), with φ the rule's own and M, N [k, k] of each head's own, begun at the identity.
+    """q → φ(M q), k → φ(N k), with the rule's φ and matrices M, N [k, k] per head, initialised to the identity.
 
-    So a rule begins as it would without it. The queries and keys of a pretrained attention are made for a softmax; with
-    these they can become what φ needs.
+    A rule thus starts as without the map. It lets the queries and keys of a pretrained attention, which are trained for
+    a softmax, adapt to φ.
+
+    Args:
+        heads: number and width of the layer's heads.
+
+    Example:
+        >>> import hqlt
+        >>> layer = hqlt.HybridMemory(64, 4, fast_weights="delta", feature_map="learned")
+        >>> layer.fw.feature_map
+        LearnedMap(4 heads of q, 4 of k)
     """
 
     widening = 1
-    """The width of what comes out, in widths of what goes in."""
+    """Width of the output divided by the width of the input."""
 
     def __init__(self, heads: Heads) -> None:
         super().__init__()
         self.q, self.k = (nn.Parameter(torch.eye(heads.k).repeat(h, 1, 1)) for h in (heads.queries, heads.keys))
 
     def init_parameters(self) -> None:
+        """Set the matrices to the identity."""
         for matrices in (self.q, self.k):
             init_parameter(matrices, torch.eye(matrices.shape[-1]).expand_as(matrices))
 
@@ -35,7 +45,7 @@ class LearnedMap(nn.Module):
         return self.mapped(self.q, q), self.mapped(self.k, keys)
 
     def mapped(self, matrices: Tensor, x: Keys) -> Keys:
-        """[b, t, h, k] → the same, each head by its matrix of [h, k, k]."""
+        """Map each head of x [b, t, h, k] by its matrix of [h, k, k]."""
         return torch.einsum("hij,bthj->bthi", matrices, x)
 
     def extra_repr(self) -> str:
@@ -43,10 +53,12 @@ class LearnedMap(nn.Module):
 
 
 class Hedgehog(LearnedMap):
-    """x → softmax(M x) ⊕ softmax(−M x), of width 2k, in place of the rule's φ: M [k, k] of each head's own, for queries
-    and for keys, begun at the identity.
+    """x → softmax(M x) ⊕ softmax(−M x), of width 2k, in place of the rule's φ.
 
-    Source: Zhang et al. 2024, "The Hedgehog & the Porcupine: Expressive Linear Attentions with Softmax Mimicry", eq. 6.
+    M [k, k] is learned per head, for queries and for keys, and initialised to the identity.
+
+    Source:
+        Zhang et al. 2024, "The Hedgehog & the Porcupine: Expressive Linear Attentions with Softmax Mimicry", eq. 6.
     """
 
     widening = 2
@@ -61,7 +73,7 @@ MAPS: dict[str, type[LearnedMap]] = {"learned": LearnedMap, "hedgehog": Hedgehog
 
 
 def feature_map_of(heads: Heads, name: str | None, known: Sequence[str] = ("learned",)) -> LearnedMap | None:
-    """What a rule's option asks for; None: the rule's φ alone. Raises ValueError for a name that it does not know."""
+    """Return the learned map of this name, or None; raise a ValueError for a name that the rule does not support."""
     if name is None:
         return None
     check_choice("feature_map", name, known)

@@ -1,4 +1,4 @@
-"""The gated delta rule: forget a little of everything, then correct what is held under a key."""
+"""The gated delta rule: decay the matrix, then correct the value stored under a key."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from hqlt.shapes import Hidden, Queries, Strengths
 
 
 class GatedDeltaGates(NamedTuple):
+    """The gates of the gated delta rule."""
+
     beta: Strengths
-    """[b, t, h] write strengths, in at least float32."""
+    """[b, t, h] write strengths, in at least float32"""
     decay: Strengths
-    """[b, t, h] log α, in at least float32."""
+    """[b, t, h] log α, in at least float32"""
 
 
 class GatedErasing(MatrixDecay, Erasing):
-    """A rule with a write strength and a decay of each matrix; one that is registered begins them itself."""
+    """Base class of rules with one write strength and one decay per matrix; subclasses call `init_parameters`."""
 
     def __init__(self, heads: Heads, beta_max: float) -> None:
         super().__init__(heads, beta_max)
@@ -44,13 +46,23 @@ class GatedErasing(MatrixDecay, Erasing):
 
 @register("rule", "gated-delta")
 class GatedDeltaMemory(GatedErasing):
-    """S ← α S      S ← S + φ(k) ⊗ β (v − Sᵀ φ(k))    read: Sᵀ φ(q) / √k    φ(x) = SiLU(x) / √(‖SiLU(x)‖² + 1e-6)
+    """The gated delta rule, with β = beta_max · σ(W_β x) and log α = −exp(A_log) · softplus(W_α x + dt_bias).
 
-    β = beta_max · σ(W_β x), log α = −exp(A_log) · softplus(W_α x + dt_bias); at the start exp(A_log) is uniform in
-    (1, 16) and softplus(dt_bias) log-uniform in (1e-3, 0.1), as in Mamba-2. beta_max: at most 2; 1 is the authors'.
-    feature_map: "learned" puts a matrix of each head before φ (`LearnedMap`).
+        S ← α S      S ← S + φ(k) ⊗ β (v − Sᵀ φ(k))    read: Sᵀ φ(q) / √k    φ(x) = SiLU(x) / √(‖SiLU(x)‖² + 1e-6)
 
-    Source: Yang, Kautz, Hatamizadeh 2025, "Gated Delta Networks: Improving Mamba2 with Delta Rule", eq. 10.
+    Initially exp(A_log) is uniform in (1, 16) and softplus(dt_bias) log-uniform in (1e-3, 0.1), as in Mamba-2.
+
+    Args:
+        heads: number and width of the layer's heads.
+        beta_max: maximum of β, at most 2; the authors use 1. State tracking needs values above 1.
+        feature_map: "learned" adds a learned matrix per head before φ (`LearnedMap`). Default: none.
+
+    Source:
+        Yang, Kautz, Hatamizadeh 2025, "Gated Delta Networks: Improving Mamba2 with Delta Rule", eq. 10.
+
+    Example:
+        >>> import hqlt
+        >>> layer = hqlt.HybridMemory(hidden_size=64, num_heads=4, fast_weights="gated-delta", beta_max=2.0)
     """
 
     def __init__(self, heads: Heads, *, beta_max: float = 1.0, feature_map: str | None = None) -> None:
@@ -60,6 +72,7 @@ class GatedDeltaMemory(GatedErasing):
 
     @property
     def native(self) -> str | None:  # type: ignore[override]
+        """Name of this rule in `hqlt.ops.step`, which supports no learned feature map."""
         return "gated-delta" if self.feature_map is None else None
 
     def terms(self, q: Queries, write: Write) -> Terms:

@@ -1,4 +1,4 @@
-"""Gated DeltaProduct: forget a little of everything, then several steps of the delta rule."""
+"""Gated DeltaProduct: decay the matrix, then take several steps of the delta rule."""
 
 from __future__ import annotations
 
@@ -17,24 +17,34 @@ from hqlt.shapes import Hidden, Queries, Strengths
 
 
 class GatedProductGates(NamedTuple):
+    """The gates of gated DeltaProduct: those of `ProductGates`, and a decay."""
+
     beta: Strengths
     keys: Tensor
     values: Tensor
-    """These as in `ProductGates`."""
     decay: Strengths
-    """[b, t, h] log α, in at least float32."""
+    """[b, t, h] log α, in at least float32"""
 
 
 @register("rule", "gated-delta-product")
 class GatedDeltaProductMemory(MatrixDecay, DeltaProductMemory):
-    """S ← α S, then DeltaProduct's m writes: one decay for each token, however often it writes.
+    """One decay per token, S ← α S, then the m writes of `DeltaProductMemory`.
 
-    log α = −exp(A_log) · softplus(W_α x + dt_bias); at the start exp(A_log) is uniform in (0, 16) and
-    softplus(dt_bias) log-uniform in (1e-3, 0.1). The rest is as in `DeltaProductMemory`; the authors' `a_proj` is
-    `fw.decay_proj` here.
+    log α = −exp(A_log) · softplus(W_α x + dt_bias). Initially exp(A_log) is uniform in (0, 16) and softplus(dt_bias)
+    log-uniform in (1e-3, 0.1). The authors' `a_proj` is `fw.decay_proj` here.
 
-    Source: Siems et al. 2025, "DeltaProduct: Improving State-Tracking in Linear RNNs via Householder Products",
-    section 3, "Gated DeltaProduct".
+    Args:
+        heads: number and width of the layer's heads.
+        num_householder: number of writes per token m, at least 2.
+        beta_max: maximum of β, at most 2, which the authors use.
+
+    Source:
+        Siems et al. 2025, "DeltaProduct: Improving State-Tracking in Linear RNNs via Householder Products", section 3,
+        "Gated DeltaProduct".
+
+    Example:
+        >>> import hqlt
+        >>> layer = hqlt.HybridMemory(hidden_size=64, num_heads=4, fast_weights="gated-delta-product")
     """
 
     slowest = 0.0

@@ -1,4 +1,4 @@
-"""Gated linear attention: each row of the matrix forgets at a rate that the token chooses."""
+"""Gated linear attention: an input-dependent decay per row of the matrix."""
 
 from __future__ import annotations
 
@@ -16,20 +16,36 @@ from hqlt.shapes import Hidden, Keys, Queries, at_least_float32
 
 
 class GLAGates(NamedTuple):
+    """The gates of gated linear attention."""
+
     decay: Keys
-    """[b, t, h, k] log α, in at least float32."""
+    """[b, t, h, k] log α, in at least float32"""
 
 
 @register("rule", "gla")
 class GLAMemory(Recurrence):
-    """S ← Diag(α) S      S ← S + k ⊗ v      read: Sᵀ q / √k
+    """Gated linear attention, with α = σ(W↑ W↓ x + b)^(1/τ) per key channel.
 
-    α = σ(W↑ W↓ x + b)^(1/τ), one for each key channel: log α = logsigmoid(·) / τ. decay_rank: rows of W↓.
-    decay_temperature: τ, which keeps α near 1. In a language model b begins at 0. The authors' layer has no
-    activation of values (fw_activation=None), output_gate=True, and keys half as wide as values.
+        S ← Diag(α) S      S ← S + k ⊗ v      read: Sᵀ q / √k
 
-    Source: Yang et al. 2024, "Gated Linear Attention Transformers with Hardware-Efficient Training", sections 4.1
-    (eq. 3) and 4.4.
+    In a language model b is initialised to 0. The authors' layer has fw_activation=None, output_gate=True, and keys
+    half as wide as values.
+
+    Args:
+        heads: number and width of the layer's heads.
+        decay_rank: number of rows of W↓.
+        decay_temperature: τ; larger values keep α closer to 1.
+
+    Raises:
+        ValueError: when decay_temperature is not positive.
+
+    Source:
+        Yang et al. 2024, "Gated Linear Attention Transformers with Hardware-Efficient Training", sections 4.1 (eq. 3)
+        and 4.4.
+
+    Example:
+        >>> import hqlt
+        >>> layer = hqlt.HybridMemory(64, 4, blend="fw-only", fast_weights="gla", fw_activation=None)
     """
 
     erases = False

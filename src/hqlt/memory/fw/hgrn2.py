@@ -1,4 +1,4 @@
-"""HGRN-2: what a row of the matrix does not keep is what it writes."""
+"""HGRN-2: each row of the matrix writes the share that it forgets."""
 
 from __future__ import annotations
 
@@ -17,19 +17,30 @@ from hqlt.shapes import Keys, Queries, at_least_float32
 
 @register("rule", "hgrn2")
 class HGRN2Memory(Recurrence):
-    """S ← Diag(f) S      S ← S + (1 − f) ⊗ v      read: Sᵀ SiLU(q) / √k      f = β + (1 − β) σ(k)
+    """HGRN-2, with the forget gate f = β + (1 − β) σ(k).
 
-    The raw key is f's logit, so the decay is the written token's in every blend, whatever `write_gates` says.
+        S ← Diag(f) S      S ← S + (1 − f) ⊗ v      read: Sᵀ SiLU(q) / √k
 
-    β, the least f of each channel, is greater in deeper layers: β = σ(lower_bound + log(l / (L − l))) in layer
-    l ∈ 0 … L−1, with the parameter lower_bound begun at 0, so that β = l/L, and none in the first layer. Those are the
-    authors' values at the start; theirs are Σ_{1…l} of a softmax over the layers, ours each layer's own. depth: (l, L);
-    a model says it to each of its layers.
+    The key before any feature map is the logit of f, so in every blend the decay is that of the written token, whatever
+    `write_gates` says.
 
-    The authors' layer has no activation of values (fw_activation=None) and head_norm="full".
+    The lower bound β of each channel increases with depth: β = σ(lower_bound + log(l / (L − l))) in layer l ∈ 0 … L−1.
+    The parameter lower_bound is initialised to 0, so that β = l/L; the first layer has none. The authors' bounds have
+    the same initial values, but are cumulative sums of a softmax over the layers; here each layer has its own.
 
-    Source: Qin et al. 2024, "HGRN2: Gated Linear RNNs with State Expansion", section 3; the bound is that of
-    "Hierarchically Gated Recurrent Neural Network for Sequence Modeling", section 3.2.
+    The authors' layer has fw_activation=None and head_norm="full".
+
+    Args:
+        heads: number and width of the layer's heads.
+        depth: (l, L), the layer's index and the number of layers; a model sets it for each of its layers.
+
+    Source:
+        Qin et al. 2024, "HGRN2: Gated Linear RNNs with State Expansion", section 3; the bound is from "Hierarchically
+        Gated Recurrent Neural Network for Sequence Modeling", section 3.2.
+
+    Example:
+        >>> import hqlt
+        >>> layer = hqlt.HybridMemory(hidden_size=64, num_heads=4, fast_weights="hgrn2", head_norm="full")
     """
 
     erases = False
@@ -46,7 +57,7 @@ class HGRN2Memory(Recurrence):
             init_parameter(self.lower_bound, torch.zeros_like(self.lower_bound))
 
     def forget(self, logits: Keys) -> tuple[Keys, Keys]:
-        """From f's logits to log f and 1 − f, in at least float32."""
+        """Return log f and 1 − f from the logits of f, in at least float32."""
         logits = logits.to(at_least_float32(logits.dtype))
         log_f, rest = F.logsigmoid(logits), torch.sigmoid(-logits)
         if self.lower_bound is None:

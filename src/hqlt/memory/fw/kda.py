@@ -1,4 +1,4 @@
-"""Kimi delta attention: the gated delta rule, in which each row of the matrix decays by itself."""
+"""Kimi delta attention: the gated delta rule with a decay per row of the matrix."""
 
 from __future__ import annotations
 
@@ -18,24 +18,40 @@ from hqlt.shapes import Hidden, Keys, Queries, Strengths, at_least_float32
 
 
 class KDAGates(NamedTuple):
+    """The gates of Kimi delta attention."""
+
     beta: Strengths
-    """[b, t, h] write strengths, in at least float32."""
+    """[b, t, h] write strengths, in at least float32"""
     decay: Keys
-    """[b, t, h, k] log α, in at least float32."""
+    """[b, t, h, k] log α, in at least float32"""
 
 
 @register("rule", "kda")
 class KDAMemory(Erasing):
-    """S ← Diag(α) S      S ← S + φ(k) ⊗ β (v − Sᵀ φ(k))      read and φ as of the gated delta rule
+    """Kimi delta attention, with β = beta_max · σ(W_β x) and log α = −exp(A_log) · softplus(W↑ W↓ x + dt_bias).
 
-    β = beta_max · σ(W_β x), log α = −exp(A_log) · softplus(W↑ W↓ x + dt_bias), with A_log of each head and dt_bias of
-    each channel, begun as in Mamba-2. beta_max: at most 2; 1 is the authors'. decay_rank: rows of W↓ (None: a value
-    head's width, as in the authors' code). decay_floor: the least log α, which then is decay_floor · σ(exp(A_log) ·
-    (W↑ W↓ x + dt_bias)) with A_log begun at 0, as in the authors' later models with −5 (None: there is no least). Their
-    output gate is the layer's, output_gate="sigmoid" with gate_rank a value head's width.
+        S ← Diag(α) S      S ← S + φ(k) ⊗ β (v − Sᵀ φ(k))      read and φ as in the gated delta rule
 
-    Source: Kimi Team 2025, "Kimi Linear: An Expressive, Efficient Attention Architecture", eq. 1 and section 4; the
-    bounded decay is `lower_bound` of the authors' code in flash-linear-attention.
+    A_log is one number per head and dt_bias one per channel, initialised as in Mamba-2. The authors' output gate is
+    output_gate="sigmoid" of the layer, with the width of a value head as gate_rank.
+
+    Args:
+        heads: number and width of the layer's heads.
+        beta_max: maximum of β, at most 2; the authors use 1. State tracking needs values above 1.
+        decay_rank: number of rows of W↓. Default: the width of a value head, as in the authors' code.
+        decay_floor: minimum of log α, which is then decay_floor · σ(exp(A_log) · (W↑ W↓ x + dt_bias)) with A_log
+            initialised to 0, as in the authors' later models with −5. Default: no minimum.
+
+    Raises:
+        ValueError: when decay_floor is not negative.
+
+    Source:
+        Kimi Team 2025, "Kimi Linear: An Expressive, Efficient Attention Architecture", eq. 1 and section 4; the bounded
+        decay is `lower_bound` in the authors' code in flash-linear-attention.
+
+    Example:
+        >>> import hqlt
+        >>> layer = hqlt.HybridMemory(hidden_size=64, num_heads=4, fast_weights="kda", beta_max=2.0)
     """
 
     def __init__(
@@ -43,7 +59,9 @@ class KDAMemory(Erasing):
     ) -> None:
         super().__init__(heads, beta_max)
         if decay_floor is not None and not decay_floor < 0:
-            raise ValueError(f"decay_floor: expected a number below 0, the least log α, or None, got {decay_floor}")
+            raise ValueError(
+                f"decay_floor: expected a number below 0 (the minimum of log α), or None, got {decay_floor}"
+            )
         self.decay_floor = decay_floor
         rank = heads.v if decay_rank is None else decay_rank
         self.decay_proj = LowRank(heads.hidden_size, rank, heads.matrices * heads.k)

@@ -1,4 +1,4 @@
-"""Lightning attention: linear attention whose heads forget at fixed rates, slower in deeper layers."""
+"""Lightning attention: linear attention with a fixed decay per head, slower in deeper layers."""
 
 from __future__ import annotations
 
@@ -14,15 +14,23 @@ from hqlt.shapes import Queries
 
 @register("rule", "lightning")
 class LightningMemory(Recurrence):
-    """S ← α S      S ← S + SiLU(k) ⊗ v      read: Sᵀ SiLU(q)
+    """Lightning attention, with log α = −2^(−8i/h) · (1 − l / (L − 1 + 1e-5) + 1e-5) for head i ∈ 1 … h in layer l.
 
-    log α of head i ∈ 1 … h in layer l ∈ 0 … L−1 is −2^(−8i/h) · (1 − l / (L − 1 + 1e-5) + 1e-5). depth: (l, L); a model
-    says it to each of its layers.
+        S ← α S      S ← S + SiLU(k) ⊗ v      read: Sᵀ SiLU(q)
 
-    The authors' layer has SiLU on values too, head_norm="full" and output_gate="sigmoid".
+    The authors' layer also has SiLU on values, head_norm="full" and output_gate="sigmoid".
 
-    Source: MiniMax 2025, "MiniMax-01: Scaling Foundation Models with Lightning Attention", section 2.2, and its code
-    for the decay; Qin et al. 2024, "Lightning Attention-2".
+    Args:
+        heads: number and width of the layer's heads.
+        depth: (l, L), the layer's index and the number of layers; a model sets it for each of its layers.
+
+    Source:
+        MiniMax 2025, "MiniMax-01: Scaling Foundation Models with Lightning Attention", section 2.2, and its code for
+        the decay; Qin et al. 2024, "Lightning Attention-2".
+
+    Example:
+        >>> import hqlt
+        >>> layer = hqlt.HybridMemory(hidden_size=64, num_heads=4, fast_weights="lightning", output_gate="sigmoid")
     """
 
     erases = False

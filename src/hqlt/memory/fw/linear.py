@@ -1,4 +1,4 @@
-"""The additive rule: linear attention, normalised over time."""
+"""The additive rule: linear attention with a normaliser."""
 
 from __future__ import annotations
 
@@ -16,12 +16,21 @@ from hqlt.shapes import Queries, Resets, Values
 
 @register("rule", "linear")
 class LinearMemory(FWMemory):
-    """W ← W + φ(k) ⊗ v     z ← z + φ(k)     read: Wᵀ φ(q) / (z·φ(q) + 1e-10)     φ(x) = elu(x) + 1
+    """Linear attention, with φ(x) = elu(x) + 1.
 
-    feature_map: "learned" puts a matrix of each head before φ (`LearnedMap`); "hedgehog" is another φ, of twice the
-    width (`Hedgehog`).
+        W ← W + φ(k) ⊗ v     z ← z + φ(k)     read: Wᵀ φ(q) / (z·φ(q) + 1e-10)
 
-    Source: Katharopoulos et al. 2020, "Transformers are RNNs", eqs. 18–20.
+    Args:
+        heads: number and width of the layer's heads.
+        feature_map: "learned" adds a learned matrix per head before φ (`LearnedMap`); "hedgehog" replaces φ by one of
+            twice the width (`Hedgehog`). Default: none.
+
+    Source:
+        Katharopoulos et al. 2020, "Transformers are RNNs", eqs. 18–20.
+
+    Example:
+        >>> import hqlt
+        >>> layer = hqlt.HybridMemory(hidden_size=64, num_heads=4, fast_weights="linear", feature_map="hedgehog")
     """
 
     erases = False
@@ -32,6 +41,7 @@ class LinearMemory(FWMemory):
 
     @property
     def native(self) -> str | None:  # type: ignore[override]
+        """Name of this rule in `hqlt.ops.step`, which supports no learned feature map."""
         return "linear" if self.feature_map is None else None
 
     def state_entries(self) -> LinearState:

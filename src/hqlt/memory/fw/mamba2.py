@@ -1,4 +1,4 @@
-"""Mamba-2's state-space model: a step size that decides at once how much is forgotten and how much is written."""
+"""Mamba-2's state-space model: one step size controls both decay and write strength."""
 
 from __future__ import annotations
 
@@ -18,24 +18,36 @@ from hqlt.shapes import Hidden, Queries, Strengths, Values
 
 
 class Mamba2Gates(NamedTuple):
+    """The gates of Mamba-2."""
+
     dt: Strengths
-    """[b, t, h] step sizes, in at least float32."""
+    """[b, t, h] step sizes, in at least float32"""
     decay: Strengths
-    """[b, t, h] log α, in at least float32."""
+    """[b, t, h] log α, in at least float32"""
 
 
 @register("rule", "mamba2")
 class Mamba2Memory(Recurrence):
-    """S ← α S      S ← S + B ⊗ dt · v      read: Sᵀ C + D · v      B = SiLU(k)      C = SiLU(q)
+    """Mamba-2, with dt = softplus(W_dt x + dt_bias) and log α = −exp(A_log) · dt.
 
-    dt = softplus(W_dt x + dt_bias), log α = −exp(A_log) · dt. At the start exp(A_log) is uniform in (1, 16),
-    softplus(dt_bias) log-uniform in (1e-3, 0.1), D is 1. The v that D weighs is the reading token's own, whenever it is
-    written. skip=False: without D.
+        S ← α S      S ← S + B ⊗ dt · v      read: Sᵀ C + D · v      B = SiLU(k)      C = SiLU(q)
 
-    The authors' layer has one memory (blend="fw-only") of num_heads groups, num_value_heads heads that share their
-    group's B and C, conv_size=4, output_gate=True, head_norm="full" and norm_after_gate=True: norm(y · SiLU(z)).
+    Initially exp(A_log) is uniform in (1, 16), softplus(dt_bias) log-uniform in (1e-3, 0.1), and D is 1. D multiplies
+    the v of the reading token, whenever that token is written.
 
-    Source: Dao, Gu 2024, "Transformers are SSMs", sections 7.1–7.3, and Mamba-2's code for where parameters begin.
+    The authors' layer has blend="fw-only" with num_heads groups, num_value_heads heads that share the B and C of their
+    group, conv_size=4, output_gate=True, head_norm="full" and norm_after_gate=True, which is norm(y · SiLU(z)).
+
+    Args:
+        heads: number and width of the layer's heads.
+        skip: whether there is a D.
+
+    Source:
+        Dao, Gu 2024, "Transformers are SSMs", sections 7.1–7.3; initial values as in Mamba-2's code.
+
+    Example:
+        >>> import hqlt
+        >>> layer = hqlt.HybridMemory(hidden_size=64, num_heads=4, fast_weights="mamba2", conv_size=4, output_gate=True)
     """
 
     erases = False

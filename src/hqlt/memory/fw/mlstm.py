@@ -1,4 +1,4 @@
-"""xLSTM's matrix memory: gates that are exponentials, and a read that is divided by what the keys add up to."""
+"""xLSTM's matrix memory: exponential gates and a normalised read."""
 
 from __future__ import annotations
 
@@ -19,13 +19,17 @@ from hqlt.shapes import Hidden, Live, Matrix, Queries, Resets, Strengths, Values
 
 
 class MLSTMGates(NamedTuple):
+    """The gates of mLSTM."""
+
     gain: Strengths
-    """[b, t, h] log i, in at least float32."""
+    """[b, t, h] log i, in at least float32"""
     decay: Strengths
-    """[b, t, h] log f, in at least float32."""
+    """[b, t, h] log f, in at least float32"""
 
 
 class MLSTMState(NamedTuple):
+    """The state of mLSTM."""
+
     matrix: Matrix
     """[b, h, k, v + 1] e^−m (S, n)"""
     stabiliser: Tensor
@@ -34,20 +38,34 @@ class MLSTMState(NamedTuple):
 
 @register("rule", "mlstm")
 class MLSTMMemory(FWMemory):
-    """S ← f S + i k ⊗ v      n ← f n + i k      read: Sᵀ q / max(|nᵀ q|, √k)      i = e^ĩ      f = σ(f̃)
+    """mLSTM, with the gates i = e^ĩ and f = σ(f̃), where ĩ and f̃ are W x + b, soft-capped.
 
-    n is held as one more column of S, and both as S e^−m: no i, however large, overflows, because the stabiliser
-    m ← max(m + log f, ĩ, 0) grows with it. It cancels in what is read. (The authors' has no 0. With it e^−m, what 1 is
-    in these units, does not overflow either.)
+        S ← f S + i k ⊗ v      n ← f n + i k      read: Sᵀ q / max(|nᵀ q|, √k)
 
-    ĩ and f̃ are W x + b, between −gate_cap and gate_cap as gate_cap · tanh(· / gate_cap) (None: not bounded). At the
-    start both W are 0, b_i is input_bias, and b_f goes from 3 in the first head to 6 in the last.
+    n is stored as an extra column of S, and both are scaled by e^−m so that no i overflows: the stabiliser
+    m ← max(m + log f, ĩ, 0) grows with it, and cancels in the read. (The authors' stabiliser has no 0; with it e^−m
+    does not overflow either.)
 
-    The authors' layer has no activation of values (fw_activation=None), output_gate="sigmoid" and a norm of each head
-    with weights of its own, head_norm="group". (Theirs subtracts each head's mean, as v_proj could.)
+    Initially both W are 0, b_i is input_bias, and b_f increases from 3 in the first head to 6 in the last.
 
-    Source: Beck et al. 2024, "xLSTM: Extended Long Short-Term Memory", eqs. 19–27; Beck et al. 2025, "xLSTM 7B: A
-    Recurrent LLM for Fast and Efficient Inference", and its code, for the bound and where gates begin.
+    The authors' layer has fw_activation=None, output_gate="sigmoid" and head_norm="group", a norm of each head with its
+    own weights. (Their norm also subtracts the mean of each head, which v_proj can express.)
+
+    Args:
+        heads: number and width of the layer's heads.
+        gate_cap: soft cap c of ĩ and f̃, c · tanh(· / c). None: no cap.
+        input_bias: initial b_i.
+
+    Raises:
+        ValueError: when gate_cap is not positive.
+
+    Source:
+        Beck et al. 2024, "xLSTM: Extended Long Short-Term Memory", eqs. 19–27; Beck et al. 2025, "xLSTM 7B: A Recurrent
+        LLM for Fast and Efficient Inference", and its code, for the cap and the initial values.
+
+    Example:
+        >>> import hqlt
+        >>> layer = hqlt.HybridMemory(hidden_size=64, num_heads=4, fast_weights="mlstm", head_norm="group")
     """
 
     erases = False
@@ -55,7 +73,7 @@ class MLSTMMemory(FWMemory):
     def __init__(self, heads: Heads, *, gate_cap: float | None = 15.0, input_bias: float = -10.0) -> None:
         super().__init__(heads)
         if gate_cap is not None and not gate_cap > 0:
-            raise ValueError(f"gate_cap: expected a number above 0, or None for gates without a bound, got {gate_cap}")
+            raise ValueError(f"gate_cap: expected a number above 0, or None for no cap, got {gate_cap}")
         self.gate_cap, self.input_bias = gate_cap, input_bias
         self.input_proj, self.forget_proj = (
             gate_projection(heads.hidden_size, heads.matrices, bias) for bias in (input_bias, 0.0)
@@ -101,7 +119,9 @@ class MLSTMMemory(FWMemory):
             resets=resets,
             live=write.live,
         )
-        (one,) = repeated(q, m.clamp(max=60).neg().exp()[..., None])  # above 60 it is lost beside rounding, and not 0
+        (one,) = repeated(
+            q, m.clamp(max=60).neg().exp()[..., None]
+        )  # e^−60 is below rounding; the clamp keeps it above 0
         out = out[..., :-1] / torch.maximum(out[..., -1:].abs(), one)
         return out.to(q.dtype), MLSTMState(matrix, m[:, -1])
 
@@ -112,9 +132,9 @@ class MLSTMMemory(FWMemory):
 def stabilisers(
     before: Tensor, gain: Strengths, decay: Strengths, resets: Resets | None, live: Live | None
 ) -> Strengths:
-    """m_t = max(m_{t−1} + decay_t, gain_t, 0), from 0 at resets, m_{t−1} where a token is not live: [b, t, h].
+    """Return m_t = max(m_{t−1} + decay_t, gain_t, 0) [b, t, h]; m is 0 before resets, and unchanged by tokens not live.
 
-    before: m before the first token [b, h]. By doubling: m over the latest 1, 2, 4 … tokens, in log₂ t steps.
+    `before` is m before the first token [b, h]. Computed by doubling over spans of 1, 2, 4 … tokens, in log₂ t steps.
     """
     b, t, _ = gain.shape
     begins = gain.new_zeros(b, t, 1, dtype=torch.bool) if resets is None else resets[..., None]

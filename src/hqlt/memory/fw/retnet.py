@@ -1,4 +1,4 @@
-"""Retention: every head forgets at a rate of its own, which never changes, and rotates its keys as it does."""
+"""RetNet's retention: linear attention with a fixed decay and a rotation per head."""
 
 from __future__ import annotations
 
@@ -17,20 +17,29 @@ from hqlt.shapes import Keys, Live, Positions, Queries, Resets, Values, is_symbo
 
 @register("rule", "retnet")
 class RetNetMemory(Recurrence):
-    """S ← γ e^{iθ} S      S ← S + k ⊗ v      read: Sᵀ q / √k      γ_h = 1 − 2^(−5−h)
+    """RetNet's retention, with γ_h = 1 − 2^(−5−h).
 
-    e^{iθ} rotates the rows of S by rotary embedding's angles of one position: a pair written n writes ago is read as if
-    at distance n, and weighed by γ^n. So in a delayed blend distances count from the latest token in the matrix, for
-    the rotation as for the decay. rope_theta: the base of the angles, in a layer with two memories that of both (None:
-    no rotation).
+        S ← γ e^{iθ} S      S ← S + k ⊗ v      read: Sᵀ q / √k
 
-    S is held as seen from its latest write, so that no position grows with the text; within a call keys and queries are
-    rotated instead.
+    e^{iθ} rotates the rows of S by the rotary embedding of one position: a token written n writes ago is read as if at
+    distance n, with the weight γ^n. In a delayed blend, distances thus count from the latest token in the matrix.
 
-    The authors' layer has no activation of values (fw_activation=None), output_gate=True, and a norm of each head
-    without a weight; ours, which begins at 1, is one that o_proj could absorb.
+    S is stored relative to its latest write, so that no position grows with the text; within a call keys and queries
+    are rotated instead.
 
-    Source: Sun et al. 2023, "Retentive Network: A Successor to Transformer for Large Language Models", eqs. 5, 6, 8.
+    The authors' layer has fw_activation=None, output_gate=True, and a norm of each head without weights (the layer's
+    weights are initialised to 1, and o_proj could absorb them).
+
+    Args:
+        heads: number and width of the layer's heads.
+        rope_theta: base of the angles; a layer with two memories uses it for both. None: no rotation.
+
+    Source:
+        Sun et al. 2023, "Retentive Network: A Successor to Transformer for Large Language Models", eqs. 5, 6, 8.
+
+    Example:
+        >>> import hqlt
+        >>> layer = hqlt.HybridMemory(64, 4, blend="fw-only", fast_weights="retnet", fw_activation=None)
     """
 
     erases = False
@@ -40,7 +49,7 @@ class RetNetMemory(Recurrence):
         self.log_alpha = [math.log1p(-(2.0 ** (-5 - i))) for i in range(heads.matrices)]
         self.positions = Rotary.of(rope_theta)
         if self.positions is not None:
-            self.positions.width(heads.k)  # refuses what cannot be rotated
+            self.positions.width(heads.k)  # raises for a width that cannot be rotated
 
     def terms(self, q: Queries, write: Write) -> Terms:
         decay = fixed_decay(self.log_alpha, q)
@@ -58,7 +67,7 @@ class RetNetMemory(Recurrence):
         return out, MatrixState(columns.view_as(matrix.mT).mT)
 
     def _rotated(self, x: Keys, positions: Positions) -> Keys:
-        """x [b, t, ·, k] at positions [b, t], or [1, t] where all rows have the same."""
+        """Rotate x [b, t, ·, k] by positions [b, t], or [1, t] if all rows share them."""
         assert self.positions is not None
         cos, sin = self.positions.cos_sin(positions.flatten(), self.heads.k, x.dtype)
         shared = not is_symbolic(positions.shape[0]) and positions.shape[0] == 1
@@ -70,6 +79,6 @@ class RetNetMemory(Recurrence):
 
 
 def _writes_so_far(live: Live | None, q: Queries) -> Positions:
-    """How many of a call's tokens have been written when each one reads: [b, t], or [1, t] for all rows."""
+    """Return how many tokens of this call have been written when each token reads: [b, t], or [1, t] for all rows."""
     live = torch.ones(1, q.shape[1], dtype=torch.bool, device=q.device) if live is None else live
     return live.cumsum(dim=1)

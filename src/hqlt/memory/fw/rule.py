@@ -1,4 +1,4 @@
-"""The FW-memory: compressed and endless. A write rule puts pairs into fast weights, and reads them by a product."""
+"""The FW-memory: compressed and unbounded. A write rule stores KV pairs in fast weights and reads them by a product."""
 
 from __future__ import annotations
 
@@ -17,105 +17,115 @@ if TYPE_CHECKING:
 
 
 class Write(NamedTuple):
-    """What reaches a rule at each step, [b, t, …] each. A blend decides which token's it is."""
+    """What a rule writes at each step; the blend decides whose token it is."""
 
     keys: Keys
-    """Raw: before φ."""
+    """[b, t, h, k] before the feature map"""
     values: Values
+    """[b, t, h, v]"""
     gates: Tree
-    """What the rule itself made of a token's input (`FWMemory.gates`)."""
+    """[b, t, …] each, from `FWMemory.gates`"""
     live: Live | None
-    """Bool[b, t]: where False nothing is written, and the fast weights stay as they are, decay included. None: all."""
+    """Bool[b, t]: where False, nothing is written and nothing decays; None: all tokens are written"""
 
 
 class Errors(NamedTuple):
-    """How wrongly a rule predicted what it then wrote, [b, t, h] each, in at least float32, without gradients."""
+    """Prediction errors of a rule, in at least float32 and detached."""
 
     plain: Tensor
-    """‖e‖, e = v − Sᵀa with S as it is when the pair is written; of several writes a token the root of Σ ‖e‖²"""
+    """[b, t, h] ‖e‖ with e = v − Sᵀa just before the write; √(Σ ‖e‖²) over several writes per token"""
     weighted: Tensor
-    """‖βe‖, alike"""
+    """[b, t, h] ‖βe‖, likewise"""
 
 
 class FWMemory(nn.Module):
-    """A write rule: it owns its parameters, its gates, its feature map, its scan and the shape of its state.
+    """Base class of write rules, which own their parameters, gates, feature map, scan and the shape of their state.
 
-    Layer, blends and state know no rule by name. To write one, say what a token's input decides (`logits`, `gates` and
-    their shapes in `gate_entries`), what is held (`state_entries`), and what happens at a step (`forward`).
+    A subclass defines the gates of a token (`logits`, `gates`, and their shapes in `gate_entries`), its state
+    (`state_entries`) and the recurrence (`forward`). Its options are the keyword-only arguments of its constructor;
+    once it is registered, they are options of the layer.
 
-    Options are the keyword-only arguments of the constructor; a registered rule's are the layer's own.
+    Args:
+        heads: number and width of the layer's heads.
     """
 
     native: str | None = None
-    """What `hqlt.ops.step` calls this rule, where it runs it; a subclass says so anew."""
+    """Name of this rule in `hqlt.ops.step`, if it supports it; not inherited by subclasses."""
     gates_hold_pairs = False
-    """Whether the gates hold keys and values of their own token, so that they serve to write no other token's pair. The
-    layer then sets `own_v_activation`: what its own values are activated by before they are written."""
+    """Whether the gates include keys and values of their own token, so that they cannot write another token. The layer
+    then sets `own_v_activation`, the activation of these values."""
 
     writes = 1
-    """Steps for each token that is written."""
+    """Number of writes per token."""
     erases = True
-    """Whether a step reads what it erases."""
+    """Whether a write reads what it erases."""
 
     returns_errors = False
-    """Whether `forward` takes errors=True, and then returns `Errors`, too."""
+    """Whether `forward` accepts errors=True and then also returns `Errors`."""
 
     def __init__(self, heads: Heads) -> None:
         super().__init__()
         self.heads = heads
         self.feature_map: LearnedMap | None = None
-        """What queries and keys pass through first, where a rule's option asks for it."""
+        """Learned map of queries and keys, if an option of the rule asks for one."""
         self.v_activation: nn.Module = nn.Identity()
-        """Of values that reach this memory alone; the layer sets it (`HybridMemory.fw_activation`)."""
+        """Activation of values for this memory only, set by the layer (`fw_activation`)."""
         self.convolved: dict[str, int] = {}
-        """Fields of the logits that pass through the layer's short convolution, as q, k and v do: their widths."""
+        """Widths of those fields of the logits that pass through the layer's short convolution, as q, k and v do."""
 
     def logits(self, x: Hidden) -> Tree:
-        """What the rule's projections make of the layer's input x [b, t, d], [b, t, …] each."""
+        """Project the layer's input x [b, t, d] to the logits of the gates, [b, t, …] each."""
         return ()
 
     def mapped(self, q: Queries, keys: Keys) -> tuple[Queries, Keys]:
-        """Raw queries and keys, through the learned map where there is one."""
+        """Apply the learned map, if there is one, to raw queries and keys."""
         return (q, keys) if self.feature_map is None else self.feature_map(q, keys)
 
     @property
     def key_width(self) -> int:
-        """Rows of a head's matrix."""
+        """Number of rows of a head's matrix."""
         return self.heads.k * (1 if self.feature_map is None else self.feature_map.widening)
 
     def gates(self, logits: Tree) -> Tree:
-        """From logits to what a write is weighed by: a NamedTuple of [b, t, …] tensors."""
+        """Return the gates of the logits: a NamedTuple of [b, t, …] tensors."""
         return ()
 
     def gate_entries(self) -> Tree:
-        """The gates' `Entry`s, without b and t: for blends that hold on to a pair's own gates, and for none at all."""
+        """Return the gates' `Entry`s without b and t, for blends that hold gates until a token is written."""
         return ()
 
     def init_parameters(self) -> None:
-        """Put the gates to where they begin, whatever else has initialised their projections."""
+        """Set the rule's own initial values, after a model's own initialisation of the projections."""
 
     def state_entries(self) -> Tree:
-        """What the rule holds: a NamedTuple of `Entry`s, without b."""
+        """Return the state's `Entry`s without b, as a NamedTuple."""
         raise NotImplementedError
 
     def forward(self, q: Queries, write: Write, past: Tree | None, resets: Resets | None) -> tuple[Any, ...]:
-        """At each step write what is live, then read q (raw, as the keys are); at a reset, begin empty.
+        """At each step write if the token is live, then read.
 
-        past: the state before the first step, None for an empty one. → [b, t, reads, v], the state after the last.
+        Args:
+            q ([b, t, g·h, k]): queries, before the feature map.
+            write: what is written.
+            past: the state before the first step. None: empty.
+            resets (Bool[b, t]): steps at which the memory starts empty. None: none.
+
+        Returns:
+            The reads [b, t, heads, v], and the state after the last step.
         """
         raise NotImplementedError
 
     def skip(self, values: Values) -> Values | None:
-        """What a token's own values add to what it reads, whenever they are written: [b, t, h, v]; None: nothing."""
+        """Return what a token's own values add to its read, whenever they are written: [b, t, h, v], or None."""
         return None
 
     def multiply_adds(self) -> int:
-        """Of writing and reading one token: k · v for each query that reads, each step, and what it erases."""
+        """Return the multiply-adds per token: k · v for each read, each write and each erase."""
         heads = self.heads
         return (heads.reads + heads.matrices * self.writes * (1 + self.erases)) * self.key_width * heads.v
 
     def read(self, q: Queries, past: Tree) -> Values:
-        """Read without writing."""
+        """Read q without writing."""
         (b, t), heads = q.shape[:2], self.heads
         keys, values = q.new_zeros(b, t, heads.matrices, heads.k), q.new_zeros(b, t, heads.matrices, heads.v)
         gates = pytree.tree_map(lambda entry: q.new_zeros(b, t, *entry.sizes), self.gate_entries())
@@ -125,7 +135,21 @@ class FWMemory(nn.Module):
 
 
 def gate_projection(hidden_size: int, outputs: int, bias: float | None) -> nn.Linear:
-    """A gate's logits. bias: where every one of them begins (None: there is no bias)."""
+    """Return a linear map for the logits of gates.
+
+    Args:
+        hidden_size: width of the input.
+        outputs: number of logits.
+        bias: initial value of all biases. None: no bias.
+
+    Returns:
+        The linear map.
+
+    Example:
+        >>> from hqlt.memory.fw import gate_projection
+        >>> gate_projection(64, 4, bias=3.0).bias.tolist()
+        [3.0, 3.0, 3.0, 3.0]
+    """
     projection = nn.Linear(hidden_size, outputs, bias=bias is not None)
     if bias is not None:
         nn.init.constant_(projection.bias, bias)
@@ -133,7 +157,24 @@ def gate_projection(hidden_size: int, outputs: int, bias: float | None) -> nn.Li
 
 
 class LowRank(nn.Module):
-    """W↑ activation(W↓ x): [b, t, d] → [b, t, outputs], through `rank` numbers a token. bias: whether W↑ has one."""
+    """A low-rank projection W↑ activation(W↓ x): [b, t, d] → [b, t, outputs].
+
+    Args:
+        hidden_size: width of x.
+        rank: number of rows of W↓.
+        outputs: number of rows of W↑.
+        bias: whether W↑ has a bias.
+        activation: module between the two maps. Default: none.
+
+    Raises:
+        ValueError: when the rank is below 1.
+
+    Example:
+        >>> import torch
+        >>> from hqlt.memory.fw import LowRank
+        >>> LowRank(64, 16, 128)(torch.randn(2, 5, 64)).shape
+        torch.Size([2, 5, 128])
+    """
 
     def __init__(
         self, hidden_size: int, rank: int, outputs: int, *, bias: bool = False, activation: nn.Module | None = None
@@ -151,15 +192,28 @@ class LowRank(nn.Module):
 
 
 def init_parameter(parameter: Tensor, values: Tensor) -> None:
-    """Where a gate's parameter begins, unless it was read from a file."""
+    """Set the initial values of a parameter in place, unless it was loaded from a checkpoint.
+
+    Args:
+        parameter: the parameter.
+        values: its values, of the same shape or broadcast to it.
+
+    Example:
+        >>> import torch
+        >>> from hqlt.memory.fw import init_parameter
+        >>> weight = torch.nn.Parameter(torch.empty(2))
+        >>> init_parameter(weight, torch.ones(2))
+        >>> weight.tolist()
+        [1.0, 1.0]
+    """
     if not getattr(parameter, "_is_hf_initialized", False):
         with torch.no_grad():
             parameter.copy_(values)
 
 
 def check_depth(depth: tuple[int, int]) -> tuple[int, int]:
-    """(l, L): a layer's index and how many there are, for a rule that differs by layer; refused where l ∉ 0 … L−1."""
+    """Return (l, L), a layer's index and the number of layers; raise a ValueError unless 0 ≤ l < L."""
     layer, layers = depth
     if not 0 <= layer < layers:
-        raise ValueError(f"depth: expected a layer's index from 0 and how many layers there are, got {tuple(depth)}")
+        raise ValueError(f"depth: expected a layer's index (from 0) and the number of layers, got {tuple(depth)}")
     return layer, layers

@@ -1,4 +1,4 @@
-"""RWKV-7's core: rows decay, and what is erased is not what is written."""
+"""The core of RWKV-7: a decay per row, and different keys for erasing and writing."""
 
 from __future__ import annotations
 
@@ -17,34 +17,47 @@ from hqlt.registry import register
 from hqlt.shapes import Hidden, Keys, Queries, Strengths, Values, at_least_float32
 
 LEAST = -math.exp(-0.5)
-"""Of log α."""
+"""Minimum of log α."""
 
 
 class RWKV7Gates(NamedTuple):
+    """The gates of RWKV-7."""
+
     decay: Keys
-    """[b, t, h, k] log α, in at least float32."""
+    """[b, t, h, k] log α, in at least float32"""
     rate: Keys
-    """[b, t, h, k] a, in-context learning rates, in at least float32."""
+    """[b, t, h, k] in-context learning rates a, in at least float32"""
 
 
 @register("rule", "rwkv7")
 class RWKV7Memory(Recurrence):
-    """S ← Diag(α) S − (a ⊙ κ̂) ⊗ (Sᵀ κ̂) + k̃ ⊗ v, with the S of before the decay on the right        read: Sᵀ q
+    """The state evolution of RWKV-7's time mixing.
 
+        S ← Diag(α) S − (a ⊙ κ̂) ⊗ (Sᵀ κ̂) + k̃ ⊗ v        with S before the decay on the right        read: Sᵀ q
         κ̂ = (k ⊙ k_k) / ‖k ⊙ k_k‖        k̃ = k ⊙ (1 + (a − 1) ⊙ k_a)        a = σ(A↑ A↓ x + b_a)
         log α = −e^−½ σ(W↑ tanh(W↓ x) + b_α)
 
-    Two of the family's steps for each token: along a ⊙ κ̂ with the value 0, erasing under κ̂ ⊘ α; then along k̃, erasing
-    nothing. No channel forgets more than α = 0.545 a token. decay_rank: rows of W↓ and A↓ (None: the authors',
-    2.5 √hidden_size · k / 64 to the nearest 32, at least 32). depth: (l, L), on which the first
-    decays depend; a model says it to each of its layers.
+    These are two steps of the family's recurrence per token: one writes the value 0 along a ⊙ κ̂ and erases along κ̂ ⊘ α,
+    the other writes v along k̃ and erases nothing. α is at least 0.545.
 
-    The core alone: without token shift (conv_size stands nearest), the first layer's values mixed into later ones, the
-    bonus of a token's own pair, and group norm (the layer's norm is RMSNorm). The authors' v has no activation:
+    Not included are token shift (conv_size is the closest option), the mixing of the first layer's values into later
+    layers, the bonus for a token's own key and value, and group norm (the layer has RMSNorm). The authors' layer has
     fw_activation=None, and their gate is output_gate.
 
-    Source: Peng et al. 2025, "RWKV-7 'Goose' with Expressive Dynamic State Evolution", section 4 (the time mixing's
-    state evolution); where parameters begin, by the authors' code as in flash-linear-attention.
+    Args:
+        heads: number and width of the layer's heads.
+        decay_rank: number of rows of W↓ and A↓. Default: 2.5 √hidden_size · k / 64, rounded to a multiple of 32, at
+            least 32, as the authors'.
+        depth: (l, L), the layer's index and the number of layers, on which the initial decays depend; a model sets it
+            for each of its layers.
+
+    Source:
+        Peng et al. 2025, "RWKV-7 'Goose' with Expressive Dynamic State Evolution", section 4; initial values as in the
+        authors' code in flash-linear-attention.
+
+    Example:
+        >>> import hqlt
+        >>> layer = hqlt.HybridMemory(hidden_size=64, num_heads=4, fast_weights="rwkv7", conv_size=2)
     """
 
     writes = 2
@@ -101,6 +114,6 @@ class RWKV7Memory(Recurrence):
         return Terms(q, k.to(q.dtype), v, decay=decay, erase=erase, scale=1.0)
 
     def errors(self, e: Values, beta: Strengths | None, t: int) -> Errors:
-        """Of both steps together: v − Sᵀ κ̂."""
+        """Return the error of both steps together, v − Sᵀ κ̂."""
         error = e.unflatten(1, (t, 2)).sum(dim=2).norm(dim=-1)
         return Errors(error, error)

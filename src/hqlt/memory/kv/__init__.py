@@ -1,4 +1,4 @@
-"""The KV-memory: which pairs stay as they are."""
+"""The KV-memory: which KV entries stay visible, and attention to them."""
 
 from hqlt.memory.kv.attention import KVMemory
 from hqlt.memory.kv.kept import Candidates, Kept

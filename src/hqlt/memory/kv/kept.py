@@ -1,4 +1,4 @@
-"""The entries that stay visible beyond the window: from one call to the next, and within a call."""
+"""The KV entries that stay visible beyond the window, within a call and between calls."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from hqlt.shapes import Keys, Positions, Resets, Values
 
 
 class Kept(NamedTuple):
-    """What a KV-memory holds between two calls beside its s recent entries: K a KV head (`kept` and sinks), the oldest
-    first, zeros in unused slots."""
+    """Entries held beside the s recent ones: K per KV head (kept and sinks), oldest first, zeros in unused slots."""
 
     keys: Keys
-    """[b, K, h, k] raw, as the recent ones"""
+    """[b, K, h, k] before feature map and rotary embedding"""
     values: Values
     """[b, K, h, v]"""
     positions: Tensor
-    """[b, K, h] int64, in the segment"""
+    """[b, K, h] int64, position in the segment"""
     scores: Tensor
-    """[b, K + s, h] of these, then of the s recent entries"""
+    """[b, K + s, h] scores of these entries, then of the s recent ones"""
 
 
 class Timeline(NamedTuple):
@@ -31,28 +30,26 @@ class Timeline(NamedTuple):
 
     keys: Keys  # [b, l, h, k]
     values: Values  # [b, l, h, v]
-    position: Positions  # [b, l] in each one's segment
+    position: Positions  # [b, l] in the segment
     resets: Resets | None  # Bool[b, l]
     leaves: Positions  # [b, l] the position at which an entry leaves the window
-    before: Tensor  # [b] tokens of the running segment before the new ones
-    used: (
-        Tensor  # [b] how many of them are no longer among the recent ones: the last min(K, used) kept slots are in use
-    )
+    before: Tensor  # [b] tokens of the current segment before the new ones
+    used: Tensor  # [b] how many of them are not among the recent ones; the last min(K, used) kept slots are in use
 
 
 class Candidates(NamedTuple):
-    """All entries that a call may see, in order of age: those kept, those held, the new ones (l = K + s + t)."""
+    """All entries that a call may see, oldest first: kept, recent and new ones, l = K + s + t."""
 
     keys: Keys  # [b, l, h, k]
     values: Values  # [b, l, h, v]
-    positions: Tensor  # [b, l, h] in the entry's segment
+    positions: Tensor  # [b, l, h] in the segment
     scores: Tensor  # [b, l, h]
-    expiry: Tensor  # [b, l, h] index i sees an entry at j ≤ i < expiry_j
-    offset: Tensor  # [b] what a position of the running segment is away from its place behind the kept ones
+    expiry: Tensor  # [b, l, h] entry j is visible to queries at indices j ≤ i < expiry_j
+    offset: Tensor  # [b] index in the timeline minus position in the current segment
 
 
 def candidates(timeline: Timeline, past: Kept | None, new_scores: Tensor, kept: int) -> Candidates:
-    """past: what was kept before the timeline's entries, None: nothing; new_scores: of its last t entries."""
+    """Return the entries kept before (`past`), then the timeline; `new_scores` are of its last t entries."""
     keys, values, position, resets, leaves, before, used = timeline
     (l, h), device = keys.shape[1:3], keys.device
     s, index = l - new_scores.shape[1], torch.arange(l, device=device)
@@ -68,19 +65,22 @@ def candidates(timeline: Timeline, past: Kept | None, new_scores: Tensor, kept: 
             torch.cat([past.values.to(values.dtype), values], 1),
         )
         resets = None if resets is None else F.pad(resets, (n, 0))
-    leaves = F.pad(leaves - position + index + n, (n, 0))  # what was kept has left already
+    leaves = F.pad(leaves - position + index + n, (n, 0))  # kept entries have left the window already
     expiry = ops.expiry(scores, leaves, kept=kept, used=there, resets=resets)
     return Candidates(keys, values, positions, scores, expiry, s - before)
 
 
 def kept_after(candidates: Candidates, K: int, recent_scores: Tensor, end: Tensor, left: Tensor) -> Kept:
-    """What to keep when the entries from index `end` [b] on are held as recent ones: of those before, what is visible
-    when all of them have left the window, at index `left` [b]. recent_scores: [b, s, h]."""
+    """Return what to keep when the entries from index `end` [b] on are held as recent ones.
+
+    Of the entries before `end`, those are kept that are visible when all of them have left the window, at index `left`
+    [b]. recent_scores is [b, s, h].
+    """
     keys, values, positions, scores, expiry, _ = candidates
     missing = K - keys.shape[1]
     index = torch.arange(keys.shape[1], device=keys.device)
     stays = (index < end[:, None])[..., None] & (expiry > left[:, None, None])
-    chosen = stays.byte().argsort(dim=1, stable=True)[:, -K:]  # they come last, the oldest first
+    chosen = stays.byte().argsort(dim=1, stable=True)[:, -K:]  # kept entries come last, oldest first
     unused = ~stays.gather(1, chosen)
 
     def taken(x: Tensor) -> Tensor:

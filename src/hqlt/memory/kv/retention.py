@@ -1,8 +1,8 @@
-"""Retention: which KV entries are worth keeping when they leave the window."""
+"""Retentions: which KV entries are kept when they leave the window."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,36 +13,43 @@ from hqlt.registry import check_choice, register
 from hqlt.shapes import Keys, Positions, Values, at_least_float32
 
 HIGHEST = torch.finfo(torch.float32).max
-"""Of all scores; a state holds no infinity."""
+"""Largest score, because a state must be finite."""
 
 
 class Entries(NamedTuple):
-    """New entries, as a retention sees them."""
+    """New KV entries, as given to a retention."""
 
     keys: Keys
-    """[b, t, h, k] before rotary positions"""
+    """[b, t, h, k] before feature map and rotary embedding"""
     values: Values
     """[b, t, h, v]"""
     positions: Positions
-    """[b, t] in each one's segment"""
+    """[b, t] in the segment"""
     errors: Errors | None
-    """What the FW-memory predicted wrongly before it wrote them; None for a retention that does not ask for it."""
+    """Prediction errors of the FW-memory just before the write; None unless `needs_errors`"""
 
 
 class Retention(nn.Module):
-    """Keeps `kept` entries a KV head beyond the window: those with the highest scores, ties to the older.
+    """Base class of retentions, which keep the entries with the highest scores beyond the window, ties to the older.
 
-    An entry becomes eligible when it leaves the window; once it is out it never returns, and none outlives its segment.
-    A subclass says one thing, `score`. Options are the keyword-only arguments of the constructor; a registered
-    retention's are the layer's own.
+    An entry becomes eligible when it leaves the window. A discarded entry never returns, and entries are dropped at the
+    end of their segment. A subclass defines `score`. Its options are the keyword-only arguments of its constructor;
+    once it is registered, they are options of the layer.
+
+    Args:
+        heads: number and width of the layer's heads.
+        kept: number of entries that each KV head keeps.
+
+    Raises:
+        ValueError: when kept is too small.
     """
 
     fewest = 1
-    """The least number of entries to keep."""
+    """Minimum of `kept`."""
     needs_errors = False
-    """Whether `score` asks for the FW-memory's errors, which a layer must then have when an entry arrives."""
+    """Whether `score` uses the prediction errors of the FW-memory, which must then be known when an entry arrives."""
     native: str | None = None
-    """What `hqlt.ops.step` calls this score, where it knows it; a subclass says so anew."""
+    """Name of this score in `hqlt.ops.step`, if it supports it; not inherited by subclasses."""
 
     def __init__(self, heads: Heads, *, kept: int = 0) -> None:
         super().__init__()
@@ -54,16 +61,16 @@ class Retention(nn.Module):
         self.heads, self.kept = heads, kept
 
     def score(self, new: Entries) -> Tensor:
-        """[b, t, h]: how much each entry is worth keeping, fixed when it arrives. No gradient goes through it.
-
-        NaN is worth least of all.
-        """
+        """Return the score of each new entry, [b, t, h]. It is detached later; NaN counts as the lowest score."""
         raise NotImplementedError
 
     def forward(self, new: Entries) -> Tensor:
-        """The scores as they are compared and held: detached, in at least float32, finite."""
+        """Return the scores as they are compared and stored: detached, finite, in at least float32."""
         scores = self.score(new).detach().to(at_least_float32(new.keys.dtype))
         return scores.nan_to_num(-HIGHEST, HIGHEST, -HIGHEST).clamp(-HIGHEST, HIGHEST)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         return f"kept={self.kept}"
@@ -71,7 +78,15 @@ class Retention(nn.Module):
 
 @register("retention", "recent")
 class Recent(Retention):
-    """The window's entries and nothing else (but for sinks): every other one is worth nothing."""
+    """Keeps no entries beyond the window, except sinks.
+
+    Args:
+        heads: number and width of the layer's heads.
+
+    Example:
+        >>> import hqlt
+        >>> layer = hqlt.HybridMemory(hidden_size=64, num_heads=4, window=8, retention="recent", sinks=4)
+    """
 
     fewest = 0
     native = "recent"
@@ -85,11 +100,19 @@ class Recent(Retention):
 
 @register("retention", "surprise")
 class Surprise(Retention):
-    """score = ‖v − Wᵀφ(k)‖ with W as it is before the entry is written (after its decay), or that times β
+    """score = ‖v − Wᵀφ(k)‖, with W just before the entry is written (after its decay), or β times that.
 
-    How wrongly the FW-memory predicts a value is how little of it the FW-memory already holds. score: "error", or
-    "beta-error" for β times as much, what is in fact corrected. Of several writes a token, the root of the sum of
-    squares.
+    The error measures how much of the value the FW-memory does not know yet. For several writes per token it is the
+    root of the sum of squares.
+
+    Args:
+        heads: number and width of the layer's heads.
+        kept: number of entries that each KV head keeps.
+        score: "error", or "beta-error" for β times the error, the size of the actual correction.
+
+    Example:
+        >>> import hqlt
+        >>> layer = hqlt.HybridMemory(64, 4, window=8, retention="surprise", kept=24, score="beta-error")
     """
 
     needs_errors = True
@@ -101,10 +124,11 @@ class Surprise(Retention):
 
     @property
     def native(self) -> str:  # type: ignore[override]
+        """Name of this score in `hqlt.ops.step`."""
         return "beta-error" if self.weighted else "error"
 
     def score(self, new: Entries) -> Tensor:
-        assert new.errors is not None, "the layer refuses what cannot say them"
+        assert new.errors is not None, "the layer rejects rules and blends without errors"
         return new.errors.weighted if self.weighted else new.errors.plain
 
     def extra_repr(self) -> str:
@@ -113,7 +137,12 @@ class Surprise(Retention):
 
 @register("retention", "value-norm")
 class ValueNorm(Retention):
-    """score = ‖v‖"""
+    """score = ‖v‖
+
+    Example:
+        >>> import hqlt
+        >>> layer = hqlt.HybridMemory(hidden_size=64, num_heads=4, window=8, retention="value-norm", kept=24)
+    """
 
     native = "value-norm"
 
@@ -123,9 +152,14 @@ class ValueNorm(Retention):
 
 @register("retention", "random")
 class Random(Retention):
-    """score = a hash of head and position: the control, which every device and every split into calls gives alike.
+    """score = a hash of head and position, equal on every device and for every split into calls; a control.
 
-    Source: Wellons, "lowbias32", github.com/skeeto/hash-prospector.
+    Source:
+        Wellons, "lowbias32", github.com/skeeto/hash-prospector.
+
+    Example:
+        >>> import hqlt
+        >>> layer = hqlt.HybridMemory(hidden_size=64, num_heads=4, window=8, retention="random", kept=24)
     """
 
     native = "random"
