@@ -1,51 +1,51 @@
-# The two commands: `make demo` and `make test`. Each makes its virtual environment first, if there is none.
+# The main targets are `make demo` and `make test`. Each creates the virtual environment first if it does not exist.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
 .PHONY: demo quick test test-latest test-oldest test-sanitizers test-triton test-onnx test-gpu bench-gpu lint docs docs-serve clean
 
-demo: $(VENV)/ready          ## train six models on three tasks, six minutes on two cores; a page in runs/
+demo: $(VENV)/ready          ## train six models on three tasks (six minutes on two cores); the report is in runs/
 	$(BIN)/hqlt demo
 
-quick: $(VENV)/ready         ## the same in one minute, with budgets too small to learn much
+quick: $(VENV)/ready         ## the same in one minute, with budgets too small to learn much from
 	$(BIN)/hqlt demo --quick
 
-test: $(VENV)/ready lint     ## style, types and tests
+test: $(VENV)/ready lint     ## lint, type checks and tests
 	$(BIN)/pytest -n 2
 
-# The constraints hide what other versions do: both ends of the ranges in pyproject.toml have environments of their own.
-# Run both whenever a range is touched. (pip may take gigabytes: a build of torch for GPUs.)
+# `make test` pins versions in constraints.txt. These targets test both ends of the ranges in pyproject.toml, each in its
+# own environment. Run both when a range changes. (pip may download gigabytes: the GPU build of torch.)
 LATEST := .venv-latest
 OLDEST := .venv-oldest
 
-test-latest: $(LATEST)/ready ## with the newest versions that the ranges admit
+test-latest: $(LATEST)/ready ## tests with the newest versions that the ranges allow
 	$(LATEST)/bin/pytest -n 2
 
-test-oldest: $(OLDEST)/ready ## with the oldest ones
+test-oldest: $(OLDEST)/ready ## tests with the oldest versions
 	$(OLDEST)/bin/pytest -n 2
 
-# The GPU kernels have an environment of their own, because triton and its peer are large.
+# The GPU kernels have a separate environment because triton and fla-core are large.
 TRITON       := .venv-triton
 TRITON_TESTS := tests/ops/test_synchronous.py tests/ops/test_synchronous_step.py tests/ops/test_fla.py \
                 tests/ops/test_synchronous_traffic.py tests/ops/test_kernels_compile.py tests/model/test_compile.py
 
-test-triton: $(TRITON)/ready ## the GPU kernels' code, interpreted on a CPU and compiled for a GPU that is not there
+test-triton: $(TRITON)/ready ## the GPU kernels, interpreted on a CPU and compiled without a GPU
 	TRITON_INTERPRET=1 $(TRITON)/bin/pytest -n 2 $(TRITON_TESTS)
 
-test-gpu: $(TRITON)/ready    ## the same on a GPU, and all layers there
+test-gpu: $(TRITON)/ready    ## the same tests on a GPU, and all layers there
 	TRITON_DEFAULT_FP_FUSION=1 $(TRITON)/bin/pytest $(TRITON_TESTS) tests/test_gpu.py
 
-bench-gpu: $(TRITON)/ready   ## right or wrong, ours beside the peers' kernels, training: all that is to be measured on a GPU
+bench-gpu: $(TRITON)/ready   ## all GPU measurements: correctness, speed compared with other kernels, training
 	PYTHON=$(TRITON)/bin/python bash benchmarks/gpu.sh
 
-# Export to ONNX has an environment of its own too.
+# ONNX export has a separate environment, too.
 ONNX := .venv-onnx
 
-test-onnx: $(ONNX)/ready     ## layers and language models exported to ONNX, run by onnxruntime; its reference of our operation
+test-onnx: $(ONNX)/ready     ## export layers and language models to ONNX, and run them in onnxruntime and its reference evaluator
 	$(ONNX)/bin/pytest -n 2 tests/ops/test_onnx.py tests/model/test_onnx.py tests/ops/test_fast_weights_oracles.py
 
-test-sanitizers: $(VENV)/ready ## hostile arguments for the native library, under AddressSanitizer and UBSan
+test-sanitizers: $(VENV)/ready ## invalid arguments to the native library under AddressSanitizer and UBSan
 	PYTHON=$(BIN)/python sh tests/ops/sanitize.sh
 
 lint: $(VENV)/ready
@@ -53,11 +53,11 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(VENV)/ready          ## the documentation as a site, in build/site
+docs: $(VENV)/ready          ## build the documentation site in build/site
 	$(BIN)/python docs/pages.py build/pages
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -c docs build/pages build/site
 
-docs-serve: $(VENV)/ready    ## the same at http://127.0.0.1:8000, built again whenever a page changes
+docs-serve: $(VENV)/ready    ## serve the site at http://127.0.0.1:8000 and rebuild it when a page changes
 	$(BIN)/sphinx-autobuild --pre-build "$(BIN)/python docs/pages.py build/pages" --watch docs --watch README.md \
 		-c docs build/pages build/site
 

@@ -1,6 +1,7 @@
-"""The native memories, in C++ without Python's or torch's headers. Optional: without a compiler, torch alone runs.
+"""Builds the native library in C++, which uses neither Python's nor torch's headers.
 
-A wheel is one a platform: what is built knows no version of Python, and picks its instructions when it is loaded.
+The build is optional: without a compiler, hqlt falls back to PyTorch. There is one wheel per platform, because the
+library does not depend on the Python version and selects its instruction set when it is loaded.
 """
 
 import hashlib
@@ -13,13 +14,15 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 
 SOURCES = sorted([*glob("src/hqlt/native/*.h"), "src/hqlt/native/memories.cpp"])
-DIGEST = hashlib.sha256(b"".join(Path(file).read_bytes() for file in SOURCES)).hexdigest()  # as hqlt.native computes it
+DIGEST = hashlib.sha256(
+    b"".join(Path(file).read_bytes() for file in SOURCES)
+).hexdigest()  # computed in the same way by hqlt.native
 
 URL = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
 
 
 def readme() -> str:
-    """README.md with whole addresses, because a package index shows it alone."""
+    """README.md with absolute links, because a package index shows it without the repository."""
     text = Path("README.md").read_text(encoding="utf-8")
     text = re.sub(r"(!\[[^]]*\]\()(?!http)", rf"\1{URL}/raw/main/", text)
     return re.sub(r"((?<!!)\[[^]]*\]\()(?!http|#)", rf"\1{URL}/blob/main/", text)

@@ -1,4 +1,4 @@
-"""Sphinx's configuration of the site: `make docs`."""
+"""Sphinx configuration of the documentation site (`make docs`)."""
 
 from __future__ import annotations
 
@@ -29,17 +29,20 @@ autodoc_typehints_format = "short"
 autodoc_type_aliases = {name: name for name, alias in vars(shapes).items() if hasattr(alias, "__metadata__")}
 python_maximum_signature_line_length = 100
 copybutton_prompt_text = ">>> "
-suppress_warnings = ["misc.highlighting_failure", "ref.python"]  # a name at home in two modules
+suppress_warnings = ["misc.highlighting_failure", "ref.python"]  # names that are defined in two modules
 warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 for _package in (hqlt, hqlt.model):
-    for _name in _package.__all__:  # some are imported only when they are asked for
+    for _name in _package.__all__:  # some are imported lazily
         setattr(_package, _name, getattr(_package, _name))
 
 
 def as_rst(text: str) -> Iterator[str]:
-    """A docstring in reStructuredText: ours are written to be read in an editor, with indented equations, `code`, and
-    sections such as "Args:", whose items are `name: what it is` with further lines indented."""
+    """Convert a docstring to reStructuredText.
+
+    Docstrings have indented equations, `code` in single backquotes, and sections such as "Args:" with items
+    `name: meaning`, whose continuation lines are indented.
+    """
     for block in re.split(r"\n\s*\n", textwrap.dedent(text).strip("\n")):
         title = re.match(r"(Args|Returns|Raises|Source|Example):\n", block)
         if title:
@@ -58,7 +61,7 @@ def as_rst(text: str) -> Iterator[str]:
 
 
 def escaped(text: str) -> str:
-    """Prose on one line. `code` may touch letters, and nothing else in it has a meaning."""
+    """Prose on one line, with reStructuredText markup escaped. `code` may be adjacent to letters."""
     parts = re.split(r"`([^`]+)`", " ".join(text.split()))
     for i, part in enumerate(parts):
         parts[i] = f"\\ ``{part}``\\ " if i % 2 else re.sub(r"([*|\\]|_(?=\W|$))", r"\\\1", part)
@@ -66,12 +69,12 @@ def escaped(text: str) -> str:
 
 
 def rewrite(app: Any, what: str, name: str, item: Any, options: Any, lines: list[str]) -> None:
-    inherited = re.match(r"Alias for field number \d+$", lines[0]) if lines else None  # of a NamedTuple
+    inherited = re.match(r"Alias for field number \d+$", lines[0]) if lines else None  # fields of a NamedTuple
     lines[:] = [] if inherited else as_rst("\n".join(lines))
 
 
 def visit_math(self: Any, node: nodes.Element) -> None:
-    """Equations as MathML, which browsers draw by themselves."""
+    """Render equations as MathML, which browsers support natively."""
     self.body.append(mathml(node.astext(), display="block" if node.tagname == "math_block" else "inline"))
     raise nodes.SkipNode
 

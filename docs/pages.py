@@ -1,8 +1,8 @@
-"""The site's pages, from the tree: python docs/pages.py FOLDER.
+"""Generates the pages of the documentation site: python docs/pages.py FOLDER.
 
-The guides of docs/, the home page from README.md, a page a study from results/, and the reference: modules, commands,
-configurations. In the tree links lead to files; what lies in docs/ or results/ is a page of the site, all else leads to
-the repository.
+The pages are the guides in docs/, the home page from README.md, one page per study in results/, and the reference of
+modules, commands and configurations. Links to files in docs/ and results/ become links within the site; all other links
+go to the repository.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SECTIONS = {
     "Reference": {"": ["reference/index"]},
     "Results": {"": ["results/index"]},
 }
-"""The navigation: pages by part, by section."""
+"""The navigation: pages by part and section."""
 API = {
     "hqlt": "The layer. `hqlt.NAME` is also all that `hqlt.model` has, `MemoryState`, `save_state`, `load_state`",
     "hqlt.ops": "Operations: pure functions of inputs and state",
@@ -54,11 +54,11 @@ API = {
     "hqlt.report": "Reports",
 }
 AT_HOME = ("HybridMemory", "with_retention", "register", "checked")
-"""The class, then the functions of `hqlt` that no other module's page has."""
+"""The class, then the functions of `hqlt` that are on no other module's page."""
 
 
 def for_site(text: str, source: str, page: str) -> str:
-    """A Markdown file of the tree as a page of the site: its links and pictures lead where they led."""
+    """Convert a Markdown file of the repository to a page of the site, with its links and images adjusted."""
 
     def moved(match: re.Match[str]) -> str:
         target, anchor = match[1], match[2] or ""
@@ -92,8 +92,8 @@ def guides(folder: Path) -> None:
 
 
 def results(folder: Path) -> None:
-    """A page a study, with its pictures, and the list of them."""
-    lines = ["# Results", "", "Each study with its table, its plot and its command, as it came.", ""]
+    """Write one page per study, with its images, and the list of studies."""
+    lines = ["# Results", "", "Each study with its table, plot and command.", ""]
     pages = []
     for study in sorted(path.parent for path in (ROOT / "results").glob("**/README.md")):
         place = study.relative_to(ROOT).as_posix()
@@ -106,7 +106,7 @@ def results(folder: Path) -> None:
 
 
 def commands() -> Iterator[tuple[str, Command]]:
-    """By the words that call it."""
+    """Yield each command with its name on the command line."""
     for name in COMMANDS:
         command = load(name)
         if isinstance(command, dict):
@@ -124,14 +124,14 @@ def reference(folder: Path) -> None:
         page = ["# `" + module + "`", "", f"{what}.", "", "```{eval-rst}", *directives, "```"]
         (place / f"{module}.md").write_text("\n".join(page) + "\n")
     os.environ |= {"COLUMNS": "100", "NO_COLOR": "1"}
-    page = ["# Commands", "", "What `--help` prints of each."]
+    page = ["# Commands", "", "The output of `--help` for each command."]
     for name, command in commands():
         page += ["", f"## {name}", "", "```text", parser_of(command, name).format_help().rstrip(), "```"]
     (place / "commands.md").write_text("\n".join(page) + "\n")
     page = [
         "# Configurations",
         "",
-        "Files of options that come with the library: `hqlt train --config=NAME`, `hqlt rl train --config=NAME`.",
+        "Option files included in the library: `hqlt train --config=NAME`, `hqlt rl train --config=NAME`.",
     ]
     for file in sorted((ROOT / "src" / "hqlt" / "configs").glob("*.yaml")):
         page += ["", f"## {file.name}", "", "```yaml", file.read_text().rstrip(), "```"]

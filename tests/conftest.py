@@ -1,6 +1,6 @@
-"""Small, strict and the same on every machine: one thread, fixed seeds, few and derandomised examples.
+"""Deterministic tests: one thread, fixed seeds, a few fixed hypothesis examples.
 
-`pytest --hypothesis-profile=thorough` looks much harder, with new examples each time.
+`pytest --hypothesis-profile=thorough` runs many more examples, different each time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ pytest.register_assert_rewrite("tests.laws")
 
 torch.set_num_threads(1)
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a background job of a shell; commands under test inherit it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background job; commands under test inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 INHERITED_LAWS_WITH_FIXTURES = [HealthCheck.differing_executors, HealthCheck.function_scoped_fixture]
@@ -35,17 +35,18 @@ settings.load_profile("fast")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Warnings are errors, but a machine without a compiler runs what needs none: GPU kernels, plain torch."""
+    """Allow the warning about the missing native library, so that tests also run without a compiler."""
     config.addinivalue_line("filterwarnings", "ignore:hqlt. .*slower torch implementations run instead:RuntimeWarning")
 
 
 @pytest.fixture(autouse=True)
-def names_of_this_test_alone() -> Iterator[None]:
-    """What a test registers, nobody knows after it."""
+def restore_registry() -> Iterator[None]:
+    """Remove the names that a test registered."""
     known = {kind: dict(classes) for kind, classes in registry._known.items()}
     yield
     for kind, now in registry._known.items():
-        ours = {name: cls for name, cls in now.items() if cls.__module__.startswith("hqlt.")}  # imported meanwhile
+        # modules of hqlt that were imported during the test
+        ours = {name: cls for name, cls in now.items() if cls.__module__.startswith("hqlt.")}
         now.clear()
         now.update(ours | known[kind])
 

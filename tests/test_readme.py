@@ -1,4 +1,4 @@
-"""What the README and the docs show is run as it stands there."""
+"""Code, links and commands in the README and the docs work."""
 
 import re
 from pathlib import Path
@@ -19,13 +19,13 @@ def test_code_runs(block, tmp_path, monkeypatch):
     exec(compile(block, "<documentation>", "exec"), {"__name__": "__main__"})
 
 
-def test_links_lead_somewhere():
+def test_link_targets_exist():
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} → {target}"
 
 
-def test_commands_of_the_readme_exist():
+def test_make_targets_in_the_readme_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^    make (\w+)", (ROOT / "README.md").read_text(), flags=re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target

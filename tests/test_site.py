@@ -1,4 +1,4 @@
-"""The documentation's site and its picture are made from the tree, without a warning."""
+"""The documentation site and its figure build without warnings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 
 
-def test_the_site_builds_and_needs_no_other_server(tmp_path):
+def test_site_builds_and_loads_nothing_from_other_servers(tmp_path):
     pages, site = str(tmp_path / "pages"), str(tmp_path / "site")
     sphinx = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-c", str(DOCS), pages, site]
     for command in ([sys.executable, str(DOCS / "pages.py"), pages], sphinx):
@@ -39,14 +39,14 @@ def test_the_site_builds_and_needs_no_other_server(tmp_path):
     assert "retrofit" in search
 
 
-def test_every_page_of_the_docs_is_in_the_navigation():
+def test_every_page_is_in_the_navigation():
     sections = runpy.run_path(str(DOCS / "pages.py"))["SECTIONS"]
     listed = [page for part in sections.values() for pages in part.values() for page in pages if "/" not in page]
     assert sorted(listed) == sorted(page.stem for page in DOCS.glob("*.md"))
 
 
-def test_the_picture_is_what_its_script_draws():
-    drawn = runpy.run_path(str(DOCS / "figures" / "layer.py"))["drawn"]()
+def test_figure_is_the_output_of_its_script():
+    drawn = runpy.run_path(str(DOCS / "figures" / "layer.py"))["svg"]()
     assert (DOCS / "figures" / "layer.svg").read_text(encoding="utf-8") == drawn
 
 

@@ -1,4 +1,4 @@
-"""The ranges of pyproject.toml, and the files that pin their ends."""
+"""The version ranges in pyproject.toml agree with the files that pin versions."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ TOOLS = {
     "pytest", "pytest-xdist", "hypothesis", "ruff", "mypy",
     "sphinx", "myst-parser", "furo", "sphinx-copybutton", "sphinx-autobuild", "latex2mathml",
 }  # fmt: skip
-"""What tests are run and pages are built with, in whichever version `make test` has."""
+"""Tools for tests and docs, which are not tested in their oldest versions."""
 
 
 def ranges() -> dict[str, Requirement]:
-    """By package: what `pip install '.[dev]'` asks for."""
+    """The requirements of `pip install '.[dev]'`, by package."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *extras["dev"]]
@@ -35,7 +35,7 @@ def pinned(file: str) -> dict[str, Version]:
     return {canonicalize_name(pin.name): Version(next(iter(pin.specifier)).version) for pin in pins}
 
 
-def test_the_oldest_versions_are_the_lower_ends_of_the_ranges() -> None:
+def test_oldest_versions_are_the_lower_bounds() -> None:
     lower = {
         name: Version(bound.version)
         for name, found in ranges().items()
@@ -48,13 +48,13 @@ def test_the_oldest_versions_are_the_lower_ends_of_the_ranges() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(ranges()))
-def test_what_make_installs_is_in_its_range(name: str) -> None:
+def test_pinned_version_is_in_its_range(name: str) -> None:
     assert pinned("constraints.txt")[name] in ranges()[name].specifier
 
 
 @pytest.mark.parametrize("name", ["torch", "transformers", "lm-eval", "gymnasium", "jsonargparse"])
-def test_a_range_ends_at_a_version_that_was_seen_to_work(name: str) -> None:
-    """`make test-latest` ran there. A next one may change what is relied on without a word."""
+def test_upper_bound_is_the_next_minor_version(name: str) -> None:
+    """`make test-latest` passed with the newest version in the range; later ones may change behaviour."""
     upper = [Version(bound.version) for bound in ranges()[name].specifier if bound.operator == "<"]
     assert upper
     assert len(upper[0].release) > 1, "the next minor version, not the next major one"

@@ -1,6 +1,6 @@
-"""The picture of a layer and of its three blends: python docs/figures/layer.py FILE.svg
+"""Draws a layer and its three blends: python docs/figures/layer.py FILE.svg
 
-Colours follow the reader's light or dark mode, and are told apart by those who see fewer (Okabe and Ito 2008).
+Colours follow the light or dark mode of the browser and are colour-blind safe (Okabe and Ito 2008).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ STYLE = """
 """
 
 
-def text(x: float, y: float, said: str, kind: str = "") -> str:
-    return f'<text x="{x}" y="{y}" class="{kind}">{said}</text>'
+def text(x: float, y: float, content: str, kind: str = "") -> str:
+    return f'<text x="{x}" y="{y}" class="{kind}">{content}</text>'
 
 
 def box(x: float, y: float, width: float, height: float, kind: str = "box") -> str:
@@ -58,13 +58,13 @@ def layer() -> Iterator[str]:
 
 
 def in_kv(blend: str, token: int) -> bool:
-    """Whether the last token's query finds this one in the KV-memory."""
+    """Whether the KV-memory holds this token when the last token is read."""
     last = TOKENS - 1
     return token >= last // WINDOW * WINDOW if blend == "Delayed-Chunk" else token > last - WINDOW
 
 
 def blends() -> Iterator[str]:
-    """A row a blend: which memory holds each token when the last one is read."""
+    """One row per blend: which memory holds each token when the last one is read."""
     left = 166
     yield text(20, 318, "Which memory holds each token when token t is read", "bold")
     yield text(left + CELL * (TOKENS - 0.5), 320, "t", "middle")
@@ -93,7 +93,7 @@ HEAD = """<marker id="head" markerWidth="8" markerHeight="8" refX="7" refY="4" o
 <path d="M0,0 L8,4 L0,8 z" class="head"/></marker>"""
 
 
-def drawn() -> str:
+def svg() -> str:
     parts = "\n".join([*layer(), *blends()])
     title = (
         "<title>A layer with a KV-memory and an FW-memory, and which of them holds each token in three blends</title>"
@@ -103,4 +103,4 @@ def drawn() -> str:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(drawn(), encoding="utf-8")
+    Path(sys.argv[1]).write_text(svg(), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Draws the curves of results anew, from their numbers: python docs/figures/results.py results/*/results.json"""
+"""Redraws the plots of studies from their numbers: python docs/figures/results.py results/*/results.json"""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from hqlt.train.grid import Result, result_of
 from hqlt.train.task_cell import TaskCell
 
 DRAWN = ("model", "task", "task_options", "seed", "experiment")
-"""What a plot shows of a cell; an earlier version may have had other settings beside it."""
+"""Fields of a cell that a plot uses. Results of earlier versions may have other fields, which are ignored."""
 
 
-def result(kept: dict[str, Any]) -> Result:
-    """Of a language model on a task, or of an agent."""
-    cell = {"config": {}, **{name: kept["cell"][name] for name in DRAWN if name in kept["cell"]}}
-    budget = kept["cell"]["budget"]
-    if kept["test"]["metric"] == "success":
-        return result_of(AgentCell(**cell, budget=AgentBudget(steps=budget["steps"], along=budget["along"])), kept)
-    return result_of(TaskCell(**cell, budget=Budget(steps=budget["steps"], batch_size=budget["batch_size"])), kept)
+def result(saved: dict[str, Any]) -> Result:
+    """The result of a language model on a task, or of an agent, from its JSON."""
+    cell = {"config": {}, **{name: saved["cell"][name] for name in DRAWN if name in saved["cell"]}}
+    budget = saved["cell"]["budget"]
+    if saved["test"]["metric"] == "success":
+        return result_of(AgentCell(**cell, budget=AgentBudget(steps=budget["steps"], along=budget["along"])), saved)
+    return result_of(TaskCell(**cell, budget=Budget(steps=budget["steps"], batch_size=budget["batch_size"])), saved)
 
 
 if __name__ == "__main__":
     for file in map(Path, sys.argv[1:]):
-        save(figure_of([result(kept) for kept in json.loads(file.read_text())]), file.with_name("curves.png"))
+        save(figure_of([result(saved) for saved in json.loads(file.read_text())]), file.with_name("curves.png"))
