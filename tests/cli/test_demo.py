@@ -24,7 +24,7 @@ def test_a_folder_with_the_results_of_other_settings_is_refused(tmp_path):
     with run_folder(tmp_path, "study"):
         (tmp_path / "cells").mkdir()
     (tmp_path / "cells" / f"{cell.name}.json").write_text('{"cell": {}}')
-    with pytest.raises(SystemExit, match="holds the result of a cell with other settings; give another folder"):
+    with pytest.raises(SystemExit, match="has the result of a cell with other settings; give another folder"):
         main(["demo", f"--folder={tmp_path}"])
 
 

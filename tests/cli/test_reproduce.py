@@ -57,7 +57,7 @@ def test_a_study_runs_once_and_exports_its_results(tmp_path, capsys):
     assert len({(line["cell"], line["step"]) for line in lines}) == len(lines) == 4 * 6
     config = (folder / "config.json").read_bytes()
     file.write_text(yaml.safe_dump(STUDY).replace("steps: 6", "steps: 7"))
-    with pytest.raises(SystemExit, match="holds the result of a cell with other settings; give another folder"):
+    with pytest.raises(SystemExit, match="has the result of a cell with other settings; give another folder"):
         main(command)
     with run_folder(folder, "study"), pytest.raises(SystemExit, match="another process is at work there"):
         main(command)

@@ -46,7 +46,7 @@ def test_a_result_of_a_version_that_knew_fewer_settings_is_taken(tmp_path):
     del kept["cell"]["switched"], kept["cell"]["trained_as"]
     place.write_text(json.dumps(kept))
     assert load_result(tmp_path, CELL) is not None
-    with pytest.raises(ValueError, match="holds the result of a cell with other settings"):
+    with pytest.raises(ValueError, match="has the result of a cell with other settings"):
         load_result(tmp_path, others(trained_as="another", model=CELL.model))
 
 

@@ -1,4 +1,4 @@
-"""Training one model on one task within a fixed budget: select on validation, test once."""
+"""Training one model on one task within a fixed budget, with selection on the validation set and one test."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ from hqlt.train.schedule import warmup_then_cosine
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What every model of a comparison gets alike."""
+    """The training budget, which is the same for all models of a comparison."""
 
     steps: int
-    """Updates."""
+    """Number of optimizer updates."""
     batch_size: int
-    """Sequences in an update."""
+    """Sequences per update."""
     learning_rate: float = 1e-2
-    """Peak of the schedule: linear warm-up, then a cosine."""
+    """Peak learning rate; the schedule is linear warmup, then cosine decay."""
     warmup_ratio: float = 0.1
-    """Share of the steps that the learning rate takes to its peak."""
+    """Warmup length as a share of the steps."""
     min_lr_ratio: float = 0.001
-    """What the learning rate falls to at the end, as a share of its peak."""
+    """Final learning rate as a share of the peak."""
     weight_decay: float = 0.0
-    """AdamW's, on matrices; norms and embeddings have none."""
+    """AdamW weight decay of linear layers; norms and embeddings are not decayed."""
     max_grad_norm: float = 1.0
-    """Greatest norm of a gradient; a longer one is shortened to it."""
+    """Maximum gradient norm; larger gradients are scaled down."""
     ema_decay: float = 0.0
-    """Decay of an exponential average of the weights, which is scored and kept in their place; 0: none."""
+    """Decay of an exponential moving average of the weights, which is evaluated and saved instead of them; 0: none."""
     curriculum: float = 0.0
-    """Share of the steps over which the greatest training length grows from the least to its own; 0: none."""
+    """Share of the steps over which the maximum training length grows from the minimum to its full value; 0: none."""
     pack: bool = False
-    """Whether two training sequences share a row, with a reset between them: half the padding, the same loss."""
+    """Whether two training sequences are packed into each row, with a reset between them: less padding, same loss."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the activations; weights and their updates are float32."""
+    """Precision of the activations; weights and updates are float32."""
     validations: int = 10
-    """How often a checkpoint is scored on the validation set, evenly over the steps."""
+    """Number of evaluations on the validation set, evenly spaced over the steps."""
     validation_rows: int = 128
-    """Sequences in the validation set."""
+    """Number of validation sequences."""
     test_rows: int = 512
-    """Sequences in the test set."""
+    """Number of test sequences."""
 
     def __post_init__(self) -> None:
         check_ranges(self, steps=COUNT, batch_size=COUNT, validations=COUNT, validation_rows=COUNT, test_rows=COUNT)
@@ -59,14 +59,14 @@ class Budget:
         check_ranges(self, warmup_ratio=FRACTION, min_lr_ratio=FRACTION, ema_decay=FRACTION, curriculum=FRACTION)
 
     def learning_rate_at(self, step: int) -> float:
-        """step counts from 0."""
+        """The learning rate at a step, counted from 0."""
         warm = max(round(self.warmup_ratio * self.steps), 1)
         return self.learning_rate * warmup_then_cosine(
             step, warmup_steps=warm, steps=self.steps, min_ratio=self.min_lr_ratio
         )
 
     def task_at(self, task: Task, step: int) -> Task:
-        """The task with the training lengths of this step."""
+        """The task with the training lengths of a step, counted from 0."""
         grows_until = round(self.curriculum * self.steps)
         if step >= grows_until:
             return task
@@ -76,51 +76,74 @@ class Budget:
         reached = shortest + math.ceil((longest - shortest) * (step + 1) / grows_until)
         return dataclasses.replace(task, train_lengths=(shortest, reached))
 
-    def average_decay_at(self, step: int) -> float:
-        """step counts from 0. Early weights are forgotten sooner."""
+    def ema_decay_at(self, step: int) -> float:
+        """The decay at a step, counted from 0. It is smaller at the beginning."""
         return min(self.ema_decay, (step + 1) / (step + 10))
 
 
 class Progress(NamedTuple):
-    """What is known after an update."""
+    """The state of a training run after an update."""
 
     step: int
-    """Updates done."""
+    """Number of updates so far."""
     loss: float
+    """Training loss, nats per scored token."""
     gradient_norm: float
-    """Before clipping."""
+    """Gradient norm before clipping."""
     seconds: float
-    """Since training began."""
+    """Time since the start of training."""
     tokens: int
-    """Seen so far."""
+    """Training tokens so far."""
     validation: float | None
-    """The validation score, at the steps where it was taken."""
+    """The validation score; None at steps without validation."""
     skipped: int = 0
-    """Updates so far whose gradient was not finite: they changed nothing."""
+    """Number of updates skipped so far because their gradient was not finite."""
 
 
 class Fit(NamedTuple):
+    """The result of a training run."""
+
     best_step: int
+    """The step with the best validation score, whose weights are kept."""
     validation: Score
+    """The validation score at that step."""
     test: Score
+    """The test score of those weights."""
 
 
 def fit(model: nn.Module, task: Task, budget: Budget, seed: int) -> Iterator[Progress | Fit]:
-    """Train, and yield Progress after each update; last, with the best checkpoint's weights loaded, the Fit.
+    """Train a model on a task.
 
-    model: a causal language model of transformers' form, on the device that is to train it. An update whose gradient
-    is not finite is skipped and counted. The training data depends on the seed alone, validation and test sets on
-    nothing: they are the same for all.
+    The weights with the best validation score are loaded into the model at the end and tested once. Updates whose
+    gradient is not finite are skipped and counted. Validation and test sets are the same for all models and seeds.
+
+    Args:
+        model: a causal language model with the interface of transformers, on the device to train on.
+        task: generates the sequences.
+        budget: steps, batch size and optimizer settings.
+        seed: determines the training data.
+
+    Returns:
+        An iterator that performs one update at a time and yields its `Progress`; the last item is the `Fit`.
+
+    Example:
+        >>> from hqlt.model import HQLTForCausalLM, preset
+        >>> from hqlt.task import Parity
+        >>> from hqlt.train import Budget, fit
+        >>> model, task = HQLTForCausalLM(preset("tiny", num_hidden_layers=1, vocab_size=Parity().vocab_size)), Parity()
+        >>> budget = Budget(steps=2, batch_size=4, validations=1, validation_rows=8, test_rows=8)
+        >>> [type(item).__name__ for item in fit(model, task, budget, seed=0)]
+        ['Progress', 'Progress', 'Fit']
     """
     device = next(model.parameters()).device
     optimiser = torch.optim.AdamW(parameter_groups(model, budget.weight_decay), lr=budget.learning_rate)
     source = generator_for("train", seed)
     validation_set = task.sample(generator_for("validation", 0), budget.validation_rows, "validation")
     validate_at = {round(budget.steps * (i + 1) / budget.validations) for i in range(budget.validations)}
-    average = averaged(model, budget) if budget.ema_decay else None
-    scored = average.module if average else model
+    ema = averaged(model, budget) if budget.ema_decay else None
+    scored = ema.module if ema else model
     best_step, best, best_weights = 0, None, dict[str, Tensor]()
-    tokens, skipped, begun = 0, 0, time.perf_counter()
+    tokens, skipped, start = 0, 0, time.perf_counter()
     for step in range(budget.steps):
         batch = budget.task_at(task, step).sample(source, budget.batch_size, "train")
         batch = (batch.packed() if budget.pack else batch).to(device)
@@ -135,8 +158,8 @@ def fit(model: nn.Module, task: Task, budget: Budget, seed: int) -> Iterator[Pro
             optimiser.step()
         else:
             skipped += 1
-        if average:
-            average.update_parameters(model)
+        if ema:
+            ema.update_parameters(model)
         tokens += batch.inputs.numel()
         score = None
         if step + 1 in validate_at:
@@ -144,7 +167,7 @@ def fit(model: nn.Module, task: Task, budget: Budget, seed: int) -> Iterator[Pro
             if best is None or score.better_than(best):
                 best_step, best = step + 1, score
                 best_weights = {name: weight.detach().clone() for name, weight in scored.state_dict().items()}
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - start
         yield Progress(step + 1, loss.item(), norm.item(), seconds, tokens, score.value if score else None, skipped)
     assert best is not None
     model.load_state_dict(best_weights)
@@ -153,23 +176,21 @@ def fit(model: nn.Module, task: Task, budget: Budget, seed: int) -> Iterator[Pro
 
 
 def averaged(model: nn.Module, budget: Budget) -> AveragedModel:
-    """ā ← decay · ā + (1 − decay) · a at each update, from the first weights on."""
-    average = AveragedModel(
-        model, avg_fn=lambda kept, weight, n: kept.lerp(weight, 1 - budget.average_decay_at(int(n) - 1))
-    )
-    average.n_averaged += 1  # otherwise the first update would be copied
-    return average
+    """The moving average ā ← decay · ā + (1 − decay) · a of the weights a, starting from the initial weights."""
+    ema = AveragedModel(model, avg_fn=lambda mean, weight, n: mean.lerp(weight, 1 - budget.ema_decay_at(int(n) - 1)))
+    ema.n_averaged += 1  # otherwise the first update would be copied
+    return ema
 
 
 def loss_of(model: nn.Module, batch: Batch, precision: str = "float32") -> Tensor:
-    """Mean cross-entropy in nats over the scored tokens."""
+    """Mean cross-entropy over the scored tokens, in nats."""
     with torch.autocast(batch.inputs.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         logits = model(batch.inputs, resets=batch.resets, use_cache=False).logits
     return F.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Matrices decay; norms, convolutions and embeddings do not."""
+    """AdamW parameter groups: weight decay for linear layers; none for norms, convolutions and embeddings."""
     linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     linear -= {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}  # a tied head
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -1,7 +1,7 @@
-"""A grid of cells, each one model on one task (or in one world) with one seed, run in parallel processes.
+"""A grid of cells, each one model on one task (or environment) with one seed, run in parallel processes.
 
-A finished cell leaves `cells/NAME.json` and its best weights in `models/NAME`; a grid started again in the same folder
-takes those as they are and runs the rest. A worker that dies costs its own cell one more try, and no other cell.
+A finished cell is saved in `cells/NAME.json`, with its best weights in `models/NAME`. Running the grid again in the
+same folder reuses these results and runs the remaining cells. If a worker dies, only its cell is run again.
 """
 
 from __future__ import annotations
@@ -31,110 +31,113 @@ from hqlt.registry import plugin_modules
 from hqlt.signals import stop_if_asked, stopping
 from hqlt.train.fit import Fit, Progress
 
-TRIES = 2
+MAX_TRIES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell(ABC):
-    """One training run, as JSON can say it: TaskCell's and AgentCell's common part."""
+    """One training run, described by JSON values: the base class of TaskCell and AgentCell."""
 
     unit: ClassVar[str]
-    """What `Progress.tokens` counts."""
+    """Unit of `Progress.tokens`."""
     loss_unit: ClassVar[str] = ""
+    """Unit of the loss; empty: none."""
 
     model: str
     """The model's label in tables and plots."""
     config: dict[str, Any]
-    """What makes the model."""
+    """Options of the model."""
     task: str
     """Name of the task, or of the world."""
     task_options: dict[str, Any]
-    """Its arguments."""
+    """Options of the task or environment."""
     budget: Any
-    """A dataclass with `steps`, in which progress is counted."""
+    """A dataclass with a field `steps`, in which progress is counted."""
     seed: int = 0
-    """Of the weights and of the training data."""
+    """Seed of the weights and of the training data."""
     experiment: str = ""
-    """The label of the task with these options in tables and plots; empty: the task's name."""
+    """The task's label in tables and plots; empty: its name."""
     trained_as: str = ""
-    """The label of the model of the same grid that this one is trained as, if not as itself."""
+    """Label of the model of the same grid whose weights are tested; empty: this model is trained itself."""
     switched: dict[str, Any] = field(default_factory=dict)
-    """What `hqlt.with_retention` is given between training and test; empty: nothing is switched on."""
+    """Options of `hqlt.with_retention`, which is applied between training and test; empty: it is not applied."""
 
     @property
     def column(self) -> str:
+        """The label of the task."""
         return self.experiment or self.task
 
     @property
     def name(self) -> str:
-        """In letters that every file system takes."""
+        """A name that is valid on every file system."""
         label = f"{self.column}-{self.model}-seed{self.seed}".lower().replace("β", "beta")
         return re.sub(r"[^a-z0-9.]+", "-", label)
 
     @property
     def trained(self) -> Cell:
-        """The cell that trains what this one tests: itself, unless it is trained as another."""
+        """The cell whose weights are tested: this cell, unless `trained_as` names another."""
         return dataclasses.replace(self, model=self.trained_as or self.model, trained_as="", switched={})
 
     @property
     @abstractmethod
     def metric(self) -> str:
-        """Of its scores, as in `hqlt.evaluate.Score`."""
+        """Name of the metric, as in `hqlt.evaluate.Score`."""
 
     @property
     @abstractmethod
     def coordinate_name(self) -> str | None:
-        """What the test score's curve is drawn against; None: there is no curve."""
+        """What the curve of test scores is plotted against; None: there is no curve."""
 
     @abstractmethod
     def run(self, folder: Path, device: str) -> Iterator[Event | Result]:
-        """Train: yields Events, then the Result, with the weights under `models/NAME` of the folder."""
+        """Train, yield Events, then the Result; saves the weights in `models/NAME` in the folder."""
 
 
 class Result(NamedTuple):
-    """What is kept of a cell that ended."""
+    """The result of a finished cell."""
 
     cell: Cell
     parameters: int
     seconds: float
     fit: Fit
     history: list[Progress]
-    """Of the events that are kept."""
+    """Progress of the events with `in_history`."""
     state_bytes: int | None = None
-    """What the model holds of one sequence between two calls; None: as much as there is context, or unknown."""
+    """Size of the state of one sequence; None: it grows with the context, or is unknown."""
 
 
 class Event(NamedTuple):
-    """The progress of a cell while it runs."""
+    """Progress of a running cell."""
 
     cell: Cell
     progress: Progress
 
     @property
     def in_history(self) -> bool:
-        """Whether it stays in the cell's history: validations, and as many others as make a smooth curve."""
+        """Whether it is saved in the cell's history: all validations, and about 100 others."""
         every = max(self.cell.budget.steps // 100, 1)
         return self.progress.validation is not None or self.progress.step % every == 0
 
 
 class Failure(NamedTuple):
-    """Why a cell's worker gave up."""
+    """An exception in a cell's worker."""
 
     traceback: str
 
     @property
     def reason(self) -> str:
+        """The last line of the traceback."""
         return self.traceback.strip().splitlines()[-1]
 
 
 class Ended(NamedTuple):
-    """A worker's process is gone."""
+    """A worker's process has ended."""
 
     exitcode: int | None
 
 
 class CellsFailed(RuntimeError):
-    """Some cells have no result, whatever was tried."""
+    """Some cells failed in every try."""
 
 
 def run_grid(
@@ -144,13 +147,23 @@ def run_grid(
     on_event: Callable[[Event | Result], None],
     device: str = "cpu",
 ) -> list[Result]:
-    """Run every cell that has no result in the folder yet; → all results, in the cells' order.
+    """Run all cells that have no result in the folder yet.
 
-    on_event: called in this process for each progress and each result, those from an earlier start included.
-    device: where models are trained, such as "cuda"; all workers share it.
-    Raises ValueError, before anything is written, for fewer than one worker and for results of other cells in the
-    folder; Stopped after a first Ctrl-C or SIGTERM; CellsFailed, after all others are done, for cells whose worker
-    died or raised in every try.
+    Args:
+        cells: the cells of the grid.
+        folder: where results and weights are saved.
+        workers: number of parallel processes.
+        on_event: called in this process for each Event and each Result, including results of earlier runs.
+        device: the device that all workers share, such as "cuda".
+
+    Returns:
+        All results, in the order of the cells.
+
+    Raises:
+        ValueError: if there is less than one worker, or the folder has results of cells with other settings; nothing
+            is written.
+        Stopped: after the first Ctrl-C or SIGTERM.
+        CellsFailed: after all other cells, if the worker of a cell died or raised in every try.
     """
     if workers < 1:
         raise ValueError(f"workers: expected at least 1, got {workers}")
@@ -170,9 +183,9 @@ def run_grid(
             for cell, message in at_work.messages():
                 match message:
                     case Failure():
-                        reasons[cell.name] = f"{message.reason} (all of it: {save_failure(folder, cell, message)})"
-                    case Ended():  # its result came before, or it failed or died
-                        if cell.name not in results and tries[cell.name] < TRIES:
+                        reasons[cell.name] = f"{message.reason} (traceback: {save_failure(folder, cell, message)})"
+                    case Ended():  # after its result or failure, or because it died
+                        if cell.name not in results and tries[cell.name] < MAX_TRIES:
                             waiting.append(cell)
                         elif cell.name not in results:
                             reasons.setdefault(cell.name, f"its process died with exit code {message.exitcode}")
@@ -184,12 +197,12 @@ def run_grid(
                         on_event(message)
     failed = [f"{cell.name}: {reasons[cell.name]}" for cell in cells if cell.name not in results]
     if failed:
-        raise CellsFailed(f"{len(failed)} of {len(cells)} cells failed {TRIES} times:\n" + "\n".join(failed))
+        raise CellsFailed(f"{len(failed)} of {len(cells)} cells failed {MAX_TRIES} times:\n" + "\n".join(failed))
     return [results[cell.name] for cell in cells]
 
 
 class Workers:
-    """Processes that run a cell each. None outlives the context, nor this process, however it ends."""
+    """Processes that run one cell each. All end with the context and with this process, however it ends."""
 
     def __init__(self, folder: Path, device: str) -> None:
         self.folder, self.device = folder, device
@@ -201,7 +214,9 @@ class Workers:
             from multiprocessing import forkserver
 
             self.context.set_forkserver_preload(["hqlt.train.task_cell", "hqlt.model.language_model"])
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is ours to answer
+            before = signal.pthread_sigmask(
+                signal.SIG_BLOCK, {signal.SIGINT}
+            )  # inherited: only this process handles Ctrl-C
             try:
                 forkserver.ensure_running()
             finally:
@@ -218,6 +233,7 @@ class Workers:
                 process.kill()
 
     def start(self, cell: Cell) -> None:
+        """Start a process for a cell."""
         ours, theirs = self.context.Pipe(duplex=False)
         process = self.context.Process(
             target=_work, args=(cell, self.folder, self.device, theirs, plugin_modules()), daemon=True
@@ -227,30 +243,30 @@ class Workers:
         self.running[ours] = process, cell
 
     def messages(self) -> Iterator[tuple[Cell, Event | Result | Failure | Ended]]:
-        """One of each worker that has something to say, within half a second."""
+        """One message from each worker that has one, waiting at most half a second."""
         for pipe in wait(list(self.running), timeout=0.5):
             assert isinstance(pipe, Connection)
             process, cell = self.running[pipe]
             try:
                 yield cell, pipe.recv()
-            except (EOFError, OSError):  # OSError: it was killed within a message
+            except (EOFError, OSError):  # OSError: killed while sending a message
                 process.join()
                 del self.running[pipe]
                 yield cell, Ended(process.exitcode)
 
 
 def _work(cell: Cell, folder: Path, device: str, pipe: Connection, modules: Sequence[str]) -> None:
-    """One cell, in a process of its own with one thread. modules: to be imported first, for what they register."""
+    """Run one cell, with one thread, in this process. modules: imported first, for what they register."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     try:
         for module in modules:
             importlib.import_module(module)
-        for told in cell.run(folder, device):
-            pipe.send(told)
+        for message in cell.run(folder, device):
+            pipe.send(message)
     except BrokenPipeError:
-        pass  # the parent is gone
+        pass  # the parent has ended
     except Exception:
         pipe.send(Failure(traceback.format_exc()))
 
@@ -263,7 +279,7 @@ def _end_with_parent() -> None:
 
 
 def finished_results(folder: Path, cells: Sequence[Cell]) -> dict[str, Result]:
-    """By the cell's name. Raises ValueError where the folder holds results of other cells under these names."""
+    """Results by the cell's name. Raises ValueError if the folder has results of other cells under these names."""
     loaded = {cell.name: load_result(folder, cell) for cell in cells}
     return {name: result for name, result in loaded.items() if result is not None}
 
@@ -275,55 +291,56 @@ def save_failure(folder: Path, cell: Cell, failure: Failure) -> Path:
 
 
 def save_result(folder: Path, result: Result) -> None:
-    """Whole or not at all: written beside its place, then moved there."""
+    """Write the result atomically."""
     place = folder / "cells" / f"{result.cell.name}.json"
     write_atomic(place, json.dumps(as_json(result), indent=1).encode())
 
 
 def load_result(folder: Path, cell: Cell) -> Result | None:
-    """The result of this very cell, None where there is none yet.
+    """The result of this cell; None: there is none yet.
 
-    Raises ValueError where the folder holds another experiment under the same name, or a file that is no result.
+    Raises ValueError if the file is invalid, or is the result of a cell with other settings.
     """
     place = folder / "cells" / f"{cell.name}.json"
     if not place.exists():
         return None
     try:
-        kept = json.loads(place.read_text())
-        same = _settings(cell) | kept["cell"] == json.loads(json.dumps(asdict(cell)))
-        result = result_of(cell, kept) if same else None
+        saved = json.loads(place.read_text())
+        same = _defaults(cell) | saved["cell"] == json.loads(json.dumps(asdict(cell)))
+        result = result_of(cell, saved) if same else None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{place}: expected the result of a cell as JSON, got {error!r}; remove the file") from None
     if result is None:
         raise ValueError(
-            f"{place}: holds the result of a cell with other settings; give another folder, or remove this one"
+            f"{place}: has the result of a cell with other settings; give another folder, or remove this one"
         )
     return result
 
 
-def _settings(cell: Cell) -> dict[str, Any]:
-    """Those that have a default, by default: an earlier version did not know of all of them."""
+def _defaults(cell: Cell) -> dict[str, Any]:
+    """The default values of fields: files of earlier versions do not have all of them."""
     options = {option.name: option for option in dataclasses.fields(cell)}
-    made = {name: option.default_factory() for name, option in options.items() if callable(option.default_factory)}
-    return made | {name: x.default for name, x in options.items() if x.default is not dataclasses.MISSING}
+    factories = {name: option.default_factory() for name, option in options.items() if callable(option.default_factory)}
+    return factories | {name: x.default for name, x in options.items() if x.default is not dataclasses.MISSING}
 
 
-def result_of(cell: Cell, kept: Mapping[str, Any]) -> Result:
-    """From what as_json gave."""
+def result_of(cell: Cell, saved: Mapping[str, Any]) -> Result:
+    """The inverse of `as_json`."""
     from hqlt.evaluate import Score
 
-    validation, test = (Score(**kept[split]) for split in ("validation", "test"))
+    validation, test = (Score(**saved[split]) for split in ("validation", "test"))
     return Result(
         cell,
-        kept["parameters"],
-        kept["seconds"],
-        Fit(kept["best_step"], validation, test),
-        [Progress(**progress) for progress in kept["history"]],
-        kept.get("state_bytes"),
+        saved["parameters"],
+        saved["seconds"],
+        Fit(saved["best_step"], validation, test),
+        [Progress(**progress) for progress in saved["history"]],
+        saved.get("state_bytes"),
     )
 
 
 def as_json(result: Result) -> dict[str, Any]:
+    """A result as JSON values."""
     return {
         "cell": asdict(result.cell),
         "parameters": result.parameters,

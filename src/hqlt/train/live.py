@@ -1,4 +1,4 @@
-"""What a person sees while one run goes: a line that moves."""
+"""The live status line of a run."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from rich.progress import Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
 LOG_SECONDS = 30
-"""From line to line in a log, where nothing else is to be told."""
-SPEED_OVER = 20
-"""Times that the shown speed is a mean of."""
+"""Interval between status lines in a log, unless there is a message."""
+SPEED_WINDOW = 20
+"""Number of updates over which the speed is averaged."""
 
 
 class Display:
-    """What moves on a terminal while a context lasts, and in a log is a line now and then."""
+    """A live display on a terminal; in a log, a line from time to time."""
 
     def __init__(self, console: Console, live: Live) -> None:
         self.console, self.live = console, live
-        self.begun = self.spoke = time.monotonic()
+        self.begun = self.last_logged = time.monotonic()
 
     def __enter__(self) -> Self:
         if self.console.is_terminal:
@@ -37,14 +37,14 @@ class Display:
         self.live.stop()
 
     def log(self, line: str, *, at_once: bool = False) -> None:
-        """Print a line that stays: at once, or in a log where none came for a while."""
-        if at_once or (not self.console.is_terminal and time.monotonic() - self.spoke > LOG_SECONDS):
+        """Print a permanent line: always if at_once, otherwise only in a log, at most once per interval."""
+        if at_once or (not self.console.is_terminal and time.monotonic() - self.last_logged > LOG_SECONDS):
             self.console.print(line, highlight=False)
-            self.spoke = time.monotonic()
+            self.last_logged = time.monotonic()
 
 
 class LiveLine(Display):
-    """How far a run is, in words, and the time left."""
+    """The progress of a run, its status and the remaining time."""
 
     def __init__(self, console: Console, total: int, done: int) -> None:
         self.total, self.begun_at = total, done
@@ -61,41 +61,43 @@ class LiveLine(Display):
         self.task = self.bar.add_task("", total=total, completed=done)
         super().__init__(console, self.bar.live)
 
-    def show(self, done: int, words: Sequence[str], news: str | None = None) -> None:
-        """words: of now, the most important first; a narrow terminal shows only those. news: a line that stays."""
+    def show(self, done: int, status: Sequence[str], message: str | None = None) -> None:
+        """Update the line. status: values in order of importance. message: a permanent line."""
         room = self.console.width - len(f"{self.total}/{self.total} 0:00:00 left ")
-        self.bar.update(self.task, completed=done, description=fit_into_width(words, room))
+        self.bar.update(self.task, completed=done, description=fit_into_width(status, room))
         left = (time.monotonic() - self.begun) / max(done - self.begun_at, 1) * max(self.total - done, 0)
-        line = "  ".join([*words, *filter(None, [news])])
-        self.log(f"{done:>7}  {line}  {left:,.0f} s left", at_once=news is not None)
+        line = "  ".join([*status, *filter(None, [message])])
+        self.log(f"{done:>7}  {line}  {left:,.0f} s left", at_once=message is not None)
 
 
 def fit_into_width(words: Sequence[str], room: int) -> str:
-    """The first of the words, whole, that fit side by side into so many columns."""
+    """As many of the first words as fit into `room` columns."""
     ends = itertools.accumulate(len(word) + 2 for word in words)
     return "  ".join(word for word, end in zip(words, ends, strict=True) if end - 2 <= room)
 
 
 class Speed:
-    """Of what is counted up, a second, lately."""
+    """The recent rate per second of a growing count."""
 
     def __init__(self) -> None:
         self.times: list[tuple[float, int]] = []
 
     def at(self, count: int) -> float:
+        """Record the current count and return the rate."""
         now = time.monotonic()
-        self.times = [*self.times[-SPEED_OVER:], (now, count)]
+        self.times = [*self.times[-SPEED_WINDOW:], (now, count)]
         then, before = self.times[0]
         return (count - before) / (now - then) if now > then else 0.0
 
 
 def format_duration(seconds: float) -> str:
+    """Minutes and seconds, as 12:34."""
     seconds = max(seconds, 0)
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 def memory_in_use(device: torch.device) -> int:
-    """The greatest use so far, in bytes: of the GPU, on a CPU of the process."""
+    """Peak memory use so far, in bytes: of the GPU, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

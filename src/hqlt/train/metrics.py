@@ -14,9 +14,9 @@ from hqlt.errors import first_line
 
 
 class Metrics:
-    """`metrics.jsonl`: what was written after the step that a run goes on from is taken back first.
+    """The file `metrics.jsonl`. Lines after the step that a run resumes from are removed first.
 
-    So the file reads as if nothing had ever been interrupted. Raises ValueError where a line of it cannot be read.
+    The file is therefore the same as without the interruption. Raises ValueError if a line cannot be read.
     """
 
     def __init__(self, path: Path, step: int) -> None:
@@ -27,6 +27,7 @@ class Metrics:
         self.file: TextIO = path.open("a", buffering=1)
 
     def write(self, line: dict[str, Any]) -> None:
+        """Append a line."""
         plain = {name: finite_or_none(value) if isinstance(value, float) else value for name, value in line.items()}
         self.file.write(json.dumps(plain, allow_nan=False) + "\n")
 
@@ -35,7 +36,7 @@ class Metrics:
 
 
 def finite_or_none(number: float) -> float | None:
-    """None in place of NaN and infinities, which JSON does not have."""
+    """None for NaN and infinities, which JSON cannot represent."""
     return number if math.isfinite(number) else None
 
 
@@ -68,6 +69,7 @@ class Trackers:
             self.modules.append(_started_wandb(folder, settings))
 
     def write(self, line: dict[str, Any]) -> None:
+        """Log the values of a line."""
         numbers = {name: value for name, value in line.items() if name != "step" and value is not None}
         if self.writer is not None:
             for name, value in numbers.items():

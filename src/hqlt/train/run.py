@@ -1,4 +1,4 @@
-"""One run, whatever it trains: folder and lock, checkpoints, Ctrl-C, metrics, a live line, the report at its end."""
+"""The common part of all training runs: folder, checkpoints, Ctrl-C, metrics, live status, final report."""
 
 from __future__ import annotations
 
@@ -30,51 +30,54 @@ U = TypeVar("U", bound=Any)
 
 
 class Trainer(ABC, Generic[U]):
-    """What is trained, and all that this depends on: a trainer that is restored does what this one would have done.
+    """The base class of trainers. A restored trainer continues exactly as the saved one would have.
 
-    A kind of run says what follows; all the rest is here.
+    Subclasses define:
 
-        updates()          train to the end; whoever iterates may stop, and save, after any update. Raises Stopped where
-                           `stopped` says so, and may be saved then too. An update has `step`, `units` (what is counted
-                           for the speed) and `as_line()`, flat, for metrics.jsonl and trackers
-        due(update)        whether a checkpoint is due after it
-        tensors(), told()  what a checkpoint holds: tensors, and JSON beside them
-        identity()         what must be the same for a checkpoint to be resumed from, as JSON
-        restore(…)         take the tensors of a checkpoint, and what was told with them
-        title(), about()   what is trained, in a line; what made it, as JSON: `settings`, and what is worth knowing
-        words(…), news(…)  for the live line, the most important first; what is worth a line that stays
+        updates()              train to the end, yielding an update after each step. The caller may stop and save after
+                               any of them. Raises Stopped if `signals` is not empty; the trainer can be saved then,
+                               too. An update has `step`, `units` (a count for the speed) and `as_line()`, a flat dict
+                               for metrics.jsonl and trackers
+        due(update)            whether to save a checkpoint after the update
+        tensors(), metadata()  the contents of a checkpoint: tensors, and JSON values
+        identity()             what must be equal for a checkpoint to be resumed from, as JSON
+        restore(…)             load a checkpoint
+        title()                one line that says what is trained
+        description()          how it is trained, as JSON: `settings` and other information
+        status(…)              values for the live status line, the most important first
+        message(…)             a permanent line for the log; None: none
     """
 
     kind: ClassVar[str]
-    """Of the run's folder, as in `hqlt.run_folder`."""
+    """Kind of run folder, as in `hqlt.run_folder`."""
     unit: ClassVar[str]
-    """What `units` counts."""
+    """Unit of `units`."""
     settings: Any
     """A dataclass with `steps`."""
     checkpoints: Checkpoints
     device: torch.device
     size: int
-    """Parameters."""
+    """Number of parameters."""
     signals: Sequence[int] = ()
-    """Looked at now and then; once there is anything in it, Stopped is raised."""
+    """Signals received; once there is one, `updates` raises Stopped."""
     extra_state: dict[str, Any]
-    """Whatever else is to go into checkpoints, as JSON."""
+    """Additional JSON values to save in checkpoints."""
     _saved: dict[str, Any] | None = None
 
     @property
     @abstractmethod
     def step(self) -> int:
-        """Done so far, of `settings.steps`."""
+        """Number of finished steps, of `settings.steps`."""
 
     @property
     def last_logged_step(self) -> int:
-        """The last step whose line in metrics.jsonl stays where the run is resumed from here."""
+        """The last step whose line in metrics.jsonl is kept when the run resumes from here."""
         return self.step
 
     @abstractmethod
     def updates(self) -> Iterator[U]: ...
     @abstractmethod
-    def due(self, told: U) -> bool: ...
+    def due(self, update: U) -> bool: ...
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]: ...
     @abstractmethod
@@ -82,50 +85,50 @@ class Trainer(ABC, Generic[U]):
     @abstractmethod
     def identity(self) -> dict[str, Any]: ...
     @abstractmethod
-    def restore(self, place: Path, told: Mapping[str, Any]) -> None: ...
+    def restore(self, place: Path, metadata: Mapping[str, Any]) -> None: ...
     @abstractmethod
     def title(self) -> str: ...
     @abstractmethod
     def description(self) -> dict[str, Any]: ...
     @abstractmethod
-    def status(self, told: U, speed: float) -> list[str]: ...
+    def status(self, update: U, speed: float) -> list[str]: ...
     @abstractmethod
-    def message(self, told: U) -> str | None: ...
+    def message(self, update: U) -> str | None: ...
 
     def train(self) -> Iterator[U]:
-        """The updates, with checkpoints as they are due."""
-        for told in self.updates():
-            yield told
-            if self.due(told):
+        """Run all updates and save checkpoints when due."""
+        for update in self.updates():
+            yield update
+            if self.due(update):
                 self.save()
             self.checkpoints.poll()
         self.checkpoints.wait()
 
     def save(self) -> None:
-        """Begin a checkpoint of this moment, unless there is one."""
-        moment = {"step": self.step, **self.extra_state, **self.metadata()}
-        if moment != self._saved:
-            self._saved = moment
-            self.checkpoints.save(self.step, self.tensors(), {**moment, "run": self.identity()})
+        """Save a checkpoint of the current state, unless it is already saved."""
+        state = {"step": self.step, **self.extra_state, **self.metadata()}
+        if state != self._saved:
+            self._saved = state
+            self.checkpoints.save(self.step, self.tensors(), {**state, "run": self.identity()})
 
     def resume(self) -> int | None:
-        """Resume from the newest checkpoint; → its step, None where there is none.
+        """Resume from the newest checkpoint and return its step; None: there is none.
 
-        Raises ValueError where it is damaged, or of another run; nothing is changed then.
+        Raises ValueError if it is damaged or belongs to another run.
         """
         place = self.checkpoints.newest()
         if place is None:
             return None
-        told = self.checkpoints.metadata(place)
-        there, asked = flattened(told["run"]), flattened(self.identity())
-        for name in [name for name in there | asked if there.get(name) != asked.get(name)]:
+        metadata = self.checkpoints.metadata(place)
+        saved, current = flattened(metadata["run"]), flattened(self.identity())
+        for name in [name for name in saved | current if saved.get(name) != current.get(name)]:
             raise ValueError(
-                f"{place}: is of a run with another {name}: {there.get(name)!r}, not {asked.get(name)!r}. "
-                f"Give another folder for a new run, or the settings of the old one to go on with it."
+                f"{place}: belongs to a run with another {name}: expected {saved.get(name)!r}, got "
+                f"{current.get(name)!r}. Give another folder for a new run, or use the old settings to resume."
             )
         try:
-            self.restore(place, told)
-            self.extra_state = {name: told[name] for name in self.extra_state}
+            self.restore(place, metadata)
+            self.extra_state = {name: metadata[name] for name in self.extra_state}
         except (RuntimeError, KeyError, TypeError) as error:
             raise ValueError(f"{place}: expected a checkpoint of this run: {error}; {recovery_hint(place)}") from error
         self._saved = {"step": self.step, **self.extra_state, **self.metadata()}
@@ -134,7 +137,7 @@ class Trainer(ABC, Generic[U]):
 
 T = TypeVar("T", bound=Trainer[Any])
 Finish = Callable[[T, Path, dict[str, Any], Console], None]
-"""Of a trainer that has done its steps: (trainer, folder, how the run was made, console)."""
+"""Called when training is finished: (trainer, folder, run info, console)."""
 
 
 def run(
@@ -146,12 +149,13 @@ def run(
     first: bool = True,
     wandb: bool = False,
 ) -> None:
-    """Train into the folder, resuming from its newest checkpoint if there is one; then test and report.
+    """Train in the folder, resuming from its newest checkpoint if there is one, then test and write the report.
 
-    The first Ctrl-C or SIGTERM saves and ends with status 130 or 143, a second one ends at once.
+    The first Ctrl-C or SIGTERM saves a checkpoint and exits with status 130 or 143; a second one exits at once.
 
-    kind: of the folder. build: makes the trainer; refuses, before anything is written, what cannot be trained. first:
-    whether this is the process that prints and writes. wandb: whether it reports to Weights & Biases.
+    kind: kind of run folder. build: creates the trainer; raises an error for invalid settings before anything is
+    written. finish: tests and reports. first: whether this process prints and writes. wandb: whether
+    to log to Weights & Biases.
     """
     if wandb:
         require("wandb")
@@ -159,44 +163,44 @@ def run(
         console = Console(highlight=False, soft_wrap=True, quiet=not first)
         trainer = build(console)
         resumed = trainer.resume()
-        told = run_info(trainer)
+        info = run_info(trainer)
         if first:
-            write_atomic(folder / "config.json", json.dumps(told, indent=1).encode())
+            write_atomic(folder / "config.json", json.dumps(info, indent=1).encode())
         since = f", resuming after step {resumed:,}" if resumed else ""
         console.print(f"{trainer.title()} → {folder}{since}", markup=False)
         with stopping() as trainer.signals:
             try:
                 train_and_log(trainer, folder, console, first, wandb)
-                finish(trainer, folder, told, console)
+                finish(trainer, folder, info, console)
             except Stopped as stopped:
                 trainer.save()
                 trainer.checkpoints.wait()
-                console.print(f"stopped and saved after step {trainer.step}; the same command resumes")
+                console.print(f"stopped and saved after step {trainer.step}; run the same command again to resume")
                 sys.exit(128 + stopped.number)
 
 
 def train_and_log(trainer: Trainer[Any], folder: Path, console: Console, first: bool, wandb: bool = False) -> None:
-    """Train; the first process reports each update: the live line, metrics.jsonl, trackers."""
+    """Train. The first process reports each update: live status, metrics.jsonl, trackers."""
     if not first:
         for _ in trainer.train():
             pass
         return
-    begun, speed_of, done = time.monotonic(), Speed(), trainer.step
+    start, speedometer, done = time.monotonic(), Speed(), trainer.step
     settings = trainer.description()["settings"]
     with contextlib.ExitStack() as stack:
         metrics = stack.enter_context(contextlib.closing(Metrics(folder / "metrics.jsonl", trainer.last_logged_step)))
         trackers = stack.enter_context(contextlib.closing(Trackers(folder, settings, done, wandb)))
         line = stack.enter_context(LiveLine(console, trainer.settings.steps, done))
-        for told in trainer.train():
-            speed = speed_of.at(told.units)
-            line.show(told.step, trainer.status(told, speed), trainer.message(told))
-            metrics.write(told.as_line())
-            trackers.write(told.as_line() | {f"{trainer.unit}_per_second": speed})
-    console.print(f"{time.monotonic() - begun:.0f} s in this start")
+        for update in trainer.train():
+            speed = speedometer.at(update.units)
+            line.show(update.step, trainer.status(update, speed), trainer.message(update))
+            metrics.write(update.as_line())
+            trackers.write(update.as_line() | {f"{trainer.unit}_per_second": speed})
+    console.print(f"trained for {time.monotonic() - start:.0f} s")
 
 
 def run_info(trainer: Trainer[Any]) -> dict[str, Any]:
-    """What made a run, as JSON: its command and settings, and what it ran on."""
+    """How a run was made, as JSON: command, settings, device and versions."""
     device = trainer.device
     return {
         "command": shlex.join(["hqlt", *sys.argv[1:]]),
@@ -209,10 +213,10 @@ def run_info(trainer: Trainer[Any]) -> dict[str, Any]:
     }
 
 
-def flattened(told: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a mapping and of those in it: {"model": {"window": 4}} has model.window."""
+def flattened(nested: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a nested mapping by dotted names, such as {"model.window": 4}."""
     fields: dict[str, Any] = {}
-    for name, value in told.items():
+    for name, value in nested.items():
         inner = flattened(value) if isinstance(value, Mapping) else None
         fields |= {name: value} if inner is None else {f"{name}.{field}": inner[field] for field in inner}
     return fields

@@ -1,4 +1,4 @@
-"""The learning rate over a run."""
+"""The learning rate schedule."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import math
 
 
 def warmup_then_cosine(step: int, *, warmup_steps: int, steps: int, min_ratio: float) -> float:
-    """The share of its peak that the learning rate has at a step, counted from 0.
+    """The learning rate at a step, counted from 0, as a share of its peak.
 
-    Linear over `warmup_steps` steps to 1, then half a cosine down to `min_ratio` at `steps`.
+    It rises linearly to 1 over `warmup_steps`, then follows half a cosine down to `min_ratio` at `steps`.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps

@@ -1,4 +1,4 @@
-"""A cell of a grid that trains a language model on a task."""
+"""The cell of a grid that trains a language model on a task."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hqlt.train.grid import Cell, Event, Result, load_result
 
 @dataclass(frozen=True, kw_only=True)
 class TaskCell(Cell):
-    """config: fields of HQLTConfig, but for the vocabulary, which the task gives."""
+    """A model trained on a task. `config` has fields of HQLTConfig; the task determines the vocabulary size."""
 
     unit = "tokens"
     loss_unit = "nats"
@@ -42,7 +42,7 @@ class TaskCell(Cell):
 
         from hqlt.model import HQLTConfig, HQLTForCausalLM
 
-        logging.disable_progress_bar()  # of writing a few kilobytes
+        logging.disable_progress_bar()  # of saving a small model
         task = self.build_task()
         done = load_result(folder, self.trained) if self.trained_as else None
         if done is not None:
@@ -52,15 +52,15 @@ class TaskCell(Cell):
             model = HQLTForCausalLM(HQLTConfig(**self.config, vocab_size=task.vocab_size))
         torch.nn.Module.to(model, device)
         history, fitted = (done.history, done.fit) if done else ([], None)
-        for told in () if done else fit(model, task, self.budget, self.seed):
-            if isinstance(told, Progress):
-                event = Event(self, told)
+        for item in () if done else fit(model, task, self.budget, self.seed):
+            if isinstance(item, Progress):
+                event = Event(self, item)
                 if event.in_history:
-                    history.append(told)
+                    history.append(item)
                 yield event
             else:
-                fitted = told
-        assert fitted is not None, "training ends with it"
+                fitted = item
+        assert fitted is not None, "fit ends with it"
         if self.switched:
             model = with_retention(model, **self.switched)
             test_set = task.sample(generator_for("test", 0), self.budget.test_rows, "test")
@@ -71,7 +71,7 @@ class TaskCell(Cell):
 
 
 def state_bytes(layers: Sequence[HybridMemory]) -> int | None:
-    """What these layers hold of one sequence between two calls; None where that grows with the context."""
+    """Size of the state of one sequence in all layers; None: it grows with the context."""
     if any(None in sizes for layer in layers for sizes in layer.sizes_held):
         return None
     return sum(layer.init_state(1).bytes_per_row() for layer in layers)

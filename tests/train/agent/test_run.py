@@ -111,7 +111,7 @@ def test_the_first_signal_during_an_evaluation_stops_and_saves(tmp_path, number)
     assert process.returncode == 128 + number, message
     (place,) = (tmp_path / "checkpoints").iterdir()
     told = json.loads((place / "trainer.json").read_text())
-    assert f"stopped and saved after step {told['step']}; the same command resumes" in message
+    assert f"stopped and saved after step {told['step']}; run the same command again to resume" in message
     assert 20 <= told["unscored"]["step"] == told["step"] < 25 and told["best_score"] is None
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert 10 <= lines[-1]["step"] < 20
@@ -300,7 +300,7 @@ def test_a_gymnasium_environment_and_a_model_without_shares(tmp_path, capsys):
 def test_another_run_and_a_damaged_checkpoint_are_refused_and_kept(finished, tmp_path):
     shutil.copytree(finished["sac"], tmp_path / "run")
     command = [*SAC, f"--folder={tmp_path / 'run'}"]
-    with pytest.raises(SystemExit, match=r"is of a run with another options.corridor: 4, not 5"):
+    with pytest.raises(SystemExit, match=r"belongs to a run with another options.corridor: expected 4, got 5"):
         main([*command, "--options.corridor=5"])
     place = newest(tmp_path / "run")
     damaged = place / "tensors.safetensors"
@@ -321,7 +321,7 @@ def test_a_full_disk_keeps_earlier_checkpoints(settings, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("hqlt.train.checkpoints.save_file", full)
-    with pytest.raises(OSError, match=r"No space left on device.*step-00000000 is whole"):
+    with pytest.raises(OSError, match=r"No space left on device.*step-00000000 is intact"):
         trainer.save()
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000000"]
 

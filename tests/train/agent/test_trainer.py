@@ -33,7 +33,7 @@ def test_a_run_resumes_exactly_from_every_checkpoint(settings, tmp_path):
     for update in whole.updates():
         expected.append(update.as_line())
         whole.save()
-    places = whole.checkpoints.whole()
+    places = whole.checkpoints.finished()
     assert len(places) == len(expected) >= 3
     for place in places[:-1]:
         again = AgentTrainer(settings, folder=tmp_path / "alone" / place.name)

@@ -11,7 +11,7 @@ import yaml
 import hqlt
 from hqlt.data import prepare
 from hqlt.model import HQLTForCausalLM, preset
-from hqlt.train.language import Trainer, TrainSettings
+from hqlt.train.language import LanguageTrainer, TrainSettings
 from hqlt.train.language.ranks import Ranks
 
 CONFIGS = Path(hqlt.__file__).parent / "configs"
@@ -37,7 +37,7 @@ def test_one_update_of_the_340m_model_at_full_width(tmp_path):
     settings = yaml.safe_load((CONFIGS / "hqlt-340m.yaml").read_text()) | {
         "batch_size": 2, "micro_batch_size": 1, "length": 256, "precision": "float32", "compile": False,
     }  # fmt: skip
-    training = Trainer(
+    training = LanguageTrainer(
         TrainSettings(**settings), preset("hqlt-340m"), tmp_path / "tokens", tmp_path, Ranks(0, 1, torch.device("cpu"))
     )
     assert training.size == 399_233_024

@@ -1,4 +1,4 @@
-"""A text file in one line: cut, trained on, and a sample at the end."""
+"""`hqlt train` on a text file: split, trained on, and a sample at the end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hqlt.data import TokenFiles
 from hqlt.data.text import printable
 from hqlt.train.language import TrainSettings
 from hqlt.train.language.run import run
-from hqlt.train.language.text import cut, prepare_file
+from hqlt.train.language.text import prepare_file, split_text
 
 SMALL = {"hidden_size": 16, "num_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16, "window": 4}
 TEXT = "".join(f"{n} squared is {n * n}\n" for n in range(300))
@@ -44,16 +44,16 @@ def test_a_text_is_cut_once_at_the_end_of_a_line(tmp_path, name):
 
 
 def test_without_lines_it_is_cut_between_characters(tmp_path):
-    parts = cut("漢" * 100, tmp_path)
+    parts = split_text("漢" * 100, tmp_path)
     assert (len(parts["train"]), len(parts["validation"])) == (90, 10)
-    assert cut("ab", tmp_path) == {"train": "a", "validation": "b"}
+    assert split_text("ab", tmp_path) == {"train": "a", "validation": "b"}
 
 
 def test_a_text_that_was_changed_is_another_run(tmp_path):
     (tmp_path / "a.txt").write_text(TEXT)
     prepare_file(tmp_path / "a.txt", tmp_path)
     (tmp_path / "a.txt").write_text(TEXT.replace("squared", "SQUARED"))
-    with pytest.raises(ValueError, match=r"was changed since .* give another --folder"):
+    with pytest.raises(ValueError, match=r"has changed since .* give another --folder"):
         prepare_file(tmp_path / "a.txt", tmp_path)
 
 
@@ -127,6 +127,6 @@ def test_the_vocabulary_is_the_datas(tmp_path, number):
 def test_a_run_that_diverged_says_so(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text(TEXT)
     monkeypatch.setattr("hqlt.train.language.trainer.PATIENCE", 3)
-    with pytest.raises(ValueError, match=r"training diverged: 3 of 4 updates .* smaller --learning-rate than 1e\+30"):
+    with pytest.raises(ValueError, match=r"training diverged: 3 of 4 updates .* --learning-rate below 1e\+30"):
         run(settings(tmp_path / "a.txt", learning_rate=1e30, warmup_steps=0, steps=50), tmp_path / "run")
     assert not (tmp_path / "run" / "model").exists()

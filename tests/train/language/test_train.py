@@ -84,7 +84,7 @@ def test_a_signal_saves_and_leaves(text, whole, tmp_path, number):
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number, printed
     done = len(losses(folder))
-    assert f"saved after step {done}; the same command resumes" in printed
+    assert f"saved after step {done}; run the same command again to resume" in printed
     assert (folder / "checkpoints" / f"step-{done:08d}").is_dir()
 
 

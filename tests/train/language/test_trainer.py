@@ -17,7 +17,7 @@ from hqlt.data import prepare
 from hqlt.disk import exclusive_folder
 from hqlt.model import HQLTConfig
 from hqlt.run_folder import run_folder
-from hqlt.train.language import Trainer, TrainSettings
+from hqlt.train.language import LanguageTrainer, TrainSettings
 from hqlt.train.language.cost import Part, flops_per_token, parts_of_update, peak_flops, share_of_dense
 from hqlt.train.language.ranks import Ranks, join
 from hqlt.train.language.run import run as language_run
@@ -27,10 +27,10 @@ CONFIG = {"hidden_size": 16, "num_heads": 2, "num_hidden_layers": 2, "intermedia
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
-def trainer(text, folder, changes=None, **settings) -> Trainer:
+def trainer(text, folder, changes=None, **settings) -> LanguageTrainer:
     settings = {"length": 24, "batch_size": 4, "steps": 6, "save_every": 2, "validation_rows": 4, **settings}
     config = HQLTConfig(vocab_size=256, **CONFIG | (changes or {}))
-    return Trainer(TrainSettings(**settings), config, text, folder, ALONE)
+    return LanguageTrainer(TrainSettings(**settings), config, text, folder, ALONE)
 
 
 @pytest.fixture
@@ -103,15 +103,17 @@ def test_the_score_does_not_depend_on_how_many_processes_there_are(text, tmp_pat
 
     settings = TrainSettings(length=24, batch_size=4, validation_rows=3)
     for ranks in (Apart(0, 1, ALONE.device), Apart(0, 2, ALONE.device), Apart(1, 2, ALONE.device)):
-        Trainer(settings, HQLTConfig(vocab_size=256, **CONFIG), text, tmp_path, ranks).bits_per_byte("validation")
+        LanguageTrainer(settings, HQLTConfig(vocab_size=256, **CONFIG), text, tmp_path, ranks).bits_per_byte(
+            "validation"
+        )
     torch.testing.assert_close(sums[0], sums[1] + sums[2])
 
 
 @pytest.mark.parametrize(
     ("changes", "settings", "named"),
     [
-        ({"window": 5}, {}, r"model\.window: 4, not 5\."),
-        ({}, {"length": 12}, "length: 24, not 12"),
+        ({"window": 5}, {}, r"model\.window: expected 4, got 5\."),
+        ({}, {"length": 12}, "length: expected 24, got 12"),
         ({}, {"seed": 1}, "seed"),
     ],
 )
@@ -137,7 +139,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(text, run, dama
         (tensors if damage == "missing" else newest / "trainer.json").unlink()
     else:
         (newest / "trainer.json").write_bytes(damage.encode(errors="surrogateescape"))
-    with pytest.raises(ValueError, match=r"step-00000006.*remove step-00000006 to go on from the checkpoint before"):
+    with pytest.raises(ValueError, match=r"step-00000006.*remove step-00000006 to resume from the checkpoint before"):
         trainer(text, run).resume()
     shutil.rmtree(newest)
     assert trainer(text, run).resume() == 4
@@ -168,7 +170,7 @@ def test_a_full_disk_is_told_and_the_last_checkpoint_stands(text, run):
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
-        with pytest.raises(OSError, match=r"step-00000008: could not be written .*step-00000006 is whole"):
+        with pytest.raises(OSError, match=r"step-00000008: could not be written .*step-00000006 is intact"):
             for _ in training.train():
                 pass
     finally:
@@ -188,7 +190,7 @@ def test_a_damaged_shard_is_refused(text, tmp_path):
 
 def test_a_vocabulary_that_is_too_small_is_refused(text, tmp_path):
     with pytest.raises(ValueError, match=r"give --model.vocab_size=256"):
-        Trainer(TrainSettings(length=24), HQLTConfig(vocab_size=100, **CONFIG), text, tmp_path, ALONE)
+        LanguageTrainer(TrainSettings(length=24), HQLTConfig(vocab_size=100, **CONFIG), text, tmp_path, ALONE)
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(text, tmp_path):
@@ -211,7 +213,7 @@ def test_carried_memory_is_one_long_sequence(text, tmp_path):
     ("settings", "message"),
     [
         ({"batch_size": 3}, "multiple of the 2 processes"),
-        ({"micro_batch_size": 3}, "divisor of the 8 rows"),
+        ({"micro_batch_size": 3}, "divisor of 8, the number of rows"),
         ({"steps": 0}, "steps: expected a whole number of at least 1"),
         ({"learning_rate": 0.0}, "learning_rate: expected a number above 0"),
         ({"learning_rate": -1.0}, "learning_rate: expected a number above 0"),
@@ -246,13 +248,13 @@ def documents(folder, *texts):
 
 
 def test_documents_of_one_token_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="data: expected documents of two tokens or more"):
+    with pytest.raises(ValueError, match="data: expected documents of at least two tokens"):
         trainer(documents(tmp_path, *"abcdefghij"), tmp_path, length=1, batch_size=1)
 
 
 def test_windows_without_a_token_to_predict_are_refused_and_batches_of_them_skipped(tmp_path):
     data = documents(tmp_path, *(f"{chr(65 + i)}{chr(66 + i)}" for i in range(40)))  # four for validation
-    with pytest.raises(ValueError, match="length: expected windows with a token to be predicted in "):
+    with pytest.raises(ValueError, match="length: expected windows with at least one token to predict in "):
         trainer(data, tmp_path, length=1, validation_rows=1)
     training = trainer(data, tmp_path, length=1, batch_size=1, steps=20)
     told = list(training.updates())

@@ -191,7 +191,7 @@ def test_random_layers_and_changed_settings(teacher, text, whole, tmp_path):
     ours, theirs = (load_file(tmp_path / run / "model" / "model.safetensors") for run in ("again", "run"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert json.loads((tmp_path / "again" / "results.json").read_text())["rows"] == []
-    with pytest.raises(SystemExit, match=r"is of a run with another distill.learning_rate"):
+    with pytest.raises(SystemExit, match=r"belongs to a run with another distill.learning_rate"):
         retrofit(teacher, text, whole, "--tune.tokens=480", "--tune.length=20", "--distill.learning_rate=0.1")
 
 

@@ -1,6 +1,6 @@
-"""Language models from scratch: the same loop on a laptop and on many GPUs."""
+"""Training language models from scratch, with the same loop on a laptop and on many GPUs."""
 
 from hqlt.train.language.settings import TrainSettings
-from hqlt.train.language.trainer import Trainer, Update
+from hqlt.train.language.trainer import LanguageTrainer, Update
 
-__all__ = ["TrainSettings", "Trainer", "Update"]
+__all__ = ["LanguageTrainer", "TrainSettings", "Update"]

@@ -1,4 +1,4 @@
-"""Checkpoints by torch's DCP: one safetensors file a rank, for any number of ranks, written beside training."""
+"""Checkpoints with torch's DCP: one safetensors file per rank, written asynchronously, for any number of ranks."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from hqlt.disk import unfinished_path
 from hqlt.train.checkpoints import Checkpoints
 from hqlt.train.language.ranks import Ranks
 
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # intended: a single process
 warnings.filterwarnings(
     "ignore", "TypedStorage is deprecated", module="torch.distributed.checkpoint"
-)  # torch 2.9's own
+)  # raised inside torch 2.9
 
 
 class DistributedCheckpoints(Checkpoints):
-    """Of all processes of a run. `save` copies the tensors, and begins to write them."""
+    """Checkpoints that all processes of a run write together, in the background: `save` only copies the tensors."""
 
     def __init__(self, folder: Path, max_to_keep: int, ranks: Ranks) -> None:
         super().__init__(folder, max_to_keep)
         self.ranks = ranks
         self._writing: tuple[Path, Future[Any]] | None = None
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], told: Mapping[str, Any]) -> None:
+    def save(self, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
         self.wait()
         place = self.place(step)
         if self.ranks.first:
-            self.begin(place, told)
+            self.begin(place, metadata)
         self.ranks.wait()
         writer = HuggingFaceStorageWriter(str(unfinished_path(place)), save_distributed=True)
         future = async_save(
-            dict(tensors), storage_writer=writer, process_group=self.ranks.beside, no_dist=self.ranks.mesh is None
+            dict(tensors), storage_writer=writer, process_group=self.ranks.background, no_dist=self.ranks.mesh is None
         )
         assert isinstance(future, Future)
         self._writing = place, future
@@ -58,14 +58,14 @@ class DistributedCheckpoints(Checkpoints):
         self.ranks.wait()
 
     def poll(self) -> None:
-        """To be called by all processes alike."""
+        """Finish the checkpoint if all processes have written it. All processes must call this together."""
         if self._writing is not None and self.ranks.sum([float(self._writing[1].done())])[0] == self.ranks.count:
             self.wait()
 
-    def fill(self, place: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Load into these tensors, whole or sharded over any number of ranks, in place.
+    def load_into(self, place: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Load the checkpoint into these tensors in place; they may be sharded over any number of ranks.
 
-        Raises ValueError where the checkpoint is damaged, or holds others.
+        Raises ValueError if the checkpoint is damaged or has other tensors.
         """
         reader = HuggingFaceStorageReader(str(place))
         try:
@@ -75,7 +75,7 @@ class DistributedCheckpoints(Checkpoints):
 
 
 def _innermost(error: BaseException) -> BaseException:
-    """DCP wraps what went wrong on each rank."""
+    """The original error of a rank, which DCP wraps in its own."""
     if isinstance(error, CheckpointException) and error.failures:
         return next(iter(error.failures.values()))[0]
     return error

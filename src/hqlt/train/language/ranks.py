@@ -1,4 +1,4 @@
-"""One process or many: who is there, and a model spread over them (torchrun, FSDP2)."""
+"""The processes of a run, and the distribution of a model over them (torchrun, FSDP2)."""
 
 from __future__ import annotations
 
@@ -21,23 +21,25 @@ from hqlt.train.language.settings import TrainSettings
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a run, and this one among them."""
+    """The processes of a run, and the index of this one."""
 
     rank: int
+    """Index of this process."""
     count: int
+    """Number of processes."""
     device: torch.device
     mesh: DeviceMesh | None = None
-    """How weights are spread: ("replicate", "shard") or ("shard",); None: one process that shards nothing."""
-    beside: dist.ProcessGroup | None = None
-    """The same processes once more, for what talks beside training: two threads must not share a group."""
+    """How weights are sharded: ("replicate", "shard") or ("shard",); None: a single process without sharding."""
+    background: dist.ProcessGroup | None = None
+    """A second group of the same processes, for background threads: two threads must not share a group."""
 
     @property
     def first(self) -> bool:
-        """Whether this process prints and writes what there is once."""
+        """Whether this is the process that prints and writes shared files."""
         return self.rank == 0
 
     def sum(self, numbers: Sequence[float]) -> list[float]:
-        """Each number, summed over processes."""
+        """The sum of each number over all processes."""
         if self.count == 1:
             return list(numbers)
         total = torch.tensor(numbers, dtype=torch.float64)  # on the CPU: gloo
@@ -45,16 +47,16 @@ class Ranks:
         return [float(number) for number in total]
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait for all processes."""
         if self.count > 1:
             dist.barrier()
 
 
 @contextlib.contextmanager
 def join(settings: TrainSettings, device: str | None = None) -> Iterator[Ranks]:
-    """The processes that torchrun started, or this one alone. device: cuda where there is one, else cpu.
+    """Join the processes that torchrun started; otherwise use this process alone. device: default: cuda if available.
 
-    Raises ValueError for a device that is not here, and for settings that do not come out even.
+    Raises ValueError if the device is not available, or if batch or sharding settings do not divide evenly.
     """
     rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     kind = usable_device(device).type
@@ -84,19 +86,21 @@ def join(settings: TrainSettings, device: str | None = None) -> Iterator[Ranks]:
 
 
 def is_sharded(settings: TrainSettings, count: int) -> bool:
-    """FSDP2 serves many processes, and one in bfloat16: float32 weights, computed with in bfloat16."""
+    """Whether FSDP2 is used: with several processes, and in bfloat16 (float32 weights, bfloat16 computation)."""
     return count > 1 or settings.precision != "float32"
 
 
 def enable_activation_checkpointing(model: nn.Module) -> None:
-    """Blocks keep only their input, and compute the rest again for the gradient."""
-    new_name = getattr(model, "activation_checkpointing_enable", None)  # of transformers 5.23; the old one goes with 6
+    """Make blocks save only their input and recompute activations in the backward pass."""
+    new_name = getattr(
+        model, "activation_checkpointing_enable", None
+    )  # transformers 5.23; the old name is removed in 6
     enable: Any = new_name or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
 
 def parallelize(model: nn.Module, settings: TrainSettings, ranks: Ranks) -> nn.Module:
-    """The model on its device: activation checkpoints, compiled blocks and sharded weights as the settings say."""
+    """Move the model to its device; enable activation checkpointing, compiled blocks and sharding as configured."""
     blocks: nn.ModuleList = model.model.layers  # type: ignore[assignment, union-attr]
     if settings.activation_checkpointing:
         enable_activation_checkpointing(model)
@@ -109,7 +113,7 @@ def parallelize(model: nn.Module, settings: TrainSettings, ranks: Ranks) -> nn.M
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if settings.precision == "bfloat16" else None,
         reduce_dtype=torch.float32,
-        cast_forward_inputs=False,  # tokens are integers, and carried fast weights stay float32
+        cast_forward_inputs=False,  # tokens are integers; carried fast weights stay in float32
     )
     for module in (*blocks, model):
         fully_shard(module, mesh=ranks.mesh, mp_policy=policy)
@@ -130,5 +134,5 @@ def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's rows of a tensor."""
+    """This process's shard of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

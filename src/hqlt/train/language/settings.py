@@ -1,4 +1,4 @@
-"""What a training run is: a model, data, an optimiser and how it is spread over processes."""
+"""Settings of a training run: model, data, optimizer and parallelism."""
 
 from __future__ import annotations
 
@@ -11,60 +11,60 @@ from hqlt.train.schedule import warmup_then_cosine
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """The defaults train the smallest preset on the standard library's source, in minutes on a laptop."""
+    """Settings of `hqlt train`. The defaults train the smallest preset within minutes on a laptop."""
 
     preset: str = "tiny"
-    """The model: hqlt-340m, deltanet-1.3b … (see `hqlt.preset`)."""
+    """Name of the model, such as hqlt-340m or deltanet-1.3b (see `hqlt.preset`)."""
     model: dict[str, Any] = field(default_factory=dict)
-    """Fields of HQLTConfig that differ from the preset: --model.window=128."""
+    """Fields of HQLTConfig that override the preset, such as --model.window=128."""
     data: str = "python-library"
-    """A text file, whose last tenth is held out for validation; a folder that `hqlt data prepare` wrote; or
-    python-library. What is not prepared yet is prepared, as bytes."""
+    """A text file, whose last tenth is held out for validation; a folder written by `hqlt data prepare`; or
+    python-library. Text that is not prepared yet is tokenized as bytes."""
     length: int = 256
-    """Tokens in a sequence."""
+    """Tokens per sequence."""
     batch_size: int = 16
-    """Sequences in an update, over all processes."""
+    """Sequences per update, over all processes."""
     micro_batch_size: int | None = None
-    """Sequences that a process takes at once, to save memory; null: all of its own."""
+    """Sequences per forward pass of a process, to save memory; null: all of its sequences."""
     steps: int = 600
-    """Updates."""
+    """Number of optimizer updates."""
     carry_state: bool = False
-    """Truncated back-propagation through time: rows read contiguous text, and the memory goes on between batches."""
+    """Truncated backpropagation through time: rows read contiguous text, and the state is carried between batches."""
 
     learning_rate: float = 3e-3
-    """Peak of the schedule: linear warm-up, then a cosine."""
+    """Peak learning rate; the schedule is linear warmup, then cosine decay."""
     warmup_steps: int | None = None
-    """Updates until the peak; null: 60, or a tenth of the steps where that is less."""
+    """Warmup length in updates; null: 60, or a tenth of the steps if that is less."""
     min_lr_ratio: float = 0.1
-    """What the learning rate falls to at the end, as a share of its peak."""
+    """Final learning rate as a share of the peak."""
     weight_decay: float = 0.1
-    """AdamW's, on matrices; norms, convolutions and embeddings have none."""
+    """AdamW weight decay of linear layers; norms, convolutions and embeddings are not decayed."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's."""
+    """AdamW betas."""
     eps: float = 1e-8
-    """AdamW's."""
+    """AdamW epsilon."""
     max_grad_norm: float = 1.0
-    """Greatest norm of a gradient; a longer one is shortened to it."""
+    """Maximum gradient norm; larger gradients are scaled down."""
     seed: int = 0
-    """Of weights and of the order of the data."""
+    """Seed of the initial weights and of the data order."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of activations and of the weights they meet; the weights that are kept, and their gradients, are float32."""
+    """Precision of the computation; stored weights and their gradients are float32."""
     activation_checkpointing: bool = False
-    """Whether blocks keep only their input, and compute the rest again for the gradient."""
+    """Whether blocks save only their input and recompute activations in the backward pass."""
     compile: bool = False
-    """Whether blocks go through torch.compile."""
+    """Whether blocks are compiled with torch.compile."""
     shard_over: int | None = None
-    """Processes that hold one copy of the weights together; null: all. Fewer: hybrid sharding."""
+    """Number of processes that share one copy of the weights; null: all. Fewer than all: hybrid sharding."""
 
     save_every: int = 200
-    """Updates from checkpoint to checkpoint; there is one at the end in any case."""
+    """Updates between checkpoints; one is always saved at the end."""
     keep_checkpoints: int = 2
-    """How many checkpoints stay, the newest."""
+    """Number of checkpoints to keep; older ones are removed."""
     validate_every: int = 100
-    """Updates from validation to validation; there is one at the end in any case."""
+    """Updates between validations; there is always one at the end."""
     validation_rows: int = 64
-    """Sequences in the validation set; as many are tested, once, at the end."""
+    """Number of validation sequences; the same number is used for the test at the end."""
 
     def __post_init__(self) -> None:
         check_ranges(self, length=COUNT, batch_size=COUNT, steps=COUNT, micro_batch_size=COUNT, shard_over=COUNT)
@@ -78,19 +78,20 @@ class TrainSettings:
 
     @property
     def num_warmup_steps(self) -> int:
+        """Warmup length in updates, with the default resolved."""
         return min(60, self.steps // 10) if self.warmup_steps is None else self.warmup_steps
 
     def learning_rate_at(self, step: int) -> float:
-        """step counts from 0."""
+        """The learning rate at a step, counted from 0."""
         share = warmup_then_cosine(
             step, warmup_steps=self.num_warmup_steps, steps=self.steps, min_ratio=self.min_lr_ratio
         )
         return self.learning_rate * share
 
     def micro_batches(self, ranks: int) -> tuple[int, int]:
-        """→ how many micro-batches a process takes in an update, and the rows of each.
+        """The number of micro-batches per process and update, and the rows of each.
 
-        Raises ValueError where the batch does not come out even.
+        Raises ValueError if the batch does not divide evenly.
         """
         if self.batch_size % ranks:
             raise ValueError(f"batch_size: expected a multiple of the {ranks} processes, got {self.batch_size}")
@@ -98,7 +99,7 @@ class TrainSettings:
         rows = self.micro_batch_size or own
         if own % rows:
             raise ValueError(
-                f"micro_batch_size: expected a divisor of the {own} rows that each of {ranks} processes has of a batch "
-                f"of {self.batch_size}, got {rows}"
+                f"micro_batch_size: expected a divisor of {own}, the number of rows per process (batch size "
+                f"{self.batch_size}, {ranks} processes), got {rows}"
             )
         return own // rows, rows

@@ -1,4 +1,4 @@
-"""Text on its way in and out of a run: a file that becomes tokens, and what the trained model writes."""
+"""Text of a run: preparing a text file as training data, and a sample of the trained model."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ if TYPE_CHECKING:
     from hqlt.model import HQLTForCausalLM
 
 HELD_OUT = 0.1
-"""The share at the end of a text that is for validation."""
+"""Share at the end of a text that is held out for validation."""
 PROMPT_TOKENS, TOKENS, TEMPERATURE, SEED = 48, 240, 0.8, 0
-"""Of a sample."""
+"""Parameters of the sample."""
 
 
 def prepare_file(file: Path, folder: Path, tokenizer: str | Path = "bytes") -> Path:
-    """The tokens of a file of documents, in the folder `data` within the given one.
+    """Tokenize a file into the folder `data` within the given folder, and return it.
 
-    A text is one document. It is cut once, at the end of a line near nine tenths of it, so that no held-out text stands
-    between pieces of training text; both parts are kept beside the tokens, in `text`. Of other files (JSON lines,
-    Parquet), documents are held out as `hqlt data prepare` does.
+    A text file is one document. It is split once, at a line end near nine tenths of it, so that training and validation
+    text are contiguous; both parts are saved in `text` within the folder. For other files (JSON Lines, Parquet),
+    documents are held out as by `hqlt data prepare`.
 
-    Raises ValueError for a file without text, and where the folder has the tokens of other text.
+    Raises ValueError for a file without text, and if the folder has tokens of another text.
     """
     (part,) = parts_of(file, validation_share=0, test_share=0)
     if not isinstance(part.source, TextFiles):
         prepare(file, folder / "data", tokenizer=tokenizer)
         return folder / "data"
-    parts = cut("".join(part.source), file)
+    parts = split_text("".join(part.source), file)
     for name, text in parts.items():
-        there = folder / "text" / f"{name}.txt"
-        if there.exists() and there.read_bytes() != text.encode():
-            raise ValueError(f"{file}: was changed since {folder} was begun; give another --folder")
+        saved = folder / "text" / f"{name}.txt"
+        if saved.exists() and saved.read_bytes() != text.encode():
+            raise ValueError(f"{file}: has changed since the run in {folder} was started; give another --folder")
     for name, text in parts.items():
         (folder / "text").mkdir(exist_ok=True)
         write_atomic(folder / "text" / f"{name}.txt", text.encode())
@@ -45,8 +45,8 @@ def prepare_file(file: Path, folder: Path, tokenizer: str | Path = "bytes") -> P
     return folder / "data"
 
 
-def cut(text: str, file: Path) -> dict[str, str]:
-    """By split: the beginning and the rest of a text."""
+def split_text(text: str, file: Path) -> dict[str, str]:
+    """The training part and the validation part of a text, by split."""
     if len(text) < 2:
         raise ValueError(f"{file}: expected a text, got a file of {len(text)} characters")
     near = min(max(round(len(text) * (1 - HELD_OUT)), 1), len(text) - 1)
@@ -56,11 +56,11 @@ def cut(text: str, file: Path) -> dict[str, str]:
 
 
 def sample_of(model: HQLTForCausalLM, files: TokenFiles, name: str) -> dict[str, Any]:
-    """What a model continues the beginning of some text with: prompt, text, and how it was drawn."""
+    """A sample of the model: the prompt from some text, its continuation, and the sampling parameters."""
     from hqlt.language import generation
 
     tokens = files.read(0, min(PROMPT_TOKENS, len(files)))[0].tolist()
-    said: list[str] = []
+    pieces: list[str] = []
     eos = files.tokenizer.eos_ids
     generation.continue_text(
         model,
@@ -69,12 +69,12 @@ def sample_of(model: HQLTForCausalLM, files: TokenFiles, name: str) -> dict[str,
         temperature=TEMPERATURE,
         seed=SEED,
         eos=eos,
-        streamer=generation.TextStreamer(files.tokenizer, 1, eos, lambda row, text: said.append(text)),
+        streamer=generation.TextStreamer(files.tokenizer, 1, eos, lambda row, text: pieces.append(text)),
     )
     return {
         "model": name,
         "temperature": TEMPERATURE,
         "seed": SEED,
         "prompt": printable(files.tokenizer.decode(tokens)),
-        "text": printable("".join(said)),
+        "text": printable("".join(pieces)),
     }

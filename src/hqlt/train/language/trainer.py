@@ -1,4 +1,4 @@
-"""The loop: read, predict, correct, keep. One process or many run the same lines."""
+"""The training loop for language models, the same for one process and for many."""
 
 from __future__ import annotations
 
@@ -26,33 +26,33 @@ from hqlt.train.language.cost import flops_per_token, peak_flops
 from hqlt.train.language.ranks import Ranks, gradient_sync, local, parallelize
 from hqlt.train.language.settings import TrainSettings
 from hqlt.train.live import memory_in_use
-from hqlt.train.run import Trainer as Base
+from hqlt.train.run import Trainer
 
-FIXED = ("length", "batch_size", "seed", "carry_state")
-"""Settings that a checkpoint's place in the data depends on; others may change when a run goes on."""
+FIXED_SETTINGS = ("length", "batch_size", "seed", "carry_state")
+"""Settings that determine the position in the data; others may change when a run is resumed."""
 
 PATIENCE = 50
-"""Updates in a row with gradients that are not finite, after which training ends."""
-KEPT = ("exp_avg", "exp_avg_sq")
-"""What AdamW keeps of each weight."""
+"""Training stops after this many consecutive updates with gradients that are not finite."""
+OPTIMIZER_STATE = ("exp_avg", "exp_avg_sq")
+"""AdamW's state tensors of each weight."""
 
 
 class Update(NamedTuple):
-    """What is told after an update."""
+    """Metrics after an update."""
 
     step: int
-    """Updates done, skipped ones included."""
+    """Number of updates so far, including skipped ones."""
     loss: float
-    """Nats per scored token."""
+    """Training loss, nats per scored token."""
     gradient_norm: float
-    """Before clipping."""
+    """Gradient norm before clipping."""
     learning_rate: float
     tokens: int
-    """Seen since the run began, over all processes."""
+    """Training tokens so far, over all processes."""
     skipped: int
-    """Updates skipped so far, because a gradient was not finite or no token was scored."""
+    """Updates skipped so far because a gradient was not finite or no token was scored."""
     validation: float | None = None
-    """Bits per byte of the validation text, where it was measured."""
+    """Bits per byte of the validation text; None: not measured at this step."""
 
     @property
     def units(self) -> int:
@@ -62,13 +62,13 @@ class Update(NamedTuple):
         return self._asdict()
 
 
-class Trainer(Base[Update]):
-    """A model, its optimiser and its place in the data.
+class LanguageTrainer(Trainer[Update]):
+    """A model, its optimizer and its position in the data.
 
-    Nothing in its checkpoints depends on how many processes wrote them: batch i holds the same rows for any number of
-    ranks, and weights are whole once loaded.
+    Checkpoints do not depend on the number of processes: batch i has the same rows for any number of ranks, and weights
+    are saved unsharded.
 
-    Raises ValueError for data that do not suit the model, and for a checkpoint of another run.
+    Raises ValueError for data that does not fit the model, and for a checkpoint of another run.
     """
 
     kind, unit = "language", "tokens"
@@ -81,15 +81,15 @@ class Trainer(Base[Update]):
         train = TokenFiles(data, "train")
         if len(train) <= train.documents:
             raise ValueError(
-                f"data: expected documents of two tokens or more, the second to be predicted from the first, got "
-                f"{train.documents} of one token in {train.folder}"
+                f"data: expected documents of at least two tokens, as the first one is not predicted, got "
+                f"{train.documents} documents of one token in {train.folder}"
             )
-        there = [split for split in SPLITS if train.manifest.splits.get(split)]
-        self.splits = {split: TokenFiles(data, split) for split in there}
-        self.held_out = {split: Windows(self.splits[split], settings.length) for split in there if split != "train"}
+        present = [split for split in SPLITS if train.manifest.splits.get(split)]
+        self.splits = {split: TokenFiles(data, split) for split in present}
+        self.held_out = {split: Windows(self.splits[split], settings.length) for split in present if split != "train"}
         if train.vocab_size > config.vocab_size:
             raise ValueError(
-                f"data: expected tokens of a vocabulary of at most {config.vocab_size}, which the model has, got "
+                f"data: expected a vocabulary of at most {config.vocab_size} tokens, that of the model, got "
                 f"{train.vocab_size}; give --model.vocab_size={train.vocab_size}"
             )
         self._refuse_unscored()
@@ -103,7 +103,7 @@ class Trainer(Base[Update]):
         self.model: Any = parallelize(HQLTForCausalLM(config), settings, ranks)
         self.size = sum(parameter.numel() for parameter in self.model.parameters())
         self.parameters = dict(self.model.named_parameters())
-        fused = self.device.type == "cuda"  # one kernel for all weights, instead of some ten passes over them
+        fused = self.device.type == "cuda"  # one kernel for all weights instead of about ten passes
         self.optimiser = torch.optim.AdamW(
             parameter_groups(self.model, settings.weight_decay),
             lr=settings.learning_rate,
@@ -111,51 +111,51 @@ class Trainer(Base[Update]):
             eps=settings.eps,
             fused=fused,
         )
-        for parameter in self.parameters.values():  # as AdamW itself does at its first step: all is there to be loaded
-            kept = {name: torch.zeros_like(parameter) for name in KEPT}
+        for parameter in self.parameters.values():  # as in AdamW's first step, so that checkpoints can be loaded
+            moments = {name: torch.zeros_like(parameter) for name in OPTIMIZER_STATE}
             step = torch.zeros((), device=self.device if fused else "cpu")
-            self.optimiser.state[parameter] = {"step": step, **kept}
+            self.optimiser.state[parameter] = {"step": step, **moments}
         self.skipped, self.skipped_in_a_row = 0, 0
         self.loss: float | None = None
-        """Of the last update; None before the first one here."""
+        """Loss of the last update; None before the first update of this process."""
         self.caches: list[HQLTCache] = []
-        """The memories of each micro-batch's rows, where they are carried."""
+        """The carried states of each micro-batch; empty if states are not carried."""
         self.checkpoints = DistributedCheckpoints(folder / "checkpoints", settings.keep_checkpoints, ranks)
         self._peak: float | None = None
         self._flops = 0.0
 
     def updates(self) -> Iterator[Update]:
-        """Raises ValueError too, once training diverged."""
+        """See `Trainer`. Also raises ValueError if training diverged."""
         while self.step < self.settings.steps:
-            told = self.update()
+            update = self.update()
             if self.every(self.settings.validate_every):
-                told = told._replace(validation=self.bits_per_byte("validation"))
-            yield told
+                update = update._replace(validation=self.bits_per_byte("validation"))
+            yield update
             if self.skipped_in_a_row == PATIENCE:
                 self.refuse_diverged(None, math.nan)
             if self.step < self.settings.steps:
                 self.stop_if_asked()
 
     def every(self, steps: int) -> bool:
-        """Whether now is one of every so many steps, or the last of all."""
+        """Whether the current step is a multiple of `steps`, or the last one."""
         return self.step % steps == 0 or self.step == self.settings.steps
 
-    def due(self, told: Update) -> bool:
+    def due(self, update: Update) -> bool:
         return self.every(self.settings.save_every)
 
     def stop_if_asked(self) -> None:
-        """Raises Stopped where a signal reached any process."""
+        """Raises Stopped if any process received a signal."""
         if self.ranks.sum([float(bool(self.signals))])[0] > 0:
-            stop_if_asked(self.signals or [signal.SIGTERM])  # none here: another process got it
+            stop_if_asked(self.signals or [signal.SIGTERM])  # empty if another process received the signal
 
     def update(self) -> Update:
-        """One batch: its loss is the mean over all scored tokens of all processes.
+        """Train on one batch. The loss is the mean over the scored tokens of all processes.
 
-        Where a gradient is not finite, or no token of the batch is scored, the weights stay as they are, and so do
-        carried memories: they go on without what this batch said.
+        If a gradient is not finite or no token of the batch is scored, the update is skipped: weights and carried
+        states do not change.
         """
         settings, ranks = self.settings, self.ranks
-        memories = [cache.fork() for cache in self.caches]
+        previous = [cache.fork() for cache in self.caches]
         batches = self._batches(self.step)
         scored = ranks.sum([float(sum((batch.targets != IGNORE).sum() for batch in batches))])[0]
         rate = settings.learning_rate_at(self.step)
@@ -167,7 +167,7 @@ class Trainer(Base[Update]):
         for i, batch in enumerate(batches):
             with gradient_sync(self.model, enabled=i + 1 == len(batches)):
                 part = self._summed_loss(batch, i) / (scored or math.nan)
-                (part * ranks.count).backward()  # FSDP takes the mean over processes
+                (part * ranks.count).backward()  # FSDP averages over processes
             loss += part.item()
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), settings.max_grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -178,24 +178,24 @@ class Trainer(Base[Update]):
         else:
             self.skipped += 1
             self.skipped_in_a_row += 1
-            self.caches = memories
+            self.caches = previous
         self.step += 1
         tokens = self.step * settings.batch_size * settings.length
         return Update(self.step, loss, norm.item(), rate, tokens, self.skipped)
 
     def _refuse_unscored(self) -> None:
-        """Raises ValueError where held-out text would be read, and none of it scored."""
+        """Raises ValueError if no token of the held-out windows would be scored."""
         for split, windows in self.held_out.items():
             rows = min(self.settings.validation_rows, len(windows))
             if (windows.batch(0, rows).targets == IGNORE).all():
                 raise ValueError(
-                    f"length: expected windows with a token to be predicted in {split} text, got none in {rows} "
-                    f"windows of {self.settings.length + 1} tokens of {windows.files.folder}; give a greater --length "
-                    f"or --validation-rows"
+                    f"length: expected windows with at least one token to predict in the {split} split, got none in "
+                    f"{rows} windows of {self.settings.length + 1} tokens of {windows.files.folder}; give a greater "
+                    f"--length or --validation-rows"
                 )
 
     def _batches(self, index: int) -> list[Batch]:
-        """This process's rows of a batch, as micro-batches."""
+        """This process's rows of a batch, split into micro-batches."""
         ranks = self.ranks
         if isinstance(self.source, Stream):
             batch = self.source.batch(index, ranks.rank, ranks.count)
@@ -204,7 +204,7 @@ class Trainer(Base[Update]):
         return [part.to(ranks.device) for part in batch.split(self.micro_rows)]
 
     def _summed_loss(self, batch: Batch, i: int) -> Tensor:
-        """In nats, over the scored tokens of the i-th micro-batch."""
+        """Summed loss of the scored tokens of the i-th micro-batch, in nats."""
         if not self.settings.carry_state:
             return self._loss(batch, use_cache=False)
         if len(self.caches) <= i:
@@ -212,29 +212,29 @@ class Trainer(Base[Update]):
         return self._loss(batch, past_key_values=self.caches[i].detach(), use_cache=True)
 
     def _loss(self, batch: Batch, **cache: Any) -> Tensor:
-        """In nats, summed over scored tokens."""
-        given = {"shift_labels": batch.targets, "skip_logits": True, "num_items_in_batch": 1}
-        loss: Tensor = self.model(batch.inputs, resets=batch.resets, **given, **cache).loss
+        """Summed loss of the scored tokens, in nats."""
+        options = {"shift_labels": batch.targets, "skip_logits": True, "num_items_in_batch": 1}
+        loss: Tensor = self.model(batch.inputs, resets=batch.resets, **options, **cache).loss
         return loss
 
     @torch.no_grad()
     def bits_per_byte(self, name: Split) -> float | None:
-        """Over the split's first `validation_rows` windows, in an order that is the same for all runs.
+        """Bits per byte on the first `validation_rows` windows of a split, in an order that is the same for all runs.
 
-        None: the data hold no such split. The same for any number of processes: windows are taken until each has as
-        many, and those beyond the last are not scored.
+        None: the data has no such split. The result does not depend on the number of processes: if the windows do not
+        divide evenly, additional windows are read but not scored.
         """
         if name not in self.held_out:
             return None
         files, windows, ranks = self.splits[name], self.held_out[name], self.ranks
         rows = min(self.settings.validation_rows, len(windows))
-        even = -(-rows // ranks.count) * ranks.count
-        mine = windows.batch(0, even, ranks.rank, ranks.count)
-        beyond = torch.tensor([row >= rows for row in rows_of_rank(even, ranks.rank, ranks.count)])
-        mine.targets[beyond] = IGNORE
+        padded = -(-rows // ranks.count) * ranks.count
+        own = windows.batch(0, padded, ranks.rank, ranks.count)
+        unscored = torch.tensor([row >= rows for row in rows_of_rank(padded, ranks.rank, ranks.count)])
+        own.targets[unscored] = IGNORE
         self.model.eval()
         total, scored = 0.0, 0.0
-        for part in mine.split(self.micro_rows):
+        for part in own.split(self.micro_rows):
             batch = part.to(ranks.device)
             total += self._loss(batch, use_cache=False).item()
             scored += float((batch.targets != IGNORE).sum())
@@ -244,39 +244,39 @@ class Trainer(Base[Update]):
     # Checkpoints.
 
     def tensors(self) -> dict[str, Tensor]:
-        return self._weights() | self._memories()
+        return self._weights() | self._states()
 
     def metadata(self) -> dict[str, Any]:
         return {"skipped": self.skipped}
 
     def identity(self) -> dict[str, Any]:
         files = self.splits["train"]
-        settings = {name: getattr(self.settings, name) for name in FIXED}
+        settings = {name: getattr(self.settings, name) for name in FIXED_SETTINGS}
         return {"model": model_fields(self.config), "data": files.digest, **settings}
 
-    def restore(self, place: Path, told: Mapping[str, Any]) -> None:
-        step, skipped = int(told["step"]), int(told["skipped"])
-        self.checkpoints.fill(place, self._weights())
+    def restore(self, place: Path, metadata: Mapping[str, Any]) -> None:
+        step, skipped = int(metadata["step"]), int(metadata["skipped"])
+        self.checkpoints.load_into(place, self._weights())
         if self.settings.carry_state:
-            self._begin_caches()  # with the weights loaded: FSDP keeps some of them gathered after a call
-            memories = self._memories()
-            self.checkpoints.fill(place, memories)
-            self._take_caches(memories)
+            self._init_caches()  # after loading the weights: FSDP keeps some of them gathered after a call
+            states = self._states()
+            self.checkpoints.load_into(place, states)
+            self._set_caches(states)
         for parameter in self.parameters.values():
             self.optimiser.state[parameter]["step"].fill_(step - skipped)
         self.step, self.skipped = step, skipped
 
     def _weights(self) -> dict[str, Tensor]:
-        """Weights, and what the optimiser keeps of each."""
+        """The weights, and the optimizer state of each one."""
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             tensors[f"model.{name}"] = parameter.detach()
-            for kept in KEPT:
-                tensors[f"optimiser.{name}.{kept}"] = self.optimiser.state[parameter][kept]
+            for moment in OPTIMIZER_STATE:
+                tensors[f"optimiser.{name}.{moment}"] = self.optimiser.state[parameter][moment]
         return tensors
 
-    def _memories(self) -> dict[str, Tensor]:
-        """Carried memories, [rows of all processes, …]; nothing where none are carried."""
+    def _states(self) -> dict[str, Tensor]:
+        """The carried states, [rows of all processes, …]; empty if states are not carried."""
         tensors: dict[str, Tensor] = {}
         if self.caches:
             for layer, states in enumerate(zip(*(cache.states for cache in self.caches), strict=True)):
@@ -291,15 +291,15 @@ class Trainer(Base[Update]):
         return DTensor.from_local(rows.contiguous(), mesh, [Shard(0)] * mesh.ndim, run_check=False)
 
     @torch.no_grad()
-    def _begin_caches(self) -> None:
-        """Memories of the right shapes, to be filled."""
+    def _init_caches(self) -> None:
+        """Create caches of the right shapes."""
         self.model.eval()
         for batch in self._batches(0):
             self.caches.append(HQLTCache())
             self.model(batch.inputs, resets=batch.resets, past_key_values=self.caches[-1], use_cache=True)
 
-    def _take_caches(self, tensors: dict[str, Tensor]) -> None:
-        """The loaded memories, each micro-batch its rows."""
+    def _set_caches(self, tensors: dict[str, Tensor]) -> None:
+        """Distribute the loaded states to the caches of the micro-batches."""
         for i, cache in enumerate(self.caches):
             rows = slice(i * self.micro_rows, (i + 1) * self.micro_rows)
             cache.states = tuple(
@@ -307,7 +307,7 @@ class Trainer(Base[Update]):
                 for n, (block, state) in enumerate(zip(self.model.model.layers, cache.states, strict=True))
             )
 
-    # What is said of it.
+    # Reporting.
 
     def title(self) -> str:
         count = self.ranks.count
@@ -325,34 +325,34 @@ class Trainer(Base[Update]):
             "processes": self.ranks.count,
         }
 
-    def status(self, told: Update, speed: float) -> list[str]:
-        """Loss, speed, share of the processors' peak, gradient, memory."""
-        words = [f"loss {told.loss:.3f} nats/token", f"{speed:,.0f} tokens/s"]
+    def status(self, update: Update, speed: float) -> list[str]:
+        """Loss, speed, share of peak performance, gradient norm, memory."""
+        values = [f"loss {update.loss:.3f} nats/token", f"{speed:,.0f} tokens/s"]
         if not self._flops:
             self._flops, self._peak = flops_per_token(self.config, self.settings.length), peak_flops(self.device)
         if self._peak:
-            words.append(f"{100 * speed * self._flops / (self._peak * self.ranks.count):.0f}% of peak")
-        words += [f"gradient {told.gradient_norm:.2f}", f"{memory_in_use(self.device) / 2**20:,.0f} MiB"]
-        if told.skipped:
-            words.insert(1, f"{told.skipped} updates skipped")
-        return words
+            values.append(f"{100 * speed * self._flops / (self._peak * self.ranks.count):.0f}% of peak")
+        values += [f"gradient {update.gradient_norm:.2f}", f"{memory_in_use(self.device) / 2**20:,.0f} MiB"]
+        if update.skipped:
+            values.insert(1, f"{update.skipped} updates skipped")
+        return values
 
-    def message(self, told: Update) -> str | None:
-        return None if told.validation is None else f"validation {told.validation:.4f} bits/byte"
+    def message(self, update: Update) -> str | None:
+        return None if update.validation is None else f"validation {update.validation:.4f} bits/byte"
 
     def refuse_diverged(self, loss: float | None, validation: float | None) -> None:
-        """Raises ValueError where all updates were skipped, or the score (the loss, without one) is not finite."""
+        """Raises ValueError if all updates were skipped, or the validation score (or else the loss) is not finite."""
         score = loss if validation is None else validation
         if self.skipped < self.step and (score is None or math.isfinite(score)):
             return
         raise ValueError(
-            f"training diverged: {self.skipped} of {self.step} updates were skipped, because their gradients were not "
-            f"finite, and the loss no longer is; give a smaller --learning-rate than {self.settings.learning_rate:g} "
-            f"or a longer --warmup-steps, and another --folder"
+            f"training diverged: {self.skipped} of {self.step} updates were skipped because their gradients were not "
+            f"finite, and the loss is not finite either; give a --learning-rate below {self.settings.learning_rate:g} "
+            f"or more --warmup-steps, and another --folder"
         )
 
     def export(self, folder: Path) -> None:
-        """The model as a Hugging Face folder, whole, with its tokenizer. Raises OSError where it cannot be written."""
+        """Save model and tokenizer as a Hugging Face folder. Raises OSError if it cannot be written."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
         from transformers.utils import logging
 
@@ -371,24 +371,24 @@ class Trainer(Base[Update]):
             try:
                 whole.save_pretrained(folder)
             except SafetensorError as error:
-                raise OSError(f"{folder}: could not be written ({error}); the checkpoints are whole") from error
+                raise OSError(f"{folder}: could not be written ({error}); the checkpoints are intact") from error
             tokenizer.save(folder)
         self.ranks.wait()
 
 
 def refuse_unbounded(config: HQLTConfig) -> None:
-    """A memory that is carried without end must not grow without end."""
+    """Raises ValueError if the carried state would grow without limit."""
     for layer, kind in enumerate(config.kinds):
         if kind != "fw" and config.layer_options(layer)["window"] is None:
             field = {"kv": "kv_window", "hybrid": "window"}[kind]
             raise ValueError(
-                f"carry_state: expected a model whose KV-memory has an end, got {field} none; set model.{field}, for "
-                f"one to the length of a sequence"
+                f"carry_state: expected a model whose KV-memory is bounded, got no {field}; set model.{field}, for "
+                f"example to the length of a sequence"
             )
 
 
 def model_fields(config: HQLTConfig) -> dict[str, Any]:
-    """The fields that a model's weights and outputs depend on, as JSON."""
+    """The config fields that the weights and outputs of a model depend on, as JSON."""
     own = {name: getattr(config, name) for name in HQLTConfig.__annotations__ if name in config.to_dict()}
     return {name: value for name, value in own.items() if name not in ("use_cache", "layer_kinds")} | {
         "layer_kinds": config.kinds
