@@ -201,7 +201,7 @@ class TestTasks:
 
     def test_without_a_network_the_error_names_what_needs_none(self, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        monkeypatch.setattr("hqlt.data.network.answers", lambda: False)
+        monkeypatch.setattr("hqlt.data.network.hub_answers", lambda: False)
         monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", "nothing")
         with pytest.raises(
             ValueError, match=r"got https://huggingface\.co does not answer; Conn.* --local FOLDER --tasks"

@@ -305,7 +305,7 @@ def test_another_run_and_a_damaged_checkpoint_are_refused_and_kept(finished, tmp
     place = newest(tmp_path / "run")
     damaged = place / "tensors.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:100])
-    with pytest.raises(SystemExit, match=rf"could not be read .*remove {place.name} to go on"):
+    with pytest.raises(SystemExit, match=rf"could not be read .*remove {place.name} to resume"):
         main(command)
     assert place.exists()
     with pytest.raises(SystemExit):
