@@ -8,7 +8,7 @@ import pytest
 from matplotlib import pyplot
 from PIL import Image
 
-from hqlt.report.plots import MAX_MODELS, figure_of, grouped, passes_through, save, styles_of
+from hqlt.report.plots import MAX_MODELS, figure_of, group_models, passes_through, save, styles_of
 from hqlt.report.table import table_of
 from hqlt.train.grid import as_json
 from tests.report.test_report import RESULTS, result
@@ -28,7 +28,7 @@ def panels_of(results):
     return figure.axes
 
 
-def of_experiment(label, results, **changes):
+def with_experiment(label, results, **changes):
     return [r._replace(cell=dataclasses.replace(r.cell, experiment=label, **changes)) for r in results]
 
 
@@ -54,7 +54,7 @@ def test_many_experiments_fit_and_every_model_has_its_own_color_and_marker():
     results = [
         changed
         for j in range(6)
-        for changed in of_experiment(f"parity {j}", [result(f"model {i}", "parity", i / 10) for i in range(7)])
+        for changed in with_experiment(f"parity {j}", [result(f"model {i}", "parity", i / 10) for i in range(7)])
     ]
     panels = panels_of(results)
     assert len(panels) == 12
@@ -100,19 +100,19 @@ def test_nothing_is_clipped():
 
 def test_more_models_than_can_be_told_apart_take_columns_by_family():
     names = [*(f"Synchronous, window {i}" for i in range(MAX_MODELS)), "DeltaNet", "Transformer", "DeltaNet, RoPE"]
-    assert grouped(names[:MAX_MODELS]) == [names[:MAX_MODELS]]
-    assert grouped(names) == [names[:MAX_MODELS], ["DeltaNet", "DeltaNet, RoPE", "Transformer"]]
-    assert [len(group) for group in grouped([f"A, {i}" for i in range(MAX_MODELS + 1)])] == [MAX_MODELS, 1]
+    assert group_models(names[:MAX_MODELS]) == [names[:MAX_MODELS]]
+    assert group_models(names) == [names[:MAX_MODELS], ["DeltaNet", "DeltaNet, RoPE", "Transformer"]]
+    assert [len(group) for group in group_models([f"A, {i}" for i in range(MAX_MODELS + 1)])] == [MAX_MODELS, 1]
     panels = panels_of([result(name, "parity", 0.5) for name in names])
     assert [len(medians(axes)) for axes in panels] == [MAX_MODELS, 3, MAX_MODELS, 3]
-    for group in grouped(names):
+    for group in group_models(names):
         assert len({(style["color"], style["linestyle"]) for style in styles_of(group).values()}) == len(group)
     assert [axes.get_legend() is not None for axes in panels] == [False, False, True, True]
 
 
 def test_families_stand_side_by_side_an_experiment_a_row():
     names = [f"{family}, {i}" for family in ("A", "B", "C") for i in range(MAX_MODELS)]
-    panels = panels_of([r for j in range(2) for r in of_experiment(f"e{j}", [result(n, "text", 2.0) for n in names])])
+    panels = panels_of([r for j in range(2) for r in with_experiment(f"e{j}", [result(n, "text", 2.0) for n in names])])
     titles = [axes.get_title() for axes in panels if axes.get_title()]
     assert titles == [f"e{j}, {family}" for j in range(2) for family in "ABC"]
     left = [
@@ -126,8 +126,8 @@ def test_an_experiment_without_a_coordinate_has_one_panel(monkeypatch):
     cell = type(RESULTS[0].cell)
     monkeypatch.setattr(cell, "coordinate_name", property(lambda self: None if self.experiment == "bare" else "length"))
     results = [result("A", "parity", 0.5), result("B", "parity", 0.7)]
-    assert len(panels_of([*results, *of_experiment("bare", results)])) == 3
-    assert len(panels_of(of_experiment("bare", results))) == 1
+    assert len(panels_of([*results, *with_experiment("bare", results)])) == 3
+    assert len(panels_of(with_experiment("bare", results))) == 1
 
 
 @pytest.mark.parametrize(("end", "ticks"), [(1_200_000, ["0", "50k", "1,200k"]), (5000, ["0"])])

@@ -33,10 +33,10 @@ def demo(
     config, metrics (JSONL), results (JSON) and an HTML page to a run folder.
 
     Args:
-        quick: Use budgets of about a minute in total, too small to learn, to check that everything runs.
-        folder: Run folder. Default: a new one under runs/. The folder of an unfinished run resumes it.
-        seed: Seed of weights and training data. Validation and test sets are the same for all seeds.
-        workers: Number of parallel processes, with one thread each. Default: the number of cores.
+        quick: use budgets of about a minute in total, too small to learn, to check that everything runs.
+        folder: run folder; default: a new one under runs/. The folder of an unfinished run resumes it.
+        seed: seed of weights and training data. Validation and test sets are the same for all seeds.
+        workers: number of parallel processes, with one thread each; default: the number of cores.
     """
     folder = folder or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
     console = Console()

@@ -52,26 +52,26 @@ def eval(
     """Evaluate a language model on tasks of lm-evaluation-harness, on long texts, and on key retrieval.
 
     Prints tables, and after each part writes results.json, plots and an HTML page to a folder. Texts are read in
-    chunks with carried memories; tasks truncate them to `max_length`. Results do not depend on the batch size.
+    chunks with carried memories; tasks truncate them to --max-length. Results do not depend on the batch size.
 
     Args:
-        model: Folder of a model, or of the run that trained it.
+        model: folder of a model, or of the run that trained it.
         suite: "paper" runs the paper's ten tasks and shows its results for the same model, if it has any.
-        tasks: Names of harness tasks, separated by commas.
-        local: Folder with data for the local tasks (lambada_local, wikitext2_local, piqa_local) and optionally with
+        tasks: names of harness tasks, separated by commas.
+        local: folder with data for the local tasks (lambada_local, wikitext2_local, piqa_local) and optionally with
             task files of your own, in which {local} stands for the folder. Python files that they name are executed.
-        limit: Number of documents per task, for a quick test.
-        compare: Folders of earlier evaluations on tasks, separated by commas; each adds a column to the table.
-        batch_size: Number of texts read at once.
-        max_length: Maximum number of tokens that tasks read to predict the next one: contexts are truncated on the
-            left, long documents are read in windows. Default: 2,048 with --suite, otherwise no limit.
-        lengths: Text file; reports bits per token by position.
-        passkey: Find a five-digit key in repeated sentences and in real text, by length and depth.
-        max_tokens: Maximum number of tokens read by --lengths and --passkey.
-        reset_every: Number of tokens between resets in the second reading of --lengths, which empties the memories.
-        trials: Number of keys per length and depth.
-        device: Device of the model, such as cpu. Default: cuda if available.
-        folder: Folder for the results. Default: a new one under runs/.
+        limit: number of documents per task, for a quick test.
+        compare: folders of earlier evaluations on tasks, separated by commas; each adds a column to the table.
+        batch_size: number of texts read at once.
+        max_length: maximum number of tokens that tasks read to predict the next one: contexts are truncated on the
+            left, long documents are read in windows; default: 2,048 with --suite, otherwise no limit.
+        lengths: text file; reports bits per token by position.
+        passkey: find a five-digit key in repeated sentences and in real text, by length and depth.
+        max_tokens: maximum number of tokens read by --lengths and --passkey.
+        reset_every: number of tokens between resets in the second reading of --lengths, which empties the memories.
+        trials: number of keys per length and depth.
+        device: device of the model, such as cpu; default: cuda if available.
+        folder: folder for the results; default: a new one under runs/.
     """
     options = {**locals(), **retention_options}
     del options["retention_options"]
@@ -293,7 +293,7 @@ def evaluate_tasks(job: Job, tasks: list[Any], others: dict[str, dict[str, Any]]
     }
     rows = [
         [line.task, line.metric, with_error(line), "–" if line.paper is None else f"{line.paper:g}"]
-        + [of_other.get((line.task, line.metric), "–") for of_other in known.values()]
+        + [other_scores.get((line.task, line.metric), "–") for other_scores in known.values()]
         for line in compare(results, config)
     ]
     caption = f"{', '.join(PERCENT)} and their averages in percent. " + (

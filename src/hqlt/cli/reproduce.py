@@ -38,31 +38,33 @@ def reproduce(
     cell is never run again: the same command resumes a study that was stopped.
 
     Args:
-        what: Name of a study, or a YAML file.
+        what: name of a study, or a YAML file.
         scale: "laptop" runs on two CPU cores; "paper" is the paper's own setting, for a GPU.
-        only: One experiment of the study, such as "parity"; for commands for many GPUs, the name of one run.
-        folder: Folder for all results. Default: runs/STUDY-SCALE.
-        workers: Number of parallel processes, with one thread each. Default: the number of cores.
-        device: Device for training, shared by all workers, such as "cuda". Default: cpu.
-        quick: Use budgets too small to learn, to check that everything runs.
-        export: Folder for a copy of the results that are worth committing, such as results/expressivity.
+        only: one experiment of the study, such as "parity"; for commands for many GPUs, the name of one run.
+        folder: folder for all results; default: runs/STUDY-SCALE.
+        workers: number of parallel processes, with one thread each; default: the number of cores.
+        device: device for training, shared by all workers, such as "cuda"; default: cpu.
+        quick: use budgets too small to learn, to check that everything runs.
+        export: folder for a copy of the results that are worth committing, such as results/expressivity.
     """
-    given = {"folder": folder, "workers": workers, "device": device, "export": export}
+    run_options = {"folder": folder, "workers": workers, "device": device, "export": export}
     if scale == "paper" and what in TABLES:
-        if refused := [f"--{name}" for name, value in {**given, "quick": quick or None}.items() if value is not None]:
+        if refused := [
+            f"--{name}" for name, value in {**run_options, "quick": quick or None}.items() if value is not None
+        ]:
             raise SystemExit(
                 f"{', '.join(refused)}: expected no option but --only with {what} at the paper's scale, whose commands "
                 f"use all GPUs and folders of their own under runs/"
             )
         print_and_run(what, only, Console(highlight=False))
         return
-    given["device"] = device = device or "cpu"
+    run_options["device"] = device = device or "cpu"
     usable_device(device)
     name, file = find(what, scale)
     study = read_study(file).only(only)
     study = study.quick() if quick else study
-    given["folder"] = folder = folder or Path("runs") / (f"{name}-quick" if quick else name)
-    options = {"scale": scale, "only": only, **given}
+    run_options["folder"] = folder = folder or Path("runs") / (f"{name}-quick" if quick else name)
+    options = {"scale": scale, "only": only, **run_options}
     imported = [f"--import={module}" for module in plugin_modules()]
     command = [
         *["hqlt", *imported, "reproduce", what],

@@ -103,11 +103,13 @@ def retrieval(
             texts = [haystack_tokens(tokenizer, haystack, filler, key, length, depth) for key, depth in places]
             # encoded after the question, because on its own it might begin with another space
             answers = [tokenizer.encode(f"{haystack.question} {key}")[len(question) :] for key in keys]
-            for of_depth, ids, hit in zip(found, answers, greedy_hits(model, texts, answers, on_progress), strict=True):
-                of_key = [right for token, right in zip(ids, hit, strict=True) if tokenizer.decode([token]).strip()]
-                of_depth.append((all(hit), sum(of_key) / len(of_key)))
-        for depth, of_depth in zip(depths, found, strict=True):
-            right, shares = map(sum, zip(*of_depth, strict=True))
+            for depth_results, ids, hit in zip(
+                found, answers, greedy_hits(model, texts, answers, on_progress), strict=True
+            ):
+                key_hits = [right for token, right in zip(ids, hit, strict=True) if tokenizer.decode([token]).strip()]
+                depth_results.append((all(hit), sum(key_hits) / len(key_hits)))
+        for depth, depth_results in zip(depths, found, strict=True):
+            right, shares = map(sum, zip(*depth_results, strict=True))
             results.append(RetrievalScore(length, depth, trials, int(right), shares / trials))
     return results
 
@@ -172,7 +174,7 @@ def greedy_hits(
     following = model.model(padded[:, :-1], past_key_values=cache).last_hidden_state if longest > 1 else last[:, :0]
     likeliest = model.lm_head(torch.cat([last, following], dim=1)).argmax(dim=-1)
     hits = (likeliest == padded).tolist()
-    return [row[: len(asked)] for row, asked in zip(hits, answers, strict=True)]
+    return [row[: len(answer)] for row, answer in zip(hits, answers, strict=True)]
 
 
 def lengths_up_to(longest: int) -> list[int]:

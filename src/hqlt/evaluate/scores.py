@@ -58,14 +58,14 @@ def evaluate(model: nn.Module, task: Task, batch: Batch, *, bins: int = 12, rows
     outcomes, coordinates = [], []
     for rows in torch.arange(len(batch.inputs)).split(rows_at_once):
         targets = batch.targets[rows]
-        asked = targets != IGNORE
-        last = int(asked.any(dim=0).nonzero().max()) + 1  # right padding needs no computation
+        scored = targets != IGNORE
+        last = int(scored.any(dim=0).nonzero().max()) + 1  # right padding needs no computation
         resets = None if batch.resets is None else batch.resets[rows, :last]
         logits = model(batch.inputs[rows, :last], resets=resets, use_cache=False).logits
-        asked = asked[:, :last]
-        found, where = outcome(task, logits[asked], targets[:, :last][asked]), batch.coordinate[rows, :last][asked]
+        scored = scored[:, :last]
+        found, where = outcome(task, logits[scored], targets[:, :last][scored]), batch.coordinate[rows, :last][scored]
         if task.metric == "exact":
-            each = asked.sum(dim=1).tolist()
+            each = scored.sum(dim=1).tolist()
             found = torch.stack([tokens.amin() for tokens in found.split(each)])
             where = torch.stack([tokens[0] for tokens in where.split(each)])
         outcomes.append(found)

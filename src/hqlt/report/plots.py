@@ -27,7 +27,7 @@ Curve: TypeAlias = Sequence[tuple[float, float]]
 MARKERS = "os^DvPX*h"
 DASHES = ("-", "--", ":")
 MAX_MODELS = 9
-"""Maximum number of models in a panel; more could not be told apart."""
+"""Maximum number of models in a panel; more could not be distinguished."""
 TITLES = {
     "parity": "State tracking: parity",
     "recall": "Recall: key–value pairs",
@@ -57,45 +57,45 @@ def figure_of(results: Sequence[Result]) -> Figure:
     With several seeds, each is a thin line and their median a thick one. More than MAX_MODELS models are distributed
     over several columns.
     """
-    groups = grouped(list(dict.fromkeys(result.cell.model for result in results)))
+    groups = group_models(list(dict.fromkeys(result.cell.model for result in results)))
     columns = [
-        (of_column, group)
+        (column_results, group)
         for label in dict.fromkeys(result.cell.column for result in results)
         for group in groups
-        if (of_column := [r for r in results if r.cell.column == label and r.cell.model in group])
+        if (column_results := [r for r in results if r.cell.column == label and r.cell.model in group])
     ]
-    beside = min(len(columns), COLUMNS // len(groups) * len(groups) or COLUMNS)
+    per_row = min(len(columns), COLUMNS // len(groups) * len(groups) or COLUMNS)
     mosaic: list[Any] = []
-    for i in range(0, len(columns), beside):
-        row = range(i, min(i + beside, len(columns)))
-        blank = ["."] * (beside - len(row))
+    for i in range(0, len(columns), per_row):
+        row = range(i, min(i + per_row, len(columns)))
+        blank = ["."] * (per_row - len(row))
         tested = [has_coordinate(columns[j][0]) for j in row]
         if any(tested):
             mosaic.append([f"test {j}" if has else f"learning {j}" for j, has in zip(row, tested, strict=True)] + blank)
         mosaic.append([f"learning {j}" for j in row] + blank)
-    width, together = WIDTH * beside, len(groups) == 1
-    fit = entries_beside(groups[0], width)
-    in_legends = (
-        math.ceil(len(groups[0]) / fit) if together else max(map(len, groups)) * math.ceil(len(columns) / beside)
+    width, shared_legend = WIDTH * per_row, len(groups) == 1
+    fit = entries_per_line(groups[0], width)
+    legend_lines = (
+        math.ceil(len(groups[0]) / fit) if shared_legend else max(map(len, groups)) * math.ceil(len(columns) / per_row)
     )
-    figure = pyplot.figure(figsize=(width, HEIGHT * len(mosaic) + 0.22 * in_legends), layout="constrained")
+    figure = pyplot.figure(figsize=(width, HEIGHT * len(mosaic) + 0.22 * legend_lines), layout="constrained")
     panels = figure.subplot_mosaic(mosaic)
-    for j, (of_column, group) in enumerate(columns):
+    for j, (column_results, group) in enumerate(columns):
         own = [panels[name] for name in (f"test {j}", f"learning {j}") if name in panels]
         for axes in own:
             axes.set_gid(f"column {j}")
-        draw_experiment(own, of_column, styles_of(group))
-        if not together:
+        draw_experiment(own, column_results, styles_of(group))
+        if not shared_legend:
             if len(family := {model.partition(",")[0] for model in group}) == 1:
                 own[0].set_title(f"{own[0].get_title()}, {family.pop()}")
             own[-1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
-    if together:
+    if shared_legend:
         handles = [Line2D([], [], markersize=5, **style) for style in styles_of(groups[0]).values()]
         figure.legend(handles=handles, loc="outside lower center", ncols=fit, frameon=False)
     return figure
 
 
-def grouped(models: Sequence[str]) -> list[list[str]]:
+def group_models(models: Sequence[str]) -> list[list[str]]:
     """Group models into groups of at most MAX_MODELS, with models of one family next to each other.
 
     A model's family is the part of its label before the first comma.
@@ -131,7 +131,7 @@ def styles_of(models: Sequence[str]) -> dict[str, dict[str, Any]]:
     return styles
 
 
-def entries_beside(models: Sequence[str], width: float) -> int:
+def entries_per_line(models: Sequence[str], width: float) -> int:
     """Estimate how many entries of a legend fit into a line of `width` inches."""
     return max(int(width / (0.08 * max(map(len, models)) + 0.6)), 1)  # text; line and gap
 
@@ -153,7 +153,7 @@ def draw_experiment(panels: Sequence[Axes], results: Sequence[Result], styles: M
     panels[0].set_title(TITLES.get(first.cell.column, first.cell.column))
     for axes, (curve_of, name) in zip(panels, curves, strict=True):
         drawn = {model: [curve_of(result) for result in results if result.cell.model == model] for model in styles}
-        draw(axes, {model: of_model for model, of_model in drawn.items() if of_model}, styles)
+        draw(axes, {model: model_curves for model, model_curves in drawn.items() if model_curves}, styles)
         axes.set_xlabel(name)
         axes.set_ylabel(METRICS[metric])
         axes.xaxis.set_major_formatter(in_thousands(axes))
@@ -164,8 +164,8 @@ def draw_experiment(panels: Sequence[Axes], results: Sequence[Result], styles: M
             axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
         if metric == "accuracy":
             axes.axhline(0, color=GREY, linewidth=1, linestyle=(0, (1, 1.5)), zorder=1)
-            beside = ("axes fraction", "data")
-            axes.annotate("chance", xy=(1.01, 0), xycoords=beside, va="center", fontsize=8, color=GREY)
+            coordinates = ("axes fraction", "data")
+            axes.annotate("chance", xy=(1.01, 0), xycoords=coordinates, va="center", fontsize=8, color=GREY)
 
 
 def in_thousands(axes: Axes) -> FuncFormatter:
@@ -187,14 +187,14 @@ def draw(axes: Axes, curves: Mapping[str, Sequence[Curve]], styles: Mapping[str,
         curves: curves by model, one per seed.
         styles: arguments of `Axes.plot` by model.
     """
-    medians = {model: median_of(of_model) for model, of_model in curves.items()}
+    medians = {model: median_of(model_curves) for model, model_curves in curves.items()}
     wider = min(NESTED, (WIDEST - LINE) / max(len(medians) - 1, 1))
     for i, (model, curve) in enumerate(medians.items()):
         style, others = styles[model], list(medians.values())
         if len(curves[model]) > 1:
             for one in curves[model]:
                 axes.plot(*zip(*one, strict=True), color=style["color"], linewidth=0.6, alpha=0.4)
-        draw_around(axes, curve, others[i + 1 :], style["color"], wider)
+        draw_outline(axes, curve, others[i + 1 :], style["color"], wider)
         turns = [
             [sum(passes_through(other, [point]) for other in part) for part in (others[:i], others)] for point in curve
         ]
@@ -202,7 +202,7 @@ def draw(axes: Axes, curves: Mapping[str, Sequence[Curve]], styles: Mapping[str,
         axes.plot(*zip(*curve, strict=True), markersize=5, markevery=marked, linewidth=LINE, zorder=2.1, **style)
 
 
-def draw_around(axes: Axes, curve: Curve, later: Sequence[Curve], color: str, wider: float) -> None:
+def draw_outline(axes: Axes, curve: Curve, later: Sequence[Curve], color: str, wider: float) -> None:
     """Draw a wider line wherever later curves hide this one, in proportion to their number."""
     hidden = [sum(passes_through(other, part) for other in later) for part in itertools.pairwise(curve)]
     for count, run in itertools.groupby(range(len(hidden)), hidden.__getitem__):

@@ -72,17 +72,17 @@ def table_of(
     models = list(dict.fromkeys(result.cell.model for result in results))
     columns: list[tuple[str, Sequence[str | TableCell]]] = [("model", models)]
     for label in experiments:
-        of_models = [[r for r in results if (r.cell.model, r.cell.column) == (model, label)] for model in models]
-        columns.append(_scores(label, of_models, quick))
+        by_model = [[r for r in results if (r.cell.model, r.cell.column) == (model, label)] for model in models]
+        columns.append(_scores(label, by_model, quick))
         if theirs := (paper or {}).get(label):
             columns.append(("paper", [f"{theirs[model]:.1f}" if model in theirs else "–" for model in models]))
         if sizes:
-            first = [of_model[0] if of_model else None for of_model in of_models]
+            first = [model_results[0] if model_results else None for model_results in by_model]
             columns.append(("parameters", [f"{r.parameters:,}" if r else "–" for r in first]))
             columns.append(("state bytes", [f"{r.state_bytes:,}" if r and r.state_bytes else "–" for r in first]))
     own = [[result for result in results if result.cell.model == model] for model in models]
-    columns.append(("seconds", [f"{sum(result.seconds for result in of_model):.0f}" for of_model in own]))
-    skipped = [sum(map(skipped_updates, of_model)) for of_model in own]
+    columns.append(("seconds", [f"{sum(result.seconds for result in model_results):.0f}" for model_results in own]))
+    skipped = [sum(map(skipped_updates, model_results)) for model_results in own]
     if any(skipped):
         columns.append(("updates skipped", [f"{count:,}" for count in skipped]))
     rows = zip(*(cells for _, cells in columns), strict=True)
@@ -103,12 +103,14 @@ def caption_of(results: Sequence[Result], experiments: Sequence[str], quick: boo
     )
 
 
-def _scores(label: str, of_models: Sequence[Sequence[Result]], quick: bool) -> tuple[str, list[TableCell]]:
+def _scores(label: str, by_model: Sequence[Sequence[Result]], quick: bool) -> tuple[str, list[TableCell]]:
     """Make an experiment's column; with quick budgets, no score is marked as the best."""
-    metric = next(result.fit.test.metric for of_model in of_models for result in of_model)
-    values = [[result.fit.test.value for result in of_model] for of_model in of_models]
-    best = (min if metric == "bits" else max)(statistics.median(of_model) for of_model in values if of_model)
-    cells = [_score(of_model, metric, None if quick else best) for of_model in values]
+    metric = next(result.fit.test.metric for model_results in by_model for result in model_results)
+    values = [[result.fit.test.value for result in model_results] for model_results in by_model]
+    best = (min if metric == "bits" else max)(
+        statistics.median(model_results) for model_results in values if model_results
+    )
+    cells = [_score(model_results, metric, None if quick else best) for model_results in values]
     return f"{label}, {UNITS[metric]}", cells
 
 

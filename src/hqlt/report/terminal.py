@@ -43,8 +43,8 @@ class FittingTable(NamedTuple):
         """Return the width of every column, given a function for the width of a heading."""
         texts = zip(*self.rows, strict=True) if self.rows else [()] * len(self.columns)
         return [
-            max([heading(name), *(row.cell_len for row in of_column)])
-            for name, of_column in zip(self.columns, texts, strict=True)
+            max([heading(name), *(row.cell_len for row in cells)])
+            for name, cells in zip(self.columns, texts, strict=True)
         ]
 
     def as_table(self, widths: Sequence[int]) -> rich.table.Table:

@@ -82,11 +82,11 @@ class FactExtraction(Task):
         while len(sequences) < rows:
             i = int(torch.randint(0, len(facts.name), (), generator=generator))
             distance = self.distance(generator, split)
-            asked_at = int(facts.end[i]) + distance
-            begin = max(int(facts.file[i]), asked_at - self.length)
-            if begin <= facts.name[i] and asked_at <= facts.until[i]:
+            question_at = int(facts.end[i]) + distance
+            begin = max(int(facts.file[i]), question_at - self.length)
+            if begin <= facts.name[i] and question_at <= facts.until[i]:
                 line = source[facts.name[i] : facts.end[i] + 1]
-                question = np.concatenate([source[begin:asked_at], np.frombuffer(b"\n", np.uint8), line])
+                question = np.concatenate([source[begin:question_at], np.frombuffer(b"\n", np.uint8), line])
                 sequences.append((question, int(facts.end[i] + 1 - facts.value[i]), distance))
         longest = max(len(sequence) for sequence, _, _ in sequences) - 1
         inputs = torch.zeros(rows, longest, dtype=torch.long)

@@ -62,10 +62,10 @@ class StateTracking(Growing):
         count = self._counts(generator, rows, *self.lengths(split))
         tokens, answers = self._draw(generator, count)
         index = torch.arange(tokens.shape[1])
-        asked = index < count if self.scores_prefixes(split) else index == count - 1
+        scored = index < count if self.scores_prefixes(split) else index == count - 1
         return Batch(
             inputs=torch.where(index < count, tokens, 0),
-            targets=torch.where(asked, answers, IGNORE),
+            targets=torch.where(scored, answers, IGNORE),
             coordinate=(count + 1).expand_as(tokens),
         )
 
