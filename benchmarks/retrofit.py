@@ -96,13 +96,14 @@ def main() -> None:
     if unknown := set(options.only) - set(RUNS):
         parser.error(f"--only: expected some of {'; '.join(RUNS)}, got {'; '.join(sorted(unknown))}")
     tokens = tokens_of(options)
-    rows = known(options.folder / "baselines.json", asked_of(options, {}, []), partial(baselines, options, tokens))
+    rows = cached(options.folder / "baselines.json", settings_of(options, {}, []), partial(baselines, options, tokens))
     for seed in options.seeds:
         for name in options.only:
             place = options.folder / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
-            given = arguments(options, name, seed) + more
-            asked = asked_of(options, {"name": name, "seed": seed}, given)
-            rows += known(place / "rows.json", asked, partial(measured, options, name, seed, place, given, tokens))
+            command = arguments(options, name, seed) + more
+            settings = settings_of(options, {"name": name, "seed": seed}, command)
+            make = partial(measured, options, name, seed, place, command, tokens)
+            rows += cached(place / "rows.json", settings, make)
             report(options, more, rows)
 
 
@@ -119,27 +120,32 @@ def tokens_of(options: argparse.Namespace) -> torch.Tensor:
     return torch.tensor(ids[:wanted]).view(options.rows, options.length)
 
 
-def asked_of(options: argparse.Namespace, more: dict[str, Any], given: Sequence[str]) -> dict[str, Any]:
+def settings_of(options: argparse.Namespace, more: dict[str, Any], command: Sequence[str]) -> dict[str, Any]:
     """Everything that the rows of a file depend on."""
     names = ("model", "text", "rows", "length", "window", "sinks")
-    return {name: str(getattr(options, name)) for name in names} | more | {"arguments": list(given)}
+    return {name: str(getattr(options, name)) for name in names} | more | {"arguments": list(command)}
 
 
-def known(file: Path, asked: dict[str, Any], make: Any) -> list[dict[str, Any]]:
-    """The rows in a file, which is created if missing. Raises SystemExit if they are rows of other options."""
+def cached(file: Path, settings: dict[str, Any], make: Any) -> list[dict[str, Any]]:
+    """The rows in a file, which is created if missing.
+
+    Raises:
+        SystemExit: If the rows in the file belong to other settings.
+    """
     if not file.exists():
         rows = make()
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, json.dumps({"asked": asked, "rows": rows}).encode())
-    told = json.loads(file.read_text())
-    if told["asked"] != asked:
-        raise SystemExit(f"{file}: expected rows of {asked}, found those of {told['asked']}; use another --folder")
-    found: list[dict[str, Any]] = told["rows"]
-    return found
+        write_atomic(file, json.dumps({"asked": settings, "rows": rows}).encode())
+    content = json.loads(file.read_text())
+    if content["asked"] != settings:
+        found = content["asked"]
+        raise SystemExit(f"{file}: expected rows of {settings}, found those of {found}; use another --folder")
+    rows_found: list[dict[str, Any]] = content["rows"]
+    return rows_found
 
 
 def baselines(options: argparse.Namespace, tokens: torch.Tensor) -> list[dict[str, Any]]:
-    """The original, and window and sinks only in all its layers."""
+    """The original model, and the same with only a window and sinks in all layers."""
     original: HQLTForCausalLM = load_model(options.model).float()
     config = config_for(original.config, window=options.window, sinks=options.sinks, rule="none")
     models = {ORIGINAL: original, WINDOW: retrofitted(original, config)}
@@ -147,21 +153,21 @@ def baselines(options: argparse.Namespace, tokens: torch.Tensor) -> list[dict[st
 
 
 def arguments(options: argparse.Namespace, name: str, seed: int) -> list[str]:
-    """The arguments of `hqlt retrofit` after model and folder."""
+    """The arguments of `hqlt retrofit` that follow model and folder."""
     own, budgets = RUNS[name], {stage: getattr(options, stage) for stage in STAGES}
     if own["rule"] == "none":
         budgets["distill"] += budgets["fit"]
-    given = own | {"data": options.data, "window": options.window, "sinks": options.sinks, "seed": seed}
-    given |= {"kept": options.kept} if "retention" in own else {}
-    given |= {f"{stage}.tokens": count for stage, count in budgets.items()} | {"validation_rows": 0}
-    return [f"--{name}={value}" for name, value in given.items()]
+    values = own | {"data": options.data, "window": options.window, "sinks": options.sinks, "seed": seed}
+    values |= {"kept": options.kept} if "retention" in own else {}
+    values |= {f"{stage}.tokens": count for stage, count in budgets.items()} | {"validation_rows": 0}
+    return [f"--{name}={value}" for name, value in values.items()]
 
 
 def measured(
-    options: argparse.Namespace, name: str, seed: int, place: Path, given: Sequence[str], tokens: torch.Tensor
+    options: argparse.Namespace, name: str, seed: int, place: Path, arguments: Sequence[str], tokens: torch.Tensor
 ) -> list[dict[str, Any]]:
     """Run one retrofit, and probe its result."""
-    command = ["retrofit", str(options.model), str(place), *given]
+    command = ["retrofit", str(options.model), str(place), *arguments]
     print("hqlt", *command, flush=True)
     begin = time.perf_counter()
     subprocess.run([sys.executable, __file__, *command], check=True)
@@ -173,13 +179,13 @@ def measured(
 
 
 def report(options: argparse.Namespace, more: Sequence[str], rows: list[dict[str, Any]]) -> None:
-    told = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    told |= {"more": list(more), "runs": RUNS, "hqlt": hqlt.__version__, "torch": torch.__version__}
-    told |= {"python": platform.python_version()}
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    settings |= {"more": list(more), "runs": RUNS, "hqlt": hqlt.__version__, "torch": torch.__version__}
+    settings |= {"python": platform.python_version()}
     leave_retrofit_report(
         options.folder,
         rows,
-        told,
+        settings,
         Console(),
         title=f"{options.model.name}, retrofitted",
         introduction=f"Full attention is replaced by windows of {options.window} tokens, {options.sinks} sinks and an "

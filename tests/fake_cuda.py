@@ -1,8 +1,9 @@
-"""Fake CUDA tensors with gradients, on a machine without a GPU: they have a shape, a dtype and a device, no numbers.
+"""Fake CUDA tensors with gradients, on a machine without a GPU: they have a shape, a dtype and a device, but no
+numbers.
 
-A build of torch without CUDA has fake CUDA tensors, too, but its autograd asks for a device guard that is not there.
-The one in `fake_cuda.cpp` does nothing. It makes torch believe in a GPU, so that it is for processes of its own: a file
-of such tests calls `allow` in a fixture, and has one test more, which runs the file by `in_its_own_process`.
+A build of PyTorch without CUDA supports fake CUDA tensors, but its autograd needs a device guard that is missing. The
+one in `fake_cuda.cpp` does nothing. It makes PyTorch believe that there is a GPU, so it needs a separate process: a
+file of such tests calls `allow` in a fixture, and has one additional test that runs the file with `in_its_own_process`.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ import torch
 SOURCE = Path(__file__).with_suffix(".cpp")
 INSIDE = "HQLT_TESTS_FAKE_CUDA"
 
-needs_fake_cuda = pytest.mark.skipif(INSIDE not in os.environ, reason="runs in a process of its own")
-outside = pytest.mark.skipif(INSIDE in os.environ, reason="this is that process")
+needs_fake_cuda = pytest.mark.skipif(INSIDE not in os.environ, reason="runs in a separate process")
+outside = pytest.mark.skipif(INSIDE in os.environ, reason="already in the separate process")
 
 
 def in_its_own_process(file: str, *options: str) -> None:
-    """Run the tests of a file where fake CUDA tensors have gradients. options: pytest's."""
+    """Run the tests of a file in a process in which fake CUDA tensors have gradients. options: Options of pytest."""
     if not torch.backends.cuda.is_built() and shutil.which("g++") is None:
         pytest.skip("no g++ to build the device guard with")
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", file, *options]
@@ -35,7 +36,7 @@ def in_its_own_process(file: str, *options: str) -> None:
 
 
 def allow(folder: Path) -> None:
-    """From now on autograd takes fake CUDA tensors in this process. folder: where the guard is built."""
+    """Enable autograd for fake CUDA tensors in this process. folder: Where the guard is built."""
     if torch.backends.cuda.is_built():
         return
     library, home = folder / "fake_cuda.so", Path(torch.__file__).parent

@@ -1,4 +1,4 @@
-"""What is plain PyTorch runs on a GPU as it is: the same answers as on a CPU."""
+"""Layers give the same results on a GPU as on a CPU."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tests.layers import CHOICES, build_layer, tokens
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
-def answers(layer: HybridMemory, device: str) -> list[torch.Tensor]:
-    """In two pieces, with resets: outputs, final state, gradients."""
+def results(layer: HybridMemory, device: str) -> list[torch.Tensor]:
+    """Outputs, final state and gradients of two calls with resets."""
     layer = layer.to(device)
     x = tokens(2, 100).to(device).requires_grad_()
     resets = torch.zeros(2, 100, dtype=torch.bool, device=device)
@@ -28,7 +28,7 @@ def answers(layer: HybridMemory, device: str) -> list[torch.Tensor]:
 @pytest.mark.parametrize("choice", CHOICES)
 def test_layers(choice, backend):
     layer = build_layer(choice, CHOICES[choice].get("window", 4))
-    expected = answers(layer, "cpu")
+    expected = results(layer, "cpu")
     with ops.use_backend(backend):
-        for mine, theirs in zip(answers(layer, "cuda"), expected, strict=True):
+        for mine, theirs in zip(results(layer, "cuda"), expected, strict=True):
             close(mine, theirs, 1e-9)

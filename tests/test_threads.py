@@ -1,4 +1,4 @@
-"""How threads wait on a busy machine: chosen from the load, before torch is loaded, and never over the user."""
+"""OpenMP's wait policy is set from the load, before PyTorch is loaded, and never overrides the user."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hqlt.threads import PASSIVE, Load, use_passive_wait_if_busy
 
 
 @pytest.fixture(autouse=True)
-def nobody_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_user_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith(threads.PREFIXES)]:
         monkeypatch.delenv(name)
     monkeypatch.setattr(os, "environ", os.environ.copy())
@@ -27,7 +27,7 @@ class Machine(Load):
         return self.others
 
 
-def test_a_busy_machine_is_met_gently_and_a_quiet_one_as_torch_does() -> None:
+def test_the_policy_is_passive_only_on_a_busy_machine() -> None:
     before = os.environ.copy()
     use_passive_wait_if_busy(Machine(0.1))
     assert os.environ == before
@@ -36,18 +36,18 @@ def test_a_busy_machine_is_met_gently_and_a_quiet_one_as_torch_does() -> None:
 
 
 @pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"])
-def test_what_the_user_said_stays(name: str) -> None:
+def test_settings_of_the_user_are_kept(name: str) -> None:
     os.environ[name] = "7"
     before = os.environ.copy()
     use_passive_wait_if_busy(Machine(1.0))
     assert os.environ == before
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="Linux tells how busy its cores are")
-def test_a_program_beside_this_one_is_load_and_this_one_is_not() -> None:
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs Linux's CPU statistics")
+def test_only_other_programs_count_as_load() -> None:
     mine = Load()
     while mine.begun + 0.3 > threads.time.monotonic():
-        pass  # busy by itself
+        pass  # keeps a core busy itself
     cores = len(os.sched_getaffinity(0))
     quiet = mine.busy_cores()
     assert 0 <= quiet <= cores
@@ -59,7 +59,7 @@ def test_a_program_beside_this_one_is_load_and_this_one_is_not() -> None:
         other.wait()
 
 
-def test_where_the_system_does_not_say_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_load_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     before = os.environ.copy()
     use_passive_wait_if_busy(Load())

@@ -1,4 +1,4 @@
-"""What measures on a GPU runs, as far as it can, where there is none."""
+"""The GPU benchmarks run on a machine without a GPU, as far as possible."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def started(*command: object, **changed: str) -> subprocess.CompletedProcess[str
 
 
 @needs_no_gpu
-def test_the_script_ends_where_there_is_no_gpu(tmp_path):
-    """It found a python, began its first stage, said why it ended, and left its log."""
+def test_the_script_ends_if_there_is_no_gpu(tmp_path):
+    """It finds a python, begins the first stage, reports why it ends, and writes its log."""
     done = started("bash", "benchmarks/gpu.sh", tmp_path / "figures", PYTHON=sys.executable)
     assert done.returncode == 2, done.stdout + done.stderr
     log = (tmp_path / "figures" / "log.txt").read_text()
@@ -38,7 +38,7 @@ def test_the_script_ends_where_there_is_no_gpu(tmp_path):
 
 @needs_no_gpu
 def test_a_rehearsal_is_no_measurement(tmp_path, monkeypatch):
-    """The same code runs; its files have names of their own, say what they are, and hold no time or rate."""
+    """The same code runs; the files have distinct names, say that they are a rehearsal, and hold no times or rates."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     gpu_stages.main(["card", str(tmp_path), "--rehearse"])
     (file,) = tmp_path.iterdir()
@@ -48,7 +48,7 @@ def test_a_rehearsal_is_no_measurement(tmp_path, monkeypatch):
     assert answer["setting"]["torch"] == torch.__version__
 
 
-def test_what_a_stage_needs_is_named(tmp_path, monkeypatch):
+def test_errors_say_what_a_stage_needs(tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(SystemExit, match="--rehearse: expected TRITON_INTERPRET=1"):
         gpu_stages.main(["right", str(tmp_path), "--rehearse"])
@@ -76,11 +76,11 @@ def test_a_contestant_that_fails_or_is_wrong_is_skipped_with_its_reason(capsys):
     assert failed == "skipped: broken: RuntimeError: out of resources"
 
 
-def test_windows_of_flex_attention_are_ours(monkeypatch):
+def test_windows_of_flex_attention_equal_ours(monkeypatch):
     from hqlt.ops import window_attention
 
     compile = torch.compile  # which PyTorch calls itself, with options
-    monkeypatch.setattr(torch, "compile", lambda function, **given: compile(function, **given) if given else function)
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, **options) if options else f)
     q, k, v = torch.randn(3, 2, 20, 2, 16)
     with pytest.warns(UserWarning, match="without torch.compile"):
         got = gpu.flex_window(5, 20, torch.device("cpu"))(q, k, v)
@@ -88,7 +88,7 @@ def test_windows_of_flex_attention_are_ours(monkeypatch):
 
 
 @needs_triton
-def test_the_sweep_begins_with_what_is_in_use():
+def test_the_sweep_begins_with_the_options_in_use():
     from hqlt.bench.gpu_kernels import candidates
     from hqlt.ops.synchronous.kernels.launch import NARROW, WIDE
 
@@ -102,7 +102,7 @@ def test_the_sweep_begins_with_what_is_in_use():
 
 
 def test_the_suite_runs_without_the_native_library():
-    """As on a machine without a compiler: that slower implementations run is a warning, and here no error."""
+    """As on a machine without a compiler. Slower implementations run with a warning, which is not an error here."""
     chosen = ("-p", "no:cacheprovider", "tests/ops/test_backend.py", "-k", "choice")
     done = started(sys.executable, "-m", "pytest", *chosen, HQLT_NATIVE_ISA="none")
     assert done.returncode == 0, done.stdout

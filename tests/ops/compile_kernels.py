@@ -1,8 +1,8 @@
-"""Compile every kernel for a Hopper GPU, where there is none: python compile_kernels.py. Prints JSON.
+"""Compile every kernel for a Hopper GPU, on a machine without one, and print JSON: python compile_kernels.py
 
-"resources": at the sizes of a 340M layer in bfloat16; "with decay", "with sinks": the same with them. "narrow": lines
-of the float64 kernels' code with a float32 in it. "variants": how often each kernel is compiled over calls of many
-lengths, windows and numbers of KV entries.
+"resources": resource usage at the sizes of a 340M layer in bfloat16; "with decay" and "with sinks" likewise. "narrow":
+lines of the float64 kernels' code that contain float32. "variants": how often each kernel is compiled over calls with
+many lengths, windows and numbers of KV entries.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LENGTHS, HELD, WINDOWS = (1, 16, 35, 64, 100), (0, 1, 16, 9), (1, 7, 16, 64)
 
 
 class AbsentGPU:
-    """In the place of triton's driver: a GPU to compile for."""
+    """Replaces Triton's driver, to compile for a GPU that is not present."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
@@ -44,7 +44,7 @@ class AbsentGPU:
 
 @contextlib.contextmanager
 def compiling_for(capability: int = 90) -> Iterator[None]:
-    """Within this context triton compiles for a GPU of this compute capability, 9.0 by default (Hopper)."""
+    """Context manager in which Triton compiles for a GPU of this compute capability, by default 9.0 (Hopper)."""
     before = triton.runtime.driver._active
     triton.runtime.driver.set_active(AbsentGPU(capability))
     try:
@@ -54,18 +54,18 @@ def compiling_for(capability: int = 90) -> Iterator[None]:
 
 
 def compile_all(launches: list[Launched]) -> list[Any]:
-    """→ each launch's compiled kernel."""
+    """The compiled kernel of each launch."""
     return [compiling.result() for compiling in warm_up(launches)]
 
 
 class Resources(NamedTuple):
-    """What a program of a compiled kernel takes."""
+    """Resource usage of one program of a compiled kernel."""
 
     registers: int
     spilled: int
-    """Bytes a thread that did not fit into registers."""
+    """Spilled bytes per thread."""
     shared: int
-    """Bytes of shared memory."""
+    """Shared memory in bytes."""
     uses_tensor_cores: bool
 
 
@@ -83,15 +83,15 @@ def variants(calls: list[tuple[Shape, torch.dtype]]) -> dict[str, int]:
     """How often each kernel would be compiled over these calls."""
     keys: dict[str, set[str]] = {}
 
-    def note(*, key: str, fn: Any, **_: Any) -> bool:
+    def record(*, key: str, fn: Any, **_: Any) -> bool:
         keys.setdefault(fn.name.split(".")[-1], set()).add(str(key))
-        return True  # as if it were compiled
+        return True  # skips the compilation
 
-    with mock.patch.object(triton.knobs.runtime, "jit_cache_hook", note):
+    with mock.patch.object(triton.knobs.runtime, "jit_cache_hook", record):
         for shape, dtype in calls:
             for call in launches_of(shape, dtype):
                 call.warm_up()
-    return {name: len(of) for name, of in keys.items()}
+    return {name: len(distinct) for name, distinct in keys.items()}
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture
 def poisoned_memory():
-    """Memory that nobody wrote to is NaN."""
+    """Fill uninitialised memory with NaN."""
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.utils.deterministic.fill_uninitialized_memory

@@ -1,6 +1,6 @@
-"""Hostile arguments for the native operations, drawn by hypothesis. A program, so that a crash is an exit status.
+"""Fuzz test of the native operations with hypothesis. It is a program, so that a crash becomes an exit status.
 
-Whatever is accepted gives what the reference gives; everything else is a ValueError or one of torch's own errors.
+Accepted arguments must give the reference's results; all others must raise a ValueError or one of PyTorch's own errors.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LAYOUTS = (
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
-    """The same numbers (but for meta) in memory of another layout."""
+    """The same numbers (except for meta) in another memory layout."""
     if layout == "expanded" and x.dim():
         return x[:1].expand(x.shape)
     if layout == "transposed" and x.dim() > 1:
@@ -60,7 +60,7 @@ def calls(draw):
     b, t, h, k, v, held = (draw(SIZES) for _ in range(6))
     queries = h * draw(st.sampled_from([1, 1, 2, 3]))
     dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
-    wrong = draw(st.integers(0, 30))  # which tensor has another shape, mostly none
+    wrong = draw(st.integers(0, 30))  # index of a tensor with a wrong shape; mostly there is none
 
     def tensor(*shape, marks=None, like=None):
         nonlocal wrong
@@ -125,9 +125,9 @@ def outcome(op, arguments, options, backend):
     given = options | dict(zip(named, leaves[count:], strict=True))
     try:
         out = flat(getattr(ops, op)(*leaves[:count], **given, backend=backend))
-        tracked, asked = [x for x in out if x.requires_grad], [x for x in leaves if x.requires_grad]
+        tracked, variables = [x for x in out if x.requires_grad], [x for x in leaves if x.requires_grad]
         ones = [torch.ones_like(x) for x in tracked]
-        grads = torch.autograd.grad(tracked, asked, ones, allow_unused=True) if tracked else ()
+        grads = torch.autograd.grad(tracked, variables, ones, allow_unused=True) if tracked else ()
         with torch.no_grad():
             plain = flat(getattr(ops, op)(*arguments, **options, backend=backend))
     except REFUSALS as refusal:
@@ -150,7 +150,7 @@ def check_operation(call):
 
 
 def check_operators(call):
-    """The operators that torch.library knows, with anything at all: an exported program may be given it."""
+    """Call the registered operators with arbitrary arguments, as an exported program might."""
     op, arguments, options = call
     name = {"rotated": "rotate"}.get(op, op)
     state, resets, live = (options.get(name) for name in ("state", "resets", "live"))

@@ -1,6 +1,6 @@
 #!/bin/sh
-# The native library under AddressSanitizer and UndefinedBehaviorSanitizer: built anew in a folder of its own, then given
-# what tests/ops/fuzz_native.py draws (300 examples, or as many as the first argument says). Any finding ends it.
+# Test the native library with AddressSanitizer and UndefinedBehaviorSanitizer: build it in a temporary folder, then run
+# tests/ops/fuzz_native.py on it, with 300 examples or the number in the first argument. Stops at the first finding.
 set -eu
 cd "$(dirname "$0")/../.."
 examples=${1:-300}
@@ -20,5 +20,5 @@ if native.why_not():
     sys.exit(print('skipped:', native.why_not()))
 from tests.ops.fuzz_native import main
 main($examples)
-print('$isa: nothing found')"
+print('$isa: no findings')"
 done

@@ -48,7 +48,7 @@ def test_an_unknown_name_is_refused_before_anything_runs():
 
 
 def test_two_threads_do_not_see_each_others_settings():
-    """Entered and left in turns: with one variable of the process, the last to leave would restore the other's."""
+    """With a process-wide variable, the last thread to leave its context would restore the other thread's setting."""
     seen, turn = {}, threading.Barrier(2, timeout=30)
 
     def run(name):

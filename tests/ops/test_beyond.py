@@ -1,4 +1,4 @@
-"""Window attention with pairs that stay visible beyond the window: every implementation against the equation."""
+"""Window attention with entries that stay visible beyond the window: every implementation against the reference."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ needs_native = pytest.mark.skipif(bool(native.why_not()), reason=native.why_not(
 
 
 class Case:
-    """q, k, v and, where others are compared beyond the window, those: with `kept` pairs of random scores that stay."""
+    """Inputs with `kept` entries that stay, by random scores. others: use other queries and keys beyond the window."""
 
     def __init__(self, b=2, t=40, l=None, h=2, g=1, k=4, v=3, window=5, kept=4, others=False, marked=False,
                  reach="sliding", dtype=torch.float64, seed=0):  # fmt: skip
@@ -49,11 +49,11 @@ class Case:
         for mine, theirs in zip(self.results(backend), self.results("reference"), strict=True):
             close(mine, theirs, tolerance)
 
-    def sees(self, pair, head=0, row=0):
-        """Which queries of a pair's head see it, Bool[t], where none is reset: within the window, or beyond it."""
+    def sees(self, entry, head=0, row=0):
+        """The queries that see an entry, within the window or beyond it, Bool[t]. Without resets."""
         q, k, *_ = self.inputs
         now = torch.arange(k.shape[1])[-q.shape[1] :]
-        return (pair <= now) & ((now < pair + self.options["window"]) | (now < self.expiry[row, pair, head]))
+        return (entry <= now) & ((now < entry + self.options["window"]) | (now < self.expiry[row, entry, head]))
 
 
 @every_backend
@@ -99,14 +99,14 @@ def test_any_shape(backend, b, t, held, h, g, k, v, window, kept, others, marked
 
 @pytest.mark.parametrize("backend", IMPLEMENTATIONS["window_attention"])
 @pytest.mark.parametrize("reach", ["sliding", "chunk"])
-def test_with_nothing_beyond_it_is_the_window(backend, reach):
+def test_without_visible_entries_beyond_it_equals_the_window(backend, reach):
     case = Case(t=200, kept=2, reach=reach, marked=True)
     case.expiry = torch.zeros_like(case.expiry)
     close(case(backend), window_attention(*case.inputs, **case.options, backend=backend))
 
 
 @pytest.mark.parametrize("backend", IMPLEMENTATIONS["window_attention"])
-def test_where_all_pairs_stay_it_is_full_attention(backend):
+def test_if_all_entries_stay_it_equals_full_attention(backend):
     case = Case(t=200, kept=200)
     case.expiry = torch.full_like(case.expiry, NEVER)
     close(case(backend), window_attention(*case.inputs, window=None, backend=backend))
@@ -114,7 +114,7 @@ def test_where_all_pairs_stay_it_is_full_attention(backend):
 
 @pytest.mark.parametrize("backend", IMPLEMENTATIONS["window_attention"])
 def test_by_hand(backend):
-    """Queries of zeros read the mean of the values 1 … 5 that they see: their own, and pair 0 until index 3."""
+    """A query of zeros reads the mean of the values (1 … 5) that it sees: its own, and entry 0 until index 3."""
     case = Case(b=1, t=5, h=1, k=1, v=1, window=1, kept=1)
     case.inputs = [torch.zeros(1, 5, 1, 1), torch.ones(1, 5, 1, 1), torch.arange(1.0, 6.0).view(1, 5, 1, 1)]
     case.expiry = torch.tensor([3, 0, 0, 0, 0]).view(1, 5, 1)
@@ -122,26 +122,26 @@ def test_by_hand(backend):
 
 
 @needs_native
-class TestNatively:
+class TestNative:
     @pytest.mark.parametrize("tensor", range(5))
     @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-    def test_what_is_not_finite_reaches_what_sees_it(self, tensor, number):
-        """Forward exactly the queries that see the pair; of a query's own rows, that query."""
+    def test_non_finite_numbers_reach_only_what_sees_them(self, tensor, number):
+        """A non-finite entry affects exactly the queries that see it; a non-finite query affects only itself."""
         case = Case(t=300, h=1, b=1, others=True, kept=3)
-        pair = int(
+        entry = int(
             (case.expiry[0, :100, 0] == case.expiry[0, :100, 0][case.expiry[0, :100, 0] != NEVER].max()).nonzero()[0]
         )
         inputs = [x.detach().clone() for x in case.inputs]
-        inputs[tensor][0, pair, 0, 1] = number
-        sees, index = case.sees(pair), torch.arange(300)
-        near, far = sees & (index < pair + 5), sees & (index >= pair + 5)
+        inputs[tensor][0, entry, 0, 1] = number
+        sees, index = case.sees(entry), torch.arange(300)
+        near, far = sees & (index < entry + 5), sees & (index >= entry + 5)
         assert far.any()
-        expected = [index == pair, near, sees, index == pair, far][tensor]
-        if tensor == 3:  # where it sees any pair beyond its window
+        expected = [index == entry, near, sees, index == entry, far][tensor]
+        if tensor == 3:  # only if it sees any entry beyond its window
             expected = expected & torch.stack([case.sees(j) & (index >= j + 5) for j in range(300)]).any(dim=0)
         assert torch.equal(case("native", inputs).isnan().any(dim=-1)[0, :, 0], expected)
 
-    def test_gradients_are_not_finite_where_a_query_is_not(self):
+    def test_a_non_finite_query_makes_the_gradients_it_reaches_non_finite(self):
         case = Case(t=200, h=1, b=1, kept=3)
         inputs = [x.detach().clone() for x in case.inputs]
         inputs[0][0, 150] = float("nan")

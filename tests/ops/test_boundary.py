@@ -1,4 +1,4 @@
-"""Whatever is given to an operation: an answer of the right shape, or an error that says what was expected."""
+"""Operations on empty and invalid arguments: a result of the right shape, or an error that says what was expected."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from hqlt.ops.backend import IMPLEMENTATIONS
 from tests.laws import close, normal
 
 INDICES = ("expiry",)
-"""Their outputs are integers, which have no gradient: tests/ops/test_expiry.py."""
+"""Operations whose outputs are integers, without gradients; see tests/ops/test_expiry.py."""
 EVERY = [(op, backend) for op, names in IMPLEMENTATIONS.items() for backend in names if op not in INDICES]
 SIZES = {"b": 2, "t": 3, "h": 2, "k": 4, "v": 3, "held": 2}
 
 
 def case(op, b, t, h, k, v, held):
-    """→ differentiable tensors, a function of them and a backend, and the shapes of its outputs."""
+    """Returns differentiable tensors, a function of a backend and these tensors, and the shapes of its outputs."""
     q, key, value, beta = normal(b, t, h, k), normal(b, t, h, k), normal(b, t, h, v), normal(b, t, h)
     resets = torch.zeros(b, t + held, dtype=torch.bool)
     resets[:, 1:2] = True
@@ -69,12 +69,12 @@ def case(op, b, t, h, k, v, held):
 
 @pytest.mark.parametrize("names", [*SIZES, "bt", "tk", "kv", "t-held", "bthkv"])
 @pytest.mark.parametrize(("op", "backend"), EVERY)
-def test_a_size_of_zero_gives_what_the_equation_gives(op, backend, names):
-    """Forward and backward; with t = 0 the state stays, with k = 0 a memory reads 0 and attention the mean."""
+def test_a_size_of_zero_gives_the_reference_result(op, backend, names):
+    """Forward and backward. With t = 0 the state is unchanged; with k = 0 a memory reads 0, and attention the mean."""
     empty = names.split("-") if len(names) > 2 and names != "bthkv" else list(names)
     sizes = SIZES | dict.fromkeys(["held"] if names == "held" else empty, 0)
     if names == "held" and backend in ("fla", "triton"):
-        pytest.skip("nothing is empty then, and it needs a GPU")
+        pytest.skip("no tensor is empty in this case, so that it needs a GPU")
     inputs, run, shapes = case(op, **sizes)
     results = []
     for name in (backend, "reference"):
@@ -93,7 +93,7 @@ def test_a_size_of_zero_gives_what_the_equation_gives(op, backend, names):
 EVERY_HERE = [(op, name) for op, name in EVERY if name not in ("fla", "triton")]
 
 
-def test_heads_of_no_width_read_zero_and_the_mean():
+def test_with_key_width_zero_memories_read_zero_and_attention_the_mean():
     inputs, run, _ = case("window_attention", **SIZES | {"k": 0, "held": 0})
     v = inputs[2]
     close(run(None, *inputs)[0][:, 2], v[:, 1:].mean(dim=1))  # reset at 1
@@ -109,7 +109,7 @@ def test_a_tensor_of_another_kind_is_named(op, backend, change, message):
     inputs, run, _ = case(op, **SIZES)
     for i in range(len(inputs)):
         if (len(inputs) == 1 and message == "expected on") or (op == "rms_norm" and message == "axes|got" and i == 0):
-            continue  # alone, it may be on any device; and of any number of axes
+            continue  # a single tensor may be on any device, and x may have any number of axes
         wrong = [change(x) if j == i else x for j, x in enumerate(inputs)]
         with pytest.raises(ValueError, match=message):
             run(backend, *wrong)
@@ -138,7 +138,7 @@ needs_native = pytest.mark.skipif(bool(native.why_not()), reason=native.why_not(
 
 
 @needs_native
-def test_negated_and_misaligned_memory_is_read_as_what_it_stands_for():
+def test_negated_and_misaligned_memory_is_read_correctly():
     x = normal(2, 3, 2, 4)
     raw = bytearray(8 * x.numel() + 1)
     moved = torch.frombuffer(raw, dtype=x.dtype, offset=1, count=x.numel()).view(x.shape).copy_(x)
@@ -159,19 +159,19 @@ def test_negated_and_misaligned_memory_is_read_as_what_it_stands_for():
         ((torch.ones(2, 3), torch._efficientzerotensor(2, 3)), "in CPU memory"),
     ],
 )
-def test_kernels_are_given_nothing_else(tensors, message):
+def test_kernels_reject_other_tensors(tensors, message):
     with pytest.raises(ValueError, match=message):
         native.run("unit_silu_forward", 1e-6, tensors)
 
 
 @needs_native
-def test_one_token_refuses_what_has_no_memory():
+def test_one_token_rejects_tensors_without_memory():
     with pytest.raises(ValueError, match="sizes of at least 1, and tensors with memory"):
         native.one_token(False, bytes(step.SIZES_AND_FACTORS.size + step.ADDRESSES.size))
 
 
 @needs_native
-def test_hostile_arguments_do_not_end_the_process():
+def test_arbitrary_arguments_do_not_crash_the_process():
     root = Path(__file__).parents[2]
     program = [sys.executable, "-m", "tests.ops.fuzz_native", "25"]
     done = subprocess.run(program, cwd=root, capture_output=True, text=True, timeout=300)
@@ -193,14 +193,14 @@ except (MemoryError, RuntimeError) as error:
 
 
 @needs_native
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of memory")
-def test_no_memory_is_an_error_and_not_the_end():
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's memory limits")
+def test_running_out_of_memory_raises_an_error():
     done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "Error" in done.stdout, done.stderr[-2000:]
 
 
 @needs_native
-def test_query_heads_in_no_multiple_do_not_reach_the_kernel():
+def test_the_kernel_rejects_query_heads_that_are_not_a_multiple():
     q, k = torch.ones(1, 2, 3, 4), torch.ones(1, 2, 2, 4)
     with pytest.raises(ValueError, match="expected query heads in a multiple of the heads of k"):
         native.run("window_attention_forward", 1.0, (q, k, k, *(None,) * 4, torch.empty_like(q)), 1, 1)

@@ -9,7 +9,7 @@ from hqlt.ops.backend import IMPLEMENTATIONS
 from tests.laws import Laws, Memory, close, normal
 from tests.ops.inputs import HEADS, KEY, TOLERANCE, VALUE, queries, strengths, strided, values
 
-HERE = [name for name in IMPLEMENTATIONS["delta_rule"] if name != "fla"]  # which needs a GPU, and has a file of its own
+HERE = [name for name in IMPLEMENTATIONS["delta_rule"] if name != "fla"]  # fla needs a GPU; see test_fla.py
 every_backend = pytest.mark.parametrize("backend", HERE)
 
 
@@ -33,7 +33,7 @@ class TestLaws(Laws):
 
 
 def one_head(k, v, beta, backend, **options):
-    """Keys and values as numbers (width 1, or vectors), one row, one head, read with the written key, unscaled."""
+    """One row and one head, with keys and values given as numbers or vectors; each token reads with its own key."""
     k, v = (torch.tensor(x, dtype=torch.float64).reshape(1, len(x), 1, -1) for x in (k, v))
     beta = torch.tensor(beta, dtype=torch.float64).reshape(1, -1, 1)
     out, W = delta_rule(k, k, v, beta, scale=1.0, backend=backend, **options)
@@ -46,7 +46,7 @@ class TestByHand:
         """W = 0 + 1·(3 − 0) = 3, then 3 + 1·(5 − 3) = 5."""
         assert one_head([1, 1], [3, 5], [1, 1], backend)[0] == [3, 5]
 
-    def test_beta_one_half_goes_half_the_way(self, backend):
+    def test_beta_one_half_goes_halfway(self, backend):
         """W = 0 + ½·(4 − 0) = 2, then 2 + ½·(4 − 2) = 3."""
         assert one_head([1, 1], [4, 4], [0.5, 0.5], backend)[0] == [2, 3]
 
@@ -58,13 +58,13 @@ class TestByHand:
         assert one_head([1, 1], [3, 5], [1, 0], backend)[0] == [3, 3]
 
     def test_orthogonal_keys_do_not_disturb_each_other(self, backend):
-        """k = (1, 0), (0, 1), (1, 0) with v = 3, 5, 7: the first two stay beside each other, the third replaces."""
+        """k = (1, 0), (0, 1), (1, 0) with v = 3, 5, 7: the first two are independent, the third replaces the first."""
         out, W = one_head([[1, 0], [0, 1], [1, 0]], [3, 5, 7], [1, 1, 1], backend)
         assert out == [3, 5, 7]
         assert W.flatten().tolist() == [7, 5]
 
     def test_repeated_key_with_beta_two_does_parity(self, backend):
-        """Start from W = 1. A bit 1 is β = 2, v = 0: W ← −W. A bit 0 is β = 0. The sign is the parity of the bits."""
+        """W starts at 1. A bit 1 is β = 2, v = 0: W ← −W. A bit 0 is β = 0. The sign of W is the parity of the bits."""
         bits = torch.randint(0, 2, (100,))
         start = torch.ones(1, 1, 1, 1, dtype=torch.float64)
         out, _ = one_head([1.0] * 100, [0.0] * 100, (2 * bits).tolist(), backend, state=start)
@@ -83,14 +83,14 @@ class TestByHand:
 @every_backend
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_dtypes(backend, dtype):
-    """The same (rounded) numbers give the float64 reference's answer, and the matrix accumulates in float32 or more."""
+    """The result is that of the float64 reference on the same (rounded) numbers; the matrix is in at least float32."""
     inputs = [x.to(dtype) for x in memory("reference").inputs(2, 90)]
     out, W = delta_rule(*inputs, backend=backend)
     expected_out, expected_W = delta_rule(*(x.double() for x in inputs), backend="reference")
     assert out.dtype == dtype
     assert W.dtype == torch.promote_types(dtype, torch.float32)
     close(out.double(), expected_out, TOLERANCE[dtype])
-    close(W.double(), expected_W, min(TOLERANCE[dtype], 2e-5))  # nothing is rounded to bfloat16 on the way
+    close(W.double(), expected_W, min(TOLERANCE[dtype], 2e-5))  # no intermediate result is rounded to bfloat16
 
 
 @every_backend
@@ -119,10 +119,10 @@ def test_sizes(backend, t, b, k, v):
 
 @every_backend
 @pytest.mark.parametrize("beta", [1.0, 1.9, 2.0])
-@pytest.mark.parametrize("spread", [0.0, 1e-3, 0.3])
-def test_correlated_keys_stay_finite_and_accurate(backend, beta, spread):
-    """Nearly equal keys and strong writes: where inverses of triangular matrices made of rounded products blow up."""
-    k = F.normalize(torch.ones(1, 256, HEADS, 16) + spread * normal(1, 256, HEADS, 16), dim=-1)
+@pytest.mark.parametrize("noise", [0.0, 1e-3, 0.3])
+def test_correlated_keys_stay_finite_and_accurate(backend, beta, noise):
+    """Nearly equal keys and strong writes, for which triangular inverses of rounded products can blow up."""
+    k = F.normalize(torch.ones(1, 256, HEADS, 16) + noise * normal(1, 256, HEADS, 16), dim=-1)
     v = values(1, 256)
     inputs = k, k, v, torch.full((1, 256, HEADS), beta)
     expected, expected_W = delta_rule(*(x.double() for x in inputs), backend="reference")

@@ -17,7 +17,8 @@ every_backend = pytest.mark.parametrize("backend", IMPLEMENTATIONS["expiry"])
 
 
 def by_rank(scores, leaves, kept, used, resets):
-    """One head, entry by entry: a list by rank, of which what stands behind the first `kept` is pushed out."""
+    """Expiry of one head, entry by entry: a list sorted by rank, from which entries after the first `kept` are
+    dropped."""
     out, ranked = [NEVER] * len(scores), []
     for i, score in enumerate(scores):
         if resets[i]:
@@ -37,7 +38,7 @@ SCORES = st.one_of(st.integers(0, 4).map(float), st.floats(allow_nan=False, widt
 
 @st.composite
 def calls(draw):
-    """scores, leaves, kept, used, resets of one head; where the entries leave they do so in order of age."""
+    """scores, leaves, kept, used and resets of one head; entries leave the window in order of age."""
     l = draw(st.integers(0, 40))
     some = lambda elements: draw(st.lists(elements, min_size=l, max_size=l))  # noqa: E731
     leaves = sorted(some(st.integers(0, 60)))
@@ -59,14 +60,14 @@ def call(backend, scores, leaves, kept, used, resets, dtype=torch.float32):
 @every_backend
 @settings(max_examples=60)
 @given(calls())
-def test_it_is_the_list_by_rank(backend, arguments):
+def test_it_equals_a_list_sorted_by_rank(backend, arguments):
     assert call(backend, *arguments) == by_rank(*arguments)
 
 
 @every_backend
 def test_by_hand(backend):
-    """Of 3, 1, 2, 2 the two highest stay: 2 pushes 1 out when it leaves the window, and the older 2 stays before the
-    younger; an infinite score stays for ever, but nothing outlives its segment."""
+    """Of the scores 3, 1, 2, 2, the two highest stay: the first 2 displaces 1 when it leaves the window, and of equal
+    scores the older stays. An infinite score stays until the end of its segment."""
     inf = float("inf")
     scores, leaves = [3.0, 1.0, 2.0, 2.0, inf, -inf, -inf], [4, 5, 6, 7, 8, 9, 10]
     everything, begins = [True] * 7, [False] * 6 + [True]
@@ -79,7 +80,7 @@ def test_by_hand(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(("b", "l", "h", "kept"), [(2, 300, 3, 5), (1, 200, 17, 70), (3, 130, 1, 1), (2, 5, 2, 2**40)])
 @pytest.mark.parametrize("marked", [False, True])
-def test_every_row_and_head_by_itself(backend, dtype, b, l, h, kept, marked):
+def test_rows_and_heads_are_independent(backend, dtype, b, l, h, kept, marked):
     generator = torch.Generator().manual_seed(l)
     draw = lambda *shape: torch.rand(*shape, generator=generator)  # noqa: E731
     scores, leaves = (20 * draw(b, l, h)).round().to(dtype), torch.arange(l).expand(b, l) + 7
@@ -94,18 +95,18 @@ def test_every_row_and_head_by_itself(backend, dtype, b, l, h, kept, marked):
 
 
 @every_backend
-def test_no_gradient_goes_through(backend):
+def test_the_result_has_no_gradient(backend):
     scores = torch.randn(1, 9, 2, requires_grad=True)
     assert not expiry(scores, torch.arange(9)[None], kept=2, backend=backend).requires_grad
 
 
 @every_backend
 @pytest.mark.parametrize("shape", [(0, 3, 2), (2, 0, 2), (2, 3, 0)])
-def test_a_size_of_zero_gives_nothing(backend, shape):
+def test_a_size_of_zero_gives_an_empty_result(backend, shape):
     assert expiry(torch.zeros(shape), torch.zeros(shape[:2], dtype=torch.int64), kept=2, backend=backend).shape == shape
 
 
-def test_a_transform_gives_the_equations_numbers():
+def test_vmap_gives_the_same_result():
     scores, leaves = torch.randn(3, 2, 9, 2), torch.arange(9).expand(2, 9) + 3
     run = lambda x: expiry(x, leaves, kept=2)  # noqa: E731
     assert torch.equal(torch.func.vmap(run)(scores), torch.stack([run(x) for x in scores]))
@@ -119,7 +120,7 @@ def test_registration(marked):
     torch.library.opcheck(expiry_native._expiry, arguments)
 
 
-def test_the_fastest_runs_on_a_cpu():
+def test_the_native_backend_is_selected_on_a_cpu():
     choice = explain("expiry", torch.zeros(1, 9, 2)).name
     assert choice == ("chunked" if native.why_not() else "native")
 

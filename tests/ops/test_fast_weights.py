@@ -1,4 +1,4 @@
-"""Every write rule of one recurrence: decay by matrix or by row, what is erased, several writes a token."""
+"""All write rules of the family: decay per matrix or per row, the erased key, several writes per token."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from hqlt.ops.backend import IMPLEMENTATIONS
 from tests.laws import Laws, Memory, close, normal
 from tests.ops.inputs import HEADS, KEY, TOLERANCE, VALUE, queries, strided
 
-HERE = [name for name in IMPLEMENTATIONS["fast_weights"] if name != "fla"]  # which needs a GPU
+HERE = [name for name in IMPLEMENTATIONS["fast_weights"] if name != "fla"]  # fla needs a GPU
 every_backend = pytest.mark.parametrize("backend", HERE)
 
 
 class Kind(NamedTuple):
-    """A corner of the family."""
+    """One write rule of the family."""
 
     decay: str  # "none", "matrix", "rows"
     erase: str  # "none", "k", "other"
@@ -31,12 +31,12 @@ class Kind(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        """Of what a token brings."""
+        """Names of the inputs."""
         has_decay, has_key = self.decay != "none", self.erase == "other"
         return ["q", "k", "v", "beta", *["decay"] * has_decay, *["erase"] * has_key]
 
     def inputs(self, b, t, k=KEY, v=VALUE, seed=0):
-        """[b, t, …] each, where k, v, beta and erase are [b, t, m, …]; decays from e^−20 to exactly 1."""
+        """Inputs [b, t, …], where k, v, beta and erase are [b, t, m, …]. Decays are from e^−20 to exactly 1."""
         rows = (k,) if self.decay == "rows" else ()
         made = {
             "q": queries(b, t, seed, k, self.group * HEADS),
@@ -49,10 +49,10 @@ class Kind(NamedTuple):
         return tuple(made[name] for name in self.names)
 
     def call(self, inputs, **options):
-        given = dict(zip(self.names, inputs, strict=True))
-        for name in {"k", "v", "beta", "erase"} & set(given):
-            given[name] = given[name].flatten(1, 2)
-        return fast_weights(**{"erase": self.erase == "k", **given, **options})
+        arguments = dict(zip(self.names, inputs, strict=True))
+        for name in {"k", "v", "beta", "erase"} & set(arguments):
+            arguments[name] = arguments[name].flatten(1, 2)
+        return fast_weights(**{"erase": self.erase == "k", **arguments, **options})
 
 
 KINDS = [
@@ -65,7 +65,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
 
 
 def memory(kind, backend, marks=False):
-    """marks: which tokens are live is told by the sign of one more input."""
+    """The rule as a memory. marks: the sign of an additional input marks the live tokens."""
 
     def run(inputs, state, resets, backend=backend):
         *inputs, mark = inputs if marks else (*inputs, None)
@@ -96,20 +96,20 @@ class TestLawsWithMarks(Laws):
 
 
 def numbers(*x):
-    """[1, t, 1, 1]"""
+    """A tensor [1, t, 1, 1]."""
     return torch.tensor(x, dtype=torch.float64).view(1, -1, 1, 1)
 
 
 @every_backend
 class TestByHand:
-    """One row, one head, widths of 1, keys and queries of 1: the matrix is a number."""
+    """One row, one head, widths of 1; keys and queries are 1, so that the matrix is a number."""
 
     def read(self, v, backend, t=None, **options):
         v, ones = numbers(*v), numbers(*[1.0] * len(v))
         return fast_weights(ones[:, :t], ones, v, scale=1.0, backend=backend, **options)[0].flatten().tolist()
 
     def half(self, *which):
-        """log α: ½ where marked."""
+        """log α of ½ for tokens given as 1, of 1 for those given as 0."""
         return numbers(*which)[..., 0] * torch.tensor(0.5, dtype=torch.float64).log()
 
     def test_addition(self, backend):
@@ -120,18 +120,18 @@ class TestByHand:
         """S = ½ · 0 + 3, then ½ · 3 + 5."""
         assert self.read([3, 5], backend, erase=False, decay=self.half(1, 1)) == pytest.approx([3, 6.5], abs=1e-12)
 
-    def test_erasing_sees_what_has_decayed(self, backend):
+    def test_decay_comes_before_erasing(self, backend):
         """S = 4, then ½ · 4 = 2, and 2 + ½ (8 − 2)."""
         got = self.read([4, 8], backend, decay=self.half(0, 1), beta=numbers(1, 0.5)[..., 0])
         assert got == pytest.approx([4, 5], abs=1e-12)
 
-    def test_the_undecayed_is_erased_by_a_key_over_alpha(self, backend):
+    def test_a_key_divided_by_alpha_erases_the_value_before_decay(self, backend):
         """S = 4, then ½ · 4 + (8 − (1 / ½) · 2) = 2 + 4."""
         got = self.read([4, 8], backend, decay=self.half(0, 1), erase=numbers(1, 2))
         assert got == pytest.approx([4, 6], abs=1e-12)
 
-    def test_two_writes_a_token(self, backend):
-        """One token: 3, then half the way to 5."""
+    def test_two_writes_per_token(self, backend):
+        """One token writes 3, then goes halfway to 5."""
         assert self.read([3, 5], backend, t=1, beta=numbers(1, 0.5)[..., 0]) == [4]
 
     def test_a_token_that_is_not_live_does_not_decay(self, backend):
@@ -201,7 +201,7 @@ def test_sizes(backend, kind, t, b, k, v):
 @pytest.mark.parametrize("log_alpha", [0.0, -1e-6, -1.0, -20.0])
 @pytest.mark.parametrize("erase", [False, True])
 def test_constant_decay_over_many_tokens(backend, rows, log_alpha, erase):
-    """A product of α that no floating-point number holds (e^−6000) divides nothing: float32 stays right."""
+    """A product of α that underflows (e^−6000) is never a divisor, so that float32 stays accurate."""
     kind = Kind("rows" if rows else "matrix", "k" if erase else "none")
     q, k, v, beta, decay = kind.inputs(1, 300)
     beta, decay = beta / 2, torch.full_like(decay, log_alpha)
@@ -219,8 +219,8 @@ def test_constant_decay_over_many_tokens(backend, rows, log_alpha, erase):
 @every_backend
 @pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("with_resets", [False, True])
-def test_everything_may_be_forgotten_at_once(backend, with_resets, rows):
-    """α = 0, log α = −∞: nothing is left of what was held, as after a reset; nothing else is lost."""
+def test_a_decay_of_zero_clears_the_matrix(backend, with_resets, rows):
+    """α = 0, log α = −∞: the matrix is cleared, as by a reset, and nothing else becomes NaN."""
     kind = Kind("rows" if rows else "matrix", "k")
     q, k, v, beta, decay = kind.inputs(2, 37)
     forgotten = normal(2, 37, seed=8) > 1
@@ -249,7 +249,7 @@ def test_memory_layout_does_not_matter(backend, kind):
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler's own
 def test_torch_compile_sees_one_graph():
-    """Of chunks, their gradients included."""
+    """The chunked backend, including its backward pass."""
     torch._dynamo.reset()
     kind = Kind("rows", "k", 2)
     inputs = [x.requires_grad_() for x in kind.inputs(2, 20)]

@@ -1,7 +1,7 @@
-"""The family's recurrence against what others wrote: transformers' torch kernels, ONNX's reference evaluator.
+"""Fast weights against other implementations: transformers' PyTorch code, and ONNX's reference evaluator.
 
-Their float32 is made float64 where it is a word in their code, so that what agrees does to 1e-10. The tests with ONNX
-run where its package is: `make test-onnx`.
+float32 is replaced by float64 in their source code, so that results agree to 1e-10. The tests with ONNX need its
+package: `make test-onnx`.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from hqlt.ops.backend import IMPLEMENTATIONS
 from tests.float64 import in_float64
 from tests.laws import close, normal
 
-BATCH, LENGTH, HEADS, KEY, VALUE, GROUP = 2, 70, 4, 8, 6, 2  # more than one chunk of 64, and no whole number of them
-HERE = [name for name in IMPLEMENTATIONS["fast_weights"] if name != "fla"]  # which needs a GPU
+BATCH, LENGTH, HEADS, KEY, VALUE, GROUP = 2, 70, 4, 8, 6, 2  # more than one chunk of 64, and not a multiple of it
+HERE = [name for name in IMPLEMENTATIONS["fast_weights"] if name != "fla"]  # fla needs a GPU
 every_backend = pytest.mark.parametrize("backend", HERE)
 
 
 @pytest.fixture
 def theirs(monkeypatch):
-    """A model's code of transformers, by its name, that computes in float64."""
+    """A function that imports a transformers model's code, changed to compute in float64."""
     return partial(in_float64, monkeypatch=monkeypatch)
 
 
 def gates(*more: int) -> tuple[Tensor, Tensor]:
-    """log α as Mamba-2 makes it, −exp(A_log) · softplus(· + dt_bias), and softplus(…): [b, t, h, *more]."""
+    """log α as in Mamba-2, −exp(A_log) · softplus(· + dt_bias), and softplus(…): [b, t, h, *more]."""
     rate = 1 + 15 * normal(HEADS, *[1] * len(more), seed=30).sigmoid()
     dt = F.softplus(normal(BATCH, LENGTH, HEADS, *more, seed=31) + normal(HEADS, *more, seed=32) - 3)
     return -rate * dt, dt
@@ -44,7 +44,7 @@ def state_before() -> Tensor:
 
 
 def check(mine: Any, others: Any, inputs: Any, tolerance: float = 1e-10) -> None:
-    """Outputs, final states, and the gradients of one number made of both."""
+    """Compare outputs, final states, and the gradients of a weighted sum of both."""
     for x, y in zip(mine, others, strict=True):
         close(x, y, tolerance)
     pairs = [
@@ -56,14 +56,14 @@ def check(mine: Any, others: Any, inputs: Any, tolerance: float = 1e-10) -> None
 
 
 class Delta(NamedTuple):
-    """Where transformers has a delta rule with decay, in two forms."""
+    """A delta rule with decay in transformers."""
 
     model: str
     name: str
     rows: tuple[int, ...] = ()
-    """Of the decay: none of its own, or one for each row of a matrix."""
+    """Additional axis of the decay: none, or (KEY,) for a decay per row."""
     groups: int = GROUP
-    """Matrices that share a key and a query."""
+    """Number of matrices that share a key and a query."""
 
 
 DELTAS = [
@@ -80,7 +80,7 @@ DELTAS = [
 @every_backend
 @pytest.mark.parametrize("rule", DELTAS, ids=lambda rule: f"{rule.model}-{rule.name}")
 def test_delta_rules_with_decay(rule, backend, theirs):
-    """Qwen3-Next, Qwen3.5, Olmo-Hybrid (a decay a matrix), Kimi Linear (a decay a row)."""
+    """Qwen3-Next, Qwen3.5 and Olmo-Hybrid (a decay per matrix), and Kimi Linear (a decay per row)."""
     made = (
         normal(BATCH, LENGTH, HEADS // rule.groups, KEY, seed=0),
         normal(BATCH, LENGTH, HEADS // rule.groups, KEY, seed=1),
@@ -104,7 +104,7 @@ def test_delta_rules_with_decay(rule, backend, theirs):
 @every_backend
 @pytest.mark.parametrize("model", ["mamba2", "bamba", "falcon_h1"])
 def test_mamba2(model, backend, theirs):
-    """Its chunks: q = C, k = B, v = dt · x, no erasing; heads share B and C in groups."""
+    """Chunked Mamba-2: q = C, k = B, v = dt · x, without erasing; groups of heads share B and C."""
     (decay, dt), groups = gates(), HEADS // GROUP
     A = decay[0, 0] / dt[0, 0]
     made = (
@@ -144,7 +144,7 @@ def test_mamba2_token_by_token(backend, theirs):
 
 @every_backend
 def test_mlstm(backend, theirs):
-    """The normaliser is one more column of values; theirs is divided by exp(m) throughout, ours by nothing here."""
+    """The normaliser is one more column of values. Theirs is divided by exp(m) throughout; ours is not divided here."""
     q, k = (normal(BATCH, LENGTH, HEADS, KEY, seed=seed) for seed in (0, 1))
     v = normal(BATCH, LENGTH, HEADS, VALUE, seed=2)
     i, f = normal(BATCH, LENGTH, HEADS, seed=3), 2 + normal(BATCH, LENGTH, HEADS, seed=4)
@@ -165,7 +165,7 @@ def test_mlstm(backend, theirs):
     [("linear", None), ("delta", None), *product(["gated", "gated_delta"], ["matrix", "rows"])],
 )
 def test_onnx_reference(rule, decay, backend):
-    """ONNX's operator LinearAttention, as its reference evaluator runs it, in float32."""
+    """ONNX's operator LinearAttention in its reference evaluator, in float32."""
     onnx = pytest.importorskip("onnx", reason="ONNX's reference evaluator needs the extra `onnx`")
     if not onnx.defs.has("LinearAttention"):
         pytest.skip(f"ONNX's operator LinearAttention needs onnx 1.22 or newer, this is {onnx.__version__}")

@@ -1,4 +1,4 @@
-"""How segments and states go to flash-linear-attention and come back. Its place is taken by our reference."""
+"""Conversion of segments and states for flash-linear-attention, which is replaced by our reference."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ def reference(*arguments):
 
 
 def sequence_by_sequence(q, k, v, beta, *, scale, initial_state, output_final_state, cu_seqlens=None):
-    """The signature that fla documents: sequences as rows, or end to end in one row between bounds."""
+    """fla's documented signature: sequences as rows, or concatenated in one row and delimited by cu_seqlens."""
     assert output_final_state
     options = {"scale": scale, "backend": "reference"}
     if cu_seqlens is None:
         return delta_rule(q, k, v, beta, state=initial_state, **options)
     assert cu_seqlens.dtype == torch.long and len(q) == 1 and len(initial_state) == len(cu_seqlens) - 1
-    pieces = [
+    parts = [
         delta_rule(*(x[:, begin:end] for x in (q, k, v, beta)), state=initial_state[i : i + 1], **options)
         for i, (begin, end) in enumerate(zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True))
     ]
-    outs, states = zip(*pieces, strict=True)
+    outs, states = zip(*parts, strict=True)
     return torch.cat(outs, dim=1), torch.cat(states)
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """A module in fla's place, and the names of its functions as they are called."""
+    """Replaces fla's module; the value is the list of its functions that were called."""
     called = []
 
     def named(name):
@@ -93,14 +93,14 @@ class TestLiveAndGroupsLaws(Laws):
         (64, 4, torch.float32, "tokens"),
     ],
 )
-def test_chunks_where_fla_offers_them(t, width, dtype, kind, calls):
+def test_chunked_kernels_are_used_if_supported(t, width, dtype, kind, calls):
     q = queries(1, t, width=width).to(dtype)
     delta_rule(q, q, values(1, t).to(dtype), strengths(1, t).float(), backend="fla")
     assert calls == [kind]
 
 
-def test_the_benchmarks_peer_is_the_operation(calls):
-    """φ, fla, rotary positions, windowed attention, mixer and norm one by one are what `synchronous` does at once."""
+def test_the_peer_of_the_benchmark_computes_the_same(calls):
+    """φ, fla, rotary embedding, window attention, mixer and norm one by one equal `synchronous`."""
     leaves = [x.detach() for x in gpu.inputs(2, 70, 2, 8)]
     rotary = Rotary(10_000.0).table(70, 8, torch.device("cpu"), torch.float32)
     expected, _ = synchronous(*leaves, window=5, rotary=rotary, backend="composed")
@@ -109,7 +109,7 @@ def test_the_benchmarks_peer_is_the_operation(calls):
     close(got, expected, 1e-5)
 
 
-def test_a_benchmarks_row_is_of_what_it_names(calls):
+def test_the_benchmark_detects_which_backend_runs(calls):
     layer = HybridMemory(8, 2, window=3)
     x = torch.randn(1, 70, 8)
     assert gpu.uses_backend("fla", lambda: layer(x))
@@ -117,7 +117,7 @@ def test_a_benchmarks_row_is_of_what_it_names(calls):
     assert not gpu.uses_backend("fla", lambda: None)
 
 
-def test_what_it_needs_is_named(monkeypatch):
+def test_errors_say_what_it_needs(monkeypatch):
     with pytest.raises(RuntimeError, match="'fla': expected tensors on a GPU, got cpu; name another backend"):
         run(inputs(1, 2), None, None)
     monkeypatch.setattr(fla, "check_runs", lambda q, v: None)
@@ -131,7 +131,7 @@ def test_what_it_needs_is_named(monkeypatch):
 @pytest.mark.parametrize("t", [20, 130])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_fla_itself(t, dtype, monkeypatch):
-    """Its kernels answer as the reference does, with resets and a state; gradients too."""
+    """Its kernels match the reference, with resets and a state, including gradients."""
     pytest.importorskip("fla")
     if not GPU:
         if dtype == torch.bfloat16 or t > 63:

@@ -1,4 +1,4 @@
-"""Which of flash-linear-attention's kernels serves which rule, and how. Their place is taken by our reference."""
+"""The kernels of flash-linear-attention that are used for each write rule. They are replaced by our reference."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ REFUSED = [kind for kind in KINDS if kind not in SERVED]
 
 
 def sequence_by_sequence(q, k, v, cu_seqlens, initial_state, m=1, **given):
-    """Sequences as rows, or end to end in one row between bounds."""
+    """Sequences as rows, or concatenated in one row and delimited by cu_seqlens."""
     if cu_seqlens is None:
         return fast_weights(q, k, v, state=initial_state, backend="reference", **given)
     assert cu_seqlens.dtype == torch.long and len(q) == 1 and len(initial_state) == len(cu_seqlens) - 1
@@ -46,7 +46,7 @@ def sequence_by_sequence(q, k, v, cu_seqlens, initial_state, m=1, **given):
     return torch.cat(outs, dim=1), torch.cat(states)
 
 
-# The signatures that fla-core 0.6.0 documents, as far as they are used.
+# The signatures documented by fla-core 0.6.0, as far as they are used.
 
 
 def chunk_delta_rule(q, k, v, beta, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None):
@@ -84,7 +84,7 @@ def chunk_gla(q, k, v, g, scale=None, initial_state=None, output_final_state=Fal
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Modules in fla's place, and the names of their functions as they are called."""
+    """Replaces fla's modules; the value is the list of their functions that were called."""
     called = []
 
     def named(function):
@@ -126,7 +126,7 @@ def test_each_rule_has_its_kernel(kind, calls):
 
 
 @pytest.mark.parametrize("kind", REFUSED, ids=str)
-def test_a_rule_that_fla_has_not_is_refused(kind, calls):
+def test_a_rule_that_fla_does_not_support_is_rejected(kind, calls):
     with pytest.raises(
         ValueError, match=rf"'fla': expected a write rule .* got .*, {kind.writes} writes per token; name"
     ):
@@ -134,14 +134,14 @@ def test_a_rule_that_fla_has_not_is_refused(kind, calls):
     assert not calls
 
 
-def test_keys_wider_than_its_kernels_take_are_refused(calls):
+def test_keys_too_wide_for_its_kernels_are_rejected(calls):
     kind = Kind("rows", "k")
     inputs = kind.inputs(1, 2, k=257)
     with pytest.raises(ValueError, match="expected a key width of at most 256 for chunk_kda, got 257"):
         kind.call(inputs, backend="fla")
 
 
-def test_types_that_its_kernels_do_not_take_are_refused(monkeypatch, calls):
+def test_dtypes_that_its_kernels_do_not_support_are_rejected(monkeypatch, calls):
     monkeypatch.setattr(fla, "CHUNKED_DTYPES", (torch.bfloat16, torch.float16))
     kind = Kind("matrix", "k", 2)
     inputs = kind.inputs(1, 2)
@@ -149,7 +149,7 @@ def test_types_that_its_kernels_do_not_take_are_refused(monkeypatch, calls):
         kind.call(inputs, backend="fla")
 
 
-class TestTrial:
+class TestCheck:
     """On a GPU its kernels are selected if they match the reference; CPU tensors stand in for a GPU's."""
 
     kind = Kind("matrix", "k")
@@ -162,8 +162,8 @@ class TestTrial:
         monkeypatch.setitem(backend.RULES, "fast_weights", tuple(native_last))
 
     def explained(self, t=70, **changes):
-        given = {"k": 8, "v": 8, "dtype": torch.float64, "decay": 3} | changes
-        return explain("fast_weights", torch.zeros(1, t, 2, given["k"]), kind=fla.Kind("fast_weights", **given))
+        fields = {"k": 8, "v": 8, "dtype": torch.float64, "decay": 3} | changes
+        return explain("fast_weights", torch.zeros(1, t, 2, fields["k"]), kind=fla.Kind("fast_weights", **fields))
 
     def wrong(self, monkeypatch, error):
         right = chunk_gated_delta_rule
@@ -174,16 +174,16 @@ class TestTrial:
 
         monkeypatch.setattr(sys.modules["fla.ops.gated_delta_rule"], "chunk_gated_delta_rule", chunk)
 
-    def test_right(self, calls):
+    def test_correct_results(self, calls):
         for segments in (False, True):
             choice = self.explained(segments=segments)
             assert choice.name == "fla"
             assert "matched the reference on this GPU" in choice.why
         assert len(calls) == 2
         assert self.explained().name == "fla"
-        assert len(calls) == 2, "tried once for each kind"
+        assert len(calls) == 2, "checked once per kind"
 
-    def test_wrong(self, monkeypatch):
+    def test_wrong_results(self, monkeypatch):
         self.wrong(monkeypatch, lambda final: 1.01 * final)
         name, why = self.explained()
         assert name == "chunked"
@@ -197,7 +197,7 @@ class TestTrial:
         self.wrong(monkeypatch, lambda final: torch.nan * final)
         assert "not fla: its matrix differs" in self.explained().why
 
-    def test_what_raises(self, monkeypatch):
+    def test_an_exception(self, monkeypatch):
         self.wrong(monkeypatch, lambda final: 1 / 0)
         assert self.explained().why.endswith("not fla: division by zero")
 
@@ -206,38 +206,38 @@ class TestTrial:
         monkeypatch.setitem(sys.modules, "fla.ops.gated_delta_rule", None)
         assert "expected the package fla-core, found none" in self.explained().why
 
-    def test_what_it_has_no_kernel_for(self):
+    def test_an_unsupported_rule(self):
         assert "not fla: backend 'fla': expected a write rule" in self.explained(writes=2, decay=4).why
         assert self.explained(t=63) == self.explained(t=63, decay=0)
 
-    def test_the_layer_s_call_asks(self, calls):
+    def test_a_call_of_the_operation_runs_the_check(self, calls):
         inputs = self.kind.inputs(2, 70)
         got = self.kind.call(inputs, state=None)
-        assert len(calls) == 2, "the trial, then the call"
+        assert len(calls) == 2, "the check, then the call"
         for mine, theirs in zip(got, self.kind.call(inputs, state=None, backend="reference"), strict=True):
             close(mine, theirs)
 
-    @pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch's tracer warns itself
-    def test_compiled_code_asks(self, calls):
+    @pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # raised by torch's tracer
+    def test_compiled_code_runs_the_check(self, calls):
         torch._dynamo.reset()
         inputs, graphs = self.kind.inputs(2, 70), []
         torch.compile(self.kind.call, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)(inputs)
         assert torch.ops.hqlt.fla.default in {node.target for node in graphs[0].graph.nodes}
 
-    def test_the_global_seed_is_left_alone(self):
+    def test_the_global_random_state_is_not_changed(self):
         before = torch.get_rng_state()
         self.explained()
         assert torch.equal(before, torch.get_rng_state())
 
-    def test_fake_tensors_try_nothing(self):
+    def test_fake_tensors_do_not_run_the_check(self):
         with FakeTensorMode():
             assert "not tried yet" in self.explained().why
         assert self.explained().name == "fla"
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch's tracer warns itself
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # raised by torch's tracer
 @pytest.mark.parametrize("kind", [Kind("matrix", "k"), Kind("none", "k"), Kind("rows", "none")], ids=str)
-def test_compiled_it_is_one_operator(kind, calls):
+def test_compiled_code_contains_one_operator(kind, calls):
     torch._dynamo.reset()
     inputs, state = kind.inputs(2, 5), normal(2, HEADS, KEY, VALUE)
     leaves = [x.requires_grad_() for x in tree_leaves(inputs) if isinstance(x, torch.Tensor)] + [state.requires_grad_()]
@@ -254,10 +254,10 @@ def test_compiled_it_is_one_operator(kind, calls):
         close(mine, theirs)
 
 
-def test_the_operator_is_one_of_torch_s(calls):
+def test_the_operator_is_registered_correctly(calls):
     from hqlt.ops.fast_weights.fla import operator
 
     q, k, v, beta, decay = Kind("matrix", "k").inputs(2, 5)
     tensors = q, k[:, :, 0], v[:, :, 0], beta[:, :, 0], decay, normal(2, HEADS, KEY, VALUE)
-    given = *(x.requires_grad_() for x in tensors), None, True, 0.5
-    torch.library.opcheck(operator, given)
+    arguments = *(x.requires_grad_() for x in tensors), None, True, 0.5
+    torch.library.opcheck(operator, arguments)

@@ -1,4 +1,4 @@
-"""The kernels compile for a GPU, and fit into its registers, on a machine without one."""
+"""Compilation of the kernels for a GPU, and their register use, checked on a machine without a GPU."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ SPILLED = {
     (3, 5): {"prepare": 120, "queries_backward": 600, "entries_backward": 450},
     (3, 9): {"prepare": 110, "queries_backward": 340, "entries_backward": 430},
 }
-"""Bytes a thread that each kernel may write to memory for want of registers, from this version of triton on, with
-its own assembler and with 13.4. Others: none."""
+"""Bytes per thread that each kernel may spill, from this version of triton on, with its own assembler and with 13.4.
+Other kernels must not spill."""
 SPILLED_WITH_DECAY = {
     (3, 5): {"prepare": 180, "queries_backward": 700, "entries_backward": 680},
     (3, 9): {"prepare": 240, "queries_backward": 470, "entries_backward": 900},
@@ -52,12 +52,12 @@ def test_kernels_fit_into_a_hopper_multiprocessor(compiled, which, spilled):
     assert len(kernels) == 6 + len(plain)
     too_much = {name: spilled for name, (_, spilled, *_) in kernels.items() if spilled > allowed.get(name, 0)}
     assert too_much == {}
-    assert max(shared for _, _, shared, _ in kernels.values()) <= 228 * 1024 // 2  # two programs at a time
+    assert max(shared for _, _, shared, _ in kernels.values()) <= 228 * 1024 // 2  # two programs per multiprocessor
     assert {name for name, (*_, tensor_cores) in kernels.items() if not tensor_cores} == plain
 
 
 def test_float64_stays_float64(compiled):
-    """Python's floats, such as scale and norm_eps, are float32 where a kernel takes them as arguments."""
+    """Python floats, such as scale and norm_eps, would be float32 if they were kernel arguments."""
     assert {name: lines for name, lines in compiled["narrow"].items() if lines} == {}
 
 

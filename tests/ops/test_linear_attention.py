@@ -53,7 +53,7 @@ class TestByHand:
         close(linear_attention(100 * q, k, v, backend=backend)[0], once, 1e-8)
 
     def test_empty_memory_reads_zero(self, backend):
-        """A key of zeros writes nothing."""
+        """A zero key writes nothing."""
         q, k, v = memory(backend).inputs(1, 2)
         assert not linear_attention(q, 0 * k, v, backend=backend)[0].any()
 

@@ -1,4 +1,4 @@
-"""Tokens that are not live, and heads of queries that share pairs and matrix: in every operation and backend."""
+"""Tokens that are not live, and grouped query heads, in every operation and backend."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from tests.ops.inputs import HEADS, queries, strengths, values
 
 GROUP = 3
 SCANS = ("delta_rule", "fast_weights", "linear_attention")
-EVERY_SCAN = [(op, name) for op in SCANS for name in IMPLEMENTATIONS[op] if name != "fla"]  # which needs a GPU
+EVERY_SCAN = [(op, name) for op in SCANS for name in IMPLEMENTATIONS[op] if name != "fla"]  # fla needs a GPU
 EVERY = [*EVERY_SCAN, *(("window_attention", name) for name in IMPLEMENTATIONS["window_attention"])]
 
 
 def scan(op, backend, inputs, state=None, **options):
-    """→ out, and the state as a tuple. inputs: q, k, v; the delta rule has β too, the family log α and erased keys."""
+    """Returns the output, and the state as a tuple.
+
+    inputs: q, k and v; for the delta rule also β; for `fast_weights` also β, log α and the erased keys.
+    """
     if op == "fast_weights":
-        q, k, v, *names = inputs
-        given = dict(zip(("beta", "decay", "erase"), names, strict=True))
-        out, W = ops.fast_weights(q, k, v, **given, state=state and state[0], backend=backend, **options)
+        q, k, v, *others = inputs
+        optional = dict(zip(("beta", "decay", "erase"), others, strict=True))
+        out, W = ops.fast_weights(q, k, v, **optional, state=state and state[0], backend=backend, **options)
         return out, (W,)
     if op == "delta_rule":
         out, W = ops.delta_rule(*inputs, state=state and state[0], backend=backend, **options)
@@ -44,7 +47,7 @@ def state_of(op, b, k=4, v=3):
 
 
 def scan_memory(op, backend):
-    """Which tokens are live is told by the sign of one more input."""
+    """The operation as a memory. The sign of an additional input marks the live tokens."""
 
     def run(inputs, state, resets, backend=backend):
         *inputs, mark = inputs
@@ -63,10 +66,10 @@ class TestScanLaws(Laws):
         return lambda window: scan_memory(*request.param)
 
 
-def pairs_memory(backend, window):
+def attention_memory(backend, window):
     def run(inputs, state, resets, backend=backend):
-        q, *pairs = inputs
-        new = [*pairs, q.new_zeros(q.shape[:2], dtype=torch.bool) if resets is None else resets]
+        q, *entries = inputs
+        new = [*entries, q.new_zeros(q.shape[:2], dtype=torch.bool) if resets is None else resets]
         k, v, marked = new if state is None else (torch.cat(x, dim=1) for x in zip(state, new, strict=True))
         out = ops.window_attention(q, k, v, window=window, resets=marked, backend=backend)
         held = max(k.shape[1] - window + 1, 0)
@@ -83,12 +86,12 @@ class TestWindowLaws(Laws):
 
     @pytest.fixture(params=IMPLEMENTATIONS["window_attention"])
     def build(self, request):
-        return lambda window: pairs_memory(request.param, window)
+        return lambda window: attention_memory(request.param, window)
 
 
 @pytest.mark.parametrize(("op", "backend"), EVERY_SCAN)
 def test_a_token_that_is_not_live_is_read_and_not_written(op, backend):
-    """What is left without such tokens gives the same; what they read is the state before them."""
+    """The other tokens give the same results without such tokens, which read the state before them."""
     inputs, state, live = scan_inputs(op, 1, 40), state_of(op, 1), normal(1, 40, seed=3) > 0
     out, after = scan(op, backend, inputs, state, live=live)
     alone, alone_after = scan(op, backend, [x[live][None] for x in inputs], state)
@@ -106,7 +109,7 @@ def test_a_token_that_is_not_live_is_read_and_not_written(op, backend):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("with_resets", [False, True])
 @pytest.mark.parametrize(("op", "backend"), EVERY_SCAN)
-def test_what_a_token_holds_that_is_not_live_reaches_nothing(op, backend, with_resets, bad):
+def test_inputs_of_tokens_that_are_not_live_have_no_effect(op, backend, with_resets, bad):
     live = normal(2, 37, seed=3) > 0
     resets = normal(2, 37, seed=4) > 1 if with_resets else None
     results = []
@@ -128,7 +131,7 @@ def test_what_a_token_holds_that_is_not_live_reaches_nothing(op, backend, with_r
 
 
 @pytest.mark.parametrize(("op", "backend"), EVERY_SCAN)
-def test_all_live_is_as_if_nothing_was_said(op, backend):
+def test_all_live_equals_the_default(op, backend):
     inputs = scan_inputs(op, 2, 37)
     got, expected = (scan(op, backend, inputs, live=live) for live in (torch.ones(2, 37, dtype=torch.bool), None))
     close(got[0], expected[0])
@@ -138,8 +141,8 @@ def test_all_live_is_as_if_nothing_was_said(op, backend):
 
 @given(data=st.data())
 @pytest.mark.parametrize(("op", "backend"), EVERY)
-def test_a_group_reads_what_equal_heads_would_hold(op, backend, data):
-    """k, v, β and the state repeated for each query head: the same reads, equal matrices, gradients that add up."""
+def test_grouped_heads_equal_repeated_heads(op, backend, data):
+    """With k, v, β and the state repeated for each query head, reads and matrices are equal, and gradients add up."""
     b, t, g, k, v = (data.draw(st.integers(1, most)) for most in (3, 40, 4, 20, 20))
     window, held = data.draw(st.integers(1, 9)), data.draw(st.integers(0, 5))
     resets, live = (data.draw(st.none() | st.just(normal(b, t, seed=i) > 0.7)) for i in (40, 41))
@@ -173,7 +176,7 @@ def test_a_group_reads_what_equal_heads_would_hold(op, backend, data):
 
 @pytest.mark.parametrize("heads", [0, 1, 3])
 @pytest.mark.parametrize("op", [*SCANS, "window_attention"])
-def test_heads_that_do_not_divide_are_refused(op, heads):
+def test_query_heads_that_are_not_a_multiple_are_rejected(op, heads):
     q, *rest = scan_inputs(op, 2, 5)
     q = q[:, :, :heads]
     with pytest.raises(ValueError, match=f"q: expected heads in a multiple of the 2 heads of k and v, got {heads}"):
@@ -181,7 +184,7 @@ def test_heads_that_do_not_divide_are_refused(op, heads):
 
 
 @pytest.mark.parametrize("op", SCANS)
-def test_marks_that_do_not_fit_are_refused(op):
+def test_invalid_marks_are_rejected(op):
     inputs = scan_inputs(op, 2, 5)
     with pytest.raises(
         ValueError, match=r"live: expected a bool tensor of shape \[b, t\] = \[2, 5\].*float32 \[2, 5\]"

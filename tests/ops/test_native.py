@@ -1,4 +1,4 @@
-"""The native implementations against the equations: outputs, final states and gradients, on every instruction set."""
+"""The native implementations against the references: outputs, final states and gradients, on every instruction set."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DTYPES = [torch.float64, torch.float32]
 LENGTHS = [1, 2, 31, 33, 100]
 WIDTHS = [(1, 1), (3, 3), (16, 16), (50, 50), (64, 64), (128, 128), (3, 70), (50, 16), (16, 50), (128, 5)]
 RULES = {
-    # decay, erase, writes a token
+    # decay, erase, writes per token
     "gated-delta": ("matrix", True, 1),
     "kda": ("rows", True, 1),
     "gla": ("rows", False, 1),
@@ -48,9 +48,9 @@ FORMS = {
 
 
 def case(op: str, b: int, t: int, h: int, k: int, v: int, dtype: torch.dtype, *, held=0, window=7, g=1):
-    """→ tensors to differentiate, and a function (implementation, tensors) → flat tuple of outputs.
+    """Returns tensors to differentiate, and a function (implementation, tensors) → flat tuple of outputs.
 
-    Of tokens marked as resets and as live, where the operation knows them, unless `marked` says otherwise.
+    The function also passes random resets and live marks, if the operation supports them, unless marked=False.
     """
     generator = torch.Generator().manual_seed(t + 1000 * k + v)
     normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=dtype)  # noqa: E731
@@ -144,7 +144,7 @@ def test_any_shape(op, b, t, h, k, v, held, window, dtype, g, marked):
 
 
 @pytest.mark.parametrize(("t", "window"), [(300, 64), (700, 200), (130, 1), (257, 1000), (1030, 129)])
-def test_windows_over_several_stretches(t, window):
+def test_windows_over_several_stretches_of_queries(t, window):
     for g in (1, 3):
         inputs, run = case("window_attention", 1, t, 1, 8, 8, torch.float64, held=37, window=window, g=g)
         assert_same("window_attention", inputs, run)
@@ -171,14 +171,14 @@ def test_half_precision_gradients_keep_their_type(op, dtype):
         assert grad.dtype == x.dtype and grad.isfinite().all()
 
 
-@pytest.fixture(params=["torch's threads", "threads of our own"])
-def threads_of(request):
+@pytest.fixture(params=["torch's threads", "our own threads"])
+def thread_pool(request):
     native._library.hqlt_use_openmp(native._openmp() if request.param == "torch's threads" else None)
     yield
     native._library.hqlt_use_openmp(native._openmp())
 
 
-@pytest.mark.usefixtures("threads_of")
+@pytest.mark.usefixtures("thread_pool")
 @pytest.mark.parametrize("op", FORMS)
 def test_every_number_of_threads_gives_the_same_numbers(op):
     inputs, run = case(op, 1, 300, 2, 64, 64, torch.float32, window=64, g=2)
@@ -240,8 +240,8 @@ def _in_child(queue, run, inputs) -> None:
     queue.put(run(FORMS["delta_rule"][1], inputs)[0].tolist())
 
 
-def test_a_forked_child_has_threads_of_its_own():
-    # The child calls nothing but the kernel: torch's own threads (OpenMP) hang in a forked child.
+def test_a_forked_child_uses_its_own_threads():
+    # The child calls only the kernel, because PyTorch's OpenMP threads hang in a forked child.
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -259,12 +259,12 @@ def test_a_forked_child_has_threads_of_its_own():
         torch.set_num_threads(before)
 
 
-@pytest.mark.skipif("HQLT_NATIVE_ISA" in os.environ, reason="this is the child")
+@pytest.mark.skipif("HQLT_NATIVE_ISA" in os.environ, reason="runs only in the parent process")
 @pytest.mark.parametrize("isa", ["plain", "avx2", "avx512"])
 def test_every_instruction_set(isa):
     environment = os.environ | {"HQLT_NATIVE_ISA": isa}
-    ask = [sys.executable, "-c", "from hqlt import native; print(native.instruction_set())"]
-    if subprocess.run(ask, env=environment, capture_output=True, text=True).stdout.strip() != isa:
+    command = [sys.executable, "-c", "from hqlt import native; print(native.instruction_set())"]
+    if subprocess.run(command, env=environment, capture_output=True, text=True).stdout.strip() != isa:
         pytest.skip(f"this machine has no {isa}")
     tests = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
     tests += [str(Path(__file__).with_name("test_beyond.py")), "-k", "widths or stretches or any_shape"]
@@ -272,10 +272,10 @@ def test_every_instruction_set(isa):
     assert run.returncode == 0, run.stdout[-3000:]
 
 
-def test_without_the_library_it_says_so_once(monkeypatch):
+def test_a_missing_library_warns_once(monkeypatch):
     monkeypatch.setattr(native, "_library", None)
     monkeypatch.setattr(native, "_why_not", "gone for this test")
-    monkeypatch.setattr(native, "_silent", False)
+    monkeypatch.setattr(native, "_warned", False)
     with pytest.warns(RuntimeWarning, match="gone for this test"):
         assert not native.available()
     assert not native.available()
@@ -283,8 +283,8 @@ def test_without_the_library_it_says_so_once(monkeypatch):
         native.run("delta_rule_forward", (1,), 1.0, (torch.ones(1),))
 
 
-def test_a_library_that_was_built_from_other_sources_is_refused(monkeypatch):
-    """After an update without a new build its functions would be called with arguments of another kind."""
+def test_a_library_built_from_other_sources_is_rejected(monkeypatch):
+    """After an update without a rebuild, its functions might be called with the wrong arguments."""
     assert native._load()[1] == ""
     monkeypatch.setattr(native, "_digest_of_sources", lambda: b"others")
     library, why = native._load()

@@ -1,6 +1,6 @@
-"""Layers exported to ONNX and run by onnxruntime give what they give in torch, for other batches and lengths.
+"""Layers exported to ONNX give the same results in onnxruntime as in PyTorch, for other batch sizes and lengths.
 
-`make test-onnx` runs this where the packages are.
+Run with `make test-onnx`, which installs the packages.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def some_tokens(b: int, t: int, dtype: torch.dtype = torch.float32) -> torch.Ten
 @pytest.mark.parametrize(
     "name", [*ONE_OF_EACH_BLEND, "synchronous-vector-linear-plain", "synchronous-scalar-delta-plain"]
 )
-def test_a_text(name):
+def test_whole_sequences(name):
     layer = build_layer(name, dtype=torch.float32).eval()
     text = Exported(layer, (some_tokens(2, 5),), {"x": {0: ANY, 1: ANY}})
     for b, t in SIZES:
@@ -42,7 +42,7 @@ def test_a_text(name):
 @torch.no_grad()
 @pytest.mark.parametrize("name", EVERY_STATE)
 def test_call_by_call_with_resets(name):
-    # onnxruntime has neither ELU nor Softplus in float64; a norm's ε is float32 there in any case
+    # onnxruntime supports neither ELU nor Softplus in float64, and a norm's ε is always float32
     dtype, tolerance = (torch.float32, 3e-5) if "linear" in name or "gated" in name else (torch.float64, 1e-8)
     layer = build_layer(name, dtype=dtype).eval()
     x, resets = some_tokens(2, 5, dtype), torch.arange(10).view(2, 5) % 4 == 3
@@ -52,8 +52,8 @@ def test_call_by_call_with_resets(name):
     exported = Exported(layer, (x, state, resets), ({0: ANY, 1: ANY}, rows, {0: ANY, 1: ANY}))
     for b, t in SIZES:
         mine = theirs = layer.init_state(b)
-        for piece in (t, 1, 6):
-            x, resets = some_tokens(b, piece, dtype), normal(b, piece, seed=piece) < -0.8
+        for length in (t, 1, 6):
+            x, resets = some_tokens(b, length, dtype), normal(b, length, seed=length) < -0.8
             y, theirs = layer(x, theirs, resets)
             y_too, *mine = exported(x, mine, resets)
             check_same([y_too, *mine], (y, theirs), tolerance)
@@ -99,16 +99,16 @@ class Sort(nn.Module):
 
 @needs_onnx
 @pytest.mark.parametrize("module", [Cummax(), Sort(False), Sort(True)], ids=["cummax", "sort", "descending"])
-def test_the_operators_of_torch_that_its_exporter_does_not_know(module):
-    """With ties, whose order counts."""
+def test_operators_that_the_exporter_of_torch_does_not_support(module):
+    """With ties, whose order matters."""
     x = torch.randint(0, 4, (2, 9, 3), generator=torch.Generator().manual_seed(0))
     exported = Exported(module.eval(), (x,), {"x": {0: ANY, 1: ANY}})
-    for given in (x, x[:1, :1], x.repeat(2, 2, 1).contiguous()):
-        check_same(exported(given), module(given))
+    for inputs in (x, x[:1, :1], x.repeat(2, 2, 1).contiguous()):
+        check_same(exported(inputs), module(inputs))
 
 
 @needs_onnx
-def test_a_running_maximum_stays_nan():
+def test_a_cumulative_maximum_stays_nan():
     x = torch.tensor([[1.0, 3.0, 3.0, torch.nan, 5.0, torch.nan, 2.0]])
     exported = Exported(Cummax().eval(), (x,), {"x": {1: ANY}})
     for mine, theirs in zip(exported(x), x.cummax(dim=1), strict=True):
@@ -125,7 +125,7 @@ def test_the_error_without_the_package(monkeypatch):
 
 
 class Grouped(nn.Module):
-    """An operation whose heads of queries share what they read, with marks on its tokens."""
+    """An operation with grouped query heads and marks on its tokens."""
 
     def __init__(self, op: str) -> None:
         super().__init__()
@@ -143,21 +143,21 @@ class Grouped(nn.Module):
 @torch.no_grad()
 @pytest.mark.parametrize("op", ["delta_rule", "linear_attention", "window_attention"])
 def test_groups_and_tokens_that_are_not_live(op):
-    def given(b, t):
+    def inputs_of(b, t):
         floats = queries(b, t, heads=6), queries(b, t, 1), values(b, t), strengths(b, t)
         return *(x.float() for x in floats), normal(b, t, seed=4) > 1, normal(b, t, seed=5) > 0
 
     module = Grouped(op).eval()
-    exported = Exported(module, given(2, 5), ({0: ANY, 1: ANY},) * 6)
+    exported = Exported(module, inputs_of(2, 5), ({0: ANY, 1: ANY},) * 6)
     for sizes in SIZES:
-        inputs = given(*sizes)
+        inputs = inputs_of(*sizes)
         names = {x.name for x in exported.session.get_inputs()}
         used = [x for name, x in zip(("q", "k", "v", "beta", "resets", "live"), inputs, strict=True) if name in names]
         check_same(exported(*used), module(*inputs))
 
 
 class Retained(nn.Module):
-    """Pairs that stay visible beyond the window, compared there as something else, with marks on their tokens."""
+    """Entries that stay visible beyond the window, with other queries and keys there, and marks on the tokens."""
 
     def forward(self, q, k, v, q_far, k_far, scores, used, resets):
         l = scores.shape[1]
@@ -169,20 +169,20 @@ class Retained(nn.Module):
 
 @needs_onnx
 @torch.no_grad()
-def test_pairs_beyond_the_window():
-    def given(b, t):
+def test_entries_beyond_the_window():
+    def inputs_of(b, t):
         floats = queries(b, t, heads=4), queries(b, t, 1), values(b, t), queries(b, t, 2, heads=4), queries(b, t, 3)
         scores = (2 * normal(b, t, HEADS, seed=6)).round()
         return *(x.float() for x in (*floats, scores)), normal(b, t, seed=5) > 0, normal(b, t, seed=4) > 1
 
     module = Retained().eval()
-    exported = Exported(module, given(2, 9), ({0: ANY, 1: ANY},) * 8)
+    exported = Exported(module, inputs_of(2, 9), ({0: ANY, 1: ANY},) * 8)
     for sizes in SIZES:
-        check_same(exported(*given(*sizes)), module(*given(*sizes)))
+        check_same(exported(*inputs_of(*sizes)), module(*inputs_of(*sizes)))
 
 
 class Written(nn.Module):
-    """A rule of the family, with marks on its tokens."""
+    """A write rule, with marks on the tokens."""
 
     def __init__(self, kind: Kind) -> None:
         super().__init__()
@@ -196,10 +196,10 @@ class Written(nn.Module):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [Kind("matrix", "k"), Kind("rows", "none", 1, 3), Kind("rows", "other", 2)], ids=str)
 def test_fast_weights(kind):
-    def given(b, t):
+    def inputs_of(b, t):
         return normal(b, t, seed=4) > 1, normal(b, t, seed=5) > 0, *(x.float() for x in kind.inputs(b, t))
 
     module = Written(kind).eval()
-    exported = Exported(module, given(2, 5), ({0: ANY, 1: ANY},) * 2 + (({0: ANY, 1: ANY},) * len(kind.names),))
+    exported = Exported(module, inputs_of(2, 5), ({0: ANY, 1: ANY},) * 2 + (({0: ANY, 1: ANY},) * len(kind.names),))
     for sizes in SIZES:
-        check_same(exported(*given(*sizes)), module(*given(*sizes)))
+        check_same(exported(*inputs_of(*sizes)), module(*inputs_of(*sizes)))

@@ -1,4 +1,4 @@
-"""A package outside adds an implementation of each operation: it obeys the operation's laws, and is known by name."""
+"""Backends registered from outside the package obey the laws of their operations and can be selected by name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ called = []
 
 
 def toy_delta_rule(q, k, v, beta, *, scale, state, resets, live):
-    """W ← (I − β k kᵀ) W + β k vᵀ, one matrix product after the other."""
+    """W ← (I − β k kᵀ) W + β k vᵀ, as one matrix product after the other."""
     called.append("delta_rule")
     W, reads = state, []
     dead = torch.zeros_like(k[..., 0], dtype=torch.bool) if live is None else ~live[..., None].expand(k.shape[:3])
@@ -47,7 +47,7 @@ TOYS = {"delta_rule": toy_delta_rule, "rms_norm": toy_rms_norm, "synchronous": t
 
 @pytest.fixture(autouse=True, scope="module")
 def registered():
-    """As a package does it on import, undone for the tests of what is ours."""
+    """Registers the toy backends, as a package does on import, and removes them after the tests."""
     with ExitStack() as undone:
         for op, toy in TOYS.items():
             undone.enter_context(mock.patch.dict(IMPLEMENTATIONS[op]))
@@ -56,7 +56,7 @@ def registered():
 
 
 class TestLaws(Laws):
-    """Forced, as in a layer that names no backend."""
+    """The backend is forced, as in a layer that names none."""
 
     @pytest.fixture
     def build(self):
@@ -75,7 +75,7 @@ def test_it_is_known_by_name(op):
     assert ops.explain(op, q).name != "toy"
     with ops.use_backend("toy"):
         assert ops.explain(op, q) == ("toy", "forced by hqlt.ops.use_backend")
-        assert ops.explain("mix", q).name != "toy"  # which has none of this name
+        assert ops.explain("mix", q).name != "toy"  # no toy backend is registered for it
     called.clear()
     for mine, theirs in zip(run("toy", *inputs), run("reference", *inputs), strict=True):
         close(mine, theirs)
@@ -83,10 +83,10 @@ def test_it_is_known_by_name(op):
     empty = test_boundary.case(op, **test_boundary.SIZES | {"b": 0})
     called.clear()
     empty[1]("toy", *empty[0])
-    assert not called  # nothing to be fast at
+    assert not called  # the reference handles empty tensors
 
 
-def test_what_cannot_be_registered():
+def test_unknown_operations_and_taken_names_are_rejected():
     with pytest.raises(
         ValueError, match=r"op: expected one of 'delta_rule', .*got 'delta_rul'; did you mean 'delta_rule'"
     ):
@@ -94,11 +94,12 @@ def test_what_cannot_be_registered():
     with pytest.raises(ValueError, match=r"not yet a backend of rms_norm, got 'native', which is hqlt.ops.norm.*"):
         register_backend("rms_norm", "native")(toy_rms_norm)
     assert IMPLEMENTATIONS["rms_norm"]["native"].__module__ == "hqlt.ops.norm.native"
-    assert register_backend("rms_norm", "toy")(toy_rms_norm) is toy_rms_norm  # a module that is imported again
+    assert register_backend("rms_norm", "toy")(toy_rms_norm) is toy_rms_norm  # as when its module is imported again
 
 
-def test_a_transform_takes_the_equations_instead():
-    """What a package adds says nothing about torch.func: named it refuses, by itself the reference runs."""
+def test_under_a_transform_the_reference_runs_instead():
+    """A registered backend may not support torch.func: if it is named, an error is raised; otherwise the reference
+    runs."""
     x, weight = normal(2, 3), normal(3)
     with pytest.raises(RuntimeError, match="rms_norm: backend 'toy' does not run under"):
         torch.func.grad(lambda x: ops.rms_norm(x, weight, eps=1e-6, backend="toy").sum())(x)

@@ -1,4 +1,4 @@
-"""φ, the rotation, the norm and the mixer before it: the native pass over the numbers against the equations."""
+"""φ, rotary embedding, RMSNorm and the mixer with RMSNorm: the native implementations against the references."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WIDTHS = [1, 2, 3, 6, 16, 20, 32, 50, 64, 128]
 
 
 def case(op, b, t, h, k, dtype=torch.float64):
-    """→ tensors to differentiate, and a function of them and a backend."""
+    """Returns tensors to differentiate, and a function of a backend and these tensors."""
     x = 3 * normal(b, t, h, k, dtype=dtype)
     if op == "unit_silu":
         return [x.requires_grad_()], lambda backend, x: unit_silu(x, backend=backend)
@@ -104,7 +104,7 @@ def test_gradients_by_finite_differences(op, backend):
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=needs_native)])
 @pytest.mark.parametrize("op", OPS)
-def test_not_a_number_stays_in_its_row_and_is_not_lost(op, backend):
+def test_nan_stays_nan_and_stays_in_its_row(op, backend):
     inputs, run = case(op, 1, 3, 1, 4)
     inputs[0] = inputs[0].detach().clone()
     inputs[0][0, 1] = torch.nan
@@ -123,7 +123,7 @@ def test_registration():
     torch.library.opcheck(native_norm._mix_op, (fw, kv, gate, weight, 1e-6))
 
 
-def test_half_precision_takes_the_equations():
+def test_half_precision_uses_the_reference():
     x = normal(1, 2, 1, 4).bfloat16().requires_grad_()
     y = unit_silu(x)
     y.sum().backward()
@@ -138,12 +138,12 @@ def test_the_choice_has_a_reason(op):
         assert ops.explain(op, normal(1, 2, 1, 4)).name == "reference"
 
 
-def test_an_unknown_backend_is_refused():
+def test_an_unknown_backend_is_rejected():
     with pytest.raises(ValueError, match=r"unit_silu: backend: expected one of .*, got 'triton'"):
         unit_silu(normal(1, 1, 1, 2), backend="triton")
 
 
-def test_reads_that_do_not_fit_the_gate_are_refused():
+def test_reads_that_do_not_match_the_gate_are_rejected():
     with pytest.raises(ValueError, match="gate: expected"):
         mix(*normal(2, 1, 2, 1, 4), normal(1, 2, 1, 3), normal(4), eps=1e-6)
     with pytest.raises(ValueError, match="weight: expected"):

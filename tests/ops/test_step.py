@@ -1,4 +1,4 @@
-"""One native token: the layer's parts one by one are its readable twin, in every state that a layer can be in."""
+"""The native step for one token, compared with the layer's parts one by one, in every state a layer can be in."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ KEPT = {
     "delayed-streaming": {"blend": "delayed-streaming", "retention": "value-norm", "sinks": 1, "kept_alike": True},
     "delayed-chunk": {"blend": "delayed-chunk", "retention": "random", "mixer": "sum"},
 }
-"""Of layers that keep entries beyond their window: everything that the kernel knows."""
+"""Options of layers that keep entries beyond the window: everything that the kernel supports."""
 
 
 def layer_that_keeps(choice, window, kept, dtype=torch.float64, **more):
@@ -53,7 +53,7 @@ def layer_that_keeps(choice, window, kept, dtype=torch.float64, **more):
 
 @contextlib.contextmanager
 def counted():
-    """How many tokens the native step takes."""
+    """Counts the tokens processed by the native step."""
     with mock.patch.object(fused, "run", wraps=fused.run) as run:
         yield run.call_args_list
 
@@ -70,7 +70,7 @@ def alike(got, expected, tolerance):
 
 
 class TestLaws(Laws):
-    """One pass ≡ step by step, resets ≡ separate sequences and the rest, where every single token is a native step."""
+    """The laws of memories, where every single token is a native step."""
 
     @pytest.fixture(params=[*EVERY_STATE, "surprise", "delayed-streaming"])
     def build(self, request):
@@ -89,7 +89,7 @@ class TestLaws(Laws):
 
         return build
 
-    test_gradients_are_finite_differences = None  # a step has none
+    test_gradients_are_finite_differences = None  # a step has no gradients
     test_outputs_and_gradients_are_the_references = None
     test_the_future_changes_nothing = None
 
@@ -98,8 +98,8 @@ class TestLaws(Laws):
 @pytest.mark.parametrize(
     ("choice", "window"), [*product(EVERY_STATE, [1, 2, 5, 16]), *product(sorted(CHOICES.keys() - EVERY_STATE), [5])]
 )
-def test_many_steps_are_the_twins(choice, window, dtype):
-    """Rows in different places of their buffers, resets in some of them, several times around each buffer."""
+def test_many_steps_equal_the_parts(choice, window, dtype):
+    """With rows at different places in their buffers, with resets in some, and several times around each buffer."""
     b, t = 3, 40
     layer = build_layer(choice, CHOICES[choice].get("window", window), dtype)
     x = tokens(b, t, dtype=dtype)
@@ -107,7 +107,7 @@ def test_many_steps_are_the_twins(choice, window, dtype):
     resets[0, 7] = resets[0, 8] = resets[1, 21] = resets[2, 39] = True
     with torch.no_grad():
         start = torch.zeros(b, 4, dtype=torch.bool)
-        start[1, 1] = start[2, 3] = True  # rows that have seen four, three and one token
+        start[1, 1] = start[2, 3] = True  # the rows have seen four, three and one token
         state = layer(tokens(b, 4, seed=1, dtype=dtype), resets=start)[1]
         with counted() as calls:
             for i in range(t):
@@ -128,8 +128,8 @@ def test_many_steps_are_the_twins(choice, window, dtype):
     [(1, 2, 20, torch.float64), (5, 3, 200, torch.float64), (16, 20, 60, torch.float64), (5, 3, 200, torch.float32)],
 )
 @pytest.mark.parametrize("choice", KEPT)
-def test_many_steps_keep_what_the_twin_keeps(choice, window, kept, t, dtype):
-    """From empty memories on, and across resets: the same entries, their scores and positions, and what is read."""
+def test_many_steps_keep_the_same_entries_as_the_parts(choice, window, kept, t, dtype):
+    """From empty memories and across resets: the same entries, scores, positions and outputs."""
     layer, x = layer_that_keeps(choice, window, kept, dtype), tokens(2, t, dtype=dtype)
     resets = torch.zeros(2, t, dtype=torch.bool)
     resets[0, 11] = resets[0, 12] = resets[1, t // 2] = True
@@ -152,7 +152,7 @@ def test_many_steps_keep_what_the_twin_keeps(choice, window, kept, t, dtype):
 
 @pytest.mark.parametrize("width", [2, 6, 50, 64, 128])
 @pytest.mark.parametrize("choice", ["surprise", "delayed-streaming"])
-def test_widths_of_what_is_kept(choice, width):
+def test_widths_of_kept_entries(choice, width):
     layer = layer_that_keeps(choice, 3, 4, hidden_size=3 * width, num_heads=3)
     with torch.no_grad():
         for weight in layer.parameters():
@@ -166,7 +166,7 @@ def test_widths_of_what_is_kept(choice, width):
 
 @pytest.mark.parametrize("choice", ["surprise", "all else", "delayed-streaming"])
 def test_distances_of_any_length(choice):
-    """Kept entries may be any number of tokens old; in a state made by hand even younger than the token."""
+    """Kept entries may be any number of tokens old; in a state made by hand, they may even be in the future."""
     layer, x = layer_that_keeps(choice, 3, 4), tokens(2, 1)
     with torch.no_grad():
         state = layer(tokens(2, 9))[1]
@@ -185,10 +185,10 @@ def test_distances_of_any_length(choice):
                 alike(got, layer(x, made), 1e-9)
 
 
-def test_what_lies_in_unused_slots_reaches_nobody():
+def test_unused_slots_have_no_effect():
     layer, x = layer_that_keeps("surprise", 3, 4), tokens(2, 1)
     with torch.no_grad():
-        state = layer(tokens(2, 4))[1]  # the two that are no longer recent are in slots 2 and 3
+        state = layer(tokens(2, 4))[1]  # the two entries that have left the window are in slots 2 and 3
         kept = state.kv.kept
         dirty = kept._replace(keys=kept.keys.clone(), values=kept.values.clone(), scores=kept.scores.clone())
         for held in (dirty.keys, dirty.values, dirty.scores):
@@ -197,7 +197,7 @@ def test_what_lies_in_unused_slots_reaches_nobody():
 
 
 def the_same_on_any_threads(layer, x, state, resets, threads):
-    """As the reference, however many of them there are."""
+    """Check that the result equals the reference's for any number of threads."""
     before = torch.get_num_threads()
     with ops.use_backend("reference"):
         expected = layer(x, state, resets)
@@ -222,7 +222,7 @@ def test_kept_entries_larger_than_a_cache(choice):
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("choice", KEPT)
-def test_every_number_of_what_is_kept_is_written(choice):
+def test_every_number_of_kept_entries_is_written(choice):
     layer = layer_that_keeps(choice, 4, 3)
     with torch.no_grad():
         for seen in (1, 4, 5, 9):
@@ -230,7 +230,7 @@ def test_every_number_of_what_is_kept_is_written(choice):
             assert all(x.isfinite().all() for x in (y, *after.leaves()))
 
 
-def test_retentions_that_are_exchanged_or_listened_to_run_by_themselves():
+def test_retentions_that_are_replaced_or_have_hooks_run_part_by_part():
     class Other(ValueNorm):
         def score(self, new):
             return -super().score(new)
@@ -266,7 +266,7 @@ def test_retentions_that_are_exchanged_or_listened_to_run_by_themselves():
 @pytest.mark.parametrize("fast_weights", ["delta", "linear", "gated-delta"])
 @pytest.mark.parametrize("blend", ["synchronous", "delayed-streaming", "delayed-chunk"])
 def test_widths(blend, fast_weights, width, rope_theta):
-    """Heads narrower than a vector, no multiple of one, and many; a buffer that just fills up and one that is full."""
+    """Heads narrower than a SIMD vector, not a multiple of it, and many heads; a buffer just full, and a full one."""
     options = {"hidden_size": 3 * width, "num_heads": 3, "fast_weights": fast_weights, "rope_theta": rope_theta}
     layer = build_layer(f"{blend}-vector-delta-plain", 9, **options)
     with torch.no_grad():
@@ -284,7 +284,7 @@ def test_widths(blend, fast_weights, width, rope_theta):
 @pytest.mark.parametrize("blend", ["synchronous", "delayed-streaming", "delayed-chunk"])
 @pytest.mark.parametrize("b", [2, 20])
 def test_states_larger_than_a_cache(blend, b):
-    """They are written past it, and by several threads where they are larger still."""
+    """Large states are written past the cache, and even larger ones by several threads."""
     layer = build_layer(f"{blend}-vector-delta-plain", 9, hidden_size=3 * 96, num_heads=3)
     with torch.no_grad():
         for weight in layer.parameters():
@@ -307,25 +307,25 @@ def test_every_number_is_written(choice, dtype):
 
 
 @pytest.mark.parametrize("choice", EVERY_STATE)
-def test_the_states_are_their_own(choice):
-    """What comes out shares no numbers with what went in: changing one in place leaves the other."""
+def test_states_share_no_memory(choice):
+    """The new state shares no memory with the old one, so that an in-place change does not affect the other."""
     layer = build_layer(choice)
     with torch.no_grad():
         state = layer(tokens(2, 9))[1]
         after = layer(tokens(2, 1), state)[1]
     if not has_native_form(layer):
         return
-    given = {part.data_ptr() for part in state.leaves() if part.numel()}
-    assert not given & {part.data_ptr() for part in after.leaves() if part.numel()}
+    before = {part.data_ptr() for part in state.leaves() if part.numel()}
+    assert not before & {part.data_ptr() for part in after.leaves() if part.numel()}
 
 
-def test_where_the_twin_runs():
-    """With gradients, in other dtypes, for more tokens, without a state, forced by name, checked, traced, unknown."""
+def test_when_the_parts_run_instead():
+    """With gradients, other dtypes, several tokens, no state, a forced backend, checks, a tracer, unknown parts."""
     layer, x = build_layer("synchronous-vector-delta-plain"), tokens(2, 1)
     with torch.no_grad():
         state = layer(tokens(2, 3))[1]
     with counted() as calls:
-        layer(x, state)  # weights ask for gradients
+        layer(x, state)  # weights require gradients
         with torch.no_grad():
             layer(x, None)
             layer(tokens(2, 2), state)
@@ -347,7 +347,7 @@ def test_where_the_twin_runs():
         assert len(calls) == 2
 
 
-def test_parts_that_are_exchanged_or_listened_to_run_by_themselves():
+def test_parts_that_are_replaced_or_have_hooks_run_one_by_one():
     class Other(Synchronous):
         pass
 
@@ -378,7 +378,7 @@ def test_parts_that_are_exchanged_or_listened_to_run_by_themselves():
     assert len(heard) == 2 and not calls
 
 
-def test_numbers_of_the_layer_may_change():
+def test_constants_of_the_layer_may_change():
     layer, x = build_layer("synchronous-vector-delta-plain"), tokens(2, 1)
     with torch.no_grad():
         state = layer(tokens(2, 3))[1]
@@ -390,7 +390,7 @@ def test_numbers_of_the_layer_may_change():
     assert len(calls) == 1
 
 
-def test_a_layer_that_runs_is_copied_and_stored(tmp_path):
+def test_a_layer_can_be_copied_and_stored_after_a_step(tmp_path):
     layer, x = build_layer("synchronous-vector-delta-plain"), tokens(2, 1)
     with torch.no_grad():
         state = layer(tokens(2, 3))[1]
@@ -403,7 +403,7 @@ def test_a_layer_that_runs_is_copied_and_stored(tmp_path):
         alike(layer(x, state), expected, 1e-10)
 
 
-def test_what_does_not_fit_is_left_to_the_twin():
+def test_unsupported_inputs_are_left_to_the_parts():
     width, double = HIDDEN // HEADS, {"dtype": torch.float64}
     with torch.no_grad():
         state = build_layer("synchronous-vector-delta-plain")(tokens(2, 3))[1]
@@ -447,7 +447,7 @@ def test_what_does_not_fit_is_left_to_the_twin():
         assert not serves(usual._replace(**changes)), changes
     fewer = {name: getattr(given, name)[:, :, :1] for name in ("k", "v", "beta", "keys", "values")}
     for wrong in [
-        fewer | {"matrix": given.matrix[:, :1]},  # queries in groups: its twins' to run
+        fewer | {"matrix": given.matrix[:, :1]},  # grouped query heads are not supported
         {"matrix": given.matrix[:, :, :1]},
         {"values": given.values[:, :2]},
         {"position": given.position[:1]},
@@ -473,7 +473,7 @@ def test_what_does_not_fit_is_left_to_the_twin():
         assert not serves(**wrong), wrong
 
 
-def test_kept_entries_that_do_not_fit_are_left_to_the_twin():
+def test_unsupported_kept_entries_are_left_to_the_parts():
     layer = layer_that_keeps("surprise", 4, 3)
     with torch.no_grad():
         state = layer(tokens(2, 9))[1]

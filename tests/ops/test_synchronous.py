@@ -1,4 +1,4 @@
-"""A synchronous layer between its projections. Triton runs on a GPU, or interpreted where TRITON_INTERPRET=1."""
+"""The core of a synchronous layer. Triton runs on a GPU, or interpreted if TRITON_INTERPRET=1."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ BACKENDS = [
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.float16: 6e-3, torch.bfloat16: 5e-2}
-"""Of outputs and gradients, as a part of their norm, against the reference in float64 on the same numbers."""
+"""Relative tolerance of outputs and gradients, in norm, against the reference in float64 on the same numbers."""
 
 
 def device_of(backend):
@@ -51,7 +51,7 @@ def skip_without_dot(backend, dtype):
 
 
 def inputs_of(b, t, held=0, key=KEY, value=VALUE, dtype=torch.float64, heads=HEADS, group=1, decays=False):
-    """q, k, v, β, gate, norm weight, W_0, and if it decays log α. What accumulates is wide in every dtype."""
+    """q, k, v, β, gate, norm weight, W_0 and, with decay, log α. β, W_0 and log α are in at least float32."""
     l, wide = held + t, torch.promote_types(dtype, torch.float32)
     return [
         normal(b, t, heads * group, key).to(dtype),
@@ -70,7 +70,7 @@ def resets_of(b, l, part=0.05, seed=7):
 
 
 def beyond_of(inputs, window, resets, kept, seed=11):
-    """Which entries stay visible beyond the window: per KV head, those with the highest of random scores."""
+    """Entries that stay visible beyond the window: per KV head, those with the highest of random scores."""
     b, l, heads = inputs[1].shape[:3]
     leaves = (torch.arange(l) + window).expand(b, l)
     expiry = ops.expiry(normal(b, l, heads, seed=seed), leaves, kept=kept, resets=resets)
@@ -78,13 +78,13 @@ def beyond_of(inputs, window, resets, kept, seed=11):
 
 
 def run(inputs, window, resets, backend, rotary=True, beyond=None):
-    """The operation where its backend runs, its answer on the CPU."""
+    """Run the operation on its backend's device, and return the result on the CPU."""
     q, k, *inputs, state, decay = (x if x is None else x.to(device_of(backend)) for x in [*inputs, None][:8])
     table = Rotary(100.0).table(k.shape[1], k.shape[3], q.device, q.dtype) if rotary and k.shape[3] % 2 == 0 else None
     resets = None if resets is None else resets.to(q.device)
     beyond = beyond and beyond._replace(expiry=beyond.expiry.to(q.device))
-    given = {"window": window, "rotary": table, "state": state, "decay": decay, "resets": resets, "beyond": beyond}
-    y, W = synchronous(q, k, *inputs, **given, backend=backend)
+    options = {"window": window, "rotary": table, "state": state, "decay": decay, "resets": resets, "beyond": beyond}
+    y, W = synchronous(q, k, *inputs, **options, backend=backend)
     return y.cpu(), W.cpu()
 
 
@@ -99,7 +99,7 @@ NAMES = ("y", "W", "dq", "dk", "dv", "dβ", "dgate", "dnorm", "dW", "dlogα")
 
 
 def assert_as_reference(inputs, window, resets, backend, **options):
-    """Outputs, final state and all gradients, in norm; and each gradient has its input's type."""
+    """Compare outputs, final state and all gradients in norm, and check that each gradient has its input's dtype."""
     got = with_gradients(inputs, window, resets, backend, **options)
     expected = with_gradients([x.double() for x in inputs], window, resets, "reference", **options)
     for name, mine, theirs in zip(NAMES[: len(got)], got, expected, strict=True):
@@ -110,9 +110,9 @@ def assert_as_reference(inputs, window, resets, backend, **options):
 
 
 class TestLaws(Laws):
-    """With the pairs and positions that the layer's blend holds between calls."""
+    """With the entries and positions that the layer's blend holds between calls."""
 
-    longest = 35  # more than a chunk of what is tested in float64
+    longest = 35  # more than a chunk in float64
     decays = False
 
     @pytest.fixture(params=BACKENDS)
@@ -143,8 +143,8 @@ class TestLaws(Laws):
                 return run
 
             def inputs(b, t):
-                given = inputs_of(b, t, value=KEY, decays=self.decays)
-                return tuple(x[:, :t] for x in (*given[:5], *given[7:]))
+                tensors = inputs_of(b, t, value=KEY, decays=self.decays)
+                return tuple(x[:, :t] for x in (*tensors[:5], *tensors[7:]))
 
             return Memory(run_in(request.param), run_in("reference"), inputs)
 
@@ -162,7 +162,7 @@ every_rule = pytest.mark.parametrize("decays", [False, True])
 @every_rule
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_dtypes(backend, dtype, decays):
-    """Over two chunks of every dtype's length, with resets and pairs held from before."""
+    """Over two chunks in every dtype, with resets and held entries."""
     skip_without_dot(backend, dtype)
     inputs = inputs_of(2, 131, held=9, key=6, dtype=dtype, decays=decays)
     assert_as_reference(inputs, 10, resets_of(2, 140, 0.02), backend)
@@ -171,7 +171,7 @@ def test_dtypes(backend, dtype, decays):
 @every_backend
 @pytest.mark.parametrize("log_alpha", [0.0, -30.0, -1e4, float("-inf")])
 def test_extreme_decays(backend, log_alpha):
-    """Now and then, between small ones; and throughout."""
+    """Occasionally among small decays, and throughout."""
     inputs, resets = inputs_of(1, 35, held=2, decays=True), resets_of(1, 37, 0.1)
     inputs[7][:, ::5] = log_alpha
     assert_as_reference(inputs, 4, resets, backend)
@@ -180,8 +180,8 @@ def test_extreme_decays(backend, log_alpha):
         assert x.isfinite().all()
 
 
-def test_decay_is_what_it_says():
-    """Token by token in plain numbers: decay, then write, then read."""
+def test_decay_by_hand():
+    """Token by token: decay, then write, then read."""
     q, k, v, beta, gate, weight, W, log = inputs_of(1, 5, decays=True)
     y, final = synchronous(q, k, v, beta, gate + 50, weight, window=1, decay=log, state=W, backend="reference")
     unit = lambda x: F.silu(x) / (F.silu(x).square().sum(-1, keepdim=True) + 1e-6).sqrt()  # noqa: E731
@@ -216,7 +216,8 @@ def test_the_widest_heads(backend, dtype):
     ],
 )
 def test_sizes(backend, b, t, held, key, value, window):
-    """Heads no power of two, odd ones (without rotation), values wider than keys; chunks that begin or just end."""
+    """Widths that are not powers of two, odd ones (without rotary embedding), values wider than keys; lengths around
+    the ends of chunks."""
     inputs = inputs_of(b, t, held, key, value)
     assert_as_reference(inputs, window, None, backend)
     assert_as_reference(inputs, window, resets_of(b, held + t, 0.1), backend, rotary=False)
@@ -233,7 +234,7 @@ def test_head_widths(backend, width, decays):
 
 @every_backend
 @pytest.mark.parametrize(("group", "decays"), [(2, False), (3, False), (2, True)])
-def test_query_heads_share_pairs_and_matrix(backend, group, decays):
+def test_query_heads_share_entries_and_matrix(backend, group, decays):
     inputs = inputs_of(2, 35, held=5, group=group, decays=decays)
     assert_as_reference(inputs, 9, resets_of(2, 40), backend)
 
@@ -261,7 +262,7 @@ def test_any_shape_window_and_resets(backend, data):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("beta", [1.0, 2.0])
 def test_equal_keys_stay_accurate(backend, dtype, beta):
-    """The same key throughout and strong writes: where inverses made of powers of a triangle lose their digits."""
+    """Equal keys and strong writes, for which an inverse computed from powers of a triangle loses precision."""
     inputs = inputs_of(1, 70, key=16, value=16, dtype=dtype)
     inputs[1] = inputs[1][:, :1].expand(-1, 70, -1, -1)
     inputs[3] = torch.full_like(inputs[3], beta)
@@ -289,7 +290,7 @@ def test_every_output_is_written(backend, t, poisoned_memory):
 
 
 @every_backend
-def test_an_unseen_row_of_nan_stays_alone(backend):
+def test_nan_in_one_row_does_not_affect_others(backend):
     inputs = inputs_of(3, 40, held=4, decays=True)
     alone = with_gradients([x if x.dim() == 1 else x[:2] for x in inputs], 6, None, backend)
     for x in inputs:
@@ -300,8 +301,8 @@ def test_an_unseen_row_of_nan_stays_alone(backend):
             close(mine[:2], theirs, 1e-12 if backend == "reference" else 1e-10)
 
 
-def test_composed_is_the_layer():
-    """Bit for bit: to put the operation in the layer's place changes no loss."""
+def test_composed_equals_the_layer():
+    """Bit for bit, so that using the operation in the layer changes no loss."""
     layer = HybridMemory(16, 2, window=5)
     x, resets = torch.randn(2, 40, 16), resets_of(2, 40)
     expected, _ = layer(x, resets=resets)
@@ -323,7 +324,7 @@ def test_composed_is_the_layer():
         {"sinks": 1, "retention": "value-norm", "kept": 3, "num_kv_heads": 1, "rope_theta": None},
     ],
 )
-def test_a_layer_runs_it_when_asked_to(options):
+def test_a_layer_runs_it_if_the_backend_is_forced(options):
     """In two calls, with resets: outputs, final state and gradients of the whole layer."""
     torch.manual_seed(0)
     layer = HybridMemory(HIDDEN, 2, window=5, **options).double().to(device_of("triton"))
@@ -356,7 +357,7 @@ def test_a_layer_runs_it_when_asked_to(options):
         {"kv_activation": None},
     ],
 )
-def test_a_layer_that_it_does_not_know_runs_part_by_part(option):
+def test_an_unsupported_layer_runs_part_by_part(option):
     layer = HybridMemory(16, 2, window=3, **option).double().to(device_of("triton"))
     x, answers = normal(1, 6, 16).to(device_of("triton")), []
     for backend in ("triton", "reference"):
@@ -366,7 +367,7 @@ def test_a_layer_that_it_does_not_know_runs_part_by_part(option):
 
 
 def operator_inputs(device, decays):
-    """Of `operators.forward`: with entries from before, a reset, rotary tables."""
+    """Inputs of `operators.forward`, with held entries, a reset and rotary tables."""
     *inputs, decay = (x.to(device).requires_grad_() for x in inputs_of(2, 4, held=3, decays=True))
     decay = decay if decays else None
     resets = torch.zeros(2, 7, dtype=torch.bool, device=device)
@@ -378,21 +379,21 @@ def operator_inputs(device, decays):
 
 @needs_triton
 @pytest.mark.parametrize("decays", [False, True])
-def test_both_directions_are_operators_of_torch(decays):
-    """Schema, shapes without numbers, gradients: what compilers, checkpointing and export go by."""
+def test_both_directions_are_registered_operators(decays):
+    """Schema, fake tensors and gradients, which compilers, checkpointing and export rely on."""
     from hqlt.ops.synchronous.kernels.operators import backward, forward
 
-    given = operator_inputs(device_of("triton"), decays)
-    torch.library.opcheck(forward, given)
+    inputs = operator_inputs(device_of("triton"), decays)
+    torch.library.opcheck(forward, inputs)
     with torch.no_grad():
-        y, W, *kept = forward(*given)
-        torch.library.opcheck(backward, (*given[:6], *given[7:12], *kept, y, W, *given[12:]))
+        y, W, *saved = forward(*inputs)
+        torch.library.opcheck(backward, (*inputs[:6], *inputs[7:12], *saved, y, W, *inputs[12:]))
 
 
 @needs_triton
 @pytest.mark.parametrize("decays", [False, True])
 def test_torch_compile_sees_one_graph(decays):
-    """Forward and backward, no break, the same numbers."""
+    """Forward and backward without graph breaks, and the same numbers."""
     torch._dynamo.reset()
 
     def loss(*inputs):
@@ -410,7 +411,7 @@ def test_torch_compile_sees_one_graph(decays):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_torch_compile_needs_no_gpu_to_trace_for_one():
+def test_torch_compile_can_trace_for_a_gpu_without_one():
     from torch._subclasses import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -423,7 +424,7 @@ def test_torch_compile_needs_no_gpu_to_trace_for_one():
 
 @needs_triton
 @pytest.mark.parametrize("name", ["carry", "entries_backward", "carry_backward", "chunk"])
-def test_how_a_kernel_is_launched_does_not_matter(name):
+def test_launch_options_do_not_change_results(name):
     from hqlt.ops.synchronous.kernels import launch
 
     narrower = {name: launch.NARROW.get(name, launch.Launch(4))._replace(block=16)}
@@ -433,8 +434,8 @@ def test_how_a_kernel_is_launched_does_not_matter(name):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_rows_and_heads_share_the_grid_s_longest_axis():
-    """The other two end at 65,535."""
+def test_rows_and_heads_share_the_longest_axis_of_the_grid():
+    """The other two axes are limited to 65,535."""
     from hqlt.ops.synchronous.kernels import launch
 
     kernel = mock.MagicMock(arg_names=["T"])
@@ -445,18 +446,18 @@ def test_rows_and_heads_share_the_grid_s_longest_axis():
 
 
 @needs_triton
-@pytest.mark.skipif(INTERPRETED, reason="many programs, one after the other")
-def test_more_rows_than_a_grid_s_second_axis_has():
+@pytest.mark.skipif(INTERPRETED, reason="too slow: the interpreter runs programs one by one")
+def test_more_rows_than_the_second_axis_of_a_grid_allows():
     assert_as_reference(inputs_of(66_000, 1, heads=1), 1, None, "triton")
 
 
 @needs_triton
-def test_a_matrix_s_gradient_is_summed_wide():
-    """In float16, where what a chunk of reads gives to the matrix, and nothing else, does not fit into it."""
+def test_the_gradient_of_the_matrix_is_accumulated_in_float32():
+    """In float16, where only a chunk's contribution to this gradient overflows."""
     inputs = [torch.zeros_like(x) for x in inputs_of(1, 64, key=8, value=8, dtype=torch.float16, heads=1)]
-    inputs[0][..., :4] = 2.0  # queries and keys have nothing in common
+    inputs[0][..., :4] = 2.0  # queries and keys are orthogonal
     inputs[1][..., 4:] = 2.0
-    inputs[4] += 20.0  # fast weights alone
+    inputs[4] += 20.0  # the gate selects the FW read
     inputs[5] += 1.0
     inputs[6][..., :4, 1:] = 1.0
     direction = torch.zeros_like(inputs[2])
@@ -506,7 +507,7 @@ def test_triton_says_what_it_needs():
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.parametrize(("key", "dtype"), [(258, torch.bfloat16), (130, torch.float32), (66, torch.float64)])
-def test_what_does_not_fit_into_a_multiprocessor_is_refused(key, dtype):
+def test_heads_too_wide_for_a_multiprocessor_are_rejected(key, dtype):
     from torch._subclasses import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True):

@@ -1,4 +1,4 @@
-"""One token of a synchronous layer in one Triton kernel: the operation and the blend are its twins."""
+"""The one-token Triton kernel of a synchronous layer, compared with the operation and the blend."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def twin(q, k, v, beta, gate, weight, state, window, rotary, resets, decay):
 def follow(
     window, key=KEY, value=VALUE, dtype=torch.float64, rotated=True, arranged=lambda x: x, group=1, decays=False
 ):
-    """Three rows, reset at different tokens, until every buffer is full: each token as its twin, the state going on."""
+    """Compare every token of three rows, which are reset at different tokens, until all buffers are full."""
     t = min(window + 3, 9)
-    given = inputs_of(3, t, key=key, value=value, dtype=dtype, group=group, decays=True)
-    *inputs, weight, _, logs = (x.to(DEVICE) for x in given)
+    tensors = inputs_of(3, t, key=key, value=value, dtype=dtype, group=group, decays=True)
+    *inputs, weight, _, logs = (x.to(DEVICE) for x in tensors)
     rotary = Rotary(100.0).table(window, key, torch.device(DEVICE), dtype) if rotated else None
     state = empty_state(3, window, key, value, dtype)
     for i in range(t):
@@ -81,12 +81,12 @@ def test_dtypes(dtype):
 @needs_triton
 @pytest.mark.parametrize(("window", "key", "value"), [(1, 4, 4), (2, 3, 1), (4, 50, 20), (40, 6, 17), (64, 128, 128)])
 def test_sizes(window, key, value):
-    """No held pairs at all, fewer than a block of the kernel, and more."""
+    """No held entries, fewer than a block of the kernel, and more."""
     follow(window, key, value, rotated=key % 2 == 0)
 
 
 @needs_triton
-def test_query_heads_share_pairs_and_matrix():
+def test_query_heads_share_entries_and_matrix():
     follow(4, group=3)
 
 
@@ -97,8 +97,8 @@ def test_decay():
 
 @needs_triton
 @pytest.mark.parametrize("options", [{}, {"num_kv_heads": 2}, {"fast_weights": "gated-delta"}])
-def test_a_layer_s_token_reaches_it(options):
-    """Without gradients: the same outputs and states as its parts, with a reset on the way."""
+def test_a_layer_uses_it_for_single_tokens(options):
+    """Without gradients. Outputs and states equal those of the layer's parts, with a reset in between."""
     layer = HybridMemory(16, 4, window=3, **options).double().to(DEVICE)
     x = normal(2, 6, 16).to(DEVICE)
     resets = torch.zeros(2, 6, dtype=torch.bool, device=DEVICE)

@@ -17,18 +17,18 @@ import torch
 from hqlt.ops import synchronous
 from tests.ops.test_synchronous import INTERPRETED, NO_TRITON, beyond_of, inputs_of, resets_of
 
-pytestmark = pytest.mark.skipif(bool(NO_TRITON) or not INTERPRETED, reason=NO_TRITON or "on a GPU nobody looks on")
+pytestmark = pytest.mark.skipif(bool(NO_TRITON) or not INTERPRETED, reason=NO_TRITON or "needs the interpreter")
 
 CACHE_LINE = 32
 
 
 class Traffic:
-    """Of one launch: which parts of memory, so many bytes each, its programs load and store."""
+    """The memory that the programs of one launch load and store, in granules of this many bytes."""
 
     def __init__(self, kernel: str, granule: int) -> None:
         self.kernel, self.granule = kernel, granule
         self.read: set[int] = set()
-        self.written: dict[int, tuple[int, int]] = {}  # by which program, after how many barriers
+        self.written: dict[int, tuple[int, int]] = {}  # program, and number of barriers before
         self.barriers = 0
         self.conflicts: list[str] = []
 
@@ -54,7 +54,7 @@ class Traffic:
 
 @contextlib.contextmanager
 def watched(granule: int) -> Iterator[list[Traffic]]:
-    """Within this context every launch of an interpreted kernel leaves its traffic."""
+    """Context manager that records the traffic of every launch of an interpreted kernel."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     from hqlt.ops.synchronous.kernels import launch
@@ -104,7 +104,8 @@ UNITS = {
     "carry_backward": (5, 3),
     "entries_backward": (12.5, 2),
 }
-"""What each kernel reads and writes, in tensors [b, t, h, 128] of the inputs' type: the table of docs/gpu.md."""
+"""Reads and writes of each kernel, in units of one tensor [b, t, h, 128] in the inputs' dtype; the table of
+docs/gpu.md."""
 
 
 @pytest.mark.parametrize(("decays", "most"), [(False, 57.3), (True, 57.5)])
@@ -131,9 +132,9 @@ def test_forward_and_backward_move_57_units(decays, most):
 
 
 @pytest.mark.parametrize(("decays", "kept"), [(False, 0), (True, 0), (False, 20)])
-def test_programs_are_not_in_each_other_s_way(decays, kept):
-    """No program loads or stores what another of the same launch stores, and what it stores itself it loads again
-    behind a barrier only: in any order, at any time, the answers are the same."""
+def test_programs_do_not_race(decays, kept):
+    """No program loads or stores what another program of the same launch stores, and it loads what it has stored itself
+    only after a barrier. Results therefore do not depend on the order of programs or threads."""
     with watched(1) as launches:
         forward_and_backward(inputs_of(2, 35, held=5, key=8, value=20, decays=decays), 9, resets_of(2, 40), kept)
     assert len(launches) == (8 if kept else 6)

@@ -1,4 +1,4 @@
-"""torch's transforms: the right numbers, or an error that says what to do."""
+"""Transforms of PyTorch give correct results, or an error that says what to do."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from hqlt import native, ops
 from tests.laws import close, normal
 from tests.ops.test_boundary import EVERY_HERE, SIZES, case
 
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own, of its forward-mode AD
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # raised by torch's forward-mode AD
 OWN = ("reference", "composed")
 needs_native = pytest.mark.skipif(bool(native.why_not()), reason=native.why_not() or "native")
 
 
 def first_output(op, backend=None):
-    """→ a function of the first input alone, and that input."""
+    """Returns a function of the first input alone, and that input."""
     inputs, run, _ = case(op, **SIZES)
     return lambda x: run(backend, x, *inputs[1:])[0], inputs[0]
 
@@ -47,8 +47,8 @@ TRANSFORMS = {
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize(("op", "backend"), EVERY_HERE)
-def test_a_transform_gives_the_equations_numbers(op, backend, transform):
-    """By itself; a backend that is named and cannot serve it says so."""
+def test_a_transform_gives_the_reference_result(op, backend, transform):
+    """By default. A named backend that does not support the transform raises an error."""
     run, x = first_output(op)
     with ops.use_backend("reference"):
         expected = TRANSFORMS[transform](run, x)
@@ -61,14 +61,14 @@ def test_a_transform_gives_the_equations_numbers(op, backend, transform):
             TRANSFORMS[transform](named, x)
 
 
-def test_forward_mode_ad_is_finite_differences():
+def test_forward_mode_ad_matches_finite_differences():
     f, x = first_output("delta_rule")
     step = 1e-6 * x.cos()
     close(jvp(f, x), (f(x + step) - f(x - step)) / 2e-6, 1e-7)
 
 
 @pytest.mark.parametrize(("op", "backend"), EVERY_HERE)
-def test_second_derivatives_are_the_equations(op, backend):
+def test_second_derivatives_match_the_reference(op, backend):
     inputs, run, _ = case(op, **SIZES)
     results = []
     for name in (backend, "reference"):
@@ -83,7 +83,7 @@ def test_second_derivatives_are_the_equations(op, backend):
 @pytest.mark.parametrize("with_gradients", [False, True])
 @pytest.mark.parametrize(("op", "backend"), EVERY_HERE)
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-def test_a_traced_program_computes_on_what_it_is_given(op, backend, with_gradients):
+def test_a_traced_program_works_on_other_inputs(op, backend, with_gradients):
     for name in (None, backend):
         run, x = first_output(op, name)
         with torch.set_grad_enabled(with_gradients):
@@ -95,11 +95,11 @@ def test_a_traced_program_computes_on_what_it_is_given(op, backend, with_gradien
             close(program(x), run(x))
 
 
-@pytest.mark.skipif(torch.__version__ < "2.10", reason="torch 2.9 loses the names of *arguments in what it checks")
+@pytest.mark.skipif(torch.__version__ < "2.10", reason="torch 2.9 loses the names of *arguments in its checks")
 @needs_native
 @pytest.mark.parametrize("op", [op for op, backend in EVERY_HERE if backend == "native"])
-def test_an_exported_program_has_any_batch_and_any_length(op):
-    """Exported with b = 2 and t = 3, run with 5 and 11; no state, no held pairs."""
+def test_an_exported_program_supports_any_batch_and_length(op):
+    """Exported with b = 2 and t = 3, run with 5 and 11; without state and held entries."""
     sizes = SIZES | {"held": 0}
 
     class Program(torch.nn.Module):
@@ -111,15 +111,15 @@ def test_an_exported_program_has_any_batch_and_any_length(op):
             options = {"window_attention": {"window": 2}, "rms_norm": {"eps": 1e-6}, "mix": {"eps": 1e-6}}
             return getattr(ops, op)(*x, **options.get(op, {}))
 
-    def given(sizes):
+    def inputs_of(sizes):
         inputs = case(op, **sizes)[0]
         inputs = inputs[: {"delta_rule": 4, "linear_attention": 3, "fast_weights": 6}.get(op)]
         return (*inputs, *normal(2, sizes["t"], 1, 2)) if op == "rotated" else tuple(inputs)
 
     b, t = torch.export.Dim("b"), torch.export.Dim("t")
-    dynamic = [{0: b, 1: t} if x.shape[0] == 2 and x.dim() > 2 else {} for x in given(sizes)]
+    dynamic = [{0: b, 1: t} if x.shape[0] == 2 and x.dim() > 2 else {} for x in inputs_of(sizes)]
     if op == "rotated":
         dynamic[1] = dynamic[2] = {0: t}
-    program = torch.export.export(Program(), given(sizes), dynamic_shapes={"x": tuple(dynamic)}).module()
+    program = torch.export.export(Program(), inputs_of(sizes), dynamic_shapes={"x": tuple(dynamic)}).module()
     for other in (sizes, sizes | {"b": 5, "t": 11}):
-        close(program(*given(other)), Program()(*given(other)))
+        close(program(*inputs_of(other)), Program()(*inputs_of(other)))

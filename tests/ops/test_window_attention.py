@@ -14,7 +14,7 @@ every_backend = pytest.mark.parametrize("backend", IMPLEMENTATIONS["window_atten
 
 
 def memory(backend, window, reach="sliding"):
-    """The state is the pairs held so far: as many as the window reaches, or all of them where reach needs them."""
+    """Attention as a memory. Its state is the held entries: those of the window, or all if the reach needs them."""
 
     def run(inputs, state, resets, backend=backend):
         q, *pairs = inputs
@@ -58,7 +58,7 @@ class TestFullAttentionLaws(Laws):
 
 
 class TestByHand:
-    """A query of zeros weighs all it reaches alike, so a read is the mean of the values 1, 2, 3, 4, 5 in reach."""
+    """A query of zeros weighs all visible entries equally, so it reads the mean of their values (1, 2, 3, 4, 5)."""
 
     def means(self, backend, window, held=0, reset=None, **options):
         v = torch.arange(1.0, 6.0).view(1, 5, 1, 1)
@@ -71,10 +71,10 @@ class TestByHand:
         assert self.means(backend, 1) == [1, 2, 3, 4, 5]
         assert self.means(backend, 2) == [1, 1.5, 2.5, 3.5, 4.5]
 
-    def test_window_longer_than_the_sequence_is_full_attention(self, backend):
+    def test_a_window_longer_than_the_sequence_equals_full_attention(self, backend):
         assert self.means(backend, 9) == self.means(backend, None) == [1, 1.5, 2, 2.5, 3]
 
-    def test_held_pairs_come_before_the_queries_own(self, backend):
+    def test_held_entries_come_before_the_new_ones(self, backend):
         assert self.means(backend, 2, held=3) == [3.5, 4.5]
 
     def test_nothing_is_read_across_a_reset(self, backend):
@@ -85,7 +85,7 @@ class TestByHand:
         assert self.means(backend, 2, reset=3, reach="chunk") == [1, 1.5, 3, 4, 4.5]
 
     def test_weights_are_a_softmax(self, backend):
-        """Scores ln 3 and 0 weigh 3/4 and 1/4: of the values 4 and 0, 3."""
+        """Scores ln 3 and 0 give weights 3/4 and 1/4, so that the values 4 and 0 are read as 3."""
         k = torch.tensor([math.log(3), 0]).view(1, 2, 1, 1)
         v = torch.tensor([4.0, 0.0]).view(1, 2, 1, 1)
         out = window_attention(torch.ones_like(k), k, v, window=2, scale=1.0, backend=backend)

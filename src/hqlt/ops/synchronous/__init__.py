@@ -56,8 +56,8 @@ def synchronous(
         scale: Factor of the FW read and of the attention scores, k^-0.5 by default.
         state (`[b, h, k, v]`): W_0, zeros by default.
         resets (`Bool[b, l]`): Tokens that begin a segment.
-        beyond: Entries that stay visible outside the window, compared as those within it: `hqlt.ops.Beyond` without q
-            and k. None by default.
+        beyond: Entries that stay visible outside the window; none by default. They use the same queries and keys as
+            those within it, so its q and k must be None.
         backend: Name of a backend; selected automatically by default.
 
     Returns:
