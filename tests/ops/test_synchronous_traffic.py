@@ -1,7 +1,6 @@
-"""What the kernels of a synchronous layer take from memory and give to it, address by address, as they are interpreted.
+"""Memory traffic of the kernels of a synchronous layer, address by address, recorded in Triton's interpreter.
 
-The interpreter runs one program after the other, so that threads and programs which are in each other's way on a GPU
-are not seen by their answers. Their addresses show them.
+The interpreter runs one program after the other, so data races do not affect its results. The addresses reveal them.
 """
 
 from __future__ import annotations
@@ -110,9 +109,8 @@ docs/gpu.md."""
 
 @pytest.mark.parametrize(("decays", "most"), [(False, 57.3), (True, 57.5)])
 def test_forward_and_backward_move_57_units(decays, most):
-    """A part of memory counts once a launch, and not where the launch has written it: it comes from the cache then.
-
-    What one more chunk of tokens costs, so that nothing counts that is read once in a call.
+    """Each granule of memory counts once per launch; reads of granules that the launch has written do not count, because
+    they come from the cache. The difference between two lengths is counted, which excludes what is read once per call.
     """
     heads, sizes = 2, (128, 192)
     moved = []
@@ -120,7 +118,7 @@ def test_forward_and_backward_move_57_units(decays, most):
         with watched(CACHE_LINE) as launches:
             inputs = inputs_of(1, t, key=128, value=128, dtype=torch.float16, heads=heads, decays=decays)
             forward_and_backward(inputs, window=64)
-        moved.append({of.kernel: (len(of.read), len(of.written)) for of in launches})
+        moved.append({traffic.kernel: (len(traffic.read), len(traffic.written)) for traffic in launches})
     unit = (sizes[1] - sizes[0]) * heads * 128 * torch.float16.itemsize / CACHE_LINE
     few, many = moved
     units = {name: [(y - x) / unit for x, y in zip(few[name], many[name], strict=True)] for name in many}
