@@ -109,8 +109,8 @@ docs/gpu.md."""
 
 @pytest.mark.parametrize(("decays", "most"), [(False, 57.3), (True, 57.5)])
 def test_forward_and_backward_move_57_units(decays, most):
-    """Each granule of memory counts once per launch; reads of granules that the launch has written do not count, because
-    they come from the cache. The difference between two lengths is counted, which excludes what is read once per call.
+    """Each granule of memory counts once per launch. Reads of granules that the launch has written come from the cache
+    and do not count. The difference between two lengths is counted, which excludes what is read once per call.
     """
     heads, sizes = 2, (128, 192)
     moved = []
