@@ -1,4 +1,4 @@
-"""Writing that a kill, a full disk or a second process cannot spoil."""
+"""Writing files safely: atomically, with locks, and with clear errors."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 UNFINISHED = ".unfinished"
-"""What is being written has this behind its name, and is moved to its place when all of it is on disk."""
+"""Suffix of files and folders that are being written; they are renamed once they are completely on disk."""
 
 
 def unfinished_path(path: Path) -> Path:
-    """Where a file or folder is written before it has its name."""
+    """The temporary name of a file or folder while it is being written."""
     return path.with_name(path.name + UNFINISHED)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Replace a file in one step: it holds what it held, or all of the data."""
+    """Replace the contents of a file atomically: it has either the old or the new contents."""
     with explain_write_errors(path):
         try:
             write_synced(unfinished_path(path), data)
@@ -31,6 +31,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def write_synced(path: Path, data: bytes) -> None:
+    """Write a file and wait until it is on disk."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()
@@ -38,12 +39,13 @@ def write_synced(path: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make moves within the folder last through a loss of power, where the system can."""
+    """Make renames within the folder durable, if the system supports it."""
     if os.name == "posix":
         sync(folder)
 
 
 def sync(path: Path) -> None:
+    """Wait until a file or folder is on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -53,42 +55,43 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def explain_write_errors(path: Path) -> Iterator[None]:
+    """Add the path, and how to continue, to an OSError."""
     try:
         yield
     except OSError as error:
         raise OSError(
             error.errno,
-            f"{path} could not be written: {error.strerror}. What was finished before is kept: once this is mended, "
-            f"the same command resumes from there",
+            f"{path} could not be written: {error.strerror}. Everything finished before is kept; fix the problem and "
+            f"run the same command again to resume",
         ) from error
 
 
 def check_writable(path: Path, *, folder: bool = False) -> None:
-    """Raises OSError where a file (or folder) of this name could not be written; leaves everything as it was.
+    """Raises OSError if a file (or folder) of this name cannot be written; changes nothing.
 
-    For what is written at the end of hours of work, before they begin.
+    To be called before long computations whose results are written at the end.
     """
     if path.exists() and path.is_dir() != folder:
-        wanted, found = ("folder", "file") if folder else ("file", "folder")
-        raise OSError(None, f"expected a {wanted}, found a {found}", str(path))
-    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    if there != path and not there.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, f"{there} is a file, not a folder", str(path))
+        expected, found = ("folder", "file") if folder else ("file", "folder")
+        raise OSError(None, f"expected a {expected}, found a {found}", str(path))
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if existing != path and not existing.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"{existing} is a file, not a folder", str(path))
     try:
-        check_folder_writable(there if there.is_dir() else there.parent)
-        if there.is_file():
-            there.open("ab").close()
+        check_folder_writable(existing if existing.is_dir() else existing.parent)
+        if existing.is_file():
+            existing.open("ab").close()
     except OSError as error:
         raise OSError(error.errno, f"cannot be written there: {error.strerror}", str(path)) from None
 
 
 def holds_files(folder: Path) -> bool:
-    """Whether there is anything in it but what a kill left unfinished."""
+    """Whether the folder has any files except unfinished ones of a killed process."""
     return any(not path.name.endswith(UNFINISHED) for path in folder.iterdir())
 
 
 def check_folder_writable(folder: Path) -> None:
-    """Raises OSError where no file can be written in a folder, before work is done for it."""
+    """Raises OSError if no file can be written in the folder."""
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
@@ -97,35 +100,35 @@ def check_folder_writable(folder: Path) -> None:
 
 @contextlib.contextmanager
 def exclusive_folder(folder: Path) -> Iterator[None]:
-    """Make the folder, and refuse it while another process works in it (where the system can tell).
+    """Create the folder and lock it; raises ValueError if another process has locked it (if the system supports locks).
 
-    A folder made here that is still empty at the end is removed, for instance because a command failed.
+    Folders that were created here and are empty at the end, for example after an error, are removed.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: expected a folder, found a file; give another name")
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         with explain_write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            check_folder_writable(folder)  # it may be there and read-only
+            check_folder_writable(folder)  # it may exist and be read-only
         with folder_lock(folder):
             yield
     finally:
         with contextlib.suppress(OSError):  # not empty
-            for path in made:
+            for path in created:
                 path.rmdir()
 
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[None]:
-    """Make the folder, which is to be new or empty, and leave nothing in it where what is written is not whole.
+    """Create the folder, which must be new or empty; it is emptied if an error occurs within the context.
 
-    Raises FileExistsError where it holds something, OSError where it cannot be written.
+    Raises FileExistsError if it is not empty, OSError if it cannot be written.
     """
     with exclusive_folder(folder):
         if holds_files(folder):
             raise FileExistsError(
-                f"{folder}: expected a new or empty folder, because nothing is overwritten; name another"
+                f"{folder}: expected a new or empty folder, because nothing is overwritten; give another folder"
             )
         try:
             yield
@@ -137,7 +140,7 @@ def new_folder(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def folder_lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Keep others out who lock the folder, too, processes and threads, or wait for them (where the system can)."""
+    """Lock the folder against other processes and threads, if the system supports it. wait: instead of ValueError."""
     if os.name != "posix":
         yield
         return
@@ -148,7 +151,7 @@ def folder_lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         raise ValueError(
-            f"{folder}: another process is at work there; wait for it, end it, or give another folder"
+            f"{folder}: another process is using this folder; wait for it, stop it, or give another folder"
         ) from None
     else:
         yield

@@ -1,4 +1,4 @@
-"""What an error says, in a line."""
+"""Error messages for the user, and missing packages."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ EXTRAS = {
     **dict.fromkeys(("shtab",), "completion"),
     **dict.fromkeys(("wandb",), "wandb"),
 }
-"""Packages that only some commands need, and the extra of hqlt that brings them."""
+"""Optional packages, and the extra of hqlt that installs them."""
 
-SHOWN = 8
-"""Names that an error or a summary lists."""
+MAX_NAMES = 8
+"""Maximum number of names that an error or a summary lists."""
 OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
-"""How torch says it: an error of its own for GPUs, any RuntimeError for a CPU."""
+"""Messages of torch, which raises its own error for GPUs, but a RuntimeError for a CPU."""
 
 
 def explanation(error: BaseException) -> str | None:
-    """A sentence about what the user of a command can mend; None for an error of the program."""
+    """The message for an error that the user of a command can fix; None: it is a bug."""
     if is_out_of_memory(error):
-        asked = re.search(r"allocate ([\d.]+ \w+)", str(error))
-        what = f"out of memory ({asked[1]} more were asked for)" if asked else "out of memory"
+        requested = re.search(r"allocate ([\d.]+ \w+)", str(error))
+        what = f"out of memory (tried to allocate {requested[1]})" if requested else "out of memory"
         return "; ".join([what, *getattr(error, "__notes__", ())])
-    mendable = isinstance(error, ValueError | OSError) or extra_for(error) is not None
-    return reason(error) if mendable else None
+    fixable = isinstance(error, ValueError | OSError) or extra_for(error) is not None
+    return reason(error) if fixable else None
 
 
 def reason(error: BaseException) -> str:
-    """Without its number, with its file; of a missing package, how to get it."""
+    """The message of an error: with the file of an OSError, and with how to install a missing package."""
     if isinstance(error, ModuleNotFoundError) and (extra := extra_for(error)):
         return f"expected the package {error.name}; {how_to_install(extra)}"
     if isinstance(error, OSError) and error.strerror:
@@ -51,48 +51,49 @@ def reason(error: BaseException) -> str:
 
 
 def extra_for(error: BaseException) -> str | None:
-    """The extra of hqlt that brings the package that is missing; None where nothing is, or no extra does."""
+    """The extra of hqlt that installs a missing package; None: the error is another one, or no extra installs it."""
     missing = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
     return EXTRAS.get(missing.partition(".")[0])
 
 
 def join_names(names: Sequence[str], count: int | None = None) -> str:
-    """The first of some names, and how many more there are. count: of all; None: as many as are given."""
-    more = (len(names) if count is None else count) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {more:,} more" if more > 0 else "")
+    """The first names, and the number of further ones. count: the number of all names; None: that of `names`."""
+    more = (len(names) if count is None else count) - MAX_NAMES
+    return ", ".join(names[:MAX_NAMES]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def require(*packages: str) -> None:
-    """Raises ModuleNotFoundError for one that is missing, before anything is done that will be of no use without it."""
+    """Raises ModuleNotFoundError if a package is missing; to be called before work that needs it."""
     for package in packages:
         if importlib.util.find_spec(package) is None:
             raise ModuleNotFoundError(f"expected the package {package}", name=package)
 
 
 def how_to_install(*extras: str) -> str:
-    """What to type for extras of hqlt: by its name where it came from an index, else by where it was installed from."""
+    """The pip command that installs extras of hqlt, from wherever hqlt itself was installed."""
     try:
-        told = json.loads(distribution("hqlt").read_text("direct_url.json") or "{}")
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        told = {"url": Path(__file__).parents[2].as_uri()}
-    wanted = f"[{','.join(extras)}]"
-    url = urlsplit(told.get("url", ""))
-    editable = "-e " if told.get("dir_info", {}).get("editable") else ""
+        origin = json.loads(distribution("hqlt").read_text("direct_url.json") or "{}")
+    except PackageNotFoundError:  # a checkout that is not installed
+        origin = {"url": Path(__file__).parents[2].as_uri()}
+    brackets = f"[{','.join(extras)}]"
+    url = urlsplit(origin.get("url", ""))
+    editable = "-e " if origin.get("dir_info", {}).get("editable") else ""
     if url.scheme == "file":
         place = Path(url2pathname(url.path))
-        return f"pip install {editable}'{'.' if place == Path.cwd() else place}{wanted}'"
-    if "vcs_info" in told:
-        return f"pip install 'hqlt{wanted} @ {told['vcs_info']['vcs']}+{told['url']}'"
-    return f"pip install 'hqlt{wanted}{' @ ' + told['url'] if url.scheme else ''}'"
+        return f"pip install {editable}'{'.' if place == Path.cwd() else place}{brackets}'"
+    if "vcs_info" in origin:
+        return f"pip install 'hqlt{brackets} @ {origin['vcs_info']['vcs']}+{origin['url']}'"
+    return f"pip install 'hqlt{brackets}{' @ ' + origin['url'] if url.scheme else ''}'"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error says that CPU or GPU memory is exhausted."""
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)) is not None
     )
 
 
 def first_line(error: BaseException) -> str:
-    """Of what a library says; its name where it says nothing."""
-    said = str(error).strip()
-    return said.splitlines()[0] if said else type(error).__name__
+    """The first line of a message; the type of the error if the message is empty."""
+    message = str(error).strip()
+    return message.splitlines()[0] if message else type(error).__name__

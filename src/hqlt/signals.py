@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first one asks a command to stop and save, a second one stops it at once."""
+"""Ctrl-C and SIGTERM: the first one asks a command to save and stop; a second one stops it at once."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal of this number asked for a stop, and what was under way has come to one."""
+    """Raised after work has been stopped because of a signal with this number."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
         self.number = number
 
 
-def stop_if_asked(noted: Sequence[int]) -> None:
-    """Raises Stopped once `stopping` has noted a signal."""
-    if noted:
-        raise Stopped(noted[0])
+def stop_if_asked(signals: Sequence[int]) -> None:
+    """Raises Stopped if `stopping` has received a signal."""
+    if signals:
+        raise Stopped(signals[0])
 
 
 @contextlib.contextmanager
 def stopping() -> Iterator[list[int]]:
-    """Within this context the first Ctrl-C or SIGTERM only adds its number to the list, to be looked at between steps.
+    """Within this context the first Ctrl-C or SIGTERM only adds its number to the list, to be checked between steps.
 
-    From the second one on, signals do what they did before: Ctrl-C raises KeyboardInterrupt, SIGTERM ends the process.
+    After that, signals have their previous effect: Ctrl-C raises KeyboardInterrupt, SIGTERM ends the process.
     """
-    noted: list[int] = []
+    received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield noted
+        yield received
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
 
@@ -41,13 +41,13 @@ def stopping() -> Iterator[list[int]]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    def note(number: int, frame: FrameType | None) -> None:
-        noted.append(number)
+    def record(number: int, frame: FrameType | None) -> None:
+        received.append(number)
         restore()
 
     for number in SIGNALS:
-        signal.signal(number, note)
+        signal.signal(number, record)
     try:
-        yield noted
+        yield received
     finally:
         restore()

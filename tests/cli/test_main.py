@@ -148,8 +148,8 @@ def test_the_configuration_is_printed_as_help_says(capsys):
     [
         (b"steps: \xff", "--config: expected YAML or JSON in UTF-8 in FILE"),
         (b"steps: [", "--config: expected YAML or JSON in UTF-8 in FILE"),
-        (b"", "--config: expected a line such as steps: 100 for each option in FILE, got None"),
-        (b"- 1", "--config: expected a line such as steps: 100"),
+        (b"", "--config: expected lines such as steps: 100, one per option, in FILE, got None"),
+        (b"- 1", "--config: expected lines such as steps: 100"),
         (None, "FILE: No such file or directory"),
         ("folder", "FILE: Is a directory"),
     ],
@@ -168,7 +168,7 @@ def test_a_file_of_options_that_cannot_be_read_is_named(content, said, tmp_path,
 def given(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """The settings that `hqlt train` would train with."""
     settings: list[object] = []
-    monkeypatch.setattr("hqlt.train.language.run.run", lambda given, folder, device: settings.append(given))
+    monkeypatch.setattr("hqlt.train.language.run.run", lambda given, *_: settings.append(given))
     return settings
 
 
@@ -195,11 +195,11 @@ def test_a_runs_own_config_repeats_it(tmp_path, given):
         (MemoryError(), "out of memory; try a smaller --batch-size"),
         (
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes."),
-            "out of memory (4096 bytes more were asked for); try a smaller --batch-size",
+            "out of memory (tried to allocate 4096 bytes); try a smaller --batch-size",
         ),
         (
             RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
-            "out of memory (2.00 GiB more were asked for); try a smaller --batch-size",
+            "out of memory (tried to allocate 2.00 GiB); try a smaller --batch-size",
         ),
         (
             ModuleNotFoundError("no", name="jinja2.ext"),

@@ -59,7 +59,7 @@ def test_a_study_runs_once_and_exports_its_results(tmp_path, capsys):
     file.write_text(yaml.safe_dump(STUDY).replace("steps: 6", "steps: 7"))
     with pytest.raises(SystemExit, match="has the result of a cell with other settings; give another folder"):
         main(command)
-    with run_folder(folder, "study"), pytest.raises(SystemExit, match="another process is at work there"):
+    with run_folder(folder, "study"), pytest.raises(SystemExit, match="another process is using this folder"):
         main(command)
     kept = folder / "cells" / next(iter(made))
     kept.write_text("{}")

@@ -1,8 +1,8 @@
-"""The command line: `hqlt COMMAND`, one file a command.
+"""The command line, `hqlt COMMAND`, with one file per command.
 
-A command is a function, whose arguments are the options, or a dict of commands by name: `hqlt data prepare`. It raises
-ValueError or OSError for what its user can mend; what is said about it, and the status, are the same for all commands
-and decided here. `hqlt --import MODULE COMMAND` imports a module first, for what it registers (hqlt.registry).
+A command is a function whose arguments are the options, or a dict of commands by name (`hqlt data prepare`). It raises
+ValueError or OSError for errors that the user can fix; the message and exit status are handled here for all commands.
+`hqlt --import MODULE COMMAND` first imports a module, for what it registers (hqlt.registry).
 """
 
 from __future__ import annotations
@@ -27,102 +27,106 @@ from hqlt.threads import Load, use_passive_wait_if_busy
 Command: TypeAlias = "Callable[..., None] | dict[str, Command]"
 
 
-class About(NamedTuple):
-    """What the list of commands says of one, without importing it."""
+class CommandInfo(NamedTuple):
+    """An entry of the list of commands, available without importing the command."""
 
-    what: str
+    summary: str
     packages: tuple[str, ...] = ()
-    """Optional ones that it needs."""
+    """Optional packages that the command needs."""
 
 
-PAGES = ("matplotlib", "jinja2")
+REPORT = ("matplotlib", "jinja2")
 COMMANDS = {
-    "train": About("train a language model, on a text file for one", ("transformers", *PAGES)),
-    "generate": About("continue a text with a trained model", ("transformers",)),
-    "chat": About("talk with a model, in the terminal", ("transformers",)),
-    "serve": About("serve a model over HTTP, as OpenAI's API", ("transformers", "fastapi", "uvicorn")),
-    "eval": About("score a model on benchmarks", ("transformers", "lm_eval")),
-    "data": About("prepare and check folders of tokens"),
-    "tokenizer": About("train a tokenizer", ("tokenizers",)),
-    "export": About("write a model as a folder that transformers loads", ("transformers",)),
-    "convert": About("convert a pretrained model, or a checkpoint of the paper's code", ("transformers",)),
-    "retrofit": About("give a converted model a bounded memory", ("transformers", "peft")),
-    "rl": About("train and watch agents with a memory", ("gymnasium", *PAGES)),
-    "demo": About("train five small models on three tasks, in minutes", ("transformers", *PAGES)),
-    "reproduce": About("reproduce a table of the paper, or run a study of your own", ("transformers", *PAGES)),
-    "bench": About("measure speed beside other implementations"),
-    "completion": About("print a script that completes commands and options in bash or zsh", ("shtab",)),
+    "train": CommandInfo("train a language model, for example on a text file", ("transformers", *REPORT)),
+    "generate": CommandInfo("continue a text with a trained model", ("transformers",)),
+    "chat": CommandInfo("chat with a model in the terminal", ("transformers",)),
+    "serve": CommandInfo(
+        "serve a model over HTTP with an OpenAI-compatible API", ("transformers", "fastapi", "uvicorn")
+    ),
+    "eval": CommandInfo("evaluate a model on benchmarks", ("transformers", "lm_eval")),
+    "data": CommandInfo("prepare and check data folders of tokens"),
+    "tokenizer": CommandInfo("train a tokenizer", ("tokenizers",)),
+    "export": CommandInfo("export a model as a folder that transformers loads", ("transformers",)),
+    "convert": CommandInfo("convert a pretrained model, or a checkpoint of the paper's code", ("transformers",)),
+    "retrofit": CommandInfo("give a converted model a bounded memory", ("transformers", "peft")),
+    "rl": CommandInfo("train and watch agents with memory", ("gymnasium", *REPORT)),
+    "demo": CommandInfo("train five small models on three tasks, in minutes", ("transformers", *REPORT)),
+    "reproduce": CommandInfo("reproduce a table of the paper, or run a study of your own", ("transformers", *REPORT)),
+    "bench": CommandInfo("compare speed with other implementations"),
+    "completion": CommandInfo("print a script that completes commands and options in bash or zsh", ("shtab",)),
 }
 
-IMPORT = "  --import MODULE  import a module of your own first, whose hqlt.register(...) adds tasks, rules, worlds, ..."
+IMPORT = (
+    "  --import MODULE  first import your own module, whose hqlt.register(...) adds tasks, rules, environments, ..."
+)
 EXAMPLES = """\
-  hqlt demo                                  two memories beside one, in a few minutes
-  hqlt train --data=book.txt                 a language model of a text file
-  hqlt generate runs/tiny-book --prompt=The  continue a text with it"""
+  hqlt demo                                  hybrid memory compared with single ones, in minutes
+  hqlt train --data=book.txt                 train a language model on a text file
+  hqlt generate runs/tiny-book --prompt=The  continue a text with the trained model"""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command that the arguments name (by default those of the command line).
+    """Run the command that the arguments name (default: those of the command line).
 
-    What a user can mend (ValueError, OSError, memory that is out, a package that is missing) is a sentence on stderr
-    and status 1; in Python's development mode (PYTHONDEVMODE=1) its traceback is shown. Ctrl-C ends with status 130,
-    and a pipe whose reader has left ends the command with status 1 and without a word. All else is a fault of the
-    program, and shows its traceback.
+    Errors that the user can fix (ValueError, OSError, out of memory, a missing package) are printed as one sentence to
+    stderr, with exit status 1; Python's development mode (PYTHONDEVMODE=1) shows the traceback. Ctrl-C exits with
+    status 130. If the reader of a pipe has closed it, the command exits silently with status 1. All other errors are
+    bugs and show a traceback.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # what the terminal's encoding does not have is shown as "?"
-    given = sys.argv[1:] if arguments is None else arguments
+        sys.stdout.reconfigure(errors="replace")  # show characters that the terminal cannot encode as "?"
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        run_command(given, Load())
+        run_command(arguments, Load())
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
-        if not reader_left():
+        if not stdout_closed():
             raise
         sys.exit(1)
     except Exception as error:
-        said = explanation(error)
-        if said is None or sys.flags.dev_mode:
+        message = explanation(error)
+        if message is None or sys.flags.dev_mode:
             raise
-        raise SystemExit(said) from None
+        raise SystemExit(message) from None
     finally:
         flush()
 
 
 def flush() -> None:
-    """Write what is still buffered for stdout; nothing more is written there where its reader has left."""
+    """Flush stdout; discard the rest if its reader has closed it."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def reader_left() -> bool:
-    """Whether nobody reads the pipe that stdout is, as after `| head`; another pipe may have broken."""
+def stdout_closed() -> bool:
+    """Whether stdout is a pipe without a reader, as after `| head`; otherwise another pipe is broken."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def run_command(arguments: Sequence[str], machine: Load) -> None:
-    """Find the command that the first arguments name, and call it with what the others say."""
+    """Find the command named by the first arguments and call it with the options in the others."""
     prog, command = "hqlt", None
     modules, arguments = modules_in(arguments)
     if arguments[:1] == ["--version"]:
         print(f"hqlt {version}")
         return
     while not callable(command):
-        listed = {name: about.what for name, about in COMMANDS.items()} if command is None else summaries(command)
+        listed = {name: info.summary for name, info in COMMANDS.items()} if command is None else summaries(command)
         if arguments[:1] in ([], ["-h"], ["--help"]):
             print(overview(prog, listed))
             sys.exit(0 if arguments else 2)
         name, *arguments = arguments
         if name not in listed:
             near = difflib.get_close_matches(name, listed, n=1)
-            meant = f" (did you mean {near[0]}?)" if near else ""
-            refuse(f"{prog}: expected one of {', '.join(listed)}, got {name}{meant}")
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            exit_with_usage_error(f"{prog}: expected one of {', '.join(listed)}, got {name}{hint}")
         if command is None:
-            from hqlt.cli.parser import dashed, parse, parser_of  # now: a list of commands needs none of it
+            from hqlt.cli.parser import dashed, parse, parser_of  # not needed for the list of commands
 
             use_passive_wait_if_busy(machine)  # before the command loads torch
             import_all(modules)
@@ -132,41 +136,42 @@ def run_command(arguments: Sequence[str], machine: Load) -> None:
         command(**options)
     except Exception as error:
         if is_out_of_memory(error):
-            smaller = ", ".join(f"--{dashed(name)}" for name in SMALLER if name in options) or "model or input"
-            instead = ", or --activation-checkpointing" if "activation_checkpointing" in options else ""
-            error.add_note(f"try a smaller {smaller}{instead}")
+            smaller = ", ".join(f"--{dashed(name)}" for name in MEMORY_OPTIONS if name in options) or "model or input"
+            alternative = ", or --activation-checkpointing" if "activation_checkpointing" in options else ""
+            error.add_note(f"try a smaller {smaller}{alternative}")
         raise
 
 
-SMALLER = ("micro_batch_size", "batch_size", "batch", "length", "num_envs", "workers", "preset", "model")
-"""Options that memory in use grows with."""
+MEMORY_OPTIONS = ("micro_batch_size", "batch_size", "batch", "length", "num_envs", "workers", "preset", "model")
+"""Options that increase memory use."""
 
 
 def load(name: str) -> Command:
+    """Import a command."""
     command: Command = getattr(importlib.import_module(f"hqlt.cli.{name}"), name)
     return command
 
 
-def refuse(what: str) -> NoReturn:
-    """End with status 2, because the command line cannot be read."""
-    sys.stderr.write(f"{what}\n")
+def exit_with_usage_error(message: str) -> NoReturn:
+    """Exit with status 2 because the command line is invalid."""
+    sys.stderr.write(f"{message}\n")
     sys.exit(2)
 
 
 def modules_in(arguments: Sequence[str]) -> tuple[list[str], Sequence[str]]:
-    """The modules that are named by --import before the command, and the arguments that follow."""
+    """The modules named by --import before the command, and the remaining arguments."""
     modules, rest = [], list(arguments)
     while rest and rest[0].partition("=")[0] == "--import":
         _, equals, name = rest.pop(0).partition("=")
         name = name if equals else rest.pop(0) if rest else ""
         if not name or name.startswith("-"):
-            refuse("hqlt: --import: expected the name of a module, got none; see hqlt --help")
+            exit_with_usage_error("hqlt: --import: expected the name of a module, got none; see hqlt --help")
         modules.append(name)
     return modules, rest
 
 
 def import_all(modules: Sequence[str]) -> None:
-    """Import them, from the current folder too; one that cannot be ends the program with a sentence and status 2."""
+    """Import modules, also from the current folder. If one fails, exit with a message and status 2."""
     if modules:
         sys.path.insert(0, os.getcwd())
     for name in modules:
@@ -177,28 +182,28 @@ def import_all(modules: Sequence[str]) -> None:
                 raise
             file, line, *_ = traceback.extract_tb(error.__traceback__)[-1]
             where = "" if file.startswith("<frozen importlib") or file == __file__ else f" ({file}, line {line})"
-            refuse(
+            exit_with_usage_error(
                 f"hqlt: --import: expected a module that can be imported, got {name}: {type(error).__name__}: "
                 f"{first_line(error)}{where}"
             )
 
 
 def overview(prog: str, listed: Mapping[str, str]) -> str:
-    """The commands, a line each."""
+    """The list of commands, one per line."""
     width = max(map(len, listed))
     lines = [f"usage: {prog} COMMAND [options]", ""]
-    for name, what in listed.items():
+    for name, summary in listed.items():
         needed = COMMANDS[name].packages if prog == "hqlt" else ()
         extras = sorted({EXTRAS[package] for package in needed if importlib.util.find_spec(package) is None})
         missing = f" (first: {how_to_install(*extras)})" if extras else ""
-        lines.append(f"  {name:<{width}}  {what}{missing}")
+        lines.append(f"  {name:<{width}}  {summary}{missing}")
     if prog == "hqlt":
         lines[:0] = ["Hybrid memory layers: one layer, two memories.", ""]
-        lines += ["", "before COMMAND, as often as wanted:", IMPORT, "", "examples:", EXAMPLES]
+        lines += ["", "before COMMAND, may be repeated:", IMPORT, "", "examples:", EXAMPLES]
     return "\n".join([*lines, "", f"The options of a command: {prog} COMMAND --help"])
 
 
 def summaries(commands: Mapping[str, Command]) -> dict[str, str]:
-    """The first sentence of each command's documentation."""
+    """The first sentence of the docstring of each command."""
     documented = {name: inspect.getdoc(command) or "" for name, command in commands.items()}
     return {name: re.split(r"\.\s", text, maxsplit=1)[0].rstrip(".") for name, text in documented.items()}

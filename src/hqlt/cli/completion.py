@@ -60,7 +60,7 @@ def command_tree() -> argparse.ArgumentParser:
     root.add_argument("--version", action="version", version=version)
     root.add_argument("--import", metavar="MODULE", help="import a module first")
     commands = {name: loaded(name) for name in COMMANDS}
-    add_commands(root, commands, {name: about.what for name, about in COMMANDS.items()}, known_values())
+    add_commands(root, commands, {name: info.summary for name, info in COMMANDS.items()}, known_values())
     return root
 
 

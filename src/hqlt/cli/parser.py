@@ -1,4 +1,4 @@
-"""From a function to its options: what a command line may say, and what is said about one that cannot be read."""
+"""The parser of a command, built from the arguments of its function, with readable error messages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 MODEL_FIELDS = (
     "window", "blend", "mixer", "fast_weights", "hidden_size", "num_heads", "num_hidden_layers", "vocab_size",
 )  # fmt: skip
-SAME = """
+SYNONYM_TABLE = """
 learning_rate lr max_lr peak_lr
 steps epochs iterations iters updates max_steps num_steps n_steps max_iters timesteps total_timesteps
 batch_size bs train_batch_size
@@ -64,8 +64,8 @@ model.num_hidden_layers layers num_layers n_layer depth
 model.num_heads heads n_head
 model.hidden_size width dim d_model n_embd
 """
-"""A line an option: what it is called here, by one command or another, and in other tools."""
-SYNONYMS = {name: names.split() for names in SAME.strip().splitlines() for name in names.split()}
+"""One line per option: its name here (several, if commands differ), then its names in other tools."""
+SYNONYMS = {name: names.split() for names in SYNONYM_TABLE.strip().splitlines() for name in names.split()}
 SYNONYMS |= {
     name: [f"model.{name}", *SYNONYMS.get(f"model.{name}", ())] for name in MODEL_FIELDS if name != "vocab_size"
 }
@@ -75,24 +75,24 @@ ALIASES = {
     "context_length": "length",
     "gradient_checkpointing": "activation_checkpointing",
 }
-"""Names of other tools that an option is taken by, too."""
+"""Names of other tools that are accepted for an option."""
 
-ALIKE = 0.7
-"""How alike two names must be for one to be proposed in the place of the other, from 0 to 1."""
+MIN_SIMILARITY = 0.7
+"""Minimum similarity of a name, from 0 to 1, to be suggested instead of a misspelled one."""
 
-WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "tuple": "values such as 0.9,0.95",
+TYPE_NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false", "tuple": "values such as 0.9,0.95",
          "str": "text", "Path": "a path", "dict": "fields such as {name: value}", "NoneType": "null"}  # fmt: skip
-"""By what Python calls a type: what to write for it."""
+"""How error messages describe the values of a Python type."""
 
 
 class Parser(ArgumentParser):
-    """The options of one command. What it cannot read ends the program with a sentence on stderr and status 2."""
+    """The parser of one command. For invalid options it prints one sentence to stderr and exits with status 2."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        self.exit(2, f"{self.prog}: {sentence(message, self.names())}; see {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: {readable(message, self.names())}; see {self.prog} --help\n")
 
     def names(self) -> list[str]:
-        """Of all options, with a dot before a field of another one."""
+        """The names of all options, with dots for fields of nested options."""
         return list(self.get_defaults().keys())
 
     def format_help(self, *arguments: Any) -> str:
@@ -101,36 +101,37 @@ class Parser(ArgumentParser):
 
 
 def parser_of(command: Callable[..., None], prog: str) -> Parser:
-    """A parser with an option for each argument of the function, explained by its docstring.
+    """A parser with an option for each argument of the function, with help from its docstring.
 
-    A command with an attribute `more_options` has as many groups more: what they begin with, dataclasses, by name.
+    A command may have an attribute `more_options`, a function that returns further groups of options: default values
+    (dataclasses) by name.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    needed = [
+    required = [
         name.upper()
         for name, argument in inspect.signature(command).parameters.items()
         if argument.default is argument.empty and argument.kind is not argument.VAR_KEYWORD
     ]
     parser = Parser(
         prog=prog,
-        usage=" ".join([prog, *needed, "[options]"]),
+        usage=" ".join([prog, *required, "[options]"]),
         description=inspect.cleandoc(command.__doc__ or "").split("\n\nArgs:")[0],
         allow_abbrev=False,
     )
     parser.add_argument(
         "--config",
         action="config",
-        help="a YAML or JSON file with options, a run's config.json, or the name of one that comes with hqlt: "
+        help="a YAML or JSON file with options, a run's config.json, or the name of a config that hqlt includes: "
         + ", ".join(known_configs()),
     )
     parser.add_function_arguments(command, as_positional=True, as_group=False)
-    for name, begins_with in getattr(command, "more_options", dict)().items():
-        parser.add_argument(f"--{name}", type=type(begins_with), default=begins_with)
+    for name, default in getattr(command, "more_options", dict)().items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
     return parser
 
 
 def parse(parser: Parser, arguments: Sequence[str]) -> dict[str, Any]:
-    """The function's arguments, by name. Raises ValueError or OSError for a file of options that cannot be read."""
+    """The function's arguments by name. Raises ValueError or OSError if a config file cannot be read."""
     parsed = parser.parse_args(canonical(arguments, parser))
     try:
         options: dict[str, Any] = parser.instantiate(parsed).as_dict()
@@ -142,14 +143,14 @@ def parse(parser: Parser, arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def canonical(arguments: Sequence[str], parser: Parser) -> list[str]:
-    """The same arguments in the one form that the parser knows.
+    """The arguments in the form that the parser understands.
 
     --top-p 0.9             --top_p 0.9
     --greedy                --greedy=true
     --betas=0.9,0.99        --betas=[0.9,0.99]
-    --as=llama              --as_=llama               (a word of Python's)
+    --as=llama              --as_=llama               (a Python keyword)
     --lr=0.001              --learning_rate=0.001     (ALIASES)
-    --steps=3 --config=a    --config=a --steps=3      (the command line goes before a file, in whatever order)
+    --steps=3 --config=a    --config=a --steps=3      (the command line overrides files, in any order)
     """
     defaults, known = parser.get_defaults(), parser.names()
     files: list[str] = []
@@ -181,39 +182,39 @@ def canonical(arguments: Sequence[str], parser: Parser) -> list[str]:
 
 
 def known_configs() -> dict[str, Path]:
-    """The files of options that come with the library, by name."""
+    """The config files that the library includes, by name."""
     folder = Path(str(resources.files("hqlt"))) / "configs"
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
 def options_in(file: str) -> str:
-    """A file of options as the parser takes it: its name; of a run's config.json, the settings in it as JSON.
+    """A config file in the form that the parser accepts: its path, or the settings in a run's config.json as JSON.
 
-    Raises ValueError or OSError for a file that is not there, or is not a mapping of options.
+    Raises ValueError or OSError if the file does not exist or is not a mapping of options.
     """
     path = Path(file).expanduser()
     if not path.exists():
         path = known_configs().get(file, path)
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(
             f"--config: expected YAML or JSON in UTF-8 in {file}: {' '.join(str(error).split())}"
         ) from None
-    if not isinstance(given, dict):
-        raise ValueError(f"--config: expected a line such as steps: 100 for each option in {file}, got {given!r:.60}")
-    if "command" in given and isinstance(given.get("settings"), dict):
-        return json.dumps(given["settings"])
+    if not isinstance(content, dict):
+        raise ValueError(f"--config: expected lines such as steps: 100, one per option, in {file}, got {content!r:.60}")
+    if "command" in content and isinstance(content.get("settings"), dict):
+        return json.dumps(content["settings"])
     return str(path)
 
 
-def sentence(message: str, names: Collection[str]) -> str:
-    """What a parser says, in a line and in plain words, with the nearest right names."""
+def readable(message: str, names: Collection[str]) -> str:
+    """An error message of the parser as one readable line, with suggestions for misspelled names."""
     line = " ".join(message.split())
-    if (wrong_value := _about_a_value(line)) is not None:
+    if (wrong_value := _invalid_value(line)) is not None:
         return wrong_value
     wrong = re.findall(r"(?<!\S)--([\w.-]+)", line if "nrecognized arguments" in line else "")
-    wrong += re.findall(r"(?:accept option|Option) '([\w.]+)'", line)  # in a file
+    wrong += re.findall(r"(?:accept option|Option) '([\w.]+)'", line)  # in a config file
     near = [" or ".join(dashed(f"--{name}") for name in found) for found in (nearest(name, names) for name in wrong)]
     line = line.replace("unrecognized arguments:", "expected options of this command, got")
     line = re.sub(r'Parser key "([\w.]+)":', r"--\1:", line)
@@ -221,49 +222,49 @@ def sentence(message: str, names: Collection[str]) -> str:
     return f"{line} (did you mean {' and '.join(filter(None, near))}?)" if any(near) else line
 
 
-def _about_a_value(line: str) -> str | None:
-    """What to write for an option in the place of a value of the wrong type; None where this is not what is said."""
+def _invalid_value(line: str) -> str | None:
+    """The message for a value of the wrong type; None if the error is another one."""
     found = re.fullmatch(r'Parser key "([\w.]+)": (.*?)(?:Got value|Given value type: .* Given value): (.*)', line)
     if found is None:
         return None
     key, expected, value = found.groups()
     kinds = sorted(set(re.findall(r"<class '(?:\w+\.)*(\w+)'>", expected)), key=lambda kind: kind == "NoneType")
     literal = re.search(r"Literal\[(.*?)\]", expected)
-    wanted = literal[1].replace("'", "") if literal else " or ".join(WORDS.get(kind, kind) for kind in kinds)
+    wanted = literal[1].replace("'", "") if literal else " or ".join(TYPE_NAMES.get(kind, kind) for kind in kinds)
     return f"{dashed('--' + key)}: expected {wanted}, got {value}" if wanted else None
 
 
 def nearest(wrong: str, names: Collection[str]) -> list[str]:
-    """The options that may have been meant: by a name in common, another tool's name, a beginning, a word, the letters.
+    """Suggestions for a misspelled option: by last name, synonym, prefix, common words or similar spelling.
 
-    More than one where several algorithms have an option of that name. None where no name is near, because a wrong
-    proposal is worse than none.
+    There are several if several groups have an option of that name, and none if no name is similar, because a wrong
+    suggestion is worse than none.
     """
     group, _, last = wrong.replace("-", "_").rpartition(".")
     within = [name for name in names if name.startswith(f"{group}.")] if group else names
-    last_of = {name: name.rpartition(".")[2] for name in within}
+    last_names = {name: name.rpartition(".")[2] for name in within}
     if not group and "model" in names:
-        last_of |= {f"model.{field}": f"model.{field}" for field in MODEL_FIELDS}
+        last_names |= {f"model.{field}": f"model.{field}" for field in MODEL_FIELDS}
     for wanted in (last, *SYNONYMS.get(last, ())):
-        if found := [name for name, its in last_of.items() if its == wanted]:
+        if found := [name for name, its in last_names.items() if its == wanted]:
             return found
-    begun = [name for name, its in last_of.items() if len(last) > 2 and its.startswith(last)]
-    words = [name for name, its in last_of.items() if _share_words(last, its)]
-    for found in (begun, words):
+    prefixed = [name for name, its in last_names.items() if len(last) > 2 and its.startswith(last)]
+    words = [name for name, its in last_names.items() if _share_words(last, its)]
+    for found in (prefixed, words):
         if len(found) == 1:
             return found
-    synonyms = {word: name for word, ours in SYNONYMS.items() for name in last_of if name in ours}
-    for its in difflib.get_close_matches(last, [*last_of.values(), *synonyms], n=1, cutoff=ALIKE):
-        return [name for name, other in last_of.items() if other == its] or [synonyms[its]]
+    synonyms = {word: name for word, ours in SYNONYMS.items() for name in last_names if name in ours}
+    for its in difflib.get_close_matches(last, [*last_names.values(), *synonyms], n=1, cutoff=MIN_SIMILARITY):
+        return [name for name, other in last_names.items() if other == its] or [synonyms[its]]
     return []
 
 
 def _share_words(one: str, other: str) -> bool:
-    """Whether most of the words of two names of several words are the same."""
+    """Whether two names of several words have most of their words in common."""
     first, second = set(one.split("_")), set(other.split("_"))
     return min(len(first), len(second)) > 1 and len(first & second) * 2 > max(len(first), len(second))
 
 
 def dashed(name: str) -> str:
-    """As it is shown: --top-p for top_p, --as for as_."""
+    """The name as shown to the user: --top-p for top_p, --as for as_."""
     return name.removesuffix("_").replace("_", "-")

@@ -197,13 +197,13 @@ def test_a_run_of_another_kind_and_a_folder_of_other_files_are_refused(tmp_path)
         assert message in refused(["rl", "play", str(tmp_path / kind)])
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "one.jpg").touch()
-    assert "found other files in it" in refused([*COMMAND, f"--folder={tmp_path / 'photos'}"])
+    assert "found other files" in refused([*COMMAND, f"--folder={tmp_path / 'photos'}"])
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["one.jpg"]
 
 
 def test_two_commands_do_not_train_in_one_folder(tmp_path):
     with run_folder(tmp_path, "agent"):
-        assert "another process is at work there" in refused([*COMMAND, f"--folder={tmp_path}"])
+        assert "another process is using this folder" in refused([*COMMAND, f"--folder={tmp_path}"])
 
 
 def test_invalid_options_of_play_are_refused_first(finished, tmp_path, monkeypatch):

@@ -159,7 +159,7 @@ def test_a_write_that_was_killed_hides_nothing(text, run):
 
 def test_two_starts_in_one_folder_are_refused(text, tmp_path):
     settings = TrainSettings(data=str(text), length=24, steps=1, model=CONFIG)
-    with exclusive_folder(tmp_path), pytest.raises(ValueError, match="another process is at work there"):
+    with exclusive_folder(tmp_path), pytest.raises(ValueError, match="another process is using this folder"):
         language_run(settings, tmp_path)
     assert not (tmp_path / "config.json").exists()
 
