@@ -25,8 +25,8 @@ def test_a_long_document(folder, tmp_path, capsys, monkeypatch):
         "to ask 'Who is it about?' and to answer",
         "to ask 'How does it begin?' and to answer",
         "to ask 'And how does it end?' and to answer",
-        "to fork, and to read on in both",
-        "to take 28 tokens back",
+        "to fork and read in both",
+        "to remove 28 tokens",
     ]
     assert lines[1] == f"{sum(state.bytes_per_row() for state in past.states):,} bytes of state"
-    assert lines[-1] == "answers are those after reading it anew: True"
+    assert lines[-1] == "the answer equals that after reading the book again: True"

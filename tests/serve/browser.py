@@ -1,4 +1,4 @@
-"""A chromium without a window, driven over the DevTools protocol."""
+"""Headless Chromium, driven over the DevTools protocol."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SECONDS = 60
 
 
 class Browser:
-    """One tab. What a person does is keys and clicks; what is seen is asked for in JavaScript."""
+    """One tab: input by keys and clicks, inspection by JavaScript."""
 
     def __init__(self, socket: Any) -> None:
         self.socket, self.ids, self.session = socket, itertools.count(1), {}
@@ -35,14 +35,14 @@ class Browser:
         return message["result"]
 
     def ask(self, expression: str) -> Any:
-        """What an expression of JavaScript is, as JSON; a promise is awaited."""
+        """The value of a JavaScript expression as JSON; promises are awaited."""
         options = {"awaitPromise": True, "returnByValue": True, "userGesture": True}
-        said = self.call("Runtime.evaluate", expression=expression, **options)
-        assert "exceptionDetails" not in said, said["exceptionDetails"]
-        return said["result"].get("value")
+        result = self.call("Runtime.evaluate", expression=expression, **options)
+        assert "exceptionDetails" not in result, result["exceptionDetails"]
+        return result["result"].get("value")
 
     def until(self, expression: str) -> None:
-        """Wait until it is true."""
+        """Wait until a JavaScript expression is true."""
         end = time.monotonic() + SECONDS
         while not self.ask(f"!!({expression})"):
             assert time.monotonic() < end, f"expected {expression} within {SECONDS} seconds"
@@ -61,7 +61,7 @@ class Browser:
         self.call("Input.dispatchKeyEvent", type="keyUp", key=key, windowsVirtualKeyCode=code)
 
     def look(self, width: int, height: int, dark: bool = False) -> None:
-        """A window of this size, of a person who likes it dark."""
+        """Set the window size and the colour scheme."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.call("Emulation.setDeviceMetricsOverride", **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
@@ -70,7 +70,7 @@ class Browser:
 
 @contextmanager
 def browsing(command: str, profile: Path) -> Iterator[Browser]:
-    """A browser of its own. profile: a folder for what it keeps."""
+    """Start a browser. profile: the folder of its profile."""
     options = [*FLAGS, "--remote-debugging-port=0", f"--user-data-dir={profile}", "about:blank"]
     process = subprocess.Popen([command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -82,7 +82,7 @@ def browsing(command: str, profile: Path) -> Iterator[Browser]:
 
 
 def address(process: subprocess.Popen, file: Path) -> str:
-    """Where it listens, which it writes to a file."""
+    """The WebSocket URL, which the browser writes to a file."""
     end = time.monotonic() + SECONDS
     while not file.is_file() or len(lines := file.read_text().splitlines()) < 2:
         assert process.poll() is None, f"chromium ended with status {process.returncode}"

@@ -1,4 +1,4 @@
-"""Clients that leave, send slowly, or send too much; and many at once."""
+"""Clients that disconnect, send slowly, or send too much; and many clients at once."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def health(url):
 
 
 def wait_until_idle(url, begun=False):
-    """begun: not before something has run."""
+    """Wait until nothing runs; with `begun`, wait first until something does."""
     until = time.monotonic() + 30
     while begun and not health(url)["running"]:
         assert time.monotonic() < until
@@ -43,7 +43,7 @@ def wait_until_idle(url, begun=False):
         time.sleep(0.01)
 
 
-def test_a_client_that_leaves_frees_its_row():
+def test_a_disconnecting_client_frees_its_row():
     with served(MODEL, max_batch_size=1, limits=PATIENT) as url:
         for _ in range(3):
             with pytest.raises(httpx.ReadTimeout):
@@ -55,71 +55,71 @@ def test_a_client_that_leaves_frees_its_row():
             wait_until_idle(url)
         metrics = httpx.get(f"{url}/metrics").text
     left = re.search(r'hqlt_requests_total{path="/v1/completions",status="499"} (\d+)', metrics)
-    assert 3 <= int(left[1]) <= 9  # who left before its request was read is not counted
+    assert 3 <= int(left[1]) <= 9  # not counted: clients that disconnect before their request is read
 
 
-def test_a_client_that_does_not_read_stops_nobody(monkeypatch):
-    """Its answer ends at its time, and then its connection, however much was sent."""
-    monkeypatch.setattr("hqlt.serve.responses.LAST_WORDS", 0.1)
+def test_a_client_that_does_not_read_blocks_no_others(monkeypatch):
+    """Its response ends at the deadline, and its connection is closed soon after."""
+    monkeypatch.setattr("hqlt.serve.responses.SEND_GRACE", 0.1)
     with served(MODEL, max_batch_size=2, limits=Limits(max_tokens=100_000, timeout=0.5)) as url:
         host, _, port = url.removeprefix("http://").partition(":")
-        with socket.socket() as deaf:
-            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-            deaf.connect((host, int(port)))
+        with socket.socket() as stalled:
+            stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+            stalled.connect((host, int(port)))
             body = json.dumps(ENDLESS | {"stream": True, "logprobs": 5, "n": 2}).encode()
-            deaf.sendall(post(f"Content-Length: {len(body)}") + body)
+            stalled.sendall(post(f"Content-Length: {len(body)}") + body)
             wait_until_idle(url, begun=True)
             body = {"model": "small", "prompt": "a", "max_tokens": 3}
             assert httpx.post(f"{url}/v1/completions", json=body).status_code == 200
 
 
-def pieces_of(lines):
+def chunks_of(lines):
     return [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
 
 
 @pytest.mark.parametrize("grace", [60, 0.1])
-def test_a_server_that_stops_finishes_what_runs_or_stores_it(grace):
+def test_a_stopping_server_finishes_requests_or_stores_their_states(grace):
     store = PrefixStore(MODEL)
     with contextlib.ExitStack() as clients:
         with served(MODEL, store=store, grace=grace, limits=PATIENT) as url:
-            asked = {"model": "small", "prompt": "to be read", "stream": True, "temperature": 0}
-            asked["max_tokens"] = 300 if grace > 1 else 100_000
-            answer = clients.enter_context(httpx.stream("POST", f"{url}/v1/completions", json=asked, timeout=60))
+            body = {"model": "small", "prompt": "to be read", "stream": True, "temperature": 0}
+            body["max_tokens"] = 300 if grace > 1 else 100_000
+            answer = clients.enter_context(httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60))
             lines = answer.iter_lines()
-            begun = pieces_of([next(lines)])
-        pieces = begun + pieces_of(lines)
+            begun = chunks_of([next(lines)])
+        chunks = begun + chunks_of(lines)
     if grace > 1:
-        assert pieces[-1]["choices"][0]["finish_reason"] == "length"
+        assert chunks[-1]["choices"][0]["finish_reason"] == "length"
     else:
-        assert pieces.pop()["error"]["message"] == "the server is stopping"
-    text = "to be read" + "".join(piece["choices"][0]["text"] for piece in pieces)
+        assert chunks.pop()["error"]["message"] == "the server is stopping"
+    text = "to be read" + "".join(chunk["choices"][0]["text"] for chunk in chunks)
     assert store.find(list(text.encode())).length == len(text) - 1
 
 
-def test_what_was_read_is_found_after_kill_9_and_a_restart(tmp_path):
-    """As from a command line; the first server gets no chance to say goodbye."""
+def test_states_are_found_after_kill_9_and_a_restart(tmp_path):
+    """With the command line; the first server is killed, the second one stopped."""
     MODEL.save_pretrained(tmp_path / "small")
     command = [sys.executable, "-m", "hqlt", "serve", "small", "--port=0", "--store=states"]
-    asked = {"model": "small", "temperature": 0, "max_tokens": 5, "prompt": "a prompt that was read before"}
+    body = {"model": "small", "temperature": 0, "max_tokens": 5, "prompt": "a prompt that was read before"}
     answers = []
     for stop in (signal.SIGKILL, signal.SIGTERM):
         server = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
         try:
             url = re.search(r"small at (http://127.0.0.1:\d+), its API", server.stderr.readline())[1]
             assert server.stderr.readline().startswith(f"curl {url}/v1/chat/completions")
-            answers.append(httpx.post(f"{url}/v1/completions", json=asked, timeout=60).json())
+            answers.append(httpx.post(f"{url}/v1/completions", json=body, timeout=60).json())
         finally:
             server.send_signal(stop)
-            _, said = server.communicate(timeout=60)
+            _, errors = server.communicate(timeout=60)
         assert server.returncode == -stop
-        assert said == ""
+        assert errors == ""
     cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers]
-    assert cached == [0, len(asked["prompt"]) - 1]
+    assert cached == [0, len(body["prompt"]) - 1]
     assert answers[0]["choices"] == answers[1]["choices"]
 
 
-def said(url, sent, more=(), pause=0.0):
-    """What the server answers to these bytes."""
+def answer_to(url, sent, more=(), pause=0.0):
+    """Status and error message in the response to these bytes."""
     host, _, port = url.removeprefix("http://").partition(":")
     with socket.create_connection((host, int(port)), timeout=20) as connection:
         connection.sendall(sent)
@@ -141,26 +141,26 @@ def post(*headers, host="127.0.0.1", kind="application/json"):
 def test_bodies_and_hosts():
     with served(MODEL, limits=Limits(max_body=1000, timeout=0.5), hosts={"127.0.0.1"}) as url:
         large = "expected a body of at most 1,000 bytes"
-        status, message = said(url, post("Content-Length: 1001"))
+        status, message = answer_to(url, post("Content-Length: 1001"))
         assert (status, message.startswith(large)) == (413, True)
-        status, message = said(url, post("Transfer-Encoding: chunked"), [b"320\r\n" + b"x" * 800 + b"\r\n"] * 2)
+        status, message = answer_to(url, post("Transfer-Encoding: chunked"), [b"320\r\n" + b"x" * 800 + b"\r\n"] * 2)
         assert (status, message.startswith(large)) == (413, True)
-        assert said(url, post("Content-Length: 9"), [b"{"]) == (408, "expected the whole body within 0.5 seconds")
-        status, message = said(url, post("Content-Length: 2", host="evil.example"), [b"{}"])
+        assert answer_to(url, post("Content-Length: 9"), [b"{"]) == (408, "expected the whole body within 0.5 seconds")
+        status, message = answer_to(url, post("Content-Length: 2", host="evil.example"), [b"{}"])
         assert (status, message) == (421, "expected a request to 127.0.0.1, got one to 'evil.example'")
-        status, message = said(url, post("Content-Length: 2", kind="text/plain"), [b"{}"])
+        status, message = answer_to(url, post("Content-Length: 2", kind="text/plain"), [b"{}"])
         assert status == 400 and "application/json" in message
-        status, message = said(url, post("Content-Length: 2", host="127.0.0.1:80"), [b"{,"])
-        assert status == 400 and "expected a body in JSON" in message
-        status, message = said(url, post("Content-Length: 2"), [b"{}"])
+        status, message = answer_to(url, post("Content-Length: 2", host="127.0.0.1:80"), [b"{,"])
+        assert status == 400 and "expected a JSON body" in message
+        status, message = answer_to(url, post("Content-Length: 2"), [b"{}"])
         assert status == 400 and message == "model: Field required"
-        for strange in (
+        for invalid in (
             b'{"model": "small", "prompt": "\\ud800"}',
             b'{"model": "small", "prompt": NaN}',
             b"[" * 900,
             b"\xff",
         ):
-            answer = httpx.post(f"{url}/v1/completions", content=strange, headers={"Content-Type": "application/json"})
+            answer = httpx.post(f"{url}/v1/completions", content=invalid, headers={"Content-Type": "application/json"})
             assert answer.status_code == 400, answer.text
             assert answer.json()["error"]["message"]
         assert httpx.get(f"{url}/nowhere").json()["error"]["message"] == "GET /nowhere: Not Found"
@@ -169,12 +169,12 @@ def test_bodies_and_hosts():
 
 
 def resident() -> float:
-    """Megabytes of this process."""
+    """Resident memory of this process in MB."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
 
 
 async def hammer(url, seconds, clients=64):
-    """Clients that ask, and often leave → how many were answered, how many left, and memory half-way and at the end."""
+    """Clients that often disconnect → counts of complete and abandoned responses, memory halfway and at the end."""
     prompts = [f"prompt {i} " * (1 + i % 7) for i in range(16)]
     expected = {}
     for prompt in prompts:
@@ -182,7 +182,7 @@ async def hammer(url, seconds, clients=64):
             MODEL, generation.prefill(MODEL, prompt.encode()), max_new_tokens=30, greedy=True
         )
         expected[prompt] = bytes(made[0].tolist()).decode(errors="replace")
-    until, counts = time.monotonic() + seconds, {"answered": 0, "left": 0}
+    until, counts = time.monotonic() + seconds, {"complete": 0, "abandoned": 0}
 
     async def client(i, http):
         draw = random.Random(i)
@@ -199,9 +199,9 @@ async def hammer(url, seconds, clients=64):
                         text, seen = text + json.loads(line[6:])["choices"][0]["text"], seen + 1
                 else:
                     assert text == expected[prompt]
-                    counts["answered"] += 1
+                    counts["complete"] += 1
                     continue
-            counts["left"] += 1
+            counts["abandoned"] += 1
 
     limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
     async with httpx.AsyncClient(timeout=60, limits=limits) as http:
@@ -213,7 +213,7 @@ async def hammer(url, seconds, clients=64):
 
 
 @pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.slow)])
-def test_64_streams_of_clients_that_leave(seconds):
+def test_64_clients_that_often_disconnect(seconds):
     store = PrefixStore(MODEL, max_bytes=1 << 20)
     with served(MODEL, store=store, max_batch_size=32, max_queue=64) as url:
         counts, halfway, after = asyncio.run(hammer(url, seconds))
@@ -224,5 +224,5 @@ def test_64_streams_of_clients_that_leave(seconds):
     found = re.findall(r'^hqlt_requests_total{.*status="(\d+)"} (\d+)', metrics, re.MULTILINE)
     by_status = {int(status): int(count) for status, count in found}
     assert by_status.keys() == {200, 499}
-    assert by_status[200] >= counts["answered"]  # some left when their answer was whole
+    assert by_status[200] >= counts["complete"]  # some disconnect after the response is complete
     assert sum(by_status.values()) == sum(counts.values())

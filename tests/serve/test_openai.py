@@ -1,4 +1,4 @@
-"""The API as OpenAI's own client uses it."""
+"""The API, used by OpenAI's own client."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def test_completions(client):
     assert [chunk.choices[0].finish_reason for chunk in chunks][-1] == "length"
 
 
-def test_chat_in_turns_reads_only_what_is_new(client):
+def test_chat_turns_read_only_new_tokens(client):
     messages = [{"role": "system", "content": "You know Paris."}, QUESTION]
     cached = []
     for _ in range(3):
         answer = client.chat.completions.create(model="small", messages=messages, max_tokens=7, temperature=0)
         cached.append(answer.usage.prompt_tokens_details.cached_tokens)
-        read = answer.usage.total_tokens - 1  # all but the last token of the answer
+        read = answer.usage.total_tokens - 1  # all except the last token of the answer
         messages += [answer.choices[0].message.to_dict(), QUESTION]
     assert cached[0] == 0
     assert cached[1] > len("You know Paris.") + len(QUESTION["content"]) + 7
@@ -91,7 +91,7 @@ def test_chat_as_a_stream(client):
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
 
 
-def test_stop_strings_end_a_text_before_them(client):
+def test_stop_strings_end_a_text_and_are_not_part_of_it(client):
     text = alone(b"text", 200)
     stop = text[50:54]
     for options in ({}, {"stream": True}):
@@ -122,20 +122,20 @@ def test_log_probabilities(client):
 def test_models(client):
     assert [model.id for model in client.models.list()] == ["small"]
     assert client.models.retrieve("small").owned_by == "hqlt"
-    with pytest.raises(openai.NotFoundError, match="expected 'small', which is served here, got 'other'"):
+    with pytest.raises(openai.NotFoundError, match="expected 'small', the model of this server, got 'other'"):
         client.models.retrieve("other")
 
 
 CHAT = {"model": "small", "messages": [QUESTION]}
-REFUSED = [
-    ({"tools": [{"type": "function"}]}, 400, "tools: not supported by this server; what is: model, n, max_tokens"),
+INVALID = [
+    ({"tools": [{"type": "function"}]}, 400, "tools: not supported by this server; supported: model, n, max_tokens"),
     ({"frequency_penalty": 1}, 400, "frequency_penalty: not supported"),
     ({"response_format": {"type": "json_object"}}, 400, "response_format: not supported"),
     ({"nonsense": 1}, 400, "nonsense: not supported"),
     ({"temperature": 3}, 400, "temperature: Input should be less than or equal to 2"),
     ({"top_p": 0}, 400, "top_p: Input should be greater than 0"),
     ({"n": 33}, 400, "n: expected 1 to 32 continuations, got 33"),
-    ({"max_tokens": 1001}, 400, "max_tokens: expected 1 to 1,000 tokens of an answer, got 1,001"),
+    ({"max_tokens": 1001}, 400, "max_tokens: expected 1 to 1,000 tokens, got 1,001"),
     ({"messages": []}, 400, "messages: List should have at least 1 item"),
     ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0.role: Input should be 'system'"),
     (
@@ -144,13 +144,13 @@ REFUSED = [
         "messages: expected 1 to 10,000 tokens of a prompt",
     ),
     ({"messages": [{"role": "user", "content": "x" * 100_000}]}, 413, "at most 100,000 bytes"),
-    ({"model": "gpt"}, 404, "model: expected 'small', which is served here, got 'gpt'"),
+    ({"model": "gpt"}, 404, "model: expected 'small', the model of this server, got 'gpt'"),
     ({"stop": [""]}, 400, "stop"),
 ]
 
 
-@pytest.mark.parametrize(("wrong", "status", "message"), REFUSED)
-def test_what_is_not_supported_is_refused_by_name(client, wrong, status, message):
+@pytest.mark.parametrize(("wrong", "status", "message"), INVALID)
+def test_unsupported_and_invalid_fields_are_refused_by_name(client, wrong, status, message):
     with pytest.raises(openai.APIStatusError) as error:
         client.post("/chat/completions", body=CHAT | wrong, cast_to=object)
     assert error.value.status_code == status
@@ -159,7 +159,7 @@ def test_what_is_not_supported_is_refused_by_name(client, wrong, status, message
     assert status == 413 or error.value.body["param"].partition(".")[0] == next(iter(wrong))
 
 
-def test_fields_that_ask_for_nothing_are_taken(client):
+def test_unsupported_fields_without_effect_are_accepted(client):
     neutral = {"frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "tools": None, "user": "someone"}
     client.chat.completions.create(**CHAT, max_tokens=1, **neutral, response_format={"type": "text"})
     parts = [{"role": "developer", "content": "Be kind."}, {"role": "user", "content": [{"type": "text", "text": "a"}]}]
@@ -170,7 +170,7 @@ def test_fields_that_ask_for_nothing_are_taken(client):
         client.completions.create(model="small", prompt="")
 
 
-def test_a_template_of_the_tokenizer_and_its_end(tmp_path):
+def test_the_chat_template_and_end_token_of_the_tokenizer(tmp_path):
     size = save_chat_tokenizer(tmp_path, CHATML)
     tokenizer = model_tokenizer(tmp_path)
     model = build(vocab_size=size)
@@ -184,7 +184,7 @@ def test_a_template_of_the_tokenizer_and_its_end(tmp_path):
     assert answer.usage.completion_tokens < 30
 
 
-def test_keys_and_whose_states_are_found():
+def test_keys_separate_stored_states():
     def ask(url, key):
         body = {"model": "small", "prompt": "a prompt of someone", "max_tokens": 1}
         return httpx.post(f"{url}/v1/completions", json=body, headers={"Authorization": f"Bearer {key}".encode()})
@@ -194,9 +194,9 @@ def test_keys_and_whose_states_are_found():
             for key, cached in (("one", 0), ("one", 18), ("öther", found)):
                 assert ask(url, key).json()["usage"]["prompt_tokens_details"]["cached_tokens"] == cached
             for wrong in ("tow", "on", "onee"):
-                refused = ask(url, wrong)
-                assert refused.status_code == 401
-                assert "expected a valid API key" in refused.json()["error"]["message"]
+                response = ask(url, wrong)
+                assert response.status_code == 401
+                assert "expected a valid API key" in response.json()["error"]["message"]
             assert httpx.get(f"{url}/metrics").status_code == 401
             assert httpx.get(f"{url}/health").json()["status"] == "ok"
 
@@ -210,12 +210,12 @@ def test_too_many_and_too_slow_requests():
         waiting = client.completions.create(**endless, stream=True)
         with pytest.raises(openai.RateLimitError, match="1 requests are waiting already"):
             client.completions.create(**endless)
-        with pytest.raises(openai.APIError, match="longer than it may"):
+        with pytest.raises(openai.APIError, match="longer than allowed"):
             list(stream)
-        with pytest.raises(openai.APIError, match="longer than it may"):
+        with pytest.raises(openai.APIError, match="longer than allowed"):
             list(waiting)
         begun = time.monotonic()
-        with pytest.raises(openai.APIStatusError, match="longer than it may") as error:
+        with pytest.raises(openai.APIStatusError, match="longer than allowed") as error:
             client.completions.create(**endless)
         assert error.value.status_code == 408
         assert 0.9 < time.monotonic() - begun < 10

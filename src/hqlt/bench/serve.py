@@ -217,15 +217,15 @@ class Waiting:
     def __init__(self) -> None:
         self.done, self.error = threading.Event(), None
 
-    def began(self, cached: int) -> None: ...
+    def on_start(self, cached: int) -> None: ...
 
-    def token(self, choice: int, token: int, likely: Any) -> bool:
+    def on_token(self, choice: int, token: int, logprobs: Any) -> bool:
         return False
 
-    def ended(self, choice: int, reason: str) -> None:
+    def on_end(self, choice: int, reason: str) -> None:
         self.done.set()
 
-    def failed(self, error: Any) -> None:
+    def on_error(self, error: Any) -> None:
         self.error = error
         self.done.set()
 

@@ -1,4 +1,4 @@
-"""`hqlt serve`: a model behind HTTP, in OpenAI's form."""
+"""`hqlt serve`: an OpenAI-compatible server for a model."""
 
 from __future__ import annotations
 
@@ -39,47 +39,47 @@ def serve(
     device: str | None = None,
     **retention_options: Any,
 ) -> None:
-    """Serve a model in OpenAI's form: /v1/chat/completions, /v1/completions, /v1/models, a chat page at /.
+    """Serve a model with OpenAI's API (/v1/chat/completions, /v1/completions, /v1/models) and a chat page at /.
 
-    Requests run together, whoever sends them. A conversation's next turn reads only what is new, because the state
-    after each turn is kept. Ctrl-C or SIGTERM stops: what runs may end, and what cannot in time is stored. See
-    docs/serving.md.
+    Requests are batched continuously. The next turn of a conversation reads only its new tokens, because the state
+    after each turn is stored. Ctrl-C or SIGTERM stops the server: running requests may finish within --grace seconds,
+    and the states of the rest are stored. See docs/serving.md.
 
     Args:
-        model: a model's folder, the run that trained it, or what `hqlt convert` made.
-        host: the address to listen on; beyond this machine only with 0.0.0.0, :: or an address of its own.
-        port: 0 takes a free one.
-        name: what the API calls the model; the folder's name by default.
-        api_key: clients must send it; several, each with states of its own, are divided by commas. The variable
-            HQLT_API_KEY says the same, and no list of processes shows it.
-        shared_prefixes: let what was read for one key be found for others.
-        max_batch_size: continuations that are decoded at once.
-        max_queue: requests that may wait for a free row; more are refused with 429.
-        prefill_chunk: prompt tokens that are read between two decoding steps.
-        store: keep states in this folder, too, over restarts.
-        store_bytes: what states in memory may take; the least recently used go first.
-        store_disk_bytes: the same for the folder; no limit by default.
-        store_dtype: bfloat16 or int8 stores states rounded, so that more of them fit; text changes a little.
-        max_body: bytes of a request; more is refused with 413.
-        max_prompt: tokens of a prompt; more is refused with 400.
-        max_tokens: tokens of an answer; more is refused with 400.
-        timeout: seconds from a request to the end of its answer; then it ends with 408.
-        grace: seconds in which what runs may end after Ctrl-C or SIGTERM.
-        threads: of torch; by default all cores but one, which is left to the connections.
-        device: where the model runs, such as cpu; cuda where there is one by default.
+        model: folder of a model, or of the run that trained it.
+        host: address to listen on; other machines can connect only with 0.0.0.0, :: or an address of this machine.
+        port: port to listen on; 0 takes a free one.
+        name: name of the model in the API; default: the name of its folder.
+        api_key: key that clients must send; separate several with commas, and each has its own stored states. The
+            environment variable HQLT_API_KEY does the same and is not visible in process lists.
+        shared_prefixes: let requests with one key use states stored for another.
+        max_batch_size: maximum number of continuations decoded at once.
+        max_queue: maximum number of requests that wait for a free row; more are refused with 429.
+        prefill_chunk: number of prompt tokens read between two decoding steps.
+        store: also keep states in this folder, across restarts.
+        store_bytes: maximum size of the states in memory; the least recently used are evicted.
+        store_disk_bytes: maximum size of the folder; default: no limit.
+        store_dtype: bfloat16 or int8 stores rounded states, so that more of them fit; the text changes a little.
+        max_body: maximum size of a request in bytes; larger ones are refused with 413.
+        max_prompt: maximum number of tokens per prompt; longer ones are refused with 400.
+        max_tokens: maximum number of tokens per continuation; requests for more are refused with 400.
+        timeout: seconds from a request to the end of its response, after which it ends with 408.
+        grace: seconds in which running requests may finish after Ctrl-C or SIGTERM.
+        threads: number of torch threads; default: all cores except one, which is left for the connections.
+        device: device of the model, such as cpu; default: cuda if available.
     """
     require("transformers", "fastapi", "uvicorn", "prometheus_client")
     check(**locals())
     notes, keys = Console(stderr=True), keys_of(api_key)
     if not keys and host not in LOOPBACK:
-        notes.print(f"anyone who reaches {host} may use this server: no --api-key was given", style="yellow")
+        notes.print(f"anyone who can reach {host} can use this server, because no --api-key was given", style="yellow")
     import torch
 
     from hqlt.device import usable_device
     from hqlt.language.folder import tokenizer_of
     from hqlt.serve.app import create_app
     from hqlt.serve.engine import Engine
-    from hqlt.serve.server import Server, bound
+    from hqlt.serve.server import Server, bind_socket
     from hqlt.serve.service import Limits
     from hqlt.state import PrefixStore
 
@@ -89,17 +89,17 @@ def serve(
     )
     if threads is not None or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads or max(1, torch.get_num_threads() - 1))
-    with bound(host, port) as listening:  # before the model is loaded, which takes a while
+    with bind_socket(host, port) as sock:  # before the model is loaded, which is slow
         tokenizer = tokenizer_of(model, retention.config_of(model).vocab_size)
         language_model = retention.load(model, usable_device(device), notes)
         states = PrefixStore(language_model, store_bytes, store, store_disk_bytes, store_dtype)
         engine = Engine(
             language_model, states, max_batch_size=max_batch_size, max_queue=max_queue, prefill_chunk=prefill_chunk
         )
-        called = name or model.resolve().name
+        api_name = name or model.resolve().name
         hosts = {*LOOPBACK, "[::1]"} if host in LOOPBACK else None
-        app = create_app(engine, tokenizer, called, limits, keys, shared_prefixes, hosts)
-        Server(app, listening, grace, lambda: print_ready(notes, url_of(listening), called, bool(keys))).serve_here()
+        app = create_app(engine, tokenizer, api_name, limits, keys, shared_prefixes, hosts)
+        Server(app, sock, grace, lambda: print_ready(notes, url_of(sock), api_name, bool(keys))).serve_here()
 
 
 def check(
@@ -107,7 +107,7 @@ def check(
     store_disk_bytes: int | None, max_body: int, max_prompt: int, max_tokens: int, timeout: float, grace: int,
     threads: int | None, **_: object,
 ) -> None:  # fmt: skip
-    """Raises ValueError or OSError for what would only fail after the model was loaded."""
+    """Raises ValueError or OSError for options that would otherwise fail only after the model is loaded."""
     for least, options in (
         (
             1,
@@ -136,24 +136,24 @@ def check(
     if not 0 <= port < 1 << 16:
         raise ValueError(f"port: expected 0 to {(1 << 16) - 1}, got {port}")
     if not 0 < timeout < float("inf"):
-        raise ValueError(f"timeout: expected seconds above 0, got {timeout}")
+        raise ValueError(f"timeout: expected a number of seconds above 0, got {timeout}")
     if store is None and store_disk_bytes is not None:
-        raise ValueError("store-disk-bytes: expected --store FOLDER beside it, got none")
+        raise ValueError("store-disk-bytes: expected --store FOLDER as well, got none")
     if store is not None:
         check_writable(store, folder=True)
 
 
 def keys_of(api_key: str | None) -> list[str]:
-    """What clients may send; none where anyone may use the server."""
+    """The accepted API keys; none for a server without authentication."""
     given = os.environ.get("HQLT_API_KEY") if api_key is None else api_key
     keys = [key.strip() for key in (given or "").split(",")]
     if given is not None and not all(keys):
-        raise ValueError("api-key: expected keys divided by commas, got an empty one")
+        raise ValueError("api-key: expected keys separated by commas, got an empty one")
     return keys if given is not None else []
 
 
-def url_of(listening: socket.socket) -> str:
-    host, port, *_ = listening.getsockname()
+def url_of(sock: socket.socket) -> str:
+    host, port, *_ = sock.getsockname()
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 

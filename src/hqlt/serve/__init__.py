@@ -1,1 +1,1 @@
-"""Language models behind HTTP, in OpenAI's form: continuous batching, and turns that resume from stored states."""
+"""An OpenAI-compatible server for language models, with continuous batching and a store of states between turns."""

@@ -1,4 +1,4 @@
-"""The HTTP routes: OpenAI's chat completions, completions and models; health, metrics and a page."""
+"""The HTTP routes: OpenAI's chat completions, completions and models; health, metrics and the chat page."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from starlette.exceptions import HTTPException
 
 from hqlt._version import version
 from hqlt.serve.engine import Engine
-from hqlt.serve.errors import Refused, refusal, refusal_of_body
-from hqlt.serve.forms import ChatForm, CompletionForm
+from hqlt.serve.errors import RequestError, request_error, validation_error
+from hqlt.serve.formatters import ChatFormatter, CompletionFormatter
 from hqlt.serve.guard import Guard
 from hqlt.serve.metrics import Metrics
-from hqlt.serve.request import Closed, Full, Late
+from hqlt.serve.request import DeadlineExceeded, EngineClosed, QueueFull
 from hqlt.serve.responses import respond
-from hqlt.serve.schema import Asked, ChatAsked, CompletionAsked
+from hqlt.serve.schema import ChatRequest, CompletionRequest, RequestBody
 from hqlt.serve.service import Limits, Service
 
 DEFAULT_LIMITS = Limits()
@@ -39,10 +39,19 @@ def create_app(
     shared_prefixes: bool = False,
     hosts: Collection[str] | None = None,
 ) -> FastAPI:
-    """An ASGI application that serves the engine's model, and closes the engine when it stops.
+    """Create the ASGI application that serves an engine's model and closes the engine when it stops.
 
-    keys: of the API; none: everyone may use it. shared_prefixes: whether what was read for one key is found for
-    others. hosts: as `Guard` takes them.
+    Args:
+        engine: the engine.
+        tokenizer: the model's tokenizer.
+        name: the model's name in the API.
+        limits: limits of one request.
+        keys: API keys; none for a server without authentication.
+        shared_prefixes: whether states stored for one key are found by requests with another.
+        hosts: accepted Host headers, as in `Guard`.
+
+    Returns:
+        The application.
     """
     metrics = Metrics(engine)
 
@@ -69,25 +78,25 @@ def create_app(
 
 def add_routes(app: FastAPI) -> None:
     @app.post("/v1/chat/completions")
-    async def chat(asked: ChatAsked, http: HttpRequest) -> Response:
-        service = service_of(http, asked)
-        form = ChatForm(service.name, service.tokenizer)
-        return await respond(http, asked, form, service.chat(asked, salt(http)))
+    async def chat(body: ChatRequest, http: HttpRequest) -> Response:
+        service = service_of(http, body)
+        formatter = ChatFormatter(service.name, service.tokenizer)
+        return await respond(http, body, formatter, service.chat(body, salt(http)))
 
     @app.post("/v1/completions")
-    async def completions(asked: CompletionAsked, http: HttpRequest) -> Response:
-        service = service_of(http, asked)
-        form = CompletionForm(service.name, service.tokenizer)
-        return await respond(http, asked, form, service.complete(asked, salt(http)))
+    async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
+        service = service_of(http, body)
+        formatter = CompletionFormatter(service.name, service.tokenizer)
+        return await respond(http, body, formatter, service.complete(body, salt(http)))
 
     @app.get("/v1/models")
     async def models(http: HttpRequest) -> dict[str, Any]:
-        return {"object": "list", "data": [about(http.app.state.service)]}
+        return {"object": "list", "data": [model_info(http.app.state.service)]}
 
     @app.get("/v1/models/{model:path}")
     async def model(model: str, http: HttpRequest) -> dict[str, Any]:
         check_model(http.app.state.service, model)
-        return about(http.app.state.service)
+        return model_info(http.app.state.service)
 
     @app.get("/health")
     async def health(http: HttpRequest) -> dict[str, Any]:
@@ -101,45 +110,45 @@ def add_routes(app: FastAPI) -> None:
     @app.get("/")
     async def page() -> Response:
         if PAGE.is_file():
-            frames = {"Content-Security-Policy": "frame-ancestors 'none'"}  # which a meta element cannot say
-            return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=frames)
-        return PlainTextResponse("hqlt serve: an API in OpenAI's form at /v1\n")
+            headers = {"Content-Security-Policy": "frame-ancestors 'none'"}  # not possible in a meta element
+            return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=headers)
+        return PlainTextResponse("hqlt serve: OpenAI-compatible API at /v1\n")
 
 
 def add_errors(app: FastAPI) -> None:
-    def counted(http: HttpRequest, refused: Refused) -> Response:
-        http.app.state.metrics.requests.labels(http.url.path, refused.status).inc()
-        return refused.response()
+    def counted(http: HttpRequest, error: RequestError) -> Response:
+        http.app.state.metrics.requests.labels(http.url.path, error.status).inc()
+        return error.response()
 
     @app.exception_handler(RequestValidationError)
-    async def of_body(http: HttpRequest, error: RequestValidationError) -> Response:
-        body = ChatAsked if http.url.path.endswith("/chat/completions") else CompletionAsked
-        return counted(http, refusal_of_body(error.errors(), list(body.model_fields)))
+    async def invalid_body(http: HttpRequest, error: RequestValidationError) -> Response:
+        model = ChatRequest if http.url.path.endswith("/chat/completions") else CompletionRequest
+        return counted(http, validation_error(error.errors(), list(model.model_fields)))
 
     @app.exception_handler(HTTPException)
-    async def of_path(http: HttpRequest, error: HTTPException) -> Response:
-        return Refused(error.status_code, f"{http.method} {http.url.path}: {error.detail}").response()
+    async def invalid_path(http: HttpRequest, error: HTTPException) -> Response:
+        return RequestError(error.status_code, f"{http.method} {http.url.path}: {error.detail}").response()
 
-    async def refused(http: HttpRequest, error: Exception) -> Response:
-        return counted(http, refusal(error))
+    async def failed(http: HttpRequest, error: Exception) -> Response:
+        return counted(http, request_error(error))
 
-    for kind in (Refused, Full, Late, Closed, Exception):
-        app.add_exception_handler(kind, refused)
+    for kind in (RequestError, QueueFull, DeadlineExceeded, EngineClosed, Exception):
+        app.add_exception_handler(kind, failed)
 
 
-def service_of(http: HttpRequest, asked: Asked) -> Service:
+def service_of(http: HttpRequest, body: RequestBody) -> Service:
     service: Service = http.app.state.service
-    check_model(service, asked.model)
+    check_model(service, body.model)
     return service
 
 
 def check_model(service: Service, name: str) -> None:
     if name != service.name:
-        what = f"model: expected {service.name!r}, which is served here, got {name!r}"
-        raise Refused(404, what, "model", "model_not_found")
+        message = f"model: expected {service.name!r}, the model of this server, got {name!r}"
+        raise RequestError(404, message, "model", "model_not_found")
 
 
-def about(service: Service) -> dict[str, Any]:
+def model_info(service: Service) -> dict[str, Any]:
     return {"id": service.name, "object": "model", "created": service.created, "owned_by": "hqlt"}
 
 

@@ -1,4 +1,4 @@
-"""The rows that are decoded together, and the prompts that are yet to join them."""
+"""The rows that are decoded together, and the prompts that will join them."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ class Row:
 
     def __init__(self, request: Request, choice: int) -> None:
         self.request, self.choice = request, choice
-        self.made: list[int] = []
-        self.is_sound = True
-        """Whether its state has read `tokens()`: not where its last token failed."""
+        self.generated: list[int] = []
+        self.state_is_valid = True
+        """Whether its state has read `tokens_read()`; not if its last token failed."""
         seed = request.seed
         self.draw = random.Random(None if seed is None else f"{seed} {choice}").random
 
     def sampling(self) -> Sampling:
-        asked = self.request
-        return Sampling(asked.temperature, asked.top_p, self.draw() if asked.temperature > 0 else 0.0)
+        request = self.request
+        return Sampling(request.temperature, request.top_p, self.draw() if request.temperature > 0 else 0.0)
 
-    def tokens(self) -> Tensor:
-        """What its state has read: everything but the last token."""
-        return torch.cat([torch.from_numpy(self.request.prompt), torch.tensor(self.made, dtype=torch.long)])[:-1]
+    def tokens_read(self) -> Tensor:
+        """The tokens that its state has read: all except the last."""
+        return torch.cat([torch.from_numpy(self.request.prompt), torch.tensor(self.generated, dtype=torch.long)])[:-1]
 
 
 class Batch(NamedTuple):
@@ -40,39 +40,45 @@ class Batch(NamedTuple):
 
     rows: list[Row]
     unread: list[int]
-    """Each row's last token."""
+    """The last token of each row."""
     states: tuple[MemoryState, ...]
-    """One a layer, of as many rows."""
+    """One per layer, with a row for each row of the batch."""
 
     def select(self, index: Sequence[int]) -> Batch:
-        """These rows."""
+        """The batch of these rows."""
         if not index:
-            return NO_ROWS
+            return EMPTY
         states = tuple(state.select(list(index)) for state in self.states)
         return Batch([self.rows[i] for i in index], [self.unread[i] for i in index], states)
 
 
-NO_ROWS = Batch([], [], ())
+EMPTY = Batch([], [], ())
 
 
-def joined(batches: Sequence[Batch]) -> Batch:
-    """The rows of all."""
+def concatenate(batches: Sequence[Batch]) -> Batch:
+    """One batch with the rows of all."""
     batches = [batch for batch in batches if batch.rows]
     if len(batches) < 2:
-        return batches[0] if batches else NO_ROWS
+        return batches[0] if batches else EMPTY
     rows, unread = (list(itertools.chain(*of)) for of in list(zip(*batches, strict=True))[:2])
     states = tuple(map(MemoryState.concatenate, zip(*(batch.states for batch in batches), strict=True)))
     return Batch(rows, unread, states)
 
 
-class Reading:
-    """A prompt that is being read, up to its last token."""
+class Prefill:
+    """A prompt that is being read, up to its last token.
+
+    Args:
+        request: the request.
+        length: number of tokens read so far.
+        states: the states after them.
+    """
 
     def __init__(self, request: Request, length: int, states: tuple[MemoryState, ...]) -> None:
         self.request, self.length, self.states = request, length, states
         self.end = len(request.prompt) - 1
 
     def next_stop(self, budget: int) -> int:
-        """Where the next chunk ends: at a mark, if one comes first."""
+        """Where the next chunk of at most `budget` tokens ends: at a checkpoint, if one comes first."""
         stop = min(self.length + budget, self.end)
-        return min([stop, *(mark for mark in self.request.marks if self.length < mark < stop)])
+        return min([stop, *(place for place in self.request.checkpoints if self.length < place < stop)])

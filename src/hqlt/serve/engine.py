@@ -2,11 +2,11 @@
 
 The rows of a running batch are rows of `MemoryState`s, so requests join and leave between any two tokens:
 
-    admit ─► read a chunk of prompts ─► one token for every row ─► rows that end leave ─► admit …
+    admit ─► read a chunk of prompts ─► one token for every row ─► remove finished rows ─► admit …
 
-A request's text depends on its own tokens, limits and seed alone. (In floating point a product of matrices may round
-otherwise in a batch of another size: the laws hold to 1e-10 in float64, and a float32 model whose two likeliest tokens
-are closer than its rounding error may choose the other one.)
+The text of a request depends on its own tokens, limits and seed alone, up to rounding: a matrix product may round
+differently in a batch of another size. In float64 results agree to 1e-10; in float32 the model may choose the other of
+two tokens whose logits differ by less than the rounding error.
 """
 
 from __future__ import annotations
@@ -24,24 +24,28 @@ from torch import Tensor
 
 from hqlt.memory import MemoryState
 from hqlt.model import HQLTCache, HQLTForCausalLM
-from hqlt.serve.batch import NO_ROWS, Batch, Reading, Row, joined
-from hqlt.serve.request import Closed, Full, Late, Request
-from hqlt.serve.sampling import Likely, choose, likely
+from hqlt.serve.batch import EMPTY, Batch, Prefill, Row, concatenate
+from hqlt.serve.request import DeadlineExceeded, EngineClosed, QueueFull, Request
+from hqlt.serve.sampling import TokenLogprobs, sample, token_logprobs
 from hqlt.state import PrefixStore
 
 log = logging.getLogger("hqlt.serve")
 
 
 class Engine:
-    """Serves requests with one model, in a thread of its own.
+    """Serves requests with one model, in its own thread.
 
     >>> engine = Engine(model, hqlt.state.PrefixStore(model))
     >>> engine.submit(Request(tokens=[1, 2, 3], max_tokens=10, listener=listener))
     >>> engine.close()
 
-    store: where states after prompts and continuations are kept; a request continues from the longest stored beginning
-    of its prompt. max_batch_size: continuations that are decoded at once. max_queue: requests that may wait for a row.
-    prefill_chunk: prompt tokens that are read between two decoding steps.
+    Args:
+        model: the language model; it is put into evaluation mode.
+        store: keeps the states after prompts and continuations. A request starts from the longest stored prefix of its
+            prompt.
+        max_batch_size: maximum number of continuations that are decoded at once.
+        max_queue: maximum number of requests that wait for a row.
+        prefill_chunk: number of prompt tokens that are read between two decoding steps.
     """
 
     def __init__(
@@ -56,21 +60,27 @@ class Engine:
         self.model, self.store = model.eval(), store
         self.max_batch_size, self.max_queue, self.prefill_chunk = max_batch_size, max_queue, prefill_chunk
         self.layers = [block.memory for block in model.model.layers]
-        self._grow = [layer.kv is not None and layer.blend.slots is None for layer in self.layers]
+        self._grows = [layer.kv is not None and layer.blend.slots is None for layer in self.layers]
         self._waiting: deque[Request] = deque()
-        self._reading: deque[Reading] = deque()
-        self._batch = NO_ROWS
-        self._unstored: list[Callable[[], None]] = []
-        """What is stored once the next tokens are on their way."""
+        self._prefills: deque[Prefill] = deque()
+        self._batch = EMPTY
+        self._pending_stores: list[Callable[[], None]] = []
+        """Calls that store states, made after the next decoding step so that they do not delay it."""
         self._closing = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="hqlt-serve", daemon=True)
         self._thread.start()
 
-    # From any thread.
+    # Called from any thread.
 
     def submit(self, request: Request) -> None:
-        """Raises ValueError for what can never be served, Full where too many wait, Closed when it is too late."""
+        """Queue a request.
+
+        Raises:
+            ValueError: when the prompt is empty or n is not between 1 and `max_batch_size`.
+            QueueFull: when `max_queue` requests are waiting.
+            EngineClosed: when the engine is stopping.
+        """
         if not len(request.prompt) or not 1 <= request.n <= self.max_batch_size:
             raise ValueError(
                 f"expected a prompt of at least one token and 1 to {self.max_batch_size} continuations, got "
@@ -78,30 +88,30 @@ class Engine:
             )
         with self._changed:
             if self._closing:
-                raise Closed("the server is stopping")
+                raise EngineClosed("the server is stopping")
             if len(self._waiting) >= self.max_queue:
-                raise Full(f"{len(self._waiting)} requests are waiting already; try again later")
+                raise QueueFull(f"{len(self._waiting)} requests are waiting already; try again later")
             self._waiting.append(request)
             self._changed.notify()
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for a row."""
+        """Number of requests that wait for a row."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
-        """Rows in use: continuations that are decoded, and those whose prompts are read."""
-        return len(self._batch.rows) + sum(reading.request.n for reading in list(self._reading))
+        """Number of rows in use, by continuations being decoded and prompts being read."""
+        return len(self._batch.rows) + sum(prefill.request.n for prefill in list(self._prefills))
 
     def close(self) -> None:
-        """End what runs: what it has read is stored, and its listeners hear of a failure, `Closed`."""
+        """Stop. The states of unfinished requests are stored, and their listeners receive `EngineClosed`."""
         with self._changed:
             self._closing = True
             self._changed.notify()
         self._thread.join()
 
-    # In the engine's own.
+    # Called in the engine's thread.
 
     def _run(self) -> None:
         with torch.no_grad():
@@ -110,33 +120,33 @@ class Engine:
                     self._admit()
                     self._read()
                     self._step()
-                    self._store()
-                except Exception as error:  # of the engine itself: no one waits for what will never come
+                    self._flush_stores()
+                except Exception as error:  # a bug in the engine: no client is left waiting
                     log.exception("all running requests failed")
                     self._drop_all(error)
-            self._drop_all(Closed("the server is stopping"))
+            self._drop_all(EngineClosed("the server is stopping"))
 
     def _wait(self) -> bool:
-        """Until there is something to do → whether to go on."""
+        """Wait until there is work; returns False when the engine is closing."""
         with self._changed:
             self._changed.wait_for(lambda: self._closing or self._waiting or self.running)
             return not self._closing
 
-    def _store(self) -> None:
-        unstored, self._unstored = self._unstored, []
-        for put in unstored:
+    def _flush_stores(self) -> None:
+        pending, self._pending_stores = self._pending_stores, []
+        for put in pending:
             self._quietly(put)
 
     def _drop_all(self, error: Exception) -> None:
-        batch, self._batch = self._batch, NO_ROWS
+        batch, self._batch = self._batch, EMPTY
         for i, row in enumerate(batch.rows):
-            self._keep(row, batch.states, i)
-        for reading in self._reading:
-            self._put(reading.request, reading.length, reading.states)
-        self._store()
+            self._store_row(row, batch.states, i)
+        for prefill in self._prefills:
+            self._store_prompt(prefill.request, prefill.length, prefill.states)
+        self._flush_stores()
         with self._changed:
-            requests = [*(row.request for row in batch.rows), *(r.request for r in self._reading), *self._waiting]
-            self._reading.clear()
+            requests = [*(row.request for row in batch.rows), *(r.request for r in self._prefills), *self._waiting]
+            self._prefills.clear()
             self._waiting.clear()
         for request in requests:
             self._fail(request, error, expected=True)
@@ -146,7 +156,7 @@ class Engine:
             return
         now = time.monotonic()
         with self._changed:
-            waiting = [request for request in self._waiting if not self._is_over(request, now)]
+            waiting = [request for request in self._waiting if not self._is_finished(request, now)]
             admitted, free = [], self.max_batch_size - self.running
             while waiting and waiting[0].n <= free:
                 free -= waiting[0].n
@@ -155,79 +165,79 @@ class Engine:
         for request in admitted:
             try:
                 length, states = self.store.find(torch.from_numpy(request.prompt), request.salt)
-                request.listener.began(length)
+                request.listener.on_start(length)
                 states = states or tuple(layer.init_state(1) for layer in self.layers)
-                self._reading.append(Reading(request, length, states))
+                self._prefills.append(Prefill(request, length, states))
             except Exception as error:
                 self._fail(request, error)
 
-    def _is_over(self, request: Request, now: float) -> bool:
+    def _is_finished(self, request: Request, now: float) -> bool:
         if now > request.deadline:
-            self._fail(request, Late("the request took longer than it may"), expected=True)
-        return request.over
+            self._fail(request, DeadlineExceeded("the request took longer than allowed"), expected=True)
+        return request.finished
 
     def _read(self) -> None:
-        """A chunk of prompts, one after the other and the next time the next ones. What is read joins the batch."""
+        """Read a chunk of prompt tokens, taking the prompts in turn. Prompts read to the end join the batch."""
         budget, now = self.prefill_chunk, time.monotonic()
-        while self._reading and budget > 0:
-            reading = self._reading[0]
-            request = reading.request
+        while self._prefills and budget > 0:
+            prefill = self._prefills[0]
+            request = prefill.request
             try:
-                if not self._is_over(request, now):
-                    budget -= self._read_chunk(reading, budget)
-                    if reading.length == reading.end:
-                        self._batch = joined([self._batch, self._rows_of(reading)])
+                if not self._is_finished(request, now):
+                    budget -= self._read_chunk(prefill, budget)
+                    if prefill.length == prefill.end:
+                        self._batch = concatenate([self._batch, self._rows_of(prefill)])
             except Exception as error:
                 self._fail(request, error)
-            self._reading.popleft()
-            if reading.length < reading.end and not request.over:
-                self._reading.append(reading)
-            elif request.over:
-                self._put(request, reading.length, reading.states)
+            self._prefills.popleft()
+            if prefill.length < prefill.end and not request.finished:
+                self._prefills.append(prefill)
+            elif request.finished:
+                self._store_prompt(request, prefill.length, prefill.states)
 
-    def _read_chunk(self, reading: Reading, budget: int) -> int:
-        """→ tokens read."""
-        begin, stop, request = reading.length, reading.next_stop(budget), reading.request
+    def _read_chunk(self, prefill: Prefill, budget: int) -> int:
+        """Read the next tokens of a prompt; returns their number."""
+        begin, stop, request = prefill.length, prefill.next_stop(budget), prefill.request
         if stop > begin:
             chunk = torch.from_numpy(request.prompt[None, begin:stop]).to(self.model.device)
-            _, reading.states = self._forward(chunk, reading.states)
-            reading.length = stop
-            if stop == reading.end or stop in request.marks:
-                self._put(request, stop, reading.states)
+            _, prefill.states = self._forward(chunk, prefill.states)
+            prefill.length = stop
+            if stop == prefill.end or stop in request.checkpoints:
+                self._store_prompt(request, stop, prefill.states)
         return stop - begin
 
-    def _rows_of(self, reading: Reading) -> Batch:
-        request = reading.request
+    def _rows_of(self, prefill: Prefill) -> Batch:
+        request = prefill.request
         rows = [Row(request, choice) for choice in range(request.n)]
-        states = tuple(state.repeat(len(rows)) if len(rows) > 1 else state for state in reading.states)
+        states = tuple(state.repeat(len(rows)) if len(rows) > 1 else state for state in prefill.states)
         return Batch(rows, [int(request.prompt[-1])] * len(rows), states)
 
     def _forward(self, tokens: Tensor, states: Sequence[MemoryState]) -> tuple[Tensor, tuple[MemoryState, ...]]:
-        """tokens: [b, t] → the normed hidden states of the last block [b, t, d], and the states after them."""
-        cache = HQLTCache.from_states(states, seen_tokens=1)  # there is no mask, so nobody asks how many
+        """tokens [b, t] → the normed hidden states of the last block [b, t, d], and the states after the tokens."""
+        cache = HQLTCache.from_states(states, seen_tokens=1)  # any number: there is no attention mask
         return self.model.model(tokens, past_key_values=cache).last_hidden_state, cache.states
 
     def _step(self) -> None:
-        """One token for every row."""
+        """Generate one token for every row."""
         now = time.monotonic()
-        batch = self._without(self._batch, [self._is_over(row.request, now) for row in self._batch.rows])
+        batch = self._without(self._batch, [self._is_finished(row.request, now) for row in self._batch.rows])
         if not batch.rows:
             self._batch = batch
             return
         batch, logits = self._advance(batch)
-        tokens = choose(logits, [row.sampling() for row in batch.rows]) if batch.rows else []
-        beside = self._beside(batch.rows, logits, tokens)
-        ends = [self._take(*its) for its in zip(batch.rows, tokens, beside, strict=True)]
+        tokens = sample(logits, [row.sampling() for row in batch.rows]) if batch.rows else []
+        logprobs = self._logprobs(batch.rows, logits, tokens)
+        reasons = [self._take(*its) for its in zip(batch.rows, tokens, logprobs, strict=True)]
         batch = batch._replace(unread=[0 if token is None else token for token in tokens])
-        self._batch = self._without(batch, [reason is not None for reason in ends])
-        for row, reason in zip(batch.rows, ends, strict=True):  # now that what they have read is stored
-            if reason and not row.request.over:
-                self._tell(row, reason)
+        self._batch = self._without(batch, [reason is not None for reason in reasons])
+        for row, reason in zip(batch.rows, reasons, strict=True):  # after their states are stored
+            if reason and not row.request.finished:
+                self._end(row, reason)
 
     def _advance(self, batch: Batch) -> tuple[Batch, Tensor]:
-        """Each row's last token read, and the logits of the next [b, vocabulary].
+        """Read the last token of each row; returns the batch after it and the logits of the next [b, vocabulary].
 
-        Where that fails it is tried with half of the rows: those that fail alone end, the others never know.
+        If this fails, it is repeated with each half of the rows, until only the failing rows end.
         """
         try:
             tokens = torch.tensor(batch.unread, device=self.model.device)[:, None]
@@ -237,71 +247,72 @@ class Engine:
             n = len(batch.rows)
             if n == 1:
                 self._fail(batch.rows[0].request, error)
-                return NO_ROWS, torch.empty(0, self.model.config.vocab_size)
+                return EMPTY, torch.empty(0, self.model.config.vocab_size)
             halves = [self._advance(batch.select(range(*ends))) for ends in ((0, n // 2), (n // 2, n))]
             logits = torch.cat([part.to(self.model.device) for _, part in halves])
-            return joined([half for half, _ in halves]), logits
+            return concatenate([half for half, _ in halves]), logits
 
-    def _beside(self, rows: list[Row], logits: Tensor, tokens: list[int | None]) -> list[Likely | None]:
-        asking = [i for i, row in enumerate(rows) if row.request.logprobs is not None and tokens[i] is not None]
-        found: list[Likely | None] = [None] * len(rows)
-        if asking:
-            top = max(rows[i].request.logprobs or 0 for i in asking)
-            for i, its in zip(asking, likely(logits[asking], [tokens[i] or 0 for i in asking], top), strict=True):
+    def _logprobs(self, rows: list[Row], logits: Tensor, tokens: list[int | None]) -> list[TokenLogprobs | None]:
+        wanted = [i for i, row in enumerate(rows) if row.request.logprobs is not None and tokens[i] is not None]
+        found: list[TokenLogprobs | None] = [None] * len(rows)
+        if wanted:
+            top = max(rows[i].request.logprobs or 0 for i in wanted)
+            logprobs = token_logprobs(logits[wanted], [tokens[i] or 0 for i in wanted], top)
+            for i, its in zip(wanted, logprobs, strict=True):
                 found[i] = its._replace(top=its.top[: rows[i].request.logprobs])
         return found
 
-    def _take(self, row: Row, token: int | None, its: Likely | None) -> str | None:
-        """A row's next token → why it ends with it, "" where it failed; None: it does not end."""
+    def _take(self, row: Row, token: int | None, logprobs: TokenLogprobs | None) -> str | None:
+        """Add a token to a row; returns why the row ends with it, "" if it failed, None if it does not end."""
         request = row.request
         try:
             if token is None:
                 raise FloatingPointError("the model's logits are not finite")
-            row.made.append(token)
-            if token in request.ends or request.listener.token(row.choice, token, its):
+            row.generated.append(token)
+            if token in request.end_tokens or request.listener.on_token(row.choice, token, logprobs):
                 return "stop"
         except Exception as error:
             self._fail(request, error)
-            row.is_sound = False
+            row.state_is_valid = False
             return ""
-        return "length" if len(row.made) == request.max_tokens else None
+        return "length" if len(row.generated) == request.max_tokens else None
 
-    def _tell(self, row: Row, reason: str) -> None:
+    def _end(self, row: Row, reason: str) -> None:
         try:
-            row.request.listener.ended(row.choice, reason)
+            row.request.listener.on_end(row.choice, reason)
         except Exception as error:
             self._fail(row.request, error)
 
     def _without(self, batch: Batch, leaving: Sequence[bool]) -> Batch:
-        """The batch without the rows that leave; what they have read is stored."""
+        """The batch without the rows that leave, whose states are stored."""
         if not any(leaving):
             return batch
         for i in itertools.compress(range(len(leaving)), leaving):
-            self._keep(batch.rows[i], batch.states, i)
-        left = batch.select([i for i, leaves in enumerate(leaving) if not leaves])
-        return left._replace(states=self._fitting(left.states))
+            self._store_row(batch.rows[i], batch.states, i)
+        rest = batch.select([i for i, leaves in enumerate(leaving) if not leaves])
+        return rest._replace(states=self._fitting(rest.states))
 
     def _fitting(self, states: Sequence[MemoryState]) -> tuple[MemoryState, ...]:
-        """Where buffers grow with a text, no larger than the longest row's."""
+        """Shrink buffers that grow with the text (full attention) to the longest row."""
         return tuple(
             state.with_slots(int(state.position.max())) if grows else state
-            for state, grows in zip(states, self._grow, strict=False)
+            for state, grows in zip(states, self._grows, strict=False)
         )
 
-    def _keep(self, row: Row, states: Sequence[MemoryState], i: int) -> None:
-        """Store what a row has read."""
+    def _store_row(self, row: Row, states: Sequence[MemoryState], i: int) -> None:
+        """Store the state of a row."""
 
         def put() -> None:
             own = self._fitting([state.select([i]) for state in states])
-            self.store.put(row.tokens(), own, row.request.salt)
+            self.store.put(row.tokens_read(), own, row.request.salt)
 
-        if row.is_sound:
+        if row.state_is_valid:
             self._quietly(put)
 
-    def _put(self, request: Request, length: int, states: Sequence[MemoryState]) -> None:
-        """Store what has been read of a prompt, after the next tokens."""
+    def _store_prompt(self, request: Request, length: int, states: Sequence[MemoryState]) -> None:
+        """Store the state after the first `length` tokens of a prompt, once the next decoding step is done."""
         tokens = torch.from_numpy(request.prompt[:length])
-        self._unstored.append(lambda: self.store.put(tokens, states, request.salt))
+        self._pending_stores.append(lambda: self.store.put(tokens, states, request.salt))
 
     def _fail(self, request: Request, error: Exception, expected: bool = False) -> None:
         if not expected:
@@ -310,7 +321,7 @@ class Engine:
 
     @staticmethod
     def _quietly(call: Callable[[], Any]) -> None:
-        """A call whose failure is logged, and harms no request."""
+        """Make a call; an exception is logged and does not affect any request."""
         try:
             call()
         except Exception:

@@ -1,4 +1,4 @@
-"""Errors, in OpenAI's form: {"error": {"message", "type", "param", "code"}}."""
+"""Errors in OpenAI's format: {"error": {"message", "type", "param", "code"}}."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 from fastapi.responses import Response
 
-from hqlt.serve.request import Closed, Full, Late
+from hqlt.serve.request import DeadlineExceeded, EngineClosed, QueueFull
 
 TYPES = {401: "authentication_error", 429: "rate_limit_error", 408: "timeout_error"}
 
 
-class Refused(Exception):
-    """A request that is not served, with the status and sentence that its sender gets."""
+class RequestError(Exception):
+    """A request that is not served, with the HTTP status and message for the client."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -28,35 +28,35 @@ class Refused(Exception):
     def response(self) -> Response:
         headers = {"Retry-After": "1"} if self.status in (429, 503) else {}
         headers |= {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
-        # In ASCII: what it quotes may hold halves of surrogate pairs, which JSON can write and UTF-8 cannot.
+        # ASCII, because the message may quote lone surrogates, which JSON can represent and UTF-8 cannot.
         return Response(json.dumps(self.body), self.status, headers, media_type="application/json")
 
 
-def refusal(error: Exception) -> Refused:
-    """What a sender is told of an error. Of one that is not the sender's to mend, only that it happened."""
-    if isinstance(error, Refused):
+def request_error(error: Exception) -> RequestError:
+    """The error for the client. Internal errors are reported without details."""
+    if isinstance(error, RequestError):
         return error
-    if isinstance(error, Full):
-        return Refused(429, str(error), code="rate_limit_exceeded")
-    if isinstance(error, Late):
-        return Refused(408, str(error), code="timeout")
-    if isinstance(error, Closed):
-        return Refused(503, str(error), code="server_stopping")
-    return Refused(500, "the request failed in the server, whose log says why", code="internal_error")
+    if isinstance(error, QueueFull):
+        return RequestError(429, str(error), code="rate_limit_exceeded")
+    if isinstance(error, DeadlineExceeded):
+        return RequestError(408, str(error), code="timeout")
+    if isinstance(error, EngineClosed):
+        return RequestError(503, str(error), code="server_stopping")
+    return RequestError(500, "internal error; see the server's log", code="internal_error")
 
 
-def refusal_of_body(errors: Sequence[Mapping[str, Any]], known: Sequence[str]) -> Refused:
-    """errors: pydantic's, about a body. known: the fields that there are."""
+def validation_error(errors: Sequence[Mapping[str, Any]], known: Sequence[str]) -> RequestError:
+    """The error for an invalid body. errors: pydantic's; known: the supported fields."""
     error = errors[0]
     where = [str(part) for part in error["loc"] if part != "body"]
     param = ".".join(where) or None
     if error["type"] == "extra_forbidden":
-        among = f"; what is: {', '.join(known)}" if len(where) == 1 else ""
-        return Refused(400, f"{param}: not supported by this server{among}", param, "unsupported_parameter")
+        supported = f"; supported: {', '.join(known)}" if len(where) == 1 else ""
+        return RequestError(400, f"{param}: not supported by this server{supported}", param, "unsupported_parameter")
     if error["type"] == "json_invalid":
-        return Refused(
-            400, f"expected a body in JSON, got one that is not: {error['ctx']['error']}", code="invalid_json"
+        return RequestError(
+            400, f"expected a JSON body, got invalid JSON: {error['ctx']['error']}", code="invalid_json"
         )
-    said = str(error["msg"]).removeprefix("Value error, ")
-    what = f"{param}: {said}" if param else f"expected a JSON object as application/json: {said}"
-    return Refused(400, what, param, "invalid_value")
+    reason = str(error["msg"]).removeprefix("Value error, ")
+    message = f"{param}: {reason}" if param else f"expected a JSON object as application/json: {reason}"
+    return RequestError(400, message, param, "invalid_value")

@@ -1,4 +1,4 @@
-"""Before a request is looked at: who sends it, to whom, and how much of it there is."""
+"""Checks before a request is parsed: API key, Host header, size and duration of the body."""
 
 from __future__ import annotations
 
@@ -10,17 +10,22 @@ from collections.abc import Collection, Sequence
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from hqlt.serve.errors import Refused
+from hqlt.serve.errors import RequestError
 
 OPEN = ("/", "/health")
-"""Paths that need no key: they say nothing of anyone."""
+"""Paths that need no key, because they reveal nothing about users."""
 
 
 class Guard:
-    """Refuses strangers (401), other sites' names for this server (421), and bodies too large (413) or slow (408).
+    """ASGI middleware that refuses missing keys (401), foreign hosts (421), and large (413) or slow (408) bodies.
 
-    keys: any of them is accepted, compared in constant time; none: everyone is. hosts: the names that a Host header may
-    have, so that a page of another site, whose name was made to mean this machine, reaches nothing; None: any.
+    Args:
+        app: the application behind it.
+        keys: accepted API keys, compared in constant time; none for a server without authentication.
+        hosts: accepted names in the Host header, which prevents DNS rebinding by other web sites; None for any.
+        max_body: maximum size of a body in bytes.
+        seconds: maximum duration of receiving a body.
+        shared: whether all keys share one salt, so that stored states are found across keys.
     """
 
     def __init__(
@@ -34,18 +39,18 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers, refused = Headers(scope=scope), None
+        headers, error = Headers(scope=scope), None
         try:
             self._check_host(headers.get("host", ""))
             scope["salt"] = "" if scope["path"] in OPEN else self._salt_of(headers.get("authorization", ""))
-        except Refused as error:
-            refused = error
-        body = await self._body(headers, receive, keep=refused is None)
+        except RequestError as refusal:
+            error = refusal
+        body = await self._body(headers, receive, keep=error is None)
         if body is None:
-            return  # the client has left
-        refused = refused or (body if isinstance(body, Refused) else None)
-        if refused is not None:
-            await refused.response()(scope, receive, send)
+            return  # the client has disconnected
+        error = error or (body if isinstance(body, RequestError) else None)
+        if error is not None:
+            await error.response()(scope, receive, send)
             return
 
         unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
@@ -58,24 +63,24 @@ class Guard:
     def _check_host(self, host: str) -> None:
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
         if self.hosts is not None and name.lower() not in self.hosts:
-            raise Refused(421, f"expected a request to {' or '.join(sorted(self.hosts))}, got one to {name!r}")
+            raise RequestError(421, f"expected a request to {' or '.join(sorted(self.hosts))}, got one to {name!r}")
 
     def _salt_of(self, authorization: str) -> str:
-        """Whose states a request may use."""
+        """The salt of the states that a request may use. Raises RequestError without a valid key."""
         if not self.salts:
             return ""
         scheme, _, given = authorization.partition(" ")
         key = given.strip().encode("latin-1")  # as Starlette decodes headers
         found = [salt for known, salt in self.salts.items() if hmac.compare_digest(known, key)]
         if scheme.lower() != "bearer" or not found:
-            raise Refused(401, "expected a valid API key as `Authorization: Bearer KEY`", code="invalid_api_key")
+            raise RequestError(401, "expected a valid API key as `Authorization: Bearer KEY`", code="invalid_api_key")
         return found[0]
 
-    async def _body(self, headers: Headers, receive: Receive, keep: bool) -> bytes | Refused | None:
-        """The whole body; None where the client left before its end.
+    async def _body(self, headers: Headers, receive: Receive, keep: bool) -> bytes | RequestError | None:
+        """The whole body; None if the client disconnects before its end.
 
-        Also what is not kept is read to its end, or for as long as a body may take: a client that still sends would
-        lose the answer.
+        A body that is not kept is also read to its end, within the time limit: a client that is still sending would
+        miss the response.
         """
         length = headers.get("content-length", "0")
         size, more, chunks = 0, True, bytearray()
@@ -94,9 +99,9 @@ class Guard:
         except TimeoutError:
             late = True
         if max(size, declared) > self.max_body:
-            return Refused(
+            return RequestError(
                 413, f"expected a body of at most {self.max_body:,} bytes, got a larger one", code="too_large"
             )
         if late:
-            return Refused(408, f"expected the whole body within {self.seconds:g} seconds", code="timeout")
+            return RequestError(408, f"expected the whole body within {self.seconds:g} seconds", code="timeout")
         return bytes(chunks)

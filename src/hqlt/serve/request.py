@@ -1,4 +1,4 @@
-"""What is asked of the engine, and who hears of it."""
+"""Requests to the engine, and the listener that receives their tokens."""
 
 from __future__ import annotations
 
@@ -10,77 +10,77 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hqlt.serve.sampling import Likely
+from hqlt.serve.sampling import TokenLogprobs
 
 
-class Full(Exception):
-    """As many requests wait as may."""
+class QueueFull(Exception):
+    """The queue of waiting requests is full."""
 
 
-class Late(Exception):
-    """A request's time is over."""
+class DeadlineExceeded(Exception):
+    """A request has taken longer than allowed."""
 
 
-class Closed(Exception):
+class EngineClosed(Exception):
     """The engine is stopping."""
 
 
 class Listener(Protocol):
-    """Who hears of a request. Called in the engine's thread, so each call is to be short.
+    """Receives the events of a request. Called in the engine's thread, so every method must return quickly.
 
-    What it raises ends its own request.
+    An exception raised here ends its own request only.
     """
 
-    def began(self, cached: int) -> None:
-        """The prompt is about to be read, but for its first `cached` tokens, which a stored state has read."""
+    def on_start(self, cached: int) -> None:
+        """The prompt is about to be read, except its first `cached` tokens, whose state was stored."""
 
-    def token(self, choice: int, token: int, likely: Likely | None) -> bool:
-        """A continuation's next token → whether it ends with it, as at a stop string."""
+    def on_token(self, choice: int, token: int, logprobs: TokenLogprobs | None) -> bool:
+        """A choice has a new token. Returns whether the choice ends with it, as at a stop string."""
 
-    def ended(self, choice: int, reason: str) -> None:
-        """A continuation is whole. reason: "stop" or "length"."""
+    def on_end(self, choice: int, reason: str) -> None:
+        """A choice is complete; reason is "stop" or "length"."""
 
-    def failed(self, error: Exception) -> None:
-        """Nothing more comes of any continuation."""
+    def on_error(self, error: Exception) -> None:
+        """The request has failed; no more events follow."""
 
 
 @dataclass(eq=False, kw_only=True)
 class Request:
-    """A prompt that is to be continued in n ways."""
+    """A prompt to be continued n times."""
 
     tokens: NDArray[np.int64] | Sequence[int]
-    """[t], at least one."""
+    """The prompt [t], at least one token."""
     listener: Listener
     max_tokens: int
-    """Of each continuation, at least 1."""
+    """Maximum length of each continuation, at least 1."""
     n: int = 1
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int | None = None
-    """The same continuations for the same seed; None: other ones each time."""
-    ends: Collection[int] = ()
-    """Tokens that end a continuation, and that the listener does not hear of."""
+    """The same seed gives the same continuations; None draws new ones each time."""
+    end_tokens: Collection[int] = ()
+    """Tokens that end a continuation; they are not passed to the listener."""
     logprobs: int | None = None
-    """How many of the likeliest tokens are given beside each, with log p; None: no log p at all."""
+    """Number of most likely tokens reported with each token, with log probabilities; None for no log probabilities."""
     salt: str = ""
-    """Whose states these are: those of another salt are neither found nor left for them."""
-    marks: Collection[int] = ()
-    """Lengths of the prompt's beginnings that other prompts may share: the states there are stored, too."""
+    """Separates users: states stored with another salt are not found."""
+    checkpoints: Collection[int] = ()
+    """Lengths of prefixes of the prompt that other prompts may share; the states there are stored as well."""
     deadline: float = math.inf
-    """On the clock of time.monotonic."""
+    """In the time of `time.monotonic`."""
     prompt: NDArray[np.int64] = field(init=False)
-    """The tokens as an array: no one makes a list of a book again for each turn."""
-    over: bool = field(default=False, init=False)
-    """Set by `cancel`, and where it has failed: its rows are freed before the next token."""
+    """The tokens as an array, which avoids copying a long list for each turn."""
+    finished: bool = field(default=False, init=False)
+    """Set when the request is cancelled or has failed; its rows are freed before the next token."""
 
     def __post_init__(self) -> None:
         self.prompt = np.fromiter(self.tokens, dtype=np.int64, count=len(self.tokens))
 
     def cancel(self) -> None:
-        """Whoever asked does not want it any more. From any thread; the listener hears nothing more."""
-        self.over = True
+        """Stop the request. Callable from any thread; the listener receives no more events."""
+        self.finished = True
 
     def fail(self, error: Exception) -> None:
-        if not self.over:
-            self.over = True
-            self.listener.failed(error)
+        if not self.finished:
+            self.finished = True
+            self.listener.on_error(error)

@@ -1,4 +1,4 @@
-"""An answer on its way to a client that may leave at any time."""
+"""Sending a response to a client that may disconnect at any time."""
 
 from __future__ import annotations
 
@@ -12,87 +12,87 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from hqlt.serve.answer import Answer, Piece
-from hqlt.serve.errors import refusal
-from hqlt.serve.forms import Form
+from hqlt.serve.errors import request_error
+from hqlt.serve.formatters import Formatter
 from hqlt.serve.metrics import Metrics
 from hqlt.serve.request import Request
-from hqlt.serve.schema import Asked
+from hqlt.serve.schema import RequestBody
+from hqlt.serve.stream import Delta, ResponseStream
 
-LAST_WORDS = 5
-"""Seconds beyond a request's time in which its client may take what it was sent."""
-GONE = 499
-"""The status, for the metrics, of a client that left; no one reads it."""
+SEND_GRACE = 5
+"""Seconds after a request's deadline in which its client may receive the rest of the response."""
+CLIENT_CLOSED = 499
+"""Status in the metrics for a client that disconnected; it is never sent."""
 
 
 class Exchange:
-    """One request and its answer: whatever happens, its rows are freed and it is counted once."""
+    """One request and its response. `end` frees its rows and counts it; called exactly once, however it ends."""
 
-    def __init__(self, http: HttpRequest, request: Request, answer: Answer) -> None:
-        self.request, self.answer, self.status = request, answer, GONE
+    def __init__(self, http: HttpRequest, request: Request, stream: ResponseStream) -> None:
+        self.request, self.stream, self.status = request, stream, CLIENT_CLOSED
         self._path, self._metrics = http.url.path, http.app.state.metrics
 
     def end(self) -> None:
         self.request.cancel()
         metrics: Metrics = self._metrics
-        metrics.answered(self.answer)
+        metrics.observe(self.stream)
         metrics.requests.labels(self._path, self.status).inc()
 
 
 async def respond(
-    http: HttpRequest, asked: Asked, form: Form, submitted: Awaitable[tuple[Request, Answer]]
+    http: HttpRequest, body: RequestBody, formatter: Formatter, submitted: Awaitable[tuple[Request, ResponseStream]]
 ) -> Response:
-    """The answer in its form, whole or as a stream. Raises what it failed of before anything was sent."""
+    """The response, complete or as a stream. Raises the errors of submitting the request."""
     exchange = Exchange(http, *await submitted)
-    if asked.stream:
-        return EventStream(exchange, events(exchange, form, asked.stream_options.include_usage))
-    whole, gone = asyncio.ensure_future(collected(exchange.answer)), asyncio.ensure_future(disconnected(http))
+    if body.stream:
+        return EventStream(exchange, events(exchange, formatter, body.stream_options.include_usage))
+    deltas, disconnect = asyncio.ensure_future(collect(exchange.stream)), asyncio.ensure_future(disconnected(http))
     try:
-        await asyncio.wait((whole, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not whole.done():
-            return Response(status_code=GONE)
-        body = form.whole(whole.result(), exchange.answer)
+        await asyncio.wait((deltas, disconnect), return_when=asyncio.FIRST_COMPLETED)
+        if not deltas.done():
+            return Response(status_code=CLIENT_CLOSED)
+        response = formatter.complete(deltas.result(), exchange.stream)
         exchange.status = 200
-        return JSONResponse(body)
+        return JSONResponse(response)
     except Exception as error:
-        refused = refusal(error)
-        exchange.status = refused.status
-        return refused.response()
+        refusal = request_error(error)
+        exchange.status = refusal.status
+        return refusal.response()
     finally:
-        whole.cancel()
-        gone.cancel()
+        deltas.cancel()
+        disconnect.cancel()
         exchange.end()
 
 
-async def collected(answer: Answer) -> list[Piece]:
-    return [piece async for pieces in answer for piece in pieces]
+async def collect(stream: ResponseStream) -> list[Delta]:
+    return [delta async for deltas in stream for delta in deltas]
 
 
 async def disconnected(http: HttpRequest) -> None:
-    """Until the client has left."""
+    """Return when the client has disconnected."""
     while (await http.receive())["type"] != "http.disconnect":
         pass
 
 
-async def events(exchange: Exchange, form: Form, include_usage: bool) -> AsyncIterator[str]:
-    """Server-sent events: a chunk for each piece, and [DONE]; an error as one, because the status has been sent."""
-    answer = exchange.answer
-    sent = [0] * len(answer.texts)
-    begun = [False] * len(answer.texts)
+async def events(exchange: Exchange, formatter: Formatter, include_usage: bool) -> AsyncIterator[str]:
+    """Server-sent events: one per delta, then [DONE]. An error is an event, because the status has been sent."""
+    stream = exchange.stream
+    characters = [0] * len(stream.texts)
+    begun = [False] * len(stream.texts)
     try:
-        async for pieces in answer:
+        async for deltas in stream:
             chunks = []
-            for piece in pieces:
-                i = piece.choice
-                chunks.append(event(form.chunk(piece, not begun[i], sent[i])))
-                begun[i], sent[i] = True, sent[i] + len(piece.text)
+            for delta in deltas:
+                i = delta.choice
+                chunks.append(event(formatter.chunk(delta, not begun[i], characters[i])))
+                begun[i], characters[i] = True, characters[i] + len(delta.text)
             yield "".join(chunks)
         exchange.status = 200
-        yield (event(form.last_chunk(answer)) if include_usage else "") + "data: [DONE]\n\n"
+        yield (event(formatter.usage_chunk(stream)) if include_usage else "") + "data: [DONE]\n\n"
     except Exception as error:
-        refused = refusal(error)
-        exchange.status = refused.status
-        yield event(refused.body)
+        refusal = request_error(error)
+        exchange.status = refusal.status
+        yield event(refusal.body)
 
 
 def event(body: dict[str, Any]) -> str:
@@ -100,18 +100,18 @@ def event(body: dict[str, Any]) -> str:
 
 
 class EventStream(StreamingResponse):
-    """Ends its exchange when it has been sent, and when it cannot be: to a client that leaves, or does not read."""
+    """A stream of events that ends its exchange when it is sent, or when the client disconnects or stops reading."""
 
     def __init__(self, exchange: Exchange, content: AsyncIterator[str]) -> None:
         super().__init__(content, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         self.exchange = exchange
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        left = self.exchange.request.deadline - time.monotonic()
+        remaining = self.exchange.request.deadline - time.monotonic()
         try:
-            async with asyncio.timeout(left + LAST_WORDS):
+            async with asyncio.timeout(remaining + SEND_GRACE):
                 await super().__call__(scope, receive, send)
         except TimeoutError:
-            pass  # it does not read what it was sent; its connection is closed
+            pass  # the client does not read; its connection is closed
         finally:
             self.exchange.end()

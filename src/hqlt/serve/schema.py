@@ -1,4 +1,4 @@
-"""What a request may ask for, in OpenAI's names. Anything else is refused by name."""
+"""The fields of a request, by OpenAI's names. All other fields are refused by name."""
 
 from __future__ import annotations
 
@@ -12,47 +12,45 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": ("",), "response_format": ({"type": "text"},), "tools": ([],), "tool_choice": ("none",),
     "store": (False,), "service_tier": ("auto", "default"), "modalities": (["text"],),
 }  # fmt: skip
-"""Fields that are not supported, and values of theirs that ask for nothing."""
+"""Unsupported fields, and their values that have no effect, which are accepted."""
 
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
 class Body(BaseModel):
-    """A null stands for a field that is not given, as the clients of OpenAI send it."""
+    """A JSON object. As in OpenAI's API, null is the same as an absent field."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
-    def without_what_asks_for_nothing(cls, given: Any) -> Any:
-        if not isinstance(given, Mapping):
-            return given
-        return {
-            name: value for name, value in given.items() if value is not None and value not in NEUTRAL.get(name, ())
-        }
+    def drop_fields_without_effect(cls, body: Any) -> Any:
+        if not isinstance(body, Mapping):
+            return body
+        return {name: value for name, value in body.items() if value is not None and value not in NEUTRAL.get(name, ())}
 
 
 class StreamOptions(Body):
     include_usage: bool = False
-    """A last chunk with `usage` and no choices."""
+    """Whether the stream ends with a chunk that has `usage` and no choices."""
 
 
-class Asked(Body):
-    """What both kinds of requests have in common."""
+class RequestBody(Body):
+    """The fields that chat and text completions share."""
 
     model: str
-    """As /v1/models names it."""
+    """The name in /v1/models."""
     n: int = Field(1, ge=1)
-    """Continuations."""
+    """Number of continuations."""
     max_tokens: int | None = Field(None, ge=1)
-    """Of each continuation."""
+    """Maximum length of each continuation."""
     temperature: float = Field(1.0, ge=0, le=2)
-    """0: always the likeliest token."""
+    """0 chooses the most likely token."""
     top_p: float = Field(1.0, gt=0, le=1)
     seed: int | None = None
-    """The same text for the same seed."""
+    """The same seed gives the same text."""
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] = []
-    """Texts that end a continuation, and are not part of it."""
+    """Strings that end a continuation; they are not part of it."""
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     user: str | None = None
@@ -63,29 +61,29 @@ class Asked(Body):
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
     @property
-    def top(self) -> int | None:
-        """How many of the likeliest tokens are wanted beside each; None: no log p."""
+    def num_logprobs(self) -> int | None:
+        """Number of most likely tokens reported with each token; None for no log probabilities."""
         raise NotImplementedError
 
 
-class CompletionAsked(Asked):
+class CompletionRequest(RequestBody):
     prompt: str | Annotated[list[int], Field(min_length=1)] | Annotated[list[str], Field(min_length=1, max_length=1)]
-    """A text, or tokens."""
+    """A text, or token ids."""
     logprobs: int | None = Field(None, ge=0, le=5)
 
     @property
     def text(self) -> str | None:
-        """None where the prompt is tokens."""
+        """The prompt as text; None if it is token ids."""
         first = self.prompt if isinstance(self.prompt, str) else self.prompt[0]
         return first if isinstance(first, str) else None
 
     @property
     def tokens(self) -> list[int]:
-        """Empty where the prompt is a text."""
+        """The prompt as token ids; empty if it is a text."""
         return [] if self.text is not None else [token for token in self.prompt if isinstance(token, int)]
 
     @property
-    def top(self) -> int | None:
+    def num_logprobs(self) -> int | None:
         return self.logprobs
 
 
@@ -98,19 +96,19 @@ class Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]
 
-    def plain(self) -> dict[str, str]:
-        """As a chat template takes it."""
+    def for_template(self) -> dict[str, str]:
+        """The message as chat templates expect it."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class ChatAsked(Asked):
+class ChatRequest(RequestBody):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: int | None = Field(None, ge=1)
-    """OpenAI's newer name of max_tokens."""
+    """OpenAI's newer name for max_tokens."""
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
 
     @property
-    def top(self) -> int | None:
+    def num_logprobs(self) -> int | None:
         return self.top_logprobs if self.logprobs else None

@@ -1,4 +1,4 @@
-"""One model behind one engine: from what is asked, to tokens, to an answer."""
+"""One model behind one engine: from the body of a request to tokens, to a stream of text."""
 
 from __future__ import annotations
 
@@ -13,115 +13,113 @@ from typing import Any
 from hqlt.data import Tokenizer
 from hqlt.language.encoder import CachedEncoder
 from hqlt.language.template import PLAIN_ENDS, chat_tokens, end_tokens, is_plain
-from hqlt.serve.answer import Answer, Outbox
 from hqlt.serve.engine import Engine
-from hqlt.serve.errors import Refused
+from hqlt.serve.errors import RequestError
 from hqlt.serve.request import Request
-from hqlt.serve.schema import Asked, ChatAsked, CompletionAsked
+from hqlt.serve.schema import ChatRequest, CompletionRequest, RequestBody
+from hqlt.serve.stream import Outbox, ResponseStream
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one request may ask for."""
+    """Limits of one request; the HTTP status of a refusal is in parentheses."""
 
     max_body: int = 16 << 20
-    """Bytes (413)."""
+    """Size of the body in bytes (413)."""
     max_prompt: int = 1 << 20
-    """Tokens of a prompt (400)."""
+    """Length of the prompt in tokens (400)."""
     max_tokens: int = 16_384
-    """Tokens of a continuation (400), and how many a chat answer has at most where the request does not say."""
+    """Length of a continuation in tokens (400); also the default of chat requests."""
     timeout: float = 600.0
-    """From a request to the end of its answer (408)."""
+    """Seconds from a request to the end of its response (408)."""
 
 
 class Service:
-    """What the HTTP routes call. Made and used in the event loop."""
+    """Encodes and submits requests for the HTTP routes. Created and used in the event loop."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, name: str, limits: Limits) -> None:
         self.engine, self.tokenizer, self.name, self.limits = engine, tokenizer, name, limits
         self.created = int(time.time())
         self.outbox = Outbox()
-        self._encoder = ThreadPoolExecutor(1, "hqlt-encode")  # one at a time: tokenizers have a state while they encode
+        self._encoder = ThreadPoolExecutor(1, "hqlt-encode")  # one thread: tokenizers have state while they encode
         self._encode = CachedEncoder(tokenizer)
-        self._ends = {*end_tokens(engine.model, tokenizer)}
-        self._chat_ends = PLAIN_ENDS if is_plain(tokenizer) else ()
+        self._end_tokens = {*end_tokens(engine.model, tokenizer)}
+        self._chat_stops = PLAIN_ENDS if is_plain(tokenizer) else ()
 
     def close(self) -> None:
-        """End what runs, and store what it has read."""
+        """Stop the engine, which stores the states of what is running."""
         self.engine.close()
         self._encoder.shutdown()
 
-    async def complete(self, asked: CompletionAsked, salt: str) -> tuple[Request, Answer]:
-        """Submits it. Raises Refused for what it must not or cannot be, and what `Engine.submit` raises."""
-        text, vocabulary = asked.text, self.engine.model.config.vocab_size
-        tokens = asked.tokens
+    async def complete(self, body: CompletionRequest, salt: str) -> tuple[Request, ResponseStream]:
+        """Submit a completion. Raises RequestError if it is invalid, and the errors of `Engine.submit`."""
+        text, vocabulary = body.text, self.engine.model.config.vocab_size
+        tokens = body.tokens
         if text is not None:
             tokens = await self._encoded("prompt", lambda: self.tokenizer.encode_prompt(text))
         if text is None and not 0 <= min(tokens) <= max(tokens) < vocabulary:
-            raise Refused(400, f"prompt: expected tokens from 0 to {vocabulary - 1}", "prompt", "invalid_value")
-        return self._submit(asked, tokens, "prompt", asked.stops, asked.max_tokens or 16, (), salt)
+            raise RequestError(400, f"prompt: expected tokens from 0 to {vocabulary - 1}", "prompt", "invalid_value")
+        return self._submit(body, tokens, "prompt", body.stops, body.max_tokens or 16, (), salt)
 
-    async def chat(self, asked: ChatAsked, salt: str) -> tuple[Request, Answer]:
-        """As `complete`, for a conversation."""
-        messages = [message.plain() for message in asked.messages]
+    async def chat(self, body: ChatRequest, salt: str) -> tuple[Request, ResponseStream]:
+        """Submit a chat completion; raises as `complete` does."""
+        messages = [message.for_template() for message in body.messages]
         encode = functools.partial(self._encode, salt=salt)
-        tokens, mark = await self._encoded(
+        tokens, system = await self._encoded(
             "messages",
-            lambda: (chat_tokens(self.tokenizer, messages, encode=encode), self._system(messages, encode)),
+            lambda: (chat_tokens(self.tokenizer, messages, encode=encode), self._system_tokens(messages, encode)),
         )
-        most = asked.max_completion_tokens or asked.max_tokens or self.limits.max_tokens
-        marks = [common(tokens, mark)] if mark else []
-        return self._submit(asked, tokens, "messages", [*asked.stops, *self._chat_ends], most, marks, salt)
+        max_tokens = body.max_completion_tokens or body.max_tokens or self.limits.max_tokens
+        checkpoints = [common_prefix_length(tokens, system)] if system else []
+        return self._submit(body, tokens, "messages", [*body.stops, *self._chat_stops], max_tokens, checkpoints, salt)
 
-    def _system(self, messages: Sequence[dict[str, str]], encode: Callable[[str], list[int]]) -> list[int]:
-        """The tokens of a system message, which other conversations may share."""
+    def _system_tokens(self, messages: Sequence[dict[str, str]], encode: Callable[[str], list[int]]) -> list[int]:
+        """The tokens of the system message, which other conversations may share; empty if there is none."""
         if messages[0]["role"] != "system" or len(messages) == 1:
             return []
         try:
             return chat_tokens(self.tokenizer, messages[:1], add_generation_prompt=False, encode=encode)
-        except ValueError:  # a template may ask for a user's message, too
+        except ValueError:  # some templates require a user message
             return []
 
     async def _encoded(self, param: str, encode: Callable[[], Any]) -> Any:
-        """Raises Refused for what a chat template refuses, and for what is no text (half of a surrogate pair)."""
+        """Run `encode` in its thread. Raises RequestError for refusals of the template and for lone surrogates."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self._encoder, encode)
         except (ValueError, TypeError) as error:
-            said = str(error)
-            raise Refused(
-                400, said if said.startswith(param) else f"{param}: {said}", param, "invalid_value"
-            ) from error
+            message = str(error)
+            message = message if message.startswith(param) else f"{param}: {message}"
+            raise RequestError(400, message, param, "invalid_value") from error
 
     def _submit(
         self,
-        asked: Asked,
+        body: RequestBody,
         tokens: list[int],
         param: str,
         stops: Sequence[str],
-        most: int,
-        marks: Sequence[int],
+        max_tokens: int,
+        checkpoints: Sequence[int],
         salt: str,
-    ) -> tuple[Request, Answer]:
+    ) -> tuple[Request, ResponseStream]:
         limits = self.limits
         self._check(param, len(tokens), 1, limits.max_prompt, "tokens of a prompt")
-        self._check("max_tokens", most, 1, limits.max_tokens, "tokens of an answer")
-        self._check("n", asked.n, 1, self.engine.max_batch_size, "continuations")
-        answer = Answer(self.outbox, self.tokenizer, tokens, stops, asked.n)
+        self._check("max_tokens", max_tokens, 1, limits.max_tokens, "tokens")
+        self._check("n", body.n, 1, self.engine.max_batch_size, "continuations")
+        stream = ResponseStream(self.outbox, self.tokenizer, tokens, stops, body.n)
         request = Request(
-            tokens=tokens, listener=answer, max_tokens=most, n=asked.n, temperature=asked.temperature,
-            top_p=asked.top_p, seed=asked.seed, ends=self._ends, logprobs=asked.top, salt=salt, marks=marks,
-            deadline=time.monotonic() + limits.timeout,
+            tokens=tokens, listener=stream, max_tokens=max_tokens, n=body.n, temperature=body.temperature,
+            top_p=body.top_p, seed=body.seed, end_tokens=self._end_tokens, logprobs=body.num_logprobs, salt=salt,
+            checkpoints=checkpoints, deadline=time.monotonic() + limits.timeout,
         )  # fmt: skip
         self.engine.submit(request)
-        return request, answer
+        return request, stream
 
     @staticmethod
     def _check(param: str, value: int, least: int, most: int, what: str) -> None:
         if not least <= value <= most:
             message = f"{param}: expected {least} to {most:,} {what}, got {value:,}"
-            raise Refused(400, message, param, "limit_exceeded")
+            raise RequestError(400, message, param, "limit_exceeded")
 
 
-def common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens both begin with."""
+def common_prefix_length(one: Sequence[int], other: Sequence[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
