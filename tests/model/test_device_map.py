@@ -37,8 +37,8 @@ def test_a_device_map_changes_nothing(model, tokens, tmp_path, where, tied):
     assert any(p.is_meta for p in mapped.parameters()) == (where == "disk")
     caches = [HQLTCache(), HQLTCache()]
     with torch.no_grad():
-        for piece in tokens.split(6, dim=1):
-            mine, theirs = (m(piece, past_key_values=c).logits for m, c in zip((mapped, model), caches, strict=True))
+        for chunk in tokens.split(6, dim=1):
+            mine, theirs = (m(chunk, past_key_values=c).logits for m, c in zip((mapped, model), caches, strict=True))
             torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
     assert torch.equal(mapped.generate(tokens, **GREEDY), model.generate(tokens, **GREEDY))
 

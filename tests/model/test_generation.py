@@ -123,8 +123,8 @@ def test_a_second_turn_after_rows_that_ended_early(model, tokens, pad):
     is_token = torch.cat([mask.bool(), real], dim=1)
     assert torch.equal(cache.attention_mask, is_token[:, :-1])
 
-    turn, asked = tokens[:, :3], torch.tensor([[True] * 3, [False, True, True], [False, False, True]])
-    text, whole = torch.cat([first.sequences, turn], dim=1), torch.cat([is_token, asked], dim=1)
+    turn, is_new_token = tokens[:, :3], torch.tensor([[True] * 3, [False, True, True], [False, False, True]])
+    text, whole = torch.cat([first.sequences, turn], dim=1), torch.cat([is_token, is_new_token], dim=1)
     second = model.generate(text, attention_mask=whole, past_key_values=cache.fork(), **GREEDY, pad_token_id=0)
     only_new = model.generate(
         text[:, cache.seen_tokens :], attention_mask=whole, past_key_values=cache, **GREEDY, pad_token_id=0

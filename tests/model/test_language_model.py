@@ -105,14 +105,14 @@ class TestPacking:
         positions = torch.cat([torch.arange(n) for n in self.LENGTHS])[None].expand(3, -1)
         return positions, positions == 0
 
-    @pytest.mark.parametrize("say", ["resets", "position_ids", "one row of position_ids"])
-    def test_packed_is_separate(self, model, tokens, say):
+    @pytest.mark.parametrize("form", ["resets", "position_ids", "one row of position_ids"])
+    def test_packed_is_separate(self, model, tokens, form):
         positions, resets = self.boundaries(tokens)
         given = {
             "resets": {"resets": resets},
             "position_ids": {"position_ids": positions},
             "one row of position_ids": {"position_ids": positions[:1]},
-        }[say]
+        }[form]
         packed = model(tokens, use_cache=True, **given)
         alone = [model(part, use_cache=True) for part in tokens.split(self.LENGTHS, dim=1)]
         same(packed.logits, torch.cat([out.logits for out in alone], dim=1))

@@ -20,14 +20,14 @@ def test_the_config_is_updated(kind, tmp_path):
     fields = {**KINDS, "transformer": {"layer_kinds": ["kv", "kv"], "kv_window": [None, 5]}}[kind]
     model = build(**fields)
     switched = hqlt.with_retention(model, **KEPT)
-    anew = HQLTForCausalLM(switched.config).double().eval()
-    names = anew.load_state_dict(model.state_dict(), strict=False)
+    rebuilt = HQLTForCausalLM(switched.config).double().eval()
+    names = rebuilt.load_state_dict(model.state_dict(), strict=False)
     assert not names.unexpected_keys and all(".kv." in name for name in names.missing_keys)
-    assert hqlt.fingerprint(anew) == hqlt.fingerprint(switched) != hqlt.fingerprint(model)
+    assert hqlt.fingerprint(rebuilt) == hqlt.fingerprint(switched) != hqlt.fingerprint(model)
     switched.save_pretrained(tmp_path)
     loaded = HQLTForCausalLM.from_pretrained(tmp_path)
     assert hqlt.fingerprint(loaded) == hqlt.fingerprint(switched)
-    logits = [one(TOKENS).logits for one in (switched, anew, loaded)]
+    logits = [one(TOKENS).logits for one in (switched, rebuilt, loaded)]
     close(logits[1:], logits[:1] * 2)
     made = [one.generate(TOKENS, max_new_tokens=5, do_sample=False) for one in (switched, loaded)]
     assert made[0].equal(made[1])
@@ -51,7 +51,7 @@ def test_fields_of_a_kind_and_of_a_registered_retention():
     ("fields", "options", "message"),
     [
         ({"layer_kinds": ["kv", "kv"]}, {"kept": 2}, "2 that attend to everything"),
-        ({"layer_kinds": ["kv", "hybrid"], "kv_window": 3}, {"kept": 2}, "or a blend that writes a pair when it"),
+        ({"layer_kinds": ["kv", "hybrid"], "kv_window": 3}, {"kept": 2}, "or a blend that writes a token when it"),
         ({}, {"kept": 2, "order": 1}, "order: expected an option of the chosen parts"),
     ],
 )

@@ -33,10 +33,10 @@ def test_equals_the_teacher_within_the_window_and_windowed_attention_beyond(teac
     windowed = config_for(teacher.config, full=full, window=WINDOW, sinks=SINKS, rule="none")
     student, alone = (nn.Module.double(retrofitted(teacher, config)) for config in (config, windowed))
     expected, now, window = (logits(model, tokens) for model in (teacher, student, alone))
-    reach = WINDOW + SINKS
-    torch.testing.assert_close(now[:, :reach], expected[:, :reach], rtol=0, atol=1e-10)
+    visible = WINDOW + SINKS
+    torch.testing.assert_close(now[:, :visible], expected[:, :visible], rtol=0, atol=1e-10)
     torch.testing.assert_close(now, window, rtol=0, atol=1e-10)
-    assert (now[:, reach:] - expected[:, reach:]).abs().amax(dim=-1).min() > 1e-3
+    assert (now[:, visible:] - expected[:, visible:]).abs().amax(dim=-1).min() > 1e-3
 
 
 @pytest.mark.parametrize("options", [{}, {"feature_map": "learned"}, {"rule": "linear", "feature_map": "hedgehog"}])

@@ -50,9 +50,9 @@ class Architecture(NamedTuple):
     fixed: dict[str, Any]
     """Our fields that its config lacks, with their constant values."""
     layer_types: bool = False
-    """Whether its config says for each layer if it has a sliding window."""
+    """Whether its config lists which layers have a sliding window."""
     hybrid: bool = False
-    """Whether its config says for each layer if it is linear attention, which becomes an fw layer."""
+    """Whether its config lists which layers are linear attention; they become fw layers."""
     values: Mapping[str, Mapping[Any, Any]] = MappingProxyType({})
     """Our fields whose values differ: its value → ours."""
     required: Mapping[str, Any] = MappingProxyType({})
