@@ -1,4 +1,4 @@
-"""What holds for every cell of a study that is trained as another and switched for the test."""
+"""Checks of cells that share the training of another cell and change the model for the test."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from hqlt.train.grid import Cell, Result, save_result
 
 
 def switched_after_training(switched: Cell, plain: Cell, folder: Path) -> tuple[Result, Result]:
-    """It is tested alike whether the other one has a result already (in `both`) or not (in `alone`), and then trains
-    nothing. → the results of both."""
+    """Check that a switched cell has the same test whether the plain cell has run (`both`) or not (`alone`).
+
+    It must not train if the plain cell has run. Returns the results of both.
+    """
 
     def run(cell: Cell, place: Path) -> tuple[int, Result]:
-        *told, result = cell.run(place, "cpu")
+        *progress, result = cell.run(place, "cpu")
         (place / "cells").mkdir(exist_ok=True)
         assert isinstance(result, Result)
         save_result(place, result)
-        return len(told), result
+        return len(progress), result
 
     trained_alone, alone = run(switched, folder / "alone")
     _, other = run(plain, folder / "both")

@@ -1,4 +1,4 @@
-"""transformers' code in float64, so that what agrees with it does to rounding."""
+"""transformers' code in float64, so that comparisons are exact up to rounding."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Float64:
-    """`torch`, where float32 is called float64."""
+    """`torch`, with float64 in place of float32."""
 
     float32 = torch.float64
 
@@ -19,7 +19,7 @@ class Float64:
 
 
 def in_float64(model: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A model's code of transformers; what it computes in float32, whatever it is given, it computes in float64."""
+    """Return the module of a transformers model, patched to compute in float64 wherever it would use float32."""
     module = pytest.importorskip(f"transformers.models.{model}.modeling_{model}", reason=f"no {model} in this version")
     monkeypatch.setattr(module, "torch", Float64())
     monkeypatch.setattr(Tensor, "float", Tensor.double)

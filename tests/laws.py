@@ -1,6 +1,6 @@
-"""The laws of a memory, written once and inherited by every operation, backend, blend, mixer and write rule.
+"""The laws of a memory, written once and inherited by the tests of every operation, backend, blend, mixer and rule.
 
-A class of tests inherits `Laws` and gives one fixture, `build`: a function from a window to a `Memory` in float64.
+A test class inherits `Laws` and provides the fixture `build`, a function from a window to a `Memory` in float64.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ Run = Callable[[Inputs, State, Tensor | None], tuple[Tensor, State]]
 
 
 class Memory(NamedTuple):
-    """A memory as the laws see it."""
+    """A memory, as used by the laws."""
 
     run: Run
     """(inputs, state, resets) → (outputs [b, t, …], state)"""
     reference: Run
-    """The same memory, by its equation token by token."""
+    """The same memory, computed token by token from its equation"""
     inputs: Callable[[int, int], Inputs]
-    """Random inputs of b rows and t tokens."""
+    """(b, t) → random inputs of b rows and t tokens"""
     parameters: tuple[Tensor, ...] = ()
-    """What else a gradient goes to."""
+    """Further tensors with gradients"""
     canonical: bool = True
-    """Whether memories that will say the same have equal states. (Not where what is out of reach is held on to.)"""
+    """Whether equivalent memories have equal states (not if a state holds entries that are out of reach)"""
 
 
-class Story(NamedTuple):
-    """What happens to a memory: its window, b rows of t tokens, where the calls are cut, which tokens are resets."""
+class Scenario(NamedTuple):
+    """A random test case: the window, b rows of t tokens, boundaries between calls, and resets."""
 
     window: int
     b: int
@@ -45,19 +45,19 @@ class Story(NamedTuple):
 
 
 @st.composite
-def stories(draw: Any, longest: int, shortest: int = 0) -> Story:
+def scenarios(draw: Any, longest: int, shortest: int = 0) -> Scenario:
     t, b = draw(st.integers(shortest, longest)), draw(st.integers(1, 3))
-    cuts = sorted(draw(st.lists(st.integers(0, t), max_size=4)))  # a cut named twice is an empty piece
+    cuts = sorted(draw(st.lists(st.integers(0, t), max_size=4)))  # a repeated cut makes an empty chunk
     marks = st.lists(st.tuples(st.integers(0, b - 1), st.integers(0, max(t - 1, 0))), max_size=6)
     marked = draw(st.none() | marks)
     resets = None if marked is None else torch.zeros(b, t, dtype=torch.bool)
     for row, token in marked or [] if t else []:
         resets[row, token] = True
-    return Story(draw(st.sampled_from([3, 1, 2, 4, 7, 40])), b, t, cuts, resets)
+    return Scenario(draw(st.sampled_from([3, 1, 2, 4, 7, 40])), b, t, cuts, resets)
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """The same random numbers for the same shape, whatever was drawn before."""
+    """Random numbers that depend only on shape and seed."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
@@ -73,20 +73,20 @@ def rows(parts: Iterable[Tensor], *which: int) -> tuple[Tensor, ...]:
     return tuple(x[list(which)] for x in parts)
 
 
-def in_pieces(run: Run, inputs: Inputs, resets: Tensor | None, cuts: Iterable[int]) -> tuple[Tensor, State]:
-    """The whole sequence in several calls, the state carried from one to the next."""
+def in_chunks(run: Run, inputs: Inputs, resets: Tensor | None, cuts: Iterable[int]) -> tuple[Tensor, State]:
+    """Process a sequence in several calls, carrying the state."""
     outputs, state = [], None
     for begin, end in pairwise([0, *cuts, inputs[0].shape[1]]):
         marked = None if resets is None else resets[:, begin:end]
         if marked is not None and not marked.any():
-            marked = None  # no resets and none marked are the same thing
+            marked = None  # None is equivalent to no resets
         out, state = run(cut(inputs, begin, end), state, marked)
         outputs.append(out)
     return torch.cat(outputs, dim=1), state
 
 
 def segments(resets: Tensor | None, row: int, t: int) -> Iterator[tuple[int, int]]:
-    """(begin, end) of each segment of a row."""
+    """Yield (begin, end) of each segment of a row."""
     marked = [] if resets is None else resets[row].nonzero().flatten().tolist()
     yield from ((begin, end) for begin, end in pairwise([0, *marked, t]) if begin < end)
 
@@ -96,14 +96,14 @@ def floats(parts: Iterable[Tensor]) -> list[Tensor]:
 
 
 def with_floats(state: State, changed: Iterable[Tensor]) -> State:
-    """The state with its floating-point parts exchanged: what a gradient can go to."""
+    """Replace the floating-point parts of a state, which can have gradients."""
     changed = iter(changed)
     parts = [next(changed) if x.is_floating_point() else x for x in state]
     return state._make(parts) if hasattr(state, "_make") else tuple(parts)
 
 
 def gradients(memory: Memory, run: Run, inputs: Inputs, state: State, resets: Tensor | None) -> list[Tensor]:
-    """Of one number made from all outputs and the whole final state, to inputs, initial state and parameters."""
+    """Gradients of a scalar function of outputs and final state, for inputs, initial state and parameters."""
     inputs = [x.detach().requires_grad_() for x in inputs]
     given_state = [x.detach().requires_grad_() for x in floats(state)]
     out, after = run(tuple(inputs), with_floats(state, given_state), resets)
@@ -113,10 +113,10 @@ def gradients(memory: Memory, run: Run, inputs: Inputs, state: State, resets: Te
 
 class Laws:
     longest = 18
-    """Tokens in a drawn sequence, at most: more than a chunk of whatever is tested."""
+    """Maximum length of a drawn sequence; longer than a chunk of the implementation under test."""
 
     def same(self, memory: Memory, got: State, expected: State) -> None:
-        """Two states are the same memory: they say the same from here on (and hold the same numbers)."""
+        """Check that two states are equivalent: equal outputs from here on, and equal contents if `canonical`."""
         b = len(expected[0])
         probe = memory.inputs(b, 3)
         close(memory.run(probe, got, None)[0], memory.run(probe, expected, None)[0])
@@ -125,38 +125,38 @@ class Laws:
                 close(mine, theirs)
 
     @given(data=st.data())
-    def test_one_pass_is_in_pieces_is_step_by_step(self, build: Any, data: Any) -> None:
-        story = data.draw(stories(self.longest))
-        memory = build(story.window)
-        inputs = memory.inputs(story.b, story.t)
-        out, state = memory.run(inputs, None, story.resets)
-        for cuts in (story.cuts, range(1, story.t)):
-            pieces_out, pieces_state = in_pieces(memory.run, inputs, story.resets, cuts)
-            close(pieces_out, out)
-            self.same(memory, pieces_state, state)
+    def test_one_call_equals_several_calls(self, build: Any, data: Any) -> None:
+        scenario = data.draw(scenarios(self.longest))
+        memory = build(scenario.window)
+        inputs = memory.inputs(scenario.b, scenario.t)
+        out, state = memory.run(inputs, None, scenario.resets)
+        for cuts in (scenario.cuts, range(1, scenario.t)):
+            chunked_out, chunked_state = in_chunks(memory.run, inputs, scenario.resets, cuts)
+            close(chunked_out, out)
+            self.same(memory, chunked_state, state)
 
     @given(data=st.data())
-    def test_resets_make_separate_sequences(self, build: Any, data: Any) -> None:
-        story = data.draw(stories(self.longest))
-        memory = build(story.window)
-        inputs = memory.inputs(story.b, story.t)
-        out, state = in_pieces(memory.run, inputs, story.resets, story.cuts)
-        for row in range(story.b):
+    def test_resets_separate_sequences(self, build: Any, data: Any) -> None:
+        scenario = data.draw(scenarios(self.longest))
+        memory = build(scenario.window)
+        inputs = memory.inputs(scenario.b, scenario.t)
+        out, state = in_chunks(memory.run, inputs, scenario.resets, scenario.cuts)
+        for row in range(scenario.b):
             alone = None
-            for begin, end in segments(story.resets, row, story.t):
+            for begin, end in segments(scenario.resets, row, scenario.t):
                 alone_out, alone = memory.run(cut(rows(inputs, row), begin, end), None, None)
                 close(out[row, begin:end], alone_out[0])
             if alone is not None:
                 self.same(memory, rows_of(state, row), alone)
 
     @given(data=st.data())
-    def test_left_padding_is_no_padding(self, build: Any, data: Any) -> None:
-        """Row r has r + r·window tokens of rubbish before its first real token, which is marked as a reset."""
-        story = data.draw(stories(self.longest))
-        memory = build(story.window)
-        inputs = memory.inputs(3, story.t + 1)
-        padding = [min(row * (story.window + 1), story.t) for row in range(3)]
-        resets = torch.zeros(3, story.t + 1, dtype=torch.bool)
+    def test_left_padding_has_no_effect(self, build: Any, data: Any) -> None:
+        """Row r has r · (window + 1) arbitrary tokens before its first real token, which is a reset."""
+        scenario = data.draw(scenarios(self.longest))
+        memory = build(scenario.window)
+        inputs = memory.inputs(3, scenario.t + 1)
+        padding = [min(row * (scenario.window + 1), scenario.t) for row in range(3)]
+        resets = torch.zeros(3, scenario.t + 1, dtype=torch.bool)
         for row, begin in enumerate(padding):
             resets[row, begin] = True
         out, state = memory.run(inputs, None, resets)
@@ -166,40 +166,40 @@ class Laws:
             self.same(memory, rows_of(state, row), alone)
 
     @given(data=st.data())
-    def test_the_future_changes_nothing(self, build: Any, data: Any) -> None:
-        story = data.draw(stories(self.longest, shortest=1))
-        memory = build(story.window)
-        now = data.draw(st.integers(0, story.t))
-        inputs = [x.requires_grad_() for x in memory.inputs(story.b, story.t)]
+    def test_causality(self, build: Any, data: Any) -> None:
+        scenario = data.draw(scenarios(self.longest, shortest=1))
+        memory = build(scenario.window)
+        now = data.draw(st.integers(0, scenario.t))
+        inputs = [x.requires_grad_() for x in memory.inputs(scenario.b, scenario.t)]
         future = [torch.cat([x[:, :now], -3 * x[:, now:].flip(1)], dim=1) for x in inputs]
-        out, _ = memory.run(tuple(inputs), None, story.resets)
-        changed, _ = memory.run(tuple(future), None, story.resets)
+        out, _ = memory.run(tuple(inputs), None, scenario.resets)
+        changed, _ = memory.run(tuple(future), None, scenario.resets)
         close(changed[:, :now], out[:, :now], 1e-12)
         for gradient in torch.autograd.grad(out[:, :now].square().sum(), inputs, materialize_grads=True):
             assert not gradient[:, now:].any()
 
     @given(data=st.data())
     def test_rows_are_independent(self, build: Any, data: Any) -> None:
-        """Each row gives what it gives alone, even beside a row of NaN."""
-        story = data.draw(stories(self.longest))
-        memory = build(story.window)
-        inputs = memory.inputs(story.b + 1, story.t)
+        """Each row equals the row processed alone, even beside a row of NaN."""
+        scenario = data.draw(scenarios(self.longest))
+        memory = build(scenario.window)
+        inputs = memory.inputs(scenario.b + 1, scenario.t)
         for x in inputs:
             x[-1] = torch.nan
-        resets = story.resets if story.resets is None else torch.cat([story.resets, story.resets[:1]])
-        out, state = in_pieces(memory.run, inputs, resets, story.cuts)
-        for row in range(story.b):
+        resets = scenario.resets if scenario.resets is None else torch.cat([scenario.resets, scenario.resets[:1]])
+        out, state = in_chunks(memory.run, inputs, resets, scenario.cuts)
+        for row in range(scenario.b):
             alone_resets = None if resets is None else resets[row : row + 1]
             alone_out, alone = memory.run(rows(inputs, row), None, alone_resets)
             close(out[row], alone_out[0])
             self.same(memory, rows_of(state, row), alone)
 
     @given(data=st.data())
-    def test_what_is_not_finite_stops_at_a_reset(self, build: Any, data: Any) -> None:
-        """NaN or infinity in one segment of each row, the one carried in included, changes nothing in the others."""
-        story = data.draw(stories(self.longest, shortest=2))
-        memory, b, t = build(story.window), story.b, story.t
-        resets = torch.zeros(b, t, dtype=torch.bool) if story.resets is None else story.resets
+    def test_nonfinite_values_do_not_cross_resets(self, build: Any, data: Any) -> None:
+        """NaN or infinity in one segment of each row, including the carried one, does not affect other segments."""
+        scenario = data.draw(scenarios(self.longest, shortest=2))
+        memory, b, t = build(scenario.window), scenario.b, scenario.t
+        resets = torch.zeros(b, t, dtype=torch.bool) if scenario.resets is None else scenario.resets
         resets[:, data.draw(st.integers(0, t - 1))] = True
         bad = data.draw(st.sampled_from([torch.nan, torch.inf, -torch.inf]))
         _, state = memory.reference(memory.inputs(b, 5), None, None)
@@ -231,7 +231,7 @@ class Laws:
             if not last_is_sick[row]:
                 self.same(memory, rows_of(bad_after, row), rows_of(after, row))
 
-    def test_the_given_state_and_inputs_are_left_as_they_were(self, build: Any) -> None:
+    def test_inputs_and_state_are_not_modified(self, build: Any) -> None:
         memory = build(3)
         inputs = memory.inputs(2, 7)
         _, state = memory.run(inputs, None, None)
@@ -239,8 +239,8 @@ class Laws:
         memory.run(inputs, state, torch.ones(2, 7, dtype=torch.bool))
         assert all(map(torch.equal, (*inputs, *state), before))
 
-    def test_gradients_are_finite_differences(self, build: Any) -> None:
-        """To inputs and initial state, from outputs and final state, with a reset on the way in one row of two."""
+    def test_gradients_equal_finite_differences(self, build: Any) -> None:
+        """Of outputs and final state, for inputs and initial state, with a reset in one of two rows."""
         memory = build(2)
         inputs = memory.inputs(2, 5)
         resets = torch.zeros(2, 5, dtype=torch.bool)
@@ -256,18 +256,18 @@ class Laws:
         assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
 
     @given(data=st.data())
-    def test_outputs_and_gradients_are_the_references(self, build: Any, data: Any) -> None:
-        story = data.draw(stories(self.longest))
-        memory = build(story.window)
-        inputs = memory.inputs(story.b, story.t)
-        _, state = memory.reference(memory.inputs(story.b, 5), None, None)
-        out, after = memory.run(inputs, state, story.resets)
-        expected_out, expected_after = memory.reference(inputs, state, story.resets)
+    def test_outputs_and_gradients_equal_the_reference(self, build: Any, data: Any) -> None:
+        scenario = data.draw(scenarios(self.longest))
+        memory = build(scenario.window)
+        inputs = memory.inputs(scenario.b, scenario.t)
+        _, state = memory.reference(memory.inputs(scenario.b, 5), None, None)
+        out, after = memory.run(inputs, state, scenario.resets)
+        expected_out, expected_after = memory.reference(inputs, state, scenario.resets)
         close(out, expected_out)
         for mine, theirs in zip(after, expected_after, strict=True):
             close(mine, theirs)
-        got = gradients(memory, memory.run, inputs, state, story.resets)
-        for mine, theirs in zip(got, gradients(memory, memory.reference, inputs, state, story.resets), strict=True):
+        got = gradients(memory, memory.run, inputs, state, scenario.resets)
+        for mine, theirs in zip(got, gradients(memory, memory.reference, inputs, state, scenario.resets), strict=True):
             close(mine, theirs)
 
 

@@ -1,4 +1,4 @@
-"""Layers to test: every blend × mixer × write rule, plain and with every option, and the memories alone."""
+"""Layers to test: every blend × mixer × write rule, plain and with options, and single memories."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HIDDEN, HEADS = 8, 2
 GROUPED: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4, "qk_norm": "head"}
 
 MORE: dict[str, Any] = {"conv_size": 3, "output_gate": True}
-"""What every layer takes."""
+"""Options of every layer."""
 OF_KV: dict[str, Any] = {"rope_theta": None}
 OF_RULE: dict[str, dict[str, Any]] = {"delta": {"beta_max": 1.0}, "linear": {}}
 
@@ -36,7 +36,7 @@ CHOICES: dict[str, dict[str, Any]] = (
         "fw-only-linear-options": {"blend": "fw-only", "fast_weights": "linear", **MORE},
     }
     | {
-        # heads, biases, norms and activations of their own
+        # other heads, biases, norms and activations
         "kv-only-grouped": {
             "blend": "kv-only",
             **GROUPED,
@@ -81,11 +81,11 @@ CHOICES: dict[str, dict[str, Any]] = (
 )
 ONE_OF_EACH_BLEND = [f"{blend}-vector-delta-plain" for blend in HYBRIDS] + ["kv-only", "fw-only-delta"]
 EVERY_STATE = [name for name in CHOICES if "scalar" not in name and "sum" not in name]
-"""Mixers hold no state: one of them is enough where only the state matters."""
+"""Without repeated mixers, which have no state."""
 
 
 def build_layer(choice: str, window: int = 4, dtype: torch.dtype = torch.float64, **changes: Any) -> HybridMemory:
-    """With weights large enough that every part matters (the default initialisation's gates hardly open)."""
+    """Build a layer with weights large enough that every part matters (default gates hardly open)."""
     options = {"hidden_size": HIDDEN, "num_heads": HEADS, "window": window, **CHOICES.get(choice, {}), **changes}
     layer = HybridMemory(**options).to(torch.float64)
     with torch.no_grad():
@@ -99,7 +99,7 @@ def tokens(b: int, t: int, seed: int = 0, dtype: torch.dtype = torch.float64) ->
 
 
 def as_memory(layer: HybridMemory) -> Memory:
-    """The layer as the laws see it. It changes between training and evaluation mode at every call."""
+    """Wrap a layer for the laws. Every call switches between training and evaluation mode."""
 
     def run(inputs: Any, state: Any, resets: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
         layer.train(not layer.training)
@@ -111,6 +111,6 @@ def as_memory(layer: HybridMemory) -> Memory:
             return run(*arguments)
 
     def inputs(b: int, t: int) -> tuple[Tensor]:
-        return (tokens(b, t, seed=t),)  # no token comes twice: a tie of two scores has no finite differences
+        return (tokens(b, t, seed=t),)  # no token repeats: tied scores have no finite differences
 
     return Memory(run, reference, inputs, tuple(layer.parameters()))

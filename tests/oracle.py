@@ -1,6 +1,6 @@
-"""The whole layer from the paper's equations, in NumPy, one row and one token at a time. It knows nothing of hqlt.
+"""The layer from the paper's equations, in NumPy, one row and one token at a time, independent of hqlt.
 
-What each memory holds is written down as a list of tokens, by the definition of the blend; nothing is carried.
+The contents of each memory are listed token by token from the definition of the blend; no state is carried.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def layer(weights, x, resets=None, *, num_heads, window, blend, mixer, fast_weights, beta_max, rope_theta, norm_eps):
-    """weights: name → array as in the layer's state_dict; x: [t, hidden]; resets: [t] → y [t, hidden]."""
+    """Return y [t, hidden] for x [t, hidden] and resets [t]; weights are named as in the layer's state_dict."""
     starts = [0] + ([] if resets is None else [t for t in range(1, len(x)) if resets[t]])
     ends = [*starts[1:], len(x)]
     options = (num_heads, window, blend, mixer, fast_weights, beta_max, rope_theta, norm_eps)
@@ -39,7 +39,7 @@ def segment(weights, x, num_heads, window, blend, mixer, fast_weights, beta_max,
 
 
 def holdings(blend, t, window):
-    """(tokens in the KV-memory at t, [(token, the step whose β it is written with)] in the FW-memory read at t)."""
+    """Return the tokens in the KV-memory at t, and (token, step whose β writes it) of the FW-memory read at t."""
     if blend == "synchronous":
         return range(max(t - window + 1, 0), t + 1), [(j, j) for j in range(t + 1)]
     if blend == "delayed-streaming":

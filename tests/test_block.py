@@ -1,4 +1,4 @@
-"""A block: the layer and a multilayer perceptron, each added to what it read."""
+"""The residual block: a hybrid memory layer and an MLP."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def block(choice):
 
 
 @pytest.mark.parametrize("choice", ONE_OF_EACH_BLEND)
-def test_in_pieces_is_at_once(choice):
+def test_two_calls_equal_one(choice):
     layer, x = block(choice), tokens(2, 9)
     whole, _ = layer(x)
     first, state = layer(x[:, :4])
@@ -26,7 +26,7 @@ def test_in_pieces_is_at_once(choice):
 
 @pytest.mark.parametrize("choice", ONE_OF_EACH_BLEND)
 @pytest.mark.parametrize(("b", "t"), [(0, 4), (0, 0), (2, 0)])
-def test_nothing_in_gives_nothing_out_and_gradients_of_zero(choice, b, t):
+def test_empty_inputs_have_zero_gradients(choice, b, t):
     layer = block(choice)
     x = tokens(b, t).requires_grad_()
     y, state = layer(x)
@@ -37,8 +37,7 @@ def test_nothing_in_gives_nothing_out_and_gradients_of_zero(choice, b, t):
 
 
 @pytest.mark.parametrize("zero_centered", [False, True])
-def test_where_the_norms_stand(zero_centered):
-    """With what each part reads and adds in front of us."""
+def test_positions_of_the_norms(zero_centered):
     for norms, (before, after) in {"before": (True, False), "after": (False, True), "both": (True, True)}.items():
         layer = Block(build_layer(""), SwiGLU(HIDDEN, 12), 1e-6, norms=norms, zero_centered=zero_centered).double()
         with torch.no_grad():

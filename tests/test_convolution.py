@@ -13,7 +13,7 @@ class TestLaws(Laws):
         convolution = ShortConvolution(3, request.param).double()
 
         def run(inputs, state, resets):
-            """Beside its inputs a convolution needs the position, which the layer's state has."""
+            """The state is the latest inputs and the position, which the layer provides."""
             (x,) = inputs
             held = None if state is None else state[:2]
             out, latest = convolution(x, held, resets)
@@ -27,7 +27,7 @@ class TestLaws(Laws):
 
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize(("b", "t"), [(0, 4), (0, 0), (2, 0)])
-def test_nothing(b, t, size):
+def test_empty_inputs(b, t, size):
     convolution = ShortConvolution(3, size)
     for resets in (None, torch.ones(b, t, dtype=torch.bool)):
         out, latest = convolution(torch.randn(b, t, 3), None, resets)
@@ -37,7 +37,7 @@ def test_nothing(b, t, size):
 
 
 def test_by_hand():
-    """Weights (10, 1), the current token's last: 1, then 2 + 10·1, then 3 + 10·2; a reset at the last makes it 3."""
+    """Weights (10, 1), the current token's last: 1, 2 + 10·1, 3 + 10·2; a reset at the third token makes it 3."""
     convolution = ShortConvolution(1, 2)
     with torch.no_grad():
         convolution.weight.copy_(torch.tensor([[10.0, 1.0]]))

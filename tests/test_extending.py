@@ -1,4 +1,4 @@
-"""docs/extending.md: a section for each kind, recipes of less than 40 lines. (`test_readme.py` runs them.)"""
+"""docs/extending.md has a section for each kind and recipes of less than 40 lines (`test_readme.py` runs them)."""
 
 import re
 from pathlib import Path
@@ -43,8 +43,8 @@ def test_the_study_of_the_recipe_is_read(tmp_path):
 
 
 @torch.no_grad()
-def test_the_rule_of_the_recipe_in_pieces_is_at_once():
-    """Its gates are one tensor, which no fused form may look into."""
+def test_the_rule_of_the_recipe_token_by_token():
+    """Its gates are a single tensor, which fused operations must not unpack."""
     code = next(recipe for recipe in RECIPES if "class Fading" in recipe)
     names = {"__name__": "__main__"}
     exec(compile(code, "<documentation>", "exec"), names)

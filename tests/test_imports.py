@@ -1,4 +1,4 @@
-"""Imports point one way, and importing the library is light."""
+"""Imports point in one direction, and importing the library is fast."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ LAYERS = [
     {"model", "state"},
     {"task", "data", "train", "evaluate", "language", "agent", "report", "study", "serve", "cli"},
 ]
-"""From the bottom to the top: a module imports from its own layer and those below."""
+"""From bottom to top: a module imports from its own layer and from those below."""
 
-PARTS_THAT_KNOW_NO_MODEL = ("task", "data")
+PARTS_WITHOUT_MODELS = ("task", "data")
 
 HEAVY = {
     "transformers", "tokenizers", "datasets", "pyarrow", "torchdata", "lm_eval", "matplotlib", "jinja2", "pandas",
@@ -41,7 +41,7 @@ def height(part: str) -> int:
 
 
 def imported_parts(file: Path) -> set[str]:
-    """The parts of hqlt that a file names in its imports, wherever they stand."""
+    """Return the subpackages of hqlt that a file imports anywhere."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -61,12 +61,12 @@ def test_imports_point_down(name):
     own = Path(name).parts[0].removesuffix(".py")
     parts = imported_parts(FILES[name])
     assert {part for part in parts if height(own) < height(part) < len(LAYERS)} == set()
-    if own in PARTS_THAT_KNOW_NO_MODEL:
+    if own in PARTS_WITHOUT_MODELS:
         assert not parts & {"model", "layer", "mixer", "blend", "memory"}
 
 
 def at_module_level(body: list[ast.stmt]) -> Iterator[ast.Import | ast.ImportFrom]:
-    """The imports that run when a module is imported: not those in functions, nor those for type checkers alone."""
+    """Yield the imports that run with the module: not those in functions or under TYPE_CHECKING."""
     for node in body:
         if isinstance(node, ast.Import | ast.ImportFrom):
             yield node
@@ -79,13 +79,13 @@ def at_module_level(body: list[ast.stmt]) -> Iterator[ast.Import | ast.ImportFro
 
 
 def packages_of(module: str) -> set[str]:
-    """Those that it is in, whose import begins before its own."""
+    """Return the packages that contain a module, whose import starts before its own."""
     parts = module.split(".")
     return {".".join(parts[:i]) for i in range(1, len(parts))}
 
 
 def import_graph(source: Path) -> dict[str, set[str]]:
-    """By module of a package: those of its modules that its import runs first, the packages that hold them included."""
+    """Return, for each module of a package, the modules and packages whose import it runs first."""
     files = {
         ".".join((source.name, *file.relative_to(source).with_suffix("").parts)).removesuffix(".__init__"): file
         for file in source.rglob("*.py")
@@ -111,11 +111,11 @@ def cycle_in(graph: dict[str, set[str]]) -> tuple[str, ...] | None:
     return None
 
 
-def test_no_module_needs_one_that_needs_it():
+def test_imports_have_no_cycle():
     assert cycle_in(import_graph(SOURCE)) is None
 
 
-def test_a_cycle_is_seen(tmp_path):
+def test_cycles_are_found(tmp_path):
     package = tmp_path / "p"
     (package / "q").mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -130,7 +130,7 @@ def test_a_cycle_is_seen(tmp_path):
     assert set(cycle_in(import_graph(package)) or ()) == {"p.b", "p.q", "p.q.a"}
 
 
-def test_private_members_of_jsonargparse_are_left_alone():
+def test_private_members_of_jsonargparse_are_not_used():
     using = {str(file): file.read_text() for file in SOURCE.rglob("*.py") if "from jsonargparse" in file.read_text()}
     assert len(using) > 1
     for name, text in using.items():
@@ -143,7 +143,7 @@ def test_private_members_of_jsonargparse_are_left_alone():
         assert not private, name
 
 
-def test_importing_hqlt_is_light():
+def test_importing_hqlt_loads_no_heavy_packages():
     def loaded_by(modules: str) -> set[str]:
         code = f"import sys, {modules}; print(*{{name.partition('.')[0] for name in sys.modules}})"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -154,7 +154,7 @@ def test_importing_hqlt_is_light():
     assert HEAVY & (by_hqlt - loaded_by("torch, safetensors.torch")) == set()
 
 
-def test_parts_are_loaded_when_they_are_asked_for():
+def test_subpackages_are_loaded_on_demand():
     code = (
         "import sys, hqlt\nassert not {'torch', 'numpy'} & set(sys.modules)\n"
         "print(hqlt.agent.SAC.__name__, hqlt.report.memory_shares.__name__, hqlt.preset('tiny').vocab_size)\n"
@@ -165,7 +165,7 @@ def test_parts_are_loaded_when_they_are_asked_for():
     assert {"HybridMemory", "agent", "report", "ops", "__version__"} <= set(dir(hqlt))
 
 
-def test_a_part_whose_package_is_missing_says_how_to_get_it():
+def test_a_missing_dependency_is_explained():
     code = "import sys; sys.modules['transformers'] = None; import hqlt; hqlt.preset('tiny')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "ModuleNotFoundError: expected the package transformers; pip install " in done.stderr
@@ -184,7 +184,7 @@ def lines_of_docstrings(tree: ast.AST) -> int:
 
 
 def test_functions_and_files_are_short():
-    """Docstrings do not count."""
+    """Docstrings are not counted."""
     for name, file in FILES.items():
         if Path(name).parts[0] not in ("ops", "native"):
             text = file.read_text()

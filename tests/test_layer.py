@@ -1,4 +1,4 @@
-"""The contract of the layer: names, shapes, options, errors, dtypes, and equality with the oracle."""
+"""The contract of the layer: names, shapes, options, errors, dtypes, and agreement with the oracle."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ class TestParameters:
 
     @pytest.mark.parametrize("blend", HYBRIDS)
     @pytest.mark.parametrize(("mixer", "gate"), [("vector", HIDDEN), ("scalar", 2 * HEADS), ("sum", None)])
-    def test_names_and_shapes_are_the_contracts(self, blend, mixer, gate):
+    def test_names_and_shapes(self, blend, mixer, gate):
         expected = PROJECTIONS | NORM | BETA
         if gate:
             expected = expected | {"mixer.gate_proj.weight": (gate, HIDDEN)}
         assert self.shapes(blend=blend, mixer=mixer) == expected
 
-    def test_the_order_in_which_seeds_draw_weights(self):
-        """Published figures hang on it."""
+    def test_order_of_initialisation(self):
+        """Published results depend on it."""
         names = [name for name, _ in HybridMemory(8, 2, 4, conv_size=2, output_gate=True).named_parameters()]
         order = ("mixer.gate_proj", "q_proj", "k_proj", "v_proj", "fw.beta_proj", "conv", "o_norm", "g_proj", "o_proj")
         assert names == [f"{name}.weight" for name in order]
@@ -56,15 +56,15 @@ class TestParameters:
     def test_linear_attention_has_no_beta(self):
         assert "fw.beta_proj.weight" not in self.shapes(fast_weights="linear")
 
-    def test_baselines_have_the_parts_of_their_memory(self):
+    def test_baselines_have_the_parameters_of_their_memory(self):
         assert self.shapes(blend="kv-only") == PROJECTIONS
         assert self.shapes(blend="fw-only") == PROJECTIONS | NORM | BETA
 
-    def test_options_add_their_own(self):
+    def test_options_add_parameters(self):
         added = self.shapes(conv_size=3, output_gate=True).items() - self.shapes().items()
         assert dict(added) == {"conv.weight": (3 * HIDDEN, 3), "g_proj.weight": (HIDDEN, HIDDEN)}
 
-    def test_a_gate_through_fewer_numbers(self):
+    def test_low_rank_output_gate(self):
         """σ(W↑ W↓ x + b) ⊙ the normed heads, as in Kimi delta attention."""
         gated = build_layer("", output_gate="sigmoid", gate_rank=3)
         gate = gated.g_proj
@@ -82,7 +82,7 @@ class TestParameters:
             build_layer("", gate_rank=3)
 
     def test_output_gates(self):
-        """σ(0) of a shut projection halves what the same layer without a gate gives; SiLU(0) leaves nothing."""
+        """With a zero projection σ(0) halves the output, and SiLU(0) zeroes it."""
         x = tokens(1, 5)
         plain = build_layer("", output_gate=False)
         for name, share in {"sigmoid": 0.5, "silu": 0.0, True: 0.0}.items():
@@ -92,8 +92,8 @@ class TestParameters:
 
     @pytest.mark.parametrize(("kind", "groups"), [("head", 4), ("group", 2), ("full", 1)])
     @pytest.mark.parametrize("after", [False, True])
-    def test_norms_of_what_was_read(self, kind, groups, after):
-        """y / √(mean y² + ε) over the heads of a group, times the weight; before the gate, or after it."""
+    def test_head_norms(self, kind, groups, after):
+        """weight · y / √(mean y² + ε) over the heads of a group, before or after the gate."""
         options = {"num_value_heads": 4, "value_dim": 3, "output_gate": True, "norm_after_gate": after}
         layer = build_layer("fw-only-delta", head_norm=kind, **options)
         x = tokens(2, 5)
@@ -108,15 +108,15 @@ class TestParameters:
         normed = normed * (weight.repeat(4) if kind == "head" else weight)
         close(y, layer.o_proj(normed if after else normed * gate))
 
-    def test_a_norm_after_the_gate_needs_both(self):
+    def test_norm_after_gate_needs_a_gate_and_a_norm(self):
         for options in ({}, {"output_gate": True, "head_norm": False}):
             with pytest.raises(ValueError, match="norm_after_gate: expected together with output_gate and head_norm"):
                 HybridMemory(8, 2, 4, norm_after_gate=True, **options)
         with pytest.raises(ValueError, match="head_norm: expected one of 'head', 'group', 'full', got 'heads'"):
             HybridMemory(8, 2, 4, head_norm="heads")
 
-    def test_scalar_mixers_rows_are_fw_heads_then_kv_heads(self):
-        """Gates shut by weights of −∞ silence one memory: rows 0, 1 (FW) leave the KV-memory's read of token 0, v."""
+    def test_rows_of_the_scalar_mixer_are_fw_heads_then_kv_heads(self):
+        """Closing the gates of rows 0 and 1 (FW) leaves the KV-memory's read, which is v for the first token."""
         layer = build_layer("synchronous-scalar-delta-plain")
         x = tokens(1, 1).abs()
         with torch.no_grad():
@@ -130,8 +130,8 @@ class TestParameters:
 @pytest.mark.parametrize(("blend", "mixer", "rule"), list(product(HYBRIDS, MIXERS, RULES)))
 @pytest.mark.parametrize("rope_theta", [None, 10_000.0])
 @pytest.mark.parametrize("beta_max", [1.0, 2.0])
-def test_equals_the_papers_equations(blend, mixer, rule, rope_theta, beta_max):
-    """A window that does not divide the length, and a reset in one row of two."""
+def test_layer_equals_the_papers_equations(blend, mixer, rule, rope_theta, beta_max):
+    """With a window that does not divide the length, and a reset in one of two rows."""
     own = {"beta_max": beta_max} if rule == "delta" else {}
     layer = build_layer(f"{blend}-{mixer}-{rule}-plain", window=3, rope_theta=rope_theta, **own)
     x = tokens(2, 11)
@@ -163,7 +163,7 @@ def test_shapes(choice, t, b):
 @every_state
 @pytest.mark.parametrize("marked", [False, True])
 @pytest.mark.parametrize(("b", "t"), [(0, 5), (0, 1), (0, 0), (2, 0)])
-def test_nothing_in_gives_nothing_out_and_gradients_of_zero(choice, b, t, marked):
+def test_empty_inputs_have_zero_gradients(choice, b, t, marked):
     layer, x = build_layer(choice), tokens(b, t).requires_grad_()
     resets = torch.ones(b, t, dtype=torch.bool) if marked else None
     _, state = layer(x, resets=resets)
@@ -176,8 +176,8 @@ def test_nothing_in_gives_nothing_out_and_gradients_of_zero(choice, b, t, marked
 
 
 @every_choice
-def test_every_weight_takes_part_in_every_call(choice):
-    """Its gradient may be zero, never missing: DistributedDataParallel waits for all of them."""
+def test_every_weight_has_a_gradient_in_every_call(choice):
+    """It may be zero but not missing: DistributedDataParallel waits for all gradients."""
     layer = build_layer(choice)
     for seen, t in [(0, 1), (0, 3), (0, 9), (1, 1), (1, 2), (3, 1), (4, 1), (5, 9)]:  # a chunk has four tokens
         for marked in (False, True):
@@ -190,8 +190,8 @@ def test_every_weight_takes_part_in_every_call(choice):
 
 @every_state
 @pytest.mark.parametrize("spoilt_by", [torch.nan, torch.inf])
-def test_what_comes_before_a_reset_reaches_nothing_after_it(choice, spoilt_by):
-    """NaN and infinity: in outputs, states and gradients, in one call, in two, and step by step."""
+def test_nonfinite_values_do_not_cross_a_reset(choice, spoilt_by):
+    """In outputs, states and gradients; in one call, in two, and token by token."""
     layer, resets = build_layer(choice, CHOICES[choice].get("window", 3)), torch.zeros(2, 11, dtype=torch.bool)
     resets[:, 5] = True
     x = tokens(2, 11)
@@ -218,7 +218,7 @@ def test_what_comes_before_a_reset_reaches_nothing_after_it(choice, spoilt_by):
 
 
 @every_choice
-def test_no_tokens_change_nothing(choice):
+def test_zero_tokens_do_not_change_the_state(choice):
     layer = build_layer(choice)
     _, state = layer(tokens(2, 5))
     _, after = layer(tokens(2, 0), state=state)
@@ -228,7 +228,7 @@ def test_no_tokens_change_nothing(choice):
 
 
 @every_choice
-def test_initial_state_is_no_state(choice):
+def test_initial_state_equals_no_state(choice):
     layer = build_layer(choice)
     x = tokens(2, 9)
     y, state = layer(x)
@@ -242,7 +242,7 @@ def test_initial_state_is_no_state(choice):
 @every_state
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_dtypes(choice, dtype):
-    """In the module's dtype the layer gives what the same rounded weights give in float64; so do steps."""
+    """Calls and steps in the module's dtype agree with the same rounded weights in float64."""
     layer = build_layer(choice, dtype=dtype)
     exact = build_layer(choice)
     exact.load_state_dict(layer.state_dict())
@@ -263,7 +263,7 @@ def test_dtypes(choice, dtype):
 @every_state
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_state_dtypes(choice, dtype):
-    """Pairs in the module's dtype, sums in at least float32, and always the same ones: an empty state's too."""
+    """KV entries have the module's dtype and fast weights at least float32, in empty states too."""
     layer = build_layer(choice, dtype=dtype)
     wide = torch.promote_types(dtype, torch.float32)
     expected = dict.fromkeys(("kv.keys", "kv.values", "convolution"), dtype)
@@ -334,7 +334,7 @@ class TestErrors:
             ({"conv_size": 4}, 2, "convolution"),
         ],
     )
-    def test_a_state_of_another_layer_or_batch_is_refused(self, changes, batch, part):
+    def test_state_of_another_layer_or_batch_is_rejected(self, changes, batch, part):
         other = HybridMemory(**{"hidden_size": 8, "num_heads": 2, "window": 4, **changes})
         message = rf"state.{part}: expected shape .* a batch of 2, got .* another layer or batch\?"
         with pytest.raises(ValueError, match=message):
@@ -343,7 +343,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         "changes", [{"fast_weights": "linear"}, {"blend": "delayed-chunk", "window": 3}, {"blend": "kv-only"}]
     )
-    def test_a_state_of_other_parts_is_refused(self, changes):
+    def test_state_of_other_parts_is_rejected(self, changes):
         other = HybridMemory(**{"hidden_size": 8, "num_heads": 2, "window": 4, **changes})
         message = r"state: expected kv\.keys, kv\.values, fw\.matrix, .*; is it the state of another layer\?"
         with pytest.raises(ValueError, match=message):
@@ -369,11 +369,11 @@ class TestErrors:
             ),
         ],
     )
-    def test_an_option_that_nothing_uses_is_refused(self, options, message):
+    def test_unused_option_is_rejected(self, options, message):
         with pytest.raises(ValueError, match=message):
             HybridMemory(**{"hidden_size": 8, "num_heads": 2, "window": 4, **options})
 
-    def test_nan_is_refused_when_checked_and_only_then(self):
+    def test_nan_is_rejected_only_when_checked(self):
         layer, x = HybridMemory(8, 2, 4), torch.zeros(1, 5, 8)
         x[0, 3, 2] = torch.nan
         layer(x)
@@ -382,7 +382,7 @@ class TestErrors:
         layer(x)
 
 
-def test_a_layer_explains_how_a_token_runs():
+def test_explain():
     assert HybridMemory(8, 2, 4).explain().name in ("native", "parts")
     for missing, options in {
         "blend": {"write_gates": "own", "blend": "delayed-streaming"},
@@ -396,14 +396,14 @@ def test_a_layer_explains_how_a_token_runs():
 
 @pytest.mark.parametrize("choice", ONE_OF_EACH_BLEND)
 class TestGraphs:
-    """A step has static shapes, so that it compiles and exports whole; a sequence exports for any batch and length."""
+    """A single token compiles and exports as one graph; sequences export for any batch size and length."""
 
     @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler's own
     def test_a_step_compiles_without_a_break(self, choice):
-        torch._dynamo.reset()  # its limit of compilations is for all layers together
+        torch._dynamo.reset()  # the recompilation limit is shared by all layers
         layer = build_layer(choice).requires_grad_(False)
         step = torch.compile(layer, fullgraph=True, backend="eager")
-        # A second number of rows becomes a variable, the same way in every blend.
+        # A second number of rows becomes dynamic, in the same way for every blend.
         for b in (2, 3) if choice == "kv-only" else (2,):
             state = layer.init_state(b)
             for token in tokens(b, 10).split(1, dim=1):
@@ -437,7 +437,7 @@ class TestGraphs:
 
 
 def exported(layer, x, state, resets):
-    """For any number of rows, any of tokens, and where the state grows, any of KV entries."""
+    """Export a layer with dynamic numbers of rows, tokens and (if the state grows) KV entries."""
     b, t, s = (torch.export.Dim(name, min=least) for name, least in [("b", 0), ("t", 2), ("s", 1)])
     axes = None
     if state is not None:
@@ -459,8 +459,8 @@ def marked(b, t):
         *((choice, False) for choice in ONE_OF_EACH_BLEND),
     ],
 )
-def test_an_exported_layer_is_the_layer_at_other_sizes(choice, whole):
-    """With a state and resets, or with neither."""
+def test_exported_layer_at_other_sizes(choice, whole):
+    """With state and resets, or with neither."""
     layer = build_layer(choice).requires_grad_(False)
 
     def inputs(b, t):

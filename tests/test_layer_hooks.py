@@ -1,4 +1,4 @@
-"""Whoever watches a part of a layer is served: hooks, a replaced forward, wrappers, tracers, transforms, modes."""
+"""Hooks, replaced forwards, wrappers, tracers, transforms and modes work with every part of a layer."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ CHOICE = "synchronous-vector-delta-plain"
 
 
 def case(choice, t):
-    """A layer without gradients, t tokens, and a state to read them after."""
+    """Return a layer without gradients, t tokens, and a state that precedes them."""
     layer = build_layer(choice).requires_grad_(False)
     return layer, tokens(2, t), layer(tokens(2, 6, seed=1))[1]
 
 
 def with_theta(choice, theta):
-    """Whose table nobody made before; of a layer that has one."""
+    """Return options for a rotary table that is not cached yet, if the layer has one."""
     return {} if choice.startswith("fw-only") else {"rope_theta": theta}
 
 
@@ -42,13 +42,13 @@ def same(got, expected):
 
 
 FORWARD_HOOKS = {
-    "forward": lambda part, heard: part.register_forward_hook(lambda *call: heard.append(1)),
-    "forward, with keywords": lambda part, heard: part.register_forward_hook(
-        lambda *call: heard.append(1), with_kwargs=True
+    "forward": lambda part, calls: part.register_forward_hook(lambda *call: calls.append(1)),
+    "forward, with keywords": lambda part, calls: part.register_forward_hook(
+        lambda *call: calls.append(1), with_kwargs=True
     ),
-    "pre-forward": lambda part, heard: part.register_forward_pre_hook(lambda *call: heard.append(1)),
-    "pre-forward, with keywords": lambda part, heard: part.register_forward_pre_hook(
-        lambda *call: heard.append(1), with_kwargs=True
+    "pre-forward": lambda part, calls: part.register_forward_pre_hook(lambda *call: calls.append(1)),
+    "pre-forward, with keywords": lambda part, calls: part.register_forward_pre_hook(
+        lambda *call: calls.append(1), with_kwargs=True
     ),
 }
 
@@ -56,23 +56,23 @@ FORWARD_HOOKS = {
 @pytest.mark.parametrize("hook", FORWARD_HOOKS)
 @pytest.mark.parametrize("t", LENGTHS)
 @pytest.mark.parametrize("choice", ONE_OF_EACH_BLEND)
-def test_a_hook_on_any_part_is_called_once_a_call(choice, t, hook):
+def test_a_hook_on_any_part_is_called_once_per_call(choice, t, hook):
     layer, x, state = case(choice, t)
     expected = layer(x, state)
     for name in PARTS:
-        part, heard = dict(layer.named_modules()).get(name), []
+        part, calls = dict(layer.named_modules()).get(name), []
         if part is not None:
-            handle = FORWARD_HOOKS[hook](part, heard)
+            handle = FORWARD_HOOKS[hook](part, calls)
             same(layer(x, state), expected)
             handle.remove()
             same(layer(x, state), expected)
-            assert heard == [1], name
+            assert calls == [1], name
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # of parts whose inputs are not tensors
 @pytest.mark.parametrize("t", LENGTHS)
 @pytest.mark.parametrize("choice", ONE_OF_EACH_BLEND)
-def test_hooks_on_all_modules_hear_every_part(choice, t):
+def test_global_hooks_are_called_for_every_part(choice, t):
     layer, x, state = case(choice, t)
     expected, called = layer(x, state), list[str]()
     names = {part: name for name, part in layer.named_modules()}
@@ -101,20 +101,20 @@ def test_backward_hooks_see_the_gradients_of_their_part(t, register):
     x.requires_grad_()
     (expected,) = torch.autograd.grad(layer(x, state)[0].square().sum(), x)
     for name in ("v_activation", "kv", "mixer", "o_norm"):
-        heard = []
+        calls = []
         handle = getattr(layer.get_submodule(name), register)(
-            lambda part, *grads, heard=heard: heard.append(grads[-1][0])
+            lambda part, *grads, calls=calls: calls.append(grads[-1][0])
         )
         (got,) = torch.autograd.grad(layer(x, state)[0].square().sum(), x)
         handle.remove()
         close(got, expected)
-        assert len(heard) == 1 and heard[0].any(), name
+        assert len(calls) == 1 and calls[0].any(), name
 
 
 @pytest.mark.parametrize("t", LENGTHS)
 @pytest.mark.parametrize("choice", ONE_OF_EACH_BLEND)
 def test_a_replaced_forward_runs(choice, t):
-    """As accelerate's offloading replaces it: the one of the instance."""
+    """As accelerate's offloading does, on the instance."""
     layer, x, state = case(choice, t)
     y, after = layer(x, state)
     usual = layer.o_norm.forward
@@ -131,7 +131,7 @@ def test_a_replaced_forward_runs(choice, t):
 
 
 @pytest.mark.parametrize("t", LENGTHS)
-def test_a_norm_of_its_own_class_runs(t):
+def test_a_subclass_of_the_norm_runs(t):
     class Doubled(RMSNorm):
         def forward(self, x):
             return 2 * super().forward(x)
@@ -154,10 +154,10 @@ REPARAMETRISED = {
 @pytest.mark.parametrize("t", LENGTHS)
 @pytest.mark.parametrize("change", REPARAMETRISED)
 @pytest.mark.parametrize("name", ["q_proj", "fw.beta_proj", "mixer.gate_proj", "o_norm", "o_proj"])
-def test_weights_made_of_others_are_used(name, change, t):
+def test_reparametrised_weights_are_used(name, change, t):
     layer, x, state = case(CHOICE, t)
     if name == "o_norm" and change == "weight norm":
-        pytest.skip("a norm of one axis has nothing to divide by")
+        pytest.skip("weight norm needs two axes")
     REPARAMETRISED[change](layer.get_submodule(name))
     plain = build_layer(CHOICE)
     with torch.no_grad():
@@ -167,7 +167,7 @@ def test_weights_made_of_others_are_used(name, change, t):
 
 
 class Adapted(nn.Module):
-    """A projection as adapters and quantisers wrap it: it has no weight of its own name."""
+    """A projection wrapped as by adapters and quantisers, without a `weight` of its own."""
 
     def __init__(self, base):
         super().__init__()
@@ -197,7 +197,7 @@ def test_wrapped_projections(choice):
     assert all(weight.grad is not None for weight in layer.parameters())
 
 
-@pytest.mark.filterwarnings("ignore:.*(quantization|quantize|quantized).*")  # torchao is to take its place
+@pytest.mark.filterwarnings("ignore:.*(quantization|quantize|quantized).*")  # to be replaced by torchao
 @pytest.mark.parametrize("choice", ONE_OF_EACH_BLEND)
 def test_a_quantised_layer(choice):
     layer = build_layer(choice, dtype=torch.float32)
@@ -216,7 +216,7 @@ def test_a_quantised_layer(choice):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # the transforms' own
 class TestTransforms:
-    """torch.func and forward-mode AD, with the state as an input among the others."""
+    """torch.func and forward-mode AD, with the state as one of the inputs."""
 
     pytestmark = pytest.mark.parametrize("choice", ONE_OF_EACH_BLEND)
 
@@ -269,11 +269,11 @@ class TestTransforms:
         close(curvature[0], ((torch.func.grad(loss)(moved) - expected.detach()) / 1e-6).flatten(), 1e-3)
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # sizes are looked at, and are constants of the trace
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # sizes are constants of the trace
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
 @pytest.mark.parametrize("t", LENGTHS)
 @pytest.mark.parametrize("choice", ONE_OF_EACH_BLEND)
-def test_a_traced_layer_is_the_layer(choice, t):
+def test_a_traced_layer_equals_the_layer(choice, t):
     layer, x, state = case(choice, t)
     with torch.no_grad():
         traced = torch.jit.trace(layer, (x, state, torch.zeros(2, t, dtype=torch.bool)), check_trace=False)
@@ -286,7 +286,7 @@ def test_a_traced_layer_is_the_layer(choice, t):
 @pytest.mark.parametrize("t", LENGTHS)
 @pytest.mark.parametrize("choice", ONE_OF_EACH_BLEND)
 class TestModes:
-    def test_fake_tensors_leave_no_trace(self, choice, t):
+    def test_fake_tensors_are_not_cached(self, choice, t):
         layer = build_layer(choice, **with_theta(choice, 1_234.0 + t)).requires_grad_(False)
         before, x = tokens(2, 6, seed=1), tokens(2, t)
         with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -297,7 +297,7 @@ class TestModes:
         assert [part.shape for part in (y, *after.leaves())] == [part.shape for part in (got[0], *got[1].leaves())]
 
     def test_another_default_device(self, choice, t):
-        """Everything is made where x is."""
+        """All tensors are created on the device of x."""
         layer = build_layer(choice, **with_theta(choice, 12_345.0 + t)).requires_grad_(False)
         before, x = tokens(2, 6, seed=1), tokens(2, t)
         with torch.device("meta"):
@@ -313,19 +313,19 @@ class TestModes:
             (part.shape, part.dtype) for part in (expected[0], *expected[1].leaves())
         ]
 
-    def test_a_mode_sees_what_is_computed(self, choice, t):
-        class Heard(torch.overrides.TorchFunctionMode):
+    def test_a_mode_sees_the_operations(self, choice, t):
+        class Recorder(torch.overrides.TorchFunctionMode):
             names = ""
 
             def __torch_function__(self, function, types, args=(), kwargs=None):
-                Heard.names += f" {function}"
+                Recorder.names += f" {function}"
                 return function(*args, **(kwargs or {}))
 
         layer, x, state = case(choice, t)
         expected = layer(x, state)
-        with Heard():
+        with Recorder():
             same(layer(x, state), expected)
-        assert "scaled_dot_product_attention" in Heard.names or "hqlt." in Heard.names
+        assert "scaled_dot_product_attention" in Recorder.names or "hqlt." in Recorder.names
 
 
 def test_a_layer_that_ran_is_copied_and_pickled_with_its_buffers():
@@ -338,7 +338,7 @@ def test_a_layer_that_ran_is_copied_and_pickled_with_its_buffers():
 
 @pytest.mark.parametrize("choice", ONE_OF_EACH_BLEND)
 def test_threads_share_a_layer(choice):
-    """Each with a state of its own and another number of rows: what a layer keeps of its last call serves no other."""
+    """Each thread has its own state and number of rows: what a layer caches for a call is not used for another."""
     layer = build_layer(choice).requires_grad_(False)
     expected = {b: layer(tokens(b, 30, seed=b))[0] for b in (1, 2, 3)}
     wrong = []
@@ -359,7 +359,7 @@ def test_threads_share_a_layer(choice):
 
 
 def test_accelerate_offloads_a_layer(tmp_path):
-    """Weights in memory or on disk, brought for each call of a part."""
+    """With weights in memory or on disk, loaded for each call of a part."""
     accelerate = pytest.importorskip("accelerate")
     for offload in (accelerate.cpu_offload, lambda layer, to: accelerate.disk_offload(layer, str(tmp_path), to)):
         for t in LENGTHS:
@@ -373,13 +373,13 @@ def test_accelerate_offloads_a_layer(tmp_path):
                 same(layer(x, layer.init_state(2)), build_layer(CHOICE)(x))
 
 
-def test_a_backend_that_no_transform_serves_says_so():
+def test_a_forced_backend_without_transforms_raises():
     layer, x, state = case(CHOICE, 5)
     with ops.use_backend("chunked"), pytest.raises(RuntimeError, match=r'use_backend\("reference"\)'):
         torch.func.jvp(lambda x: layer(x, state)[0], (x,), (x,))
 
 
-def test_a_layer_of_no_weights_has_a_dtype():
+def test_the_dtype_of_an_empty_state_follows_the_layer():
     layer = HybridMemory(HIDDEN, HEADS, window=4).to(torch.bfloat16)
     assert layer.init_state(2).kv.keys.dtype == torch.bfloat16
     assert "like" not in layer.state_dict()

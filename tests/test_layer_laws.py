@@ -1,4 +1,4 @@
-"""Every blend × mixer × write rule obeys the laws of a memory, and every backend gives the same layer."""
+"""Every blend × mixer × write rule satisfies the laws of a memory, and all backends agree."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class TestLaws(Laws):
         def build(window):
             return as_memory(build_layer(request.param, CHOICES[request.param].get("window", window)))
 
-        # Full attention grows, so states differ in unused slots.
+        # The state of full attention grows, so states differ in unused slots.
         full = CHOICES[request.param].get("window", 0) is None
         return (lambda window: build(window)._replace(canonical=False)) if full else build
 
 
 @functools.cache
 def long_run(choice, backend):
-    """Several blocks and chunks, with a reset inside one → outputs, final state, all gradients."""
+    """Return outputs, final state and all gradients of several chunks with a reset inside one."""
     memory = as_memory(build_layer(choice, window=5))
     resets = torch.zeros(2, 150, dtype=torch.bool)
     resets[0, 77] = resets[1, 0] = True
@@ -45,13 +45,13 @@ def long_run(choice, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("choice", EVERY_STATE)
-def test_every_backend_gives_the_same_layer(choice, backend):
+def test_backends_agree(choice, backend):
     for mine, theirs in zip(long_run(choice, backend), long_run(choice, "reference"), strict=True):
         close(mine, theirs, 1e-9)
 
 
 @pytest.mark.parametrize("choice", EVERY_STATE)
-def test_parameters_get_finite_differences(choice):
+def test_parameter_gradients_equal_finite_differences(choice):
     layer = build_layer(choice)
     x = normal(1, 6, 8)
     weights = {name: weight.detach().requires_grad_() for name, weight in layer.named_parameters()}

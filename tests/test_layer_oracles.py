@@ -1,6 +1,6 @@
-"""Whole layers of transformers, with random weights, and ours with the same: one pass, token by token, left-padded.
+"""Layers agree with those of transformers with the same random weights: in one call, token by token, and left-padded.
 
-(Gated DeltaNet's are in whole models: `tests/model/pretrained`.)
+(Gated DeltaNet is tested in whole models: `tests/model/pretrained`.)
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Weights = dict[str, Tensor]
 
 
 class KimiLinear:
-    """Its delta attention's output gate is of low rank: ours takes the product of its two maps."""
+    """Kimi delta attention. Its low-rank output gate is the product of two maps in ours."""
 
     model = "kimi_linear"
     options: dict[str, Any] = {  # noqa: RUF012
@@ -58,7 +58,7 @@ class KimiLinear:
 
 
 class Mamba2(KimiLinear):
-    """C, B and x are our q, k and v; the heads of a group share C and B."""
+    """Mamba-2. C, B and x are q, k and v here; the heads of a group share C and B."""
 
     model = "mamba2"
     options: dict[str, Any] = {  # noqa: RUF012
@@ -70,7 +70,7 @@ class Mamba2(KimiLinear):
         heads = {"num_heads": HEADS, "head_dim": WIDTH, "state_size": STATE, "n_groups": GROUPS}
         self.config = CONFIG_MAPPING["mamba2"](**SIZES, **heads, expand=2, chunk_size=8, use_conv_bias=False)
         self.layer = code.Mamba2Mixer(self.config, 0)
-        if not hasattr(self.layer.norm, "group_size"):  # older versions norm all heads together
+        if not hasattr(self.layer.norm, "group_size"):  # older versions normalise all heads together
             self.options = self.options | {"head_norm": "full"}
 
     def weights(self, w: Weights) -> Weights:
@@ -85,7 +85,7 @@ class Mamba2(KimiLinear):
 
 
 class XLSTM(KimiLinear):
-    """Its norm subtracts each head's mean: so does our v_proj."""
+    """xLSTM. Its norm subtracts the mean of each head, which v_proj does here."""
 
     model = "xlstm"
     options: dict[str, Any] = {  # noqa: RUF012
@@ -135,7 +135,7 @@ class MiniMax(KimiLinear):
         config = CONFIG_MAPPING["minimax"](**{**SIZES, "num_hidden_layers": 3}, **heads, block_size=8)
         self.layer, self.new_cache = code.MiniMaxLightningAttention(config, 1).double(), code.MiniMaxCache
         base = torch.exp2(-8 / HEADS * torch.arange(1, HEADS + 1, dtype=torch.float64))
-        self.layer.slope_rate = (base * (1 - 1 / (2 + 1e-5) + 1e-5))[:, None, None]  # theirs is float32
+        self.layer.slope_rate = (base * (1 - 1 / (2 + 1e-5) + 1e-5))[:, None, None]  # in float64 instead of float32
         factors = self.layer.decay_factors(self.layer.slope_rate)
         self.layer.query_decay, self.layer.key_decay, self.layer.diagonal_decay = factors
 
@@ -163,7 +163,7 @@ class Pair(NamedTuple):
 
 @pytest.fixture(params=[KimiLinear, Mamba2, XLSTM, MiniMax])
 def pair(request, monkeypatch):
-    """Their layer and ours, in float64."""
+    """A layer of transformers and the equivalent one of hqlt, in float64."""
     theirs = request.param(in_float64(request.param.model, monkeypatch))
     for i, weight in enumerate(theirs.layer.parameters()):
         weight.data = 0.6 * normal(*weight.shape, seed=i) + float(weight.dim() == 1)
@@ -179,7 +179,7 @@ def test_one_pass(pair):
 
 
 def test_left_padding(pair):
-    """Marked by resets here, by a mask there; rows of 0, 7 and 14 tokens of padding."""
+    """Resets in hqlt and an attention mask in transformers, for rows with 0, 7 and 14 tokens of padding."""
     x, padding = normal(BATCH, LENGTH, HIDDEN), torch.tensor([0, 7, 14])
     where = torch.arange(LENGTH)[None]
     y, _ = pair.ours(x, resets=where == padding[:, None])

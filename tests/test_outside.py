@@ -1,4 +1,4 @@
-"""Toys of another package, one file and one line each, obey every law in every combination with the library's own."""
+"""Toy classes of another package, one file each, satisfy every law in combination with the built-in ones."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ OPTIONS = {"blend": "one-behind", "mixer": "contrast", "fast_weights": "two-spee
 SMALL = {"hidden_size": 16, "num_heads": 2, "window": 3, "num_hidden_layers": 2, "vocab_size": 11}
 
 
-def test_a_config_a_model_and_a_file_know_them(tmp_path):
+def test_configs_models_and_files(tmp_path):
     config = HQLTConfig(**SMALL, **OPTIONS, kept=2, options={"slowest": 0.75, "strength": 0.5, "order": 1.0})
     model = HQLTForCausalLM(config).double()
     memory = model.model.layers[0].memory
@@ -74,19 +74,19 @@ def test_a_state_is_saved_and_loaded(tmp_path):
     assert all(map(torch.equal, loaded.leaves(), state.leaves()))
 
 
-def test_what_nobody_uses_is_refused_with_the_nearest_name():
+def test_unused_options_are_rejected_with_the_nearest_name():
     with pytest.raises(ValueError, match=r"slowness: .*fast_weights='two-speeds' uses slowest.*did you mean 'slowest'"):
         build_layer("", 3, **OPTIONS, kept=2, slowness=0.1)
     with pytest.raises(ValueError, match="slowest: expected an option that a layer uses"):
         HQLTConfig(**SMALL, options={"slowest": 0.5})
 
 
-def test_a_name_means_its_class():
+def test_names_select_classes():
     layer = build_layer("", 3, **OPTIONS, kept=2)
     assert [type(part) for part in (layer.fw, layer.mixer, layer.blend, layer.kv.retention)] == list(CLASSES.values())
 
 
-def test_names_are_taken_once():
+def test_taken_names_are_rejected():
     with pytest.raises(ValueError, match="name: expected a name that no rule has, got 'delta'"):
         hqlt.register("rule", "delta")(TwoSpeeds)
     with pytest.raises(ValueError, match=r"kind: expected one of 'rule', .* got 'rules'; did you mean 'rule'"):

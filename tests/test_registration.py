@@ -1,4 +1,4 @@
-"""After `import hqlt`, transformers' Auto classes know our models, whichever part of transformers is imported first."""
+"""After `import hqlt`, transformers' Auto classes know hqlt's models, whatever is imported first."""
 
 import subprocess
 import sys
@@ -28,19 +28,19 @@ def folder(tmp_path_factory):
         "import hqlt, importlib.util as i; i.find_spec('transformers'); from transformers import AutoModelForCausalLM",
     ],
 )
-def test_auto_classes_find_our_models(imports, folder):
+def test_auto_classes_find_the_models(imports, folder):
     program = f"{imports}\nprint(type(AutoModelForCausalLM.from_pretrained({str(folder)!r})).__name__)"
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ran.stdout.strip() == "HQLTForCausalLM", ran.stderr
 
 
-def test_transformers_has_the_names_that_configs_give_as_architectures():
+def test_transformers_has_the_architectures_of_configs():
     program = "import hqlt, transformers; print(transformers.HQLTForCausalLM is hqlt.HQLTForCausalLM)"
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ran.stdout.strip() == "True", ran.stderr
 
 
-def test_import_hqlt_loads_nothing_and_looking_for_transformers_neither():
+def test_import_hqlt_and_find_spec_load_nothing():
     program = (
         "import sys, hqlt, importlib.util; importlib.util.find_spec('transformers')\n"
         "print({'torch', 'transformers', 'hqlt.model'} & set(sys.modules))"
@@ -49,7 +49,7 @@ def test_import_hqlt_loads_nothing_and_looking_for_transformers_neither():
     assert ran.stdout.strip() == "set()", ran.stderr
 
 
-def test_a_transformers_that_cannot_have_our_models_is_left_whole(tmp_path):
+def test_an_incompatible_transformers_stays_usable(tmp_path):
     (tmp_path / "transformers").mkdir()
     (tmp_path / "transformers" / "__init__.py").write_text("old = True\n")
     for imports in ("import hqlt, transformers", "import transformers, hqlt"):

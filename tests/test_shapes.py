@@ -6,7 +6,7 @@ import torch
 from hqlt.shapes import at_least_float32, checked, match
 
 
-def test_letters_are_bound_to_sizes():
+def test_match_returns_sizes():
     assert match(q=(torch.zeros(2, 3), "b t"), v=(torch.zeros(3, 5), "t v")) == {"b": 2, "t": 3, "v": 5}
 
 
@@ -15,7 +15,7 @@ def test_a_letter_has_one_size():
         match(q=(torch.zeros(2, 3), "b t"), v=(torch.zeros(4, 5), "t v"))
 
 
-def test_checks_end_with_their_context_even_after_an_error():
+def test_checks_end_with_the_context_even_after_an_error():
     bad = (torch.tensor([torch.inf]), "t")
     with pytest.raises(ValueError, match=r"x: expected finite numbers, got inf at index \(0,\) \(1 of 1 "), checked():
         match(x=bad)

@@ -1,4 +1,4 @@
-"""Entries kept beyond the window, switched on in a layer, or in a module with layers, that is there."""
+"""Retention enabled in existing layers and in modules that contain layers."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def built(layer, window, **options):
 
 @pytest.mark.parametrize("changed", CHANGED)
 @pytest.mark.parametrize("retention", RETENTIONS)
-def test_it_is_the_layer_that_is_built_so(retention, changed):
+def test_it_equals_a_layer_built_with_the_same_options(retention, changed):
     before = {name: CHANGED[changed][name] for name in CHANGED[changed] if name not in CHANGED["keeps already"]}
     layer = build_layer("", 4, **CHANGED[changed])
     switched = hqlt.with_retention(layer, window=3, **RETENTIONS[retention])
@@ -67,7 +67,7 @@ def test_it_is_the_layer_that_is_built_so(retention, changed):
         switched(tokens(2, 1), layer(tokens(2, 9))[1])
 
 
-def test_all_that_a_layer_takes_can_be_switched_on():
+def test_all_options_of_retention_are_supported():
     later, options = options_of(KVMemory.with_retention), options_of(KVMemory)
     of_positions = {"rope_theta", "partial_rotary_factor", "rope_scaling"}
     assert later == {name: options[name] for name in options.keys() - of_positions}
@@ -75,7 +75,7 @@ def test_all_that_a_layer_takes_can_be_switched_on():
 
 
 @pytest.mark.parametrize("option", [{"kept_alike": True}, {"kept_positions": "none"}, {"kept_norm": True}])
-def test_a_state_of_one_is_not_read_by_another(option, tmp_path):
+def test_the_state_of_another_retention_is_rejected(option, tmp_path):
     one = hqlt.with_retention(build_layer("", 4), kept=2)
     hqlt.save_state(tmp_path / "state", one(tokens(1, 9))[1], one)
     with pytest.raises(ValueError, match="state"):
@@ -93,13 +93,13 @@ def test_recent_keeps_nothing(blend):
 
 
 @pytest.mark.parametrize("retention", ["surprise", "random"])
-def test_what_keeps_everything_is_a_window_of_all(retention):
+def test_keeping_everything_equals_a_longer_window(retention):
     layer = build_layer("", 4)
     all_kept = hqlt.with_retention(layer, retention=retention, window=2, kept=9)
     close(all_kept(tokens(2, 9))[0], hqlt.with_retention(layer, retention="recent", window=9)(tokens(2, 9))[0])
 
 
-def test_the_copy_has_weights_and_modes_of_its_own():
+def test_the_copy_has_its_own_weights_and_the_same_mode():
     layer = build_layer("", 4, torch.bfloat16).eval()
     layer.requires_grad_(False)
     before = copy.deepcopy(layer.state_dict())
@@ -112,7 +112,7 @@ def test_the_copy_has_weights_and_modes_of_its_own():
     assert all(weight.equal(before[name]) for name, weight in layer.state_dict().items())
 
 
-def test_an_agents_memory_and_what_is_left_as_it_is():
+def test_agents_and_layers_that_stay_unchanged():
     memory = build_memory("synchronous", hidden_size=8, window=4).double()
     switched = hqlt.with_retention(memory, window=2, kept=3)
     x, resets = tokens(2, 9), torch.zeros(2, 9, dtype=torch.bool)
@@ -145,6 +145,6 @@ def test_an_agents_memory_and_what_is_left_as_it_is():
         (build_layer("", fast_weights="linear"), {"kept": 3}, "'linear' writes without a prediction"),
     ],
 )
-def test_what_cannot_be(layer, options, message):
+def test_errors(layer, options, message):
     with pytest.raises(ValueError, match=message):
         hqlt.with_retention(layer, **options)

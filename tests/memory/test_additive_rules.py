@@ -1,4 +1,4 @@
-"""The additive rules of the family as their authors' equations, token by token, and where their gates begin."""
+"""Additive rules agree with their authors' equations, token by token, and have their initial gates."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def silu(x):
 
 
 def scan(t, step, reads):
-    """step: (S, token) → S after it. reads: of each group, (S, token) → what its query reads."""
+    """Scan t tokens: step maps (S, token) to the next S; reads map (S, token) to the read of each query of a group."""
     S, out = torch.zeros(K, V, dtype=torch.float64), [[] for _ in reads]
     for i in range(t):
         S = step(S, i)
@@ -102,8 +102,8 @@ def test_hgrn2():
         agrees(rule, by_hand)
 
 
-def test_the_lower_bound_of_hgrn2_begins_as_its_authors_do():
-    """With their parameters at 0, Σ_{1…l} of a softmax over L layers: l / L."""
+def test_initial_lower_bound_of_hgrn2():
+    """The authors' cumulative softmax over L layers with parameters 0: l / L."""
     for layer in (1, 4):
         rule = HybridMemory(8, 2, blend="fw-only", fast_weights="hgrn2", depth=(layer, 5)).fw
         log_f, keys = rule.forget(torch.tensor([-50.0]).double().expand(1, 1, 2, 4))
@@ -112,7 +112,7 @@ def test_the_lower_bound_of_hgrn2_begins_as_its_authors_do():
 
 
 def mlstm_by_hand(w, cap=None, stabilised=False):
-    """Beck et al. 2024, eqs. 19–27, q scaled instead of k; with their stabiliser m or without."""
+    """Beck et al. 2024, eqs. 19–27, with q scaled instead of k; with or without their stabiliser m."""
 
     def by_hand(x, keys, values, queries, h):
         def gate(name, i):
@@ -143,7 +143,7 @@ def test_mlstm(cap):
 
 @pytest.mark.parametrize("large", [300.0, -300.0])
 def test_exponents_of_mlstm_do_not_overflow(large):
-    """e^1000 is no number in float64, nor e^100 in float32; the gates differ by hundreds from token to token."""
+    """e^1000 overflows in float64 and e^100 in float32; the gates differ by hundreds from token to token."""
     rule, w = build("mlstm", gate_cap=None)
     w["input_proj.weight"].data.mul_(300)
     w["input_proj.bias"].data.fill_(large)
@@ -155,7 +155,7 @@ def test_exponents_of_mlstm_do_not_overflow(large):
     assert all(part.isfinite().all() for part in (out, *state, *given))
 
 
-def test_the_stabiliser_by_doubling_is_the_one_token_by_token():
+def test_the_stabiliser_by_doubling_equals_the_recurrence():
     b, t, h = 3, 23, 2
     before, gain = normal(b, h).abs(), 20 * normal(b, t, h, seed=1)
     decay, marks = -normal(b, t, h, seed=2).abs(), normal(2, b, t, seed=3) > 1
@@ -170,14 +170,14 @@ def test_the_stabiliser_by_doubling_is_the_one_token_by_token():
     close(stabilisers(before, *given, marks[0], live), torch.stack(expected, dim=1))
 
 
-def test_mlstm_begins_as_its_authors_do():
+def test_initial_gates_of_mlstm():
     rule = HybridMemory(8, 4, blend="fw-only", fast_weights="mlstm").fw
     assert not rule.input_proj.weight.any() and not rule.forget_proj.weight.any()
     assert rule.input_proj.bias.tolist() == [-10.0] * 4 and rule.forget_proj.bias.tolist() == [3.0, 4.0, 5.0, 6.0]
 
 
 @pytest.mark.parametrize("name", ["lightning", "hgrn2"])
-def test_a_model_says_to_each_layer_how_deep_it_is(name):
+def test_models_set_the_depth_of_layers(name):
     config = HQLTConfig(
         hidden_size=8, num_heads=2, num_hidden_layers=3, vocab_size=5, fast_weights=name, layer_kinds=["fw", "kv", "fw"]
     )
@@ -209,7 +209,7 @@ def test_mamba2():
     assert build("mamba2", skip=False)[0].skip(v) is None
 
 
-def test_mamba2_begins_as_its_authors_do():
+def test_initial_gates_of_mamba2():
     rule = HybridMemory(64, 16, fast_weights="mamba2", blend="fw-only", num_value_heads=512).fw
     A, dt = rule.A_log.exp(), F.softplus(rule.dt_bias)
     assert 1 <= A.min() < 1.5 and 15 < A.max() <= 16 and abs(A.mean() - 8.5) < 1
@@ -218,8 +218,8 @@ def test_mamba2_begins_as_its_authors_do():
 
 
 @pytest.mark.parametrize("blend", ["synchronous", "delayed-streaming", "delayed-chunk"])
-def test_a_skip_is_of_the_token_that_reads(blend):
-    """One token has nothing to read in a delayed blend, but its own values, weighed by D: those of its KV head."""
+def test_a_skip_uses_the_values_of_the_reading_token(blend):
+    """In a delayed blend the first token reads only its own values times D, those of its KV head."""
     h, v = PAIRS, 4
     layer = HybridMemory(h * GROUP * v, h * GROUP, 3, blend, fast_weights="mamba2", num_kv_heads=h).double()
     layer.fw.D.data.copy_(torch.tensor([2.0, 3.0]))

@@ -1,4 +1,4 @@
-"""The pairs that a DeltaProduct rule projects itself go the way of the layer's own."""
+"""Keys and values that DeltaProduct projects itself are processed like the layer's own."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tests.layers import build_layer, tokens
 
 
 @pytest.mark.parametrize("changes", [{}, {"fw_activation": None}, {"num_value_heads": 4, "value_dim": 3}])
-def test_with_the_same_weights_they_are_the_same_pair(changes):
-    """Convolution and activation included."""
+def test_equal_weights_give_equal_keys_and_values(changes):
+    """Including convolution and activation."""
     layer = build_layer("", blend="fw-only", fast_weights="delta-product", conv_size=3, num_householder=3, **changes)
     widths = [part.weight.shape[0] for part in (layer.q_proj, layer.k_proj, layer.v_proj)]
     with torch.no_grad():
@@ -30,6 +30,6 @@ def test_with_the_same_weights_they_are_the_same_pair(changes):
             close(extra[:, :, i], own)
 
 
-def test_one_write_is_another_rule():
+def test_one_write_is_rejected():
     with pytest.raises(ValueError, match=r"num_householder: expected at least 2 writes .* 'gated-delta'"):
         DeltaProductMemory(Heads.of(8, 2, None, None, None, None, alone=True), num_householder=1)

@@ -1,4 +1,4 @@
-"""Which entries a retention keeps: by a loop over tokens that keeps them in a list, and by the laws of a memory."""
+"""Which entries a retention keeps: compared with a loop over tokens, and the laws of a memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import hqlt
 from hqlt import HQLTConfig, HQLTForCausalLM, HybridMemory, registry
 from hqlt.memory import Entries, Kept, Write
-from tests.laws import Laws, close, in_pieces, segments, stories
+from tests.laws import Laws, close, in_chunks, scenarios, segments
 from tests.layers import GROUPED, HEADS, HIDDEN, HYBRIDS, as_memory, build_layer, tokens
 
 CHOICES = {
@@ -53,7 +53,7 @@ class TestLaws(Laws):
 
 
 def seen_by_hand(scores, window, kept, chunks=False, sinks=0):
-    """scores: of the tokens of a segment. For each of them the tokens that it sees beyond the window, and within."""
+    """Yield, for each token of a segment, the tokens visible beyond the window and within it, given all scores."""
     stay, recent = [], []
     for t in range(len(scores)):
         before, recent = recent, list(range(t // window * window if chunks else max(t - window + 1, 0), t + 1))
@@ -63,14 +63,14 @@ def seen_by_hand(scores, window, kept, chunks=False, sinks=0):
 
 
 def read_by_hand(layer, q, k, v, head, stay, recent):
-    """Softmax attention of the last token over those that are seen, each key turned by its distance."""
+    """Softmax attention of the last token to the visible entries, with each key rotated by its distance."""
     t, half, kv = k.shape[0] - 1, q.shape[0] // 2, layer.kv
     frequencies = 10_000.0 ** (torch.arange(half, dtype=torch.float64) * (-1 / half))
     as_complex = lambda x: torch.complex(x[..., :half], x[..., half:])  # noqa: E731
 
     def score(q, k, distance):
-        turned = as_complex(k) * torch.polar(torch.ones(half, dtype=torch.float64), -distance * frequencies)
-        return (as_complex(q).conj() * turned).real.sum() / (2 * half) ** 0.5
+        rotated = as_complex(k) * torch.polar(torch.ones(half, dtype=torch.float64), -distance * frequencies)
+        return (as_complex(q).conj() * rotated).real.sum() / (2 * half) ** 0.5
 
     scores = []
     for j in stay:
@@ -83,7 +83,7 @@ def read_by_hand(layer, q, k, v, head, stay, recent):
 
 
 def coarse(new):
-    """Scores of which many are the same."""
+    """Scores with many ties."""
     return new.values.sum(dim=-1).round()
 
 
@@ -99,45 +99,49 @@ HOWS = [
 
 @pytest.mark.parametrize("blend", [*HYBRIDS, "kv-only"])
 @given(
-    story=stories(16), kept=st.integers(1, 4), ties=st.booleans(), g=st.sampled_from([1, 2]), how=st.sampled_from(HOWS)
+    scenario=scenarios(16),
+    kept=st.integers(1, 4),
+    ties=st.booleans(),
+    g=st.sampled_from([1, 2]),
+    how=st.sampled_from(HOWS),
 )
-def test_what_is_read_is_what_a_loop_over_tokens_keeps(blend, story, kept, ties, g, how):
+def test_reads_equal_those_of_a_loop_over_tokens(blend, scenario, kept, ties, g, how):
     heads = {"num_heads": HEADS * g, "num_kv_heads": HEADS, "head_dim": 4}
-    layer = build_layer("", story.window, blend=blend, retention="value-norm", kept=kept, **how, **heads)
+    layer = build_layer("", scenario.window, blend=blend, retention="value-norm", kept=kept, **how, **heads)
     if ties:
         layer.kv.retention.score = coarse
     reads = []
     layer.kv.register_forward_hook(lambda kv, given, out: reads.append(out))
-    x = tokens(story.b, story.t)
-    in_pieces(lambda given, state, resets: layer(*given, state, resets), (x,), story.resets, story.cuts)
+    x = tokens(scenario.b, scenario.t)
+    in_chunks(lambda given, state, resets: layer(*given, state, resets), (x,), scenario.resets, scenario.cuts)
     q, k, v = layer.split(layer.q_proj(x), layer.k_proj(x), layer.v_proj(x))
     v = layer.v_activation(v)
     scores = layer.kv.retention.score(Entries(k, v, None, None))
     got = torch.cat(reads, dim=1) if reads else None
-    for row in range(story.b):
-        for begin, end in segments(story.resets, row, story.t):
+    for row in range(scenario.b):
+        for begin, end in segments(scenario.resets, row, scenario.t):
             for head in range(HEADS * g):
                 pair = head // g
                 marks = scores[row, begin:end, pair].tolist()
-                seen = seen_by_hand(marks, story.window, kept, blend == "delayed-chunk", how.get("sinks", 0))
+                seen = seen_by_hand(marks, scenario.window, kept, blend == "delayed-chunk", how.get("sinks", 0))
                 for t, (stay, recent) in enumerate(seen):
                     of_head = k[row, begin : begin + t + 1, pair], v[row, begin : begin + t + 1, pair]
                     expected = read_by_hand(layer, q[row, begin + t, head], *of_head, head, stay, recent)
                     close(got[row, begin + t, head], expected)
 
 
-def test_a_hand_made_example():
-    """Window 2, one entry kept: token 0 leaves at 2 and stays; 1 leaves at 3 and loses; 2 leaves at 4 and wins."""
+def test_an_example_by_hand():
+    """Window 2, one entry kept: 0 leaves at 2 and is kept, 1 leaves at 3 and is dropped, 2 leaves at 4 and replaces 0."""
     seen = [stay + recent for stay, recent in seen_by_hand([5.0, 3.0, 7.0, 1.0, 7.0, 0.0, 0.0], window=2, kept=1)]
     assert seen == [[0], [0, 1], [0, 1, 2], [0, 2, 3], [2, 3, 4], [2, 4, 5], [2, 5, 6]]
 
 
-def test_the_state_holds_what_stays_oldest_first():
+def test_the_state_holds_kept_entries_oldest_first():
     layer = build_layer("", 2, blend="kv-only", retention="value-norm", kept=3)
     layer.kv.retention.score = lambda new: -(new.positions[..., None].double() % 3).expand(-1, -1, HEADS)
     _, state = layer(tokens(1, 9))
     assert state.kv.kept.positions[0, :, 0].tolist() == [0, 3, 6]
-    assert state.kv.kept.scores[0, :, 0].tolist() == [0, 0, 0, -2]  # the last: of token 8, in the window
+    assert state.kv.kept.scores[0, :, 0].tolist() == [0, 0, 0, -2]  # the last score is of token 8, in the window
     close(
         state.kv.kept.values[:, :, 0], layer.v_activation(layer.v_proj(tokens(1, 9)))[:, [0, 3, 6], : HIDDEN // HEADS]
     )
@@ -146,8 +150,8 @@ def test_the_state_holds_what_stays_oldest_first():
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-8), (torch.float32, 1e-5)])
-def test_a_token_of_a_long_segment_is_read_as_one_of_a_short(dtype, tolerance):
-    """Only distances matter, ten million tokens on as well."""
+def test_only_distances_matter(dtype, tolerance):
+    """Even after ten million tokens."""
     layer = build_layer("", 3, dtype, blend="kv-only", retention="value-norm", kept=2)
     _, state = layer(tokens(2, 9, dtype=dtype))
     far = 10_000_000
@@ -176,7 +180,7 @@ def test_random_is_a_hash_of_head_and_position():
     assert abs(torch.corrcoef(many[0].T)[0, 1]) < 0.03
 
 
-def test_recent_costs_nothing():
+def test_recent_has_no_cost():
     layer = build_layer("synchronous-vector-delta-plain")
     assert layer.kv.retention is None
     assert layer.init_state(1).kv.kept == ()
@@ -192,7 +196,7 @@ def test_narrow_states():
         assert layer(tokens(2, 3, dtype=torch.bfloat16), held)[0].isfinite().all()
 
 
-def test_what_users_do_with_a_state():
+def test_operations_on_states():
     layer = build_layer("", 2, blend="delayed-streaming", retention="value-norm", kept=2)
     x, y = tokens(2, 7), tokens(2, 5, seed=1)
     (_, a), (_, b) = layer(x), layer(x[:, :4])
@@ -205,7 +209,7 @@ def test_what_users_do_with_a_state():
 
 
 @pytest.mark.parametrize(
-    ("options", "refused"),
+    ("options", "message"),
     [
         ({"retention": "value-norm"}, "kept: expected at least 1, .* got 0"),
         ({"retention": "recent", "kept": 3}, "kept: expected an option of the chosen parts"),
@@ -238,12 +242,12 @@ def test_what_users_do_with_a_state():
         ({"blend": "fw-only", "retention": "recent"}, "retention: expected none for blend 'fw-only'"),
     ],
 )
-def test_what_does_not_fit_is_refused(options, refused):
-    with pytest.raises(ValueError, match=refused):
+def test_errors(options, message):
+    with pytest.raises(ValueError, match=message):
         HybridMemory(**{"hidden_size": 8, "num_heads": 2, "window": 4, **options})
 
 
-def test_a_blend_that_reads_past_the_kept_ones_is_refused():
+def test_reading_without_candidates_is_rejected():
     layer = build_layer("kv-only", retention="value-norm", kept=2)
     q = torch.zeros(1, 3, HEADS, HIDDEN // HEADS, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"candidates: expected the entries .* `KVMemory\.candidates`"):
@@ -253,7 +257,7 @@ def test_a_blend_that_reads_past_the_kept_ones_is_refused():
 SMALL = {"hidden_size": 16, "num_heads": 2, "window": 3, "num_hidden_layers": 2, "vocab_size": 11}
 
 
-def test_a_model_generates_with_it():
+def test_a_model_generates_with_a_retention():
     model = HQLTForCausalLM(HQLTConfig(**SMALL, retention="value-norm", kept=4)).double()
     assert [block.memory.kv.kept for block in model.model.layers] == [4, 4]
     text = torch.randint(1, 11, (2, 9))
@@ -261,15 +265,15 @@ def test_a_model_generates_with_it():
     assert torch.equal(model.generate(text, **continued), model.generate(text, use_cache=False, **continued))
 
 
-def test_layers_of_full_attention_keep_everything_already():
+def test_layers_of_full_attention_have_no_retention():
     config = HQLTConfig(**SMALL, layer_kinds=["kv", "hybrid"], retention="random", kept=4)
     assert [config.layer_options(layer)["retention"] for layer in range(2)] == ["recent", "random"]
     with pytest.raises(ValueError, match="kept: expected an option that a layer uses"):
         HQLTConfig(**SMALL, layer_kinds=["kv", "kv"], retention="random", kept=4)
 
 
-def test_surprise_is_the_error_of_what_the_fast_weights_predict():
-    """By hand from the delta rule's equation, in pieces too; the best two of what has left are held."""
+def test_surprise_is_the_prediction_error_of_the_fast_weights():
+    """By hand from the delta rule's equation, in several calls; the best two entries that left the window are kept."""
     layer = build_layer("", 2, blend="synchronous", retention="surprise", kept=2, beta_max=1.0)
     x = tokens(1, 9)
     _, k, v = layer.split(layer.q_proj(x), layer.k_proj(x), layer.v_proj(x))
@@ -280,7 +284,7 @@ def test_surprise_is_the_error_of_what_the_fast_weights_predict():
         error = v[0, t] - torch.einsum("hkv,hk->hv", W, phi[0, t])
         scores[t] = error.norm(dim=-1)
         W = W + torch.einsum("hk,hv->hkv", phi[0, t], beta[0, t, :, None] * error)
-    _, (state,) = in_pieces(lambda given, state, resets: as_pair(layer(*given, *state or (None,))), (x,), None, [4, 5])
+    _, (state,) = in_chunks(lambda given, state, resets: as_pair(layer(*given, *state or (None,))), (x,), None, [4, 5])
     assert state.kv.kept.positions.shape == (1, 2, HEADS)
     for head in range(HEADS):
         best = sorted(range(8), key=lambda j: -scores[j, head])[:2]
@@ -293,8 +297,8 @@ def as_pair(given):
 
 
 @pytest.mark.parametrize("rule", list(registry.names("rule")))
-def test_a_rule_that_predicts_says_its_errors(rule):
-    """The same as from the reference, and of one write a token ‖βe‖ = β‖e‖."""
+def test_rules_that_erase_return_errors(rule):
+    """They equal those of the reference."""
     layer = build_layer("", 3, blend="synchronous", fast_weights=rule)
     new = layer.parts().tokens(layer.project(tokens(2, 7), None, None)[0])
     if not layer.fw.returns_errors:
@@ -313,17 +317,17 @@ def test_a_rule_that_predicts_says_its_errors(rule):
         close(layer.fw(new.q, write, None, None, errors=True)[2].plain, errors.plain)
 
 
-def test_a_step_and_a_pass_in_float32_keep_the_same_pairs():
-    """Scores differ by rounding; no two of 4 × 300 tokens are near enough to change places."""
+def test_steps_and_one_call_in_float32_keep_the_same_entries():
+    """Scores differ by rounding, but no two of 4 × 300 tokens are close enough to swap."""
     layer = build_layer("", 8, torch.float32, blend="synchronous", retention="surprise", kept=8)
     x = tokens(4, 300, dtype=torch.float32)
-    _, (state,) = in_pieces(
+    _, (state,) = in_chunks(
         lambda given, state, resets: as_pair(layer(*given, *state or (None,))), (x,), None, range(1, 300)
     )
     assert torch.equal(state.kv.kept.positions, layer(x)[1].kv.kept.positions)
 
 
-def test_a_model_begins_with_the_gate_that_it_is_told():
+def test_a_model_initialises_the_gate():
     config = HQLTConfig(**SMALL, retention="surprise", kept=4, sinks=1, kept_gate=-4.0, kept_norm=True)
     model = HQLTForCausalLM(config)
     for block in model.model.layers:
@@ -332,7 +336,7 @@ def test_a_model_begins_with_the_gate_that_it_is_told():
         assert set(block.memory.kv.k_norm.weight.tolist()) == {1.0}
 
 
-def test_heads_that_keep_alike_keep_the_best_on_average():
+def test_kept_alike_uses_the_mean_score():
     layer = build_layer("", 2, blend="kv-only", retention="value-norm", kept=2, kept_alike=True)
     x = tokens(1, 9)
     _, state = layer(x)
@@ -341,8 +345,8 @@ def test_heads_that_keep_alike_keep_the_best_on_average():
     assert state.kv.kept.positions[0].T.tolist() == [best] * HEADS
 
 
-def test_scores_that_are_held_are_finite():
-    """Of what is worth nothing the mean over heads is out of float32's range; NaN is worth nothing, too."""
+def test_stored_scores_are_finite():
+    """The mean over heads of the lowest scores overflows float32; NaN counts as the lowest score."""
     for options in ({"sinks": 1, "kept_alike": True}, {"retention": "value-norm", "kept": 1}):
         layer = build_layer("", 2, torch.float32, blend="synchronous", **options)
         if "retention" in options:

@@ -1,4 +1,4 @@
-"""Rotary positions against transformers' own: the functions of its scalings, and the embedding of its Llama."""
+"""Rotary embeddings agree with transformers' scaling functions and with its Llama."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def llama(scaling, fraction: float, k: int) -> LlamaConfig:
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5, 0.25])
 @pytest.mark.parametrize("name", SCALINGS)
-def test_frequencies_are_those_of_transformers(name, fraction):
-    """Theirs are float32."""
+def test_frequencies_equal_those_of_transformers(name, fraction):
+    """transformers computes them in float32."""
     k, scaling = 64, SCALINGS[name]
     f, factor = of(scaling, fraction).frequencies(k)
     assert f.dtype == torch.float64 and f.shape == (int(k * fraction) // 2,)
@@ -68,7 +68,7 @@ def test_frequencies_are_those_of_transformers(name, fraction):
 
 
 @pytest.mark.parametrize("name", SCALINGS)
-def test_queries_are_turned_as_in_llama(name):
+def test_queries_are_rotated_as_in_llama(name):
     """In float32, at the positions of a text of 300 tokens."""
     made, x = of(SCALINGS[name]), normal(2, 300, 3, 16, dtype=torch.float32)
     cos, sin = LlamaRotaryEmbedding(llama(SCALINGS[name], 1.0, 16))(x, torch.arange(300)[None])
@@ -122,26 +122,26 @@ def test_no_positions():
         ((1e4, 1.0, {**LLAMA3, "low_freq_factor": 4.0}), "low_freq_factor below high_freq_factor, got 4.0 and 4.0"),
     ],
 )  # fmt: skip
-def test_what_no_positions_can_be_made_of_is_refused(given, message):
+def test_invalid_options_are_rejected(given, message):
     with pytest.raises(ValueError, match=message):
         Rotary.of(*given)
 
 
 @pytest.mark.parametrize(("k", "fraction"), [(7, 1.0), (6, 0.5), (8, 0.1)])
-def test_a_width_without_pairs_is_refused(k, fraction):
+def test_an_odd_width_is_rejected(k, fraction):
     with pytest.raises(ValueError, match=r"head_dim · partial_rotary_factor: expected an even number of at least 2"):
         of(None, fraction).width(k)
 
 
 def test_rotation_by_hand():
-    """Width 4, θ = 100: the pair (x_0, x_2) turns by 1 a step, (x_1, x_3) by 1/10. At step 2, (1, 1, 0, 0)."""
+    """Width 4, θ = 100: (x_0, x_2) rotates by 1 per step and (x_1, x_3) by 1/10; checked at step 2 for (1, 1, 0, 0)."""
     x = torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64).expand(1, 3, 1, 4)
     angles = torch.tensor([2.0, 0.2], dtype=torch.float64)
     y = apply_rotary(x, *Rotary(100.0).table(3, 4, CPU, torch.float64))
     close(y[0, 2, 0], torch.cat([angles.cos(), angles.sin()]))
 
 
-def test_a_table_made_in_inference_mode_serves_training():
+def test_a_table_made_in_inference_mode_works_in_training():
     rotary._cached_table.cache_clear()
     with torch.inference_mode():
         Rotary(100.0).table(5, 4, CPU, torch.float64)
@@ -151,35 +151,35 @@ def test_a_table_made_in_inference_mode_serves_training():
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own, of its copies of programs
-def test_a_table_changes_no_grad_mode_of_an_exported_program():
-    """torch.export would record half of it: the program could not be decomposed, as for ONNX."""
+def test_a_table_does_not_change_the_grad_mode_of_an_exported_program():
+    """torch.export would record it only partly, so that the program could not be decomposed for ONNX."""
     any_length = {"x": {1: torch.export.Dim.DYNAMIC}}
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
-            program = torch.export.export(Turned(), (normal(1, 5, 2, 8),), dynamic_shapes=any_length)
+            program = torch.export.export(Rotated(), (normal(1, 5, 2, 8),), dynamic_shapes=any_length)
             x = normal(1, 7, 2, 8)
-            close(program.run_decompositions({}).module()(x), Turned()(x))
+            close(program.run_decompositions({}).module()(x), Rotated()(x))
         assert not [node for node in program.graph.nodes if node.op == "get_attr"]
 
 
-class Turned(nn.Module):
+class Rotated(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return apply_rotary(x, *of(YARN, 0.5).table(x.shape[1], x.shape[3], x.device, x.dtype))
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own, of its forward-mode AD
-def test_a_table_made_under_a_mode_stays_in_it():
-    """The cache is the process's: what a mode made would reach every later call."""
+def test_a_table_made_under_a_mode_is_not_cached():
+    """The cache is global: tensors made under a mode would reach later calls."""
 
-    def turned(q: Tensor) -> Tensor:
+    def rotated(q: Tensor) -> Tensor:
         return apply_rotary(q, *Rotary(100.0).table(5, 4, q.device, q.dtype))
 
     q = normal(1, 5, 2, 4)
-    expected = turned(q)
+    expected = rotated(q)
     rotary._cached_table.cache_clear()
     with FakeTensorMode() as mode:
-        turned(mode.from_tensor(q))
-    torch.func.jvp(turned, (q,), (q,))
+        rotated(mode.from_tensor(q))
+    torch.func.jvp(rotated, (q,), (q,))
     with torch.device("meta"):
-        assert torch.equal(turned(q), expected)
-    assert torch.equal(turned(q), expected)
+        assert torch.equal(rotated(q), expected)
+    assert torch.equal(rotated(q), expected)

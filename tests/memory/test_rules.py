@@ -1,4 +1,4 @@
-"""Every rule of the family obeys the laws of a memory in every blend, alone and beside a KV-memory."""
+"""Every rule of the family satisfies the laws of a memory in every blend, alone and beside a KV-memory."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ FAMILY: dict[str, dict[str, Any]] = {
     "comba": {"fast_weights": "comba", "correction": 0.5},
     "rwkv7": {"fast_weights": "rwkv7", "decay_rank": 3},
 }
-"""Layers by name: rules with options that matter to the laws. `tests/layers.py` has delta and linear."""
+"""Rules with options that matter to the laws; `tests/layers.py` has delta and linear."""
 
-REFUSED: dict[tuple[str, str], str] = {
+REJECTED: dict[tuple[str, str], str] = {
     (name, "delayed-streaming"): f"write_gates: expected 'own' with fast_weights='{name}', whose gates hold keys"
     for name in ("delta-product", "gated-delta-product")
 }
-"""By layer and schedule: what the refusal says."""
+"""Error message by rule and schedule."""
 
-COMBINATIONS = [(rule, schedule) for rule in FAMILY for schedule in SCHEDULES if (rule, schedule) not in REFUSED]
+COMBINATIONS = [(rule, schedule) for rule in FAMILY for schedule in SCHEDULES if (rule, schedule) not in REJECTED]
 
 
 class TestLaws(Laws):
@@ -57,13 +57,13 @@ class TestLaws(Laws):
         return lambda window: as_memory(build_layer("", window, **SCHEDULES[schedule], **FAMILY[rule]))
 
 
-@pytest.mark.parametrize(("rule", "schedule"), REFUSED)
-def test_what_has_no_meaning_is_refused_with_the_reason(rule, schedule):
-    with pytest.raises(ValueError, match=REFUSED[rule, schedule]):
+@pytest.mark.parametrize(("rule", "schedule"), REJECTED)
+def test_combinations_without_meaning_are_rejected(rule, schedule):
+    with pytest.raises(ValueError, match=REJECTED[rule, schedule]):
         build_layer("", **SCHEDULES[schedule], **FAMILY[rule])
 
 
-def test_every_rule_is_here():
+def test_every_rule_is_tested():
     ours = {name for name in registry.names("rule") if registry.find("rule", name).__module__.startswith("hqlt.")}
     assert {options["fast_weights"] for options in FAMILY.values()} == ours
 
@@ -72,11 +72,11 @@ def test_every_rule_is_here():
     ("rule", "passes"), [("linear", 2), ("mamba2", 2), ("delta", 3), ("kda", 3), ("delta-product", 5), ("rwkv7", 5)]
 )
 def test_multiply_adds(rule, passes):
-    """Passes over a matrix of 4 × 4 in two heads: a read, a step, what it erases, and so for each step."""
+    """Passes over a 4 × 4 matrix in two heads: one for the read, and for each write one or (if it erases) two."""
     assert build_layer("", fast_weights=rule).fw.multiply_adds() == passes * 2 * 4 * 4
 
 
-def test_a_learned_map_begins_as_none():
+def test_a_learned_map_starts_as_the_identity():
     x = torch.randn(2, 9, 8, dtype=torch.float64)
     for rule in ("delta", "gated-delta", "linear"):
         plain, learned = (build_layer("", fast_weights=rule, feature_map=name) for name in (None, "learned"))
@@ -89,7 +89,7 @@ def test_a_learned_map_begins_as_none():
 
 
 def test_hedgehog():
-    """Its equation, and a matrix of twice the rows."""
+    """The equation, and a matrix of twice as many rows."""
     layer = build_layer("fw-only", fast_weights="linear", feature_map="hedgehog")
     layer.fw.feature_map.init_parameters()
     x = torch.randn(1, 1, 2, 4, dtype=torch.float64)

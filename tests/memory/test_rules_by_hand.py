@@ -1,4 +1,4 @@
-"""Each rule is its authors' equation, computed here token by token and head by head from the rule's weights."""
+"""Each rule agrees with its authors' equation, computed token by token and head by head from the same weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def build(name, **options):
 
 
 def agrees(rule, by_hand, t=9):
-    """by_hand: (x [t, d], keys [t, k], values [t, v], queries [group][t, k], head) → reads [group][t, v]."""
+    """Compare a rule with by_hand(x [t, d], keys [t, k], values [t, v], queries [g][t, k], head) → reads [g][t, v]."""
     x, q = normal(2, t, D, seed=50), normal(2, t, GROUP * PAIRS, K, seed=51)
     keys, values = normal(2, t, PAIRS, K, seed=52), normal(2, t, PAIRS, V, seed=53)
     out, _ = rule(q, Write(keys, values, rule.gates(rule.logits(x)), None), None, None)
@@ -61,7 +61,7 @@ def deltas(S, alpha, writes):
 
 
 def scan(t, step, queries, read=lambda q, i: phi(q) / math.sqrt(K)):
-    """step: (S, token) → S after it; read: (a group's query, token) → what S is read by."""
+    """Scan t tokens: step maps (S, token) to the next S; read maps (query, token) to the vector that reads S."""
     S, reads = torch.zeros(K, V, dtype=torch.float64), [[] for _ in queries]
     for i in range(t):
         S = step(S, i)
@@ -102,7 +102,7 @@ def test_kda():
 
 
 def test_delta_product_and_gated_delta_product():
-    """The authors' pairs lie one below another, first pairs first; ours has the last of them from the layer."""
+    """The authors stack the keys and values of all writes in order; here the last ones are the layer's own."""
     for name, m in (("delta-product", 2), ("gated-delta-product", 3)):
         rule, w = build(name, num_householder=m)
 
@@ -124,7 +124,7 @@ def test_delta_product_and_gated_delta_product():
 
 
 def test_comba():
-    """S_t = α S_{t−1} − β k (pᵀ S_{t−1}) + β k vᵀ with p = σ(d) k, read by q − D p."""
+    """S_t = α S_{t−1} − β k (pᵀ S_{t−1}) + β k vᵀ with p = σ(d) k, read with q − D p."""
     for options in ({"correction": 0.3}, {"correction": None}, {"inner_decay": False}):
         rule, w = build("comba", **options)
 

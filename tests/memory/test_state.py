@@ -1,4 +1,4 @@
-"""Whatever was done to a state, what follows equals what the whole sequence would have given."""
+"""After any operation on a state, further outputs equal those of the whole sequence."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ every_state = pytest.mark.parametrize("choice", EVERY_STATE)
 
 
 class Batch:
-    """A state, and beside it each row's whole history: (tokens [n, d], resets [n])."""
+    """A state, with the whole history of each row: (tokens [n, d], resets [n])."""
 
     def __init__(self, layer, state, histories):
         self.layer, self.state, self.histories = layer, state, histories
 
     def read(self, x, resets):
-        """Go on with new tokens, and compare with every row's whole history read at once."""
+        """Read new tokens, and compare with one call on the whole history of every row."""
         y, state = self.layer(x, self.state, resets)
         histories = [
             (torch.cat([old_x, new_x]), torch.cat([old_resets, new_resets]))
@@ -45,12 +45,12 @@ def stored(state, layer, folder):
     return load_state(folder / "state.safetensors", layer)
 
 
-WHAT_USERS_DO = ("read", "select", "repeat", "join", "fork", "roll back", "store", "move")
+OPERATIONS = ("read", "select", "repeat", "join", "fork", "roll back", "store", "move")
 
 
 @every_state
 @given(data=st.data())
-def test_whatever_was_done_what_follows_is_the_whole_sequences(choice, data, tmp_path):
+def test_outputs_after_any_operations_equal_those_of_the_whole_sequence(choice, data, tmp_path):
     layer = build_layer(choice, window=3).requires_grad_(False)
 
     def new_tokens(b, seed):
@@ -63,7 +63,7 @@ def test_whatever_was_done_what_follows_is_the_whole_sequences(choice, data, tmp
     nothing = (tokens(1, 0)[0], torch.zeros(0, dtype=torch.bool))
     batch = Batch(layer, layer.init_state(2), [nothing] * 2).read(*new_tokens(2, 0))
     kept = batch
-    for seed, action in enumerate(data.draw(st.lists(st.sampled_from(WHAT_USERS_DO), min_size=3, max_size=6)), 1):
+    for seed, action in enumerate(data.draw(st.lists(st.sampled_from(OPERATIONS), min_size=3, max_size=6)), 1):
         b = len(batch.histories)
         match action:
             case "read":
@@ -78,7 +78,7 @@ def test_whatever_was_done_what_follows_is_the_whole_sequences(choice, data, tmp
                 batch = Batch(layer, state, batch.histories + kept.histories)
             case "fork":
                 kept = batch
-                batch.read(*new_tokens(b, 100 + seed))  # goes its own way, and is thrown away
+                batch.read(*new_tokens(b, 100 + seed))  # continues separately and is discarded
             case "roll back":
                 batch = kept
             case "store":
@@ -91,23 +91,23 @@ def test_whatever_was_done_what_follows_is_the_whole_sequences(choice, data, tmp
 
 class TestShape:
     @every_state
-    def test_size_does_not_depend_on_what_was_seen(self, choice):
+    def test_size_does_not_depend_on_length(self, choice):
         layer = build_layer(choice)
         _, state = layer(tokens(2, 3))
         _, later = layer(tokens(2, 200), state)
         if layer.blend.slots is None:
-            assert later.slots == 203  # full attention forgets nothing
+            assert later.slots == 203  # full attention holds every entry
         else:
             assert later.bytes_per_row() == state.bytes_per_row() == layer.init_state(2).bytes_per_row()
 
     @every_state
-    def test_every_part_has_a_row_for_each_row(self, choice):
+    def test_every_part_has_a_batch_axis(self, choice):
         _, state = build_layer(choice)(tokens(3, 5))
         assert {len(part) for part in state.leaves()} == {3}
 
     @every_state
     def test_unused_slots_are_zero(self, choice):
-        """After a reset two tokens ago, at most two pairs are held."""
+        """After a reset two tokens ago, at most two entries are held."""
         resets = torch.zeros(1, 9, dtype=torch.bool)
         resets[0, 7] = True
         _, state = build_layer(choice)(tokens(1, 9), resets=resets)
@@ -117,20 +117,20 @@ class TestShape:
 
 
 @every_state
-def test_no_rows(choice):
-    """Of a state, or from the start: what is left reads, joins and repeats as any other."""
+def test_states_without_rows(choice):
+    """They are read, joined and repeated like any other."""
     layer = build_layer(choice)
     _, state = layer(tokens(2, 5))
-    for nobody in (state.select([]), state.repeat(0), layer.init_state(0)):
-        assert nobody.select([]).position.shape == (0,)
-        y, after = layer(tokens(0, 3), nobody)
+    for empty in (state.select([]), state.repeat(0), layer.init_state(0)):
+        assert empty.select([]).position.shape == (0,)
+        y, after = layer(tokens(0, 3), empty)
         assert y.shape == (0, 3, 8)
-        joined = MemoryState.concatenate([after, state, nobody])
+        joined = MemoryState.concatenate([after, state, empty])
         close(layer(tokens(2, 4), joined)[0], layer(tokens(2, 4), state)[0])
 
 
 class TestMoves:
-    def test_to_narrows_the_pairs_and_not_the_sums(self):
+    def test_to_changes_entries_but_not_fast_weights(self):
         _, state = build_layer("delayed-chunk-vector-delta-options")(tokens(2, 5))
         dtypes = {name: part.dtype for name, part in state.to(dtype=torch.bfloat16).named_leaves().items()}
         narrow = dict.fromkeys(("kv.keys", "kv.values", "convolution"), torch.bfloat16)
@@ -138,18 +138,18 @@ class TestMoves:
         assert dtypes == {**narrow, **wide, "position": torch.int64}
 
     @every_state
-    def test_a_state_serves_the_same_layer_in_another_dtype(self, choice):
+    def test_a_state_works_with_the_layer_in_another_dtype(self, choice):
         _, state = build_layer(choice)(tokens(2, 7))
         expected, _ = build_layer(choice)(tokens(2, 3, seed=1), state)
         y, _ = build_layer(choice, dtype=torch.float32)(tokens(2, 3, seed=1).float(), state.to(dtype=torch.float32))
         close(y, expected, 1e-4)
 
-    def test_a_mask_of_rows_is_refused(self):
-        """It would be read as the indices 0 and 1."""
+    def test_a_mask_of_rows_is_rejected(self):
+        """It would be used as the indices 0 and 1."""
         with pytest.raises(ValueError, match="rows: expected indices of rows, got a bool mask"):
             build_layer("kv-only").init_state(2).select(torch.tensor([False, True]))
 
-    def test_joining_nothing_or_states_of_two_layers_is_refused(self):
+    def test_concatenate_rejects_no_states_and_other_layers(self):
         with pytest.raises(ValueError, match="at least one state"):
             MemoryState.concatenate([])
         states = [build_layer(choice)(tokens(1, 3))[1] for choice in ("kv-only", "fw-only-delta")]
@@ -159,9 +159,9 @@ class TestMoves:
 
 @every_state
 class TestTruncatedBackpropagation:
-    """Gradients flow through a carried state; `detach` cuts them and changes no number."""
+    """Gradients flow through a carried state; `detach` stops them and changes no value."""
 
-    def test_through_a_carried_state_as_through_the_whole(self, choice):
+    def test_gradients_through_a_carried_state(self, choice):
         layer = build_layer(choice, window=3)
         x = tokens(2, 12).requires_grad_()
         whole, _ = layer(x)
@@ -173,7 +173,7 @@ class TestTruncatedBackpropagation:
         assert expected[:, 6:8].any()
         close(got, expected)
 
-    def test_detach_cuts(self, choice):
+    def test_detach_stops_gradients(self, choice):
         layer = build_layer(choice, window=3)
         x = tokens(2, 8).requires_grad_()
         _, state = layer(x[:, :5])
@@ -185,7 +185,7 @@ class TestTruncatedBackpropagation:
         assert got[:, 5:].any()
 
 
-def test_a_state_is_printed_in_a_line():
+def test_repr_is_one_line():
     _, state = hqlt.HybridMemory(8, 2, window=3)(torch.zeros(2, 5, 8))
     assert repr(state) == (
         "MemoryState(kv.keys [2, 2, 2, 4], kv.values [2, 2, 2, 4], fw.matrix [2, 2, 4, 4], convolution [2, 0, 24], "

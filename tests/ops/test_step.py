@@ -89,9 +89,9 @@ class TestLaws(Laws):
 
         return build
 
-    test_gradients_are_finite_differences = None  # a step has no gradients
-    test_outputs_and_gradients_are_the_references = None
-    test_the_future_changes_nothing = None
+    test_gradients_equal_finite_differences = None  # a step has no gradients
+    test_outputs_and_gradients_equal_the_reference = None
+    test_causality = None
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
