@@ -131,7 +131,7 @@ def test_reads_equal_those_of_a_loop_over_tokens(blend, scenario, kept, ties, g,
 
 
 def test_an_example_by_hand():
-    """Window 2, one entry kept: 0 leaves at 2 and is kept, 1 leaves at 3 and is dropped, 2 leaves at 4 and replaces 0."""
+    """Window 2, kept 1: token 0 leaves at 2 and is kept, 1 leaves at 3 and is dropped, 2 leaves at 4 and replaces 0."""
     seen = [stay + recent for stay, recent in seen_by_hand([5.0, 3.0, 7.0, 1.0, 7.0, 0.0, 0.0], window=2, kept=1)]
     assert seen == [[0], [0, 1], [0, 1, 2], [0, 2, 3], [2, 3, 4], [2, 4, 5], [2, 5, 6]]
 
