@@ -47,11 +47,11 @@ def check(mine: Any, others: Any, inputs: Any, tolerance: float = 1e-10) -> None
     """Compare outputs, final states, and the gradients of a weighted sum of both."""
     for x, y in zip(mine, others, strict=True):
         close(x, y, tolerance)
-    pairs = [
+    gradients = [
         torch.autograd.grad(sum((x * normal(*x.shape, seed=i)).sum() for i, x in enumerate(made)), inputs)
         for made in (mine, others)
     ]
-    for x, y in zip(*pairs, strict=True):
+    for x, y in zip(*gradients, strict=True):
         close(x, y, tolerance)
 
 

@@ -62,7 +62,7 @@ def has_native_form(layer):
     return not fused.without_native_form(layer.parts())
 
 
-def alike(got, expected, tolerance):
+def check_close(got, expected, tolerance):
     close(got[0], expected[0], tolerance)
     for mine, theirs in zip(got[1].leaves(), expected[1].leaves(), strict=True):
         assert mine.dtype == theirs.dtype
@@ -118,7 +118,7 @@ def test_many_steps_equal_the_parts(choice, window, dtype):
                 assert all(map(torch.equal, state.leaves(), before))
                 with ops.use_backend("reference"):
                     expected = layer(*arguments)
-                alike(got, expected, TOLERANCE[dtype])
+                check_close(got, expected, TOLERANCE[dtype])
                 state = got[1]
     assert len(calls) == (t if has_native_form(layer) else 0)
 
@@ -143,7 +143,7 @@ def test_many_steps_keep_the_same_entries_as_the_parts(choice, window, kept, t, 
             assert all(map(torch.equal, state.leaves(), before.leaves()))
             with ops.use_backend("reference"):
                 expected = layer(*arguments)
-            alike(got, expected, TOLERANCE[dtype])
+            check_close(got, expected, TOLERANCE[dtype])
             assert torch.equal(got[1].kv.kept.positions, expected[1].kv.kept.positions)
             state = got[1]
     assert len(calls) == t
@@ -161,7 +161,7 @@ def test_widths_of_kept_entries(choice, width):
             state, x = layer(normal(2, seen, 3 * width, seed=seen))[1], normal(2, 1, 3 * width, seed=99)
             got = layer(x, state)
             with ops.use_backend("reference"):
-                alike(got, layer(x, state), 1e-10)
+                check_close(got, layer(x, state), 1e-10)
 
 
 @pytest.mark.parametrize("choice", ["surprise", "all else", "delayed-streaming"])
@@ -182,7 +182,7 @@ def test_distances_of_any_length(choice):
             made = state._replace(kv=state.kv._replace(kept=kept), position=state.position + 500)
             got = layer(x, made)
             with ops.use_backend("reference"):
-                alike(got, layer(x, made), 1e-9)
+                check_close(got, layer(x, made), 1e-9)
 
 
 def test_unused_slots_have_no_effect():
@@ -193,7 +193,7 @@ def test_unused_slots_have_no_effect():
         dirty = kept._replace(keys=kept.keys.clone(), values=kept.values.clone(), scores=kept.scores.clone())
         for held in (dirty.keys, dirty.values, dirty.scores):
             held[:, :2] = torch.nan
-        alike(layer(x, state._replace(kv=state.kv._replace(kept=dirty))), layer(x, state), 0)
+        check_close(layer(x, state._replace(kv=state.kv._replace(kept=dirty))), layer(x, state), 0)
 
 
 def the_same_on_any_threads(layer, x, state, resets, threads):
@@ -204,7 +204,7 @@ def the_same_on_any_threads(layer, x, state, resets, threads):
     try:
         for number in threads:
             torch.set_num_threads(number)
-            alike(layer(x, state, resets), expected, 1e-10)
+            check_close(layer(x, state, resets), expected, 1e-10)
     finally:
         torch.set_num_threads(before)
 
@@ -254,7 +254,7 @@ def test_retentions_that_are_replaced_or_have_hooks_run_part_by_part():
             got = layer(tokens(2, 1), state)
             assert len(calls) == 1
             with ops.use_backend("reference"):
-                alike(got, layer(tokens(2, 1), state), 1e-10)
+                check_close(got, layer(tokens(2, 1), state), 1e-10)
         assert ("retention" in layer.explain().why) == (change is exchanged)
     for how in ({"kept_norm": True}, {"kept_gate": 0.0}):
         layer = build_layer("", 2, blend="kv-only", retention="value-norm", kept=2, **how)
@@ -278,7 +278,7 @@ def test_widths(blend, fast_weights, width, rope_theta):
             x = normal(2, 1, 3 * width, seed=99)
             got = layer(x, state)
             with ops.use_backend("reference"):
-                alike(got, layer(x, state), 1e-10)
+                check_close(got, layer(x, state), 1e-10)
 
 
 @pytest.mark.parametrize("blend", ["synchronous", "delayed-streaming", "delayed-chunk"])
@@ -368,7 +368,7 @@ def test_parts_that_are_replaced_or_have_hooks_run_one_by_one():
             state = layer(tokens(2, 3))[1]
             got = layer(x, state)
             with ops.use_backend("reference"):
-                alike(got, layer(x, state), 1e-10)
+                check_close(got, layer(x, state), 1e-10)
         assert not calls
 
     layer, heard = build_layer("synchronous-vector-delta-plain"), []
@@ -386,7 +386,7 @@ def test_constants_of_the_layer_may_change():
         with counted() as calls:
             got = layer(x, state)
         with ops.use_backend("reference"):
-            alike(got, layer(x, state), 1e-10)
+            check_close(got, layer(x, state), 1e-10)
     assert len(calls) == 1
 
 
@@ -399,8 +399,8 @@ def test_a_layer_can_be_copied_and_stored_after_a_step(tmp_path):
         for copy in (deepcopy(layer), torch.load(tmp_path / "layer.pt", weights_only=False)):
             copy.o_norm.weight.mul_(2)
             copy.o_proj.weight.mul_(0.5)
-            alike(copy(x, state), expected, 1e-10)
-        alike(layer(x, state), expected, 1e-10)
+            check_close(copy(x, state), expected, 1e-10)
+        check_close(layer(x, state), expected, 1e-10)
 
 
 def test_unsupported_inputs_are_left_to_the_parts():
@@ -409,7 +409,7 @@ def test_unsupported_inputs_are_left_to_the_parts():
         state = build_layer("synchronous-vector-delta-plain")(tokens(2, 3))[1]
     x, beta, gate = normal(2, 1, HEADS, width), torch.ones(2, 1, HEADS, **double), normal(2, 1, HIDDEN)
     norm, table = torch.ones(width, **double), torch.ones(4, 1, width // 2, **double)
-    given, usual = (
+    inputs, usual = (
         TokenInputs(
             x,
             x,
@@ -429,7 +429,7 @@ def test_unsupported_inputs_are_left_to_the_parts():
     )
 
     def serves(schedule=usual, rotary=(table, table), **parts):
-        return plan(schedule, tuple(map(layout_of, given._replace(**parts))), rotary=rotary) is not None
+        return plan(schedule, tuple(map(layout_of, inputs._replace(**parts))), rotary=rotary) is not None
 
     assert serves()
     assert serves(norm=NOTHING, rotary=(NOTHING, NOTHING), resets=torch.ones(2, 1) > 0)
@@ -445,16 +445,16 @@ def test_unsupported_inputs_are_left_to_the_parts():
         {"attends": False},
     ]:
         assert not serves(usual._replace(**changes)), changes
-    fewer = {name: getattr(given, name)[:, :, :1] for name in ("k", "v", "beta", "keys", "values")}
+    fewer = {name: getattr(inputs, name)[:, :, :1] for name in ("k", "v", "beta", "keys", "values")}
     for wrong in [
-        fewer | {"matrix": given.matrix[:, :1]},  # grouped query heads are not supported
-        {"matrix": given.matrix[:, :, :1]},
-        {"values": given.values[:, :2]},
-        {"position": given.position[:1]},
-        {"position": given.position.int()},
-        {"keys": given.keys.float()},
-        {"keys": given.keys.to("meta")},
-        {"keys": nn.Parameter(given.keys)},
+        fewer | {"matrix": inputs.matrix[:, :1]},  # grouped query heads are not supported
+        {"matrix": inputs.matrix[:, :, :1]},
+        {"values": inputs.values[:, :2]},
+        {"position": inputs.position[:1]},
+        {"position": inputs.position.int()},
+        {"keys": inputs.keys.float()},
+        {"keys": inputs.keys.to("meta")},
+        {"keys": nn.Parameter(inputs.keys)},
         {"q": x[:1]},
         {"q": x.expand(2, 2, -1, -1)},
         {"v": x[0]},
@@ -479,14 +479,14 @@ def test_unsupported_kept_entries_are_left_to_the_parts():
         state = layer(tokens(2, 9))[1]
     width, x, ones = HIDDEN // HEADS, normal(2, 1, HEADS, HIDDEN // HEADS), torch.ones(4, 1, 2, dtype=torch.float64)
     own = x, x, x, normal(2, 1, HEADS), *[NOTHING] * 3, normal(2, 1, HIDDEN), NOTHING, NOTHING
-    given = TokenInputs(*own, *state.kv[:2], NOTHING, state.fw.matrix, NOTHING, state.position)
+    inputs = TokenInputs(*own, *state.kv[:2], NOTHING, state.fw.matrix, NOTHING, state.position)
     usual = Schedule("own", True, 4, "delta", "vector", Retained("error", 0, False, "true"))
     assert width == 4
-    turns = Rotary(3.0).cos_sin(digits(), width, torch.float64)
+    digit_tables = Rotary(3.0).cos_sin(digits(), width, torch.float64)
 
-    def serves(schedule=usual, rotary=(ones, ones, *turns), **parts):
+    def serves(schedule=usual, rotary=(ones, ones, *digit_tables), **parts):
         kept = KeptInputs(*state.kv.kept)._replace(**parts)
-        return plan(schedule, tuple(map(layout_of, (*given, *kept))), rotary=rotary) is not None
+        return plan(schedule, tuple(map(layout_of, (*inputs, *kept))), rotary=rotary) is not None
 
     assert serves()
     assert serves(rotary=(NOTHING,) * 4)
@@ -495,7 +495,7 @@ def test_unsupported_kept_entries_are_left_to_the_parts():
         {"schedule": usual._replace(retained=None)},
         {"schedule": usual._replace(rule="linear")},
         {"rotary": (ones, ones)},
-        {"rotary": (ones, ones, *(x[:-1] for x in turns))},
+        {"rotary": (ones, ones, *(x[:-1] for x in digit_tables))},
         {"kept_keys": state.kv.kept.keys[:, 1:]},
         {"kept_keys": NOTHING},
         {"kept_values": state.kv.kept.values.float()},
@@ -504,4 +504,4 @@ def test_unsupported_kept_entries_are_left_to_the_parts():
         {"kept_scores": scores[:1]},
     ]:
         assert not serves(**wrong), wrong
-    assert plan(usual, tuple(map(layout_of, given)), rotary=(ones, ones, *turns)) is None
+    assert plan(usual, tuple(map(layout_of, inputs)), rotary=(ones, ones, *digit_tables)) is None

@@ -34,7 +34,7 @@ def empty_state(b, window, key, value, dtype):
     )  # fmt: skip
 
 
-def twin(q, k, v, beta, gate, weight, state, window, rotary, resets, decay):
+def composed_step(q, k, v, beta, gate, weight, state, window, rotary, resets, decay):
     blend, heads = Synchronous(window), Heads(HEADS * KEY, q.shape[2], HEADS, HEADS, k.shape[3], v.shape[3])
     timeline = blend.timeline(Tokens(q, k, v, DeltaGates(beta)), state, resets)
     y, W = synchronous(
@@ -61,7 +61,7 @@ def follow(
         before = [x.clone() for x in held]
         got = step(*map(arranged, [*token, weight, *held]), decay=decay, rotary=rotary, resets=resets)
         assert all(map(torch.equal, held, before))
-        y, state = twin(*token, weight, state, window, rotary, resets, decay)
+        y, state = composed_step(*token, weight, state, window, rotary, resets, decay)
         expected = y, *state.kv[:2], state.fw.matrix, state.position
         for mine, theirs in zip(got, expected, strict=True):
             assert mine.dtype == theirs.dtype

@@ -17,8 +17,8 @@ def memory(backend, window, reach="sliding"):
     """Attention as a memory. Its state is the held entries: those of the window, or all if the reach needs them."""
 
     def run(inputs, state, resets, backend=backend):
-        q, *pairs = inputs
-        new = [*pairs, q.new_zeros(q.shape[:2], dtype=torch.bool) if resets is None else resets]
+        q, *entries = inputs
+        new = [*entries, q.new_zeros(q.shape[:2], dtype=torch.bool) if resets is None else resets]
         k, v, marked = new if state is None else (torch.cat(x, dim=1) for x in zip(state, new, strict=True))
         out = window_attention(q, k, v, window=window, reach=reach, resets=marked, backend=backend)
         held = max(k.shape[1] - window + 1, 0) if window and reach == "sliding" else 0

@@ -82,7 +82,7 @@ def models_of(size: dict[str, Any]) -> dict[str, Any]:
     learned = {"feature_map": "learned", "kv_gate": True}
     choices: dict[str, dict[str, Any]] = {
         "window 64 + 4 sinks": {"rule": NO_RULE},
-        "delta beside the window": {},
+        "delta and the window": {},
         "the same, learned maps, kv_gate": learned,
         "the same, every fifth layer full": {**learned, "full": range(0, layers, 5)},
     }

@@ -97,6 +97,6 @@ def check_equal(name: str, n: int = 3, steps: int = 100) -> None:
     """Exit if n environments at once differ from n single ones."""
     together, one_by_one = Player(name, n, TOGETHER), Player(name, n, ONE_BY_ONE)
     for step in range(steps):
-        pairs = zip(together.step(), one_by_one.step(), strict=True)
-        if not all(np.array_equal(a, b) for a, b in pairs):
+        results = zip(together.step(), one_by_one.step(), strict=True)
+        if not all(np.array_equal(a, b) for a, b in results):
             raise SystemExit(f"{name}: {n} environments at once differ from single ones at step {step}")

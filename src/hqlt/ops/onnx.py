@@ -149,8 +149,7 @@ def all_scores(q, k, scale):
 
 
 def expiry(scores, leaves, used, resets, kept):
-    """Compares all pairs of entries, [b, h, l, l]: whether the entry of the last axis outranks that of the axis
-    before."""
+    """Compares all pairs of entries: outranks[b, h, j, i] is whether entry i outranks entry j."""
     score, l = op.Transpose(scores, perm=[0, 2, 1]), length(scores)
     mine, other, index = op.Unsqueeze(score, [3]), op.Unsqueeze(score, [2]), op.Range(0, l, 1)
     older = op.Less(index, op.Unsqueeze(index, [1]))

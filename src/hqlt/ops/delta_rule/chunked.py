@@ -88,8 +88,10 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _within(weights: Tensor, x: Tensor, reach: Tensor | None) -> Tensor:
-    """weights […, g, c, c] @ x […, c, ·], where a row of x that has overflowed affects only the rows in reach […, c,
-    c]."""
+    """weights […, g, c, c] @ x […, c, ·]. A row of x that has overflowed affects only the rows that see it.
+
+    reach […, c, c]: Which rows see which.
+    """
     if reach is None:
         return product(weights, x)
     lost = ~x.isfinite().all(dim=-1)

@@ -167,8 +167,10 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _within(weights: Tensor, x: Tensor, reach: Tensor | None) -> Tensor:
-    """weights […, i, j] @ x […, j, ·], where a row of x that has overflowed affects only the rows in reach […, i,
-    j]."""
+    """weights […, i, j] @ x […, j, ·]. A row of x that has overflowed affects only the rows that see it.
+
+    reach […, i, j]: Which rows see which.
+    """
     if reach is None:
         return weights @ x
     lost = ~x.isfinite().all(dim=-1)

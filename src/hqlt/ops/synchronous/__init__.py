@@ -65,8 +65,7 @@ def synchronous(
 
     Raises:
         ValueError: If shapes, dtypes or devices do not match, the window is below 1, `beyond` has queries and keys of
-            its own, or the backend is unknown or does
-            not support the call.
+            its own, or the backend is unknown or does not support the call.
 
     Source:
         Irie, Yau and Gershman 2025, "Blending Complementary Memory Systems in Hybrid Quadratic-Linear Transformers",
