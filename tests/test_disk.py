@@ -6,7 +6,7 @@ from hqlt.disk import check_writable
 from hqlt.errors import reason
 
 
-def test_what_can_be_written_is_not_made(tmp_path):
+def test_checking_a_writable_path_creates_nothing(tmp_path):
     (tmp_path / "file").touch()
     check_writable(tmp_path / "file")
     check_writable(tmp_path / "new" / "file")
@@ -24,7 +24,7 @@ def test_what_can_be_written_is_not_made(tmp_path):
         ("closed/new/file", False, "closed/new/file: cannot be written there: "),
     ],
 )
-def test_what_cannot_be_written_is_told(tmp_path, name, folder, message):
+def test_an_unwritable_path_is_reported(tmp_path, name, folder, message):
     if not os.path.isdir("/proc"):
         pytest.skip("needs a folder in which not even root may write")
     (tmp_path / "file").touch()

@@ -1,4 +1,4 @@
-"""One kind of run in a folder, by one process at a time."""
+"""A folder has runs of one kind, by one process at a time."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from hqlt.run_folder import COMMANDS, MARKER, kind_of, run_folder
 
 
 @pytest.mark.parametrize("kind", COMMANDS)
-def test_a_new_folder_is_marked_and_entered_again(tmp_path: Path, kind: str) -> None:
+def test_a_new_folder_is_marked_and_can_be_reopened(tmp_path: Path, kind: str) -> None:
     for _ in range(2):
         with run_folder(tmp_path / "run", kind):
             assert kind_of(tmp_path / "run") == kind
 
 
-def test_a_run_of_another_kind_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
+def test_a_run_of_another_kind_is_refused_and_not_changed(tmp_path: Path) -> None:
     with run_folder(tmp_path, "language"):
         (tmp_path / "config.json").touch()
     with (
@@ -28,14 +28,14 @@ def test_a_run_of_another_kind_is_refused_and_left_as_it_was(tmp_path: Path) -> 
     assert kind_of(tmp_path) == "language"
 
 
-def test_a_folder_of_something_else_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_refused_and_not_changed(tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").touch()
     with pytest.raises(ValueError, match="found other files"), run_folder(tmp_path, "study"):
         pytest.fail("entered")
     assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
 
 
-def test_two_processes_do_not_work_in_one_folder(tmp_path: Path) -> None:
+def test_a_folder_is_locked_for_one_process(tmp_path: Path) -> None:
     with (
         run_folder(tmp_path, "study"),
         pytest.raises(ValueError, match="another process"),
@@ -51,7 +51,7 @@ def test_a_damaged_marker_is_reported(tmp_path: Path, content: str) -> None:
         pytest.fail("entered")
 
 
-def test_a_run_that_has_written_nothing_leaves_no_folder(tmp_path: Path) -> None:
+def test_the_folder_of_a_run_that_wrote_nothing_is_removed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="data"), run_folder(tmp_path / "runs" / "new", "language"):
         raise ValueError("data")
     assert list(tmp_path.iterdir()) == []

@@ -13,17 +13,17 @@ from tests.data.conftest import texts, write_lines
 pytest.importorskip("tokenizers")
 
 
-def test_from_text_to_tokens_of_a_tokenizer_of_ones_own(tmp_path, capsys):
+def test_preparing_data_with_a_trained_tokenizer(tmp_path, capsys):
     lines = str(write_lines(tmp_path / "a.jsonl", texts(50)))
     tokenizer, folder = tmp_path / "bpe", tmp_path / "tokens"
     main(["tokenizer", "train", lines, "--vocabulary=300", f"--out={tokenizer}"])
     assert f"{tokenizer}: vocabulary size 300\n" in capsys.readouterr().out
     command = ["data", "prepare", lines, f"--tokenizer={tokenizer}", f"--folder={folder}", "--validation-share=0.1"]
     main(command)
-    said = capsys.readouterr().out
-    assert f"{folder}: tokens of {tokenizer}, vocabulary 300" in said
-    assert "already finished" not in said
-    assert f"{len(TokenFiles(folder)):,} tokens           44 documents" in said
+    printed = capsys.readouterr().out
+    assert f"{folder}: tokens of {tokenizer}, vocabulary 300" in printed
+    assert "already finished" not in printed
+    assert f"{len(TokenFiles(folder)):,} tokens           44 documents" in printed
     main(command)
     assert "already finished" in capsys.readouterr().out
     main(["data", "check", str(folder)])
@@ -34,9 +34,9 @@ def test_from_text_to_tokens_of_a_tokenizer_of_ones_own(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["data", "check", str(folder)])
     assert ended.value.code == 1
-    said = capsys.readouterr().out
-    assert "train-00000.tokens: expected the checksum" in said
-    assert "6 of 7 files match the manifest" in said
+    printed = capsys.readouterr().out
+    assert "train-00000.tokens: expected the checksum" in printed
+    assert "6 of 7 files match the manifest" in printed
 
 
 def test_what_is_skipped_is_reported(tmp_path, capsys):
@@ -48,10 +48,10 @@ def test_what_is_skipped_is_reported(tmp_path, capsys):
     command = ["data", "prepare", str(tmp_path / "in"), f"--validation={held}", f"--folder={tmp_path / 'd'}"]
     for _ in range(2):  # by a finished folder, too
         main(command)
-        said = capsys.readouterr().out
-        assert "skipped 10 documents that the validation and test files contain\n" in said
-        assert "skipped 9 files with an unknown format: 0.csv, 1.csv, 2.csv, 3.csv, 4.csv, 5.csv, " in said
-        assert "7.csv and 1 more; choose files with --pattern\n" in said
+        printed = capsys.readouterr().out
+        assert "skipped 10 documents that the validation and test files contain\n" in printed
+        assert "skipped 9 files with an unknown format: 0.csv, 1.csv, 2.csv, 3.csv, 4.csv, 5.csv, " in printed
+        assert "7.csv and 1 more; choose files with --pattern\n" in printed
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_what_is_skipped_is_reported(tmp_path, capsys):
         (["--validation-share=0.5", "--test-share=0.49"], "expected at least 4 different documents"),
     ],
 )
-def test_a_failed_command_leaves_nothing(wrong, message, tmp_path):
+def test_a_failed_command_leaves_no_folder(wrong, message, tmp_path):
     lines, empty = write_lines(tmp_path / "a.jsonl", texts(3)), tmp_path / "empty"
     empty.mkdir()
     options = [option.replace("FOLDER", str(empty)) for option in wrong]
@@ -76,13 +76,13 @@ def test_a_failed_command_leaves_nothing(wrong, message, tmp_path):
     assert not (tmp_path / "d").exists() or not list((tmp_path / "d").iterdir())
 
 
-def test_a_text_too_small_for_the_vocabulary_is_told(tmp_path, capsys):
+def test_too_little_text_for_the_vocabulary_is_reported(tmp_path, capsys):
     lines = str(write_lines(tmp_path / "a.jsonl", ["a a a", "b b", "c"]))
     main(["tokenizer", "train", lines, f"--out={tmp_path / 'bpe'}", "--validation-share=0", "--test-share=0"])
     assert "has too few pairs for 8,192" in capsys.readouterr().out
 
 
-def test_mistakes_end_with_one_line(tmp_path, capsys):
+def test_errors_are_one_line(tmp_path, capsys):
     lines = str(write_lines(tmp_path / "a.jsonl", texts(50)))
     main(["data", "prepare", lines, f"--folder={tmp_path / 'd'}"])
     for wrong, message in (
@@ -118,7 +118,7 @@ main()
 """
 
 
-def test_ctrl_c_says_how_to_go_on(tmp_path, request, capsys):
+def test_ctrl_c_prints_how_to_resume(tmp_path, request, capsys):
     documents = [text * 60 for text in texts(300)]
     lines = write_lines(tmp_path / "a.jsonl", documents)
     log = tmp_path / "log"
@@ -132,9 +132,9 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, request, capsys):
             assert process.poll() is None, log.read_text()
         os.kill(process.pid, signal.SIGINT)
         assert process.wait(timeout=60) == 130
-    said = log.read_text()
-    assert "tokens in finished shards; resume with: hqlt data prepare" in said
-    assert "Traceback" not in said
+    printed = log.read_text()
+    assert "tokens in finished shards; resume with: hqlt data prepare" in printed
+    assert "Traceback" not in printed
     main(command)
     assert "tokens of an earlier run" in capsys.readouterr().out
     assert TokenFiles(tmp_path / "d").documents > 250

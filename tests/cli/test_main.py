@@ -1,4 +1,4 @@
-"""What holds for every command."""
+"""The behaviour of all commands."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 
 def ends(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[object, str, str]:
-    """Status (or what is printed in its place), stdout and stderr."""
+    """The exit status (or message), stdout and stderr."""
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     printed = capsys.readouterr()
@@ -33,7 +33,7 @@ def ends(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[obje
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """`hqlt demo` does what the first of the list does, whatever its name: an error is raised, a function is called."""
+    """Replaces `hqlt demo` by the first item of the list: an error is raised, a function is called."""
     does: list[object] = []
 
     def demo(batch_size: int = 1) -> None:
@@ -46,7 +46,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         (["trian"], "hqlt: expected one of train, .*, got trian (did you mean train?)"),
         (["data", "prepar", "x"], "hqlt data: expected one of prepare, check, got prepar (did you mean prepare?)"),
@@ -60,11 +60,11 @@ def command(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         (["generate"], "hqlt generate: the following arguments are required: model"),
     ],
 )
-def test_what_cannot_be_read_is_one_line_with_what_was_meant(arguments, said, tmp_path, capsys):
+def test_a_usage_error_is_one_line_with_a_suggestion(arguments, expected, tmp_path, capsys):
     (tmp_path / "a.yaml").write_text("warmpu: 10\n")
     status, out, err = ends([a.replace("FILE", str(tmp_path / "a.yaml")) for a in arguments], capsys)
     assert (status, out, err.count("\n")) == (2, "", 1)
-    assert all(part in err for part in said.split(".*"))
+    assert all(part in err for part in expected.split(".*"))
 
 
 NAMES = ["folder", "data", "steps", "learning_rate", "weight_decay", "batch_size", "micro_batch_size", "eps", "model"]
@@ -88,11 +88,11 @@ NAMES = ["folder", "data", "steps", "learning_rate", "weight_decay", "batch_size
         ("resume", []),
     ],
 )
-def test_the_name_that_was_meant_and_no_misleading_one(wrong, meant):
+def test_suggestions_for_misspelled_names(wrong, meant):
     assert nearest(wrong, NAMES) == meant
 
 
-def test_names_of_several_algorithms():
+def test_suggestions_from_several_groups():
     names = ["ppo.learning_rate", "ppo.clip_range", "sac.learning_rate", "steps"]
     assert nearest("lr", names) == ["ppo.learning_rate", "sac.learning_rate"]
     assert nearest("ppo.lr", names) == ["ppo.learning_rate"]
@@ -108,7 +108,7 @@ def parser() -> Parser:
     return parser_of(toy, "hqlt toy")
 
 
-def test_arguments_have_one_form(parser, tmp_path):
+def test_canonical_arguments(parser, tmp_path):
     (tmp_path / "a.yaml").write_text("top_p: 0.5\n")
     given = ["x", "--greedy", "--rates=0.3,0.4", "--config", f"{tmp_path}/a.yaml", "--top-p", "0.9", "--", "--top-p"]
     assert canonical(given, parser) == [
@@ -119,7 +119,7 @@ def test_arguments_have_one_form(parser, tmp_path):
     ]  # fmt: skip
 
 
-def test_names_of_other_tools_are_taken():
+def test_aliases_are_accepted():
     def tuned(learning_rate: float = 1.0, length: int = 1) -> None:
         """A command."""
 
@@ -128,7 +128,7 @@ def test_names_of_other_tools_are_taken():
     assert canonical(["--lr=0.1"], parser_of(toy, "hqlt toy")) == ["--lr=0.1"]
 
 
-def test_help_has_no_python_in_it(parser, capsys):
+def test_help_shows_no_python_syntax(parser, capsys):
     with pytest.raises(SystemExit):
         parser.parse_args(["--help"])
     shown = capsys.readouterr().out
@@ -137,14 +137,14 @@ def test_help_has_no_python_in_it(parser, capsys):
     assert "class" not in shown and "top_p" not in shown
 
 
-def test_the_configuration_is_printed_as_help_says(capsys):
+def test_print_config(capsys):
     status, out, _ = ends(["train", "--steps=7", "--print-config"], capsys)
     assert status == 0
     assert "steps: 7" in out
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "expected"),
     [
         (b"steps: \xff", "--config: expected YAML or JSON in UTF-8 in FILE"),
         (b"steps: [", "--config: expected YAML or JSON in UTF-8 in FILE"),
@@ -154,32 +154,32 @@ def test_the_configuration_is_printed_as_help_says(capsys):
         ("folder", "FILE: Is a directory"),
     ],
 )
-def test_a_file_of_options_that_cannot_be_read_is_named(content, said, tmp_path, capsys):
+def test_an_unreadable_config_file_is_reported(content, expected, tmp_path, capsys):
     file = tmp_path / "a.yaml"
     if isinstance(content, bytes):
         file.write_bytes(content)
     elif content is not None:
         file.mkdir()
     message, _, _ = ends(["train", f"--config={file}"], capsys)
-    assert said.replace("FILE", str(file)) in str(message)
+    assert expected.replace("FILE", str(file)) in str(message)
 
 
 @pytest.fixture
 def given(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """The settings that `hqlt train` would train with."""
+    """The settings that `hqlt train` was called with."""
     settings: list[object] = []
     monkeypatch.setattr("hqlt.train.language.run.run", lambda given, *_: settings.append(given))
     return settings
 
 
-def test_a_field_of_the_model_beside_those_of_a_file(tmp_path, given):
+def test_the_command_line_overrides_a_config_file(tmp_path, given):
     (tmp_path / "a.yaml").write_text("steps: 7\nlearning_rate: 1e-4\nmodel: {window: 8}\n")
     main(["train", "--model.mixer=sum", "--steps=8", f"--config={tmp_path / 'a.yaml'}"])
     assert given[0].model == {"window": 8, "mixer": "sum"}
     assert (given[0].steps, given[0].learning_rate) == (8, 1e-4)
 
 
-def test_a_runs_own_config_repeats_it(tmp_path, given):
+def test_the_config_of_a_run_repeats_it(tmp_path, given):
     settings = {"steps": 7, "betas": [0.8, 0.9], "eps": 1e-10, "model": {"window": 8}, "micro_batch_size": None}
     (tmp_path / "config.json").write_text(json.dumps({"command": "hqlt train", "settings": settings, "hqlt": "0"}))
     main(["train", f"--config={tmp_path / 'config.json'}", "--model.window=9"])
@@ -187,7 +187,7 @@ def test_a_runs_own_config_repeats_it(tmp_path, given):
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "expected"),
     [
         (ValueError("steps: expected more"), "steps: expected more"),
         (PermissionError(13, "Permission denied", "/x"), "/x: Permission denied"),
@@ -207,10 +207,10 @@ def test_a_runs_own_config_repeats_it(tmp_path, given):
         ),
     ],
 )
-def test_what_a_user_can_mend_is_a_sentence(error, said, command, capsys):
+def test_an_error_that_the_user_can_fix_is_one_sentence(error, expected, command, capsys):
     command.append(error)
     message, _, _ = ends(["demo"], capsys)
-    assert message == said
+    assert message == expected
 
 
 TOY = """
@@ -233,7 +233,7 @@ experiments:
 """
 
 
-def test_what_a_module_registers_is_known_to_the_command_and_its_processes(tmp_path, monkeypatch, capsys):
+def test_import_registers_in_the_command_and_its_workers(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     Path("toy_imported.py").write_text(TOY)
@@ -245,7 +245,7 @@ def test_what_a_module_registers_is_known_to_the_command_and_its_processes(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         (["--import"], "hqlt: --import: expected the name of a module, got none; see hqlt --help\n"),
         (["--import", "--version"], "hqlt: --import: expected the name of a module, got none; see hqlt --help\n"),
@@ -260,14 +260,14 @@ def test_what_a_module_registers_is_known_to_the_command_and_its_processes(tmp_p
         ),
     ],
 )
-def test_a_module_that_does_not_import_is_a_sentence(arguments, said, tmp_path, monkeypatch, capsys):
+def test_a_failing_import_is_one_sentence(arguments, expected, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "toy_broken.py").write_text("import json\n{}['x']\n")
-    assert ends(arguments, capsys) == (2, "", said.replace("FILE", str(tmp_path / "toy_broken.py")))
+    assert ends(arguments, capsys) == (2, "", expected.replace("FILE", str(tmp_path / "toy_broken.py")))
 
 
-def test_memory_that_is_out_names_the_commands_own_options(monkeypatch, capsys):
+def test_out_of_memory_suggests_options_of_the_command(monkeypatch, capsys):
     def full(*arguments: object) -> None:
         raise MemoryError
 
@@ -280,32 +280,32 @@ def test_memory_that_is_out_names_the_commands_own_options(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shape"), KeyError("x"), ModuleNotFoundError("no", name="other")])
-def test_an_error_of_the_program_keeps_its_traceback(error, command):
+def test_a_bug_shows_its_traceback(error, command):
     command.append(error)
     with pytest.raises(type(error)):
         main(["demo"])
 
 
-def test_ctrl_c_ends_with_130(command, capsys):
+def test_ctrl_c_exits_with_130(command, capsys):
     command.append(KeyboardInterrupt())
     assert ends(["demo"], capsys) == (130, "", "")
 
 
-def test_ctrl_c_while_importing_ends_with_130_and_no_word(tmp_path):
-    """Packages that a command needs are imported for seconds: Ctrl-C comes as torch begins to be."""
+def test_ctrl_c_during_imports_exits_silently_with_130(tmp_path):
+    """Ctrl-C while torch is being imported, which takes seconds."""
     (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     path = os.pathsep.join([str(tmp_path), str(Path(cli.__file__).parents[2])])
     ended = run("train", "--steps=1", PYTHONPATH=path)
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
 
 
-def test_a_reader_that_leaves_ends_the_command_without_a_word():
+def test_a_closed_reader_ends_the_command_silently():
     script = f"{sys.executable} -m hqlt train --help | head -c 10; echo ${{PIPESTATUS[0]}}"
     ended = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
     assert (ended.stdout.partition("\n")[0][:10], ended.stderr) == ("usage: hql", "")
 
 
-def test_a_broken_pipe_in_the_midst_of_a_command(tmp_path):
+def test_a_broken_pipe_while_a_command_runs(tmp_path):
     code = (
         "from hqlt import cli\n"
         "def demo() -> None:\n for _ in range(100_000): print('x' * 1000)\n"
@@ -317,7 +317,7 @@ def test_a_broken_pipe_in_the_midst_of_a_command(tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
-def test_any_encoding_of_the_terminal_serves(encoding, tmp_path):
+def test_any_terminal_encoding_works(encoding, tmp_path):
     code = (
         "from hqlt import cli\nfrom rich.console import Console\n"
         "def demo() -> None:\n print('β → 漢')\n Console().print('β → 漢')\n"
@@ -330,7 +330,7 @@ def test_any_encoding_of_the_terminal_serves(encoding, tmp_path):
     assert ended.stdout == b"? ? ?\n" * 2
 
 
-def test_the_list_of_commands_loads_none_of_them():
+def test_the_list_of_commands_imports_none_of_them():
     ended = run("--help")
     assert ended.returncode == 0
     assert all(f"\n  {name} " in ended.stdout for name in COMMANDS)
@@ -340,18 +340,18 @@ def test_the_list_of_commands_loads_none_of_them():
     assert loaded.stdout == "set()\n"
 
 
-def test_every_listed_command_is_there():
+def test_every_listed_command_exists():
     assert all(importlib.util.find_spec(f"hqlt.cli.{name}") for name in COMMANDS)
 
 
-def test_a_command_whose_packages_are_missing_is_listed_with_how_to_get_them(monkeypatch, capsys):
+def test_the_list_of_commands_shows_missing_extras(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     _, out, _ = ends(["--help"], capsys)
     (line,) = [line for line in out.splitlines() if line.startswith("  rl ")]
     assert line.endswith(f"(first: {how_to_install('report', 'rl')})")
 
 
-def test_a_package_that_is_missing_is_told_with_what_brings_it():
+def test_a_missing_package_is_reported_with_its_extra():
     assert reason(ModuleNotFoundError(name="matplotlib")).endswith(how_to_install("report"))
     assert first_line(TimeoutError()) == "TimeoutError"
 
@@ -366,7 +366,7 @@ def test_a_package_that_is_missing_is_told_with_what_brings_it():
         ({"url": "https://x/h.git", "vcs_info": {"vcs": "git"}}, "pip install 'hqlt[lm] @ git+https://x/h.git'"),
     ],
 )
-def test_a_hint_names_what_pip_finds(installed_from, typed, monkeypatch):
+def test_the_install_hint_depends_on_the_installation(installed_from, typed, monkeypatch):
     class Distribution:
         def read_text(self, name: str) -> str | None:
             return installed_from and json.dumps(installed_from)

@@ -11,7 +11,7 @@ WORDS = "the memory of a layer is short, and precise; naïve café 日本語 �
 
 
 def texts(documents: int = 60) -> list[str]:
-    """Documents of many lengths, all different."""
+    """Different documents of many lengths."""
     words = WORDS.split()
     return [
         f"{i}: " + " ".join(words[(i * 7 + j * j) % len(words)] for j in range(1 + i * i % 37)) + "\n"

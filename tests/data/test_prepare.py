@@ -23,7 +23,7 @@ def contents(folder):
 
 
 def documents_of(files):
-    """Texts, cut where documents begin."""
+    """The texts of the documents."""
     tokens, begins = files.read(0, len(files))
     starts = begins.nonzero()[:, 0].tolist()
     return [
@@ -33,7 +33,7 @@ def documents_of(files):
 
 
 @pytest.mark.parametrize("name", ["bytes", "bpe"])
-def test_what_was_written_is_read_again(name, bpe, tmp_path):
+def test_documents_survive_a_round_trip(name, bpe, tmp_path):
     documents = texts(80)
     tokenizer = "bytes" if name == "bytes" else bpe
     lines = write_lines(tmp_path / "a.jsonl", [*documents[:40], "", *documents[40:]])
@@ -55,7 +55,7 @@ def test_what_was_written_is_read_again(name, bpe, tmp_path):
     assert len({files.digest for files in read.values()}) == 3
 
 
-def test_the_library_becomes_the_tasks_own_splits(tmp_path):
+def test_the_library_has_the_splits_of_the_task(tmp_path):
     from hqlt.task.text import files_of
 
     prepare("python-library", tmp_path)
@@ -68,14 +68,14 @@ def test_the_library_becomes_the_tasks_own_splits(tmp_path):
         assert files.bytes == len(tokens)
 
 
-def test_a_finished_folder_is_left_as_it_is_and_other_data_refused(tmp_path, bpe):
+def test_a_finished_folder_is_not_changed_and_other_settings_are_refused(tmp_path, bpe):
     lines = write_lines(tmp_path / "a.jsonl", texts(20))
     folder = tmp_path / "d"
     first = prepare(lines, folder, limit_tokens=300)
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    told = []
-    assert prepare(lines, folder, limit_tokens=300, on_progress=told.append) == first
-    assert not told
+    progress = []
+    assert prepare(lines, folder, limit_tokens=300, on_progress=progress.append) == first
+    assert not progress
     for other, message in (
         ({"limit_tokens": 400}, "limit_tokens: expected 300, got 400"),
         ({"tokenizer": bpe}, "tokenizer: expected bytes, got"),
@@ -92,7 +92,7 @@ def test_a_finished_folder_is_left_as_it_is_and_other_data_refused(tmp_path, bpe
         prepare(lines, tmp_path)
 
 
-def test_a_limit_is_reached_and_not_passed_by_more_than_a_document(tmp_path):
+def test_a_token_limit_is_exceeded_by_at_most_one_document(tmp_path):
     documents = texts(60)
     lines = write_lines(tmp_path / "a.jsonl", documents)
     held = write_lines(tmp_path / "v.jsonl", texts(69)[60:])
@@ -107,11 +107,11 @@ def test_a_limit_is_reached_and_not_passed_by_more_than_a_document(tmp_path):
 
 
 def test_documents_of_held_out_files_are_not_trained_on(tmp_path, bpe):
-    """Neither by the data nor by the tokenizer; they stay where they are held out."""
+    """They are excluded from training data and tokenizer training, but stay in the held-out split."""
     documents = texts(40)
     lines = write_lines(tmp_path / "a.jsonl", documents)
     held = tmp_path / "held.txt"
-    held.write_text("\n".join(documents[3:9]))  # a blank line after each, and no line's end after the last
+    held.write_text("\n".join(documents[3:9]))  # blank lines between documents, no newline at the end
     own = {"validation": held, "separator": ""}
     manifest = prepare(lines, tmp_path / "d", **own, test_share=0.1, shard_tokens=200)
     assert manifest.skipped == {"files": 0, "names": [], "documents": 6}
@@ -126,15 +126,15 @@ def test_documents_of_held_out_files_are_not_trained_on(tmp_path, bpe):
         prepare(lines, tmp_path / "e", validation=lines, test_share=0)
 
 
-def test_a_manifest_of_before_skips_nothing(tmp_path):
+def test_a_manifest_of_an_earlier_version_is_read(tmp_path):
     prepare(write_lines(tmp_path / "a.jsonl", texts(9)), tmp_path / "d")
-    told = json.loads((tmp_path / "d" / "manifest.json").read_text())
-    del told["skipped"]
-    (tmp_path / "d" / "manifest.json").write_text(json.dumps(told))
+    manifest = json.loads((tmp_path / "d" / "manifest.json").read_text())
+    del manifest["skipped"]
+    (tmp_path / "d" / "manifest.json").write_text(json.dumps(manifest))
     assert TokenFiles(tmp_path / "d").manifest.skipped["documents"] == 0
 
 
-def test_a_document_begins_as_its_tokenizer_begins_a_text(tmp_path, bpe):
+def test_a_document_begins_with_the_prefix_of_the_tokenizer(tmp_path, bpe):
     from tokenizers import Tokenizer, processors
 
     tokenizer = Tokenizer.from_file(str(bpe / "tokenizer.json"))
@@ -154,16 +154,16 @@ def test_a_document_begins_as_its_tokenizer_begins_a_text(tmp_path, bpe):
     assert "prefix_ids" not in plain.manifest.settings
 
 
-def test_no_split_is_left_empty(tmp_path):
+def test_no_split_is_empty(tmp_path):
     lines = write_lines(tmp_path / "a.jsonl", ["a", "b"])
     with pytest.raises(ValueError, match="expected at least 3 different documents"):
         prepare(lines, tmp_path / "d")
-    prepare(lines, tmp_path / "d", validation_share=0, test_share=0)  # nothing was there that could be lost
+    prepare(lines, tmp_path / "d", validation_share=0, test_share=0)  # the failed attempt left nothing behind
     manifest = prepare(write_lines(tmp_path / "b.jsonl", texts(60)), tmp_path / "e", limit_tokens=1)
     assert [manifest.documents(split) for split in ("train", "validation", "test")] == [1, 1, 1]
 
 
-def test_no_split_of_many_documents_is_left_empty_in_silence(tmp_path):
+def test_an_empty_split_is_an_error(tmp_path):
     lines = write_lines(tmp_path / "a.jsonl", [str(i) for i in range(4096)])
     with pytest.raises(ValueError, match=r"expected documents in every split, found none for test; raise"):
         prepare(lines, tmp_path / "d", test_share=1e-9)
@@ -172,7 +172,7 @@ def test_no_split_of_many_documents_is_left_empty_in_silence(tmp_path):
 COMMAND = """
 import json, sys, time
 from hqlt.data import prepare
-def slowly(told):
+def slowly(progress):
     time.sleep(float(sys.argv[4]))
 prepare(sys.argv[1], sys.argv[2], tokenizer=sys.argv[3], validation_share=0.1, shard_tokens=400, on_progress=slowly)
 """
@@ -190,7 +190,7 @@ def finished_shards(folder):
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_start_is_gone_on_with(how, bpe, tmp_path, request):
+def test_an_interrupted_preparation_is_resumed(how, bpe, tmp_path, request):
     lines = write_lines(tmp_path / "a.jsonl", texts(80))
     prepare(lines, tmp_path / "whole", tokenizer=bpe, validation_share=0.1, shard_tokens=400)
     folder, shards = tmp_path / "d", 0
@@ -210,29 +210,29 @@ def test_a_stopped_start_is_gone_on_with(how, bpe, tmp_path, request):
             TokenFiles(folder)
         if how == signal.SIGINT:
             assert not list(folder.glob("*.unfinished"))
-    told = []
-    prepare(lines, folder, tokenizer=bpe, validation_share=0.1, shard_tokens=400, on_progress=told.append)
-    assert told[0].kept == told[0].tokens > 400 * (shards - 1)
-    assert told[-1].done == 1
+    progress = []
+    prepare(lines, folder, tokenizer=bpe, validation_share=0.1, shard_tokens=400, on_progress=progress.append)
+    assert progress[0].kept == progress[0].tokens > 400 * (shards - 1)
+    assert progress[-1].done == 1
     assert contents(folder) == contents(tmp_path / "whole")
 
 
-def test_a_dataset_of_the_hub_is_gone_on_with(tmp_path):
+def test_an_interrupted_hub_dataset_is_resumed(tmp_path):
     pytest.importorskip("datasets")
     (tmp_path / "hub").mkdir()
     for i in range(3):
         write_lines(tmp_path / "hub" / f"train-{i:05d}-of-00003.jsonl", texts(80)[27 * i : 27 * i + 27])
     how = {"shard_tokens": 400, "validation_share": 0.1}
 
-    def stop(told):
-        if told.kept > 1500:
+    def stop(progress):
+        if progress.kept > 1500:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         prepare(Hub(str(tmp_path / "hub")), tmp_path / "d", on_progress=stop, **how)
-    told = []
-    prepare(Hub(str(tmp_path / "hub")), tmp_path / "d", on_progress=told.append, **how)
-    assert told[0].kept > 1500
+    progress = []
+    prepare(Hub(str(tmp_path / "hub")), tmp_path / "d", on_progress=progress.append, **how)
+    assert progress[0].kept > 1500
     prepare(Hub(str(tmp_path / "hub")), tmp_path / "whole", **how)
     assert {**contents(tmp_path / "d"), "manifest.json": 0} == {**contents(tmp_path / "whole"), "manifest.json": 0}
     files = [TokenFiles(tmp_path / name) for name in ("d", "whole")]
@@ -240,7 +240,7 @@ def test_a_dataset_of_the_hub_is_gone_on_with(tmp_path):
     assert files[0].manifest.documents("train") == 71
 
 
-def test_a_start_that_was_killed_at_once_is_begun_anew(tmp_path):
+def test_a_preparation_killed_at_once_is_started_again(tmp_path):
     lines = write_lines(tmp_path / "a.jsonl", texts(9))
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "progress.json.unfinished").write_text("{")
@@ -248,7 +248,7 @@ def test_a_start_that_was_killed_at_once_is_begun_anew(tmp_path):
     assert not list((tmp_path / "d").glob("*.unfinished"))
 
 
-def test_two_at_once_are_refused(tmp_path, request, bpe):
+def test_a_second_process_is_refused(tmp_path, request, bpe):
     if os.name != "posix":
         pytest.skip("no locks")
     lines = write_lines(tmp_path / "a.jsonl", texts(80))
@@ -262,8 +262,8 @@ def test_two_at_once_are_refused(tmp_path, request, bpe):
         prepare(lines, tmp_path / "d")
 
 
-def test_a_full_disk_is_told_and_leaves_no_half_shard(tmp_path):
-    """The limit on a file's size stands for a full disk: the system refuses to write on in the same way."""
+def test_a_full_disk_is_reported_and_leaves_no_partial_shard(tmp_path):
+    """A limit on the file size simulates a full disk: writing fails in the same way."""
     lines = write_lines(tmp_path / "a.jsonl", ["short\n"] * 300 + ["long " * 20_000, "a", "b", "c"] + texts(30))
     how = {"validation_share": 0, "test_share": 0, "shard_tokens": 600}
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -300,7 +300,7 @@ def folder(tmp_path, bpe):
     return tmp_path / "d"
 
 
-def test_a_file_that_is_missing_or_cut_is_named(folder):
+def test_a_missing_or_truncated_file_is_reported(folder):
     for name, change, message in (
         ("train-00001.tokens", lambda data: data[:-1], r"train-00001\.tokens: expected \d+ bytes, found \d+; restore"),
         ("train-00002.starts", lambda data: data + b"0", r"train-00002\.starts: expected \d+ bytes, found \d+"),
@@ -319,7 +319,7 @@ def test_a_file_that_is_missing_or_cut_is_named(folder):
     TokenFiles(folder)
 
 
-def test_what_keeps_its_size_is_found_by_its_checksum(folder):
+def test_damage_that_keeps_the_size_is_found_by_the_checksum(folder):
     for name in ("train-00001.tokens", "train-00001.starts", "tokenizer/tokenizer_config.json"):
         path = folder / name
         data = path.read_bytes()
@@ -334,7 +334,7 @@ def test_what_keeps_its_size_is_found_by_its_checksum(folder):
     assert not [fault for _, fault in check(folder) if fault]
 
 
-def test_a_manifest_that_is_none_is_refused(folder, tmp_path):
+def test_an_invalid_manifest_is_refused(folder, tmp_path):
     manifest = folder / "manifest.json"
     whole = manifest.read_text()
     for wrong, message in (
@@ -362,7 +362,7 @@ def test_a_folder_can_be_moved_and_has_its_tokenizer(folder, bpe, tmp_path):
     assert documents_of(moved)[0] in texts(80)
 
 
-def test_digests_name_the_data(tmp_path, bpe):
+def test_digests_identify_the_data(tmp_path, bpe):
     lines = write_lines(tmp_path / "a.jsonl", texts(30))
     digests = set()
     for i, (documents, options) in enumerate(
@@ -375,10 +375,10 @@ def test_digests_name_the_data(tmp_path, bpe):
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs real data")
-def test_real_text_goes_there_and_back(tmp_path, bpe):
+def test_real_text_survives_a_round_trip(tmp_path, bpe):
     prepare(DATA / "tinyshakespeare.txt", tmp_path / "s", separator="")
     files = TokenFiles(tmp_path / "s")
-    assert 0.98 < files.bytes / (DATA / "tinyshakespeare.txt").stat().st_size < 0.99  # some held out, no blank lines
+    assert 0.98 < files.bytes / (DATA / "tinyshakespeare.txt").stat().st_size < 0.99  # without held-out and blank
     assert documents_of(files)[0] == "First Citizen:\nBefore we proceed any further, hear me speak.\n"
     held = {"validation": DATA / "wikitext2_valid.txt", "test": DATA / "wikitext2_test.txt"}
     prepare(
@@ -392,5 +392,5 @@ def test_real_text_goes_there_and_back(tmp_path, bpe):
 
 
 def write(folder, file):
-    """A text as JSON lines."""
+    """Write a text as JSON Lines."""
     return write_lines(folder / f"{file.stem}.jsonl", [file.read_text()])

@@ -34,7 +34,7 @@ def write_text(file, documents):
 
 
 def write_compressed(file, documents):
-    """By its ending, in two parts one after the other, as `cat` joins them."""
+    """Compressed according to its suffix, as two concatenated streams (as after `cat`)."""
     plain = WRITERS[file.with_suffix("").name.lower()](file.with_suffix(""), documents)
     data, half = plain.read_bytes(), plain.stat().st_size // 2
     plain.unlink()
@@ -66,7 +66,7 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_every_kind_of_file_gives_its_documents_and_goes_on_anywhere(name, tmp_path):
+def test_all_formats_are_read_and_resumed_anywhere(name, tmp_path):
     documents = texts(30)
     WRITERS[name](tmp_path / name, documents)
     how = LocalFormat(separator="")
@@ -81,7 +81,7 @@ def test_every_kind_of_file_gives_its_documents_and_goes_on_anywhere(name, tmp_p
         assert [*read, *second] == documents
 
 
-def test_a_file_is_a_document_or_lines_that_stand_between(tmp_path):
+def test_documents_of_a_text_file(tmp_path):
     (tmp_path / "b.txt").write_text("b\r\n\n")
     (tmp_path / "a.txt").write_text("one\n\n\ntwo\nlines\n  \nthree")
     (tmp_path / "c.other").write_text("c")
@@ -91,7 +91,7 @@ def test_a_file_is_a_document_or_lines_that_stand_between(tmp_path):
     assert list(LocalFormat(pattern="c.*").source_in(tmp_path)) == ["c"]
 
 
-def test_json_is_read_line_by_line_where_it_is_named(tmp_path):
+def test_a_json_file_given_by_name_is_read_as_json_lines(tmp_path):
     file = tmp_path / "c4.00000-of-01024.json.gz"
     file.write_bytes(gzip.compress(write_lines(tmp_path / "a.jsonl", texts(9)).read_bytes()))
     (tmp_path / "a.jsonl").unlink()
@@ -105,7 +105,7 @@ def test_json_is_read_line_by_line_where_it_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl"])
-def test_a_byte_order_mark_is_no_part_of_the_text(name, tmp_path):
+def test_a_byte_order_mark_is_removed(name, tmp_path):
     data = b'{"text": "one\\n"}\r\n{"text": "two\\n"}' if name == "a.jsonl" else b"---\r\none\n---\r\n\r\n---\ntwo\n"
     mark = b"\xef\xbb\xbf"
     (tmp_path / name).write_bytes(gzip.compress(mark + data) if name.endswith("gz") else mark + data)
@@ -116,7 +116,7 @@ def test_a_byte_order_mark_is_no_part_of_the_text(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.zst"])
-def test_a_package_that_is_missing_is_named_before_anything_is_read(name, tmp_path, monkeypatch):
+def test_a_missing_package_is_reported_before_reading(name, tmp_path, monkeypatch):
     (tmp_path / name).touch()
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ModuleNotFoundError, match="expected the package pyarrow"):
@@ -142,7 +142,7 @@ class TestFolders:
         assert sorted(LocalFormat(pattern="deep/*.txt").source_in(folder)) == ["here"]
         assert list(LocalFormat().source_in(folder / "linked"))[:1] == ["there"]
 
-    def test_what_is_not_read_is_named(self, tmp_path):
+    def test_skipped_files_are_listed(self, tmp_path):
         for name in ("a.jsonl", "B.JSONL"):
             write_lines(tmp_path / name, [name])
         (tmp_path / ".git").mkdir()
@@ -154,17 +154,17 @@ class TestFolders:
         assert LocalFormat(pattern="*.jsonl").source_in(tmp_path).skipped == []
 
     @pytest.mark.parametrize("pattern", ["", "/a/*.txt"])
-    def test_a_pattern_that_is_none(self, pattern, tmp_path):
+    def test_an_invalid_pattern_is_refused(self, pattern, tmp_path):
         with pytest.raises(ValueError, match=r'pattern: expected one such as "\*\.txt", got '):
             LocalFormat(pattern=pattern).source_in(tmp_path)
 
-    def test_what_is_neither_file_nor_folder(self, tmp_path):
+    def test_a_special_file_is_refused(self, tmp_path):
         os.mkfifo(tmp_path / "pipe")
         with pytest.raises(ValueError, match="pipe: expected a file or a folder, got neither"):
             LocalFormat().source_in(tmp_path / "pipe")
 
 
-def test_the_library_is_split_as_the_task_splits_it():
+def test_the_library_is_split_like_the_task():
     parts = parts_of("python-library")
     for part, split in zip(parts, ("train", "validation", "test"), strict=True):
         assert part.split == split
@@ -175,7 +175,7 @@ def test_the_library_is_split_as_the_task_splits_it():
         parts_of("python-library", test_share=0.1)
 
 
-def test_given_files_are_held_out_and_not_trained_on(tmp_path):
+def test_given_files_are_held_out_and_excluded_from_training(tmp_path):
     for name in ("a", "b", "c", "held"):
         (tmp_path / f"{name}.txt").write_text(name)
     (tmp_path / "more").mkdir()
@@ -189,7 +189,7 @@ def test_given_files_are_held_out_and_not_trained_on(tmp_path):
         parts_of(tmp_path, test=tmp_path / "held.txt", test_share=0.1)
 
 
-def test_documents_are_held_out_by_what_they_are():
+def test_documents_are_held_out_by_a_hash_of_their_text():
     documents = texts(50)
     holdout = Holdout.of(documents, 0.1, 0.04)
     splits = [holdout.split_of(text) for text in documents]
@@ -208,19 +208,19 @@ def test_documents_are_held_out_by_what_they_are():
         Holdout.of("ab", 0.5, 0.5)
 
 
-def test_a_tokenizer_is_trained_on_training_documents_alone(tmp_path):
+def test_a_tokenizer_is_trained_on_training_documents_only(tmp_path):
     documents = texts(40)
     parts = parts_of(write_lines(tmp_path / "a.jsonl", documents), validation_share=0.2, test_share=0.2)
     assert len(list(training_texts(parts))) == 24
     assert list(training_texts(parts)) == list(training_texts(parts))
 
 
-def test_half_a_character_in_json_is_replaced(tmp_path):
+def test_a_lone_surrogate_in_json_is_replaced(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a\\ud83d"}\n{"text": "\\ud83d\\ude42"}\n')
     assert list(JsonLines([tmp_path / "a.jsonl"], tmp_path)) == ["a\N{REPLACEMENT CHARACTER}", "🙂"]
 
 
-def test_null_is_an_empty_text(tmp_path):
+def test_null_is_read_as_an_empty_text(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": null}\n{"text": "a"}\n')
     assert list(JsonLines([tmp_path / "a.jsonl"], tmp_path)) == ["", "a"]
 
@@ -236,7 +236,7 @@ def test_null_is_an_empty_text(tmp_path):
         ("owner/name", {"separator": ""}),
     ],
 )
-def test_an_option_that_the_source_has_no_use_for_is_refused(source, options, tmp_path):
+def test_an_option_that_the_source_does_not_use_is_refused(source, options, tmp_path):
     (tmp_path / "a.txt").write_text("a")
     write_lines(tmp_path / "a.jsonl", ["a"])
     local = source in ("", "a.txt", "a.jsonl")
@@ -247,7 +247,7 @@ def test_an_option_that_the_source_has_no_use_for_is_refused(source, options, tm
         parts_of(tmp_path / source if local else source, **options)
 
 
-def test_an_option_for_the_held_out_files_alone_is_used(tmp_path):
+def test_an_option_may_apply_to_the_held_out_files_only(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     lines = tmp_path / "b.jsonl"
     lines.write_text('{"body": "b"}\n')
@@ -285,7 +285,7 @@ def test_an_option_for_the_held_out_files_alone_is_used(tmp_path):
         ("a.parquet", b"PAR1 or not", r"a\.parquet: expected a whole Parquet file, got"),
     ],
 )
-def test_a_broken_file_is_named_with_the_place(name, data, message, tmp_path):
+def test_a_damaged_file_is_reported_with_the_position(name, data, message, tmp_path):
     (tmp_path / name).write_bytes(data)
     if name.endswith("parquet"):
         pytest.importorskip("pyarrow")
@@ -293,7 +293,7 @@ def test_a_broken_file_is_named_with_the_place(name, data, message, tmp_path):
         list(LocalFormat().source_in(tmp_path / name))
 
 
-def test_wrong_columns_folders_and_names_are_told(tmp_path):
+def test_errors_for_wrong_columns_folders_and_names(tmp_path):
     write_parquet(tmp_path / "a.parquet", ["a"])
     with pytest.raises(ValueError, match=r"a\.parquet: expected a field 'body', got 'text', 'n'; name"):
         list(LocalFormat(text_field="body").source_in(tmp_path))
@@ -318,7 +318,7 @@ def test_wrong_columns_folders_and_names_are_told(tmp_path):
 
 @pytest.fixture
 def hub(tmp_path):
-    """A dataset of several files, as it lies on the hub."""
+    """A dataset of several files, as on the hub."""
     pytest.importorskip("datasets")
     folder = tmp_path / "hub"
     folder.mkdir()
@@ -330,7 +330,7 @@ def hub(tmp_path):
 
 
 @pytest.mark.parametrize("done", [0, 1, 20, 33, 60])
-def test_a_dataset_of_the_hub_goes_on_anywhere(hub, done):
+def test_a_hub_dataset_resumes_anywhere(hub, done):
     name, documents = hub
     first = Hub(name)
     rows = iter(first)
@@ -342,7 +342,7 @@ def test_a_dataset_of_the_hub_goes_on_anywhere(hub, done):
     assert list(Hub(name, split="test")) == ["held out"]
 
 
-def test_what_the_hub_does_not_have_is_told(hub, monkeypatch):
+def test_errors_for_what_the_hub_does_not_have(hub, monkeypatch):
     name, _ = hub
     with pytest.raises(ValueError, match=r"which could not be loaded \(ValueError: Bad split: tset"):
         list(Hub(name, split="tset"))
@@ -354,8 +354,8 @@ def test_what_the_hub_does_not_have_is_told(hub, monkeypatch):
         list(Hub("no/such"))
 
 
-def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
-    """Not for a minute by each library; what is set for that is set back."""
+def test_an_unreachable_hub_is_checked_once(monkeypatch):
+    """Libraries do not retry for a minute each; settings are restored afterwards."""
     constants = pytest.importorskip("huggingface_hub.constants")
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -372,7 +372,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
     assert (constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE) == (False, False)
 
 
-def test_a_network_that_fails_half_way_is_told(hub, monkeypatch):
+def test_a_network_failure_while_reading_is_reported(hub, monkeypatch):
     class Failing:
         def __iter__(self):
             yield {"text": "a"}

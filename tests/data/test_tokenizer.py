@@ -19,7 +19,7 @@ def streamed(tokenizer, ids):
 
 
 @given(text=TEXT)
-def test_bytes_go_there_and_back(text):
+def test_bytes_survive_a_round_trip(text):
     bytes_ = load_tokenizer("bytes")
     assert bytes_.encode(text) == list(text.encode()) == bytes_.encode_batch([text])[0].tolist()
     assert bytes_.decode(bytes_.encode(text)) == text
@@ -28,7 +28,7 @@ def test_bytes_go_there_and_back(text):
 
 
 @given(text=TEXT)
-def test_bpe_goes_there_and_back_whatever_it_was_trained_on(text, bpe):
+def test_any_text_survives_a_round_trip_through_bpe(text, bpe):
     tokenizer = load_tokenizer(bpe)
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
@@ -38,7 +38,7 @@ def test_bpe_goes_there_and_back_whatever_it_was_trained_on(text, bpe):
 
 
 @pytest.mark.parametrize("name", ["bytes", "bpe"])
-def test_a_character_is_told_when_it_is_whole(name, bpe):
+def test_a_stream_returns_complete_characters(name, bpe):
     tokenizer = load_tokenizer("bytes" if name == "bytes" else bpe)
     assert streamed(tokenizer, tokenizer.encode("ф𝄞"))[-2:] == ["𝄞", ""]
     half = tokenizer.encode("ф𝄞")[:-1]
@@ -47,7 +47,7 @@ def test_a_character_is_told_when_it_is_whole(name, bpe):
     assert tokenizer.decode(half).startswith("ф\N{REPLACEMENT CHARACTER}")
 
 
-def test_a_word_that_looks_like_the_end_of_a_text_is_text(bpe):
+def test_a_special_token_spelled_out_is_text(bpe):
     tokenizer = load_tokenizer(bpe)
     assert tokenizer.eos_id == 0
     ids = tokenizer.encode("a<|endoftext|>b")
@@ -56,7 +56,7 @@ def test_a_word_that_looks_like_the_end_of_a_text_is_text(bpe):
     assert tokenizer.decode([*ids, tokenizer.eos_id]) == "a<|endoftext|>b"
 
 
-def test_transformers_reads_what_was_trained(bpe):
+def test_transformers_loads_a_trained_tokenizer(bpe):
     transformers = pytest.importorskip("transformers")
     theirs, ours = transformers.AutoTokenizer.from_pretrained(bpe), load_tokenizer(bpe)
     text = "Naïve  memory,\n\n\tdef f(x): 日本 <|endoftext|"
@@ -65,7 +65,7 @@ def test_transformers_reads_what_was_trained(bpe):
     assert (theirs.eos_token_id, len(theirs)) == (ours.eos_id, ours.vocab_size)
 
 
-def test_a_copy_is_the_same_tokenizer(bpe, tmp_path):
+def test_a_saved_tokenizer_is_the_same(bpe, tmp_path):
     tokenizer = load_tokenizer(bpe)
     tokenizer.save(tmp_path / "copy")
     for place in (tmp_path / "copy", tmp_path / "copy" / "tokenizer.json"):
@@ -78,7 +78,7 @@ def test_a_copy_is_the_same_tokenizer(bpe, tmp_path):
     assert other.digest != tokenizer.digest
 
 
-def test_a_tokenizer_that_only_transformers_knows(tmp_path):
+def test_a_slow_tokenizer_of_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
     transformers.ByT5Tokenizer().save_pretrained(tmp_path / "byt5")
     tokenizer = load_tokenizer(tmp_path / "byt5")
@@ -100,7 +100,7 @@ def test_the_same_texts_give_the_same_tokenizer(bpe, tmp_path):
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
 
 
-def test_training_reads_no_more_than_it_should(tmp_path):
+def test_training_stops_reading_at_the_limit(tmp_path):
     def counted():
         for text in texts():
             read.append(text)
@@ -111,7 +111,7 @@ def test_training_reads_no_more_than_it_should(tmp_path):
     assert sum(len(text.encode()) for text in read[:-1]) < 100 <= sum(len(text.encode()) for text in read)
 
 
-def test_mistakes_are_told(bpe, tmp_path):
+def test_errors(bpe, tmp_path):
     with pytest.raises(ValueError, match=r"vocabulary: expected at least 257 .* got 256"):
         train_tokenizer(["a"], 256, tmp_path / "new")
     with pytest.raises(FileExistsError, match="expected a new or empty folder"):
@@ -123,7 +123,7 @@ def test_mistakes_are_told(bpe, tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_a_name_that_is_not_there_is_told(monkeypatch):
+def test_an_unknown_name_is_refused(monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"tokenizer: expected bytes, .* got 'no/such', which could not be loaded"):

@@ -27,7 +27,7 @@ def test_a_permutation_is_a_bijection(size, key):
 
 
 @given(key=st.integers(0, 2**64 - 1), places=st.sets(st.integers(0, 10**12 - 1), min_size=2, max_size=50))
-def test_of_a_great_size_too(key, places):
+def test_a_permutation_of_a_large_size_is_injective(key, places):
     out = permute(np.array(sorted(places)), 10**12, key)
     assert len(set(out.tolist())) == len(places)
     assert out.min() >= 0
@@ -35,7 +35,7 @@ def test_of_a_great_size_too(key, places):
 
 
 def test_a_permutation_mixes():
-    """Each place is taken by each window about equally often over many keys (χ² within five deviations)."""
+    """Over many keys, each window is equally frequent at each position (χ² within five standard deviations)."""
     for size in (5, 12):
         counts = np.zeros((size, size))
         for key in range(2000):
@@ -46,7 +46,7 @@ def test_a_permutation_mixes():
 
 
 @given(data=st.data(), length=st.integers(1, 400), ranks=st.integers(1, 4), seed=st.integers(0, 3))
-def test_every_window_once_an_epoch_whatever_the_ranks(data, length, ranks, seed, files):
+def test_every_window_occurs_once_per_epoch_with_any_number_of_ranks(data, length, ranks, seed, files):
     windows = Windows(files, length, seed)
     rows = ranks * data.draw(st.integers(1, 5))
     epoch = data.draw(st.integers(0, 3))
@@ -64,7 +64,7 @@ def test_every_window_once_an_epoch_whatever_the_ranks(data, length, ranks, seed
 
 
 @given(length=st.integers(1, 400), index=st.integers(0, 50))
-def test_resets_stand_where_documents_begin_and_no_target_crosses(length, index, files):
+def test_resets_mark_document_starts_and_no_target_crosses_them(length, index, files):
     whole, begins = files.read(0, len(files))
     windows = Windows(files, length)
     batch = windows.batch(index, 3)
@@ -86,7 +86,7 @@ def test_epochs_and_seeds_differ_and_a_batch_is_always_the_same(files):
 
 
 @given(length=st.integers(1, 60), rows=st.integers(1, 6))
-def test_a_stream_goes_on_where_it_ended(length, rows, files):
+def test_a_stream_continues_where_the_last_batch_ended(length, rows, files):
     whole, begins = files.read(0, len(files))
     stream = Stream(files, length, rows)
     batches = [stream.batch(i) for i in range(2 * len(stream))]
@@ -103,7 +103,7 @@ def test_a_stream_goes_on_where_it_ended(length, rows, files):
         assert torch.equal(stream.batch(3).inputs, torch.cat([part.inputs for part in parts]))
 
 
-def test_the_end_of_a_document_is_asked_for_and_the_next_ones_beginning_is_not(tmp_path, bpe):
+def test_the_eos_token_is_a_target_and_the_first_token_of_a_document_is_not(tmp_path, bpe):
     folder = tmp_path / "text"
     folder.mkdir()
     for name in "ab":
@@ -118,7 +118,7 @@ def test_the_end_of_a_document_is_asked_for_and_the_next_ones_beginning_is_not(t
     assert batch.resets[0].nonzero()[:, 0].tolist() == [0, len(first) + 1]
 
 
-def test_mistakes_are_told(files):
+def test_errors(files):
     with pytest.raises(ValueError, match=rf"length: expected from 1 to {len(files) - 1}, because the train split"):
         Windows(files, len(files))
     with pytest.raises(ValueError, match=r"rows: expected a multiple of the 2 ranks, got 3"):
@@ -129,7 +129,7 @@ def test_mistakes_are_told(files):
         Stream(files, len(files), 1)
 
 
-def test_a_damaged_file_of_the_right_size_is_named(tmp_path, bpe):
+def test_a_damaged_file_of_the_right_size_is_reported(tmp_path, bpe):
     (tmp_path / "a.txt").write_text("a text of some tokens")
     prepare(tmp_path / "a.txt", tmp_path / "d", tokenizer=bpe, validation_share=0, test_share=0)
     file = tmp_path / "d" / "train-00000.tokens"
@@ -141,7 +141,7 @@ def test_a_damaged_file_of_the_right_size_is_named(tmp_path, bpe):
         files.read(0, len(files))
 
 
-def test_reading_across_shards_is_reading_the_whole(files):
+def test_reading_across_shards_equals_reading_everything(files):
     whole, begins = files.read(0, len(files))
     assert len(files.ends) > 2
     assert begins.sum() == files.documents

@@ -22,22 +22,24 @@ def tiny(seed: int = 0, **more) -> HQLTForCausalLM:
 
 
 def test_the_same_seed_trains_the_same_model_bit_for_bit():
-    losses = [[told.loss for told in fit(tiny(), TASK, BUDGET, seed=1) if not isinstance(told, Fit)] for _ in range(2)]
+    losses = [
+        [update.loss for update in fit(tiny(), TASK, BUDGET, seed=1) if not isinstance(update, Fit)] for _ in range(2)
+    ]
     assert losses[0] == losses[1]
-    other = [told.loss for told in fit(tiny(), TASK, BUDGET, seed=2) if not isinstance(told, Fit)]
+    other = [update.loss for update in fit(tiny(), TASK, BUDGET, seed=2) if not isinstance(update, Fit)]
     assert losses[0] != other
 
 
 def test_the_best_checkpoint_by_validation_is_tested():
     model = tiny()
     *progress, result = fit(model, TASK, BUDGET, seed=0)
-    taken = {told.step: told.validation for told in progress if told.validation is not None}
+    taken = {update.step: update.validation for update in progress if update.validation is not None}
     assert list(taken) == [2, 4, 6]
     assert result.validation.value == max(taken.values()) == taken[result.best_step]
     assert result.best_step == min(step for step, value in taken.items() if value == max(taken.values()))
 
 
-def test_learning_rate_warms_up_and_falls_by_a_cosine():
+def test_learning_rate_has_linear_warmup_and_cosine_decay():
     budget = Budget(steps=100, batch_size=1, learning_rate=2.0, warmup_ratio=0.1)
     rates = [budget.learning_rate_at(step) for step in range(100)]
     assert rates[0] == pytest.approx(0.2)
@@ -49,7 +51,7 @@ def test_learning_rate_warms_up_and_falls_by_a_cosine():
     assert {constant.learning_rate_at(step) for step in range(10, 100)} == {2.0}
 
 
-def test_gradients_are_really_clipped(monkeypatch):
+def test_gradients_are_clipped_to_the_maximum_norm(monkeypatch):
     seen = []
     step = torch.optim.AdamW.step
 
@@ -60,8 +62,8 @@ def test_gradients_are_really_clipped(monkeypatch):
 
     monkeypatch.setattr(torch.optim.AdamW, "step", watch)
     budget = Budget(steps=3, batch_size=8, max_grad_norm=1e-3, validations=1, validation_rows=4, test_rows=4)
-    told = [told for told in fit(tiny(), TASK, budget, seed=0) if not isinstance(told, Fit)]
-    assert all(t.gradient_norm > 1e-3 for t in told)
+    updates = [update for update in fit(tiny(), TASK, budget, seed=0) if not isinstance(update, Fit)]
+    assert all(t.gradient_norm > 1e-3 for t in updates)
     assert seen == pytest.approx([1e-3] * 3, rel=1e-2)
 
 
@@ -70,13 +72,13 @@ def test_an_update_whose_gradient_is_not_finite_is_skipped_and_counted():
     model.lm_head.weight.register_hook(lambda grad: grad * torch.nan)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     budget = Budget(steps=2, batch_size=4, validations=1, validation_rows=4, test_rows=4)
-    told = [progress for progress in fit(model, TASK, budget, seed=0) if not isinstance(progress, Fit)]
-    assert [progress.skipped for progress in told] == [1, 2]
+    updates = [progress for progress in fit(model, TASK, budget, seed=0) if not isinstance(progress, Fit)]
+    assert [progress.skipped for progress in updates] == [1, 2]
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
-def test_the_average_of_the_weights_is_scored_and_kept():
-    """ā_i = d ā_{i−1} + (1 − d) a_i with d = min(ema_decay, i / (i + 9)); training itself does not change."""
+def test_the_moving_average_of_the_weights_is_evaluated_and_saved():
+    """ā_i = d ā_{i−1} + (1 − d) a_i with d = min(ema_decay, i / (i + 9)); training itself is not affected."""
     budget = dataclasses.replace(BUDGET, validations=1)
     model, averaged = tiny(), tiny()
     expected = {name: weight.detach().clone() for name, weight in model.named_parameters()}
@@ -86,8 +88,8 @@ def test_the_average_of_the_weights_is_scored_and_kept():
         strict=True,
     )
     for i in range(1, budget.steps + 1):
-        raw, told = next(both)
-        assert raw.loss == told.loss
+        raw, smoothed = next(both)
+        assert raw.loss == smoothed.loss
         decay = min(0.3, i / (i + 9))
         for name, weight in model.named_parameters():
             expected[name] = decay * expected[name] + (1 - decay) * weight.detach()
@@ -96,7 +98,7 @@ def test_the_average_of_the_weights_is_scored_and_kept():
         assert torch.allclose(weight, expected[name], atol=1e-6), name
 
 
-def test_a_curriculum_begins_short_and_ends_at_the_tasks_own_lengths():
+def test_a_curriculum_grows_to_the_full_lengths_of_the_task():
     budget = Budget(steps=100, batch_size=1, curriculum=0.5)
     task = Parity(train_lengths=(3, 40))
     longest = [budget.task_at(task, step).train_lengths[1] for step in range(100)]
@@ -109,26 +111,26 @@ def test_a_curriculum_begins_short_and_ends_at_the_tasks_own_lengths():
 
 
 @pytest.mark.parametrize("blend", ["synchronous", "delayed-streaming", "delayed-chunk"])
-def test_packing_leaves_the_loss_as_it_is(blend):
+def test_packing_does_not_change_the_loss(blend):
     config = tiny().config
     config.blend, config.conv_size = blend, 3
     model = HQLTForCausalLM(config).double()
     batch = Parity(labels="prefix").sample(generator_for("train", 0), 9, "train")
     assert loss_of(model, batch).item() == pytest.approx(loss_of(model, batch.packed()).item(), abs=1e-6)
-    told = [*fit(tiny(), TASK, dataclasses.replace(BUDGET, pack=True), seed=0)]
-    assert told[0].loss == pytest.approx(next(fit(tiny(), TASK, BUDGET, seed=0)).loss, rel=1e-5)
+    updates = [*fit(tiny(), TASK, dataclasses.replace(BUDGET, pack=True), seed=0)]
+    assert updates[0].loss == pytest.approx(next(fit(tiny(), TASK, BUDGET, seed=0)).loss, rel=1e-5)
 
 
-def test_bfloat16_activations_leave_float32_weights():
+def test_weights_stay_float32_with_bfloat16_activations():
     model = tiny()
-    told = [*fit(model, TASK, dataclasses.replace(BUDGET, precision="bfloat16"), seed=0)]
+    updates = [*fit(model, TASK, dataclasses.replace(BUDGET, precision="bfloat16"), seed=0)]
     exact = [*fit(tiny(), TASK, BUDGET, seed=0)]
-    assert told[0].loss != exact[0].loss
-    assert told[0].loss == pytest.approx(exact[0].loss, rel=0.05)
+    assert updates[0].loss != exact[0].loss
+    assert updates[0].loss == pytest.approx(exact[0].loss, rel=0.05)
     assert all(weight.dtype == torch.float32 for weight in model.parameters())
 
 
-def test_only_matrices_decay():
+def test_only_linear_layers_have_weight_decay():
     model = tiny()
     decayed, free = parameter_groups(model, 0.1)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -140,7 +142,7 @@ def test_only_matrices_decay():
 
 
 @pytest.mark.parametrize("metric", ["bits", "accuracy"])
-def test_a_score_that_is_not_a_number_is_never_the_best(metric):
+def test_a_nan_score_is_never_the_best(metric):
     number, nan = Score(metric, 0.5, []), Score(metric, float("nan"), [])
     assert number.better_than(nan)
     assert not nan.better_than(number)

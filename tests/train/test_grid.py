@@ -24,12 +24,12 @@ def others(**changes):
     return dataclasses.replace(CELL, **changes)
 
 
-def test_a_grid_runs_in_parallel_and_a_finished_cell_never_again(tmp_path):
+def test_a_grid_runs_in_parallel_and_reuses_finished_cells(tmp_path):
     cells = [CELL, others(seed=1)]
-    told = []
-    first = run_grid(cells, tmp_path, 2, told.append)
+    events = []
+    first = run_grid(cells, tmp_path, 2, events.append)
     assert [result.cell for result in first] == cells
-    assert sum(isinstance(t, Event) for t in told) == 8
+    assert sum(isinstance(event, Event) for event in events) == 8
     assert HQLTForCausalLM.from_pretrained(tmp_path / "models" / CELL.name).num_parameters() == first[0].parameters
 
     more = []
@@ -39,39 +39,39 @@ def test_a_grid_runs_in_parallel_and_a_finished_cell_never_again(tmp_path):
     assert again[0].history[0]._asdict() == first[0].history[0]._asdict()
 
 
-def test_a_result_of_a_version_that_knew_fewer_settings_is_taken(tmp_path):
-    run_grid([CELL], tmp_path, 1, lambda told: None)
+def test_a_result_of_an_earlier_version_with_fewer_settings_is_reused(tmp_path):
+    run_grid([CELL], tmp_path, 1, lambda event: None)
     place = tmp_path / "cells" / f"{CELL.name}.json"
-    kept = json.loads(place.read_text())
-    del kept["cell"]["switched"], kept["cell"]["trained_as"]
-    place.write_text(json.dumps(kept))
+    saved = json.loads(place.read_text())
+    del saved["cell"]["switched"], saved["cell"]["trained_as"]
+    place.write_text(json.dumps(saved))
     assert load_result(tmp_path, CELL) is not None
     with pytest.raises(ValueError, match="has the result of a cell with other settings"):
         load_result(tmp_path, others(trained_as="another", model=CELL.model))
 
 
-def test_a_result_knows_what_is_held_of_a_sequence(tmp_path):
-    """Two matrices of 8 × 8, three pairs and the position; with full attention it has no bound."""
+def test_a_result_has_the_size_of_the_state(tmp_path):
+    """Two 8 × 8 matrices, three KV entries and the position; full attention is unbounded."""
     grows = others(model="Transformer", config={**CELL.config, "layer_kinds": ["kv"]})
-    first, second = run_grid([CELL, grows], tmp_path, 2, lambda told: None)
+    first, second = run_grid([CELL, grows], tmp_path, 2, lambda event: None)
     assert first.state_bytes == 4 * (2 * 8 * 8 + 3 * 2 * 16) + 8
     assert second.state_bytes is None
     for result in (first, second):
         assert load_result(tmp_path, result.cell).state_bytes == result.state_bytes
 
 
-def test_a_result_does_not_depend_on_its_neighbours(tmp_path):
-    alone = run_grid([others(seed=3)], tmp_path / "alone", 1, lambda told: None)
-    beside = run_grid([CELL, others(seed=3)], tmp_path / "beside", 2, lambda told: None)
-    assert alone[0].fit.test.value == beside[1].fit.test.value
-    assert [p.loss for p in alone[0].history] == [p.loss for p in beside[1].history]
+def test_a_result_does_not_depend_on_other_cells(tmp_path):
+    alone = run_grid([others(seed=3)], tmp_path / "alone", 1, lambda event: None)
+    together = run_grid([CELL, others(seed=3)], tmp_path / "together", 2, lambda event: None)
+    assert alone[0].fit.test.value == together[1].fit.test.value
+    assert [p.loss for p in alone[0].history] == [p.loss for p in together[1].history]
 
 
-def test_a_killed_worker_costs_its_cell_a_try_and_no_more(tmp_path):
+def test_the_cell_of_a_killed_worker_is_run_again(tmp_path):
     killed = []
 
-    def kill_the_first(told):
-        if isinstance(told, Event) and not killed:
+    def kill_the_first(event):
+        if isinstance(event, Event) and not killed:
             (worker,) = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and is_worker(int(pid))]
             os.kill(worker, signal.SIGKILL)
             killed.append(worker)
@@ -85,7 +85,7 @@ def test_a_killed_worker_costs_its_cell_a_try_and_no_more(tmp_path):
 
 
 def is_worker(pid: int) -> bool:
-    """Whether a process is a child of our fork server, which forks one for each cell."""
+    """Whether a process is a child of the fork server, which forks one process per cell."""
     try:
         parent = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
         return "forkserver" in Path(f"/proc/{parent}/cmdline").read_text() and is_child_of(parent, os.getpid())
@@ -97,20 +97,20 @@ def is_child_of(pid: int, parent: int) -> bool:
     return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1]) == parent
 
 
-def test_a_cell_that_cannot_run_is_named_with_its_reason(tmp_path):
+def test_a_cell_that_fails_is_reported_with_the_reason(tmp_path):
     bad = others(task_options={"train_lengths": [3, 6], "test_lengths": [6]})
     with pytest.raises(RuntimeError, match=rf"1 of 2 cells failed 2 times:\n{bad.name}[^$]*test_lengths: expected"):
-        run_grid([bad, others(seed=1)], tmp_path, 2, lambda told: None)
+        run_grid([bad, others(seed=1)], tmp_path, 2, lambda event: None)
     assert (tmp_path / "cells" / f"{others(seed=1).name}.json").exists()
 
 
 def test_fewer_than_one_worker_is_refused(tmp_path):
     with pytest.raises(ValueError, match="workers: expected at least 1, got -1"):
-        run_grid([CELL], tmp_path, -1, lambda told: None)
+        run_grid([CELL], tmp_path, -1, lambda event: None)
 
 
-def test_another_experiment_in_the_folder_is_refused(tmp_path):
-    run_grid([CELL], tmp_path, 1, lambda told: None)
+def test_results_of_other_settings_in_the_folder_are_refused(tmp_path):
+    run_grid([CELL], tmp_path, 1, lambda event: None)
     changed = others(budget=dataclasses.replace(CELL.budget, steps=5))
     with pytest.raises(ValueError, match="other settings"):
-        run_grid([changed], tmp_path, 1, lambda told: None)
+        run_grid([changed], tmp_path, 1, lambda event: None)

@@ -1,4 +1,4 @@
-"""A line that moves."""
+"""The live status line."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from hqlt.train.live import LiveLine, fit_into_width
 WORDS = ["loss 1.234 nats/token", "12,345 tokens/s", "12% of peak", "gradient 0.12", "1,234 MiB"]
 
 
-def test_whole_words_and_the_first_of_them():
+def test_only_complete_values_are_shown_the_first_ones_first():
     assert fit_into_width(WORDS, 38) == "loss 1.234 nats/token  12,345 tokens/s"
     assert fit_into_width(WORDS, 37) == "loss 1.234 nats/token"
     assert fit_into_width(WORDS, 3) == ""
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 100, 200])
-def test_the_line_is_one_line_at_any_width(width):
+def test_the_status_is_one_line_at_any_width(width):
     console = Console(file=io.StringIO(), force_terminal=True, width=width, legacy_windows=False)
     with LiveLine(console, 10_000, 0) as line:
         line.show(123, WORDS)
@@ -31,7 +31,7 @@ def test_the_line_is_one_line_at_any_width(width):
     assert all(word in only for word in WORDS) == (width == 200)
 
 
-def test_a_log_gets_whole_lines():
+def test_a_log_gets_complete_lines():
     file = io.StringIO()
     with LiveLine(Console(file=file, width=40, soft_wrap=True), 10, 0) as line:
         line.show(1, WORDS)

@@ -1,4 +1,4 @@
-"""A small text, a small model, and the command line in processes of its own."""
+"""A small text, a small model, and the command line in separate processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMALL = [
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory) -> Path:
-    """A folder of tokens: documents of counting, some thousand bytes each."""
+    """A data folder: documents of consecutive numbers, about a thousand bytes each."""
     folder = tmp_path_factory.mktemp("text")
     (folder / "in").mkdir()
     for i in range(30):
@@ -39,7 +39,7 @@ def command(text: Path, folder: Path, *options: str, processes: int | None = Non
 
 
 def train(text: Path, folder: Path, *options: str, processes: int | None = None, status: int = 0) -> str:
-    """Run to the end; → what it printed."""
+    """Run to the end and return the output."""
     ran = subprocess.run(
         command(text, folder, *options, processes=processes),
         env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -1,4 +1,4 @@
-"""The recipes that come with the project."""
+"""The included configs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONFIGS = Path(hqlt.__file__).parent / "configs"
 
 
 @pytest.mark.parametrize("size", ["340m", "1.3b"])
-def test_the_papers_recipe(size):
+def test_the_recipe_of_the_paper(size):
     settings = TrainSettings(**yaml.safe_load((CONFIGS / f"hqlt-{size}.yaml").read_text()))
     assert settings.batch_size * settings.length == pytest.approx(524_288, rel=0.01)
     assert settings.micro_batches(8)[1] == settings.micro_batch_size
@@ -29,7 +29,7 @@ def test_the_papers_recipe(size):
 
 @pytest.mark.slow
 def test_one_update_of_the_340m_model_at_full_width(tmp_path):
-    """24 layers of 1,024, in float32: some 8 GB, and a minute or two."""
+    """24 layers of width 1,024 in float32: about 8 GB and one or two minutes."""
     (tmp_path / "in").mkdir()
     for i in range(8):
         (tmp_path / "in" / f"{i}.txt").write_text(f"{i} " * 2000)

@@ -1,4 +1,4 @@
-"""Blocks that are compiled, checkpointed and sharded at once, on a process group that is not there."""
+"""Blocks with compilation, activation checkpointing and sharding combined, on a fake process group."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def mesh() -> Iterator[DeviceMesh]:
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch's tracer warns itself
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("checkpoints", [False, True])
-def test_a_block_is_one_graph(mesh, checkpoints):
+def test_a_block_compiles_to_one_graph(mesh, checkpoints):
     small = {"hidden_size": 32, "num_heads": 2, "num_hidden_layers": 2, "window": 4, "intermediate_size": 32}
     settings = TrainSettings(compile=True, precision="bfloat16", activation_checkpointing=checkpoints)
     strictly = partial(nn.Module.compile, backend="aot_eager", fullgraph=True)

@@ -30,7 +30,7 @@ def tokens_of(folder: Path, split) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["book.txt", "book"])
-def test_a_text_is_cut_once_at_the_end_of_a_line(tmp_path, name):
+def test_a_text_is_split_once_at_a_line_end(tmp_path, name):
     file = tmp_path / name
     file.write_text(TEXT)
     (tmp_path / "run").mkdir()
@@ -43,13 +43,13 @@ def test_a_text_is_cut_once_at_the_end_of_a_line(tmp_path, name):
     assert prepare_file(file, tmp_path / "run") == data
 
 
-def test_without_lines_it_is_cut_between_characters(tmp_path):
+def test_a_text_without_lines_is_split_between_characters(tmp_path):
     parts = split_text("漢" * 100, tmp_path)
     assert (len(parts["train"]), len(parts["validation"])) == (90, 10)
     assert split_text("ab", tmp_path) == {"train": "a", "validation": "b"}
 
 
-def test_a_text_that_was_changed_is_another_run(tmp_path):
+def test_a_changed_text_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text(TEXT)
     prepare_file(tmp_path / "a.txt", tmp_path)
     (tmp_path / "a.txt").write_text(TEXT.replace("squared", "SQUARED"))
@@ -57,30 +57,30 @@ def test_a_text_that_was_changed_is_another_run(tmp_path):
         prepare_file(tmp_path / "a.txt", tmp_path)
 
 
-def test_other_documents_are_held_out_as_data_prepare_does(tmp_path):
+def test_other_files_are_split_as_by_data_prepare(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(30)))
     data = prepare_file(tmp_path / "a.jsonl", tmp_path / "run")
     assert TokenFiles(data, "test").documents == 1
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [(None, "found nothing at"), (b"", "of 0 characters"), (b"\xff\xfe\x00abc", "UTF-8"), ("folder", "data prepare")],
     ids=["missing", "empty", "binary", "folder"],
 )
-def test_what_is_no_text_is_refused_and_leaves_nothing(tmp_path, content, said):
+def test_invalid_text_is_refused_and_no_folder_is_created(tmp_path, content, message):
     file = tmp_path / "book.txt"
     if isinstance(content, bytes):
         file.write_bytes(content)
     elif content is not None:
         file.mkdir()
-    with pytest.raises(ValueError, match=said) as refused:
+    with pytest.raises(ValueError, match=message) as refused:
         run(settings(file), tmp_path / "runs" / "new")
     assert "book.txt" in str(refused.value)
     assert not (tmp_path / "runs").exists()
 
 
-def test_one_line_from_a_text_to_a_sample_and_the_next_command(tmp_path):
+def test_one_command_trains_on_a_text_and_shows_a_sample(tmp_path):
     (tmp_path / "my book.txt").write_text(TEXT)
     options = [f"--model={json.dumps(SMALL)}", "--length=24", "--batch-size=4", "--steps=2"]
     hqlt = [sys.executable, "-m", "hqlt"]
@@ -95,19 +95,19 @@ def test_one_line_from_a_text_to_a_sample_and_the_next_command(tmp_path):
     assert "A sample" in report and prompt in report
 
 
-def test_a_run_whose_model_keeps_entries_shows_which(tmp_path):
+def test_the_report_shows_which_entries_are_kept(tmp_path):
     (tmp_path / "a.txt").write_text(TEXT)
     run(settings(tmp_path / "a.txt", model={**SMALL, "retention": "surprise", "kept": 3}), tmp_path / "run")
     assert "Which KV entries are kept" in (tmp_path / "run" / "report.html").read_text()
     assert (tmp_path / "run" / "kept.png").is_file()
 
 
-def test_a_sample_cannot_control_the_terminal():
+def test_control_characters_in_a_sample_are_replaced():
     assert printable("a\n\tβ\x1b[31m\x07") == "a\n\tβ\ufffd[31m\ufffd"
 
 
 @pytest.mark.parametrize("number", [512, None])
-def test_the_vocabulary_is_the_datas(tmp_path, number):
+def test_the_default_vocabulary_size_is_that_of_the_data(tmp_path, number):
     from hqlt.data import parts_of, prepare, train_tokenizer, training_texts
 
     (tmp_path / "a.txt").write_text(TEXT * 3)
@@ -124,7 +124,7 @@ def test_the_vocabulary_is_the_datas(tmp_path, number):
         run(settings(tmp_path / "tokens", model={**SMALL, "vocab_size": 256}, length=8), tmp_path / "other")
 
 
-def test_a_run_that_diverged_says_so(tmp_path, monkeypatch):
+def test_divergence_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text(TEXT)
     monkeypatch.setattr("hqlt.train.language.trainer.PATIENCE", 3)
     with pytest.raises(ValueError, match=r"training diverged: 3 of 4 updates .* --learning-rate below 1e\+30"):

@@ -1,4 +1,4 @@
-"""The command as a user runs it: to the end, killed and gone on with, on one process and on two."""
+"""The command as a user runs it: to the end, killed and resumed, with one process and with two."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tests.train.language.conftest import command, losses, train
 
 @pytest.fixture(scope="module")
 def whole(text, tmp_path_factory):
-    """A run that nothing interrupted."""
+    """A run without interruption."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     train(text, folder)
     return folder
 
 
-def test_leaves_what_a_user_looks_for(whole):
+def test_the_files_of_a_run(whole):
     assert {"config.json", "metrics.jsonl", "results.json", "README.md", "curves.png", "report.html"} <= {
         path.name for path in whole.iterdir()
     }
@@ -34,7 +34,7 @@ def test_leaves_what_a_user_looks_for(whole):
     assert 0 < results["test_bits_per_byte"] < 8
 
 
-def test_the_model_loads_as_any_other(whole):
+def test_the_model_loads_with_auto_classes(whole):
     from transformers import AutoModelForCausalLM
 
     import hqlt  # noqa: F401
@@ -44,7 +44,7 @@ def test_the_model_loads_as_any_other(whole):
 
 
 @pytest.mark.parametrize("options", [(), ("--carry-state=true", "--micro-batch-size=4")], ids=["windows", "carried"])
-def test_killed_at_any_moment_the_curve_goes_on_bit_for_bit(text, whole, tmp_path, options):
+def test_a_killed_run_resumes_bit_for_bit(text, whole, tmp_path, options):
     expected = whole
     if options:
         train(text, expected := tmp_path / "whole", *options)
@@ -68,7 +68,7 @@ def test_killed_at_any_moment_the_curve_goes_on_bit_for_bit(text, whole, tmp_pat
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
-def test_a_signal_saves_and_leaves(text, whole, tmp_path, number):
+def test_a_signal_saves_and_stops(text, whole, tmp_path, number):
     folder = tmp_path / "run"
     process = subprocess.Popen(
         command(text, folder, "--steps=100000"),
@@ -88,7 +88,7 @@ def test_a_signal_saves_and_leaves(text, whole, tmp_path, number):
     assert (folder / "checkpoints" / f"step-{done:08d}").is_dir()
 
 
-def test_a_second_ctrl_c_leaves_at_once(text, tmp_path):
+def test_a_second_ctrl_c_stops_at_once(text, tmp_path):
     folder = tmp_path / "run"
     process = subprocess.Popen(
         command(text, folder, "--batch-size=4096", "--warmup-steps=0"),  # updates of many seconds
@@ -133,7 +133,7 @@ def same_run(ours, theirs):
     ],
     ids=["sharded", "accumulated", "recomputed", "replicated", "carried"],
 )
-def test_two_processes_are_one(text, whole, tmp_path, options):
+def test_two_processes_give_the_result_of_one(text, whole, tmp_path, options):
     alone = whole
     if "--carry-state=true" in options:
         train(text, alone := tmp_path / "alone", "--carry-state=true")
@@ -142,7 +142,7 @@ def test_two_processes_are_one(text, whole, tmp_path, options):
 
 
 @pytest.mark.parametrize("options", [(), ("--carry-state=true",)], ids=["windows", "carried"])
-def test_goes_on_with_another_number_of_processes(text, tmp_path, options):
+def test_a_run_resumes_with_another_number_of_processes(text, tmp_path, options):
     train(text, alone := tmp_path / "alone", *options)
     folder = tmp_path / "run"
     train(text, folder, *options, "--steps=4", "--min-lr-ratio=1", processes=2)
@@ -161,6 +161,6 @@ def test_bfloat16_on_one_process_and_on_two(text, tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_blocks_learn_the_same(text, whole, tmp_path):
+def test_compiled_blocks_give_the_same_result(text, whole, tmp_path):
     train(text, tmp_path / "run", "--compile=true")
     assert losses(tmp_path / "run") == pytest.approx(losses(whole), rel=1e-5)

@@ -1,4 +1,4 @@
-"""What goes wrong, and what is told then."""
+"""The trainer, and its errors."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def run(text, tmp_path):
     return tmp_path
 
 
-def test_a_gradient_that_is_not_finite_is_left_out(text, tmp_path):
+def test_an_update_with_a_nonfinite_gradient_is_skipped(text, tmp_path):
     training = trainer(text, tmp_path)
     before = {name: weight.clone() for name, weight in training.model.state_dict().items()}
     loss_of, training._summed_loss = training._summed_loss, lambda batch, i: loss_of(batch, i) * float("nan")
-    told = training.update()
-    assert told.skipped == 1
+    update = training.update()
+    assert update.skipped == 1
     assert all(torch.equal(before[name], weight) for name, weight in training.model.state_dict().items())
     training._summed_loss = loss_of
     assert training.update().skipped == 1
@@ -59,7 +59,7 @@ def test_a_gradient_that_is_not_finite_is_left_out(text, tmp_path):
     assert again.update() == training.update()
 
 
-def test_a_memory_that_met_a_number_too_great_is_not_carried(text, tmp_path):
+def test_a_nonfinite_state_is_not_carried(text, tmp_path):
     training = trainer(text, tmp_path, carry_state=True)
     training.update()
     hook = training.model.model.layers[0].register_forward_hook(lambda *call: (call[2][0] * math.nan, *call[2][1:]))
@@ -73,12 +73,12 @@ def test_a_memory_that_met_a_number_too_great_is_not_carried(text, tmp_path):
     ("changes", "field"),
     [({"layer_kinds": ["hybrid", "kv"]}, "kv_window"), ({"window": None}, "window")],
 )
-def test_a_memory_without_an_end_is_not_carried(text, tmp_path, changes, field):
+def test_carrying_an_unbounded_state_is_refused(text, tmp_path, changes, field):
     with pytest.raises(ValueError, match=rf"carry_state: .* set model\.{field}"):
         trainer(text, tmp_path, changes, carry_state=True)
 
 
-def test_data_without_held_out_text_are_trained_on_and_not_scored(tmp_path):
+def test_evaluation_is_skipped_if_the_data_has_no_held_out_splits(tmp_path):
     (tmp_path / "a.txt").write_text("0123456789" * 200)
     prepare(tmp_path / "a.txt", tmp_path / "tokens", validation_share=0, test_share=0)
     *_, last = trainer(tmp_path / "tokens", tmp_path, steps=2).updates()
@@ -93,7 +93,7 @@ def test_held_out_text_too_short_for_a_window_is_refused_before_training(tmp_pat
         trainer(tmp_path / "tokens", tmp_path)
 
 
-def test_the_score_does_not_depend_on_how_many_processes_there_are(text, tmp_path):
+def test_the_score_does_not_depend_on_the_number_of_processes(text, tmp_path):
     sums = []
 
     class Apart(Ranks):
@@ -126,11 +126,11 @@ def test_a_checkpoint_of_another_run_is_refused(text, run, changes, settings, na
 def test_other_settings_may_change(text, run):
     training = trainer(text, run, steps=8, learning_rate=1e-3)
     assert training.resume() == 6
-    assert [told.step for told in training.updates()] == [7, 8]
+    assert [update.step for update in training.updates()] == [7, 8]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "no trainer.json", "[]", '{"step": 6}', "\udcff"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(text, run, damage):
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_can_be_used(text, run, damage):
     newest = run / "checkpoints" / "step-00000006"
     (tensors,) = newest.glob("*.safetensors")
     if damage == "truncated":
@@ -145,7 +145,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(text, run, dama
     assert trainer(text, run).resume() == 4
 
 
-def test_a_write_that_was_killed_hides_nothing(text, run):
+def test_a_killed_write_does_not_affect_earlier_checkpoints(text, run):
     unfinished = run / "checkpoints" / "step-00000008.unfinished"
     unfinished.mkdir()
     (unfinished / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"half")
@@ -157,14 +157,14 @@ def test_a_write_that_was_killed_hides_nothing(text, run):
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000007"]
 
 
-def test_two_starts_in_one_folder_are_refused(text, tmp_path):
+def test_a_second_process_in_the_same_folder_is_refused(text, tmp_path):
     settings = TrainSettings(data=str(text), length=24, steps=1, model=CONFIG)
     with exclusive_folder(tmp_path), pytest.raises(ValueError, match="another process is using this folder"):
         language_run(settings, tmp_path)
     assert not (tmp_path / "config.json").exists()
 
 
-def test_a_full_disk_is_told_and_the_last_checkpoint_stands(text, run):
+def test_a_full_disk_is_reported_and_the_last_checkpoint_is_intact(text, run):
     training = trainer(text, run, steps=8)
     training.resume()
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -188,19 +188,19 @@ def test_a_damaged_shard_is_refused(text, tmp_path):
         trainer(copy, tmp_path)
 
 
-def test_a_vocabulary_that_is_too_small_is_refused(text, tmp_path):
+def test_too_small_a_vocabulary_is_refused(text, tmp_path):
     with pytest.raises(ValueError, match=r"give --model.vocab_size=256"):
         LanguageTrainer(TrainSettings(length=24), HQLTConfig(vocab_size=100, **CONFIG), text, tmp_path, ALONE)
 
 
-def test_accumulated_gradients_are_those_of_the_whole_batch(text, tmp_path):
+def test_accumulated_gradients_equal_those_of_the_whole_batch(text, tmp_path):
     whole, parts = trainer(text, tmp_path).update(), trainer(text, tmp_path, micro_batch_size=1).update()
     assert parts.loss == pytest.approx(whole.loss, rel=1e-6)
     assert parts.gradient_norm == pytest.approx(whole.gradient_norm, rel=1e-5)
 
 
-def test_carried_memory_is_one_long_sequence(text, tmp_path):
-    """Two batches with the memory carried lose as much as one of twice the length; without it, more or less."""
+def test_a_carried_state_equals_one_long_sequence(text, tmp_path):
+    """Two batches with a carried state have the loss of one batch of twice the length; without it, another one."""
     steps = {"batch_size": 1, "learning_rate": 1e-30}
     carried = trainer(text, tmp_path, carry_state=True, length=24, **steps)
     long = trainer(text, tmp_path, carry_state=True, length=48, **steps)
@@ -230,12 +230,12 @@ def test_carried_memory_is_one_long_sequence(text, tmp_path):
         ({"shard_over": -1}, "shard_over: expected a whole number of at least 1"),
     ],
 )
-def test_settings_that_cannot_be(settings, message):
+def test_invalid_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         TrainSettings(**settings).micro_batches(2)
 
 
-def test_warm_up_is_at_most_a_tenth_of_a_short_run():
+def test_default_warmup_is_at_most_a_tenth_of_the_steps():
     assert [TrainSettings(steps=steps).num_warmup_steps for steps in (3, 100, 600, 10_000)] == [0, 10, 60, 60]
 
 
@@ -257,14 +257,14 @@ def test_windows_without_a_token_to_predict_are_refused_and_batches_of_them_skip
     with pytest.raises(ValueError, match="length: expected windows with at least one token to predict in "):
         trainer(data, tmp_path, length=1, validation_rows=1)
     training = trainer(data, tmp_path, length=1, batch_size=1, steps=20)
-    told = list(training.updates())
-    assert 0 < told[-1].skipped < 20
-    assert math.isfinite(told[-1].validation)
+    updates = list(training.updates())
+    assert 0 < updates[-1].skipped < 20
+    assert math.isfinite(updates[-1].validation)
     assert all(weight.isfinite().all() for weight in training.model.parameters())
 
 
 @pytest.mark.parametrize("kind", ["agent", "study"])
-def test_the_folder_of_another_kind_of_run_is_refused_and_left_as_it_was(text, tmp_path, kind):
+def test_the_folder_of_another_kind_of_run_is_refused_and_not_changed(text, tmp_path, kind):
     with run_folder(tmp_path, kind):
         (tmp_path / "config.json").write_text("{}")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -274,7 +274,7 @@ def test_the_folder_of_another_kind_of_run_is_refused_and_left_as_it_was(text, t
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "jinja2"])
-def test_a_package_of_the_report_is_missed_before_anything_is_trained(text, tmp_path, package, monkeypatch):
+def test_a_missing_package_of_the_report_is_reported_before_training(text, tmp_path, package, monkeypatch):
     for name in ("hqlt.report.training", "hqlt.report.page", "hqlt.report.plots"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, package, None)
@@ -283,7 +283,7 @@ def test_a_package_of_the_report_is_missed_before_anything_is_trained(text, tmp_
     assert not (tmp_path / "run").exists()
 
 
-def test_learning_rate_rises_and_falls():
+def test_learning_rate_schedule():
     settings = TrainSettings(steps=100, warmup_steps=10, learning_rate=1.0, min_lr_ratio=0.1)
     rates = [settings.learning_rate_at(step) for step in range(101)]
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
@@ -292,7 +292,7 @@ def test_learning_rate_rises_and_falls():
     assert rates[100] == pytest.approx(0.1)
 
 
-def test_metrics_after_the_checkpoint_are_taken_back(tmp_path):
+def test_metrics_after_the_checkpoint_are_removed(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (1, 2, 3)) + '{"step": 4, "lo')
     metrics = Metrics(path, step=2)
@@ -303,7 +303,7 @@ def test_metrics_after_the_checkpoint_are_taken_back(tmp_path):
     ]  # fmt: skip
 
 
-def test_numbers_that_are_none_are_null_and_a_damaged_line_is_named(tmp_path):
+def test_nonfinite_values_are_null_and_a_damaged_line_is_reported(tmp_path):
     path = tmp_path / "metrics.jsonl"
     metrics = Metrics(path, step=0)
     metrics.write({"step": 1, "loss": math.nan, "gradient_norm": math.inf})
@@ -324,12 +324,12 @@ def test_the_peak_of_a_gpu_is_found_by_its_name(monkeypatch, name, peak):
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99"])
-def test_a_device_that_is_not_here_is_refused(device):
+def test_an_unavailable_device_is_refused(device):
     with pytest.raises(ValueError, match="device: expected one that torch can use here"), join(TrainSettings(), device):
         pass
 
 
-def test_cost_of_a_token_by_hand():
+def test_cost_of_a_token():
     """One layer: q, k, v, o, gate (16²), β (2·16), MLP (3·16·32), head (16·256); KV reads, FW writes and reads."""
     config = HQLTConfig(vocab_size=256, **CONFIG | {"num_hidden_layers": 1, "window": 2})
     linear = 5 * 16 * 16 + 2 * 16 + 3 * 16 * 32 + 16 * 256
@@ -337,8 +337,8 @@ def test_cost_of_a_token_by_hand():
     assert flops_per_token(config, length=3) == pytest.approx(6 * linear + 12 * 16 * pairs + 18 * 16 * 8)
 
 
-def test_cost_of_an_update_by_hand():
-    """Two rows of three tokens; numbers of two bytes, but for logits, head gradients and weights."""
+def test_cost_of_an_update():
+    """Two rows of three tokens; values of two bytes, except logits, gradients of the head, and weights."""
     config = HQLTConfig(vocab_size=256, **CONFIG | {"num_hidden_layers": 1, "window": 2})
     linear = 5 * 16 * 16 + 2 * 16 + 3 * 16 * 32 + 16 * 256
     weights = linear + 16 * 256 + 3 * 16 + 8  # embeddings, three norms and that of heads
@@ -354,7 +354,7 @@ def test_cost_of_an_update_by_hand():
     )
 
 
-def test_the_share_of_the_dense_rate_is_what_is_bound_by_nothing_else():
+def test_the_share_of_peak_performance():
     bound_by_operations, bound_by_bytes = Part("a", 600, 0, slower=2), Part("b", 0, 40)
     assert bound_by_operations.seconds(dense=100, bandwidth=10) == 12
     assert share_of_dense([bound_by_operations, bound_by_bytes], flops=800, dense=100, bandwidth=10) == 0.5
