@@ -281,7 +281,7 @@ def test_a_study_of_agents(tmp_path):
         assert [corridor for corridor, _ in result.fit.test.curve] == [2.0, 3.0]
         assert result.fit.test.curve[1][1] == result.fit.test.value  # the same episodes
         again = load_agent(tmp_path / "models" / cell.name)
-        assert again.score(6, TEST_SEED).success == result.fit.test.value
+        assert again.evaluate(6, TEST_SEED).success == result.fit.test.value
         (tmp_path / "cells").mkdir(exist_ok=True)
         save_result(tmp_path, result)
         assert not (tmp_path / "checkpoints" / cell.name).exists()
