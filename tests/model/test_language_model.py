@@ -232,7 +232,7 @@ class TestForward:
         same(one_model(tokens, token_type_ids=torch.zeros_like(tokens)).logits, one_model(tokens).logits)
 
     def test_wrong_arguments(self, one_model, tokens):
-        with pytest.raises(ValueError, match="either input_ids or inputs_embeds, got neither"):
+        with pytest.raises(ValueError, match="input_ids, inputs_embeds: expected exactly one of them, got neither"):
             one_model()
         with pytest.raises(ValueError, match=r"input_ids: expected \[b, t\], got shape \[11\]"):
             one_model(tokens[0])

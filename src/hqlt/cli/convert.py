@@ -172,7 +172,7 @@ def read_renames(file: Path) -> dict[str, str]:
     try:
         given = yaml.safe_load(read_text(file))
     except yaml.YAMLError as error:
-        raise ValueError(f"{file}: expected YAML: {error}") from None
+        raise ValueError(f"{file}: expected YAML, got {error}") from None
     if not isinstance(given, dict) or not all(isinstance(text, str) for pair in given.items() for text in pair):
         raise ValueError(f"{file}: expected lines such as '^old_: new_', one per expression, got {given!r}")
     return given

@@ -234,7 +234,7 @@ class HQLTModel(HQLTPreTrainedModel):
             return inputs_embeds
         if input_ids is None or inputs_embeds is not None:
             both = "neither" if input_ids is None else "both"
-            raise ValueError(f"expected either input_ids or inputs_embeds, got {both}")
+            raise ValueError(f"input_ids, inputs_embeds: expected exactly one of them, got {both}")
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids: expected [b, t], got shape {list(input_ids.shape)}")
         embedded: Hidden = self.embed_tokens(input_ids)
@@ -386,7 +386,7 @@ def refuse_misspelt(kwargs: dict[str, Any], packed: bool) -> None:
             raise TypeError(f"forward: expected a cache as past_key_values (or cache), got it as {name!r}")
         near = difflib.get_close_matches(name, ARGUMENTS, n=1, cutoff=0.85)
         if near:
-            raise TypeError(f"forward: got an unknown argument {name!r}; did you mean {near[0]!r}?")
+            raise TypeError(f"forward: expected a known argument, got {name!r}; did you mean {near[0]!r}?")
         if name in PACKING and not packed:
             raise ValueError(
                 f"{name}: expected packed documents to be marked by `position_ids` (0 where one begins) or `resets`, "
