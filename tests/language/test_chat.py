@@ -55,9 +55,9 @@ def test_answers_with_stored_states_equal_reading_everything(model):
     tokenizer = load_tokenizer("bytes")
     messages, answers = talk(Chat(model, tokenizer), QUESTIONS)
     for i, answer in enumerate(answers):
-        anew = Chat(model, tokenizer).answer(messages[: 2 * i + 1], lambda _: None, max_new_tokens=12, greedy=True)
+        fresh = Chat(model, tokenizer).answer(messages[: 2 * i + 1], lambda _: None, max_new_tokens=12, greedy=True)
         whole = len(chat_tokens(tokenizer, messages[: 2 * i + 1]))
-        assert (anew.text, anew.read, anew.reused) == (answer.text, whole, 0)
+        assert (fresh.text, fresh.read, fresh.reused) == (answer.text, whole, 0)
         assert answer.read + answer.reused == whole
 
 
@@ -70,8 +70,8 @@ def test_a_template_may_change_earlier_messages(tmp_path):
     tokenizer, model = model_tokenizer(tmp_path), build(vocab_size=size)
     messages, answers = talk(Chat(model, tokenizer), QUESTIONS)
     for i, answer in enumerate(answers):
-        anew = Chat(model, tokenizer).answer(messages[: 2 * i + 1], lambda _: None, max_new_tokens=12, greedy=True)
-        assert anew.text == answer.text
+        fresh = Chat(model, tokenizer).answer(messages[: 2 * i + 1], lambda _: None, max_new_tokens=12, greedy=True)
+        assert fresh.text == answer.text
 
 
 @pytest.mark.parametrize("template", ["plain", "chatml", "merging"])

@@ -1,4 +1,4 @@
-"""Piece by piece, remembered or not ≡ the whole text at once."""
+"""Encoding piece by piece, cached or not, equals encoding the whole text."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ CORPUS = ["the cat sat on the mat, the hat. \n\n"] * 9
 
 
 def trained(kind: str) -> FastTokenizer:
-    """With all kinds of added tokens: some take the blanks around them, some are words, one is found after norming."""
+    """A tokenizer with added tokens of all kinds: stripping spaces, matching whole words, and normalised."""
     backend = Backend(models.BPE(unk_token=None))
     match kind:
         case "bytes":
             backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
             backend.decoder = decoders.ByteLevel()
-        case "blank before all":
+        case "space before all":
             backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         case _:
             backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind)
@@ -40,13 +40,13 @@ def trained(kind: str) -> FastTokenizer:
     return FastTokenizer(kind, backend, eos_id=None)
 
 
-TOKENIZERS = [trained(kind) for kind in ("bytes", "blank before all", "first", "always", "never")]
+TOKENIZERS = [trained(kind) for kind in ("bytes", "space before all", "first", "always", "never")]
 TEXTS = st.lists(st.sampled_from([*SPECIAL, " ", "\n", "the cat", " sat", "a", "<", "."]), max_size=12).map("".join)
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda tokenizer: tokenizer.name)
 @given(st.lists(TEXTS, min_size=1, max_size=4), st.sampled_from([0, 150, 1 << 20]))
-def test_piece_by_piece(tokenizer, texts, max_bytes):
+def test_cached_encoding_equals_encoding_the_whole_text(tokenizer, texts, max_bytes):
     encode = CachedEncoder(tokenizer, max_bytes)
     for i in range(len(texts)):
         text = "".join(texts[: i + 1])
@@ -55,7 +55,7 @@ def test_piece_by_piece(tokenizer, texts, max_bytes):
     assert encode._bytes <= max_bytes
 
 
-def test_what_was_encoded_is_not_encoded_again(monkeypatch):
+def test_cached_pieces_are_not_encoded_again(monkeypatch):
     tokenizer, encoded = TOKENIZERS[0], []
     prompt = tokenizer.encode_prompt
     monkeypatch.setattr(
@@ -71,7 +71,7 @@ def test_what_was_encoded_is_not_encoded_again(monkeypatch):
     assert encode._bytes == sum(entry_bytes(text, ids) for (_, text), ids in encode._cache.items())
 
 
-def test_special_tokens_that_are_read_as_text_cut_nothing():
+def test_texts_are_not_split_if_special_tokens_are_plain_text():
     text = "<s>the cat<|end|>"
     assert load_tokenizer("bytes").pieces(text) == [text]
     tokenizer = FastTokenizer("as text", TOKENIZERS[0].tokenizer, eos_id=None, split_special_tokens=True)

@@ -178,10 +178,10 @@ async def hammer(url, seconds, clients=64):
     prompts = [f"prompt {i} " * (1 + i % 7) for i in range(16)]
     expected = {}
     for prompt in prompts:
-        made, _ = generation.continue_text(
+        new, _ = generation.continue_text(
             MODEL, generation.prefill(MODEL, prompt.encode()), max_new_tokens=30, greedy=True
         )
-        expected[prompt] = bytes(made[0].tolist()).decode(errors="replace")
+        expected[prompt] = bytes(new[0].tolist()).decode(errors="replace")
     until, counts = time.monotonic() + seconds, {"complete": 0, "abandoned": 0}
 
     async def client(i, http):

@@ -23,8 +23,8 @@ def prompts(n, longest=40):
 
 def alone(model, prompt, tokens):
     """The continuation by `hqlt generate`."""
-    made, _ = generation.continue_text(model, generation.prefill(model, prompt), max_new_tokens=tokens, greedy=True)
-    return made[0].tolist()
+    new, _ = generation.continue_text(model, generation.prefill(model, prompt), max_new_tokens=tokens, greedy=True)
+    return new[0].tolist()
 
 
 def test_greedy_text_does_not_depend_on_31_other_requests(model):
@@ -139,9 +139,9 @@ def test_a_failing_request_does_not_affect_others(small, caplog):
         listeners = [ask(engine, text) for text in texts]
         assert "error of this listener" in str(failing.wait().error)
         assert "error of this row" in str(poisoned.wait().error)
-        for made, its in zip(expected, listeners, strict=True):
-            until = made.index(poison) + 1 if poison in made else len(made)
-            assert its.wait().tokens[0] == made[:until]
+        for greedy, its in zip(expected, listeners, strict=True):
+            until = greedy.index(poison) + 1 if poison in greedy else len(greedy)
+            assert its.wait().tokens[0] == greedy[:until]
         while engine.running:
             time.sleep(0.001)
     assert caplog.text.count("a request failed") >= 2
@@ -163,9 +163,11 @@ def test_a_cancelled_request_frees_its_row_and_stores_its_state(small):
         waiting.request.cancel()
         first.request.cancel()
         assert ask(engine, b"next").wait().reasons == ["length"]
-        made = list(first.tokens[0])
+        generated = list(first.tokens[0])
         assert not first.done.is_set()
-        assert ask(engine, [*b"to be cancelled", *made, 1], max_tokens=1).wait().cached >= len(b"to be cancelled") - 1
+        assert (
+            ask(engine, [*b"to be cancelled", *generated, 1], max_tokens=1).wait().cached >= len(b"to be cancelled") - 1
+        )
     assert not waiting.first.is_set()
 
 
@@ -192,15 +194,15 @@ def test_closing_stores_the_states(small):
 
 
 def test_end_tokens_and_log_probabilities(small):
-    made = alone(small, b"text", 12)
+    greedy = alone(small, b"text", 12)
     with running(small) as engine:
-        listener = ask(engine, b"text", end_tokens=(made[4],), logprobs=2).wait()
+        listener = ask(engine, b"text", end_tokens=(greedy[4],), logprobs=2).wait()
         by_listener = ask(engine, b"text", at=lambda count: count == 3).wait()
-    first = made.index(made[4])
-    assert (listener.tokens[0], listener.reasons) == (made[:first], ["stop"])
-    assert (by_listener.tokens[0], by_listener.reasons) == (made[:3], ["stop"])
+    first = greedy.index(greedy[4])
+    assert (listener.tokens[0], listener.reasons) == (greedy[:first], ["stop"])
+    assert (by_listener.tokens[0], by_listener.reasons) == (greedy[:3], ["stop"])
     logp = small(torch.tensor([list(b"text")])).logits[0, -1].detach().log_softmax(-1)
-    assert listener.logprobs[0].logprob == pytest.approx(float(logp[made[0]]), abs=1e-10)
+    assert listener.logprobs[0].logprob == pytest.approx(float(logp[greedy[0]]), abs=1e-10)
     assert [id for id, _ in listener.logprobs[0].top] == logp.topk(2).indices.tolist()
 
 

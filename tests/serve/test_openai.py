@@ -39,21 +39,21 @@ def client_of(url, key="none"):
 
 
 def alone(prompt: bytes, tokens: int) -> str:
-    made, _ = generation.continue_text(MODEL, generation.prefill(MODEL, prompt), max_new_tokens=tokens, greedy=True)
-    return bytes(made[0].tolist()).decode(errors="replace")
+    new, _ = generation.continue_text(MODEL, generation.prefill(MODEL, prompt), max_new_tokens=tokens, greedy=True)
+    return bytes(new[0].tolist()).decode(errors="replace")
 
 
 def test_completions(client):
-    made = client.completions.create(model="small", prompt="once upon", max_tokens=9, temperature=0)
-    assert made.choices[0].text == alone(b"once upon", 9)
-    assert made.choices[0].finish_reason == "length"
-    assert (made.usage.prompt_tokens, made.usage.completion_tokens, made.usage.total_tokens) == (9, 9, 18)
+    answer = client.completions.create(model="small", prompt="once upon", max_tokens=9, temperature=0)
+    assert answer.choices[0].text == alone(b"once upon", 9)
+    assert answer.choices[0].finish_reason == "length"
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (9, 9, 18)
     by_tokens = client.completions.create(model="small", prompt=list(b"once upon"), max_tokens=9, temperature=0)
-    assert by_tokens.choices[0].text == made.choices[0].text
+    assert by_tokens.choices[0].text == answer.choices[0].text
     chunks = list(
         client.completions.create(model="small", prompt=["once upon"], max_tokens=9, temperature=0, stream=True)
     )
-    assert "".join(chunk.choices[0].text for chunk in chunks) == made.choices[0].text
+    assert "".join(chunk.choices[0].text for chunk in chunks) == answer.choices[0].text
     assert [chunk.choices[0].finish_reason for chunk in chunks][-1] == "length"
 
 
@@ -95,24 +95,24 @@ def test_stop_strings_end_a_text_and_are_not_part_of_it(client):
     text = alone(b"text", 200)
     stop = text[50:54]
     for options in ({}, {"stream": True}):
-        made = client.completions.create(
+        answer = client.completions.create(
             model="small", prompt="text", max_tokens=200, temperature=0, stop=["never", stop], **options
         )
-        choices = [chunk.choices[0] for chunk in made] if options else made.choices
+        choices = [chunk.choices[0] for chunk in answer] if options else answer.choices
         assert "".join(choice.text for choice in choices) == text[: text.index(stop)]
         assert choices[-1].finish_reason == "stop"
 
 
 def test_log_probabilities(client):
     logp = MODEL(torch.tensor([list(b"abc")])).logits[0, -1].detach().log_softmax(-1)
-    made = client.completions.create(model="small", prompt="abc", max_tokens=1, temperature=0, logprobs=2)
-    assert made.choices[0].logprobs.token_logprobs == [pytest.approx(float(logp.max()), abs=1e-9)]
+    answer = client.completions.create(model="small", prompt="abc", max_tokens=1, temperature=0, logprobs=2)
+    assert answer.choices[0].logprobs.token_logprobs == [pytest.approx(float(logp.max()), abs=1e-9)]
     prompt = chat_tokens(load_tokenizer("bytes"), [QUESTION])
     logp = MODEL(torch.tensor([prompt])).logits[0, -1].detach().log_softmax(-1)
-    made = client.chat.completions.create(
+    answer = client.chat.completions.create(
         model="small", messages=[QUESTION], max_tokens=1, temperature=0, logprobs=True, top_logprobs=3
     )
-    (entry,) = made.choices[0].logprobs.content
+    (entry,) = answer.choices[0].logprobs.content
     assert [top.logprob for top in entry.top_logprobs] == pytest.approx(logp.topk(3).values.tolist(), abs=1e-9)
     assert entry.logprob == entry.top_logprobs[0].logprob
     none = client.chat.completions.create(model="small", messages=[QUESTION], max_tokens=1)
@@ -175,8 +175,8 @@ def test_the_chat_template_and_end_token_of_the_tokenizer(tmp_path):
     tokenizer = model_tokenizer(tmp_path)
     model = build(vocab_size=size)
     prompt = chat_tokens(tokenizer, [QUESTION])
-    made, _ = generation.continue_text(model, generation.prefill(model, prompt), max_new_tokens=30, greedy=True)
-    model.lm_head.weight.data[tokenizer.eos_id] = model.lm_head.weight.data[made[0, 5]] * 1.01
+    new, _ = generation.continue_text(model, generation.prefill(model, prompt), max_new_tokens=30, greedy=True)
+    model.lm_head.weight.data[tokenizer.eos_id] = model.lm_head.weight.data[new[0, 5]] * 1.01
     with served(model, tokenizer) as url, client_of(url) as client:
         answer = client.chat.completions.create(**CHAT, max_tokens=30, temperature=0)
     assert answer.usage.prompt_tokens == len(prompt)

@@ -47,7 +47,7 @@ class Service:
         self._chat_stops = PLAIN_ENDS if is_plain(tokenizer) else ()
 
     def close(self) -> None:
-        """Stop the engine, which stores the states of what is running."""
+        """Stop the engine, which stores the states of running requests."""
         self.engine.close()
         self._encoder.shutdown()
 
