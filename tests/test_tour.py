@@ -1,4 +1,4 @@
-"""examples/tour.ipynb runs from its first cell to its last, and shows what it says."""
+"""All cells of examples/tour.ipynb run, have saved outputs, and give the results that the text describes."""
 
 from __future__ import annotations
 
