@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from hqlt.evaluate.retrieval import Haystack
     from hqlt.model import HQLTForCausalLM
 
-PARTS = {"Tasks": "tasks", "Far beyond training": "lengths", "A key in a long text": "passkey"}
+PARTS = {"Tasks": "tasks", "Bits by position": "lengths", "Key retrieval": "passkey"}
 """Name in results.json of each part, by its title on the page."""
 NEEDLE_FILLER = 200_000
 """Number of characters of real text in the needle's haystack."""
@@ -68,7 +68,7 @@ def eval(
         lengths: text file; reports bits per token by position.
         passkey: find a five-digit key in repeated sentences and in real text, by length and depth.
         max_tokens: maximum number of tokens read by --lengths and --passkey.
-        reset_every: number of tokens between resets in the second reading of --lengths, which empties the memories.
+        reset_every: --lengths compares with memories that are emptied after this many tokens.
         trials: number of keys per length and depth.
         device: device of the model, such as cpu; default: cuda if available.
         folder: folder for the results; default: a new one under runs/.
@@ -240,7 +240,7 @@ class Job:
 
 
 def tasks_of(suite: str | None, tasks: str | None, local: Path | None) -> list[Any]:
-    """Load the tasks of the suite and the named ones, with their data."""
+    """Load the tasks of the suite and the tasks given by name, with their data."""
     from hqlt.evaluate.paper import tables
 
     named = [name.strip() for name in (tasks or "").split(",") if name.strip()]
@@ -320,7 +320,7 @@ def evaluate_lengths(job: Job, name: str, tokens: list[int], reset_every: int) -
     caption = f"{name}: bits per {job.unit} by position; {len(tokens):,} tokens, read once."
     columns = ["position", "memories carried", f"emptied every {reset_every:,}"]
     figure = figure_of_lengths(bins, reset_every, job.unit)
-    job.add("Far beyond training", [part._asdict() for part in bins], columns, rows, caption, figure)
+    job.add("Bits by position", [part._asdict() for part in bins], columns, rows, caption, figure)
 
 
 def evaluate_retrieval(job: Job, haystacks: list[Haystack], max_tokens: int, trials: int) -> None:
@@ -346,4 +346,4 @@ def evaluate_retrieval(job: Job, haystacks: list[Haystack], max_tokens: int, tri
     )
     columns = ["text", "depth", *(f"{length:,}" for length in lengths)]
     written = {name: [result._asdict() for result in results] for name, results in found.items()}
-    job.add("A key in a long text", written, columns, rows, caption, figure_of_retrieval(found))
+    job.add("Key retrieval", written, columns, rows, caption, figure_of_retrieval(found))

@@ -66,7 +66,7 @@ def run_study(
 
     Raises:
         SystemExit: if the study is stopped by Ctrl-C (130) or SIGTERM (143), or if cells failed; the report of the
-            finished cells is written before.
+            finished cells is written first.
         ModuleNotFoundError, ValueError, OSError: before anything is trained or written, for a missing package, wrong
             arguments, or a folder that cannot be written or belongs to another study.
     """

@@ -11,7 +11,7 @@ from hqlt.task.parity import Parity
 from hqlt.task.permutations import Permutations
 from hqlt.task.selective_copying import SelectiveCopying
 from hqlt.task.state_recall import StateRecall
-from hqlt.task.state_tracking import Growing, StateTracking
+from hqlt.task.state_tracking import StateTracking, VariableLengthTask
 from hqlt.task.task import IGNORE, Batch, Split, Task, generator_for
 from hqlt.task.text import StandardLibrary
 
@@ -23,7 +23,6 @@ __all__ = [
     "CycleNavigation",
     "EvenPairs",
     "FactExtraction",
-    "Growing",
     "ModularArithmetic",
     "Needles",
     "Parity",
@@ -34,5 +33,6 @@ __all__ = [
     "StateRecall",
     "StateTracking",
     "Task",
+    "VariableLengthTask",
     "generator_for",
 ]

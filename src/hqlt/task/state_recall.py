@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 
 from hqlt.registry import register
-from hqlt.task.state_tracking import Growing
+from hqlt.task.state_tracking import VariableLengthTask
 from hqlt.task.task import IGNORE, Batch, Split
 
 
 @register("task", "state-recall")
 @dataclass(frozen=True, kw_only=True)
-class StateRecall(Growing):
+class StateRecall(VariableLengthTask):
     """Recall values by a symbol, which is shown, and the setting of some switches, which must be tracked.
 
     First a long walk flips switches. Then every symbol gets a value for every setting of the switches. Then come

@@ -13,7 +13,7 @@ from hqlt.task.task import IGNORE, Batch, Split, Task
 
 
 @dataclass(frozen=True, kw_only=True)
-class Growing(Task):
+class VariableLengthTask(Task):
     """Base class of tasks whose sequences have a random length n, with other lengths in training than in tests."""
 
     train_lengths: tuple[int, int] = (3, 40)
@@ -46,7 +46,7 @@ class Growing(Task):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StateTracking(Growing):
+class StateTracking(VariableLengthTask):
     """Base class of state-tracking tasks: after n − 1 tokens, predict an answer that depends on all of them.
 
     The length n includes the answer and is uniform. Rows are padded with token 0 on the right. A subclass implements

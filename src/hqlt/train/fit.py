@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from hqlt.evaluate.scores import Score, evaluate
 from hqlt.ranges import COUNT, FRACTION, NON_NEGATIVE, POSITIVE, check_ranges
-from hqlt.task import IGNORE, Batch, Growing, Task, generator_for
+from hqlt.task import IGNORE, Batch, Task, VariableLengthTask, generator_for
 from hqlt.train.schedule import warmup_then_cosine
 
 
@@ -70,7 +70,7 @@ class Budget:
         grows_until = round(self.curriculum * self.steps)
         if step >= grows_until:
             return task
-        if not isinstance(task, Growing):
+        if not isinstance(task, VariableLengthTask):
             raise ValueError(f"curriculum: expected 0 for a task whose lengths do not grow, got {self.curriculum}")
         shortest, longest = task.train_lengths
         reached = shortest + math.ceil((longest - shortest) * (step + 1) / grows_until)
