@@ -24,7 +24,7 @@ def test_equal_weights_give_equal_keys_and_values(changes):
         v_taps.copy_(taps[1].repeat(2, 1))
     projected, _ = layer.project(tokens(2, 7), None, None)
     new = layer.parts().tokens(projected)
-    own_keys = new.keys[:, :, :: layer.sizes.matrices // layer.sizes.keys]  # the layer repeats them for value heads
+    own_keys = new.keys[:, :, :: layer.heads.matrices // layer.heads.keys]  # the layer repeats them for value heads
     for own, extra in ((own_keys, new.gates.keys), (new.values, new.gates.values)):
         for i in range(2):
             close(extra[:, :, i], own)

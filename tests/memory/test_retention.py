@@ -162,7 +162,7 @@ def test_only_distances_matter(dtype, tolerance):
 
 
 def test_random_is_a_hash_of_head_and_position():
-    retention = registry.find("retention", "random")(build_layer("kv-only").sizes, kept=1)
+    retention = registry.find("retention", "random")(build_layer("kv-only").heads, kept=1)
     positions = torch.tensor([[0, 1, 2, 1_000_003]])
     got = retention.score(Entries(None, torch.zeros(1), positions, None))
 

@@ -236,7 +236,7 @@ def test_retentions_that_are_replaced_or_have_hooks_run_part_by_part():
             return -super().score(new)
 
     def exchanged(layer):
-        layer.kv.retention = Other(layer.sizes, kept=2).double()
+        layer.kv.retention = Other(layer.heads, kept=2).double()
 
     def replaced(layer):
         layer.kv.retention.score = lambda new: -new.values.norm(dim=-1)
@@ -358,7 +358,7 @@ def test_parts_that_are_replaced_or_have_hooks_run_one_by_one():
     x = tokens(2, 1)
     for name, part in [
         ("blend", Other(4)),
-        ("mixer", Halved(build_layer("kv-only").sizes).double()),
+        ("mixer", Halved(build_layer("kv-only").heads).double()),
         ("o_norm", nn.LayerNorm(HIDDEN // HEADS).double()),
         ("v_activation", nn.Tanh()),
     ]:

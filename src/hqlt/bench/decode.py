@@ -167,7 +167,7 @@ def operations(model: Any, parameters: int, context: int) -> float:
     layers = [part for part in model.modules() if isinstance(part, HybridMemory)]
     for layer in layers:
         reach = context if layer.blend.window is None else layer.blend.window
-        total += 4 * layer.sizes.queries * layer.sizes.k * reach
+        total += 4 * layer.heads.queries * layer.heads.k * reach
         total += 0 if layer.fw is None else 2 * layer.fw.multiply_adds()
     if not layers:
         config = model.config

@@ -48,7 +48,7 @@ def blend_race(layer: HybridMemory, d: int, h: int, rounds: int, ceiling: float)
     moved, copy = 2.0 * young.bytes_per_row(), young.clone()
 
     def memories() -> tuple[Tensor, MemoryState]:
-        return layer.heads(projected, young, None)
+        return layer.read_memories(projected, young, None)
 
     def composed() -> tuple[Tensor, MemoryState]:
         with ops.use_backend("native"):

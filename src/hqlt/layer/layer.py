@@ -128,7 +128,7 @@ class HybridMemory(nn.Module):
         parts = builders_of(blend, mixer, fast_weights, retention, options)
         self.blend: Blend = parts["blend"](window)
         alone = "memory" not in parts
-        self.sizes = heads = Heads.of(hidden_size, num_heads, num_kv_heads, head_dim, num_value_heads, value_dim, alone)
+        self.heads = heads = Heads.of(hidden_size, num_heads, num_kv_heads, head_dim, num_value_heads, value_dim, alone)
         self.kv: KVMemory | None = None if alone else self._kv(parts)
         self.mixer: Mixer = parts["mixer"](heads) if "mixer" in parts else Alone(heads)
         widths = heads.queries * heads.k, heads.keys * heads.k, heads.matrices * heads.v
@@ -147,7 +147,7 @@ class HybridMemory(nn.Module):
         self._register_like()
 
     def _kv(self, parts: dict[str, Callable[..., Any]]) -> KVMemory:
-        kv: KVMemory = parts["memory"](self.sizes, parts["retention"](self.sizes))
+        kv: KVMemory = parts["memory"](self.heads, parts["retention"](self.heads))
         if kv.kept and self.blend.window is None:
             name = registry.name_of("retention", type(kv.retention))
             raise ValueError(
@@ -162,14 +162,14 @@ class HybridMemory(nn.Module):
         kind = registry.find("retention", retention)
         takers = {f"retention={retention!r}": kind, "KV": KVMemory.with_retention}
         own, others = registry.split_options(options, takers)
-        kv = self.kv.with_retention(kind(self.sizes, **own), **others)
+        kv = self.kv.with_retention(kind(self.heads, **own), **others)
         self.blend.check(Memories(kv, self.fw))
         self.blend.window = self.blend.valid_window(self.blend.window if window is None else window)
         self.kv = kv.to(self.like).train(self.training)
         self._cache_derived()
 
     def _fw(self, parts: dict[str, Callable[..., Any]]) -> FWMemory:
-        fw: FWMemory = parts["fast_weights"](self.sizes)
+        fw: FWMemory = parts["fast_weights"](self.heads)
         return fw
 
     def _register_like(self) -> None:
@@ -210,14 +210,14 @@ class HybridMemory(nn.Module):
             return None, None
         check_choice("qk_norm", kind, QK_NORMS)
         self.norms_heads = kind == "head"
-        k, wide = self.sizes.k, kind == "full"
-        q_width, k_width = (k * (heads if wide else 1) for heads in (self.sizes.queries, self.sizes.keys))
+        k, wide = self.heads.k, kind == "full"
+        q_width, k_width = (k * (heads if wide else 1) for heads in (self.heads.queries, self.heads.keys))
         norm = ZeroCenteredRMSNorm if zero_centered else RMSNorm
         return norm(q_width, eps), norm(k_width, eps)
 
     def _entries(self) -> MemoryState:
         """Return the state's tree with an `Entry` in place of each tensor."""
-        heads, s = self.sizes, self.blend.slots
+        heads, s = self.heads, self.blend.slots
         kv: Any = ()
         if self.kv is not None:
             gates = self.fw.gate_entries() if self.fw is not None and self.blend.keeps_gates else ()
@@ -257,12 +257,12 @@ class HybridMemory(nn.Module):
             return self.no_tokens(x), self.init_state(b, x.device) if state is None else state
 
         projected, convolution = self.project(x, state, resets)
-        heads, (kv, fw, _, position) = self.heads(projected, state, resets)
-        y = heads.flatten(2)
+        read, (kv, fw, _, position) = self.read_memories(projected, state, resets)
+        y = read.flatten(2)
         if self.g_proj is not None:
             y = y * self.output_gate(self.g_proj(x))
         if self.g_norm is not None:
-            y = self.g_norm(y.view_as(heads)).flatten(2)
+            y = self.g_norm(y.view_as(read)).flatten(2)
         return self.o_proj(y), MemoryState(kv, fw, convolution, position)
 
     if TYPE_CHECKING:  # what a call returns, for type checkers; at run time a call goes through the hooks
@@ -270,7 +270,7 @@ class HybridMemory(nn.Module):
 
     def no_tokens(self, x: Hidden) -> Hidden:
         """Return y for t = 0. Every weight contributes an empty slice, so that its gradient is zero and not missing."""
-        y: Tensor = self.o_proj(x.new_zeros(*x.shape[:2], self.sizes.reads * self.sizes.v)) + x.flatten()[:0].sum()
+        y: Tensor = self.o_proj(x.new_zeros(*x.shape[:2], self.heads.reads * self.heads.v)) + x.flatten()[:0].sum()
         return y + sum(weight.flatten()[:0].sum() for weight in self.parameters()) if torch.is_grad_enabled() else y
 
     def project(self, x: Hidden, state: MemoryState | None, resets: Resets | None) -> tuple[Projected, Tensor]:
@@ -290,7 +290,7 @@ class HybridMemory(nn.Module):
 
     def split(self, q: Hidden, k: Hidden, v: Hidden) -> tuple[Queries, Keys, Values]:
         """Split q, k and v into heads [b, t, heads, ·], with the norms of q and k if there are any."""
-        heads = self.sizes
+        heads = self.heads
         (b, t, _), (q_norm, k_norm) = q.shape, (self.q_norm, self.k_norm)
         if q_norm is not None and k_norm is not None and not self.norms_heads:
             q, k = q_norm(q), k_norm(k)
@@ -301,7 +301,7 @@ class HybridMemory(nn.Module):
             q, k = (x.repeat_interleave(heads.matrices // heads.keys, dim=2) for x in (q, k))
         return q, k, v.view(b, t, heads.matrices, heads.v)
 
-    def heads(
+    def read_memories(
         self, projected: Projected, state: MemoryState | None, resets: Resets | None
     ) -> tuple[Values, MemoryState]:
         """Return the mixed and normed reads [b, t, h, v], and the state after the last token.

@@ -224,7 +224,7 @@ def own_weights(config: str) -> int:
         own += count_of(layer.mixer)
         if layer.fw is not None:
             convolution = sum(layer.fw.convolved.values()) * (layer.conv.size if layer.conv else 0)
-            own += max(count_of(layer.fw) + convolution - layer.sizes.matrices * layer.hidden_size, 0)
+            own += max(count_of(layer.fw) + convolution - layer.heads.matrices * layer.hidden_size, 0)
     return own
 
 

@@ -32,7 +32,7 @@ def flops_per_token(config: HQLTConfig, length: int) -> float:
         model = HQLTForCausalLM(config)
     total = linear_flops_per_token(config)
     for layer in (block.memory for block in model.model.layers):
-        heads = layer.sizes
+        heads = layer.heads
         if layer.kv is not None:
             window = min(layer.blend.window or length, length)
             total += 6.0 * heads.queries * (heads.k + heads.v) * (window * length - window * (window - 1) / 2) / length
