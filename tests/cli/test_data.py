@@ -46,7 +46,7 @@ def test_what_is_skipped_is_reported(tmp_path, capsys):
     for i in range(9):
         (tmp_path / "in" / f"{i}.csv").touch()
     command = ["data", "prepare", str(tmp_path / "in"), f"--validation={held}", f"--folder={tmp_path / 'd'}"]
-    for _ in range(2):  # by a finished folder, too
+    for _ in range(2):  # also for a finished folder
         main(command)
         printed = capsys.readouterr().out
         assert "skipped 10 documents that the validation and test files contain\n" in printed
@@ -113,7 +113,7 @@ from hqlt.cli import main
 from hqlt.data.shard import ShardWriter
 
 finish = ShardWriter.finish
-ShardWriter.finish = lambda self: (time.sleep(0.1), finish(self))[1]  # so that it is under way when it is stopped
+ShardWriter.finish = lambda self: (time.sleep(0.1), finish(self))[1]  # slow, so that it is interrupted while running
 main()
 """
 

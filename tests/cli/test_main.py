@@ -348,7 +348,7 @@ def test_the_list_of_commands_shows_missing_extras(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     _, out, _ = ends(["--help"], capsys)
     (line,) = [line for line in out.splitlines() if line.startswith("  rl ")]
-    assert line.endswith(f"(first: {how_to_install('report', 'rl')})")
+    assert line.endswith(f"(requires: {how_to_install('report', 'rl')})")
 
 
 def test_a_missing_package_is_reported_with_its_extra():

@@ -350,7 +350,7 @@ def test_an_invalid_manifest_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="got an empty folder or one with other files"):
         TokenFiles(tmp_path)
     manifest.write_text(whole)
-    with pytest.raises(ValueError, match=r"expected one that .* holds, train or validation or test, got 'tset'"):
+    with pytest.raises(ValueError, match=r"split: expected train or validation or test, the splits of .*, got 'tset'"):
         TokenFiles(folder, "tset")
 
 

@@ -29,7 +29,7 @@ def write_gzip(file, documents):
 
 
 def write_text(file, documents):
-    file.write_text("\n".join(documents))  # documents end with a line, so a blank one stands between two
+    file.write_text("\n".join(documents))  # documents end with a newline, so blank lines separate them
     return file
 
 
@@ -266,12 +266,12 @@ def test_an_option_may_apply_to_the_held_out_files_only(tmp_path):
         (
             "a.jsonl.gz",
             gzip.compress(b'{"text": "a"}\n' * 9, mtime=0)[:-9],
-            r"gz: expected a whole gzip file, got .* after \d+ b",
+            r"gz: expected a complete gzip file, got .* after \d+ b",
         ),
-        ("a.txt.bz2", bz2.compress(b"a" * 999)[:-9], r"a\.txt\.bz2: expected a whole bzip2 file, got"),
-        ("a.txt.xz", lzma.compress(b"a" * 999)[:-9], r"a\.txt\.xz: expected a whole xz file, got"),
-        ("a.jsonl.zst", b"no Zstandard at all", r"a\.jsonl\.zst: expected a whole Zstandard file, got"),
-        ("a.jsonl.gz", b"no gzip at all", r"a\.jsonl\.gz: expected a whole gzip file, got"),
+        ("a.txt.bz2", bz2.compress(b"a" * 999)[:-9], r"a\.txt\.bz2: expected a complete bzip2 file, got"),
+        ("a.txt.xz", lzma.compress(b"a" * 999)[:-9], r"a\.txt\.xz: expected a complete xz file, got"),
+        ("a.jsonl.zst", b"no Zstandard at all", r"a\.jsonl\.zst: expected a complete Zstandard file, got"),
+        ("a.jsonl.gz", b"no gzip at all", r"a\.jsonl\.gz: expected a complete gzip file, got"),
         ("a.txt", b"caf\xe9", r"a\.txt: expected text in UTF-8, got .* convert it first"),
         ("a.txt", b"\xff\xfea\0", r"a\.txt: expected text in UTF-8, got UTF-16 .* iconv -f UTF-16 -t UTF-8"),
         ("a.jsonl", b"\xfe\xff\0{", r"a\.jsonl: expected text in UTF-8, got UTF-16"),
@@ -282,7 +282,7 @@ def test_an_option_may_apply_to_the_held_out_files_only(tmp_path):
         ),
         ("a.csv.gz", b"", r"a\.csv\.gz: expected text or one of \.txt.*got \.csv\.gz; convert it to JSON Lines"),
         ("a.parquet.gz", b"", r"a\.parquet\.gz: expected text or one of \.txt.*got \.parquet\.gz"),
-        ("a.parquet", b"PAR1 or not", r"a\.parquet: expected a whole Parquet file, got"),
+        ("a.parquet", b"PAR1 or not", r"a\.parquet: expected a valid Parquet file, got"),
     ],
 )
 def test_a_damaged_file_is_reported_with_the_position(name, data, message, tmp_path):

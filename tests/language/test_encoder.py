@@ -50,7 +50,7 @@ def test_cached_encoding_equals_encoding_the_whole_text(tokenizer, texts, max_by
     encode = CachedEncoder(tokenizer, max_bytes)
     for i in range(len(texts)):
         text = "".join(texts[: i + 1])
-        assert "".join(tokenizer.pieces(text)) == text
+        assert "".join(tokenizer.split_prompt(text)) == text
         assert encode(text) == tokenizer.encode_prompt(text, add_special_tokens=False)
     assert encode._bytes <= max_bytes
 
@@ -73,6 +73,6 @@ def test_cached_pieces_are_not_encoded_again(monkeypatch):
 
 def test_texts_are_not_split_if_special_tokens_are_plain_text():
     text = "<s>the cat<|end|>"
-    assert load_tokenizer("bytes").pieces(text) == [text]
+    assert load_tokenizer("bytes").split_prompt(text) == [text]
     tokenizer = FastTokenizer("as text", TOKENIZERS[0].tokenizer, eos_id=None, split_special_tokens=True)
-    assert tokenizer.pieces(text) == [text] and CachedEncoder(tokenizer)(text) == tokenizer.encode(text)
+    assert tokenizer.split_prompt(text) == [text] and CachedEncoder(tokenizer)(text) == tokenizer.encode(text)

@@ -60,7 +60,7 @@ IMPORT = (
     "  --import MODULE  first import your own module, whose hqlt.register(...) adds tasks, rules, environments, ..."
 )
 EXAMPLES = """\
-  hqlt demo                                  hybrid memory compared with single ones, in minutes
+  hqlt demo                                  compare hybrid memories with single ones, in minutes
   hqlt train --data=book.txt                 train a language model on a text file
   hqlt generate runs/tiny-book --prompt=The  continue a text with the trained model"""
 
@@ -195,7 +195,7 @@ def overview(prog: str, listed: Mapping[str, str]) -> str:
     for name, summary in listed.items():
         needed = COMMANDS[name].packages if prog == "hqlt" else ()
         extras = sorted({EXTRAS[package] for package in needed if importlib.util.find_spec(package) is None})
-        missing = f" (first: {how_to_install(*extras)})" if extras else ""
+        missing = f" (requires: {how_to_install(*extras)})" if extras else ""
         lines.append(f"  {name:<{width}}  {summary}{missing}")
     if prog == "hqlt":
         lines[:0] = ["Hybrid memory layers: one layer, two memories.", ""]

@@ -136,8 +136,10 @@ def parse(parser: Parser, arguments: Sequence[str]) -> dict[str, Any]:
     try:
         options: dict[str, Any] = parser.instantiate(parsed).as_dict()
     except ValueError as error:  # a group of options that refuses one of them, such as --ppo.rollout
-        name, colon, said = str(error).partition(":")
-        raise ValueError(f"{dashed('--' + name)}:{said}" if colon and name in parser.names() else str(error)) from None
+        name, colon, message = str(error).partition(":")
+        raise ValueError(
+            f"{dashed('--' + name)}:{message}" if colon and name in parser.names() else str(error)
+        ) from None
     del options["config"]
     return options
 

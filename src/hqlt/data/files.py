@@ -49,8 +49,8 @@ class TokenFiles:
         self.manifest, _ = read_manifest(self.folder)
         shards = self.manifest.splits.get(split, [])
         if not shards:
-            there = [name for name, shards in self.manifest.splits.items() if shards]
-            raise ValueError(f"split: expected one that {self.folder} holds, {' or '.join(there)}, got {split!r}")
+            present = [name for name, shards in self.manifest.splits.items() if shards]
+            raise ValueError(f"split: expected {' or '.join(present)}, the splits of {self.folder}, got {split!r}")
         self.ends = np.cumsum([shard.tokens for shard in shards])
         self._tokens = [_open(self.folder, shard, ".tokens", self.manifest.dtype) for shard in shards]
         self._starts = [_open(self.folder, shard, ".starts", "uint64") for shard in shards]

@@ -20,16 +20,16 @@ class TextFiles(Files):
     options = frozenset({"separator"})
 
     def texts_of(self, file: Path) -> Iterator[tuple[str, int]]:
-        border = None if self.separator is None else self.separator.strip().encode()
+        separator = None if self.separator is None else self.separator.strip().encode()
         with opened(file) as (content, position):
-            if border is None:
+            if separator is None:
                 yield decoded(without_mark(content.read(), file), file), position()
                 return
             lines = list[bytes]()
             for number, line in enumerate(content):
-                whole = line if number else without_mark(line, file)
-                if whole.strip() != border:
-                    lines.append(whole)
+                content_line = line if number else without_mark(line, file)
+                if content_line.strip() != separator:
+                    lines.append(content_line)
                 elif lines:
                     yield decoded(b"".join(lines), file), position()
                     lines = []
@@ -79,7 +79,7 @@ class Parquet(Files):
                     text = text_of(row, self.text_field, f"{file}, row {number}")
                     yield text, size * number // opened.metadata.num_rows
         except (ArrowException, OSError) as error:
-            raise ValueError(f"{file}: expected a whole Parquet file, got {error}") from error
+            raise ValueError(f"{file}: expected a valid Parquet file, got {error}") from error
 
 
 KINDS: dict[str, type[Files]] = {

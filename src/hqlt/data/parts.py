@@ -142,7 +142,7 @@ def _dataset(name: str, subset: str | None, split: str | None, text_field: str) 
 
 
 def _refuse_unused(given: Collection[str], source: str) -> None:
-    """Raises ValueError if any option is left."""
+    """Raises ValueError if an option is given that the source does not use."""
     for name in sorted(given):
         raise ValueError(f"{name}: expected none, because {source} does not use it; remove --{name.replace('_', '-')}")
 

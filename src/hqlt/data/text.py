@@ -37,7 +37,7 @@ def opened(file: Path) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
             if ending not in COMPRESSIONS or (isinstance(error, OSError) and error.errno is not None):
                 raise
             raise ValueError(
-                f"{file}: expected a whole {COMPRESSIONS[ending]} file, got {error} after {raw.tell():,} bytes"
+                f"{file}: expected a complete {COMPRESSIONS[ending]} file, got {error} after {raw.tell():,} bytes"
             ) from error
 
 

@@ -53,9 +53,9 @@ class Tokenizer:
     @functools.cached_property
     def prefix_ids(self) -> list[int]:
         """The special tokens that are added before every text, such as `bos_id`; often none."""
-        alone, whole = self.encode_prompt("a", add_special_tokens=False), self.encode_prompt("a")
-        places = range(len(whole) - len(alone) + 1)
-        return whole[: next((i for i in places if whole[i : i + len(alone)] == alone), 0)]
+        plain, full = self.encode_prompt("a", add_special_tokens=False), self.encode_prompt("a")
+        positions = range(len(full) - len(plain) + 1)
+        return full[: next((i for i in positions if full[i : i + len(plain)] == plain), 0)]
 
     def encode(self, text: str) -> list[int]:
         """Encode a text without adding special tokens.
@@ -80,7 +80,7 @@ class Tokenizer:
         """
         return self.encode(text)
 
-    def pieces(self, text: str) -> list[str]:
+    def split_prompt(self, text: str) -> list[str]:
         """Split a prompt where no token can span the boundary, so that the parts can be encoded separately.
 
         Args:
@@ -313,7 +313,7 @@ class FastTokenizer(SubwordTokenizer):
             self.tokenizer.encode_special_tokens = True
         return ids
 
-    def pieces(self, text: str) -> list[str]:
+    def split_prompt(self, text: str) -> list[str]:
         """Split before each special token, except those whose tokens depend on the preceding text."""
         added = [token for token in self.tokenizer.get_added_tokens_decoder().values() if not token.normalized]
         if self.split_special_tokens or not added:

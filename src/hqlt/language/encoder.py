@@ -32,7 +32,7 @@ class CachedEncoder:
     def __call__(self, text: str, salt: str = "") -> list[int]:
         """Encode a text. Pieces are shared only within one salt, so that timing reveals nothing about other users."""
         with self._lock:
-            pieces = self.tokenizer.pieces(text)
+            pieces = self.tokenizer.split_prompt(text)
             if len(pieces) == 1:
                 return self.tokenizer.encode_prompt(text, add_special_tokens=False)
             return np.concatenate([self._encoded(piece, salt) for piece in pieces]).tolist()

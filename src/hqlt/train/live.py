@@ -48,12 +48,12 @@ class LiveLine(Display):
 
     def __init__(self, console: Console, total: int, done: int) -> None:
         self.total, self.begun_at = total, done
-        whole = Column(no_wrap=True)
+        column = Column(no_wrap=True)
         self.bar = Progress(
-            TextColumn("{task.completed:.0f}/{task.total:.0f}", table_column=whole),
-            TimeRemainingColumn(table_column=whole.copy()),
-            TextColumn("left", table_column=whole.copy()),
-            TextColumn("{task.description}", table_column=whole.copy()),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}", table_column=column),
+            TimeRemainingColumn(table_column=column.copy()),
+            TextColumn("left", table_column=column.copy()),
+            TextColumn("{task.description}", table_column=column.copy()),
             console=console,
             transient=True,
             speed_estimate_period=60,

@@ -21,8 +21,8 @@ class Metrics:
 
     def __init__(self, path: Path, step: int) -> None:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]
-        kept = [line for i, line in enumerate(whole, start=1) if _step_of(line, f"{path}, line {i}") <= step]
+        complete = [line for line in lines if line.endswith("\n")]
+        kept = [line for i, line in enumerate(complete, start=1) if _step_of(line, f"{path}, line {i}") <= step]
         write_atomic(path, "".join(kept).encode())
         self.file: TextIO = path.open("a", buffering=1)
 

@@ -26,7 +26,7 @@ def mesh() -> Iterator[DeviceMesh]:
     distributed.destroy_process_group()
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch's tracer warns itself
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # raised inside torch's tracer
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("checkpoints", [False, True])
 def test_a_block_compiles_to_one_graph(mesh, checkpoints):
@@ -37,7 +37,7 @@ def test_a_block_compiles_to_one_graph(mesh, checkpoints):
         model = parallelize(HQLTForCausalLM(preset("tiny", **small)), settings, Ranks(0, 2, torch.device("cpu"), mesh))
     tokens = torch.zeros(2, 9, dtype=torch.long)
     torch._dynamo.utils.counters.clear()
-    with ops.use_backend("chunked"):  # what runs on a GPU
+    with ops.use_backend("chunked"):  # the backend used on a GPU
         model(tokens, labels=tokens, use_cache=False, skip_logits=True).loss.backward()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert all(weight.grad is not None for weight in model.parameters())

@@ -49,7 +49,7 @@ def test_a_killed_run_resumes_bit_for_bit(text, whole, tmp_path, options):
     if options:
         train(text, expected := tmp_path / "whole", *options)
     folder = tmp_path / "run"
-    for wanted in (3, 6, 10):  # before the first checkpoint, and after others
+    for wanted in (3, 6, 10):  # before the first checkpoint and after later ones
         process = subprocess.Popen(
             command(text, folder, *options),
             env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -91,7 +91,7 @@ def test_a_signal_saves_and_stops(text, whole, tmp_path, number):
 def test_a_second_ctrl_c_stops_at_once(text, tmp_path):
     folder = tmp_path / "run"
     process = subprocess.Popen(
-        command(text, folder, "--batch-size=4096", "--warmup-steps=0"),  # updates of many seconds
+        command(text, folder, "--batch-size=4096", "--warmup-steps=0"),  # slow updates
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -253,7 +253,7 @@ def test_documents_of_one_token_are_refused(tmp_path):
 
 
 def test_windows_without_a_token_to_predict_are_refused_and_batches_of_them_skipped(tmp_path):
-    data = documents(tmp_path, *(f"{chr(65 + i)}{chr(66 + i)}" for i in range(40)))  # four for validation
+    data = documents(tmp_path, *(f"{chr(65 + i)}{chr(66 + i)}" for i in range(40)))  # four are held out for validation
     with pytest.raises(ValueError, match="length: expected windows with at least one token to predict in "):
         trainer(data, tmp_path, length=1, validation_rows=1)
     training = trainer(data, tmp_path, length=1, batch_size=1, steps=20)
@@ -341,7 +341,7 @@ def test_cost_of_an_update():
     """Two rows of three tokens; values of two bytes, except logits, gradients of the head, and weights."""
     config = HQLTConfig(vocab_size=256, **CONFIG | {"num_hidden_layers": 1, "window": 2})
     linear = 5 * 16 * 16 + 2 * 16 + 3 * 16 * 32 + 16 * 256
-    weights = linear + 16 * 256 + 3 * 16 + 8  # embeddings, three norms and that of heads
+    weights = linear + 16 * 256 + 3 * 16 + 8  # embeddings, three norms and the norm per head
     parts = {part.name: part for part in parts_of_update(config, 2, 3, compiled=True, in_chunks=True, memory_units=57)}
     assert parts["matrix products"].operations == 6 * 6 * linear
     assert parts["memories"].bytes == 2 * 6 * 57 * 16

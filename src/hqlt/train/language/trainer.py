@@ -363,13 +363,13 @@ class LanguageTrainer(Trainer[Update]):
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
             weights = get_model_state_dict(self.model, options=options)
         if self.ranks.first:
-            whole = HQLTForCausalLM(self.config)
-            whole.load_state_dict({name.replace("_orig_mod.", ""): weight for name, weight in weights.items()})
-            tokenizer, generation = self.splits["train"].tokenizer, cast(Any, whole.generation_config)
+            unsharded = HQLTForCausalLM(self.config)
+            unsharded.load_state_dict({name.replace("_orig_mod.", ""): weight for name, weight in weights.items()})
+            tokenizer, generation = self.splits["train"].tokenizer, cast(Any, unsharded.generation_config)
             if tokenizer.eos_id is not None:
-                whole.config.eos_token_id = generation.eos_token_id = generation.pad_token_id = tokenizer.eos_id
+                unsharded.config.eos_token_id = generation.eos_token_id = generation.pad_token_id = tokenizer.eos_id
             try:
-                whole.save_pretrained(folder)
+                unsharded.save_pretrained(folder)
             except SafetensorError as error:
                 raise OSError(f"{folder}: could not be written ({error}); the checkpoints are intact") from error
             tokenizer.save(folder)
