@@ -31,12 +31,12 @@ from rich.console import Console
 
 import hqlt
 from hqlt.disk import write_atomic
-from hqlt.evaluate.probes import probe, probed
+from hqlt.evaluate.probes import probe, probe_rows
 from hqlt.language.folder import load_model, read_config, tokenizer_of
 from hqlt.memory import FWMemory, Write
 from hqlt.model import HQLTForCausalLM
 from hqlt.model.pretrained.retrofit import config_for, retrofitted
-from hqlt.report.retrofit import ORIGINAL, WINDOW, leave_retrofit_report
+from hqlt.report.retrofit import ORIGINAL, WINDOW, write_retrofit_report
 
 RUNS: dict[str, dict[str, Any]] = {
     "delta": {"rule": "delta"},
@@ -172,7 +172,7 @@ def measured(
     begin = time.perf_counter()
     subprocess.run([sys.executable, __file__, *command], check=True)
     seconds = time.perf_counter() - begin
-    rows = probed(name, load_model(place), tokens)
+    rows = probe_rows(name, load_model(place), tokens)
     trained = sum(getattr(options, stage) for stage in STAGES)
     rows[0] |= {"tokens": trained, "seconds": seconds}
     return [row | {"seed": seed} for row in rows]
@@ -182,7 +182,7 @@ def report(options: argparse.Namespace, more: Sequence[str], rows: list[dict[str
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     settings |= {"more": list(more), "runs": RUNS, "hqlt": hqlt.__version__, "torch": torch.__version__}
     settings |= {"python": platform.python_version()}
-    leave_retrofit_report(
+    write_retrofit_report(
         options.folder,
         rows,
         settings,

@@ -284,9 +284,9 @@ class TestState:
 
 def test_rows_of_a_report():
     tokens = text()
-    (row,) = probes.probed("original", small(layer_kinds=["kv", "kv"]), tokens)
+    (row,) = probes.probe_rows("original", small(layer_kinds=["kv", "kv"]), tokens)
     assert row["name"] == "original"
-    own, bypassed = probes.probed("ours", small(mixer="add"), tokens, beyond=30)
+    own, bypassed = probes.probe_rows("ours", small(mixer="add"), tokens, beyond=30)
     assert own["probe"] == probe(small(mixer="add"), tokens, beyond=30)
     assert (bypassed["name"], bypassed["bypassed"]) == ("ours", True)
     assert bypassed["probe"]["perplexity"] != own["probe"]["perplexity"]
@@ -296,7 +296,7 @@ def test_rows_are_bypassed_in_the_way_with_the_lower_loss():
     for seed in range(4):
         model = small(mixer="add", options={"kv_gate": True})
         nn.init.normal_(model.lm_head.weight, generator=torch.Generator().manual_seed(seed))
-        _, bypassed = probes.probed("ours", model, text(2))
+        _, bypassed = probes.probe_rows("ours", model, text(2))
         losses = {whole: probes.loss_bypassed(model, text(2), whole) for whole in (False, True)}
         assert losses[bypassed["kv_whole"]] == min(losses.values()) != max(losses.values())
         with fw_bypassed(model, kv_whole=bypassed["kv_whole"]):

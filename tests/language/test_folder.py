@@ -42,7 +42,7 @@ def test_the_error_describes_a_folder_without_a_model(tmp_path):
     assert find_model(tmp_path / "models" / "a").name == "a"
 
 
-def test_the_token_that_begins_a_text(tmp_path):
+def test_bos_token(tmp_path):
     build().save_pretrained(tmp_path)
     assert tokenizer_of(tmp_path, 256).bos_id is None
     prepending().save(tmp_path)

@@ -84,7 +84,7 @@ class TestForgetting:
     """transformers' own caches drop a recurrent state that has no convolution."""
 
     @pytest.mark.parametrize("fields", [{"window": 1}, {"layer_kinds": ["fw", "fw"]}, {"blend": "delayed-chunk"}])
-    def test_a_model_without_convolution_remembers_what_left_the_window(self, small, tokens, fields):
+    def test_a_model_without_convolution_remembers_tokens_beyond_the_window(self, small, tokens, fields):
         torch.manual_seed(0)
         model = HQLTForCausalLM(HQLTConfig(**{**small, **fields})).double()
         other = tokens.clone()

@@ -13,11 +13,11 @@ from rich.console import Console
 
 from hqlt.report.retrofit import (
     figure_of_rows,
-    leave_retrofit_report,
     recovered,
     table_of_needles,
     table_of_rows,
     verdict,
+    write_retrofit_report,
 )
 
 
@@ -129,7 +129,7 @@ def test_curves():
 
 def test_files_of_the_report(tmp_path):
     out = io.StringIO()
-    leave_retrofit_report(tmp_path, ROWS, {"seed": 0}, Console(file=out, width=200), title="SmolLM2 retrofitted")
+    write_retrofit_report(tmp_path, ROWS, {"seed": 0}, Console(file=out, width=200), title="SmolLM2 retrofitted")
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "README.md", "curves.png", "report.html"}
     written = json.loads((tmp_path / "results.json").read_text())
     assert (written["rows"], written["run"]) == (ROWS, {"seed": 0})

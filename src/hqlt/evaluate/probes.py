@@ -93,7 +93,7 @@ def probe(
     }
 
 
-def probed(name: str, model: nn.Module, tokens: Tensor, **options: Any) -> list[dict[str, Any]]:
+def probe_rows(name: str, model: nn.Module, tokens: Tensor, **options: Any) -> list[dict[str, Any]]:
     """Probe a model, and once more with its FW-memories bypassed if it has any.
 
     Of the two ways to bypass (`fw_bypassed`), the one with the lower loss is used, so that the benefit of the

@@ -38,7 +38,7 @@ UNUSED_BELOW = 0.02
 """FW-memories count as unused if bypassing them increases the loss by less than this, in nats per token."""
 
 
-def leave_retrofit_report(
+def write_retrofit_report(
     folder: Path, rows: Sequence[Row], run_info: dict[str, Any], console: Console, *, title: str, introduction: str = ""
 ) -> None:
     """Write results.json, README.md, curves.png and report.html, and print the table.

@@ -15,7 +15,7 @@ from hqlt.data import TokenFiles, Windows, load_tokenizer, prepare
 from hqlt.device import usable_device
 from hqlt.disk import write_atomic
 from hqlt.errors import require
-from hqlt.evaluate.probes import probe, probed
+from hqlt.evaluate.probes import probe, probe_rows
 from hqlt.language.checkpoint import weight_files
 from hqlt.language.folder import find_model, load_model, quiet_transformers, read_config, tokenizer_of
 from hqlt.model import HQLTForCausalLM
@@ -46,7 +46,7 @@ def run(settings: RetrofitSettings, model: Path, folder: Path, device: str | Non
         ValueError: before training, for invalid settings, model or data; and when training diverges.
         OSError: when a file cannot be read or written.
     """
-    from hqlt.report.retrofit import leave_retrofit_report  # imported first, so that a missing package is found now
+    from hqlt.report.retrofit import write_retrofit_report  # imported first, so that a missing package is found now
 
     config, place = read_config(model), usable_device(device)
     refuse_other_than_full(config)
@@ -78,7 +78,7 @@ def run(settings: RetrofitSettings, model: Path, folder: Path, device: str | Non
         rows = rows_of(trainer, console)
         if rows:
             title = f"{find_model(model).name} with a bounded memory"
-            leave_retrofit_report(folder, rows, run_info, console, title=title, introduction=trainer.title() + ".")
+            write_retrofit_report(folder, rows, run_info, console, title=title, introduction=trainer.title() + ".")
         else:
             write_atomic(folder / "results.json", json.dumps({"run": run_info, "rows": []}, indent=1).encode())
         console.print(f"saved to {folder / 'model'}", markup=False)
@@ -161,7 +161,7 @@ def rows_of(trainer: RetrofitTrainer, console: Console) -> list[dict[str, Any]]:
         stop_if_asked(trainer.signals)
         with console.status(f"probing {name}"), trainer.autocast():
             if model is trainer.student:
-                rows += probed(name, model, trainer.held_out.inputs)
+                rows += probe_rows(name, model, trainer.held_out.inputs)
             else:
                 rows.append({"name": name, "probe": probe(model, trainer.held_out.inputs)})
     return [row | {"tokens": trainer.tokens()} if row["name"] == label else row for row in rows]
