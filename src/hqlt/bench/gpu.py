@@ -50,7 +50,7 @@ T = TypeVar("T")
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-class Place(NamedTuple):
+class Target(NamedTuple):
     """The device and dtype of the contestants, and how they are measured."""
 
     device: str = "cuda"
@@ -58,7 +58,7 @@ class Place(NamedTuple):
     meter: Meter = CUDA
 
 
-GPU = Place()
+GPU = Target()
 
 
 def setting() -> dict[str, Any]:
@@ -74,24 +74,24 @@ def setting() -> dict[str, Any]:
     return {"GPU": torch.cuda.get_device_name(), "torch": torch.__version__, **measured}
 
 
-def rates(place: Place) -> dict[str, float]:
+def rates(target: Target) -> dict[str, float]:
     """Measured rates of copying and of dense matrix products."""
-    copied = copy_rate(2**29 if place is GPU else 2**10, meter=place.meter, device=place.device)
-    return {"copied TB/s": copied / 1e12, "dense TFLOP/s": _dense_rate(place is not GPU, place) / 1e12}
+    copied = copy_rate(2**29 if target is GPU else 2**10, meter=target.meter, device=target.device)
+    return {"copied TB/s": copied / 1e12, "dense TFLOP/s": _dense_rate(target is not GPU, target) / 1e12}
 
 
-def run(rounds: int, quick: bool, only: str | None, place: Place = GPU) -> list[Row]:
-    ceiling = _dense_rate(quick, place)
+def run(rounds: int, quick: bool, only: str | None, target: Target = GPU) -> list[Row]:
+    ceiling = _dense_rate(quick, target)
     results: list[Row] = []
     if only in (None, "memories"):
-        results += memories_race((1, 70, 2, 16) if quick else SHAPE, 64, rounds, ceiling, place)
+        results += memories_race((1, 70, 2, 16) if quick else SHAPE, 64, rounds, ceiling, target)
     if only in (None, "train"):
-        results += training_race(1 if quick else 8, 70 if quick else 2048, quick, rounds, ceiling, place)
+        results += training_race(1 if quick else 8, 70 if quick else 2048, quick, rounds, ceiling, target)
     return results
 
 
-def _dense_rate(quick: bool, place: Place) -> float:
-    return matrix_product_rate(128 if quick else 8192, 20, place.meter, dtype=place.dtype, device=place.device)
+def _dense_rate(quick: bool, target: Target) -> float:
+    return matrix_product_rate(128 if quick else 8192, 20, target.meter, dtype=target.dtype, device=target.device)
 
 
 def inputs(b: int, t: int, h: int, d: int, **kind: Any) -> list[Tensor]:
@@ -163,10 +163,10 @@ def peers_of(leaves: list[Tensor], window: int) -> dict[str, Callable[[], Tensor
 
 
 def memories_race(
-    shape: tuple[int, int, int, int], window: int, rounds: int, ceiling: float, place: Place = GPU
+    shape: tuple[int, int, int, int], window: int, rounds: int, ceiling: float, target: Target = GPU
 ) -> list[Row]:
     b, t, h, d = shape
-    leaves = inputs(*shape, dtype=place.dtype, device=place.device)
+    leaves = inputs(*shape, dtype=target.dtype, device=target.device)
     rotary = Rotary(10_000.0).table(t, d, leaves[0].device, torch.float32)
 
     def layer(backend: str) -> Tensor:
@@ -179,7 +179,9 @@ def memories_race(
     full = runnable(full, lambda run: _output_and_gradients(run, leaves))
     unit = b * t * h * d
     count = unit * (6 * d + 4 * window), unit * (14 * d + 10 * window)
-    measured = forward_and_backward(contestants, leaves, count, ceiling, rounds, place.meter, TOLERANCE, baselines=full)
+    measured = forward_and_backward(
+        contestants, leaves, count, ceiling, rounds, target.meter, TOLERANCE, baselines=full
+    )  # fmt: skip
     return rows(f"memories, mixer, norm; window {window}", shape, measured)
 
 
@@ -206,18 +208,18 @@ def runnable(
     return able
 
 
-def training_race(b: int, t: int, quick: bool, rounds: int, ceiling: float, place: Place = GPU) -> list[Row]:
+def training_race(b: int, t: int, quick: bool, rounds: int, ceiling: float, target: Target = GPU) -> list[Row]:
     from hqlt.model import HQLTForCausalLM, preset
 
     small = {"hidden_size": 32, "num_heads": 2, "num_hidden_layers": 1, "vocab_size": 50} if quick else {}
     config = preset("hqlt-340m", **small)
-    with torch.device(place.device):
+    with torch.device(target.device):
         model = HQLTForCausalLM(config)
-        torch.nn.Module.to(model, place.dtype)
+        torch.nn.Module.to(model, target.dtype)
     compiled = copy.deepcopy(model)
     for block in compiled.model.layers:
         block.compile(backend="aot_eager" if quick else "inductor")
-    tokens = torch.randint(0, config.vocab_size, (b, t), device=place.device)
+    tokens = torch.randint(0, config.vocab_size, (b, t), device=target.device)
     optimisers = {one: torch.optim.AdamW(one.parameters(), lr=1e-4, fused=True) for one in (model, compiled)}
     contestants = {
         "chunked, blocked": (model, "chunked"),
@@ -247,7 +249,7 @@ def training_race(b: int, t: int, quick: bool, rounds: int, ceiling: float, plac
     multiplied = sum(p.numel() for p in model.parameters()) - config.vocab_size * config.hidden_size
     window, d = config.window or t, config.hidden_size // config.num_heads
     own = config.num_hidden_layers * config.hidden_size * (20 * d + 14 * window)
-    measured = race(works, b * t * (6.0 * multiplied + own), ceiling, rounds, place.meter)
+    measured = race(works, b * t * (6.0 * multiplied + own), ceiling, rounds, target.meter)
     return rows("training step, hqlt-340m", (b, t, config.hidden_size, config.num_heads), {"step": measured})
 
 

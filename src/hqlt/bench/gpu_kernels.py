@@ -19,7 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
-from hqlt.bench.gpu import Place
+from hqlt.bench.gpu import Target
 from hqlt.errors import first_line
 from hqlt.memory.rotary import Rotary
 from hqlt.ops import Beyond, expiry, synchronous
@@ -200,9 +200,9 @@ def compare(shape: Shape, dtype: torch.dtype, device: str, repeats: int) -> dict
     return {"errors": off, "same again": same, "right": same and max(off.values()) < TOLERANCE[dtype]}
 
 
-def check(place: Place, repeats: int = 3) -> list[dict[str, Any]]:
+def check(target: Target, repeats: int = 3) -> list[dict[str, Any]]:
     """Compare every dtype and shape. Cases that do not run are reported with the reason."""
-    if place.device == "cpu":  # interpreted; not bfloat16, whose products are wrong in the interpreter
+    if target.device == "cpu":  # interpreted; not bfloat16, whose products are wrong in the interpreter
         cases = [(TINY, dtype) for dtype in (torch.float64, torch.float32, torch.float16)]
     else:  # wide heads only in 16 bits
         cases = [(shape, dtype) for dtype in TOLERANCE for shape in SHAPES if shape.k <= 64 or dtype.itemsize == 2]
@@ -210,7 +210,7 @@ def check(place: Place, repeats: int = 3) -> list[dict[str, Any]]:
     results = []
     for shape, dtype in cases:
         row = {"dtype": str(dtype).removeprefix("torch."), "shape": shape._asdict()}
-        results.append(row | attempt(partial(compare, shape, dtype, place.device, repeats)))
+        results.append(row | attempt(partial(compare, shape, dtype, target.device, repeats)))
         print(*results[-1].values(), flush=True)
     return results
 
@@ -237,7 +237,7 @@ def candidates(table: launch.Table, quick: bool) -> list[tuple[str, Launch]]:
     return every
 
 
-def sweep(place: Place, shape: Shape, rounds: int, quick: bool = False) -> list[dict[str, Any]]:
+def sweep(target: Target, shape: Shape, rounds: int, quick: bool = False) -> list[dict[str, Any]]:
     """Try launch options, changing one entry of the launch table at a time.
 
     The whole operation, forward and backward, is compared with the result of the unchanged table. The changed kernel is
@@ -245,22 +245,22 @@ def sweep(place: Place, shape: Shape, rounds: int, quick: bool = False) -> list[
     """
     table = launch.table_for(shape.k, shape.v)
     every = candidates(table, quick)
-    if place.device == "cuda":  # compile in parallel; one by one would take minutes
+    if target.device == "cuda":  # compile in parallel; one by one would take minutes
         calls: list[Launched] = []
         for kernel, options in every:
             with mock.patch.dict(table, {kernel: options}):
-                calls += [call for call in launches_of(shape, place.dtype) if call.name == kernel]
+                calls += [call for call in launches_of(shape, target.dtype) if call.name == kernel]
         warm_up(calls)
-    inputs = inputs_of(shape, place.dtype, place.device)
-    resets = torch.zeros(shape.b, shape.held + shape.t, dtype=torch.bool, device=place.device)
+    inputs = inputs_of(shape, target.dtype, target.device)
+    resets = torch.zeros(shape.b, shape.held + shape.t, dtype=torch.bool, device=target.device)
     expected = outputs_and_gradients(inputs, shape, resets)
 
     def timed(kernel: str, options: Launch) -> dict[str, Any]:
         with mock.patch.dict(table, {kernel: options}), recorded(launch.launch) as launches:
             off = errors(outputs_and_gradients(inputs, shape, resets), expected)
         call = next(call for call in launches if call.name == kernel)
-        ms = milliseconds(call, place, rounds)
-        return {"ms": ms, "errors": off, "right": max(off.values()) < TOLERANCE[place.dtype]}
+        ms = milliseconds(call, target, rounds)
+        return {"ms": ms, "errors": off, "right": max(off.values()) < TOLERANCE[target.dtype]}
 
     results = []
     for kernel, options in every:
@@ -270,15 +270,15 @@ def sweep(place: Place, shape: Shape, rounds: int, quick: bool = False) -> list[
     return results
 
 
-def milliseconds(call: Launched, place: Place, rounds: int) -> float:
+def milliseconds(call: Launched, target: Target, rounds: int) -> float:
     """Median time of one launch. Kernels that accumulate into a tensor do so again, which does not change the time."""
 
     def work() -> None:
-        for _ in range(LAUNCHES if place.device == "cuda" else 1):
+        for _ in range(LAUNCHES if target.device == "cuda" else 1):
             launch.launch(*call)
 
     work()
-    times = sorted(place.meter.seconds(work) for _ in range(rounds))
+    times = sorted(target.meter.seconds(work) for _ in range(rounds))
     return 1e3 * times[len(times) // 2] / LAUNCHES
 
 

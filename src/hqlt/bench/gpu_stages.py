@@ -28,12 +28,12 @@ from rich.console import Console
 
 from hqlt import native
 from hqlt.bench import gpu
-from hqlt.bench.gpu import CAPTION, GPU, Place
+from hqlt.bench.gpu import CAPTION, GPU, Target
 from hqlt.bench.race import Meter, table_of
 
 Answer = dict[str, Any]
 NO_CLOCK = Meter(lambda work: (work(), math.nan)[1], lambda work: (work(), math.nan)[1])
-REHEARSAL = Place("cpu", torch.float32, NO_CLOCK)
+REHEARSAL = Target("cpu", torch.float32, NO_CLOCK)
 PACKAGES = ("triton", "fla-core", "flash-attn", "transformers", "numpy", "jsonargparse")
 
 
@@ -59,61 +59,61 @@ def setting() -> Answer:
     return here
 
 
-def right(place: Place, folder: Path, rounds: int) -> Answer:
+def right(target: Target, folder: Path, rounds: int) -> Answer:
     """Compare the kernels with the reference in every dtype. Results of a second assembler are added to the first's."""
     from hqlt.bench import gpu_kernels
 
-    before = folder / file_of("right", place)
+    before = folder / file_of("right", target)
     assembled = json.loads(before.read_text())["by assembler"] if before.exists() else {}
-    return {"by assembler": assembled | {gpu_kernels.assembler(): gpu_kernels.check(place)}}
+    return {"by assembler": assembled | {gpu_kernels.assembler(): gpu_kernels.check(target)}}
 
 
-def memcheck(place: Place, folder: Path, rounds: int) -> Answer:
+def memcheck(target: Target, folder: Path, rounds: int) -> Answer:
     """One small call per dtype, to be run under compute-sanitizer."""
     from hqlt.bench.gpu_kernels import SHAPES, TINY, compare
 
-    shape, dtypes = (SHAPES[1], (torch.bfloat16, torch.float32)) if place is GPU else (TINY, (torch.float32,))
-    return {str(dtype): compare(shape, dtype, place.device, repeats=0) for dtype in dtypes}
+    shape, dtypes = (SHAPES[1], (torch.bfloat16, torch.float32)) if target is GPU else (TINY, (torch.float32,))
+    return {str(dtype): compare(shape, dtype, target.device, repeats=0) for dtype in dtypes}
 
 
-def warm_peer(place: Place, folder: Path, rounds: int) -> Answer:
+def warm_peer(target: Target, folder: Path, rounds: int) -> Answer:
     """Compile fla's many autotuning variants, in the background, before the race."""
-    leaves = gpu.inputs(*(gpu.SHAPE if place is GPU else (1, 64, 1, 16)), dtype=place.dtype, device=place.device)
+    leaves = gpu.inputs(*(gpu.SHAPE if target is GPU else (1, 64, 1, 16)), dtype=target.dtype, device=target.device)
     begun = time.monotonic()
     gpu.one_by_one(*leaves, attention=lambda q, k, v: v).float().sum().backward()
     return {"seconds": time.monotonic() - begun}
 
 
-def sweep(place: Place, folder: Path, rounds: int) -> Answer:
+def sweep(target: Target, folder: Path, rounds: int) -> Answer:
     """Check and time launch options of each kernel: warps, stages and blocks."""
     from hqlt.bench.gpu_kernels import Shape, sweep
 
-    shape = Shape(*gpu.SHAPE, 128) if place is GPU else Shape(1, 33, 1, 4, 20, window=3)
-    return {"results": sweep(place, shape, rounds, quick=place is not GPU)}
+    shape = Shape(*gpu.SHAPE, 128) if target is GPU else Shape(1, 33, 1, 4, 20, window=3)
+    return {"results": sweep(target, shape, rounds, quick=target is not GPU)}
 
 
-def demo(place: Place, folder: Path, rounds: int) -> Answer:
+def demo(target: Target, folder: Path, rounds: int) -> Answer:
     """Train the models of `hqlt demo` on the card; report their scores and times."""
     from hqlt.study import known_studies, read_study
     from hqlt.train.grid import as_json, run_grid
 
     study = read_study(known_studies()["demo"])
-    if place is not GPU:
+    if target is not GPU:
         study = study.only("parity").quick()
     with tempfile.TemporaryDirectory() as scratch:
         workers = min(os.cpu_count() or 1, 8)
-        results = run_grid(study.cells(), Path(scratch), workers, lambda event: None, place.device)
-    kept = ("cell", "parameters", "test", *(["seconds"] if place is GPU else []))
+        results = run_grid(study.cells(), Path(scratch), workers, lambda event: None, target.device)
+    kept = ("cell", "parameters", "test", *(["seconds"] if target is GPU else []))
     return {"results": [{name: as_json(result)[name] for name in kept} for result in results]}
 
 
-STAGES: dict[str, Callable[[Place, Path, int], Answer]] = {
-    "card": lambda place, folder, rounds: gpu.rates(place),
+STAGES: dict[str, Callable[[Target, Path, int], Answer]] = {
+    "card": lambda target, folder, rounds: gpu.rates(target),
     "right": right,
     "memcheck": memcheck,
     "warm_peer": warm_peer,
-    "race": lambda place, folder, rounds: {"results": gpu.run(rounds, place is not GPU, "memories", place)},
-    "train": lambda place, folder, rounds: {"results": gpu.run(rounds, place is not GPU, "train", place)},
+    "race": lambda target, folder, rounds: {"results": gpu.run(rounds, target is not GPU, "memories", target)},
+    "train": lambda target, folder, rounds: {"results": gpu.run(rounds, target is not GPU, "train", target)},
     "sweep": sweep,
     "demo": demo,
 }
@@ -121,9 +121,9 @@ LOG_ONLY = ("memcheck", "warm_peer")
 """Stages whose results are only logged."""
 
 
-def file_of(stage: str, place: Place) -> str:
+def file_of(stage: str, target: Target) -> str:
     """The name of a stage's results file."""
-    return f"{'' if place is GPU else 'rehearsal-'}{stage}.json"
+    return f"{'' if target is GPU else 'rehearsal-'}{stage}.json"
 
 
 def without_nan(x: Any) -> Any:
@@ -142,8 +142,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rehearse", action="store_true", help="run without a GPU: tiny, interpreted, not timed")
     parser.add_argument("--rounds", type=int, default=7, help="number of measurements of each contestant")
     options = parser.parse_args(arguments)
-    place = REHEARSAL if options.rehearse else GPU
-    if place is GPU and not torch.cuda.is_available():
+    target = REHEARSAL if options.rehearse else GPU
+    if target is GPU and not torch.cuda.is_available():
         raise SystemExit(
             f"{options.stage}: no GPU: expected one that torch {torch.__version__} can use; or pass --rehearse"
         )
@@ -153,13 +153,13 @@ def main(arguments: list[str] | None = None) -> None:
     answer: Answer = {"setting": setting()}
     if options.rehearse:
         answer["rehearsal"] = "no GPU: tiny, interpreted, not timed; a check of the scripts, not a measurement"
-    answer |= STAGES[options.stage](place, options.folder, 1 if options.rehearse else options.rounds)
+    answer |= STAGES[options.stage](target, options.folder, 1 if options.rehearse else options.rounds)
     if options.stage in LOG_ONLY:
         print(json.dumps(without_nan(answer), default=str))
         return
     options.folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(without_nan(answer), indent=1, ensure_ascii=False, default=str)
-    (options.folder / file_of(options.stage, place)).write_text(text + "\n")
+    (options.folder / file_of(options.stage, target)).write_text(text + "\n")
     if options.stage in ("race", "train"):
         title = f"{options.stage}, {answer['setting'].get('GPU', 'REHEARSAL: no GPU, nothing was measured')}"
         Console(width=160).print(table_of(title, answer["results"], CAPTION))
