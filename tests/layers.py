@@ -17,23 +17,23 @@ RULES = ("delta", "linear")
 HIDDEN, HEADS = 8, 2
 GROUPED: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 4, "qk_norm": "head"}
 
-MORE: dict[str, Any] = {"conv_size": 3, "output_gate": True}
+COMMON_OPTIONS: dict[str, Any] = {"conv_size": 3, "output_gate": True}
 """Options of every layer."""
-OF_KV: dict[str, Any] = {"rope_theta": None}
-OF_RULE: dict[str, dict[str, Any]] = {"delta": {"beta_max": 1.0}, "linear": {}}
+KV_OPTIONS: dict[str, Any] = {"rope_theta": None}
+RULE_OPTIONS: dict[str, dict[str, Any]] = {"delta": {"beta_max": 1.0}, "linear": {}}
 
 CHOICES: dict[str, dict[str, Any]] = (
     {
         "-".join([blend, mixer, rule, extra]): {"blend": blend, "mixer": mixer, "fast_weights": rule, **options}
         for blend, mixer, rule in product(HYBRIDS, MIXERS, RULES)
-        for extra, options in {"plain": {}, "options": {**MORE, **OF_KV, **OF_RULE[rule]}}.items()
+        for extra, options in {"plain": {}, "options": {**COMMON_OPTIONS, **KV_OPTIONS, **RULE_OPTIONS[rule]}}.items()
     }
     | {
         "kv-only": {"blend": "kv-only"},
-        "kv-only-full-options": {"blend": "kv-only", "window": None, **MORE, **OF_KV},
+        "kv-only-full-options": {"blend": "kv-only", "window": None, **COMMON_OPTIONS, **KV_OPTIONS},
         "synchronous-full": {"blend": "synchronous", "window": None},
         "fw-only-delta": {"blend": "fw-only"},
-        "fw-only-linear-options": {"blend": "fw-only", "fast_weights": "linear", **MORE},
+        "fw-only-linear-options": {"blend": "fw-only", "fast_weights": "linear", **COMMON_OPTIONS},
     }
     | {
         # other heads, biases, norms and activations

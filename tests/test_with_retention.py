@@ -16,7 +16,7 @@ from hqlt.memory import KVMemory
 from hqlt.memory.kv import Surprise
 from hqlt.registry import name_of, options_of
 from tests.laws import close
-from tests.layers import CHOICES, GROUPED, HYBRIDS, MORE, build_layer, tokens
+from tests.layers import CHOICES, COMMON_OPTIONS, GROUPED, HYBRIDS, build_layer, tokens
 from tests.toys.retention import KeyNorm
 
 RETENTIONS = {
@@ -36,7 +36,7 @@ RETENTIONS = {
 }
 CHANGED = {
     "plain": {},
-    "grouped": {**GROUPED, **MORE, "partial_rotary_factor": 0.5},
+    "grouped": {**GROUPED, **COMMON_OPTIONS, "partial_rotary_factor": 0.5},
     "scaled": CHOICES["synchronous-scaled"],
     "keeps already": {"retention": "value-norm", "kept": 4, "kept_norm": True, "kept_gate": 0.5, "sinks": 1},
 }
