@@ -80,8 +80,8 @@ class TestRequests:
     def test_generation(self, model):
         contexts = [TEXT[: 5 * i] for i in (3, 1, 90, 9)] + [""]
         options = {"until": ["q", "\n\n"], "max_gen_toks": 12}
-        asked = instances("generate_until", [(context, options) for context in contexts])
-        one, many = (harness(model, n).generate_until(asked, True) for n in (1, 3))
+        requests = instances("generate_until", [(context, options) for context in contexts])
+        one, many = (harness(model, n).generate_until(requests, True) for n in (1, 3))
         assert one == many
         for context, text in zip(contexts[:-1], one, strict=False):
             given = torch.tensor([list(context.encode())])
@@ -108,10 +108,10 @@ class TestRequests:
             log_p = model(whole[None, begin : begin + 16]).logits[0].log_softmax(-1)
             log_p = log_p.gather(1, whole[begin + 1 : begin + 17, None])
             expected += log_p[-new:].sum().item()
-        asked = instances("r", [(TEXT[:41],), ("short",), ("",)])
-        cut, short, empty = harness(model, max_length=16).loglikelihood_rolling(asked, True)
+        requests = instances("r", [(TEXT[:41],), ("short",), ("",)])
+        cut, short, empty = harness(model, max_length=16).loglikelihood_rolling(requests, True)
         assert cut == pytest.approx(expected, abs=1e-9)
-        assert [short] == pytest.approx(harness(model).loglikelihood_rolling(asked[1:2], True), abs=1e-10)
+        assert [short] == pytest.approx(harness(model).loglikelihood_rolling(requests[1:2], True), abs=1e-10)
         assert empty == 0
 
     def test_a_max_length_without_room_for_a_context_is_refused(self):
@@ -151,8 +151,8 @@ class TestRequests:
             harness(build()).generate_until(instances("generate_until", [("a", {"max_gen_toks": 0})]), True)
 
     def test_requests_with_different_options(self):
-        asked = [("a", {"until": [], "max_gen_toks": n}) for n in (2, 5, 2)]
-        made = harness(build()).generate_until(instances("generate_until", asked), True)
+        requests = [("a", {"until": [], "max_gen_toks": n}) for n in (2, 5, 2)]
+        made = harness(build()).generate_until(instances("generate_until", requests), True)
         assert made[0] == made[2] and made[1].startswith(made[0][:1]) and made[0] != made[1]
 
 

@@ -75,7 +75,7 @@ def ours(folder: Path, batch_size: int = 3) -> HarnessModel:
     return HarnessModel(load_model(folder), tokenizer_of(folder, len(WORDS)), batch_size, LONGEST)
 
 
-def asked(kind: str, *arguments: tuple) -> list[Instance]:
+def requests(kind: str, *arguments: tuple) -> list[Instance]:
     return [Instance(kind, {}, args, i) for i, args in enumerate(arguments)]
 
 
@@ -115,27 +115,27 @@ class TestScores:
         adds = bool(tokenizer_of(folder, len(WORDS)).prefix_ids)
         contexts = [text for text in CONTEXTS if text.strip() or not text or adds]  # it asserts that spaces have tokens
         pairs = [(text, " and more") for text in contexts] + [("", "<s>a"), ("", "</s>a"), ("a", "b" * LONGEST)]
-        expected = theirs.loglikelihood(asked("loglikelihood", *pairs), True)
-        values = ours(folder).loglikelihood(asked("loglikelihood", *pairs), True)
+        expected = theirs.loglikelihood(requests("loglikelihood", *pairs), True)
+        values = ours(folder).loglikelihood(requests("loglikelihood", *pairs), True)
         assert [greedy for _, greedy in values] == [greedy for _, greedy in expected]
         assert [value for value, _ in values] == pytest.approx([value for value, _ in expected], abs=1e-4)
 
     def test_rolling(self, folder, theirs):
         texts = [(text,) for text in [*CONTEXTS, "many words, " * 9]]
-        expected = theirs.loglikelihood_rolling(asked("loglikelihood_rolling", *texts), True)
-        assert ours(folder).loglikelihood_rolling(asked("r", *texts), True) == pytest.approx(expected, abs=1e-4)
+        expected = theirs.loglikelihood_rolling(requests("loglikelihood_rolling", *texts), True)
+        assert ours(folder).loglikelihood_rolling(requests("r", *texts), True) == pytest.approx(expected, abs=1e-4)
 
     @pytest.mark.parametrize("options", [UNTIL, {**UNTIL, "repetition_penalty": 3.0}, {"until": [], "max_gen_toks": 9}])
     def test_generation(self, folder, theirs, options):
         adds = bool(tokenizer_of(folder, len(WORDS)).prefix_ids)
         contexts = [(text, options) for text in CONTEXTS if text or adds]  # it cannot continue an empty text
-        expected = theirs.generate_until(asked("generate_until", *contexts), True)
-        assert ours(folder).generate_until(asked("generate_until", *contexts), True) == expected
+        expected = theirs.generate_until(requests("generate_until", *contexts), True)
+        assert ours(folder).generate_until(requests("generate_until", *contexts), True) == expected
         assert len(set(expected)) > 2
 
     def test_sampling(self, folder, theirs):
         options = {"until": ["\n"], "max_gen_toks": 20, "do_sample": True, "temperature": 0.7, "top_p": 0.9}
-        contexts = asked("generate_until", ("a text", options))
+        contexts = requests("generate_until", ("a text", options))
         torch.manual_seed(0)
         expected = theirs.generate_until(contexts, True)
         torch.manual_seed(0)

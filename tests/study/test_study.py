@@ -293,7 +293,7 @@ def test_a_study_of_agents(tmp_path):
 def test_a_killed_agent_cell_resumes_exactly(tmp_path):
     cell = read(tmp_path, AGENTS).cells()[1]
     *_, whole = cell.run(tmp_path / "whole", "cpu")
-    evaluated = (told.progress.step for told in cell.run(tmp_path / "killed", "cpu") if told.in_history)
+    evaluated = (event.progress.step for event in cell.run(tmp_path / "killed", "cpu") if event.in_history)
     first, *_ = itertools.islice(evaluated, 3)
     evaluated.close()
     *events, again = cell.run(tmp_path / "killed", "cpu")

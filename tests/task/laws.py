@@ -75,9 +75,9 @@ class Laws:
         assert batch.resets is None or (batch.resets.shape == batch.inputs.shape and batch.resets.dtype == torch.bool)
         assert len(batch.inputs) == 7 or (split == "train" and len(batch.inputs) > 7)
         assert 0 <= batch.inputs.min() <= batch.inputs.max() < task.vocab_size
-        asked = batch.targets != IGNORE
-        assert asked.any(dim=1).all()
-        assert 0 <= batch.targets[asked].min() <= batch.targets[asked].max() < task.vocab_size
+        scored = batch.targets != IGNORE
+        assert scored.any(dim=1).all()
+        assert 0 <= batch.targets[scored].min() <= batch.targets[scored].max() < task.vocab_size
 
     def test_equal_seeds_give_equal_batches_and_other_seeds_other_ones(self, case):
         first, again, other = (case.batch(seed=seed) for seed in (0, 0, 1))
@@ -101,8 +101,8 @@ class Laws:
         for split in ("validation", "test"):
             batch = case.batch(split, rows=12)
             for inputs, targets in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True):
-                asked = {i: target for i, target in enumerate(targets) if target != IGNORE}
-                assert asked == case.verifier(inputs)
+                scored = {i: target for i, target in enumerate(targets) if target != IGNORE}
+                assert scored == case.verifier(inputs)
 
     def test_a_model_that_knows_every_answer_gets_the_best_score(self, case):
         task, batch = case.task, case.batch("test")

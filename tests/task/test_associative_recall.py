@@ -14,18 +14,18 @@ def test_every_key_is_queried_once_and_its_value_is_the_answer(split):
         for inputs, targets, coordinate in zip(
             batch.inputs.tolist(), batch.targets.tolist(), batch.coordinate.tolist(), strict=True
         ):
-            asked = [i for i, target in enumerate(targets) if target != IGNORE]
-            pairs = len(asked)
+            scored = [i for i, target in enumerate(targets) if target != IGNORE]
+            pairs = len(scored)
             sizes.add(pairs)
             keys, values = inputs[0 : 2 * pairs : 2], inputs[1 : 2 * pairs : 2]
             assert len(set(keys)) == pairs
             assert all(1 <= key < 32 for key in keys)
             assert all(32 <= value < 64 for value in values)
-            assert sorted(inputs[i] for i in asked) == sorted(keys)
-            for i in asked:
+            assert sorted(inputs[i] for i in scored) == sorted(keys)
+            for i in scored:
                 assert targets[i] == values[keys.index(inputs[i])]
                 assert inputs[i - coordinate[i]] == targets[i]
-            rest = [token for i, token in enumerate(inputs) if i >= 2 * pairs and i not in asked]
+            rest = [token for i, token in enumerate(inputs) if i >= 2 * pairs and i not in scored]
             assert set(rest) <= {0}
     assert sizes == ({2, 8} if split == "train" else {4, 8})
 
@@ -47,8 +47,8 @@ def test_all_test_sizes_are_equally_frequent():
 def test_the_coordinate_may_be_the_number_of_pairs():
     task = AssociativeRecall(vocabulary=64, test_sizes=((24, 4), (32, 8)), train_sizes=((8, 2),), against="pairs")
     batch = task.sample(generator_for("test", 0), 6, "test")
-    asked = batch.targets != IGNORE
-    assert [set(row[where].tolist()) for row, where in zip(batch.coordinate, asked, strict=True)] == [{4}] * 3 + [
+    scored = batch.targets != IGNORE
+    assert [set(row[where].tolist()) for row, where in zip(batch.coordinate, scored, strict=True)] == [{4}] * 3 + [
         {8}
     ] * 3
     assert task.coordinate_name == "pairs"
@@ -58,8 +58,8 @@ def test_early_queries_are_more_likely_than_late_ones():
     batch = AssociativeRecall(vocabulary=64, test_sizes=((128, 4),), train_sizes=((128, 4),)).sample(
         generator_for("test", 0), 500, "test"
     )
-    asked = (batch.targets != IGNORE).nonzero()[:, 1] - 8
-    assert (asked < 40).float().mean() > 0.6
+    scored = (batch.targets != IGNORE).nonzero()[:, 1] - 8
+    assert (scored < 40).float().mean() > 0.6
 
 
 def test_the_worked_example():

@@ -13,9 +13,9 @@ def test_the_answer_is_the_last_value_that_the_passage_assigns_to_the_name(split
     task = FactExtraction(length=300, labels="answer")
     batch = task.sample(generator_for(split, 1), 60, split)
     for inputs, targets, distance in zip(batch.inputs, batch.targets, batch.coordinate[:, 0].tolist(), strict=True):
-        asked = (targets != IGNORE).nonzero()[:, 0]
-        answer = bytes(targets[asked].tolist())
-        passage, question = bytes(inputs[: asked[0] + 1].tolist()).rsplit(b"\n", 1)
+        scored = (targets != IGNORE).nonzero()[:, 0]
+        answer = bytes(targets[scored].tolist())
+        passage, question = bytes(inputs[: scored[0] + 1].tolist()).rsplit(b"\n", 1)
         name = re.fullmatch(rb"([\w.]+) = ", question)[1]
         facts = [match for match in FACT.finditer(passage + b"\n") if match[1] == name]
         assert facts[-1][2] + b"\n" == answer
@@ -23,7 +23,7 @@ def test_the_answer_is_the_last_value_that_the_passage_assigns_to_the_name(split
         assert not re.search(again, passage[facts[-1].end(2) :], re.MULTILINE)
         assert len(passage) - facts[-1].end(2) == distance < 300
         assert len(passage) <= 300
-        assert bytes(inputs[asked[1:]].tolist()) == answer[:-1]
+        assert bytes(inputs[scored[1:]].tolist()) == answer[:-1]
 
 
 def test_distances_are_uniform_in_tests_and_log_uniform_in_training():

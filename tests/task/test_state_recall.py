@@ -64,10 +64,10 @@ def test_a_walk_without_its_first_flip_reveals_nothing():
     """Given all flips but one, every setting is equally likely: this bounds what a window can do."""
     task = StateRecall(switches=2, symbols=1, values=4, questions=1, train_lengths=(2, 2))
     batch = task.sample(generator_for("train", 0), 8000, "train")
-    asked = batch.targets[batch.targets != IGNORE]
+    scored = batch.targets[batch.targets != IGNORE]
     setting = [
         (inputs[inputs.tolist().index(target) - 1] - 6).item()
-        for inputs, target in zip(batch.inputs, asked.tolist(), strict=True)
+        for inputs, target in zip(batch.inputs, scored.tolist(), strict=True)
         if inputs[1] == 2 and inputs[10] == 1
     ]
     assert len(setting) > 200

@@ -98,5 +98,5 @@ def selective_copying(tokens):
 
 def needles(tokens, keys=16):
     """{position of a query: value}; a query is a key that 0 follows."""
-    asked = [i for i, token in enumerate(tokens[:-1]) if 1 <= token <= keys and tokens[i + 1] == 0]
-    return {i: tokens[tokens.index(tokens[i]) + 1] for i in asked}
+    queries = [i for i, token in enumerate(tokens[:-1]) if 1 <= token <= keys and tokens[i + 1] == 0]
+    return {i: tokens[tokens.index(tokens[i]) + 1] for i in queries}
