@@ -148,7 +148,7 @@ class SynchronousOperation:
         _, kv, fw, blend, mixer, norm = parts
         if fw is None or type(blend) is not Synchronous or type(mixer) is not VectorMixer or type(norm) is not RMSNorm:
             return None
-        if type(kv) is not KVMemory or not kv.reads_alike or native_form(fw) not in ("delta", "gated-delta"):
+        if type(kv) is not KVMemory or not kv.reads_uniformly or native_form(fw) not in ("delta", "gated-delta"):
             return None
         if kv.retention is not None and kv.retention.needs_errors:  # needs the FW-memory's predictions
             return None

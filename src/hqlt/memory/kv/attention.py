@@ -127,7 +127,7 @@ class KVMemory(nn.Module):
         return "window" if plain and self.q_norm is None and self.gate is None else None
 
     @property
-    def reads_alike(self) -> bool:
+    def reads_uniformly(self) -> bool:
         """Whether entries beyond the window are read like those within it: at true distances, without norm or gate."""
         true_distance = self.positions is None or self.kept_positions == "true"
         return true_distance and self.q_norm is None and self.gate is None
@@ -186,7 +186,7 @@ class KVMemory(nn.Module):
         near, far = (q_rotated, torch.cat([keys[:, :n], k_rotated], dim=1)), (q, keys)
         if self.q_norm is not None and self.k_norm is not None:
             far = self.q_norm(q), self.k_norm(keys)
-        elif self.reads_alike:
+        elif self.reads_uniformly:
             return (q_rotated, torch.cat([self.rotate_kept(keys[:, :n], candidates), k_rotated], dim=1)), ()
         far = self._rotate_far(*far, candidates, n, window)
         if self.gate is not None:  # an extra channel per head: g in q, 1 in k
