@@ -1,4 +1,4 @@
-// What autograd asks of a CUDA device, answered without one: see fake_cuda.py.
+// A CUDA device guard and hooks, so that autograd works for fake CUDA tensors without a GPU; see fake_cuda.py.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
