@@ -28,7 +28,7 @@ struct Hooks : at::CUDAHooksInterface {
 
 const c10::impl::DeviceGuardImplRegistrar guard(CUDA, new Guard());
 
-// torch has made its hooks, which refuse, by the time that this is loaded: ours take their place.
+// When this is loaded, PyTorch has already created its own hooks, which raise errors; these replace them.
 const auto* const hooks = new (const_cast<at::CUDAHooksInterface*>(&at::detail::getCUDAHooks())) Hooks();
 
 }  // namespace

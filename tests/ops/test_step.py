@@ -52,7 +52,7 @@ def layer_that_keeps(choice, window, kept, dtype=torch.float64, **more):
 
 
 @contextlib.contextmanager
-def counted():
+def counting_steps():
     """Counts the tokens processed by the native step."""
     with mock.patch.object(fused, "run", wraps=fused.run) as run:
         yield run.call_args_list
@@ -109,7 +109,7 @@ def test_many_steps_equal_the_parts(choice, window, dtype):
         start = torch.zeros(b, 4, dtype=torch.bool)
         start[1, 1] = start[2, 3] = True  # the rows have seen four, three and one token
         state = layer(tokens(b, 4, seed=1, dtype=dtype), resets=start)[1]
-        with counted() as calls:
+        with counting_steps() as calls:
             for i in range(t):
                 marked = resets[:, i : i + 1]
                 arguments = x[:, i : i + 1], state, marked if i % 2 or marked.any() else None
@@ -134,7 +134,7 @@ def test_many_steps_keep_the_same_entries_as_the_parts(choice, window, kept, t, 
     resets = torch.zeros(2, t, dtype=torch.bool)
     resets[0, 11] = resets[0, 12] = resets[1, t // 2] = True
     state = layer.init_state(2)
-    with torch.no_grad(), counted() as calls:
+    with torch.no_grad(), counting_steps() as calls:
         for i in range(t):
             marked = resets[:, i : i + 1]
             arguments = x[:, i : i + 1], state, marked if i % 2 or marked.any() else None
@@ -196,7 +196,7 @@ def test_unused_slots_have_no_effect():
         check_close(layer(x, state._replace(kv=state.kv._replace(kept=dirty))), layer(x, state), 0)
 
 
-def the_same_on_any_threads(layer, x, state, resets, threads):
+def check_any_number_of_threads(layer, x, state, resets, threads):
     """Check that the result equals the reference's for any number of threads."""
     before = torch.get_num_threads()
     with ops.use_backend("reference"):
@@ -217,7 +217,7 @@ def test_kept_entries_larger_than_a_cache(choice):
             weight.mul_(0.2 if weight.dim() == 2 else 1)
         state, x = layer(normal(20, 40, 3 * 96))[1], normal(20, 1, 3 * 96, seed=1)
         resets = torch.arange(20)[:, None] == 1
-        the_same_on_any_threads(layer, x, state, resets, (1, 3))
+        check_any_number_of_threads(layer, x, state, resets, (1, 3))
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -246,7 +246,7 @@ def test_retentions_that_are_replaced_or_have_hooks_run_part_by_part():
 
     for change in (exchanged, replaced, heard):
         layer = build_layer("", 2, blend="kv-only", retention="value-norm", kept=2)
-        with torch.no_grad(), counted() as calls:
+        with torch.no_grad(), counting_steps() as calls:
             state = layer(tokens(2, 5))[1]
             layer(tokens(2, 1), state)
             assert len(calls) == 1
@@ -291,7 +291,7 @@ def test_states_larger_than_a_cache(blend, b):
             weight.mul_(0.2 if weight.dim() == 2 else 1)
         state = layer(normal(b, 20, 3 * 96))[1]
         x, resets = normal(b, 1, 3 * 96, seed=1), torch.arange(b)[:, None] == 1
-        the_same_on_any_threads(layer, x, state, resets, (1, 2, 3, 16))
+        check_any_number_of_threads(layer, x, state, resets, (1, 2, 3, 16))
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -324,7 +324,7 @@ def test_when_the_parts_run_instead():
     layer, x = build_layer("synchronous-vector-delta-plain"), tokens(2, 1)
     with torch.no_grad():
         state = layer(tokens(2, 3))[1]
-    with counted() as calls:
+    with counting_steps() as calls:
         layer(x, state)  # weights require gradients
         with torch.no_grad():
             layer(x, None)
@@ -364,7 +364,7 @@ def test_parts_that_are_replaced_or_have_hooks_run_one_by_one():
     ]:
         layer = build_layer("synchronous-vector-delta-plain")
         setattr(layer, name, part)
-        with torch.no_grad(), counted() as calls:
+        with torch.no_grad(), counting_steps() as calls:
             state = layer(tokens(2, 3))[1]
             got = layer(x, state)
             with ops.use_backend("reference"):
@@ -373,7 +373,7 @@ def test_parts_that_are_replaced_or_have_hooks_run_one_by_one():
 
     layer, heard = build_layer("synchronous-vector-delta-plain"), []
     layer.mixer.register_forward_hook(lambda *call: heard.append(call))
-    with torch.no_grad(), counted() as calls:
+    with torch.no_grad(), counting_steps() as calls:
         layer(x, layer(tokens(2, 3))[1])
     assert len(heard) == 2 and not calls
 
@@ -383,7 +383,7 @@ def test_constants_of_the_layer_may_change():
     with torch.no_grad():
         state = layer(tokens(2, 3))[1]
         layer.fw.beta_max, layer.o_norm.eps, layer.kv.positions = 0.5, 0.1, Rotary(3.0)
-        with counted() as calls:
+        with counting_steps() as calls:
             got = layer(x, state)
         with ops.use_backend("reference"):
             check_close(got, layer(x, state), 1e-10)
