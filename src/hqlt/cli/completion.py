@@ -99,7 +99,7 @@ def add_option(parser: argparse.ArgumentParser, action: argparse.Action, values:
     import shtab
 
     name = action.dest
-    expected = getattr(action, "_typehint", None if name == "print_config" else Path)  # other options take a file
+    expected = getattr(action, "_typehint", None if name == "print_config" else Path)  # groups of options take a file
     types = {expected, *get_args(expected)}
     options: dict[str, Any] = {"help": re.split(r"\.\s|;", (action.help or "").replace("%", "%%"))[0].rstrip(".")}
     if name == "print_config" or (bool in types and action.default is False):

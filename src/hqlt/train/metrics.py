@@ -56,7 +56,7 @@ class Trackers:
     def __init__(self, folder: Path, settings: dict[str, Any], step: int, wandb: bool = False) -> None:
         self.writer: Any = None
         self.modules: list[Any] = []
-        """Modules with wandb's interface, started."""
+        """Started trackers with the interface of wandb."""
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
@@ -85,7 +85,7 @@ class Trackers:
 
 
 def _started_wandb(folder: Path, settings: dict[str, Any]) -> Any:
-    """The module wandb, with a run of its own for the folder; a resumed run continues it."""
+    """Start a wandb run for the folder, or continue the one that the folder has; returns the module wandb."""
     wandb: Any = importlib.import_module("wandb")
     file = folder / "wandb" / "run-id"
     if not file.exists():
@@ -99,7 +99,7 @@ def _started_wandb(folder: Path, settings: dict[str, Any]) -> Any:
             dir=folder,
             config=settings,
             resume="allow",
-            settings=wandb.Settings(console="off"),  # it would record each state of the live line
+            settings=wandb.Settings(console="off"),  # the live line is redrawn often; do not record it
         )
     except wandb.Error as error:
         raise ValueError(
