@@ -48,7 +48,7 @@ def test_the_quick_demo_writes_a_complete_run(tmp_path):
         (["--workers=0"], "^workers: expected at least 1, got 0$"),
         (["--seed=-1"], r"^seeds: expected whole numbers from 0 to 2\*\*32 − 1, got -1$"),
         (["--folder=language"], "^language: expected a run of hqlt demo or hqlt reproduce, found one of hqlt train;"),
-        (["--folder=full"], "^full: expected a new or empty folder, or one that hqlt demo"),
+        (["--folder=full"], "^full: expected a new or empty folder, or one created by hqlt demo"),
         (["--folder=other"], "^other: expected a run of 'One layer, two memories', found one of 'Who runs\\?'"),
         (["--folder=full/file"], "^full/file"),
         (["--folder=full/file/run"], "^full/file"),

@@ -135,7 +135,7 @@ def parse(parser: Parser, arguments: Sequence[str]) -> dict[str, Any]:
     parsed = parser.parse_args(canonical(arguments, parser))
     try:
         options: dict[str, Any] = parser.instantiate(parsed).as_dict()
-    except ValueError as error:  # a group of options that refuses one of them, such as --ppo.rollout
+    except ValueError as error:  # from a group of options, such as --ppo.rollout_steps
         name, colon, message = str(error).partition(":")
         raise ValueError(
             f"{dashed('--' + name)}:{message}" if colon and name in parser.names() else str(error)
