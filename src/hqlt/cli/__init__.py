@@ -50,7 +50,7 @@ COMMANDS = {
     "convert": CommandInfo("convert a pretrained model, or a checkpoint of the paper's code", ("transformers",)),
     "retrofit": CommandInfo("give a converted model a bounded memory", ("transformers", "peft")),
     "rl": CommandInfo("train and watch agents with memory", ("gymnasium", *REPORT)),
-    "demo": CommandInfo("train five small models on three tasks, in minutes", ("transformers", *REPORT)),
+    "demo": CommandInfo("train six small models on three tasks, in minutes", ("transformers", *REPORT)),
     "reproduce": CommandInfo("reproduce a table of the paper, or run a study of your own", ("transformers", *REPORT)),
     "bench": CommandInfo("compare speed with other implementations"),
     "completion": CommandInfo("print a script that completes commands and options in bash or zsh", ("shtab",)),
