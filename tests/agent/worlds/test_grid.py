@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import hqlt.agent  # noqa: F401  registers the environments
 from hqlt.agent.worlds import KeyToDoor, VisualMatch
 from hqlt.agent.worlds.grid import COLOURS
-from tests.agent.worlds.played import ReferenceBoard, board_of, play, position_of
+from tests.agent.worlds.helpers import ReferenceBoard, board_of, play, position_of
 
 RED, GREEN, BLUE = ((255, 0, 0), (0, 255, 0), (0, 0, 255))
 TO_SQUARE = {"r": "uullluu", "g": "uuuu", "b": "uurrruu"}

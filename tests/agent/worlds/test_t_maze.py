@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import hqlt.agent  # noqa: F401  registers the environments
 from hqlt.agent.worlds import TMaze
-from tests.agent.worlds.played import D, L, R, U, play
+from tests.agent.worlds.helpers import D, L, R, U, play
 
 THIRD = 1 / 3
 

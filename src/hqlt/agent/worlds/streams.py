@@ -13,7 +13,7 @@ Indices: TypeAlias = NDArray[np.intp]
 """Indices of environments, [m]."""
 
 
-class Streams:
+class RandomStreams:
     """n parallel SplitMix64 generators: state ← state + γ, output mix64(state).
 
     Stream i depends only on seed + i, not on the number of streams.

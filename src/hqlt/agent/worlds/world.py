@@ -13,7 +13,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from hqlt.agent.worlds.streams import Indices, Streams
+from hqlt.agent.worlds.streams import Indices, RandomStreams
 from hqlt.ranges import COUNT, check_range
 
 Observations: TypeAlias = NDArray[Any]
@@ -66,7 +66,7 @@ class World(VectorEnv[Observations, NDArray[Any], NDArray[Any]]):
         self.single_action_space = Discrete(len(ACTIONS))
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._all: Indices = np.arange(num_envs)
-        self._streams = Streams(num_envs)
+        self._streams = RandomStreams(num_envs)
         self._begun = False
         self._time = np.zeros(num_envs, np.int32)
         self._ended = np.zeros(num_envs, np.bool_)
