@@ -1,4 +1,4 @@
-"""Public docstrings: what each says of its arguments, result and errors, and that its examples run."""
+"""Public docstrings document arguments, result and errors, and their examples run."""
 
 from __future__ import annotations
 
@@ -18,21 +18,18 @@ MODULES = (
     "hqlt.model", "hqlt.state", "hqlt.task", "hqlt.agent", "hqlt.data", "hqlt.train", "hqlt.evaluate", "hqlt.study",
     "hqlt.report",
 )  # fmt: skip
-"""Those whose `__all__` is the API."""
-TO_DO: set[str] = {}
-"""Parts of the package whose docstrings are not in this form yet."""
+"""Modules whose `__all__` is the public API."""
 SECTIONS = ("Args", "Returns", "Raises", "Source", "Example")
 
 
 def public() -> dict[str, Any]:
-    """Classes and functions of this package, by where they are written."""
+    """Public classes and functions, by the module that defines them."""
     found = {}
     for module in map(importlib.import_module, MODULES):
         for name in module.__all__:
             item = getattr(module, name)
             home = getattr(item, "__module__", "")
-            ours = (inspect.isclass(item) or inspect.isroutine(item)) and home.split(".")[0] == "hqlt"
-            if ours and home.split(".")[1] not in TO_DO:
+            if (inspect.isclass(item) or inspect.isroutine(item)) and home.split(".")[0] == "hqlt":
                 found[f"{home}.{item.__qualname__}"] = item
     return found
 
@@ -43,7 +40,7 @@ CLASSES = {name: item for name, item in PUBLIC.items() if inspect.isclass(item)}
 
 
 def sections_of(docstring: str) -> dict[str, str]:
-    """What stands indented under "Args:", "Returns:" and the like."""
+    """The indented text of each section, by title."""
     pattern = rf"^({'|'.join(SECTIONS)}):\n((?:(?: .*)?\n)+)"
     return dict(re.findall(pattern, docstring + "\n", flags=re.MULTILINE))
 
@@ -52,8 +49,8 @@ def tree_of(item: Any) -> Any:
     return ast.parse(textwrap.dedent(inspect.getsource(item))).body[0]
 
 
-def described(item: Any, parameters: Any, text: str) -> set[str]:
-    """The parameters of which the section Args says nothing."""
+def undocumented_parameters(item: Any, parameters: Any, text: str) -> set[str]:
+    """The parameters that the section Args does not describe."""
     names = {re.sub(r"^\*+", "", name) for name in parameters if name not in ("self", "cls")}
     return names - {
         name
@@ -67,7 +64,7 @@ def is_record(item: type) -> bool:
 
 
 def is_abstract(item: type) -> bool:
-    """One that is not used as it is: to be derived from, a protocol, or an error to be caught."""
+    """Base classes, protocols and exceptions: classes that are not instantiated directly."""
     return (
         inspect.isabstract(item)
         or getattr(item, "_is_protocol", False)
@@ -77,7 +74,7 @@ def is_abstract(item: type) -> bool:
 
 
 def undocumented_fields(item: type) -> list[str]:
-    """Fields of a record with neither a comment on their line, nor a string after them, nor a line under Args."""
+    """Fields without a comment on their line, a string after them, or a line under Args."""
     source, tree = textwrap.dedent(inspect.getsource(item)).splitlines(), tree_of(item)
     args = sections_of(inspect.getdoc(item) or "").get("Args", "")
     missing = []
@@ -91,12 +88,12 @@ def undocumented_fields(item: type) -> list[str]:
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_function_says_what_it_takes_gives_and_raises(name):
+def test_functions_document_arguments_result_and_errors(name):
     item = FUNCTIONS[name]
     documentation, signature = inspect.getdoc(item) or "", inspect.signature(item)
     sections = sections_of(documentation)
     assert re.match(r"\S.*[.:?)]", documentation), "a first sentence"
-    assert not described(item, signature.parameters, sections.get("Args", ""))
+    assert not undocumented_parameters(item, signature.parameters, sections.get("Args", ""))
     if signature.return_annotation not in (None, "None"):
         assert "Returns" in sections
     if any(isinstance(node, ast.Raise) for node in ast.walk(tree_of(item))):
@@ -105,7 +102,7 @@ def test_a_function_says_what_it_takes_gives_and_raises(name):
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_a_class_says_what_it_takes(name):
+def test_classes_document_their_arguments(name):
     item = CLASSES[name]
     documentation = item.__doc__ or ""
     sections = sections_of(inspect.cleandoc(documentation))
@@ -114,7 +111,7 @@ def test_a_class_says_what_it_takes(name):
         assert not undocumented_fields(item)
         return
     if "__init__" in vars(item):
-        assert not described(item, inspect.signature(item.__init__).parameters, sections.get("Args", ""))
+        assert not undocumented_parameters(item, inspect.signature(item.__init__).parameters, sections.get("Args", ""))
         if any(isinstance(node, ast.Raise) for node in ast.walk(tree_of(item.__init__))):
             assert "Raises" in sections
     if not is_abstract(item):
@@ -123,7 +120,7 @@ def test_a_class_says_what_it_takes(name):
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_public_methods_are_documented(name):
-    """But for those that a base class describes."""
+    """Methods that a base class documents need no docstring of their own."""
     item = CLASSES[name]
     for method, function in vars(item).items():
         function = getattr(function, "__func__", getattr(function, "fget", function))
@@ -133,7 +130,7 @@ def test_public_methods_are_documented(name):
 
 @pytest.mark.parametrize("name", [name for name, item in PUBLIC.items() if ">>> " in (item.__doc__ or "")])
 def test_examples_run(name, tmp_path, monkeypatch):
-    """In an empty folder, with what the example imports: each stands for itself."""
+    """Each in an empty folder, with only what it imports."""
     monkeypatch.chdir(tmp_path)
     item = PUBLIC[name]
     tests = doctest.DocTestFinder(recurse=False).find(item, name, globs={})

@@ -184,7 +184,7 @@ def lines_of_docstrings(tree: ast.AST) -> int:
 
 
 def test_functions_and_files_are_short():
-    """Docstrings are not counted."""
+    """Docstrings are not counted, nor is a function's signature: that of a command lists its options."""
     for name, file in FILES.items():
         if Path(name).parts[0] not in ("ops", "native"):
             text = file.read_text()
@@ -192,4 +192,5 @@ def test_functions_and_files_are_short():
             assert text.count("\n") - lines_of_docstrings(tree) <= 400, name
             for node in ast.walk(tree):
                 if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                    assert lines_of(node) - lines_of_docstrings(node) <= 50, f"{name}: {node.name}"
+                    body = (node.end_lineno or 0) - node.body[0].lineno + 1
+                    assert body - lines_of_docstrings(node) <= 50, f"{name}: {node.name}"
