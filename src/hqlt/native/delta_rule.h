@@ -2,33 +2,33 @@
 //
 //     r_t = v_t − W_{t−1}ᵀ k_t      W_t = W_{t−1} + k_t ⊗ β_t r_t      out_t = scale · W_tᵀ q_t
 //
-// The columns of W never meet, so a slice of columns is a task of its own: it stays in the first-level cache, and one
-// pass over it writes and reads two tokens and predicts the next two. The errors r are kept for the backward pass.
+// The columns of W are independent, so each slice of columns is a task: it stays in the L1 cache, and one pass over it
+// writes and reads two tokens and predicts the next two. The errors r are saved for the backward pass.
 //
 // Backward, with G_t the gradient of W_t and du_t = G_tᵀ k_t that of β_t r_t:
 //
 //     G_t = G_{t+1} − k_{t+1} ⊗ dv_{t+1} + scale · q_t ⊗ dout_t
 //     dv_t = β_t du_t      dβ_t = du_t · r_t      dq_t = scale · W_t dout_t      dk_t = β_t G_t r_t − W_{t−1} dv_t
 //
-// Given r and dv, every step above only adds products to a matrix, so that W itself is rebuilt forwards from the
-// initial state: nothing but r is kept, and nothing is inverted. One sweep over G backwards in time, then one over the
-// transpose of W forwards, so that the sums over v (dq, dk) run along lanes; those of G r_t are a sum for each row.
+// Given r and dv, every step above only adds products to a matrix, so that W is rebuilt forwards from the initial state:
+// only r is saved, and nothing is inverted. One sweep runs over G backwards in time, then one over the transpose of W
+// forwards, so that the sums over v (dq, dk) are elementwise over lanes; G r_t takes one horizontal sum per row.
 //
-// A token that is not live is one of zeros. Where g > 1 queries read a matrix, it is written token by token, and all
-// queries but the first have a pass of their own.
+// A token that is not live is treated as zeros. If g > 1 queries read a matrix, it is written token by token, and all
+// queries but the first take an additional pass.
 
 template <class T>
 struct DeltaRule {
   int64_t b, t, h, k, v, g;
   T scale;
-  const T* zeros;  // as many as the wider of k and v; null where all tokens are live
+  const T* zeros;  // as many as the larger of k and v; null if all tokens are live
   const T *q, *key, *value, *beta, *state;
   Marks marks;
   T *errors, *out, *final_state;
   const T *d_out, *d_final;
   T *d_q, *d_key, *d_value, *d_beta, *d_state;
 
-  // Two tokens a pass. Both are predicted before either is written; the second then sees the first one's write.
+  // Two tokens per pass. Both are predicted before either is written; the second is then corrected by the first's write.
   template <int N>
   void forward(int64_t head, int64_t slice) const {
     const Head at(head, t, h, g, marks);
@@ -94,12 +94,12 @@ struct DeltaRule {
     W.write(final_state + head * k * v);
   }
 
-  // Where the columns of one task add up what is a sum over all of them: dβ, and of dk the part β G r.
+  // Accumulators of one task for sums over all columns: dβ, and the part β G r of dk.
   struct Sums {
     T *d_key, *d_beta;
   };
 
-  // Backwards in time over columns of G: dv, the gradient of the initial state, and these columns' part of the sums.
+  // Sweep backwards in time over columns of G: dv, the gradient of the initial state, and these columns' part of the sums.
   template <int N>
   void backward_columns(int64_t head, int64_t slice, Sums sums, bool first) const {
     const Head at(head, t, h, g, marks);
@@ -111,7 +111,7 @@ struct DeltaRule {
     Lanes<T> own[N], d_error[N] = {}, error[N], d_read[N];
     UNROLL for (int n = 0; n < N; ++n) own[n] = columns.own(n);
     for (int64_t i = t - 1; i >= 0; --i) {
-      const bool last = i + 1 == t || at.reset(i + 1);  // of its segment: no later token's key is looked at
+      const bool last = i + 1 == t || at.reset(i + 1);  // last of its segment: the next token's key is not used
       const int64_t now = at.token(i), query = at.query(i), soon = at.token(i > 1 ? i - 2 : i);
       const T *key_now = key_of(at, i), *key_later = key_of(at, last ? i : i + 1), *q_now = q + query * k;
       const T strength = beta_of(at, i);
@@ -167,7 +167,7 @@ struct DeltaRule {
     G.write(d_state + head * k * v);
   }
 
-  // Given dv: dq, and the rest of dk, by columns of the transpose of W.
+  // Given dv, computes dq and the rest of dk, by columns of the transpose of W.
   template <int N>
   void backward_rows(int64_t head, int64_t slice) const {
     const Head at(head, t, h, g, marks);
@@ -175,7 +175,7 @@ struct DeltaRule {
     Slice<T, N> M{columns, v, scratch<T>(v * N)};
 
     M.read_transposed(state + head * k * v);
-    Pass<T, N, read, write, read> earlier;  // predicted here, written here, read here
+    Pass<T, N, read, write, read> earlier;  // predict, write, read
     Pass<T, N, read, write, read, read, write, read> earlier_two;
     Pass<T, N, read> more;
     for (int64_t i = 0; i < t;) {
@@ -205,7 +205,7 @@ struct DeltaRule {
   INLINE const T* value_of(const Head& at, int64_t i) const { return at.live(i) ? value + at.token(i) * v : zeros; }
   INLINE T beta_of(const Head& at, int64_t i) const { return at.live(i) ? beta[at.token(i)] : T(0); }
 
-  // β (v − prediction), and the error in it.
+  // β (v − prediction), and the error itself.
   template <int N>
   INLINE void correct(Columns<T, N> columns, const Head& at, int64_t i, const Lanes<T>* predicted, Lanes<T>* correction) const {
     const T *wanted = value_of(at, i), strength = beta_of(at, i);
@@ -261,8 +261,8 @@ void delta_rule_backward(int threads, const int64_t* size, double scale, void* c
   const int64_t heads = job.b * job.h, tokens = heads * job.t;
   threads = threads_for(threads, (7 + 2 * job.g) * tokens * job.k * job.v);
 
-  // A head's slices are one task, which then goes on with the rows while the head's tokens are still in the cache; or as
-  // many as it takes to give every thread one: each but the first then has its own sums.
+  // The slices of a head are one task, which continues with the rows while the head's tokens are in the cache; or as many
+  // tasks as needed to give every thread one, in which case each but the first has its own sums.
   const Slicing cut = slicing<T>(job.k, job.v, heads, threads);
   const int64_t tasks = std::min<int64_t>(cut.count, (threads + heads - 1) / heads);
   std::vector<T> others((tasks - 1) * tokens * (job.k + 1));

@@ -1,11 +1,11 @@
-// Until when each entry stays visible beyond the window: one pass over a head's entries by age, with a heap of the `kept`
-// first by rank, the last of them on top. A new entry pushes that one out, or itself: from when it leaves the window on.
+// Expiry of entries beyond the window: one pass over a head's entries by age, with a heap of the `kept` best, the worst of
+// them on top. When a new entry leaves the window, either it or the entry on top expires.
 template <class T>
 void expiry_forward(int threads, const int64_t* n, double, void* const* x) {
   struct Entry {
     T score;
     int64_t index;
-    bool operator<(const Entry& other) const {  // whether it outranks the other: ties go to the older
+    bool operator<(const Entry& other) const {  // whether it outranks the other; ties go to the older
       return score > other.score || (score == other.score && index < other.index);
     }
   };
@@ -41,7 +41,7 @@ void expiry_forward(int threads, const int64_t* n, double, void* const* x) {
       }
     }
   };
-  constexpr int64_t line = 8;  // heads in a cache line, which threads would take from each other
+  constexpr int64_t line = 8;  // heads per cache line, to avoid false sharing between threads
   const int64_t lines = (h + line - 1) / line;
   Pool::run(threads_for(threads, 32 * b * l * h), b * lines, [&](int64_t task) {
     const int64_t first = task % lines * line;

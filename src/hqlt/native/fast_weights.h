@@ -1,20 +1,20 @@
-// Fast weights by any write rule of one family: decay, then m writes, then the read.
+// Fast weights with any write rule of one family: decay, then m writes, then the read.
 //
 //     S ← Diag(α_t) S      m times: r = v − Sᵀ a, S ← S + k ⊗ β r      out_t = scale · Sᵀ q_t
 //
-// α is 1, one number for the matrix or one for each of its rows; a is k, another key, or 0 (then r = v). The columns of
-// S never meet, so a slice of columns is a task of its own: it stays in the first-level cache. One pass over it writes
-// and reads a token (or two), decays for the next and predicts its writes. The errors r are kept for the backward pass.
+// α is 1, one number per matrix or one per row; a is k, another key, or 0 (then r = v). The columns of S are independent,
+// so each slice of columns is a task: it stays in the L1 cache. One pass over it writes and reads a token (or two), decays
+// for the next and predicts its writes. The errors r are saved for the backward pass.
 //
-// Where one number decays the matrix, S stands for γ times what is stored: decaying multiplies γ, and γ the little that is
-// written and read, until it is small (`keeps`) and multiplied into what is stored.
+// If one number decays the matrix, S is represented as γ times the stored matrix: a decay only multiplies γ, and γ scales
+// what is written and read, until it becomes small (`keeps`) and is multiplied into the stored matrix.
 //
-// A token that is not live decays by 1 and writes zeros. Where g > 1 queries read a matrix, it is written token by
-// token, and all queries but the first have a pass of their own.
+// A token that is not live decays by 1 and writes zeros. If g > 1 queries read a matrix, it is written token by token, and
+// all queries but the first take an additional pass.
 
 enum class Decays { nothing, matrix, rows };
 
-// Whether γ can stay beside the matrix: nothing is lost to rounding, and nothing grows too large.
+// Whether γ can stay separate from the matrix, without loss of precision or overflow.
 template <class T>
 INLINE bool keeps(T gamma) {
   return gamma >= T(1) / 1024 && gamma <= T(1024);
@@ -24,12 +24,12 @@ template <class T>
 struct FastWeightsCall {
   int64_t b, t, h, k, v, g, m;
   T scale;
-  const T *zeros, *ones;  // as many as the wider of k and v
+  const T *zeros, *ones;  // as many as the larger of k and v
   const T *q, *key, *value, *beta, *alpha, *erase, *state;
   Marks marks;
   T *errors, *out, *final_state;
   const T *d_out, *d_final;
-  T *d_q, *d_key, *d_value, *d_beta, *d_decay, *d_erase, *d_state;  // d_erase: null where a is k
+  T *d_q, *d_key, *d_value, *d_beta, *d_decay, *d_erase, *d_state;  // d_erase: null if a is k
 };
 
 template <class T, Decays decays, bool erases>
@@ -38,7 +38,7 @@ struct FastWeights : FastWeightsCall<T> {
   static constexpr Step fade = decays == Decays::nothing ? skip : decays == Decays::matrix ? fade_columns : fade_rows;
   static constexpr Step fade_transposed = decays == Decays::nothing ? skip : fade_columns;
 
-  // The rows of one head: of its tokens i, and of their writes j = m·i, …
+  // The rows of one head, of its tokens i and of their writes j = m·i, …
   struct Rows : Head {
     const FastWeights& job;
     const int64_t first_write;
@@ -56,7 +56,7 @@ struct FastWeights : FastWeightsCall<T> {
       if (decays == Decays::nothing || i >= this->t || !this->live(i)) return job.ones;
       return job.alpha + this->token(i) * (decays == Decays::rows ? job.k : 1);
     }
-    // A pass's step that decays by token i's α.
+    // The step of a pass that decays by the α of token i.
     template <class Pass>
     INLINE void decay(Pass& pass, int step, int64_t i) const {
       if (decays == Decays::rows) pass.w[step] = alpha(i);
@@ -74,7 +74,7 @@ struct FastWeights : FastWeightsCall<T> {
     }
   };
 
-  // What one pass over S serves, from token i and its write j on: a write of each of two tokens, two of one, or one.
+  // The writes of one pass over S, from token i and its write j on: one of each of two tokens, two of one, or one.
   struct Stretch {
     const int64_t i, j;
     const bool tokens, two, begins, ends;
@@ -95,8 +95,8 @@ struct FastWeights : FastWeightsCall<T> {
     Slice<T, N, ends_half> S;
     T* faded;             // room for a product α ⊙ a
     T gamma = 1;
-    const T* ahead[2];    // of the next two writes: what their predictions weigh the rows by
-    Lanes<T> seen[2][N];  // what that gives, before either is written
+    const T* ahead[2];    // row weights of the predictions of the next two writes
+    Lanes<T> seen[2][N];  // their predictions, before either is written
 
     Forward(const FastWeights& job, int64_t head, int64_t slice)
         : job(job), rows(job, head), columns{job.v, slice},
@@ -123,7 +123,7 @@ struct FastWeights : FastWeightsCall<T> {
       S.write(job.final_state + head * job.k * job.v);
     }
 
-    // The second of two tokens of one write each decays before it is predicted: by α ⊙ a, or by α times what a gives.
+    // The second of two tokens with one write each decays before its prediction: with α ⊙ a, or α times the read of a.
     INLINE void look_ahead(int64_t j) {
       const int64_t last = job.t * job.m - 1;
       ahead[0] = rows.erase(std::min(j, last)), ahead[1] = rows.erase(std::min(j + 1, last));
@@ -134,7 +134,7 @@ struct FastWeights : FastWeightsCall<T> {
       ahead[1] = faded;
     }
 
-    // Runs a pass whose last two steps look ahead, from `step` on; or whose last three decay for token i first.
+    // Runs a pass whose last two steps, from `step` on, look ahead; or whose last three do, decaying for token i first.
     template <class AnyPass>
     INLINE void run(AnyPass& pass, int step) {
       pass.w[step] = ahead[0], pass.w[step + 1] = ahead[1];
@@ -152,7 +152,7 @@ struct FastWeights : FastWeightsCall<T> {
       run(pass, step + 1);
     }
 
-    // β r, and r kept.
+    // β r; r is saved.
     INLINE void correct(int64_t j, const Lanes<T>* predicted, Lanes<T>* correction) {
       const T *wanted = rows.value(j), strength = rows.beta(j);
       UNROLL for (int n = 0; n < N; ++n) {
@@ -166,8 +166,8 @@ struct FastWeights : FastWeightsCall<T> {
       UNROLL for (int n = 0; n < N; ++n) columns.store(job.out + query * job.v, n, job.scale * read[n]);
     }
 
-    // One pass. Of two writes, both were predicted before either is written; the second sees the first one's write. Where
-    // a token goes on after it, nothing decays and what is read is read again.
+    // One pass. Two writes were both predicted before either is written; the second is corrected by the first's write. If
+    // the token continues after the pass, nothing decays, and its read is repeated later.
     INLINE void put(const Stretch& now) {
       const int64_t i = now.i, j = now.j, query = rows.query(i);
       const T *const key = rows.key(j), *const second_key = rows.key(j + now.two);
@@ -206,7 +206,7 @@ struct FastWeights : FastWeightsCall<T> {
       if (now.ends && job.g > 1) read_others(i);
     }
 
-    // Two tokens of one write each, written and read one after the other. Where γ takes their decays, S has none.
+    // Two tokens of one write each, written and read one after the other. If γ takes their decays, S is not decayed.
     INLINE void two_tokens(const Stretch& now, const Lanes<T> (&correction)[2][N], Lanes<T> (&got)[2][N]) {
       if constexpr (decays == Decays::matrix) {
         const T second = gamma * *rows.alpha(now.i + 1), third = second * *rows.alpha(now.i + 2);
@@ -225,7 +225,7 @@ struct FastWeights : FastWeightsCall<T> {
       close(pass, 5, now.i + 2);
       take(pass, 0, before, got[0]), take(pass, 3, before, got[1]);
     }
-    // A pass's steps that write and read where S stands for γ times what is stored; and what was read.
+    // The steps that write and read if S is γ times the stored matrix, and the result of the read.
     template <class AnyPass>
     INLINE void write_and_read(AnyPass& pass, int step, int64_t i, int64_t j, T gamma, const Lanes<T>* correction) {
       pass.w[step] = rows.key(j), pass.w[step + 1] = job.q + rows.query(i) * job.k;
@@ -270,8 +270,8 @@ struct FastWeights : FastWeightsCall<T> {
   }
 };
 
-// work(job) for a call's sizes and for what its tensors say: one α for a matrix or one for each of its rows (or
-// neither), and whether there is a key to erase.
+// Calls work(job) for the sizes of a call and the kind given by its tensors: one α per matrix, one per row, or none, and
+// whether there is a key to erase.
 template <class T, class Work>
 void with_fast_weights(FastWeightsCall<T>& call, const T* by_matrix, const T* by_row, const int64_t* size, const Work& work) {
   call.b = size[0], call.t = size[1], call.m = size[2] / size[1], call.h = size[4], call.k = size[5], call.v = size[6];

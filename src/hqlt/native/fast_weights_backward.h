@@ -1,26 +1,26 @@
-// The gradients of fast weights. With G the gradient of S after a write, G⁻ and S⁻ both before it and after the decay:
+// The gradients of fast weights. G is the gradient of S after a write; G⁻ and S⁻ are those before it, after the decay:
 //
 //     du = Gᵀ k (that of β r)     dβ = du · r     dv = β du     dk = β G r     da = −S⁻ dv     G⁻ = G − a ⊗ dv
 //     dq = scale · S dout         G ← α ⊙ G⁻ + scale · q ⊗ dout, one token earlier
 //
-// Given r and dv, every step only decays a matrix and adds products to it, so that S itself is rebuilt forwards from the
-// initial state: nothing but r is kept, and nothing is inverted. One sweep over G backwards in time, then one over the
-// transpose of S forwards, so that the sums over v (dq, da) run along lanes; those of G r are a sum for each row.
+// Given r and dv, every step only decays a matrix and adds products to it, so that S is rebuilt forwards from the initial
+// state: only r is saved, and nothing is inverted. One sweep runs over G backwards in time, then one over the transpose of
+// S forwards, so that the sums over v (dq, da) are elementwise over lanes; G r takes one horizontal sum per row.
 //
-// Of log α_t it is P_t = Σ_v G⁻ ⊙ S⁻ at the token's first write, which needs no sweep in which both are there:
+// The gradient of log α_t is P_t = Σ_v G⁻ ⊙ S⁻ at the token's first write. It needs no sweep that holds both:
 //
 //     P_t = P_{t+1} + q ⊙ dq + Σ_writes (a ⊙ da − k ⊙ dk)        or, summed over rows, P_{t+1} + out · dout − Σ v · dv
 //
-// from P = Σ_v d_final ⊙ final after the last token, and 0 where a segment ends before.
+// starting from P = Σ_v d_final ⊙ final after the last token, and from 0 at the end of earlier segments.
 
-// Where the columns of one task add up what is a sum over all of them: dk without a's part, dβ, and a matrix's d log α.
+// Accumulators of one task for sums over all columns: dk without the part of a, dβ, and d log α of a matrix.
 template <class T>
 struct Sums {
   T *d_key, *d_beta, *d_decay;
-  bool first;  // nothing is there yet
+  bool first;  // nothing is accumulated yet
 };
 
-// Backwards in time over columns of G: dv, the gradient of the initial state, and these columns' part of the sums.
+// Sweep backwards in time over columns of G: dv, the gradient of the initial state, and these columns' part of the sums.
 template <class T, Decays decays, bool erases, int N>
 struct BackwardColumns {
   using Job = FastWeights<T, decays, erases>;
@@ -30,7 +30,7 @@ struct BackwardColumns {
   const Sums<T> sums;
   Slice<T, N> G;
   T gamma = 1;                                  // of G
-  Lanes<T> own[N], d_error[N] = {}, d_read[N];  // d_error: dv of the write after the one at hand
+  Lanes<T> own[N], d_error[N] = {}, d_read[N];  // d_error: dv of the write after the current one
   Lanes<T> product = {};                        // P
 
   BackwardColumns(const Job& job, int64_t head, int64_t slice, Sums<T> sums)
@@ -42,7 +42,7 @@ struct BackwardColumns {
       for (int64_t row = 0; row < job.k; ++row)
         UNROLL for (int n = 0; n < N; ++n) product += own[n] * G.M[row * N + n] * columns.load(job.final_state + matrix + row * job.v, n);
     for (int64_t i = job.t - 1; i >= 0; --i) {
-      const bool last = i + 1 == job.t || rows.reset(i + 1);  // of its segment: nothing later is looked at
+      const bool last = i + 1 == job.t || rows.reset(i + 1);  // last of its segment: nothing later is used
       if (i > 1) fetch(i - 2);
       if (last && i + 1 < job.t) {
         G.clear(), gamma = 1;
@@ -57,7 +57,7 @@ struct BackwardColumns {
     G.write(job.d_state + matrix);
   }
 
-  // G − a ⊗ dv of write m·i, decayed by token i: what is left of it before that token.
+  // G − a ⊗ dv of write m·i, decayed by token i: the gradient of the matrix before that token.
   template <class Pass>
   INLINE void settle(Pass& pass, int64_t i) {
     UNROLL for (int n = 0; n < N; ++n) pass.x[0][n] = -1 / gamma * d_error[n];
@@ -106,7 +106,7 @@ struct BackwardColumns {
     }
   }
 
-  // One write, the token's last with its decay and read. later: the write after it, of which d_error is known.
+  // One write; with the token's last, also its decay and read. later: the write after it, whose d_error is known.
   template <bool reads>
   INLINE void one_write(int64_t j, int64_t later, const T* alpha, const T* reader) {
     const T strength = rows.beta(j);
@@ -137,7 +137,7 @@ struct BackwardColumns {
     sum = (sums.first ? T(0) : sum) + sum_of<T>(d_beta);
   }
 
-  // Its pass over G: du = Gᵀ k, and β G r. A call of its own, so that nothing else takes registers.
+  // Its pass over G: du = Gᵀ k, and β G r. A separate function, so that nothing else occupies registers.
   template <bool reads, bool fades>
   OUTLINE static void sweep(Lanes<T>* M, int64_t k, const T* const* w, const Lanes<T>* d_error, const Lanes<T>* d_read,
                             const Lanes<T>* r, Lanes<T>* d_write, T strength, T* d_key, bool first) {
@@ -185,7 +185,7 @@ struct BackwardColumns {
   }
 };
 
-// Given dv: dq, da and, of decay by rows, d log α, by columns of the transpose of S.
+// Given dv, computes dq, da and, for a decay per row, d log α, by columns of the transpose of S.
 template <class T, Decays decays, bool erases, int N>
 struct BackwardRows {
   using Job = FastWeights<T, decays, erases>;
@@ -200,7 +200,7 @@ struct BackwardRows {
   BackwardRows(const Job& job, int64_t head, int64_t slice)
       : job(job), rows(job, head), columns{job.k, slice}, S{columns, job.v, scratch<T>(job.v * N)} {
     S.read_transposed(job.state + head * job.k * job.v);
-    Lanes<T> total[N] = {};  // of a token: P_t − P_{t+1}
+    Lanes<T> total[N] = {};  // P_t − P_{t+1} of a token
     for (int64_t i = 0, j = 0; i < job.t;) {
       const typename Job::Stretch now(rows, i, j);
       if (now.begins && rows.reset(i)) S.clear(), gamma = 1;
@@ -212,7 +212,7 @@ struct BackwardRows {
     if (decays == Decays::rows) add_up(head);
   }
 
-  // Four steps: of token i's decay, of write j (its prediction, then the write itself), and of a read.
+  // Four steps: the decay of token i, write j (prediction, then write), and a read.
   template <class Pass>
   INLINE void set_decay(Pass& pass, int step, int64_t i) {
     if (decays == Decays::nothing) return;
@@ -231,7 +231,7 @@ struct BackwardRows {
     pass.w[step] = job.d_out + query * job.v;
   }
 
-  // What those steps gave: −da, and dq / scale.
+  // Results of those steps: −da, and dq / scale.
   INLINE void take_write(int64_t j, const Lanes<T>* got, Lanes<T>* total) {
     const int64_t row = rows.write(j) * job.k;
     UNROLL for (int n = 0; n < N; ++n) {
@@ -305,7 +305,7 @@ struct BackwardRows {
     take_write(j + 1, d_erase[1], total), take_read(rows.query(i + 1), d_query[1], total), take_total(i + 1, total);
   }
 
-  // d log α by rows: what each token adds is there, and becomes the sum of it and all later ones of its segment.
+  // d log α per row: the contributions of the tokens become sums over the token and all later ones of its segment.
   INLINE void add_up(int64_t head) {
     Lanes<T> sum[N] = {};
     for (int n = 0; n < N; ++n)
@@ -337,8 +337,8 @@ struct BackwardRows {
   }
 };
 
-// A head's slices are one task, which then goes on with the rows while the head's tokens are still in the cache; or as
-// many as it takes to give every thread one: each but the first then has its own sums.
+// The slices of a head are one task, which continues with the rows while the head's tokens are in the cache; or as many
+// tasks as needed to give every thread one, in which case each but the first has its own sums.
 template <class T, Decays decays, bool erases>
 void backward(int threads, const FastWeights<T, decays, erases>& job) {
   const int64_t heads = job.b * job.h, tokens = heads * job.t, writes = tokens * job.m;

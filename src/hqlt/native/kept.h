@@ -1,15 +1,15 @@
-// What stays beyond the window, and is read there, when one token comes (step.h): K slots a head, the oldest entry first,
-// unused slots before it.
+// Entries that stay visible beyond the window, in the step for one token (step.h): K slots per head, unused slots first,
+// then the entries from the oldest on.
 //
-//     score     of an entry, fixed when it arrives and finite: the highest for the first ones of a segment, the sinks
-//     contest   of the kept entries and those that leave the window the K highest scores stay, ties to the older
-//     rotation  by a distance d = Σ digit · 64^level: Π exp(i f · digit · 64^level), whatever d is
+//     score      of an entry, finite and fixed when it arrives; the highest for the first entries of a segment, the sinks
+//     selection  of the kept entries and those that leave the window, the K highest scores stay, ties to the older
+//     rotation   by a distance d = Σ digit · 64^level: Π exp(i f · digit · 64^level), for any d
 //
-// An entry is named by where it is found: in a kept slot (0 … K−1), in one of the s held slots behind those, or as the own
-// one behind all.
+// An entry is identified by its location: a kept slot (0 … K−1), one of the s held slots after those, or last the token's
+// own entry.
 
 template <class T>
-struct Rotation {  // of a key, [k/2] each; null for none
+struct Rotation {  // rotation of a key, [k/2] each; null for none
   const T *cos, *sin;
 };
 
@@ -18,7 +18,7 @@ struct Kept {
   enum Scores { lowest, error, weighted_error, value_norm, random };
   enum Distances { in_truth, as_the_window, nowhere };
   static constexpr int64_t unused = -1;
-  static constexpr uint64_t base = 64;  // of a distance's digits
+  static constexpr uint64_t base = 64;  // base of the digits of a distance
   static constexpr T highest = std::numeric_limits<float>::max();
 
   int64_t slots, sinks, alike, scored, distances;  // alike: whether all heads keep the same entries
@@ -30,20 +30,20 @@ struct Kept {
   int64_t* positions_after;
   T* scores_after;
 
-  // A task's heads, and what this token changes.
+  // The heads of a task, and what this token changes.
   struct Stretch {
     int64_t row, first, heads, h, s, now;
-    int64_t before, after;  // entries held before the token and after it: what is left over leaves the window
-    bool at_once;           // whether this token sees beyond the window what leaves it
+    int64_t before, after;  // entries held before and after the token; the rest leaves the window
+    bool at_once;           // whether this token already sees, beyond the window, the entries that leave it
     INLINE int64_t number(int64_t slots, int64_t slot, int64_t head) const { return (row * slots + slot) * h + first + head; }
   };
   struct Room {
-    T *score, *ranks, *rotation;  // the own entries' scores [heads]; what stays, [heads, K]: scores, and which entries
+    T *score, *ranks, *rotation;  // scores of the token's own entries [heads]; scores of the entries that stay [heads, K]
     int64_t* stays;
   };
-  // Where keys or values lie.
+  // Locations of keys or values.
   struct Rows {
-    const T *kept, *held, *own;  // own: of the first head, `apart` from the next
+    const T *kept, *held, *own;  // own: that of the first head; the next is `apart` numbers away
     int64_t apart, width;
     T* after;
   };
@@ -54,7 +54,7 @@ struct Kept {
     return keys && values && positions && scores && keys_after && values_after && positions_after && scores_after;
   }
 
-  // What an entry is worth to a head. squares: of the FW-memory's error.
+  // Score of an entry for a head. squares: sum of squares of the FW-memory's error.
   T score(int64_t position, int64_t head, int64_t h, T squares, T beta, const T* value, int64_t v) const {
     T score = -highest;
     if (scored == error) score = std::sqrt(squares);
@@ -70,13 +70,13 @@ struct Kept {
   }
   static T finite(T score) { return score == score ? std::min(std::max(score, -highest), highest) : -highest; }
 
-  // The scores of a token as they are held, from those of each head (all of them, where they keep alike).
+  // The scores of a token as they are stored, from those of the heads (of all heads, if all keep the same entries).
   void settle(int64_t position, int64_t heads, T* score) const {
     if (alike) std::fill_n(score, heads, finite(std::accumulate(score, score + heads, T(0)) / T(heads)));
     if (position < sinks) std::fill_n(score, heads, highest);
   }
 
-  // Who stays, of each head.
+  // Selects the entries that stay, for each head.
   void contest(const Stretch& of, const Room& at) const {
     const int64_t all = slots + of.s, in_use = used(of);
     for (int64_t head = 0; head < of.heads; ++head) {
@@ -91,7 +91,7 @@ struct Kept {
     }
   }
 
-  // read(slot, head, entry, its row) of what is seen, put(to, row, width) of what stays: in the order of memory.
+  // Calls read(slot, head, entry, row) for visible entries and put(to, row, width) for those that stay, in memory order.
   template <class Read, class Put>
   INLINE void each(const Stretch& of, const Room& at, const Rows& rows, const Read& read, const Put& put) const {
     const int64_t in_use = used(of);
@@ -109,7 +109,7 @@ struct Kept {
       }
   }
 
-  // Positions and scores, of the recent entries too.
+  // Positions and scores, including those of the recent entries.
   void write(const Stretch& of, const Room& at) const {
     const int64_t all = slots + of.s;
     for (int64_t i = 0; i < slots; ++i)
@@ -125,16 +125,16 @@ struct Kept {
     }
   }
 
-  // What turns the key of an entry: by its distance from this token.
+  // The rotation of an entry's key, by its distance from this token.
   INLINE Rotation<T> rotation(const Stretch& of, const Room& at, int64_t entry, int64_t head, int64_t half) const {
-    // Unsigned, because positions of a state that was made by hand may be any numbers.
+    // Unsigned, because positions in a state made by hand may be any numbers.
     return rotation(int64_t(uint64_t(of.now) - uint64_t(position(of, entry, head))), half, at.rotation);
   }
 
-  // By a distance. room: two rows of whole vectors.
+  // The rotation by a distance. room: space for two rows of full vectors.
   Rotation<T> rotation(int64_t distance, int64_t half, T* room) const {
     if (!cos) return {nullptr, nullptr};
-    const T direction = distance < 0 ? T(-1) : T(1);  // back only in a state that was made by hand
+    const T direction = distance < 0 ? T(-1) : T(1);  // negative only in a state made by hand
     uint64_t left = distance < 0 ? 0 - uint64_t(distance) : uint64_t(distance);
     Rotation<T> product = {cos, sin};
     for (uint64_t row = 0; left; row += base, left /= base)
@@ -153,7 +153,7 @@ struct Kept {
     return entry < slots ? positions[of.number(slots, entry, head)] : of.now - (slots + of.s - entry);
   }
 
-  // An entry leaves the window, younger than those that did before it.
+  // An entry leaves the window; it is newer than those that left before.
   void enter(int64_t entry, T score, int64_t* stays, T* ranks) const {
     int64_t out = 0;
     if (stays[0] != unused) {

@@ -1,4 +1,4 @@
-// Everything that is compiled once per instruction set: ISA names the namespace, LANE_BYTES the width of a vector.
+// Everything that is compiled once per instruction set. ISA is the namespace, LANE_BYTES the width of a vector.
 namespace ISA {
 #include "lanes.h"
 #include "sweep.h"

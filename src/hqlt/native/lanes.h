@@ -1,4 +1,4 @@
-// Vectors of LANE_BYTES bytes, and matrices whose columns lie in their lanes. Included once per instruction set.
+// Vectors of LANE_BYTES bytes, and matrices whose columns are in their lanes. Included once per instruction set.
 
 template <class T>
 constexpr int L = LANE_BYTES / sizeof(T);  // numbers in a vector
@@ -22,7 +22,7 @@ template <class T, int... I>
 INLINE HalfLanes<T> lower(Lanes<T> x, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(x, x, I...);
 }
-// A vector as what V is: itself, or its lower half.
+// A vector as type V: the vector itself, or its lower half.
 template <class T, class V>
 INLINE V as(Lanes<T> x) {
   if constexpr (std::is_same_v<V, Lanes<T>>) return x;
@@ -46,7 +46,7 @@ INLINE void copy(Vector (&to)[N], const Vector (&from)[N]) {
   UNROLL for (int n = 0; n < N; ++n) to[n] = from[n];
 }
 
-// One number in every lane of a register: left to itself, the compiler loads it anew for every use.
+// One number in every lane of a register. Otherwise the compiler would load it again for every use.
 template <class T>
 INLINE Lanes<T> broadcast(const T* from) {
   Lanes<T> x = *from - Lanes<T>{};
@@ -54,7 +54,7 @@ INLINE Lanes<T> broadcast(const T* from) {
   return x;
 }
 
-// A vector of a row that may end before it: zeros stand for what is not there.
+// A vector of a row that may end within the vector; missing numbers are zeros.
 template <class T>
 INLINE Lanes<T> load_until(const T* row, int64_t i, int64_t width) {
   if (i + L<T> <= width) return load(row + i);
@@ -68,7 +68,7 @@ INLINE void store_until(T* row, int64_t i, int64_t width, Lanes<T> x) {
   __builtin_memcpy(row + i, &x, (width - i) * sizeof(T));
 }
 
-// All lanes' sum, by halves: rounds of adding each lane to the one `apart` lanes away.
+// The sum of all lanes, in rounds that add to each lane the one `apart` lanes away.
 template <class T, int apart, int... I>
 INLINE Lanes<T> folded(Lanes<T> x, std::integer_sequence<int, I...> lanes) {
   x += __builtin_shufflevector(x, x, (I ^ apart)...);
@@ -80,7 +80,7 @@ INLINE T sum_of(Lanes<T> x) {
   return folded<T, L<T> / 2>(x, std::make_integer_sequence<int, L<T>>())[0];
 }
 
-// The sums of L vectors, one in each lane: rounds in which two vectors share one, with half the numbers left of each.
+// The sums of L vectors, one per lane, in rounds that combine two vectors into one with half the numbers of each.
 template <class T, int apart, int... I>
 INLINE Lanes<T> zip_sums(Lanes<T> x, Lanes<T> y, std::integer_sequence<int, I...>) {
   constexpr int N = L<T>;
@@ -96,7 +96,7 @@ INLINE Lanes<T> sums_of(Lanes<T>* x) {
   return x[0];
 }
 
-// Tokens of one head lie h rows apart, a stride that the hardware's own prefetching does not follow.
+// Tokens of one head are h rows apart, a stride that hardware prefetching does not follow.
 template <class T>
 INLINE void prefetch(const T* row, int64_t width) {
   for (int64_t i = 0; i < width; i += 64 / sizeof(T)) __builtin_prefetch(row + i, 0, 2);
@@ -106,10 +106,10 @@ INLINE void prefetch_to_write(T* row, int64_t width) {
   for (int64_t i = 0; i < width; i += 64 / sizeof(T)) __builtin_prefetch(row + i, 1, 2);
 }
 
-// The columns of one slice, N vectors wide, of a row of `width` numbers. Where the width is no multiple of L, the last
-// vector is moved left to end with the row: it overlaps its neighbour and computes the same numbers once more, so that
-// every load and store is whole. Only a row shorter than a vector (N = 1 then) is filled up with zeros. Where a slice
-// ends with half a vector (`ends_half`), only the lower lanes of its last one count.
+// The columns of one slice, N vectors wide, of a row of `width` numbers. If the width is not a multiple of L, the last
+// vector is moved left to end with the row: it overlaps its neighbour and computes the same numbers again, so that all
+// loads and stores are full vectors. Only a row shorter than a vector (then N = 1) is padded with zeros. If a slice ends
+// with half a vector (`ends_half`), only the lower lanes of its last vector are used.
 template <class T, int N, bool ends_half = false>
 struct Columns {
   int64_t width, slice;
@@ -129,14 +129,14 @@ struct Columns {
     if (is_half(n)) __builtin_memcpy(row + at(n), &x, LANE_BYTES / 2);
     else narrow() ? store_narrow(row, width, x) : ISA::store(row + at(n), x);
   }
-  // Those below touch each column of the row once: for sums, and where two slices meet in what they write.
+  // The functions below touch each column of the row exactly once, for sums and for writes shared by two slices.
   INLINE void put(T* row, int n, Lanes<T> x) const {
     begin(n) == at(n) ? store(row, n, x) : put_last(row, begin(n), width, x);
   }
   INLINE void add(T* row, int n, Lanes<T> x) const {
     begin(n) == at(n) ? store(row, n, load(row, n) + x) : put_last(row, begin(n), width, load(row, n) + x);
   }
-  INLINE Lanes<T> own(int n) const {  // 1 in the lanes that are not the neighbour's, 0 in those that are
+  INLINE Lanes<T> own(int n) const {  // 1 in the lanes that do not overlap the neighbour, 0 in those that do
     Lanes<T> ones = {};
     for (int64_t lane = begin(n) - at(n); lane < L<T>; ++lane) ones[lane] = 1;
     return ones;
@@ -148,7 +148,7 @@ struct Columns {
     __builtin_memcpy(&x, from, LANE_BYTES / 2);
     return x;
   }
-  // Calls, because they are rare and would be most of what is compiled.
+  // Not inlined, because they are rare and would be most of the compiled code.
   OUTLINE static Lanes<T> load_narrow(const T* row, int64_t width) {
     Lanes<T> x = {};
     __builtin_memcpy(&x, row, width * sizeof(T));
@@ -163,9 +163,9 @@ struct Columns {
 template <class T>
 constexpr int widest_slice = LANE_BYTES == 64 && sizeof(T) == 4 ? 4 : sizeof(T) == 4 && LANE_BYTES >= USUAL_BYTES ? 2 : 1;
 
-// How a width is cut into slices so that rows × slice stays in the first-level cache.
+// Divides a width into slices such that rows × slice fits into the L1 cache.
 struct Slicing {
-  int vectors;    // in a slice: 1, 2 or, with registers enough, 4
+  int vectors;    // per slice: 1, 2 or, with enough registers, 4
   int64_t count;  // slices
 };
 
@@ -173,7 +173,7 @@ template <class T>
 Slicing slicing(int64_t rows, int64_t width, int64_t matrices, int threads) {
   constexpr int64_t cache = 20480;
   const int64_t all = (width + L<T> - 1) / L<T>;
-  const int64_t wanted = (threads + matrices - 1) / matrices;  // slices, so that every thread has one
+  const int64_t wanted = (threads + matrices - 1) / matrices;  // number of slices that gives every thread one
   int vectors = widest_slice<T>;
   while (vectors > 1 && (vectors * rows * LANE_BYTES > cache || vectors / 2 >= all || all / vectors < wanted)) vectors /= 2;
   return {vectors, (all + vectors - 1) / vectors};
@@ -184,7 +184,7 @@ struct Size : std::integral_constant<int, N> {
   static constexpr bool ends_half = half;
 };
 
-// work(N), where N is how many vectors a slice has.
+// work(N), where N is the number of vectors per slice.
 template <class T, class Work>
 INLINE void with_vectors(int vectors, const Work& work) {
   if constexpr (widest_slice<T> == 4)
@@ -194,7 +194,7 @@ INLINE void with_vectors(int vectors, const Work& work) {
   work(Size<1>());
 }
 
-// work(N, head, slice) for every slice of `width` columns of every head's matrix, over the threads.
+// work(N, head, slice) for every slice of `width` columns of every head's matrix, distributed over the threads.
 template <class T, class Work>
 void for_slices(int threads, int64_t heads, int64_t rows, int64_t width, const Work& work) {
   const Slicing cut = slicing<T>(rows, width, heads, threads);
@@ -203,8 +203,8 @@ void for_slices(int threads, int64_t heads, int64_t rows, int64_t width, const W
   });
 }
 
-// The same, where a kernel takes slices that end with half a vector. A CPU that runs a wide vector as two halves (Zen 4)
-// is spared an eighth of the widest slice's work by it.
+// The same, for kernels that support slices ending with half a vector. On a CPU that executes a wide vector as two halves
+// (Zen 4), this saves an eighth of the work of the widest slice.
 template <class T, class Work>
 void for_slices_and_half(int threads, int64_t heads, int64_t rows, int64_t width, const Work& work) {
   if constexpr (widest_slice<T> == 4) {
@@ -232,12 +232,12 @@ Lanes<T>* scratch(int64_t vectors) {
   return static_cast<Lanes<T>*>(buffer.memory);
 }
 
-// Marks on tokens, [b, t] or null: those that begin a segment, and those that are written.
+// Marks on tokens, [b, t] or null: tokens that begin a segment, and tokens that are written.
 struct Marks {
   const uint8_t *resets, *live;
 };
 
-// Heads are numbered over b and h: where the tokens of one lie in [b, t, h, ·], and their g queries in [b, t, h·g, ·].
+// Heads are numbered over b and h. Locates the tokens of one in [b, t, h, ·], and their g queries in [b, t, h·g, ·].
 struct Head {
   int64_t first, stride, t, g;
   Marks marks;
@@ -251,7 +251,7 @@ struct Head {
   INLINE bool live(int64_t i) const { return !marks.live || marks.live[i]; }
 };
 
-// Waking a second thread pays from about this many multiply-adds on.
+// Waking a second thread pays off from about this many multiply-adds.
 inline int threads_for(int threads, int64_t multiply_adds) { return multiply_adds < 400000 ? 1 : threads; }
 
 template <class T>

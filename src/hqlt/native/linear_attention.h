@@ -7,16 +7,16 @@
 //     G_t = G_{t+1} + q_t ⊗ dn_t      g_t = g_{t+1} + dw_t q_t
 //     dv_t = G_tᵀ k_t      dk_t = G_t v_t + g_t      dq_t = W_t dn_t + dw_t z_t
 //
-// Each of the four products with a matrix is one and the same sweep, over columns of W, G or a transpose of them.
+// All four products with a matrix are done by the same sweep, over columns of W, G or one of their transposes.
 //
-// A token that is not live is one of zeros. Where g > 1 queries read a matrix, w and all that has a q in it is a sum over
-// them, or one of each.
+// A token that is not live is treated as zeros. If g > 1 queries read a matrix, w and every term with q is a sum over the
+// queries, or exists once per query.
 
 template <class T>
 struct LinearAttention {
   int64_t b, t, h, k, v, g;
   T epsilon;
-  const T* zeros;  // as many as the wider of k and v; null where all tokens are live
+  const T* zeros;  // as many as the larger of k and v; null if all tokens are live
   const T *q, *key, *value, *state, *key_sum;
   Marks marks;
   T *out, *final_state, *final_key_sum;
@@ -24,7 +24,7 @@ struct LinearAttention {
   T *d_q, *d_key, *d_value, *d_state, *d_key_sum;
   T *inverse_weight;  // 1 / w_t: [b, t, h·g]
 
-  // Everything of the normaliser's, for one head: z, w and the final z.
+  // The normaliser of one head: z, w and the final z.
   void forward_weights(int64_t head) const {
     const Head at(head, t, h, g, marks);
     T* z = final_key_sum + head * k;
@@ -40,7 +40,7 @@ struct LinearAttention {
     }
   }
 
-  // The same backwards, which begins dq and dk. final_key_sum is scratch here.
+  // The same in the backward pass, which initialises dq and dk. final_key_sum is used as scratch memory.
   void backward_weights(int64_t head) const {
     const Head at(head, t, h, g, marks);
     forward_weights(head);
@@ -66,8 +66,8 @@ struct LinearAttention {
     if (at.reset(0)) std::fill_n(d_z, k, T(0));
   }
 
-  // What a sweep does at token i: M += a ⊗ x, then y = Mᵀ b, where w divides x or y: a and x are then of its g queries, and
-  // b and y of the pair that it writes, or the other way about.
+  // A sweep's work at token i: M += a ⊗ x, then y = Mᵀ b, where w divides x or y. Either a and x belong to the token's g
+  // queries and b and y to its entry, or the other way round.
   enum Weight { on_x, on_y };
   template <int N>
   void sweep(const Head& at, bool forwards, Slice<T, N>& M, const T* a, const T* x, const T* b, T* y, bool add, Weight weighted) const {

@@ -1,6 +1,6 @@
 // Native memories: a plain C interface over one set of kernels, compiled once per instruction set.
 //
-// Every tensor is contiguous, [b, t, h, ·] or [b, h, k, v]. No headers of Python or torch: Python passes addresses.
+// Every tensor is contiguous, [b, t, h, ·] or [b, h, k, v]. No headers of Python or PyTorch: Python passes addresses.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -24,8 +24,8 @@
 
 #define INLINE inline __attribute__((always_inline))
 #define OUTLINE __attribute__((noinline))
-// The narrowest vectors that are worth more than one to a slice: x86 without AVX2 is rare, and so is float64, and each
-// width of a slice takes its time to compile.
+// The narrowest vectors for which slices of several vectors are compiled. x86 without AVX2 is rare, and so is float64, and
+// every slice width takes time to compile.
 #if defined(__x86_64__)
 #define USUAL_BYTES 32
 #else
@@ -40,14 +40,14 @@
 
 namespace {
 
-// The operations' kernels are called alike: sizes, a scale, the addresses of tensors (null where there are no marks).
+// All kernels of operations have one signature: sizes, a scale, and the addresses of tensors (null if absent).
 using Kernel = void(int threads, const int64_t* sizes, double scale, void* const* tensors);
 
-// What Python packs for one token: sizes, factors and addresses in the order of OneToken's members (step.h).
+// The job that Python packs for one token: sizes, factors and addresses in the order of OneToken's members (step.h).
 struct OneTokenJob {
   int64_t sizes[16];
   double factors[2];
-  void* tensors[];  // 25, or 35 where entries are kept beyond the window
+  void* tensors[];  // 25, or 35 if entries are kept beyond the window
 };
 
 struct Kernels {
@@ -61,7 +61,7 @@ struct Kernels {
   Types<void(int threads, const OneTokenJob&)> one_token;
 };
 
-// → where the next ones begin.
+// Returns the beginning of the next ones.
 template <class... Pointers>
 void* const* from(void* const* addresses, Pointers*&... tensors) {
   ((tensors = static_cast<Pointers*>(*addresses++)), ...);
@@ -74,7 +74,7 @@ void* const* from(void* const* addresses, Pointers*&... tensors) {
 #undef ISA
 #undef LANE_BYTES
 
-// GCC and clang each have their own way to say that all functions from here on may use more instructions.
+// GCC and clang have different pragmas that allow all following functions to use more instructions.
 #define PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
 #define BEGIN_TARGET(isa) PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
@@ -120,7 +120,7 @@ const Kernels* const kernels = best();
 
 }  // namespace
 
-// What a call has to say where it did not finish: what was expected, or "memory"; null otherwise.
+// The error of a call: what was expected, or "memory"; null on success.
 template <class Call>
 const char* guarded(const Call& call) {
   try {
@@ -130,7 +130,7 @@ const char* guarded(const Call& call) {
     static thread_local std::string text;
     text = refusal.what();
     return text.c_str();
-  } catch (...) {  // std::bad_alloc, or no thread to be had
+  } catch (...) {  // std::bad_alloc, or a thread could not be created
     return "memory";
   }
 }
@@ -162,7 +162,7 @@ extern "C" __attribute__((visibility("default"))) const char* hqlt_one_token(int
   return guarded([&] { (is_double ? kernels->one_token.f64 : kernels->one_token.f32)(threads, *job); });
 }
 
-// The instruction set in use: "plain", "avx2" or "avx512"; "" where HQLT_NATIVE_ISA names one that this machine lacks.
+// The instruction set in use: "plain", "avx2" or "avx512"; "" if HQLT_NATIVE_ISA names one that this machine lacks.
 extern "C" __attribute__((visibility("default"))) const char* hqlt_instruction_set() {
   if (kernels == &plain::kernels) return "plain";
 #if defined(__x86_64__)
@@ -172,13 +172,13 @@ extern "C" __attribute__((visibility("default"))) const char* hqlt_instruction_s
   return "";
 }
 
-// What this was built from, as setup.py says; "" where it does not.
+// Digest of the sources, defined by setup.py; "" if it is not defined.
 #ifndef HQLT_SOURCES
 #define HQLT_SOURCES ""
 #endif
 extern "C" __attribute__((visibility("default"))) const char* hqlt_sources() { return HQLT_SOURCES; }
 
-// Torch's GOMP_parallel: calls then run on its threads.
+// Sets PyTorch's GOMP_parallel, so that calls run on its threads.
 extern "C" __attribute__((visibility("default"))) void hqlt_use_openmp(Pool::Parallel* parallel) { Pool::openmp = parallel; }
 
 // setuptools builds this file as an extension module, for which some linkers expect an entry point.

@@ -1,9 +1,10 @@
-// Threads for a call's tasks. The caller works too, so `threads` counts it.
+// Threads for the tasks of a call. The calling thread also works, and `threads` includes it.
 //
-// Torch's own threads where it runs on OpenMP: they spin for a while after each of its operations, so that other threads
-// beside them would find no core free, and wake at once. Their library is the one that torch has loaded: `openmp` is its
-// GOMP_parallel, which Python looks up and passes. Elsewhere, and in a forked child, where OpenMP's threads are gone, a
-// small pool of our own, which sleeps between calls. A caller that finds it busy (a second Python thread) works alone.
+// If PyTorch runs on OpenMP, its own threads are used: they spin for a while after each of its operations, so that they
+// start at once, whereas other threads would find no free core. They belong to the library that PyTorch has loaded:
+// `openmp` is its GOMP_parallel, which Python looks up and passes. Otherwise, and in a forked child, in which OpenMP's
+// threads no longer exist, a small pool of our own runs, which sleeps between calls. A caller that finds it busy (a
+// second Python thread) works alone.
 #pragma once
 #include <pthread.h>
 
@@ -19,7 +20,7 @@ class Pool {
   using Parallel = void(void (*work)(void*), void* data, unsigned threads, unsigned flags);
   static inline std::atomic<Parallel*> openmp{nullptr};
 
-  // Runs work(0), …, work(tasks − 1), each once, in no particular order, and returns when all are done.
+  // Runs work(0), …, work(tasks − 1), each once, in any order, and returns when all are done.
   template <class Work>
   static void run(int threads, int64_t tasks, const Work& work) {
     if (threads > tasks) threads = int(tasks);
@@ -57,7 +58,7 @@ class Pool {
   }
 
  private:
-  // An exception must not leave the thread that it was thrown in: the caller throws it again.
+  // An exception must not leave the thread in which it was thrown; the caller rethrows it.
   template <class Work>
   static void attempt(const Work& work, int64_t task, std::atomic<bool>& failed) {
     try {
@@ -78,7 +79,7 @@ class Pool {
 
   static inline std::atomic<Pool*> pool{nullptr};
 
-  // Threads do not survive a fork, and a lock may have been held: the child forgets all pools, and builds another.
+  // Threads do not survive a fork, and a lock may have been held: the child forgets all pools, and creates a new one.
   static inline const int watched = pthread_atfork(nullptr, nullptr, [] { pool = nullptr, openmp = nullptr; });
 
   static Pool& current() {
@@ -86,7 +87,7 @@ class Pool {
     Pool* found = pool.load(std::memory_order_acquire);
     if (found) return *found;
     std::lock_guard<std::mutex> lock(birth);
-    if (!pool.load()) pool.store(new Pool);  // never deleted: its threads sleep until the process ends
+    if (!pool.load()) pool.store(new Pool);  // never deleted; its threads sleep until the process ends
     return *pool.load();
   }
 
@@ -103,7 +104,7 @@ class Pool {
     helpers == 1 ? job_is_open.notify_one() : job_is_open.notify_all();
     take_tasks();
     std::unique_lock<std::mutex> lock(gate);
-    helpers_wanted = 0;  // nothing is left for a helper that has not woken up yet
+    helpers_wanted = 0;  // no work is left for helpers that have not woken up yet
     helper_is_done.wait(lock, [this] { return helpers_working == 0; });
   }
 

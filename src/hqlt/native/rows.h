@@ -1,11 +1,11 @@
-// What happens to each head's row of numbers by itself, in one pass instead of one a factor.
+// Operations on each head's row of numbers, in one fused pass each.
 //
 //     φ          y = r · s,  s = x σ(x),  r = (Σ s² + ε)^−½       ds = r · dy − r³ (Σ s dy) · s     dx = σ(x) (1 + x (1 − σ(x))) · ds
-//     rotation   (y₁, y₂) = (c x₁ − s x₂, c x₂ + s x₁)            the same with −s
+//     rotary     (y₁, y₂) = (c x₁ − s x₂, c x₂ + s x₁)            the same with −s
 //     RMSNorm    y = w · r · m,  r = (mean m² + ε)^−½            dm = r w dy − r³ mean(w dy m) · m     dw = Σ r m dy
 //     mixer      m = b + γ (a − b),  γ = σ(gate)                 da = γ dm     db = (1 − γ) dm     dgate = γ (1 − γ) (a − b) dm
 //
-// A backward pass keeps the inputs alone. A task is a stretch of rows.
+// A backward pass needs only the inputs. A task is a range of consecutive rows.
 
 template <class T>
 INLINE Lanes<T> sigmoid(Lanes<T> x) {
@@ -13,7 +13,7 @@ INLINE Lanes<T> sigmoid(Lanes<T> x) {
   return (x > T(0) ? Lanes<T>{} + T(1) : small) / (T(1) + small);
 }
 
-// work(first, last) for stretches of rows, over the threads; work is about `cost` multiply-adds a number.
+// work(first, last) for ranges of rows, distributed over the threads. It takes about `cost` multiply-adds per number.
 template <class Work>
 void for_rows(int threads, int64_t rows, int64_t width, int64_t cost, const Work& work) {
   const int64_t stretch = std::max<int64_t>(1, 16384 / std::max<int64_t>(width, 1));
@@ -68,7 +68,7 @@ void unit_silu_backward(int threads, const int64_t* n, double epsilon, void* con
   });
 }
 
-// n: rows b, tokens l, heads h, a head's width; the direction turns forwards (1) or back (−1).
+// n: rows b, tokens l, heads h, head width. direction: 1 applies the rotary embedding, −1 its inverse.
 template <class T>
 void rotate_forward(int threads, const int64_t* n, double direction, void* const* tensors) {
   const T *x, *cos, *sin;
@@ -89,7 +89,7 @@ void rotate_forward(int threads, const int64_t* n, double direction, void* const
   });
 }
 
-// RMSNorm of rows m: y = w · r · m. fill(row, i) is vector i of m's row that begins at number `row`.
+// RMSNorm of rows m: y = w · r · m. fill(row, i) returns vector i of the row of m that begins at number `row`.
 template <class T, class Fill>
 INLINE T inverse_norm(int64_t row, int64_t width, T epsilon, Lanes<T>* m, const Fill& fill) {
   Lanes<T> squares = {};
@@ -113,7 +113,7 @@ void norm_rows(int threads, const int64_t* n, double epsilon, const T* weight, T
   });
 }
 
-// dm = r w dy − r³ mean(w dy m) · m, which spread(row, i, dm) hands on; dw = Σ r m dy is added to d_weight.
+// dm = r w dy − r³ mean(w dy m) · m is passed to spread(row, i, dm); dw = Σ r m dy is added to d_weight.
 template <class T, class Fill, class Spread>
 void norm_rows_backward(int threads, const int64_t* n, double epsilon, const T* weight, const T* d_y, T* d_weight,
                         const Fill& fill, const Spread& spread) {
@@ -149,7 +149,7 @@ void rms_norm_forward(int threads, const int64_t* n, double epsilon, void* const
   norm_rows(threads, n, epsilon, weight, y, [=](int64_t row, int64_t i) { return load_until(x + row, i * L<T>, n[1]); });
 }
 
-// d_weight comes filled with zeros, here and below.
+// The caller fills d_weight with zeros, here and below.
 template <class T>
 void rms_norm_backward(int threads, const int64_t* n, double epsilon, void* const* tensors) {
   const T *x, *weight, *d_y;

@@ -1,25 +1,25 @@
 // One token through everything between a layer's projections, and the state after it.
 //
-//     own pair:   k, SiLU(v), β = beta_max · σ(β)      (SiLU where there is an FW-memory, β where its rule has one)
-//     decay:      α = exp(−exp(A_log) · softplus(decay + dt_bias)), of the gated delta rule
-//     FW-memory:  decay, write what the schedule says (the own pair, the one that leaves the window, a whole chunk), read
-//                 φ(q); where nothing is written nothing decays
-//     KV-memory:  softmax over the held pairs within reach, the own one, and those kept beyond the window (kept.h)
+//     own entry:  k, SiLU(v), β = beta_max · σ(β)      (SiLU if there is an FW-memory, β if its rule has one)
+//     decay:      α = exp(−exp(A_log) · softplus(decay + dt_bias)), for the gated delta rule
+//     FW-memory:  decay, write what the schedule requires (the own entry, the one that leaves the window, or a whole
+//                 chunk), read φ(q); without a write there is no decay
+//     KV-memory:  softmax over the held entries in the window, the own one, and those kept beyond the window (kept.h)
 //     out:        RMSNorm(mix(FW read, KV read)) of each head
-//     state:      the pairs, one slot older, the own pair in the last slot; zeros in unused slots
+//     state:      the entries moved by one slot, the own entry in the last slot; zeros in unused slots
 //
-// A held pair is unrotated. Turning q by its age, (c q₁ − s q₂, c q₂ + s q₁), gives the product that turning both by
-// their positions would: the table holds cos and sin by age, and nothing counts tokens.
+// Held keys have no rotary embedding. Rotating q by the age of an entry, (c q₁ − s q₂, c q₂ + s q₁), gives the same product
+// as rotating both by their positions: the table holds cos and sin by age, and tokens need not be counted.
 //
-// A task is a row's stretch of heads, whose numbers lie side by side in a slot: pairs are read and copied in the order in
-// which they lie in memory. The state that was given is only read.
+// A task is a range of heads of one row, whose numbers are adjacent within a slot: entries are read and copied in memory
+// order. The old state is only read.
 
 template <class T>
 T sigmoid(T x) {
   return 1 / (1 + std::exp(-x));
 }
 
-// A store that does not first fetch into the cache what it is about to overwrite. `to` is aligned to a vector.
+// A store that does not first load the overwritten memory into the cache. `to` is aligned to a vector.
 template <class T>
 INLINE void stream(T* to, Lanes<T> x) {
 #if !defined(__x86_64__)
@@ -38,13 +38,13 @@ struct OneToken {
   enum Writes { nothing, own, leaving, chunk };
   enum Rule { delta, linear, gated_delta };
   enum Mixer { alone, sum, scalar, vector };
-  static constexpr T epsilon = T(1e-10);  // of linear attention's normaliser
+  static constexpr T epsilon = T(1e-10);  // added to linear attention's normaliser
 
   int64_t b, h, k, v, s, s_after, window, writes, attends, rule, mixer;
   Kept<T> kept;
   T beta_max, norm_epsilon;
-  const T *q, *key, *value, *beta, *decay, *A_log, *dt_bias;  // beta, decay: logits, null where the rule has none
-  const T *gate, *norm;                                       // gate: logits; null where there are none
+  const T *q, *key, *value, *beta, *decay, *A_log, *dt_bias;  // beta, decay: logits; null if the rule has none
+  const T *gate, *norm;                                       // gate: logits; null if there is none
   const uint8_t* resets;                          // [b] or null
   const T *keys, *values, *betas, *state, *key_sum;
   const int64_t* position;
@@ -54,11 +54,11 @@ struct OneToken {
 
   T scale;
   int64_t bytes;  // of the whole state
-  bool streams;   // a state that would fill a core's own cache is written past it: nobody reads it before the next token
+  bool streams;   // whether to write past the cache, for a large state, which is not read before the next token
 
   static int64_t whole(int64_t width) { return (width + L<T> - 1) / L<T>; }
 
-  // What would end the process: an address of what is not there or of no whole number, a size of 0.
+  // Checks for what would crash: null or misaligned addresses, and sizes of 0.
   void check(void* const* tensors) const {
     int64_t misaligned = int64_t(position) % 8 | int64_t(position_after) % 8;
     if (kept.slots) misaligned |= int64_t(kept.positions) % 8 | int64_t(kept.positions_after) % 8;
@@ -78,7 +78,7 @@ struct OneToken {
 
   bool holds_betas() const { return writes == chunk && rule == delta; }
 
-  // α of a head, where its pair is written at once.
+  // α of a head, if the token's own entry is written.
   T decayed(int64_t row, int64_t head) const {
     if (rule != gated_delta) return T(1);
     const T logit = decay[row * h + head] + dt_bias[head], softplus = std::max(logit, T(0)) + std::log1p(std::exp(-std::abs(logit)));
@@ -104,8 +104,8 @@ struct OneToken {
 
   using KeptStretch = typename Kept<T>::Stretch;
 
-  // Beside the state, all that a stretch of heads needs: a row of whole(v) vectors a head, [heads, age and kept slot]
-  // weights of the softmax, the FW-memory's slice and features.
+  // Scratch memory for a range of heads: a row of whole(v) numbers per head, softmax weights [heads, age and kept slot],
+  // the FW-memory's slice and features.
   struct Room {
     int64_t row;
     T *value, *fw, *kv, *beta;
@@ -131,7 +131,7 @@ struct OneToken {
   void operator()(int64_t row, int64_t first, int64_t last) const {
     const bool reset = resets && resets[row];
     const int64_t now = reset ? 0 : std::max<int64_t>(position[row], 0), mine = row * h + first, heads = last - first;
-    const bool full = s == window && now >= window;  // of a delayed blend: the oldest pair leaves
+    const bool full = s == window && now >= window;  // for a delayed blend: the oldest entry leaves
     const int64_t written = writes == own || (writes == leaving && full) ? 1 : writes == chunk && full && now % window == 0 ? s : 0;
     const int64_t since = writes == chunk ? now % window : std::min(now, window - 1), reach = std::min(since, s);
     const Room at = room(heads, reach, written);
@@ -144,7 +144,7 @@ struct OneToken {
       for (int64_t head = 0; head < heads; ++head)
         fast_weights(at, row, first, head, written, reset || (writes == chunk && now == 0));
     for (int64_t head = 0; kept.slots && head < heads; ++head) {
-      T& score = at.kept.score[head];  // so far the squares of the error
+      T& score = at.kept.score[head];  // still the sum of squares of the error
       score = kept.score(now, first + head, h, score, at.beta[head], at.value + head * at.row, v);
     }
     if (kept.slots) kept.settle(now, heads, at.kept.score);
@@ -156,10 +156,10 @@ struct OneToken {
 #endif
   }
 
-  // What the FW-memory writes for one head: n pairs, h rows apart.
+  // The FW-memory's writes for one head: n entries, h rows apart.
   struct Written {
     const T *key, *value, *beta;
-    int64_t n, apart;  // strengths, h apart where they are the pairs' own, or one for all
+    int64_t n, apart;  // strengths, h apart if each entry has its own, or one for all
   };
 
   void fast_weights(const Room& at, int64_t row, int64_t first, int64_t head, int64_t n, bool empty) const {
@@ -200,7 +200,7 @@ struct OneToken {
     }
   }
 
-  // The writes, each predicted while the one before is written, and the read: over a slice of the matrix's columns.
+  // The writes, each predicted while the one before it is written, and the read, over a slice of the matrix's columns.
   template <int N>
   void columns(Columns<T, N> at, const T* before, T* after, Written pairs, Lanes<T>* memory, const Lanes<T>* features,
                bool empty, T alpha, T factor, T* fw, T* squares) const {
@@ -226,7 +226,7 @@ struct OneToken {
     W.write(after);
   }
 
-  // The same for a single write: whole rows in the order of memory, once to predict, once to write and read.
+  // The same for a single write: full rows in memory order, one pass to predict, one to write and read.
   template <int N>
   void one_write(Columns<T, N> at, const T* before, T* after, Written pairs, const Lanes<T>* features, T alpha, T factor,
                  T* fw, T* squares) const {
@@ -254,7 +254,7 @@ struct OneToken {
     UNROLL for (int n = 0; n < N; ++n) store(fw + at.begin(n), factor * sum[n]);
   }
 
-  // Ages count from the own pair, 0; the pair in slot i is s − i tokens old.
+  // The own entry has age 0; the entry in slot i has age s − i.
   void pairs(const Room& at, int64_t row, int64_t first, int64_t heads, int64_t now, int64_t reach) const {
     const int64_t count = std::min(writes == chunk ? now % window + 1 : now + 1, s_after);
     const int64_t mine = row * h + first, vectors = whole(reach + 1 + kept.slots), width = vectors * L<T>;
@@ -304,7 +304,7 @@ struct OneToken {
     if (count > 0) std::copy_n(at.beta, heads, betas_after + slot(row, s_after, 1, first));
   }
 
-  // Keys beyond the window: who stays, and weights [heads, width] of what is seen. Values below.
+  // Keys beyond the window: selects the entries that stay, and computes weights [heads, width] of visible ones.
   void kept_keys(const KeptStretch& of, const Room& at, T* weights, int64_t width) const {
     const int64_t mine = of.row * h + of.first, half = k / 2;
     kept.contest(of, at.kept);
@@ -347,7 +347,7 @@ struct OneToken {
     for (int64_t i = 0; i < s_after - count; ++i) std::fill_n(after + ((row * s_after + i) * h + first) * width, heads * width, T(0));
   }
 
-  // The own value, as the memories hold it.
+  // The token's own value, as the memories hold it.
   void activate(const T* from, T* to) const {
     std::copy_n(from, v, to);
     for (int64_t i = 0; writes && i < v; i += L<T>) store(to + i, load(to + i) * sigmoid<T>(load(to + i)));
@@ -370,7 +370,7 @@ struct OneToken {
 
   Rotation<T> by_age(int64_t age) const { return cos ? Rotation<T>{cos + age * (k / 2), sin + age * (k / 2)} : Rotation<T>{nullptr, nullptr}; }
 
-  // q·k where k is older, by what turns it: q₁, q₂ and k₁, k₂ are the halves of a head.
+  // q·k for an older k, with its rotation: q₁, q₂ and k₁, k₂ are the halves of a head.
   INLINE T product(const T* q, const T* key, Rotation<T> turn) const {
     const T *c = turn.cos, *s = turn.sin;
     if (!c) return dot(q, key, k);
@@ -418,7 +418,7 @@ void one_token(int threads, const OneTokenJob& packed) {
   if (kept.slots) from(next, kept.keys_after, kept.values_after, kept.positions_after, kept.scores_after);
   job.check(packed.tensors);
   job.prepare();
-  if (job.bytes < 4 << 20) threads = 1;  // waking a second one takes longer than moving less
+  if (job.bytes < 4 << 20) threads = 1;  // for a small state, waking a second thread takes longer than it saves
   const int64_t stretches = kept.alike ? 1 : std::min((threads + job.b - 1) / job.b, job.h), heads = (job.h + stretches - 1) / stretches;
   Pool::run(threads, job.b * stretches, [&](int64_t task) {
     const int64_t first = task % stretches * heads;

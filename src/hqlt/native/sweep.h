@@ -1,10 +1,10 @@
-// One pass over a slice of a matrix M, the heart of all write rules, forward and backward: a list of steps, each
+// One pass over a slice of a matrix M, the core of all write rules, forward and backward. A pass is a list of steps
 //
 //     write:  M ← M + w ⊗ x        read:  x = Mᵀ w        fade_rows:  M ← Diag(w) M        fade_columns:  M ← M Diag(x)
 //
-// done in this order to every row. The weights w of the rows are read from memory one number at a time; what lies along
-// the columns, x, stays in registers. Each vector of M is loaded once, serves every step, and is stored once. A step that
-// a rule does not have is `skip`. With `ends_half` the last vector of a row is worked on as its lower half alone.
+// applied in this order to every row. The row weights w are read from memory one number at a time; the column vectors x
+// stay in registers. Each vector of M is loaded once, used by every step, and stored once. A step that a rule does not
+// have is `skip`. With `ends_half`, only the lower half of the last vector of a row is processed.
 
 enum Step { skip, write, read, fade_rows, fade_columns };
 
@@ -16,7 +16,7 @@ struct Sweep {
   Lanes<T> x[count][N];
 
   INLINE void operator()(Lanes<T>* M, int64_t rows) {
-    // Several rows at a time, where a row alone has too few sums to hide the latency of a multiply-add.
+    // Several rows at a time, if a single row has too few sums to hide the latency of a multiply-add.
     constexpr int work = N * ((steps != skip) + ... + 0), together = work >= 8 ? 1 : work >= 4 ? 2 : 4;
     Sums sums[together] = {};
     int64_t i = 0;
@@ -68,7 +68,7 @@ struct Sweep {
 template <class T, int N, Step... steps>
 using Pass = Sweep<T, N, false, steps...>;
 
-// A slice of a [rows, columns] matrix in memory, or of the transpose of one, brought into scratch and back.
+// Copies a slice of a [rows, columns] matrix in memory, or of its transpose, to scratch memory and back.
 template <class T, int N, bool ends_half = false>
 struct Slice {
   Columns<T, N, ends_half> columns;

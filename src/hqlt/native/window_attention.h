@@ -1,24 +1,24 @@
-// Window attention: softmax over the latest pairs, and its gradient.
+// Window attention: softmax over the latest entries, and its gradient.
 //
 //     P_ij = exp(A_ij) / Σ_j exp(A_ij)      A_ij = scale · q_i·k_j      out_i = Σ_j P_ij v_j      over low_i ≤ j ≤ i
 //     dP_ij = dout_i·v_j      dA_ij = P_ij (dP_ij − Σ_j P_ij dP_ij)
 //     dv_j = Σ_i P_ij dout_i      dq_i = scale · Σ_j dA_ij k_j      dk_j = scale · Σ_i dA_ij q_i
 //
-// A task is a stretch of queries of one head. Its rows are copied side by side, filled up with zeros to whole vectors.
-// L queries at a time lie in the lanes, so that A is kept as [pairs, L queries] and maximum, exponential and sum run
-// without crossing lanes. The backward pass keeps q, k and v alone and computes P again.
+// A task is a stretch of consecutive queries of one head. Its rows are copied side by side, padded with zeros to full
+// vectors. L queries at a time are in the lanes, so that A is stored as [entries, L queries], and maximum, exponential and
+// sum do not cross lanes. The backward pass uses only q, k and v and computes P again.
 //
-// With an expiry for each pair, query i also sees the pairs j < low_i with i < expiry_j, in the same softmax. Where what
-// is compared with them differs, it has rows of its own: A_ij = scale · far_q_i·far_k_j. A stretch holds the rows of the
-// pairs that any of its queries sees so.
+// With an expiry for each entry, query i also sees the entries j < low_i with i < expiry_j, in the same softmax. If other
+// queries and keys are used for them, these have separate rows: A_ij = scale · far_q_i·far_k_j. A stretch holds the rows
+// of all such entries that any of its queries sees.
 //
-// A weight of 0 does not keep NaN and infinity out of a product. So rows that hold one become zeros when they are copied,
-// and what sees them, P_ij of a pair within reach, becomes NaN: it reaches no token that cannot see it.
+// A weight of 0 does not keep NaN and infinity out of a product. So rows that are not finite are replaced by zeros when
+// they are copied, and P_ij is set to NaN for the queries that see them. No other token is affected.
 
-// eˣ for x ≤ 0: 2ⁿ times a polynomial in the rest, |rest| ≤ ½ ln 2. Below the smallest normal number it is 0; NaN stays.
+// eˣ for x ≤ 0: 2ⁿ times a polynomial in the remainder, |remainder| ≤ ½ ln 2. Subnormal results are 0; NaN stays NaN.
 template <class T>
 INLINE Lanes<T> exponential(Lanes<T> x) {
-  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;  // they wrap around where x is far below
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;  // they wrap around for very small x
   typedef Bits BitLanes __attribute__((vector_size(LANE_BYTES)));
   constexpr bool single = sizeof(T) == 4;
   constexpr int mantissa = single ? 23 : 52, degree = single ? 7 : 13;
@@ -33,7 +33,7 @@ INLINE Lanes<T> exponential(Lanes<T> x) {
   return x <= (single ? T(-87) : T(-708)) ? Lanes<T>{} : scaled + (x - x);
 }
 
-// Exchanges rows and lanes of an L × L block: log₂ L rounds of zipping the two halves together.
+// Transposes an L × L block, in log₂ L rounds of interleaving its two halves.
 template <class T, int... I>
 INLINE void zip(const Lanes<T>* x, Lanes<T>* y, std::integer_sequence<int, I...>) {
   constexpr int N = L<T>;
@@ -51,7 +51,7 @@ INLINE void transpose(Lanes<T> (&x)[L<T>]) {
   }
 }
 
-// Rows of numbers side by side, each `vectors` whole vectors long.
+// Contiguous rows of numbers, each `vectors` full vectors long.
 template <class T>
 struct Rows {
   Lanes<T>* at;
@@ -59,7 +59,7 @@ struct Rows {
   T* row(int64_t i) const { return reinterpret_cast<T*>(at + i * vectors); }
 };
 
-// L rows from `first` on, exchanged into [width, L rows], times a factor.
+// L rows from `first` on, transposed to [width, L rows], times a factor.
 template <class T>
 void into_lanes(Rows<T> rows, int64_t first, T factor, Lanes<T>* to) {
   for (int64_t n = 0; n < rows.vectors; ++n) {
@@ -70,7 +70,7 @@ void into_lanes(Rows<T> rows, int64_t first, T factor, Lanes<T>* to) {
   }
 }
 
-// products[j] = Σ_d rows[j][d] · lanes[d]: the products of n rows with the L vectors that lie in the lanes.
+// products[j] = Σ_d rows[j][d] · lanes[d]: the products of n rows with the L vectors in the lanes.
 template <class T, int count>
 INLINE void multiply_rows(const T* row, int64_t stride, int64_t width, const Lanes<T>* lanes, Lanes<T>* products) {
   Lanes<T> sum[count] = {};
@@ -109,7 +109,7 @@ INLINE int64_t combine_blocks(const T* weights, int64_t step_i, int64_t step_j, 
 template <class T, int N>
 void combine_columns(const T* weights, int64_t step_i, int64_t step_j, const Lanes<T>* rows, int64_t vectors, int64_t n,
                      Lanes<T>* to, int64_t m, bool add) {
-  constexpr int count = LANE_BYTES == 64 ? 16 / N : 8 / N;  // as many sums as there are registers for
+  constexpr int count = LANE_BYTES == 64 ? 16 / N : 8 / N;  // as many sums as fit into registers
   int64_t i = combine_blocks<T, std::min(count, 8), N>(weights, step_i, step_j, rows, vectors, n, to, 0, m, add);
   combine_blocks<T, 1, N>(weights, step_i, step_j, rows, vectors, n, to, i, m, add);
 }
@@ -128,14 +128,14 @@ void combine(const T* weights, int64_t step_i, int64_t step_j, Rows<T> rows, int
   if (c < vectors) combine_columns<T, 1>(weights, step_i, step_j, row + c, vectors, n, target + c, m, add);
 }
 
-// Query head i, of all g·h, reads the pairs of head i // g.
+// Query head i (of g·h) reads the entries of head i // g.
 template <class T>
 struct WindowAttention {
-  int64_t b, t, l, queries, h, k, v, window, reach;  // queries: their heads, g·h; reach: how many pairs one sees at most
+  int64_t b, t, l, queries, h, k, v, window, reach;  // queries: number of query heads, g·h; reach: most entries that a query sees
   T scale;
   const T *q, *key, *value;
   const uint8_t* resets;
-  const int64_t* expiry;  // null: nothing is visible beyond the window
+  const int64_t* expiry;  // null if nothing is visible beyond the window
   const T *far_q, *far_key;
   T* out;
   const T* d_out;
@@ -143,26 +143,26 @@ struct WindowAttention {
 
   static int64_t whole(int64_t n) { return (n + L<T> - 1) / L<T>; }
 
-  // Where a head's rows lie in [b, time, heads, ·]: those of all indices, or of some.
+  // Locations of a head's rows in [b, time, heads, ·], for all indices or for some.
   struct Places {
     int64_t first, stride;
     const int64_t* listed = nullptr;
     int64_t operator()(int64_t i) const { return first + (listed ? listed[i] : i) * stride; }
   };
 
-  // The pairs of one head that some query of a stretch sees beyond its window, for stretches from left to right: pair
-  // index[n] is seen by the stretch's queries from[n] … until[n] − 1.
+  // The entries of one head that some query of a stretch sees beyond its window, for stretches from left to right. Entry
+  // index[n] is visible to the queries from[n] … until[n] − 1 of the stretch.
   struct Far {
     std::vector<int64_t> index, from, until;
-    int64_t left = 0;  // those before it have left the window
+    int64_t left = 0;  // entries before this one have left the window
 
-    // own: the index of the first query; low: the first pair within the window of each, counted from `first`.
+    // own: the index of the first query. low: the first entry within the window of each query, counted from `first`.
     void move_to(int64_t own, int64_t queries, int64_t first, const std::vector<int64_t>& low, const int64_t* expiry,
                  Places place) {
       for (; left < first + low[queries - 1]; ++left) index.push_back(left);
       from.clear(), until.clear();
       int64_t query = 0;
-      for (const int64_t j : index) {  // all have left the last query's window
+      for (const int64_t j : index) {  // all have left the window of the last query
         while (first + low[query] <= j) ++query;
         const int64_t end = std::clamp(expiry[place(j)], own, own + queries) - own;
         if (query >= end) continue;
@@ -172,17 +172,17 @@ struct WindowAttention {
     }
   };
 
-  // Queries a … e − 1 of one head, and the pairs first … first + pairs − 1 that they can reach.
+  // Queries a … e − 1 of one head, and the entries first … first + pairs − 1 that they can see.
   struct Stretch {
     const WindowAttention& job;
     int64_t head, a, e, first, pairs;
-    std::vector<int64_t> low;  // the first pair that each query reaches, counted from `first`
+    std::vector<int64_t> low;  // the first entry that each query sees, counted from `first`
     std::vector<uint8_t> bad_query, bad_pair;  // rows that are not finite
-    bool bad = false;                          // whether there is one
+    bool bad = false;                          // whether there are any
     Lanes<T>* memory;
     Rows<T> q, key, value;
     Lanes<T>*query_lanes, *weights;
-    const Far* far;  // null: none
+    const Far* far;  // null if there are none
     int64_t fars = 0;
     std::vector<uint8_t> bad_far_query, bad_far;
     Rows<T> far_q, far_key, far_value;
@@ -193,7 +193,7 @@ struct WindowAttention {
           pairs(job.l - job.t + e - first), low(whole(e - a) * L<T>, pairs), bad_query(low.size()), bad_pair(pairs),
           far(beyond) {
       const uint8_t* resets = job.resets ? job.resets + head / job.queries * job.l : nullptr;
-      const int64_t own = pairs - (e - a);  // the pair of query a
+      const int64_t own = pairs - (e - a);  // the entry of query a
       for (int64_t j = 0, begin = 0; j < pairs; ++j) {
         if (resets && resets[first + j]) begin = j;
         if (j >= own) low[j - own] = std::max(begin, j - job.window + 1);
@@ -239,13 +239,13 @@ struct WindowAttention {
     Places of_pairs() const { return places(job.l, job.h); }
     Places of_fars() const { return {of_pairs().first, job.h, far->index.data()}; }
 
-    // n rows, and rows of zeros to fill up. Those that are not finite are marked, and zeros.
+    // n rows, padded with rows of zeros. Rows that are not finite are marked, and replaced by zeros.
     void copy_in(Rows<T> to, const T* from, Places place, int64_t begin, int64_t n, int64_t all, int64_t width,
                  std::vector<uint8_t>& marks) {
       for (int64_t i = 0; i < n; ++i) {
         const T* row = from + place(begin + i) * width;
         prefetch(row + 8 * place.stride * width, width);
-        Lanes<T> zero = {};  // x − x is NaN where x is not finite
+        Lanes<T> zero = {};  // x − x is NaN if x is not finite
         for (int64_t j = 0; j < to.vectors; ++j) {
           const Lanes<T> x = to.at[i * to.vectors + j] = load_until(row, j * L<T>, width);
           zero += x - x;
@@ -276,7 +276,7 @@ struct WindowAttention {
     typedef Index Indices __attribute__((vector_size(LANE_BYTES)));
     static constexpr T none = -std::numeric_limits<T>::infinity();
 
-    // What L queries see: pairs begin … end − 1 within the window, and then far_begin … far_end − 1 of the far ones.
+    // What L queries see: the entries begin … end − 1 within the window, then far_begin … far_end − 1 of the far ones.
     struct Seen {
       int64_t begin, end, far_begin = 0, far_end = 0;
       int64_t near() const { return end - begin; }
@@ -284,7 +284,7 @@ struct WindowAttention {
       int64_t all() const { return near() + far(); }
     };
 
-    // P for the L queries from `block` on: weights[n] for the n-th that they see.
+    // P for the L queries from `block` on: weights[n] is for the n-th entry that they see.
     Seen attend(int64_t block) {
       Indices lowest = {}, highest = {};
       Seen seen = {pairs, std::min(pairs - (e - a) + block + L<T>, pairs)};
@@ -306,12 +306,12 @@ struct WindowAttention {
       if (fars) most = attend_far(block, seen, most);
       const int64_t all = seen.all();
       for (int64_t j = 0; j < all; ++j) total += weights[j] = exponential<T>(weights[j] - most);
-      const Lanes<T> inverse = total != 0 ? T(1) / total : Lanes<T>{};  // 0: lanes without a query
+      const Lanes<T> inverse = total != 0 ? T(1) / total : Lanes<T>{};  // 0 in lanes without a query
       for (int64_t j = 0; j < all; ++j) weights[j] = weights[j] != 0 ? weights[j] * inverse : Lanes<T>{};
       return seen;
     }
 
-    // Scores of the far pairs, behind those within the window. → the highest of both.
+    // Scores of the far entries, stored after those within the window. Returns the maximum of both.
     OUTLINE Lanes<T> attend_far(int64_t block, Seen& seen, Lanes<T> most) {
       const std::vector<int64_t>&from = far->from, &until = far->until;
       seen.far_end = std::lower_bound(from.begin(), from.end(), block + L<T>) - from.begin();
@@ -331,7 +331,7 @@ struct WindowAttention {
       return most;
     }
 
-    // NaN for the scores of what is not finite.
+    // Sets the scores of non-finite rows to NaN.
     static void mark(Lanes<T>* scores, const uint8_t* bad_pair, int64_t n, const uint8_t* bad_query) {
       Lanes<T> sick = {};
       for (int i = 0; i < L<T>; ++i) sick[i] = bad_query[i] ? std::numeric_limits<T>::quiet_NaN() : T(0);
@@ -390,14 +390,14 @@ struct WindowAttention {
     }
   };
 
-  // Stretches of at least a window: the pairs of the even ones are then disjoint, and those of the odd ones.
+  // Stretches at least as long as the window, so that even stretches have disjoint entries, and so do odd ones.
   int64_t stretch() const { return std::min(std::max<int64_t>(128, whole(window) * L<T>), t); }
   int64_t stretches() const { return (t + stretch() - 1) / stretch(); }
   Stretch at(int64_t head, int64_t i, Far* far = nullptr) const {
     return {*this, head, i * stretch(), std::min((i + 1) * stretch(), t), far};
   }
 
-  // work(stretch) for those from `begin` to `end` of all queries that read a pair head, one after the other.
+  // work(stretch) for the stretches from `begin` to `end` of all queries that read a KV head, one after the other.
   template <class Work>
   void visit(int64_t head, int64_t begin, int64_t end, const Work& work) const {
     const int64_t g = queries / h;
@@ -406,7 +406,7 @@ struct WindowAttention {
       for (int64_t query = head * g; query < (head + 1) * g; ++query) work(at(query, i, expiry ? &far : nullptr));
   }
 
-  // Part p of all pair heads' stretches is jobs[p]'s. Each looks for its far pairs from the first pair on.
+  // Part p of all KV heads' stretches belongs to jobs[p]. Each searches for its far entries from the first entry on.
   template <class Work>
   static void visit_parts(int threads, const std::vector<WindowAttention>& jobs, const Work& work) {
     const int64_t parts = jobs.size(), heads = jobs[0].b * jobs[0].h, stretches = jobs[0].stretches();
@@ -415,7 +415,7 @@ struct WindowAttention {
       jobs[part].visit(task / parts, part * stretches / parts, (part + 1) * stretches / parts, work);
     });
   }
-  // As many as give every thread the same to do.
+  // As many parts as give every thread equal work.
   int64_t parts(int threads) const {
     const int64_t heads = b * h;
     return heads >= 4 * threads ? 1 : std::min(threads / std::gcd<int64_t, int64_t>(heads, threads), stretches());
@@ -435,7 +435,8 @@ void window_attention_forward(int threads, const int64_t* n, double scale, void*
   Pool::run(threads, heads * stretches, [&](int64_t task) { forward(job.at(task / stretches, task % stretches)); });
 }
 
-// All stretches of a head may add to the gradients of the same pairs: a part has gradients of its own, added up at last.
+// All stretches of a head may add to the gradients of the same entries. So each part has its own gradients, which are
+// summed at the end.
 template <class T, class Work>
 void window_attention_backward_beyond(int threads, const WindowAttention<T>& job, const Work& backward) {
   const int64_t keys = job.h * job.k, values = job.h * job.v, rows = job.b * job.l, parts = job.parts(threads);
@@ -461,7 +462,7 @@ void window_attention_backward_beyond(int threads, const WindowAttention<T>& job
     });
 }
 
-// Gradients come filled with zeros, except d_q.
+// The caller fills all gradients except d_q with zeros.
 template <class T>
 void window_attention_backward(int threads, const int64_t* n, double scale, void* const* x) {
   WindowAttention<T> job = {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], T(scale)};
