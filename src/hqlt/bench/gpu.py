@@ -84,7 +84,8 @@ def run(rounds: int, quick: bool, only: str | None, target: Target = GPU) -> lis
     ceiling = _dense_rate(quick, target)
     results: list[Row] = []
     if only in (None, "memories"):
-        results += memories_race((1, 70, 2, 16) if quick else SHAPE, 64, rounds, ceiling, target)
+        for decays in (False, True):
+            results += memories_race((1, 70, 2, 16) if quick else SHAPE, 64, rounds, ceiling, target, decays)
     if only in (None, "train"):
         results += training_race(1 if quick else 8, 70 if quick else 2048, quick, rounds, ceiling, target)
     return results
@@ -94,18 +95,30 @@ def _dense_rate(quick: bool, target: Target) -> float:
     return matrix_product_rate(128 if quick else 8192, 20, target.meter, dtype=target.dtype, device=target.device)
 
 
-def inputs(b: int, t: int, h: int, d: int, **kind: Any) -> list[Tensor]:
-    """Random q, k, v, β, gate and norm weight, which require gradients."""
+def inputs(b: int, t: int, h: int, d: int, decays: bool = False, **kind: Any) -> list[Tensor]:
+    """Random q, k, v, β, gate, norm weight and, with decay, log α, which require gradients."""
     q, k, v, gate = torch.randn(4, b, t, h, d, **kind)
     v, beta = F.silu(v), 2 * torch.rand(b, t, h, device=q.device)
-    return [x.requires_grad_() for x in (q, k, v, beta, gate, torch.ones(d, **kind))]
+    decay = [-0.1 * torch.rand(b, t, h, device=q.device)] if decays else []
+    return [x.requires_grad_() for x in (q, k, v, beta, gate, torch.ones(d, **kind), *decay)]
 
 
 def one_by_one(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, gate: Tensor, norm_weight: Tensor, *, attention: Attention
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    gate: Tensor,
+    norm_weight: Tensor,
+    decay: Tensor | None = None,
+    *,
+    attention: Attention,
 ) -> Tensor:
     """The core of the layer as the paper's code runs it: fla, then attention, then mixer and norm."""
-    fw, _ = ops.delta_rule(unit_silu(q), unit_silu(k), v, beta, backend="fla")
+    if decay is None:
+        fw, _ = ops.delta_rule(unit_silu(q), unit_silu(k), v, beta, backend="fla")
+    else:
+        fw, _ = ops.fast_weights(unit_silu(q), unit_silu(k), v, beta=beta, decay=decay, backend="fla")
     cos, sin = Rotary(10_000.0).table(q.shape[1], q.shape[3], q.device, torch.float32)
     kv = attention(rotated(q, cos, sin), rotated(k, cos, sin), v)
     gamma = gate.sigmoid()
@@ -163,18 +176,26 @@ def peers_of(leaves: list[Tensor], window: int) -> dict[str, Callable[[], Tensor
 
 
 def memories_race(
-    shape: tuple[int, int, int, int], window: int, rounds: int, ceiling: float, target: Target = GPU
+    shape: tuple[int, int, int, int],
+    window: int,
+    rounds: int,
+    ceiling: float,
+    target: Target = GPU,
+    decays: bool = False,
 ) -> list[Row]:
+    """The delta rule against all peers; with decay, against the eager ones, because compiling each takes minutes."""
     b, t, h, d = shape
-    leaves = inputs(*shape, dtype=target.dtype, device=target.device)
+    leaves = inputs(*shape, decays, dtype=target.dtype, device=target.device)
     rotary = Rotary(10_000.0).table(t, d, leaves[0].device, torch.float32)
 
     def layer(backend: str) -> Tensor:
-        return ops.synchronous(*leaves, window=window, rotary=rotary, backend=backend)[0]
+        decay = leaves[6] if decays else None
+        return ops.synchronous(*leaves[:6], decay=decay, window=window, rotary=rotary, backend=backend)[0]
 
     ours = {"composed: chunked, blocked": partial(layer, "composed"), "triton": partial(layer, "triton")}
     expected = _output_and_gradients(ours["composed: chunked, blocked"], leaves)
-    contestants = runnable(peers_of(leaves, window) | ours, lambda run: _output_and_gradients(run, leaves), expected)
+    peers = {name: run for name, run in peers_of(leaves, window).items() if not (decays and name.endswith("compiled"))}
+    contestants = runnable(peers | ours, lambda run: _output_and_gradients(run, leaves), expected)
     full = {"fla, FlashAttention over all": partial(one_by_one, *leaves, attention=flash_full)}
     full = runnable(full, lambda run: _output_and_gradients(run, leaves))
     unit = b * t * h * d
@@ -182,7 +203,7 @@ def memories_race(
     measured = forward_and_backward(
         contestants, leaves, count, ceiling, rounds, target.meter, TOLERANCE, baselines=full
     )  # fmt: skip
-    return rows(f"memories, mixer, norm; window {window}", shape, measured)
+    return rows(f"{'gated ' if decays else ''}memories, mixer, norm; window {window}", shape, measured)
 
 
 def _output_and_gradients(run: Callable[[], Tensor], leaves: list[Tensor]) -> list[Tensor]:
