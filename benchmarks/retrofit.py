@@ -51,7 +51,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "LoRA alone, none full, kept by value-norm": {"rule": "none", "full": 0, "retention": "value-norm"},
     "LoRA alone, none full, kept at random": {"rule": "none", "full": 0, "retention": "random"},
 }
-"""By name: options of `hqlt retrofit`. All rules have states of the same size, except linear's normaliser (1/64)."""
+"""By name: options of `hqlt retrofit`. All rules have states of the same size, except linear's normalizer (1/64)."""
 STAGES = ("fit", "distill", "tune")
 
 

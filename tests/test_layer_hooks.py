@@ -167,7 +167,7 @@ def test_reparametrised_weights_are_used(name, change, t):
 
 
 class Adapted(nn.Module):
-    """A projection wrapped as by adapters and quantisers, without a `weight` of its own."""
+    """A projection wrapped as by adapters and quantizers, without a `weight` of its own."""
 
     def __init__(self, base):
         super().__init__()

@@ -70,7 +70,7 @@ class Mamba2(KimiLinear):
         heads = {"num_heads": HEADS, "head_dim": WIDTH, "state_size": STATE, "n_groups": GROUPS}
         self.config = CONFIG_MAPPING["mamba2"](**SIZES, **heads, expand=2, chunk_size=8, use_conv_bias=False)
         self.layer = code.Mamba2Mixer(self.config, 0)
-        if not hasattr(self.layer.norm, "group_size"):  # older versions normalise all heads together
+        if not hasattr(self.layer.norm, "group_size"):  # older versions normalize all heads together
             self.options = self.options | {"head_norm": "full"}
 
     def weights(self, w: Weights) -> Weights:

@@ -54,7 +54,7 @@ def test_pinned_version_is_in_its_range(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["torch", "transformers", "lm-eval", "gymnasium", "jsonargparse"])
 def test_upper_bound_is_the_next_minor_version(name: str) -> None:
-    """`make test-latest` passed with the newest version in the range; later ones may change behaviour."""
+    """`make test-latest` passed with the newest version in the range; later ones may change behavior."""
     upper = [Version(bound.version) for bound in ranges()[name].specifier if bound.operator == "<"]
     assert upper
     assert len(upper[0].release) > 1, "the next minor version, not the next major one"

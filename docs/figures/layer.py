@@ -1,6 +1,6 @@
 """Draws a layer and its three blends: python docs/figures/layer.py FILE.svg
 
-Colours follow the light or dark mode of the browser and are colour-blind safe (Okabe and Ito 2008).
+Colors follow the light or dark mode of the browser and are color-blind safe (Okabe and Ito 2008).
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ _finite_checks = Setting("hqlt.checked", False)
 def checked(enabled: bool = True) -> AbstractContextManager[None]:
     """Context manager in which every operation rejects NaN and infinite inputs with a ValueError.
 
-    Off by default: the check reads every number once more and synchronises with the GPU. The setting belongs to the
+    Off by default: the check reads every number once more and synchronizes with the GPU. The setting belongs to the
     current thread (and asyncio task); a thread started inside the block has the default.
 
     Args:

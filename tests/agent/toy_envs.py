@@ -34,7 +34,7 @@ class Cue(gymnasium.Env):
 
 
 class Counter(gymnasium.Env):
-    """Observations are 100 · episode + step, to be recognised in tests. Episodes of 3 steps are truncated."""
+    """Observations are 100 · episode + step, to be recognized in tests. Episodes of 3 steps are truncated."""
 
     observation_space = gymnasium.spaces.Box(0, np.inf, (), np.float64)
     action_space = gymnasium.spaces.Discrete(3, start=5)

@@ -1,4 +1,4 @@
-"""The behaviour of all commands."""
+"""The behavior of all commands."""
 
 from __future__ import annotations
 

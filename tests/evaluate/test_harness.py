@@ -172,7 +172,7 @@ class TestTasks:
         )
 
     def test_unknown_tasks(self, local):
-        """The paper's are all known; the error names the misspelt one only."""
+        """The paper's are all known; the error names the misspelled one only."""
         with pytest.raises(
             ValueError, match="got unknown lambda_local; local tasks are lambada_local, mine, piqa_local"
         ):

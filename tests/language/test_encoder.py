@@ -17,7 +17,7 @@ CORPUS = ["the cat sat on the mat, the hat. \n\n"] * 9
 
 
 def trained(kind: str) -> FastTokenizer:
-    """A tokenizer with added tokens of all kinds: stripping spaces, matching whole words, and normalised."""
+    """A tokenizer with added tokens of all kinds: stripping spaces, matching whole words, and normalized."""
     backend = Backend(models.BPE(unk_token=None))
     match kind:
         case "bytes":

@@ -112,7 +112,7 @@ def sentence_piece_fields() -> dict[str, Any]:
 
 
 def merged(text: str, fields: dict[str, Any]) -> list[int]:
-    """SentencePiece merges the neighbours whose concatenation has the highest score; the first of equals."""
+    """SentencePiece merges the neighbors whose concatenation has the highest score; the first of equals."""
     ids = {token: i for i, token in enumerate(fields["tokenizer.ggml.tokens"])}
     scores = fields["tokenizer.ggml.scores"]
     parts = list("▁" + text.replace(" ", "▁"))

@@ -112,7 +112,7 @@ def test_initial_lower_bound_of_hgrn2():
 
 
 def mlstm_by_hand(w, cap=None, stabilised=False):
-    """Beck et al. 2024, eqs. 19–27, with q scaled instead of k; with or without their stabiliser m."""
+    """Beck et al. 2024, eqs. 19–27, with q scaled instead of k; with or without their stabilizer m."""
 
     def by_hand(x, keys, values, queries, h):
         def gate(name, i):

@@ -53,7 +53,7 @@ def test_unknown_key_is_refused_when_loading(small, tmp_path):
 
 
 def test_attributes_of_other_tools_are_kept(small, tmp_path):
-    """Attributes set on a config or added to its file are kept; misspelt fields in the file are refused."""
+    """Attributes set on a config or added to its file are kept; misspelled fields in the file are refused."""
     foreign = {
         "unsloth_version": "2026.1", "tokenizer_class": "PreTrainedTokenizerFast", "max_position_embeddings": 4096,
         "unk_token_id": 3, "task_specific_params": {"a": [1]}, "sep_token_id": 4, "decoder_start_token_id": 5,

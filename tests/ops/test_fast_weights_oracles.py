@@ -144,7 +144,7 @@ def test_mamba2_token_by_token(backend, theirs):
 
 @every_backend
 def test_mlstm(backend, theirs):
-    """The normaliser is one more column of values. Theirs is divided by exp(m) throughout; ours is not divided here."""
+    """The normalizer is one more column of values. Theirs is divided by exp(m) throughout; ours is not divided here."""
     q, k = (normal(BATCH, LENGTH, HEADS, KEY, seed=seed) for seed in (0, 1))
     v = normal(BATCH, LENGTH, HEADS, VALUE, seed=2)
     i, f = normal(BATCH, LENGTH, HEADS, seed=3), 2 + normal(BATCH, LENGTH, HEADS, seed=4)

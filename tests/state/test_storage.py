@@ -122,7 +122,7 @@ def test_wrapped_modules_have_the_same_fingerprint(layer, path):
     load_state(path, torch.compile(layer))
 
 
-@pytest.mark.filterwarnings("ignore:.*(quantization|quantize|TypedStorage).*")  # deprecated in favour of torchao
+@pytest.mark.filterwarnings("ignore:.*(quantization|quantize|TypedStorage).*")  # deprecated in favor of torchao
 def test_states_of_a_quantized_layer(layer, tmp_path):
     quantized = torch.ao.quantization.quantize_dynamic(layer.float(), {nn.Linear}, torch.qint8)
     _, state = quantized(tokens(2, 9).float())

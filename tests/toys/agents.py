@@ -57,7 +57,7 @@ class ReinforceSettings:
 
 @hqlt.register("algorithm", "toy-reinforce")
 class Reinforce(Agent):
-    """−mean Â_t log π(a_t | h_t), where Â are standardised discounted returns of complete episodes. Williams 1992."""
+    """−mean Â_t log π(a_t | h_t), where Â are standardized discounted returns of complete episodes. Williams 1992."""
 
     Settings = ReinforceSettings
 

@@ -48,12 +48,12 @@ class Agent(nn.Module):
     """Base class of algorithms. A subclass defines these, and `hqlt.register("algorithm", NAME)` makes it available:
 
         Settings             a dataclass of its options, each with a default
-        build(width)         create the heads from `self.settings` and `self.actions` → the optimiser
+        build(width)         create the heads from `self.settings` and `self.actions` → the optimizer
         logits(features)     the policy: [..., d] → [..., a]
         collect(envs, …)     play → Collected
         learn(experience)    update the weights → what to report
 
-    An algorithm that must checkpoint more than weights, optimiser and generator, such as a replay buffer, also defines
+    An algorithm that must checkpoint more than weights, optimizer and generator, such as a replay buffer, also defines
     `carried_state` and `load_carried_state`.
 
     Args:
@@ -98,7 +98,7 @@ class Agent(nn.Module):
         self.optimiser = self.build(memory.hidden_size)
 
     def build(self, width: int) -> torch.optim.Optimizer:
-        """Create the heads on features of this width; returns the optimiser of all parameters."""
+        """Create the heads on features of this width; returns the optimizer of all parameters."""
         raise NotImplementedError
 
     def logits(self, features: Hidden) -> Tensor:
@@ -164,7 +164,7 @@ class Agent(nn.Module):
     def derive_seed(self, count: Tensor) -> int:
         """Derive a seed for the environments, below 2³¹, from the agent's own seed and a counter alone.
 
-        Agents with neighbouring seeds get unrelated environments.
+        Agents with neighboring seeds get unrelated environments.
         """
         return int(np.random.SeedSequence([int(self.seed), int(count)]).generate_state(1)[0] >> 1)
 
@@ -206,7 +206,7 @@ class Agent(nn.Module):
         return torch.multinomial(logits.softmax(dim=-1).cpu(), 1, generator=self.generator)[:, 0].to(logits.device)
 
     def update_weights(self, loss: Tensor, max_grad_norm: float | None) -> float:
-        """Take one optimiser step, skipped if the gradient is not finite.
+        """Take one optimizer step, skipped if the gradient is not finite.
 
         Args:
             loss: a scalar.

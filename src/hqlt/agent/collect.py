@@ -100,7 +100,7 @@ def play(
 ) -> list[Episode]:
     """Reset the environments and play complete episodes, returned in the order in which they end.
 
-    The number of episodes of each environment is fixed in advance: taking the first ones that end would favour short
+    The number of episodes of each environment is fixed in advance: taking the first ones that end would favor short
     episodes.
 
     Args:

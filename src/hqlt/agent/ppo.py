@@ -38,10 +38,10 @@ class PPOSettings:
     gamma: float = 0.99
     """Discount factor γ."""
     gae_lambda: float = 0.95
-    """λ of generalised advantage estimation."""
+    """λ of generalized advantage estimation."""
     advantages: Literal["raw", "centred", "standardised"] = "standardised"
-    """Normalisation of the advantages in each minibatch: none ("raw"), zero mean ("centred"), or zero mean and standard
-    deviation 1 ("standardised"). Standardising amplifies the noise of a policy that has converged; with rewards of the
+    """Normalization of the advantages in each minibatch: none ("raw"), zero mean ("centred"), or zero mean and standard
+    deviation 1 ("standardised"). Standardizing amplifies the noise of a policy that has converged; with rewards of the
     order of 1 prefer one of the others."""
     clip_range: float = 0.2
     """Clip range ε of the probability ratio of new and old policy."""

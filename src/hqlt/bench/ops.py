@@ -59,7 +59,7 @@ def inputs(shape: Shape) -> list[Tensor]:
 
 
 def gates(b: int, t: int, h: int) -> Tensor:
-    """log α as initialised in Mamba-2: −A · dt, with A uniform in (1, 16) and dt log-uniform in (0.001, 0.1)."""
+    """log α as initialized in Mamba-2: −A · dt, with A uniform in (1, 16) and dt log-uniform in (0.001, 0.1)."""
     return (-(1 + 15 * torch.rand(h)) * 10 ** (-3 + 2 * torch.rand(b, t, h))).requires_grad_()
 
 

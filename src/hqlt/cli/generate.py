@@ -61,7 +61,7 @@ def generate(
     Args:
         model: folder of a model, or of the run that trained it.
         prompt: the text to continue. As in transformers, the tokenizer's special tokens are put before it, and special
-            tokens spelled out in it are recognised.
+            tokens spelled out in it are recognized.
         prompt_file: a file with the text; if both are given, the prompt follows it.
         max_new_tokens: maximum number of tokens to generate; 0 only reads the prompt, to save its state.
         temperature: sampling temperature; 0 decodes greedily.

@@ -47,7 +47,7 @@ class SwiGLU(nn.Module):
 
 
 BLOCK_NORMS = {"before": (True, False), "after": (False, True), "both": (True, True)}
-"""By name: whether a block normalises the inputs of its two parts, and whether it normalises their outputs."""
+"""By name: whether a block normalizes the inputs of its two parts, and whether it normalizes their outputs."""
 
 
 class Block(nn.Module):

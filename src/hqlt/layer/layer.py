@@ -83,7 +83,7 @@ class HybridMemory(nn.Module):
         ValueError: when arguments do not fit together, or when no chosen part has an option.
 
     Source:
-        The paper, section 3. Weights are initialised by PyTorch's defaults; the paper's initialisation is in
+        The paper, section 3. Weights are initialized by PyTorch's defaults; the paper's initialization is in
         `hqlt.model`.
 
     Example:

@@ -41,7 +41,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class ZeroCenteredRMSNorm(RMSNorm):
-    """RMSNorm with the factor 1 + weight, (1 + weight) ⊙ x / √(mean x² + eps). The weight is initialised to 0.
+    """RMSNorm with the factor 1 + weight, (1 + weight) ⊙ x / √(mean x² + eps). The weight is initialized to 0.
 
     Example:
         >>> from hqlt.layer import ZeroCenteredRMSNorm
@@ -64,7 +64,7 @@ class GroupedRMSNorm(RMSNorm):
         self.groups = groups
 
     def forward(self, x: Values) -> Values:
-        """Normalise x [b, t, heads, width]."""
+        """Normalize x [b, t, heads, width]."""
         groups = x.to(self.weight.dtype).flatten(2).unflatten(2, (self.groups, -1))
         return (F.rms_norm(groups, groups.shape[-1:], eps=self.eps).flatten(2) * self.weight).view_as(x)
 

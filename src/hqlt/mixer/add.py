@@ -9,7 +9,7 @@ from hqlt.registry import register
 
 @register("mixer", "add")
 class AddMixer(Gated):
-    """kv + γ ⊙ RMSNorm(fw) with γ = W_γ x. W_γ is initialised to 0, so that the layer starts as plain attention.
+    """kv + γ ⊙ RMSNorm(fw) with γ = W_γ x. W_γ is initialized to 0, so that the layer starts as plain attention.
 
     The head norm applies to the FW read only, which leaves attention unchanged while the FW-memory is empty. The rows
     of `gate_proj` are those of γ, then those of δ.
@@ -17,7 +17,7 @@ class AddMixer(Gated):
     Args:
         heads: number and width of the layer's heads.
         gate_bias: initial bias of γ (0 starts as plain attention too). Default: no bias.
-        kv_gate: whether kv becomes (1 − δ) kv, with one δ = W_δ x per head, initialised to 0. A softmax over a window
+        kv_gate: whether kv becomes (1 − δ) kv, with one δ = W_δ x per head, initialized to 0. A softmax over a window
             gives its entries the weight that full attention gives to entries beyond the window; δ can take it back.
 
     Example:

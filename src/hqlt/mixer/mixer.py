@@ -47,7 +47,7 @@ class Mixer(nn.Module):
         __call__ = forward
 
     def init_parameters(self) -> None:
-        """Set the gates' initial values, after a model's own initialisation of the projections."""
+        """Set the gates' initial values, after a model's own initialization of the projections."""
 
 
 class Gated(Mixer):

@@ -36,7 +36,7 @@ FROM_TRANSFORMERS = frozenset(
 Auto classes. Its private keys, which begin with an underscore, are accepted too."""
 
 MISSPELT = 0.85
-"""Similarity from which a key in a file counts as a misspelt field. (unk_token_id must not count as bos_token_id.)"""
+"""Similarity from which a key in a file counts as a misspelled field. (unk_token_id must not count as bos_token_id.)"""
 
 
 def fields_of(kind: str, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,8 +76,8 @@ class HQLTConfig(PreTrainedConfig):
     """The configuration of an `HQLTForCausalLM`. The defaults are the paper's 340M model.
 
     Unlike other configs of transformers, it rejects unknown keys. When loading a file, it rejects only keys that look
-    like misspelt fields: other tools add attributes to config files, which are kept, and loaders pass unrelated keyword
-    arguments, which are ignored.
+    like misspelled fields: other tools add attributes to config files, which are kept, and loaders pass unrelated
+    keyword arguments, which are ignored.
 
     Raises:
         ValueError: when values do not fit together, or for an unknown key.
@@ -218,7 +218,7 @@ class HQLTConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers, but misspelt fields are rejected, and the config is checked again with all overrides."""
+        """As in transformers, but misspelled fields are rejected and the config is checked again with all overrides."""
         return_unused = kwargs.pop("return_unused_kwargs", False)
         foreign = {name: value for name, value in config_dict.items() if not cls._knows(name)}
         cls._refuse_misspelt(foreign)

@@ -141,14 +141,14 @@ class HQLTModel(HQLTPreTrainedModel):
             output_hidden_states: whether to return the hidden states before each block too.
             return_dict: whether to return an output object instead of a tuple. Default: as in the config.
             cache: the same as past_key_values; the name of transformers from 5.24 on.
-            **kwargs: ignored, unless one looks like a misspelt argument.
+            **kwargs: ignored, unless one looks like a misspelled argument.
 
         Returns:
             The hidden states after the final norm, [b, t, d], and the cache.
 
         Raises:
             ValueError: when shapes do not match, or the mask differs from what the cache has read.
-            TypeError: for another type of cache or a misspelt argument.
+            TypeError: for another type of cache or a misspelled argument.
         """
         refuse_misspelt(kwargs, packed=position_ids is not None or resets is not None)
         x = self._embed(input_ids, inputs_embeds)
@@ -378,7 +378,7 @@ def refuse_misspelt(kwargs: dict[str, Any], packed: bool) -> None:
     """Ignore unknown arguments, which transformers' callers add, unless one looks like ours or marks packed documents.
 
     Raises:
-        TypeError: for a cache under another name, or a misspelt argument.
+        TypeError: for a cache under another name, or a misspelled argument.
         ValueError: when packed documents are marked only by an argument that this model does not read.
     """
     for name, value in kwargs.items():

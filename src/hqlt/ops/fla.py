@@ -74,7 +74,7 @@ def find_mismatch(kind: Kind, run: Callable[..., Any], reference: Callable[..., 
 
 
 def _inputs(kind: Kind, device: torch.device) -> dict[str, Tensor]:
-    """Inputs by name: two rows, two heads, two chunks and a partial one; q and k are normalised, as φ leaves them. The
+    """Inputs by name: two rows, two heads, two chunks and a partial one; q and k are normalized, as φ leaves them. The
     global random state is not touched."""
     random, (b, t, h) = torch.Generator().manual_seed(0), (2, 2 * CHUNK + 2, 2)
     n = kind.writes * t

@@ -103,7 +103,7 @@ def linear_attention(q, k, v, matrix, key_sum, resets, live):
 def linear_attention_scan(q: X, k: X, v: X, matrix: X, key_sum: X, resets: BOOL) -> tuple[X, X, X, X]:
     """Scan over tokens [b, t, …]; q is [b, t, h, g, k], matrix [b, h, k, v], key_sum [b, h, k].
 
-    Returns the reads, their normalisers, the final matrix and the final key sum.
+    Returns the reads, their normalizers, the final matrix and the final key sum.
     """
 
     @graph()

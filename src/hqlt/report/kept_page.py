@@ -22,7 +22,7 @@ from hqlt.report.plots import save
 SHOWN = 480
 """Number of tokens of the text on a page."""
 NAMED = 16
-"""Maximum number of heads that have labels of their own; if there are more, layers are labelled."""
+"""Maximum number of heads that have labels of their own; if there are more, layers are labeled."""
 SHADES = LinearSegmentedColormap.from_list("kept", [KV + "00", KV]).with_extremes(bad=GREY + "66")
 
 

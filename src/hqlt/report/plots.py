@@ -46,7 +46,7 @@ LINE, NESTED, WIDEST = 1.5, 2.4, 10.0
 CLOSE = 0.01
 """Curves that differ by less than this hide each other."""
 THOUSANDS = 10_000
-"""Axes that reach this value are labelled in thousands."""
+"""Axes that reach this value are labeled in thousands."""
 COLUMNS = 4
 """Maximum number of panels in a row."""
 

@@ -32,7 +32,7 @@ ORIGINAL, WINDOW = "original", "window + sinks"
 BYPASSED = ", FW bypassed"
 REFERENCE_COLOURS = {ORIGINAL: BLACK, WINDOW: GREY}
 COLOURS = (VERMILLION, BLUE, GREEN, PURPLE, ORANGE, SKY)
-"""Colours of the other rows."""
+"""Colors of the other rows."""
 MARKERS = "osD^vPX*h"
 UNUSED_BELOW = 0.02
 """FW-memories count as unused if bypassing them increases the loss by less than this, in nats per token."""
@@ -231,7 +231,7 @@ def figure_of_rows(rows: Sequence[Row]) -> Figure:
 
 
 def styles_of_rows(groups: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, Any]]:
-    """One colour and marker per model; bypassed rows have the same, with dotted lines and hollow markers."""
+    """One color and marker per model; bypassed rows have the same, with dotted lines and hollow markers."""
     own = [name for name in groups if not name.endswith(BYPASSED)]
     colours, marks = itertools.cycle(COLOURS), itertools.cycle(MARKERS)
     chosen = {name: (REFERENCE_COLOURS.get(name) or next(colours), next(marks)) for name in own}

@@ -71,7 +71,7 @@ class Request:
     prompt: NDArray[np.int64] = field(init=False)
     """The tokens as an array, which avoids copying a long list for each turn."""
     finished: bool = field(default=False, init=False)
-    """Set when the request is cancelled or has failed; its rows are freed before the next token."""
+    """Set when the request is canceled or has failed; its rows are freed before the next token."""
 
     def __post_init__(self) -> None:
         self.prompt = np.fromiter(self.tokens, dtype=np.int64, count=len(self.tokens))

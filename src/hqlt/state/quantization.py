@@ -25,7 +25,7 @@ def pack(states: Sequence[MemoryState], dtype: str | None = None) -> dict[str, T
     values to s·q / 127, with an integer q from −127 to 127 and s = max|x| of each channel of a head over the entries
     held; matrices to c·r·q / 127, with c = max|x| of each column and r = max|x / c| of each row; and convolution inputs
     to bfloat16. The scales s, c and r are bfloat16 tensors, stored under the tensor's name followed by ".scale" and a
-    number. Everything else (normalisers, scores, gates without channels, positions) stays exact.
+    number. Everything else (normalizers, scores, gates without channels, positions) stays exact.
 
     A model continues from a rounded state a little differently than from the exact one; `docs/states.md` measures this.
 

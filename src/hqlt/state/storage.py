@@ -20,14 +20,14 @@ from hqlt.memory.state import MemoryState, named
 FORMAT = "hqlt-state-3"
 OLD_FORMATS = ("hqlt-state-1", "hqlt-state-2")
 WRAPPERS = ("_orig_mod", "module", "_checkpoint_wrapped_module")
-"""Attributes under which torch.compile, data parallelism and checkpoint_wrapper keep the module they wrap."""
+"""Attributes under which torch.compile, data parallelizm and checkpoint_wrapper keep the module they wrap."""
 
 
 def fingerprint(module: nn.Module) -> str:
     """Return a digest of a module's structure, weights and buffers.
 
     Weights are rounded to bfloat16 first, so a module has the same fingerprint in float64, float32 and bfloat16, on
-    every device, compiled by `torch.compile`, and wrapped for data parallelism. Training it further or building it
+    every device, compiled by `torch.compile`, and wrapped for data parallelizm. Training it further or building it
     with other options changes the fingerprint. So does casting it to float16, which rounds differently; casting that
     to another dtype keeps the fingerprint of the float16 module.
 
@@ -64,7 +64,7 @@ def is_wrapper(part: nn.Module) -> bool:
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """Remove the wrappers of torch.compile and data parallelism."""
+    """Remove the wrappers of torch.compile and data parallelizm."""
     while is_wrapper(module):
         (module,) = module.children()
     return module

@@ -15,11 +15,11 @@ from tests.agent.worlds.helpers import ReferenceBoard, board_of, play, position_
 
 RED, GREEN, BLUE = ((255, 0, 0), (0, 255, 0), (0, 0, 255))
 TO_SQUARE = {"r": "uullluu", "g": "uuuu", "b": "uurrruu"}
-"""Moves from the entrance of the third room to each square, with colours in the order rgb."""
+"""Moves from the entrance of the third room to each square, with colors in the order rgb."""
 
 
 def visual_match(target: str, **options):
-    """Start an episode in which this colour is shown, with all 22 apples."""
+    """Start an episode in which this color is shown, with all 22 apples."""
     environment = gymnasium.make(
         "hqlt/VisualMatch-v0", **{"explore": 2, "distractor": 5, "apples": 22, **options}
     ).unwrapped

@@ -101,7 +101,7 @@ except ImportError as error:
 
 
 def test_asynchronous_environments():
-    """gymnasium's own vectorisation works with single environments."""
+    """gymnasium's own vectorization works with single environments."""
     envs = gymnasium.make_vec("hqlt/KeyToDoor-v0", 2, vectorization_mode="async")
     together = make_worlds("KeyToDoor", 2, 0)
     assert np.array_equal(envs.reset(seed=4)[0], together.reset(seed=4)[0])

@@ -39,7 +39,7 @@ def active(goal: int):
         (+1, "rrrd", [0, 0, 0, 0], False),
         (-1, "rrru", [0, 0, 0, 0], False),
         (+1, "rrrr", [0, 0, 0, 0], False),  # still at the junction
-        (+1, "llll", [-THIRD, -THIRD, -THIRD, 0], False),  # the last step is never penalised
+        (+1, "llll", [-THIRD, -THIRD, -THIRD, 0], False),  # the last step is never penalized
         (+1, "urrr", [-THIRD, -THIRD, -THIRD, 0], False),  # a lost step cannot be made up
         (+1, "rlrr", [0, -THIRD, -THIRD, 0], False),
     ],

@@ -35,7 +35,7 @@ COLOURS = {
     "r": (255, 0, 0),
     "g": (0, 255, 0),
     "b": (0, 0, 255),
-    "R": (255, 0, 0),  # the same colours inside a wall
+    "R": (255, 0, 0),  # the same colors inside a wall
     "G": (0, 255, 0),
     "B": (0, 0, 255),
     "i": (255, 255, 255),  # a lamp inside a wall
@@ -99,7 +99,7 @@ class ThreePhases(World):
 
     Source:
         Hung et al. 2019, "Optimizing agent behavior over long time scales by transporting value", and its code
-        (deepmind-research/tvt/pycolab), from which boards, colours and times are taken.
+        (deepmind-research/tvt/pycolab), from which boards, colors and times are taken.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Passive visual match: remember a colour while eating apples."""
+"""Passive visual match: remember a color while eating apples."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SQUARES = np.concatenate([places(DOORS, symbol) for symbol in "012"])
 
 @register("world", "VisualMatch")
 class VisualMatch(ThreePhases):
-    """The agent sees a colour, then eats apples, then must touch the square of that colour among three.
+    """The agent sees a color, then eats apples, then must touch the square of that color among three.
 
         explore, 15 steps     distractor, 750       reward, 15
                               ###########           ###########
@@ -46,9 +46,9 @@ class VisualMatch(ThreePhases):
                               #.....a.a.#           ####...####
         enclosed; one of      #..a.+....#              #.+.#
         the 8 cells shows     ###########              #####
-        the colour
+        the color
 
-    The agent can walk over the squares. The first one touched decides: `final_reward` if it has the right colour,
+    The agent can walk over the squares. The first one touched decides: `final_reward` if it has the right color,
     otherwise `wrong_reward`; then all three disappear. Success: the right one was touched first. The best return is
     final_reward plus the apples that can be eaten.
 
@@ -57,7 +57,7 @@ class VisualMatch(ThreePhases):
         explore, distractor, reward: steps of the three phases.
         apples, apple_reward, respawn: see `ThreePhases`.
         final_reward, wrong_reward: reward of the right square, and of a wrong one.
-        colours: the squares from left to right, "rgb" or another order of these letters, or "shuffled": a random order
+        colors: the squares from left to right, "rgb" or another order of these letters, or "shuffled": a random order
             in each episode. (The code behind the paper draws one unseeded order per run.)
         render_mode: "rgb_array" for frames.
 

@@ -28,12 +28,12 @@ class CombaMemory(GatedErasing):
         read: Sᵀ unit(SiLU(q) − D σ(d) SiLU(k)) / √k        unit(x) = x / √(‖x‖² + 1e-6)        φ(x) = unit(SiLU(x))
 
     β = σ(W_β x). α is that of the gated delta rule, at least e^−20, with exp(A_log) initially uniform in (0, 16). d and
-    D are one number per key head; d is initialised to 1.
+    D are one number per key head; d is initialized to 1.
 
     The key that corrects q is the one written at the same step: with Delayed-Streaming that of the token that leaves
     the window. Delayed-Chunk reads at steps that write nothing, where q is not corrected.
 
-    flash-linear-attention normalises p again, so that σ(d) cancels in the erased term. A checkpoint of that layer
+    flash-linear-attention normalizes p again, so that σ(d) cancels in the erased term. A checkpoint of that layer
     corresponds to inner_decay=False here, with D · σ(d) as D.
 
     Args:

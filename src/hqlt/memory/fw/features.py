@@ -14,7 +14,7 @@ from hqlt.shapes import Keys, Queries, at_least_float32
 
 
 class LearnedMap(nn.Module):
-    """q → φ(M q), k → φ(N k), with the rule's φ and matrices M, N [k, k] per head, initialised to the identity.
+    """q → φ(M q), k → φ(N k), with the rule's φ and matrices M, N [k, k] per head, initialized to the identity.
 
     A rule thus starts as without the map. It lets the queries and keys of a pretrained attention, which are trained for
     a softmax, adapt to φ.
@@ -55,7 +55,7 @@ class LearnedMap(nn.Module):
 class Hedgehog(LearnedMap):
     """x → softmax(M x) ⊕ softmax(−M x), of width 2k, in place of the rule's φ.
 
-    M [k, k] is learned per head, for queries and for keys, and initialised to the identity.
+    M [k, k] is learned per head, for queries and for keys, and initialized to the identity.
 
     Source:
         Zhang et al. 2024, "The Hedgehog & the Porcupine: Expressive Linear Attentions with Softmax Mimicry", eq. 6.

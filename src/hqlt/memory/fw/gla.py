@@ -28,7 +28,7 @@ class GLAMemory(Recurrence):
 
         S ← Diag(α) S      S ← S + k ⊗ v      read: Sᵀ q / √k
 
-    In a language model b is initialised to 0. The authors' layer has fw_activation=None, output_gate=True, and keys
+    In a language model b is initialized to 0. The authors' layer has fw_activation=None, output_gate=True, and keys
     half as wide as values.
 
     Args:

@@ -25,7 +25,7 @@ class HGRN2Memory(Recurrence):
     `write_gates` says.
 
     The lower bound β of each channel increases with depth: β = σ(lower_bound + log(l / (L − l))) in layer l ∈ 0 … L−1.
-    The parameter lower_bound is initialised to 0, so that β = l/L; the first layer has none. The authors' bounds have
+    The parameter lower_bound is initialized to 0, so that β = l/L; the first layer has none. The authors' bounds have
     the same initial values, but are cumulative sums of a softmax over the layers; here each layer has its own.
 
     The authors' layer has fw_activation=None and head_norm="full".

@@ -32,7 +32,7 @@ class KDAMemory(Erasing):
 
         S ← Diag(α) S      S ← S + φ(k) ⊗ β (v − Sᵀ φ(k))      read and φ as in the gated delta rule
 
-    A_log is one number per head and dt_bias one per channel, initialised as in Mamba-2. The authors' output gate is
+    A_log is one number per head and dt_bias one per channel, initialized as in Mamba-2. The authors' output gate is
     output_gate="sigmoid" of the layer, with the width of a value head as gate_rank.
 
     Args:
@@ -40,7 +40,7 @@ class KDAMemory(Erasing):
         beta_max: maximum of β, at most 2; the authors use 1. State tracking needs values above 1.
         decay_rank: number of rows of W↓. Default: the width of a value head, as in the authors' code.
         decay_floor: minimum of log α, which is then decay_floor · σ(exp(A_log) · (W↑ W↓ x + dt_bias)) with A_log
-            initialised to 0, as in the authors' later models with −5. Default: no minimum.
+            initialized to 0, as in the authors' later models with −5. Default: no minimum.
 
     Raises:
         ValueError: when decay_floor is not negative.

@@ -1,4 +1,4 @@
-"""The additive rule: linear attention with a normaliser."""
+"""The additive rule: linear attention with a normalizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""xLSTM's matrix memory: exponential gates and a normalised read."""
+"""xLSTM's matrix memory: exponential gates and a normalized read."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class MLSTMMemory(FWMemory):
 
         S ← f S + i k ⊗ v      n ← f n + i k      read: Sᵀ q / max(|nᵀ q|, √k)
 
-    n is stored as an extra column of S, and both are scaled by e^−m so that no i overflows: the stabiliser
-    m ← max(m + log f, ĩ, 0) grows with it, and cancels in the read. (The authors' stabiliser has no 0; with it e^−m
+    n is stored as an extra column of S, and both are scaled by e^−m so that no i overflows: the stabilizer
+    m ← max(m + log f, ĩ, 0) grows with it, and cancels in the read. (The authors' stabilizer has no 0; with it e^−m
     does not overflow either.)
 
     Initially both W are 0, b_i is input_bias, and b_f increases from 3 in the first head to 6 in the last.

@@ -28,7 +28,7 @@ class RetNetMemory(Recurrence):
     are rotated instead.
 
     The authors' layer has fw_activation=None, output_gate=True, and a norm of each head without weights (the layer's
-    weights are initialised to 1, and o_proj could absorb them).
+    weights are initialized to 1, and o_proj could absorb them).
 
     Args:
         heads: number and width of the layer's heads.

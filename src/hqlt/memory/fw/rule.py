@@ -95,7 +95,7 @@ class FWMemory(nn.Module):
         return ()
 
     def init_parameters(self) -> None:
-        """Set the rule's own initial values, after a model's own initialisation of the projections."""
+        """Set the rule's own initial values, after a model's own initialization of the projections."""
 
     def state_entries(self) -> Tree:
         """Return the state's `Entry`s without b, as a NamedTuple."""

@@ -3,7 +3,7 @@
 Every exponent is a sum of log α, never a difference of two cumulative sums. So nothing overflows, nothing is divided,
 and a decay of e^−20 next to one of 1 costs no precision. A decay shared by all channels multiplies the products
 afterwards.
-A decay per channel is applied recursively: of two neighbouring blocks of tokens, the second reads the first, with each
+A decay per channel is applied recursively: of two neighboring blocks of tokens, the second reads the first, with each
 row decayed from or to the border between them; then both are merged into one block, up to the whole chunk.
 
 The rows of a token are adjacent. x is […, c·r, k], k is […, c·m, k], and decay = log α is […, c, 1 or k], or None for

@@ -1,6 +1,6 @@
 """Fast weights by the public kernels of flash-linear-attention, for the write rules that it supports.
 
-All of its kernels take log α as `g`, decay before they write, read after, scale the queries, and do not normalise
+All of its kernels take log α as `g`, decay before they write, read after, scale the queries, and do not normalize
 unless asked to. Only those that erase take β.
 
 torch.compile cannot trace these kernels, nor a number of segments that depends on data. In compiled code, a call is

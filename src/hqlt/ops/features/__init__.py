@@ -13,7 +13,7 @@ __all__ = ["native", "reference", "rotated", "unit_silu"]
 
 
 def unit_silu(x: Keys, *, backend: str | None = None) -> Keys:
-    """Feature map φ of the delta rule: SiLU, normalised to unit length per head.
+    """Feature map φ of the delta rule: SiLU, normalized to unit length per head.
 
         φ(x) = SiLU(x) / √(‖SiLU(x)‖² + 1e-6)
 

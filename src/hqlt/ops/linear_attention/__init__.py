@@ -21,11 +21,11 @@ def linear_attention(
     live: Live | None = None,
     backend: str | None = None,
 ) -> tuple[Values, LinearState]:
-    """Linear attention: fast weights written by addition, with normalised reads.
+    """Linear attention: fast weights written by addition, with normalized reads.
 
         W_t = W_{t−1} + φk_t ⊗ v_t      z_t = z_{t−1} + φk_t      out_t = W_tᵀ φq_t / (z_t·φq_t + 1e-10)
 
-    There is no scale, because the normaliser would cancel it. Reading an empty memory gives zero. Tensors with a size
+    There is no scale, because the normalizer would cancel it. Reading an empty memory gives zero. Tensors with a size
     of 0 give empty outputs; if k = 0, the output is zero.
 
     Args:

@@ -1,6 +1,6 @@
 """Linear attention over chunks of tokens.
 
-A column of ones appended to the values makes the normaliser one more value: W' = [W, z]. In a chunk that begins with
+A column of ones appended to the values makes the normalizer one more value: W' = [W, z]. In a chunk that begins with
     W', the sums are Q W' + tril(Q Kᵀ) [V, 1], and the next chunk begins with W' + Kᵀ [V, 1]. Resets mask all of these.
 """
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from hqlt.shapes import KeySum, Matrix
 
 EPSILON = 1e-10
-"""Added to the normaliser, so that reading an empty memory gives zero."""
+"""Added to the normalizer, so that reading an empty memory gives zero."""
 
 
 class LinearState(NamedTuple):
@@ -14,4 +14,4 @@ class LinearState(NamedTuple):
     matrix: Matrix
     """[b, h, k, v]: the sum of φk ⊗ v."""
     key_sum: KeySum
-    """[b, h, k]: the sum of φk, the normaliser."""
+    """[b, h, k]: the sum of φk, the normalizer."""

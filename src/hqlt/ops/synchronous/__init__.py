@@ -32,7 +32,7 @@ def synchronous(
     beyond: Beyond | None = None,
     backend: str | None = None,
 ) -> tuple[Values, Matrix]:
-    """Both memories read by the same queries, mixed by an elementwise gate and normalised per head.
+    """Both memories read by the same queries, mixed by an elementwise gate and normalized per head.
 
         fw_t = scale · W_tᵀ φ(q_t)         W_t = α_t W_{t−1} + φ(k_t) ⊗ β_t (v_t − α_t W_{t−1}ᵀ φ(k_t))
         kv_t = Σ_j softmax_j(scale · R_t q_t · R_j k_j) v_j         over the `window` latest tokens j, and those kept

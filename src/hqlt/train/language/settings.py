@@ -1,4 +1,4 @@
-"""Settings of a training run: model, data, optimizer and parallelism."""
+"""Settings of a training run: model, data, optimizer and parallelizm."""
 
 from __future__ import annotations
 

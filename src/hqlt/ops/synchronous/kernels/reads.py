@@ -1,4 +1,4 @@
-"""Reads of both memories by a chunk of queries, mixed and normalised, and the backward pass to the queries."""
+"""Reads of both memories by a chunk of queries, mixed and normalized, and the backward pass to the queries."""
 
 import triton
 import triton.language as tl

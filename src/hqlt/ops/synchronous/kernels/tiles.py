@@ -126,7 +126,7 @@ def chunk_segments(ids, b, n, T, L, C: tl.constexpr):
 
 @triton.jit
 def joined(D, A, length: tl.constexpr, PRECISION: tl.constexpr):
-    """D − D M D, the inverse of diagonal blocks twice as long, where M holds the blocks of A between neighbours."""
+    """D − D M D, the inverse of diagonal blocks twice as long, where M holds the blocks of A between neighbors."""
     i = tl.arange(0, A.shape[0])[:, None] // length
     j = tl.arange(0, A.shape[0])[None, :] // length
     M = tl.where((i == j + 1) & (i // 2 == j // 2), A, 0.0)
