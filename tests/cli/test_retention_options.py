@@ -83,7 +83,10 @@ def test_an_evaluation_reports_the_retention_options(folder, tmp_path, capsys):
         (["--retention=surprise"], "kept: expected at least 1, the number of entries"),
         (["--retention=suprise", "--kept=5"], "retention: .* got 'suprise'; did you mean 'surprise'"),
         (["--retention=random", "--kept=5", "--score=error"], "score: expected an option of the chosen parts"),
-        (["--retention=recent", "--kept-positions=none"], "kept_positions, kept_norm, kept_gate: expected as they are"),
+        (
+            ["--retention=recent", "--kept-positions=none"],
+            "kept_positions, kept_norm, kept_gate: expected their defaults",
+        ),
         (["--retention=surprise", "--kept=5", "--window=0"], "window: expected at least 1"),
         (["--retention=surprise", "--kept=5", "--sinks=-2"], "sinks: expected a number of entries, at least 0, got -2"),
     ],

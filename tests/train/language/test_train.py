@@ -126,7 +126,7 @@ def same_run(ours, theirs):
     "options",
     [
         (),
-        ("--micro-batch-size=2",),
+        pytest.param(("--micro-batch-size=2",), marks=pytest.mark.slow),  # also part of "carried"
         ("--activation-checkpointing=true",),
         ("--shard-over=1",),
         ("--carry-state=true", "--micro-batch-size=2"),
@@ -141,7 +141,10 @@ def test_two_processes_give_the_result_of_one(text, whole, tmp_path, options):
     same_run(tmp_path / "two", alone)
 
 
-@pytest.mark.parametrize("options", [(), ("--carry-state=true",)], ids=["windows", "carried"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param((), marks=pytest.mark.slow, id="windows"), pytest.param(("--carry-state=true",), id="carried")],
+)
 def test_a_run_resumes_with_another_number_of_processes(text, tmp_path, options):
     train(text, alone := tmp_path / "alone", *options)
     folder = tmp_path / "run"
