@@ -73,6 +73,13 @@ def rewrite(app: Any, what: str, name: str, item: Any, options: Any, lines: list
     lines[:] = [] if inherited else as_rst("\n".join(lines))
 
 
+def plain_names(
+    app: Any, what: str, name: str, item: Any, options: Any, *signature: str | None
+) -> tuple[str | None, ...]:
+    """Type aliases in signatures by name, also within a union or a tuple."""
+    return tuple(text and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", text) for text in signature)
+
+
 def visit_math(self: Any, node: nodes.Element) -> None:
     """Render equations as MathML, which browsers support natively."""
     self.body.append(mathml(node.astext(), display="block" if node.tagname == "math_block" else "inline"))
@@ -81,4 +88,5 @@ def visit_math(self: Any, node: nodes.Element) -> None:
 
 def setup(app: Any) -> None:
     app.connect("autodoc-process-docstring", rewrite)
+    app.connect("autodoc-process-signature", plain_names)
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math, None))
