@@ -322,6 +322,7 @@ def test_composed_equals_the_layer():
         {"fast_weights": "gated-delta"},
         {"sinks": 2},
         {"sinks": 1, "retention": "value-norm", "kept": 3, "num_kv_heads": 1, "rope_theta": None},
+        {"sinks": 2, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
     ],
 )
 def test_a_layer_runs_it_if_the_backend_is_forced(options):

@@ -217,8 +217,11 @@ class KVMemory(nn.Module):
             return keys
         positions = candidates.positions[:, :n] + candidates.offset[:, None, None]
         if rotated_by_index:
-            positions += n - torch.arange(n, device=keys.device)[:, None]
+            positions = positions + n - torch.arange(n, device=keys.device)[:, None]
         cos, sin = self.positions.cos_sin(positions.flatten(), self.heads.k, keys.dtype)
+        if rotated_by_index:
+            factor = self.positions.frequencies(self.heads.k)[1]  # YaRN's, which the rotation by index applies as well
+            cos, sin = cos / factor, sin / factor
         return apply_rotary(keys.reshape(1, -1, 1, keys.shape[3]), cos, sin).view_as(keys)
 
     def _rotate_all(self, x: Keys, position: int) -> Keys:
