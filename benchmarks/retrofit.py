@@ -38,15 +38,20 @@ from hqlt.model import HQLTForCausalLM
 from hqlt.model.pretrained.retrofit import config_for, retrofitted
 from hqlt.report.retrofit import ORIGINAL, WINDOW, write_retrofit_report
 
+BY_ERROR = {"full_choice": "error"}
 RUNS: dict[str, dict[str, Any]] = {
     "delta": {"rule": "delta"},
     "LoRA alone": {"rule": "none"},
-    "window gate and LoRA": {"rule": "empty"},
-    "gated-delta": {"rule": "gated-delta"},
-    "linear": {"rule": "linear"},
+    "delta, full by error": {"rule": "delta", **BY_ERROR},
+    "LoRA alone, full by error": {"rule": "none", **BY_ERROR},
+    "window gate and LoRA, full by error": {"rule": "empty", **BY_ERROR},
+    "gated-delta, full by error": {"rule": "gated-delta", **BY_ERROR},
+    "linear, full by error": {"rule": "linear", **BY_ERROR},
     "delta, random full layers": {"rule": "delta", "full_choice": "random"},
     "delta, none full": {"rule": "delta", "full": 0},
     "LoRA alone, none full": {"rule": "none", "full": 0},
+    "delta, none full, window 128": {"rule": "delta", "full": 0, "window": 128},
+    "LoRA alone, none full, window 128": {"rule": "none", "full": 0, "window": 128},
     "delta, none full, kept by surprise": {"rule": "delta", "full": 0, "retention": "surprise"},
     "LoRA alone, none full, kept by value-norm": {"rule": "none", "full": 0, "retention": "value-norm"},
     "LoRA alone, none full, kept at random": {"rule": "none", "full": 0, "retention": "random"},
@@ -157,7 +162,8 @@ def arguments(options: argparse.Namespace, name: str, seed: int) -> list[str]:
     own, budgets = RUNS[name], {stage: getattr(options, stage) for stage in STAGES}
     if own["rule"] == "none":
         budgets["distill"] += budgets["fit"]
-    values = own | {"data": options.data, "window": options.window, "sinks": options.sinks, "seed": seed}
+    values = own | {"data": options.data, "window": own.get("window", options.window), "sinks": options.sinks}
+    values |= {"seed": seed}
     values |= {"kept": options.kept} if "retention" in own else {}
     values |= {f"{stage}.tokens": count for stage, count in budgets.items()} | {"validation_rows": 0}
     return [f"--{name}={value}" for name, value in values.items()]

@@ -23,7 +23,13 @@ from hqlt.model.pretrained.retrofit import NO_RULE, config_for, refuse_other_tha
 from hqlt.signals import stop_if_asked
 from hqlt.train.language.run import DEFAULT_DATA
 from hqlt.train.language.text import prepare_file
-from hqlt.train.retrofit.layers import LayerChoice, choose_layers, errors_of_window, load_or_measure_errors
+from hqlt.train.retrofit.layers import (
+    LayerChoice,
+    choose_layers,
+    costs_of_window,
+    load_or_measure_costs,
+    needs_costs,
+)
 from hqlt.train.retrofit.settings import RetrofitSettings
 from hqlt.train.retrofit.trainer import RetrofitTrainer
 from hqlt.train.run import run as run_of
@@ -58,7 +64,7 @@ def run(settings: RetrofitSettings, model: Path, folder: Path, device: str | Non
             f"data: expected a text file, a folder that `hqlt data prepare` wrote, or {DEFAULT_DATA}, found nothing at "
             f"{data.absolute()}"
         )
-    choose_layers(settings, config, errors=[0.0] * config.num_hidden_layers)  # raises errors before any work
+    choose_layers(settings, config, costs=[0.0] * config.num_hidden_layers)  # raises errors before any work
 
     def build(console: Console) -> RetrofitTrainer:
         tokens = data_of(settings, model, folder, console)
@@ -130,19 +136,21 @@ def data_of(settings: RetrofitSettings, model: Path, folder: Path, console: Cons
 def run_stage_0(
     settings: RetrofitSettings, teacher: HQLTForCausalLM, source: str, tokens: Path, folder: Path, console: Console
 ) -> LayerChoice:
-    """Measure the error of each layer, unless an earlier run in this folder has, and choose the full layers."""
+    """Choose the full layers; measure what the window costs in each layer if that decides, and is not known yet."""
+    config: Any = teacher.config
+    if not needs_costs(settings, config.num_hidden_layers):
+        return choose_layers(settings, config, [])
     files = TokenFiles(tokens, "train")
     windows = Windows(files, settings.distill.length, settings.seed)
-    relevant = ("window", "sinks", "measure_tokens", "seed", "precision")
+    relevant = ("window", "sinks", "measure_tokens", "seed", "precision", "full_choice")
     conditions = {"source": source, "data": files.digest, "length": windows.length}
     conditions |= {name: getattr(settings, name) for name in relevant}
-    with console.status(f"stage 0: measuring the error of a window of {settings.window} in each layer"):
-        errors = load_or_measure_errors(folder, conditions, lambda: errors_of_window(settings, teacher, windows))
-    config: Any = teacher.config
-    choice = choose_layers(settings, config, errors)
-    each = ", ".join(f"{layer}: {100 * error:.0f}%" for layer, error in enumerate(errors))
-    console.print(f"stage 0: squared error of each layer with window and sinks only: {each}", markup=False)
-    return choice
+    with console.status(f"stage 0: measuring what a window of {settings.window} costs in each layer"):
+        costs = load_or_measure_costs(folder, conditions, lambda: costs_of_window(settings, teacher, windows))
+    unit = "nats of recall" if settings.full_choice == "recall" else "relative squared error"
+    each = ", ".join(f"{layer}: {cost:.2f}" for layer, cost in enumerate(costs))
+    console.print(f"stage 0: cost of window and sinks in each layer, {unit}: {each}", markup=False)
+    return choose_layers(settings, config, costs)
 
 
 def rows_of(trainer: RetrofitTrainer, console: Console) -> list[dict[str, Any]]:
