@@ -91,7 +91,8 @@ def output_of(model, layer, batch):
 def test_costs_of_the_window_by_layer(teacher, whole, how):
     """Each cost is that of the original with a window in this layer only."""
     original, windows = load_model(teacher).eval(), Windows(TokenFiles(whole / "data", "train"), 24, 0)
-    costs = costs_of_window(RetrofitSettings(window=4, sinks=1, full_choice=how, measure_tokens=96), original, windows)
+    settings = RetrofitSettings(window=4, sinks=1, full_choice=how, measure_tokens=96, micro_batch_size=4)
+    costs = costs_of_window(settings, original, windows)
     batch = windows.batch(0, 4)
     for layer, cost in enumerate(costs):
         config = copy.deepcopy(original.config)

@@ -143,7 +143,7 @@ def errors_of_attention(settings: RetrofitSettings, teacher: HQLTForCausalLM, wi
 
         Σ ‖y' − y‖² / Σ ‖y‖²        y: full attention, y': attention to window and sinks
 
-    The sums run over the tokens for which the two can differ.
+    The sums run over the tokens of a micro-batch for which the two can differ. Of several micro-batches: the mean.
     """
     config: Any = teacher.config
     windowed = config_for(config, window=settings.window, sinks=settings.sinks, rule=NO_RULE)
