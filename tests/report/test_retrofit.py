@@ -12,6 +12,7 @@ from matplotlib import pyplot
 from rich.console import Console
 
 from hqlt.report.retrofit import (
+    MOST_CURVES,
     figure_of_rows,
     recovered,
     table_of_needles,
@@ -125,6 +126,23 @@ def test_curves():
     assert [list(line.get_ydata()) for line in figure.axes[1].lines] == [[25, 25], [1, 1]], (
         "medians over seeds; no curve for bypassed rows"
     )
+
+
+def test_many_models_are_dots():
+    more = [row(f"control {number}", 3.0) for number in range(MOST_CURVES)]
+    figure = figure_of_rows(ROWS + more)
+    assert [axes.get_title() for axes in figure.axes] == [
+        "recovered, %",
+        "recall of a paragraph, nats per token",
+        "facts found, %",
+    ]
+    axes = figure.axes[1]
+    assert [label.get_text() for label in axes.get_yticklabels()][:3] == ["delta", "linear", "LoRA alone"]
+    delta, bypassed = axes.collections[:2]
+    assert delta.get_offsets().tolist() == [[2.5, 0], [2.7, 0]] and len(delta.get_facecolor())
+    assert bypassed.get_offsets().tolist() == [[3.5, 0], [3.6, 0]] and not len(bypassed.get_facecolor())
+    assert [line.get_xdata()[0] for line in axes.lines[:3]] == [2, 4, pytest.approx(2.6)], "original, window, median"
+    figure_of_rows(ROWS[2:] + more)
 
 
 def test_files_of_the_report(tmp_path):

@@ -34,6 +34,8 @@ REFERENCE_COLOURS = {ORIGINAL: BLACK, WINDOW: GREY}
 COLOURS = (VERMILLION, BLUE, GREEN, PURPLE, ORANGE, SKY)
 """Colors of the other rows."""
 MARKERS = "osD^vPX*h"
+MOST_CURVES = 6
+"""With more models than this, dots take the place of curves."""
 UNUSED_BELOW = 0.02
 """FW-memories count as unused if bypassing them increases the loss by less than this, in nats per token."""
 
@@ -209,8 +211,13 @@ def table_of_needles(rows: Sequence[Row]) -> Table:
 
 
 def figure_of_rows(rows: Sequence[Row]) -> Figure:
-    """Loss by position and the FW-memories' share by layer; below, facts found by depth, one panel per length."""
+    """Loss by position and the FW-memories' share by layer; below, facts found by depth, one panel per length.
+
+    With many models, one line of dots per model instead (`dots_of_rows`).
+    """
     groups = by_name(rows)
+    if len({row["name"] for row in rows}) > MOST_CURVES:
+        return dots_of_rows(rows)
     styles = styles_of_rows(groups)
     lengths = sorted({one["length"] for row in rows for one in row["probe"]["needle"]})
     wide = math.lcm(2, len(lengths))
@@ -227,6 +234,44 @@ def figure_of_rows(rows: Sequence[Row]) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
     handles = [Line2D([], [], markersize=4, **style) for style in styles.values()]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def dots_of_rows(rows: Sequence[Row]) -> Figure:
+    """One line per model, one panel per score: a dot per seed, hollow with FW-memories bypassed, and a bar at the median.
+
+    Vertical lines mark the original and window + sinks.
+    """
+    panels: dict[str, Callable[[Row], float | None]] = {
+        "recovered, %": lambda row: _percent(recovered(row, rows)),
+        "recall of a paragraph, nats per token": lambda row: row["probe"]["recall"]["nll"],
+        "facts found, %": lambda row: _percent(facts_found(row)),
+    }
+    groups = by_name(rows)
+    names = [name for name in groups if not name.endswith(BYPASSED) and name not in REFERENCE_COLOURS]
+    figure = pyplot.figure(figsize=(12, 1.2 + 0.3 * len(names)), layout="constrained")
+    for axes, (title, value_of) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
+        for name, colour in REFERENCE_COLOURS.items():
+            for row in groups.get(name, []):
+                axes.axvline(value_of(row), color=colour, linewidth=1, linestyle="--", label=name)
+        for y, name in enumerate(names):
+            for group, face in ((groups[name], VERMILLION), (groups.get(name + BYPASSED, []), "none")):
+                values = [value for row in group if (value := value_of(row)) is not None]
+                axes.scatter(values, [y] * len(values), s=22, facecolor=face, edgecolor=VERMILLION, zorder=3)
+                if values:
+                    axes.plot([statistics.median(values)] * 2, [y - 0.3, y + 0.3], color=VERMILLION, linewidth=1.2)
+        axes.set_title(title, fontsize=10)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    dot = {"linestyle": "", "marker": "o", "color": VERMILLION, "markersize": 5}
+    handles = [Line2D([], [], color=colour, linestyle="--", label=name) for name, colour in REFERENCE_COLOURS.items()]
+    handles += [
+        Line2D([], [], label="one seed", **dot),
+        Line2D([], [], label="its FW-memories bypassed", markerfacecolor="none", **dot),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     return figure
 
 
