@@ -137,7 +137,7 @@ def test_many_models_are_dots():
         "facts found, %",
     ]
     axes = figure.axes[1]
-    assert [label.get_text() for label in axes.get_yticklabels()][:3] == ["delta", "linear", "LoRA alone"]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()][:3] == ["delta", "linear", "LoRA alone"]
     delta, bypassed = axes.collections[:2]
     assert delta.get_offsets().tolist() == [[2.5, 0], [2.7, 0]] and len(delta.get_facecolor())
     assert bypassed.get_offsets().tolist() == [[3.5, 0], [3.6, 0]] and not len(bypassed.get_facecolor())

@@ -238,7 +238,7 @@ def figure_of_rows(rows: Sequence[Row]) -> Figure:
 
 
 def dots_of_rows(rows: Sequence[Row]) -> Figure:
-    """One line per model, one panel per score: a dot per seed, hollow with FW-memories bypassed, and a bar at the median.
+    """One line per model, one panel per score: a dot per seed, hollow with FW-memories bypassed, a bar at the median.
 
     Vertical lines mark the original and window + sinks.
     """
