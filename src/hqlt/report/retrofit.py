@@ -265,7 +265,7 @@ def dots_of_rows(rows: Sequence[Row]) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
-    dot = {"linestyle": "", "marker": "o", "color": VERMILLION, "markersize": 5}
+    dot: dict[str, Any] = {"linestyle": "", "marker": "o", "color": VERMILLION, "markersize": 5}
     handles = [Line2D([], [], color=colour, linestyle="--", label=name) for name, colour in REFERENCE_COLOURS.items()]
     handles += [
         Line2D([], [], label="one seed", **dot),
