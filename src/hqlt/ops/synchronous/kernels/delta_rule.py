@@ -45,21 +45,22 @@ def prepare(
     vc, vc_exists = value_columns(V, VP)
     own, before, _ = chunk_segments(ids, b, n, T, L, C)
 
-    key = unit_silu(load(tile(k, b, L - T + n * C, i, h, kc, L, H, K), outer(exists, kc_exists), ACC))
+    key = unit_silu(load(tile(k, b, L - T + n * C, i, h, kc, L, H, K), outer(exists, kc_exists), ACC)).to(DTYPE)
     store(tile(unit_k, b, n * C, i, h, kc, T, H, K), key, outer(exists, kc_exists))
-    strength = load(beta + (b * T + token) * H + h, exists, ACC)[:, None]
+    strength = load(beta + (b * T + token) * H + h, exists, ACC)
 
-    key = key.to(DTYPE)
     reaches = (i[:, None] > i[None, :]) & (own[:, None] == own[None, :])
     gram = between(product(key, tl.trans(key), DTYPE), decay, b, n, h, T, H, C, ACC, 0)
-    lower = tl.where(reaches, strength * gram, 0.0)
+    lower = tl.where(reaches, strength[:, None] * gram, 0.0)
     inverted = unit_triangle_inverse(lower, C, ACC, PRECISION)
     store(tile(inverse, b, n * C, i, h, i, T, H, C), inverted, outer(exists, i < C))
 
-    seen = tl.where((own == before)[:, None], strength * from_start(key.to(ACC), decay, b, n, h, T, H, C, ACC), 0.0)
-    store(tile(Y, b, n * C, i, h, kc, T, H, K), product(inverted, seen, DTYPE), outer(exists, kc_exists))
-    value = load(tile(v, b, L - T + n * C, i, h, vc, L, H, V), outer(exists, vc_exists), ACC)
-    store(tile(U, b, n * C, i, h, vc, T, H, V), product(inverted, strength * value, DTYPE), outer(exists, vc_exists))
+    # β and the decay scale the inverse's columns rather than the rows of φK and V, whose tiles are twice as wide.
+    written = inverted * strength[None, :]
+    value = load(tile(v, b, L - T + n * C, i, h, vc, L, H, V), outer(exists, vc_exists), DTYPE)
+    store(tile(U, b, n * C, i, h, vc, T, H, V), product(written, value, DTYPE), outer(exists, vc_exists))
+    sees = from_start((own == before)[:, None].to(ACC), decay, b, n, h, T, H, C, ACC)
+    store(tile(Y, b, n * C, i, h, kc, T, H, K), product(written * tl.trans(sees), key, DTYPE), outer(exists, kc_exists))
 
 
 @kernel
