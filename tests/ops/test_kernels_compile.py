@@ -14,18 +14,18 @@ import pytest
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 SPILLED = {
-    (3, 5): {"prepare": 40, "queries_backward": 640, "entries_backward": 450},
-    (3, 9): {"prepare": 90, "queries_backward": 340, "entries_backward": 430},
+    (3, 5): {"prepare": 40, "queries_backward": 640, "entries_backward": 480},
+    (3, 9): {"prepare": 30, "queries_backward": 300, "entries_backward": 500},
 }
 """Bytes per thread that each kernel may spill, from this version of triton on, with its own assembler and with 13.4.
-Other kernels must not spill."""
+Other kernels must not spill. With resets, without which some spill less."""
 SPILLED_WITH_DECAY = {
-    (3, 5): {"prepare": 90, "queries_backward": 700, "entries_backward": 680},
-    (3, 9): {"prepare": 120, "queries_backward": 470, "entries_backward": 900},
+    (3, 5): {"prepare": 90, "queries_backward": 700, "entries_backward": 840},
+    (3, 9): {"prepare": 110, "queries_backward": 410, "entries_backward": 840},
 }
 SPILLED_WITH_SINKS = {
-    (3, 5): {"prepare": 40, "queries_backward": 800, "entries_backward": 1100},
-    (3, 9): {"prepare": 90, "queries_backward": 420, "entries_backward": 760},
+    (3, 5): {"prepare": 40, "read": 8, "queries_backward": 600, "entries_backward": 490},
+    (3, 9): {"prepare": 30, "read": 8, "queries_backward": 480, "entries_backward": 730},
 }
 
 

@@ -23,6 +23,10 @@ from tests.laws import Laws, Memory, close, normal
 from tests.layers import HIDDEN, tokens
 from tests.ops.inputs import HEADS, KEY, VALUE, strided
 
+# The interpreter computes with NumPy, which warns where a GPU returns NaN or infinity.
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{what} encountered in:RuntimeWarning") for what in ("invalid value", "overflow")
+]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NO_TRITON = (
     "triton is not installed"
@@ -268,8 +272,8 @@ def test_equal_keys_stay_accurate(backend, dtype, beta):
     inputs[3] = torch.full_like(inputs[3], beta)
     y, W = run(inputs, 8, None, backend)
     expected_y, expected_W = run([x.double() for x in inputs], 8, None, "reference")
-    close(y.double(), expected_y, 20 * TOLERANCE[dtype])
-    close(W.double(), expected_W, 20 * TOLERANCE[dtype])
+    for got, expected in ((y, expected_y), (W, expected_W)):
+        assert (got.double() - expected).norm() < 20 * TOLERANCE[dtype] * expected.norm()
 
 
 @every_backend
@@ -513,5 +517,5 @@ def test_heads_too_wide_for_a_multiprocessor_are_rejected(key, dtype):
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         *inputs, state = (torch.empty_like(x, device="cuda") for x in inputs_of(1, 2, key=key, dtype=dtype))
-        with pytest.raises(ValueError, match=rf"heads of at most \d+ numbers in {dtype}, got k = {key} and v = 3"):
+        with pytest.raises(ValueError, match=rf"head widths of at most \d+ in {dtype}, got k = {key} and v = 3"):
             synchronous(*inputs, state=state, window=2, backend="triton")

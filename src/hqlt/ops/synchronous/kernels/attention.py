@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from hqlt.ops.synchronous.kernels.tiles import (
+    finite,
     kernel,
     key_columns,
     load,
@@ -70,14 +71,14 @@ def list_far(
 
 @triton.jit
 def softmax_update(
-    top, total, read, query, k, v, cos, sin, expiry, ids, own, position, begin, j, exists, b, h, scale: tl.constexpr, L,
-    window, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, ACC: tl.constexpr,
-    DTYPE: tl.constexpr,
+    top, total, read, query, k, v, cos, sin, expiry, ids, lost, own, position, begin, j, exists, b, h,
+    scale: tl.constexpr, L, window, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr,
+    VP: tl.constexpr, ACC: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """The online softmax of queries at `position`, updated by the entries at begin + j."""
     kc, kc_exists = key_columns(K, KP)
     vc, vc_exists = value_columns(V, VP)
-    key = load(tile(k, b, begin, j, h, kc, L, H, K), outer(exists, kc_exists), ACC)
+    key = finite(load(tile(k, b, begin, j, h, kc, L, H, K), outer(exists, kc_exists), ACC), lost)
     key = rotated(key, cos, sin, begin + j, exists, 1.0, K, KP, ACC)
     segment = tl.load(ids + b * L + begin + j, mask=exists, other=-1)
     reach = visible(position, own, tl.where(exists, begin + j, L), segment, expiry, b, h, L, window, H)
@@ -86,13 +87,13 @@ def softmax_update(
     level = tl.where(higher == float("-inf"), 0.0, higher)
     weight = tl.exp(score - level[:, None])
     shrink = tl.exp(top - level)
-    value = load(tile(v, b, begin, j, h, vc, L, H, V), outer(exists, vc_exists), DTYPE)
+    value = finite(load(tile(v, b, begin, j, h, vc, L, H, V), outer(exists, vc_exists), DTYPE), lost)
     return higher, total * shrink + tl.sum(weight, axis=1), read * shrink[:, None] + product(weight, value, DTYPE)
 
 
 @triton.jit
 def attended(
-    query, k, v, cos, sin, expiry, far, ids, own, n, b, h, scale: tl.constexpr, T, L, window,
+    query, k, v, cos, sin, expiry, far, ids, lost, own, n, b, h, scale: tl.constexpr, T, L, window,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, M: tl.constexpr,
     F: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -107,13 +108,13 @@ def attended(
         for at in range(0, M, F):
             j, exists = far_entries(far, b, n, h, at, T, H, M, F, C)
             top, total, read = softmax_update(
-                top, total, read, query, k, v, cos, sin, expiry, ids, own, first + i, 0, j, exists, b, h, scale, L,
-                window, H, K, V, KP, VP, ACC, DTYPE,
+                top, total, read, query, k, v, cos, sin, expiry, ids, lost, own, first + i, 0, j, exists, b, h, scale,
+                L, window, H, K, V, KP, VP, ACC, DTYPE,
             )  # fmt: skip
     for begin in range(tl.maximum(first - window + 1, 0), tl.minimum(first + C, L), C):
         top, total, read = softmax_update(
-            top, total, read, query, k, v, cos, sin, expiry, ids, own, first + i, begin, i, begin + i < L, b, h, scale,
-            L, window, H, K, V, KP, VP, ACC, DTYPE,
+            top, total, read, query, k, v, cos, sin, expiry, ids, lost, own, first + i, begin, i, begin + i < L, b, h,
+            scale, L, window, H, K, V, KP, VP, ACC, DTYPE,
         )  # fmt: skip
     total = tl.where(total > 0, total, 1.0)
     return read / total[:, None], tl.where(top == float("-inf"), 0.0, top) + tl.log(total)
@@ -121,27 +122,27 @@ def attended(
 
 @triton.jit
 def query_gradient(
-    query, d_read, denominator, slope, k, v, cos, sin, expiry, ids, own, position, begin, j, exists, b, h,
+    query, d_read, denominator, slope, k, v, cos, sin, expiry, ids, lost, own, position, begin, j, exists, b, h,
     scale: tl.constexpr, L, window, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr,
     VP: tl.constexpr, ACC: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Gradient of queries at `position` through the entries at begin + j: dA k."""
     kc, kc_exists = key_columns(K, KP)
     vc, vc_exists = value_columns(V, VP)
-    key = load(tile(k, b, begin, j, h, kc, L, H, K), outer(exists, kc_exists), ACC)
+    key = finite(load(tile(k, b, begin, j, h, kc, L, H, K), outer(exists, kc_exists), ACC), lost)
     key = rotated(key, cos, sin, begin + j, exists, 1.0, K, KP, ACC).to(DTYPE)
     segment = tl.load(ids + b * L + begin + j, mask=exists, other=-1)
     score = scale * product(query, tl.trans(key), DTYPE) - denominator[:, None]
     reach = visible(position, own, tl.where(exists, begin + j, L), segment, expiry, b, h, L, window, H)
     weight = tl.exp(tl.where(reach, score, float("-inf")))
-    value = load(tile(v, b, begin, j, h, vc, L, H, V), outer(exists, vc_exists), DTYPE)
+    value = finite(load(tile(v, b, begin, j, h, vc, L, H, V), outer(exists, vc_exists), DTYPE), lost)
     d_score = scale * weight * (product(d_read, tl.trans(value), DTYPE) - slope[:, None])
     return product(d_score, key, DTYPE)
 
 
 @triton.jit
 def query_backward(
-    query, d_read, denominator, slope, k, v, cos, sin, expiry, far, ids, own, n, b, h, scale: tl.constexpr, T, L,
+    query, d_read, denominator, slope, k, v, cos, sin, expiry, far, ids, lost, own, n, b, h, scale: tl.constexpr, T, L,
     window, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, M: tl.constexpr,
     F: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -154,20 +155,20 @@ def query_backward(
         for at in range(0, M, F):
             j, exists = far_entries(far, b, n, h, at, T, H, M, F, C)
             d_query += query_gradient(
-                query, d_read, denominator, slope, k, v, cos, sin, expiry, ids, own, first + i, 0, j, exists, b, h,
-                scale, L, window, H, K, V, KP, VP, ACC, DTYPE,
+                query, d_read, denominator, slope, k, v, cos, sin, expiry, ids, lost, own, first + i, 0, j, exists, b,
+                h, scale, L, window, H, K, V, KP, VP, ACC, DTYPE,
             )  # fmt: skip
     for begin in range(tl.maximum(first - window + 1, 0), tl.minimum(first + C, L), C):
         d_query += query_gradient(
-            query, d_read, denominator, slope, k, v, cos, sin, expiry, ids, own, first + i, begin, i, begin + i < L, b,
-            h, scale, L, window, H, K, V, KP, VP, ACC, DTYPE,
+            query, d_read, denominator, slope, k, v, cos, sin, expiry, ids, lost, own, first + i, begin, i,
+            begin + i < L, b, h, scale, L, window, H, K, V, KP, VP, ACC, DTYPE,
         )  # fmt: skip
     return d_query
 
 
 @triton.jit
 def entry_backward(
-    key, value, first, segment, q, cos, sin, expiry, ids, d_kv, log_total, kv_slope, b, h, scale: tl.constexpr,
+    key, value, first, segment, q, cos, sin, expiry, ids, reached, d_kv, log_total, kv_slope, b, h, scale: tl.constexpr,
     T, L, window, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr,
     VP: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -188,7 +189,7 @@ def entry_backward(
             token = begin + i
             exists = token < T
             position = held + token
-            query = load(tile(q, b, begin, i, reader, kc, T, H * G, K), outer(exists, kc_exists), ACC)
+            query = finite(load(tile(q, b, begin, i, reader, kc, T, H * G, K), outer(exists, kc_exists), ACC), reached)
             query = rotated(query, cos, sin, position, exists, 1.0, K, KP, ACC).to(DTYPE)
             own = tl.load(ids + b * L + position, mask=exists, other=-2)
             at = (b * H * G + reader) * T + token

@@ -6,6 +6,7 @@ import triton.language as tl
 from hqlt.ops.synchronous.kernels.decay import between, from_start, throughout, to_end
 from hqlt.ops.synchronous.kernels.tiles import (
     chunk_segments,
+    finite,
     kernel,
     key_columns,
     load,
@@ -31,7 +32,7 @@ def within_chunk(phi, key, own, C: tl.constexpr, DTYPE: tl.constexpr):
 
 @kernel
 def prepare(
-    k, v, beta, decay, ids, unit_k, inverse, Y, U, T, L,
+    k, v, beta, decay, ids, lost, unit_k, inverse, Y, U, T, L,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, C: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -45,7 +46,8 @@ def prepare(
     vc, vc_exists = value_columns(V, VP)
     own, before, _ = chunk_segments(ids, b, n, T, L, C)
 
-    key = unit_silu(load(tile(k, b, L - T + n * C, i, h, kc, L, H, K), outer(exists, kc_exists), ACC)).to(DTYPE)
+    key = finite(load(tile(k, b, L - T + n * C, i, h, kc, L, H, K), outer(exists, kc_exists), ACC), lost)
+    key = unit_silu(key).to(DTYPE)
     store(tile(unit_k, b, n * C, i, h, kc, T, H, K), key, outer(exists, kc_exists))
     strength = load(beta + (b * T + token) * H + h, exists, ACC)
 
@@ -57,7 +59,7 @@ def prepare(
 
     # β and the decay scale the inverse's columns rather than the rows of φK and V, whose tiles are twice as wide.
     written = inverted * strength[None, :]
-    value = load(tile(v, b, L - T + n * C, i, h, vc, L, H, V), outer(exists, vc_exists), DTYPE)
+    value = finite(load(tile(v, b, L - T + n * C, i, h, vc, L, H, V), outer(exists, vc_exists), DTYPE), lost)
     store(tile(U, b, n * C, i, h, vc, T, H, V), product(written, value, DTYPE), outer(exists, vc_exists))
     sees = from_start((own == before)[:, None].to(ACC), decay, b, n, h, T, H, C, ACC)
     store(tile(Y, b, n * C, i, h, kc, T, H, K), product(written * tl.trans(sees), key, DTYPE), outer(exists, kc_exists))

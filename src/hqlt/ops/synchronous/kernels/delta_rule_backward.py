@@ -6,10 +6,12 @@ from hqlt.ops.synchronous.kernels.attention import entry_backward
 from hqlt.ops.synchronous.kernels.decay import between, from_start, throughout, to_end
 from hqlt.ops.synchronous.kernels.tiles import (
     chunk_segments,
+    finite,
     kernel,
     key_columns,
     load,
     matrix,
+    nan_where,
     outer,
     product,
     rotated,
@@ -24,7 +26,7 @@ from hqlt.ops.synchronous.kernels.tiles import (
 
 @kernel
 def carry_backward(
-    q, unit_k, Y, dR, decay, ids, d_fw, d_final, d_after, d_initial, T, L,
+    q, unit_k, Y, dR, decay, ids, lost, d_fw, d_final, d_after, d_initial, T, L,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, C: tl.constexpr,
     ACC: tl.constexpr, BLOCK: tl.constexpr, scale: tl.constexpr,
 ):  # fmt: skip
@@ -58,7 +60,7 @@ def carry_backward(
         )
         for g in range(G):
             sees = outer(exists & (own == before), kc_exists)
-            phi = unit_silu(load(tile(q, b, n * C, i, h * G + g, kc, T, H * G, K), sees, ACC))
+            phi = unit_silu(finite(load(tile(q, b, n * C, i, h * G + g, kc, T, H * G, K), sees, ACC), lost))
             d_read = load(tile(d_fw, b, n * C, i, h * G + g, vc, T, H * G, V), outer(exists, vc < V), ACC)
             after += product(tl.trans(phi), from_start(scale * d_read, decay, b, n, h, T, H, C, ACC), DTYPE)
     store(matrix(d_initial, b * H + h, kc, vc, K, V), after, mask)
@@ -66,8 +68,8 @@ def carry_backward(
 
 @kernel
 def entries_backward(
-    q, k, v, beta, decay, cos, sin, expiry, ids, unit_k, inverse, R, S, d_kv, d_fw, log_total, kv_slope, d_log_read, dR,
-    d_after, dk, dv, d_beta, d_decay, T, L, window,
+    q, k, v, beta, decay, cos, sin, expiry, ids, reached, unit_k, inverse, R, S, d_kv, d_fw, log_total, kv_slope,
+    d_log_read, dR, d_after, dk, dv, d_beta, d_decay, T, L, window,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
     C: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr, scale: tl.constexpr,
 ):  # fmt: skip
@@ -101,10 +103,14 @@ def entries_backward(
         carried = tl.where(before == last, carried, 0.0)
 
     key_at, value_at = tile(k, b, held + n * C, i, h, kc, L, H, K), tile(v, b, held + n * C, i, h, vc, L, H, V)
+    d_key_at = tile(dk, b, held + n * C, i, h, kc, L, H, K)
+    turned = rotated(finite(load(key_at, keys, ACC), reached), cos, sin, entry, exists, 1.0, K, KP, ACC)
+    store(d_key_at, turned, keys)
+    tl.debug_barrier()  # loaded, the keys are factors from shared memory; in registers they would spill in every loop
     d_key, d_value = entry_backward(
-        rotated(load(key_at, keys, ACC), cos, sin, entry, exists, 1.0, K, KP, ACC).to(DTYPE),
-        load(value_at, values, DTYPE), held + n * C, segment, q, cos, sin, expiry, ids, d_kv, log_total, kv_slope, b, h,
-        scale, T, L, window, H, G, K, V, KP, VP, C, ACC, DTYPE, BLOCK,
+        load(d_key_at, keys, DTYPE),
+        finite(load(value_at, values, DTYPE), reached), held + n * C, segment, q, cos, sin, expiry, ids, reached, d_kv,
+        log_total, kv_slope, b, h, scale, T, L, window, H, G, K, V, KP, VP, C, ACC, DTYPE, BLOCK,
     )  # fmt: skip
     d_key = rotated(d_key, cos, sin, entry, exists, -1.0, K, KP, ACC)
 
@@ -112,10 +118,12 @@ def entries_backward(
     inverted = load(tile(inverse, b, n * C, i, h, i, T, H, C), outer(new, i < C), DTYPE)
     d_correction = load(tile(dR, b, n * C, i, h * G, vc, T, H * G, V), outer(new, vc_exists), DTYPE)
     dE = product(tl.trans(inverted), d_correction, DTYPE)
-    store(tile(dv, b, held + n * C, i, h, vc, L, H, V), d_value + strength * dE, values)
+    at_entry = (b * L + entry) * H + h
+    d_value = nan_where(reached, at_entry, exists, d_value + strength * dE)
+    store(tile(dv, b, held + n * C, i, h, vc, L, H, V), d_value, values)
     key = load(tile(unit_k, b, n * C, i, h, kc, T, H, K), outer(new, kc_exists), DTYPE)
     start = load(matrix(S, at_start, kc, vc, K, V), square, DTYPE)
-    error = load(value_at, outer(new, vc_exists), ACC)
+    error = finite(load(value_at, outer(new, vc_exists), ACC), reached)
     predicted = tl.where(sees, from_start(product(key, start, DTYPE), decay, b, n, h, T, H, C, ACC), 0.0)
     d_log = -tl.sum(strength * dE * predicted, axis=1)
     error -= predicted
@@ -125,7 +133,7 @@ def entries_backward(
     from_L = dL * product(key, tl.trans(key), DTYPE)
     d_strength = tl.sum(dE * error, axis=1) + tl.sum(from_L, axis=1)
     d_log += tl.sum(strength * from_L, axis=1) - tl.sum(strength * from_L, axis=0)
-    store(d_beta + (b * T + token) * H + h, d_strength, new)
+    store(d_beta + (b * T + token) * H + h, nan_where(reached, at_entry, exists, d_strength), new)
 
     d_phi = -tl.where(
         sees, strength * from_start(product(dE, tl.trans(start), DTYPE), decay, b, n, h, T, H, C, ACC), 0.0
@@ -138,13 +146,15 @@ def entries_backward(
         for g in range(G):
             d_log += load(d_log_read + (b * H * G + h * G + g) * T + token, new, ACC)
         d_log = tl.cumsum(d_log - to_the_end, axis=0, reverse=True) + tl.sum(to_the_end, axis=0) + carried
-        store(d_decay + (b * T + token) * H + h, d_log, new)
+        store(d_decay + (b * T + token) * H + h, nan_where(reached, at_entry, exists, d_log), new)
     d_gram = strength * dL
     d_phi += product(d_gram + tl.trans(d_gram), key, DTYPE)
     for g in range(G):
-        phi = unit_silu(load(tile(q, b, n * C, i, h * G + g, kc, T, H * G, K), outer(new, kc_exists), ACC))
+        phi = finite(load(tile(q, b, n * C, i, h * G + g, kc, T, H * G, K), outer(new, kc_exists), ACC), reached)
+        phi = unit_silu(phi)
         d_read = load(tile(d_fw, b, n * C, i, h * G + g, vc, T, H * G, V), outer(new, vc_exists), DTYPE)
         d_attention = tl.where((i[:, None] <= i[None, :]) & same, scale * product(r, tl.trans(d_read), DTYPE), 0.0)
         d_phi += product(between(d_attention, decay, b, n, h, T, H, C, ACC, 1), phi, DTYPE)
-    d_key += unit_silu_backward(load(key_at, keys, ACC), d_phi)
-    store(tile(dk, b, held + n * C, i, h, kc, L, H, K), d_key, keys)
+    d_key += unit_silu_backward(finite(load(key_at, keys, ACC), reached), d_phi)
+    d_key = nan_where(reached, at_entry, exists, d_key)
+    store(d_key_at, d_key, keys)

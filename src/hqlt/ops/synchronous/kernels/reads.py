@@ -8,10 +8,13 @@ from hqlt.ops.synchronous.kernels.decay import between, from_start
 from hqlt.ops.synchronous.kernels.delta_rule import within_chunk
 from hqlt.ops.synchronous.kernels.tiles import (
     chunk_segments,
+    finite,
     kernel,
     key_columns,
     load,
+    marked,
     matrix,
+    nan_where,
     outer,
     product,
     rotated,
@@ -26,7 +29,7 @@ from hqlt.ops.synchronous.kernels.tiles import (
 
 @triton.jit
 def both(
-    q, k, v, decay, cos, sin, expiry, far, ids, unit_k, R, S, b, n, reader, scale: tl.constexpr, T, L, window,
+    q, k, v, decay, cos, sin, expiry, far, ids, lost, unit_k, R, S, b, n, reader, scale: tl.constexpr, T, L, window,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
     M: tl.constexpr, F: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -41,7 +44,8 @@ def both(
     query = load(tile(q, b, n * C, i, reader, kc, T, H * G, K), keys, ACC)
     query = rotated(query, cos, sin, L - T + token, exists, 1.0, K, KP, ACC).to(DTYPE)
     kv, log_total = attended(
-        query, k, v, cos, sin, expiry, far, ids, own, n, b, h, scale, T, L, window, H, K, V, KP, VP, M, F, C, ACC, DTYPE
+        query, k, v, cos, sin, expiry, far, ids, lost, own, n, b, h, scale, T, L, window, H, K, V, KP, VP, M, F, C, ACC,
+        DTYPE,
     )  # fmt: skip
     phi = unit_silu(load(tile(q, b, n * C, i, reader, kc, T, H * G, K), keys, ACC)).to(DTYPE)
     start = load(matrix(S, (b * tl.cdiv(T, C) + n) * H + h, kc, vc, K, V), outer(kc_exists, vc_exists), DTYPE)
@@ -57,7 +61,7 @@ def both(
 
 @kernel
 def read(
-    q, k, v, gate, norm_weight, decay, cos, sin, expiry, far, ids, unit_k, R, S, y, T, L, window,
+    q, k, v, gate, norm_weight, decay, cos, sin, expiry, far, ids, lost, unit_k, R, S, y, T, L, window,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
     M: tl.constexpr, F: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr, scale: tl.constexpr, norm_eps: tl.constexpr,
 ):  # fmt: skip
@@ -69,20 +73,21 @@ def read(
     vc, vc_exists = value_columns(V, VP)
     values = outer(token < T, vc_exists)
     fw, kv, _ = both(
-        q, k, v, decay, cos, sin, expiry, far, ids, unit_k, R, S, b, n, reader, scale, T, L, window, H, G, K, V, KP, VP,
-        M, F, C, ACC, DTYPE,
+        q, k, v, decay, cos, sin, expiry, far, ids, lost, unit_k, R, S, b, n, reader, scale, T, L, window, H, G, K, V,
+        KP, VP, M, F, C, ACC, DTYPE,
     )  # fmt: skip
     gamma = 1 / (1 + tl.exp(-load(tile(gate, b, n * C, i, reader, vc, T, H * G, V), values, ACC)))
     mix = kv + gamma * (fw - kv)
     mix *= 1 / tl.sqrt(tl.sum(mix * mix, axis=1) / V + norm_eps)[:, None]
     weight = load(norm_weight + vc, vc_exists, ACC)[None, :]
-    store(tile(y, b, n * C, i, reader, vc, T, H * G, V), mix * weight, values)
+    out = nan_where(lost, (b * T + token) * H + reader // G, token < T, mix * weight)
+    store(tile(y, b, n * C, i, reader, vc, T, H * G, V), out, values)
 
 
 @kernel
 def queries_backward(
-    q, k, v, gate, norm_weight, decay, cos, sin, expiry, far, ids, unit_k, R, S, dy,
-    dq, d_gate, d_weight, d_fw, d_kv, dR, log_total, kv_slope, d_log_read, T, L, window,
+    q, k, v, gate, norm_weight, decay, cos, sin, expiry, far, ids, lost, unit_k, R, S, dy,
+    dq, d_gate, d_weight, d_fw, d_kv, dR, log_total, kv_slope, d_log_read, dead, T, L, window,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
     M: tl.constexpr, F: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr, scale: tl.constexpr, norm_eps: tl.constexpr,
 ):  # fmt: skip
@@ -102,39 +107,52 @@ def queries_backward(
     own, before, _ = chunk_segments(ids, b, n, T, L, C)
     position = L - T + token
     fw, kv, denominator = both(
-        q, k, v, decay, cos, sin, expiry, far, ids, unit_k, R, S, b, n, reader, scale, T, L, window, H, G, K, V, KP, VP,
-        M, F, C, ACC, DTYPE,
+        q, k, v, decay, cos, sin, expiry, far, ids, lost, unit_k, R, S, b, n, reader, scale, T, L, window, H, G, K, V,
+        KP, VP, M, F, C, ACC, DTYPE,
     )  # fmt: skip
 
     gamma = 1 / (1 + tl.exp(-load(tile(gate, b, n * C, i, reader, vc, T, H * G, V), values, ACC)))
     mix = kv + gamma * (fw - kv)
     unit = 1 / tl.sqrt(tl.sum(mix * mix, axis=1) / V + norm_eps)[:, None]
     d_out = load(tile(dy, b, n * C, i, reader, vc, T, H * G, V), values, ACC)
-    at_weight = ((b * tl.cdiv(T, C) + n) * H * G + reader) * V + vc
-    store(d_weight + at_weight, tl.sum(d_out * mix * unit, axis=0), vc_exists)
+    to_weight = d_out * mix * unit
     d_mix = d_out * load(norm_weight + vc, vc_exists, ACC)[None, :] * unit
     d_mix -= mix * unit * unit * (tl.sum(d_mix * mix, axis=1) / V)[:, None]
-    store(tile(d_gate, b, n * C, i, reader, vc, T, H * G, V), d_mix * (fw - kv) * gamma * (1 - gamma), values)
+    to_gate = d_mix * (fw - kv) * gamma * (1 - gamma)
     d_from_fw = gamma * d_mix
-    store(tile(d_fw, b, n * C, i, reader, vc, T, H * G, V), d_from_fw, values)
     d_from_kv = d_mix - d_from_fw
-    store(tile(d_kv, b, n * C, i, reader, vc, T, H * G, V), d_from_kv, values)
+    slope = tl.sum(d_from_kv * kv, axis=1)
     at_token = (b * H * G + reader) * T + token
+    if lost is not None:  # a dead row's own gradients are NaN, and it contributes nothing to others
+        wrong = tl.sum(d_from_fw - d_from_fw + (d_from_kv - d_from_kv), axis=1)[:, None]  # 0 or NaN
+        row = marked(lost, (b * T + token) * H + h, exists)[:, None] | (wrong != wrong)
+        tl.store(dead + at_token[:, None], row.to(tl.int8), mask=exists[:, None])
+        to_weight, to_gate = tl.where(row, float("nan"), to_weight), tl.where(row, float("nan"), to_gate)
+        d_from_fw, d_from_kv = tl.where(row, 0.0, d_from_fw), tl.where(row, 0.0, d_from_kv)
+        slope = tl.sum(tl.where(row, 0.0, slope[:, None]), axis=1)  # as columns, fewer registers are spilled
+        denominator = tl.sum(tl.where(row, float("inf"), denominator[:, None]), axis=1)
+    store(d_weight + ((b * tl.cdiv(T, C) + n) * H * G + reader) * V + vc, tl.sum(to_weight, axis=0), vc_exists)
+    store(tile(d_gate, b, n * C, i, reader, vc, T, H * G, V), to_gate, values)
+    store(tile(d_fw, b, n * C, i, reader, vc, T, H * G, V), d_from_fw, values)
+    store(tile(d_kv, b, n * C, i, reader, vc, T, H * G, V), d_from_kv, values)
     store(log_total + at_token, denominator, exists)
-    store(kv_slope + at_token, tl.sum(d_from_kv * kv, axis=1), exists)
+    store(kv_slope + at_token, slope, exists)
+    queries = tile(q, b, n * C, i, reader, kc, T, H * G, K)
+    turned = rotated(finite(load(queries, keys, ACC), lost), cos, sin, position, exists, 1.0, K, KP, ACC)
+    d_query_at = tile(dq, b, n * C, i, reader, kc, T, H * G, K)
+    store(d_query_at, turned, keys)
     tl.debug_barrier()  # values stored above are loaded again below, by other threads; in registers they would spill
 
-    queries = tile(q, b, n * C, i, reader, kc, T, H * G, K)
     d_query = query_backward(
-        rotated(load(queries, keys, ACC), cos, sin, position, exists, 1.0, K, KP, ACC).to(DTYPE),
+        load(d_query_at, keys, DTYPE),
         load(tile(d_kv, b, n * C, i, reader, vc, T, H * G, V), values, DTYPE), load(log_total + at_token, exists, ACC),
-        load(kv_slope + at_token, exists, ACC), k, v, cos, sin, expiry, far, ids, own, n, b, h, scale, T, L,
+        load(kv_slope + at_token, exists, ACC), k, v, cos, sin, expiry, far, ids, lost, own, n, b, h, scale, T, L,
         window, H, K, V, KP, VP, M, F, C, ACC, DTYPE,
     )  # fmt: skip
     d_query = rotated(d_query, cos, sin, position, exists, -1.0, K, KP, ACC)
 
     d_read = load(tile(d_fw, b, n * C, i, reader, vc, T, H * G, V), values, DTYPE)
-    phi = unit_silu(load(queries, keys, ACC)).to(DTYPE)
+    phi = unit_silu(finite(load(queries, keys, ACC), lost)).to(DTYPE)
     key = load(tile(unit_k, b, n * C, i, h, kc, T, H, K), keys, DTYPE)
     attention = between(within_chunk(phi, key, own, C, DTYPE), decay, b, n, h, T, H, C, ACC, 0)
     store(tile(dR, b, n * C, i, reader, vc, T, H * G, V), scale * product(tl.trans(attention), d_read, DTYPE), values)
@@ -149,5 +167,6 @@ def queries_backward(
         within = scale * attention * d_attention
         d_log = tl.sum(within, axis=1) - tl.sum(within, axis=0) + tl.sum(phi.to(ACC) * d_before, axis=1)
         store(d_log_read + at_token, d_log, exists)
-    d_query += unit_silu_backward(load(queries, keys, ACC), d_phi)
-    store(tile(dq, b, n * C, i, reader, kc, T, H * G, K), d_query, keys)
+    d_query += unit_silu_backward(finite(load(queries, keys, ACC), lost), d_phi)
+    d_query = nan_where(dead, at_token, exists, d_query)
+    store(d_query_at, d_query, keys)

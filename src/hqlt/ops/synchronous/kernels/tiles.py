@@ -63,6 +63,29 @@ def load(addresses, mask, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def finite(x, marks):
+    """x with zeros in place of NaN and infinity, unless `marks` is None."""
+    if marks is not None:
+        x = tl.where(tl.abs(x) < float("inf"), x, 0.0)
+    return x
+
+
+@triton.jit
+def marked(marks, at, exists):
+    """Whether the rows at these indices are marked."""
+    return tl.load(marks + at, mask=exists, other=0) != 0
+
+
+@triton.jit
+def nan_where(marks, at, exists, x):
+    """x [rows] or [rows, ·], NaN in the rows that are marked, unless `marks` is None."""
+    if marks is not None:
+        nan = tl.where(marked(marks, at, exists), float("nan"), 0.0)
+        x += nan if len(x.shape) == 1 else nan[:, None]
+    return x
+
+
+@triton.jit
 def store(addresses, x, mask):
     tl.store(addresses, x.to(addresses.dtype.element_ty), mask=mask)
 
