@@ -104,8 +104,8 @@ def entries_backward(
 
     key_at, value_at = tile(k, b, held + n * C, i, h, kc, L, H, K), tile(v, b, held + n * C, i, h, vc, L, H, V)
     d_key_at = tile(dk, b, held + n * C, i, h, kc, L, H, K)
-    turned = rotated(finite(load(key_at, keys, ACC), reached), cos, sin, entry, exists, 1.0, K, KP, ACC)
-    store(d_key_at, turned, keys)
+    rotary_key = rotated(finite(load(key_at, keys, ACC), reached), cos, sin, entry, exists, 1.0, K, KP, ACC)
+    store(d_key_at, rotary_key, keys)
     tl.debug_barrier()  # loaded, the keys are factors from shared memory; in registers they would spill in every loop
     d_key, d_value = entry_backward(
         load(d_key_at, keys, DTYPE),

@@ -138,9 +138,9 @@ def queries_backward(
     store(log_total + at_token, denominator, exists)
     store(kv_slope + at_token, slope, exists)
     queries = tile(q, b, n * C, i, reader, kc, T, H * G, K)
-    turned = rotated(finite(load(queries, keys, ACC), lost), cos, sin, position, exists, 1.0, K, KP, ACC)
+    rotary_query = rotated(finite(load(queries, keys, ACC), lost), cos, sin, position, exists, 1.0, K, KP, ACC)
     d_query_at = tile(dq, b, n * C, i, reader, kc, T, H * G, K)
-    store(d_query_at, turned, keys)
+    store(d_query_at, rotary_query, keys)
     tl.debug_barrier()  # values stored above are loaded again below, by other threads; in registers they would spill
 
     d_query = query_backward(
