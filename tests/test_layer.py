@@ -387,8 +387,7 @@ def test_explain():
     for missing, options in {
         "blend": {"write_gates": "own", "blend": "delayed-streaming"},
         "kv": {"partial_rotary_factor": 0.5},
-        "mixer, v_activation": {"mixer": "add"},
-        "grouped heads": {"num_kv_heads": 1},
+        "fw": {"fast_weights": "kda"},
     }.items():
         why = HybridMemory(8, 2, 4, **options).explain().why
         assert why == f"part by part, each with its fastest operation: no native form of {missing}"

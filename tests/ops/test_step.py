@@ -14,6 +14,7 @@ from torch import nn
 from hqlt import native, ops
 from hqlt.blend import Synchronous
 from hqlt.layer import fused
+from hqlt.memory.fw.features import LearnedMap
 from hqlt.memory.kv.retention import ValueNorm
 from hqlt.memory.rotary import Rotary
 from hqlt.mixer import VectorMixer
@@ -150,6 +151,58 @@ def test_many_steps_keep_the_same_entries_as_the_parts(choice, window, kept, t, 
     assert layer.explain().name == "native"
 
 
+MAPPED = {"feature_map": "learned"}
+GROUPED = {
+    "retrofitted": {"blend": "synchronous", "mixer": "add", "kv_gate": True, "fw_activation": None, "sinks": 2}
+    | MAPPED,
+    "add": {"blend": "synchronous", "mixer": "add"},
+    "streaming add": {"blend": "delayed-streaming", "mixer": "add", "head_norm": False},
+    "chunk add": {"blend": "delayed-chunk", "mixer": "add", "kv_gate": True},
+    "surprise": {"blend": "synchronous", "retention": "surprise", "kept": 3, "sinks": 1, "mixer": "scalar"},
+    "gated-delta": {"blend": "delayed-streaming", "fast_weights": "gated-delta", "mixer": "sum"} | MAPPED,
+    "linear": {"blend": "delayed-chunk", "fast_weights": "linear", "kv_activation": None, "fw_activation": None}
+    | MAPPED,
+    "full attention": {
+        "blend": "kv-only",
+        "window": None,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "full and delta": {"blend": "synchronous", "window": None, "kv_activation": "silu"},
+    "fw-only": {"blend": "fw-only", "fw_activation": None} | MAPPED,
+}
+"""Layers with a native form whose KV heads may have several query heads."""
+
+
+@pytest.mark.parametrize(
+    ("group", "width", "dtype"),
+    [*product([1, 2, 3, 5, 8], [4], TOLERANCE), *product([3, 7], [2, 6, 16, 50, 64], [torch.float64])],
+)
+@pytest.mark.parametrize("choice", GROUPED)
+def test_groups_of_query_heads(choice, group, width, dtype):
+    """From empty memories, several times around the window, across resets."""
+    heads = {"num_heads": 2 * group, "num_kv_heads": 2, "head_dim": width}
+    layer, b, t = build_layer("", **GROUPED[choice] | heads, dtype=dtype), 2, 14
+    assert layer.explain().name == "native"
+    x, resets, state = tokens(b, t, dtype=dtype), torch.zeros(b, t, dtype=torch.bool), layer.init_state(b)
+    resets[1, 7] = True
+    with torch.no_grad(), counting_steps() as calls:
+        for weight in layer.parameters():
+            weight.mul_(0.3 if weight.dim() == 2 else 1)
+        for i in range(t):
+            arguments = x[:, i : i + 1], state, resets[:, i : i + 1] if i > 3 else None
+            got = layer(*arguments)
+            with ops.use_backend("reference"):
+                check_close(got, layer(*arguments), TOLERANCE[dtype])
+            state = got[1]
+    assert len(calls) == t
+
+
 @pytest.mark.parametrize("width", [2, 6, 50, 64, 128])
 @pytest.mark.parametrize("choice", ["surprise", "delayed-streaming"])
 def test_widths_of_kept_entries(choice, width):
@@ -259,6 +312,28 @@ def test_retentions_that_are_replaced_or_have_hooks_run_part_by_part():
     for how in ({"kept_norm": True}, {"kept_gate": 0.0}):
         layer = build_layer("", 2, blend="kv-only", retention="value-norm", kept=2, **how)
         assert layer.explain().why.endswith("no native form of kv")
+
+
+def test_learned_maps_that_are_replaced_or_have_hooks_run_part_by_part():
+    class Other(LearnedMap):
+        def mapped(self, matrices, x):
+            return -super().mapped(matrices, x)
+
+    heard = []
+    for change in ("none", "class", "hook"):
+        layer = build_layer("", 2, feature_map="learned")
+        if change == "class":
+            layer.fw.feature_map = Other(layer.heads).double()
+        if change == "hook":
+            layer.fw.feature_map.register_forward_hook(lambda *call: heard.append(call))
+        with torch.no_grad(), counting_steps() as calls:
+            state, x = layer(tokens(2, 5))[1], tokens(2, 1)
+            got = layer(x, state)
+            assert len(calls) == (change == "none")
+            with ops.use_backend("reference"):
+                check_close(got, layer(x, state), 1e-10)
+        assert ("fw" in layer.explain().why) == (change == "class")
+    assert len(heard) == 3
 
 
 @pytest.mark.parametrize("rope_theta", [10_000.0, None])
@@ -415,7 +490,7 @@ def test_unsupported_inputs_are_left_to_the_parts():
             x,
             x,
             beta,
-            *[NOTHING] * 3,
+            *[NOTHING] * 5,
             gate,
             norm,
             NOTHING,
@@ -425,7 +500,7 @@ def test_unsupported_inputs_are_left_to_the_parts():
             NOTHING,
             state.position,
         ),
-        Schedule("own", True, 4, "delta", "vector"),
+        Schedule("own", True, 4, "delta", "vector", "all"),
     )
 
     def serves(schedule=usual, rotary=(table, table), **parts):
@@ -440,14 +515,31 @@ def test_unsupported_inputs_are_left_to_the_parts():
         {"writes": "chunk", "window": 3},
         {"rule": "linear"},
         {"mixer": "scalar"},
+        {"mixer": "add-and-gate"},
         {"mixer": "alone"},
         {"writes": "nothing"},
         {"attends": False},
     ]:
         assert not serves(usual._replace(**changes)), changes
     fewer = {name: getattr(inputs, name)[:, :, :1] for name in ("k", "v", "beta", "keys", "values")}
+    fewer["matrix"] = inputs.matrix[:, :1]
+    maps = {"q_map": torch.ones(HEADS, width, width, **double), "k_map": torch.ones(HEADS, width, width, **double)}
+    assert serves(**fewer)  # two query heads for one KV head
+    assert serves(**maps)
+    assert serves(usual._replace(activated="none"))
+    assert serves(usual._replace(mixer="add"))
+    assert serves(usual._replace(mixer="add-and-gate"), gate=normal(2, 1, HIDDEN + HEADS))
+    more = {"k": 3, "v": 3, "beta": 3, "keys": 3, "values": 3}  # KV heads for two query heads
     for wrong in [
-        fewer | {"matrix": inputs.matrix[:, :1]},  # grouped query heads are not supported
+        {name: torch.cat([getattr(inputs, name)[:, :, :1]] * n, dim=2) for name, n in more.items()}
+        | {"matrix": torch.cat([inputs.matrix[:, :1]] * 3, dim=1)},
+        {"q_map": maps["q_map"]},
+        {"k_map": maps["k_map"]},
+        maps | {"q_map": maps["q_map"][:1]},
+        maps | {"k_map": maps["k_map"][..., :1]},
+        maps | {"k_map": maps["k_map"].float()},
+        {"gate": normal(2, 1, HIDDEN + HEADS)},
+        fewer | {"gate": gate[..., :width]},
         {"matrix": inputs.matrix[:, :, :1]},
         {"values": inputs.values[:, :2]},
         {"position": inputs.position[:1]},
@@ -478,9 +570,9 @@ def test_unsupported_kept_entries_are_left_to_the_parts():
     with torch.no_grad():
         state = layer(tokens(2, 9))[1]
     width, x, ones = HIDDEN // HEADS, normal(2, 1, HEADS, HIDDEN // HEADS), torch.ones(4, 1, 2, dtype=torch.float64)
-    own = x, x, x, normal(2, 1, HEADS), *[NOTHING] * 3, normal(2, 1, HIDDEN), NOTHING, NOTHING
+    own = x, x, x, normal(2, 1, HEADS), *[NOTHING] * 5, normal(2, 1, HIDDEN), NOTHING, NOTHING
     inputs = TokenInputs(*own, *state.kv[:2], NOTHING, state.fw.matrix, NOTHING, state.position)
-    usual = Schedule("own", True, 4, "delta", "vector", Retained("error", 0, False, "true"))
+    usual = Schedule("own", True, 4, "delta", "vector", "all", Retained("error", 0, False, "true"))
     assert width == 4
     digit_tables = Rotary(3.0).cos_sin(digits(), width, torch.float64)
 

@@ -64,11 +64,13 @@ class OneTokenStep:
         beta, decay = (write, NOTHING) if isinstance(write, Tensor) else (*write, NOTHING, NOTHING)[:2]
         weights: dict[str, Any] = {} if parts.fw is None else parts.fw._parameters
         A_log, dt_bias = weights.get("A_log", NOTHING), weights.get("dt_bias", NOTHING)
+        learned = parts.feature_map
+        maps = (NOTHING, NOTHING) if learned is None else (learned.q, learned.k)
         betas = gates[0] if gates else NOTHING
         matrix, key_sum = (*fw, NOTHING, NOTHING)[:2]
         weight = norm.weight if type(norm) is RMSNorm else NOTHING
         gate, resets = NOTHING if gate is None else gate, NOTHING if resets is None else resets
-        own = q, k, v, beta, decay, A_log, dt_bias, gate, weight, resets
+        own = q, k, v, beta, decay, A_log, dt_bias, *maps, gate, weight, resets
         given = *own, keys, values, betas, matrix, key_sum, state.position, *kept
         if not may_run(given):
             return None
@@ -116,7 +118,8 @@ def plan_of(parts: Parts, numbers: Numbers, layouts: tuple[Layout, ...]) -> Plan
         if retained:
             rotary += _waves_of_digits(positions, width, dtype)
     writes, rule, mixed = native_form(blend) or "", native_form(fw) or "delta", native_form(mixer) or ""
-    schedule = Schedule(writes, kv is not None, blend.window, rule, mixed, retained)
+    activated = ACTIVATED[activations_of(parts)]
+    schedule = Schedule(writes, kv is not None, blend.window, rule, mixed, activated, retained)
     return plan(schedule, layouts, beta_max=beta_max, norm_eps=norm_eps, rotary=rotary)
 
 
@@ -125,17 +128,22 @@ def _waves_of_digits(positions: Rotary, width: int, dtype: torch.dtype) -> Table
     return positions.cos_sin(digits(), width, dtype)
 
 
+ACTIVATED = {(nn.Identity, nn.Identity): "none", (nn.SiLU, nn.Identity): "all", (nn.Identity, nn.SiLU): "written"}
+"""The native form of the activations of values."""
+
+
+def activations_of(parts: Parts) -> tuple[type, type]:
+    """Return the types of the activations of values, and of those that the FW-memory applies to them."""
+    return type(parts.activation), nn.Identity if parts.fw is None else type(parts.fw.v_activation)
+
+
 def without_native_form(parts: Parts) -> list[str]:
     """Return the names of the parts that `hqlt.ops.step` does not support."""
-    activation, kv, fw, blend, mixer, norm = parts
+    _, kv, fw, blend, mixer, norm = parts
     named = {"kv": kv, "fw": fw, "blend": blend, "mixer": mixer, "retention": parts.retention}
     unknown = [name for name, part in named.items() if part is not None and native_form(part) is None]
-    usual = type(activation) is (nn.SiLU if fw else nn.Identity) and (
-        fw is None or type(fw.v_activation) is nn.Identity
-    )
-    unknown += [] if usual else ["v_activation"]
-    unknown += [] if native_form(norm) or type(norm) is nn.Identity else ["o_norm"]
-    return unknown + (["grouped heads"] if mixer.heads.queries != mixer.heads.keys else [])
+    unknown += [] if activations_of(parts) in ACTIVATED else ["v_activation"]
+    return unknown + ([] if native_form(norm) or type(norm) is nn.Identity else ["o_norm"])
 
 
 class SynchronousOperation:

@@ -324,8 +324,8 @@ class HybridMemory(nn.Module):
     def explain(self) -> Choice:
         """Return how the layer processes a single token on a CPU without gradients, and why.
 
-        >>> hqlt.HybridMemory(64, 4, mixer="add").explain()
-        Choice(name='parts', why='part by part, each with its fastest operation: no native form of mixer, v_activation')
+        >>> hqlt.HybridMemory(64, 4, fast_weights="kda").explain()
+        Choice(name='parts', why='part by part, each with its fastest operation: no native form of fw')
         """
         if unknown := without_native_form(self.parts()):
             missing = ", ".join(unknown)

@@ -50,6 +50,11 @@ class Parts(NamedTuple):
         """The retention of the KV-memory; None if it keeps no entries beyond the window."""
         return self.kv and self.kv._modules.get("retention")  # type: ignore[return-value]
 
+    @property
+    def feature_map(self) -> nn.Module | None:
+        """The learned feature map of the FW-memory; None if there is none."""
+        return self.fw and self.fw._modules.get("feature_map")
+
     def run(self, given: Projected, state: MemoryState | None, resets: Resets | None) -> tuple[Values, MemoryState]:
         """Run the parts one by one: return out [b, t, h, v] and the state after the last token."""
         reads, after = self.read(given, state, resets)
@@ -72,7 +77,7 @@ class Parts(NamedTuple):
         Then the part must be called, and no fused operation may run. (`hqlt.native.is_traced` tells whether tensors are
         traced instead.)
         """
-        parts = *self, self.retention
+        parts = *self, self.retention, self.feature_map
         return _has_any_global_hook() or any([has_hooks(part) for part in parts if part is not None])  # noqa: C419
 
 

@@ -27,6 +27,11 @@ class AddMixer(Gated):
 
     norms_fw = True
 
+    @property
+    def native(self) -> str:  # type: ignore[override]
+        """Name of this mixer in `hqlt.ops.step`."""
+        return "add-and-gate" if self.sizes[1] else "add"
+
     def __init__(self, heads: Heads, *, gate_bias: float | None = None, kv_gate: bool = False) -> None:
         self.sizes = heads.reads * heads.v, heads.reads if kv_gate else 0
         super().__init__(heads, sum(self.sizes), gate_bias)

@@ -45,9 +45,9 @@ using Kernel = void(int threads, const int64_t* sizes, double scale, void* const
 
 // The job that Python packs for one token: sizes, factors and addresses in the order of OneToken's members (step.h).
 struct OneTokenJob {
-  int64_t sizes[16];
+  int64_t sizes[18];
   double factors[2];
-  void* tensors[];  // 25, or 35 if entries are kept beyond the window
+  void* tensors[];  // 27, or 37 if entries are kept beyond the window
 };
 
 struct Kernels {

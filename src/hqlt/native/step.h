@@ -1,18 +1,19 @@
 // One token through everything between a layer's projections, and the state after it.
 //
-//     own entry:  k, SiLU(v), β = beta_max · σ(β)      (SiLU if there is an FW-memory, β if its rule has one)
+//     own entry:  k, v or SiLU(v), β = beta_max · σ(β)      (β if the rule has one; SiLU in both memories or in one)
 //     decay:      α = exp(−exp(A_log) · softplus(decay + dt_bias)), for the gated delta rule
 //     FW-memory:  decay, write what the schedule requires (the own entry, the one that leaves the window, or a whole
-//                 chunk), read φ(q); without a write there is no decay
+//                 chunk), read φ(q); without a write there is no decay; with learned maps, φ(M q) and φ(N k)
 //     KV-memory:  softmax over the held entries in the window, the own one, and those kept beyond the window (kept.h)
-//     out:        RMSNorm(mix(FW read, KV read)) of each head
+//     out:        RMSNorm(mix(FW read, KV read)) of each query head, or for the mixer `add`, γ RMSNorm(FW read) + (1 − δ) KV read
 //     state:      the entries moved by one slot, the own entry in the last slot; zeros in unused slots
 //
-// Held keys have no rotary embedding. Rotating q by the age of an entry, (c q₁ − s q₂, c q₂ + s q₁), gives the same product
-// as rotating both by their positions: the table holds cos and sin by age, and tokens need not be counted.
+// Held keys have no rotary embedding. Rotating k by minus its age, (c k₁ + s k₂, c k₂ − s k₁), gives the same product as
+// rotating q and k by their positions: the table holds cos and sin by age, and tokens need not be counted.
 //
-// A task is a range of heads of one row, whose numbers are adjacent within a slot: entries are read and copied in memory
-// order. The old state is only read.
+// Each KV head has g query heads, whose numbers are adjacent; gates and outputs belong to query heads. A task is a range of
+// KV heads of one row, whose numbers are adjacent within a slot: entries are read and copied in memory order. The old state
+// is only read.
 
 template <class T>
 T sigmoid(T x) {
@@ -37,13 +38,15 @@ template <class T>
 struct OneToken {
   enum Writes { nothing, own, leaving, chunk };
   enum Rule { delta, linear, gated_delta };
-  enum Mixer { alone, sum, scalar, vector };
+  enum Activated { no_values, all_values, written_values };
+  enum Mixer { alone, sum, scalar, vector, add, add_and_gate };
   static constexpr T epsilon = T(1e-10);  // added to linear attention's normaliser
 
-  int64_t b, h, k, v, s, s_after, window, writes, attends, rule, mixer;
+  int64_t b, h, g, k, v, s, s_after, window, writes, attends, activated, rule, mixer;
   Kept<T> kept;
   T beta_max, norm_epsilon;
   const T *q, *key, *value, *beta, *decay, *A_log, *dt_bias;  // beta, decay: logits; null if the rule has none
+  const T *map_q, *map_k;                                     // learned maps [h·g, k, k] and [h, k, k]; null without them
   const T *gate, *norm;                                       // gate: logits; null if there is none
   const uint8_t* resets;                          // [b] or null
   const T *keys, *values, *betas, *state, *key_sum;
@@ -62,14 +65,14 @@ struct OneToken {
   void check(void* const* tensors) const {
     int64_t misaligned = int64_t(position) % 8 | int64_t(position_after) % 8;
     if (kept.slots) misaligned |= int64_t(kept.positions) % 8 | int64_t(kept.positions_after) % 8;
-    for (int i = 0; i < (kept.slots ? 35 : 25); ++i)
+    for (int i = 0; i < (kept.slots ? 37 : 27); ++i)
       if (tensors[i] != resets) misaligned |= int64_t(tensors[i]) % int64_t(sizeof(T));
     if (misaligned) throw std::invalid_argument("tensors aligned to their numbers; clone() them");
-    const bool fits = b > 0 && h > 0 && k > 0 && v > 0 && s >= 0 && s_after >= 0 && window > 0;
+    const bool fits = b > 0 && h > 0 && g > 0 && k > 0 && v > 0 && s >= 0 && s_after >= 0 && window > 0;
     const bool held = !attends || ((!s || (keys && values)) && (!s_after || (keys_after && values_after)));
     const bool written = writes == nothing || (state && final_state && (rule != linear || (key_sum && final_key_sum)));
     const bool weighed = (!holds_betas() || ((!s || betas) && (!s_after || betas_after))) && (mixer <= sum || gate) &&
-                         (rule != gated_delta || (decay && A_log && dt_bias && writes != chunk));
+                         (rule != gated_delta || (decay && A_log && dt_bias && writes != chunk)) && !map_q == !map_k;
     const bool stays = !kept.slots || (attends && s == s_after && kept.slots > 0 && kept.has_memory() && !kept.cos == !cos &&
                                        !(kept.asks_for_errors() && writes != own));
     if (!(fits && held && written && weighed && stays && q && key && value && position && out && position_after))
@@ -104,23 +107,25 @@ struct OneToken {
 
   using KeptStretch = typename Kept<T>::Stretch;
 
-  // Scratch memory for a range of heads: a row of whole(v) numbers per head, softmax weights [heads, age and kept slot],
-  // the FW-memory's slice and features.
+  // Scratch memory for a range of heads: a row of whole(v) numbers per KV head for its value and per query head for each
+  // read, softmax weights [query heads, age and kept slot], the FW-memory's slice, features and factors of its reads.
   struct Room {
     int64_t row;
-    T *value, *fw, *kv, *beta;
+    T *value, *fw, *kv, *beta, *factors, *written;
     Lanes<T>*weights, *memory;
     typename Kept<T>::Room kept;
   };
   Room room(int64_t heads, int64_t reach, int64_t written) const {
-    const int64_t row = whole(v), weights = attends ? heads * whole(reach + 1 + kept.slots) : 0, entries = heads * kept.slots;
-    const int64_t memory = writes ? (1 + written) * whole(k) + k * widest_slice<T> : 0, wide = sizeof(int64_t) / sizeof(T);
+    const int64_t row = whole(v), weights = attends ? heads * g * whole(reach + 1 + kept.slots) : 0, entries = heads * kept.slots;
+    const int64_t memory = writes ? (g + written) * whole(k) + k * widest_slice<T> : 0, wide = sizeof(int64_t) / sizeof(T);
+    const int64_t values = activated == written_values ? written * row : 0;
     const int64_t stays = kept.slots ? whole(heads) + whole(entries) + whole(wide * entries) + 2 * whole(k / 2) : 0;
-    Lanes<T>* at = scratch<T>(3 * heads * row + whole(heads) + weights + memory + stays);
+    Lanes<T>* at = scratch<T>((1 + 2 * g) * heads * row + whole(heads) + whole(g) + values + weights + memory + stays);
     const auto take = [&](int64_t vectors) { return (at += vectors) - vectors; };
     const auto numbers = [&](int64_t vectors) { return reinterpret_cast<T*>(take(vectors)); };
-    T *value = numbers(heads * row), *fw = numbers(heads * row), *kv = numbers(heads * row), *beta = numbers(whole(heads));
-    Room room = {row * L<T>, value, fw, kv, beta, take(weights), take(memory), {}};
+    T *value = numbers(heads * row), *fw = numbers(heads * g * row), *kv = numbers(heads * g * row);
+    T *beta = numbers(whole(heads)), *factors = numbers(whole(g)), *active = numbers(values);
+    Room room = {row * L<T>, value, fw, kv, beta, factors, active, take(weights), take(memory), {}};
     if (kept.slots) {
       room.kept = {numbers(whole(heads)), numbers(whole(entries)), numbers(2 * whole(k / 2)), nullptr};
       room.kept.stays = reinterpret_cast<int64_t*>(take(whole(wide * entries)));
@@ -137,7 +142,7 @@ struct OneToken {
     const Room at = room(heads, reach, written);
 
     for (int64_t head = 0; head < heads; ++head) {
-      activate(value + (mine + head) * v, at.value + head * at.row);
+      copy(value + (mine + head) * v, at.value + head * at.row, activated == all_values);
       at.beta[head] = beta ? beta_max * sigmoid(beta[mine + head]) : T(1);
     }
     if (writes)
@@ -149,7 +154,7 @@ struct OneToken {
     }
     if (kept.slots) kept.settle(now, heads, at.kept.score);
     if (attends) pairs(at, row, first, heads, now, reach);
-    for (int64_t head = 0; head < heads; ++head) mix(at, row, first, head);
+    for (int64_t reader = 0; reader < heads * g; ++reader) mix(at, row, first, reader);
     if (first == 0) position_after[row] = now + 1;
 #if defined(__x86_64__)
     _mm_sfence();
@@ -160,50 +165,65 @@ struct OneToken {
   struct Written {
     const T *key, *value, *beta;
     int64_t n, apart;  // strengths, h apart if each entry has its own, or one for all
+    int64_t values_apart;
   };
 
   void fast_weights(const Room& at, int64_t row, int64_t first, int64_t head, int64_t n, bool empty) const {
     const int64_t mine = row * h + first + head, oldest = row * s * h + first + head, width = whole(k);
     const T* strengths = holds_betas() ? betas + oldest : at.beta + head;
     const int64_t apart = holds_betas() ? h : 0;
-    const Written pairs = writes == own ? Written{key + mine * k, at.value + head * at.row, strengths, n, apart}
-                                        : Written{keys + oldest * k, values + oldest * v, strengths, n, apart};
-    T* fw = at.fw + head * at.row;
-    Lanes<T>*memory = at.memory, *features = memory + k * widest_slice<T>, *reader = features + n * width;
-    for (int64_t j = 0; j < n; ++j) feature(pairs.key + j * h * k, features + j * width);
-    feature(q + mine * k, reader);
+    Written pairs = writes == own ? Written{key + mine * k, at.value + head * at.row, strengths, n, apart, at.row}
+                                  : Written{keys + oldest * k, values + oldest * v, strengths, n, apart, h * v};
+    if (activated == written_values) {
+      for (int64_t j = 0; j < n; ++j) copy(pairs.value + j * pairs.values_apart, at.written + j * at.row, true);
+      pairs.value = at.written, pairs.values_apart = at.row;
+    }
+    Lanes<T>*memory = at.memory, *features = memory + k * widest_slice<T>, *phi_q = features + n * width;
+    const T* own_map = map_k ? map_k + (first + head) * k * k : nullptr;
+    for (int64_t j = 0; j < n; ++j) feature(pairs.key + j * h * k, own_map, features + j * width);
+    for (int64_t j = 0; j < g; ++j)
+      feature(q + (mine * g + j) * k, map_q ? map_q + ((first + head) * g + j) * k * k : nullptr, phi_q + j * width);
 
     T* squares = kept.asks_for_errors() ? &(at.kept.score[head] = 0) : nullptr;
-    T factor = scale;
+    const Readers readers = {reinterpret_cast<const T*>(phi_q), at.factors, at.fw + head * g * at.row, at.row};
+    std::fill_n(at.factors, g, scale);
     if (rule == linear) {
       const T* phi = reinterpret_cast<const T*>(features);
       T* z = final_key_sum + mine * k;
       for (int64_t i = 0; i < k; ++i) z[i] = empty ? T(0) : key_sum[mine * k + i];
       for (int64_t j = 0; j < n; ++j)
         for (int64_t i = 0; i < k; ++i) z[i] += pairs.beta[j * pairs.apart] * phi[j * width * L<T> + i];
-      factor = T(1) / (dot(z, reinterpret_cast<const T*>(reader), k) + epsilon);
+      for (int64_t j = 0; j < g; ++j) at.factors[j] = T(1) / (dot(z, readers.phi + j * width * L<T>, k) + epsilon);
     }
     const T alpha = n == 1 ? decayed(row, first + head) : T(1);
     const T* before = state + mine * k * v;
     T* after = final_state + mine * k * v;
     constexpr int wide = LANE_BYTES == 64 ? 8 : 4;
-    if (n == 1 && !empty && v % (wide * L<T>) == 0) {
+    if (g == 1 && n == 1 && !empty && v % (wide * L<T>) == 0) {
       for (int64_t slice = 0; slice < v / (wide * L<T>); ++slice)
-        one_write<wide>({v, slice}, before, after, pairs, features, alpha, factor, fw, squares);
+        one_write<wide>({v, slice}, before, after, pairs, features, alpha, readers, squares);
       return;
     }
     const Slicing cut = slicing<T>(k, v, 1, 1);
     for (int64_t slice = 0; slice < cut.count; ++slice) {
       with_vectors<T>(cut.vectors, [&](auto N) {
-        this->template columns<N>({v, slice}, before, after, pairs, memory, features, empty, alpha, factor, fw, squares);
+        this->template columns<N>({v, slice}, before, after, pairs, memory, features, empty, alpha, readers, squares);
       });
     }
   }
 
-  // The writes, each predicted while the one before it is written, and the read, over a slice of the matrix's columns.
+  // The g reads of one head: φ(q), whole(k) vectors each, and factors; each read goes to a row of `out`.
+  struct Readers {
+    const T *phi, *factor;
+    T* out;
+    int64_t row;
+  };
+
+  // The writes, each predicted while the one before it is written, and the reads, over a slice of the matrix's columns. The
+  // last write's pass is the first read.
   template <int N>
   void columns(Columns<T, N> at, const T* before, T* after, Written pairs, Lanes<T>* memory, const Lanes<T>* features,
-               bool empty, T alpha, T factor, T* fw, T* squares) const {
+               bool empty, T alpha, Readers readers, T* squares) const {
     Slice<T, N> W{at, k, memory};
     if (empty) W.clear();
     else W.read(before);
@@ -215,22 +235,27 @@ struct OneToken {
     UNROLL for (int n = 0; n < N; ++n) pass.x[1][n] = look.x[0][n];
     for (int64_t j = 0; j < pairs.n; ++j) {
       UNROLL for (int n = 0; n < N; ++n) {
-        const Lanes<T> value = at.load(pairs.value + j * h * v, n), error = rule == linear ? value : value - pass.x[1][n];
+        const Lanes<T> value = at.load(pairs.value + j * pairs.values_apart, n), error = rule == linear ? value : value - pass.x[1][n];
         pass.x[0][n] = pairs.beta[j * pairs.apart] * error;
         if (squares) *squares += sum_of<T>(at.own(n) * error * error);
       }
       pass.w[0] = reinterpret_cast<const T*>(features + j * whole(k)), pass.w[1] = pass.w[0] + whole(k) * L<T>;
       pass(W.M, k);
     }
-    UNROLL for (int n = 0; n < N; ++n) at.store(fw, n, factor * pass.x[1][n]);
+    UNROLL for (int n = 0; n < N; ++n) at.store(readers.out, n, readers.factor[0] * pass.x[1][n]);
+    for (int64_t j = 1; j < g; ++j) {
+      look.w[0] = readers.phi + j * whole(k) * L<T>;
+      look(W.M, k);
+      UNROLL for (int n = 0; n < N; ++n) at.store(readers.out + j * readers.row, n, readers.factor[j] * look.x[0][n]);
+    }
     W.write(after);
   }
 
-  // The same for a single write: full rows in memory order, one pass to predict, one to write and read.
+  // The same for a single write and read: full rows in memory order, one pass to predict, one to write and read.
   template <int N>
-  void one_write(Columns<T, N> at, const T* before, T* after, Written pairs, const Lanes<T>* features, T alpha, T factor,
-                 T* fw, T* squares) const {
-    const T *phi_k = reinterpret_cast<const T*>(features), *phi_q = reinterpret_cast<const T*>(features + whole(k));
+  void one_write(Columns<T, N> at, const T* before, T* after, Written pairs, const Lanes<T>* features, T alpha, Readers reader,
+                 T* squares) const {
+    const T *phi_k = reinterpret_cast<const T*>(features), *phi_q = reader.phi;
     const T* W = before + at.begin(0);
     T* to = after + at.begin(0);
     Lanes<T> sum[N] = {}, correction[N];
@@ -251,18 +276,18 @@ struct OneToken {
         sum[n] += phi_q[i] * w;
       }
     }
-    UNROLL for (int n = 0; n < N; ++n) store(fw + at.begin(n), factor * sum[n]);
+    UNROLL for (int n = 0; n < N; ++n) store(reader.out + at.begin(n), reader.factor[0] * sum[n]);
   }
 
   // The own entry has age 0; the entry in slot i has age s − i.
   void pairs(const Room& at, int64_t row, int64_t first, int64_t heads, int64_t now, int64_t reach) const {
     const int64_t count = std::min(writes == chunk ? now % window + 1 : now + 1, s_after);
     const int64_t mine = row * h + first, vectors = whole(reach + 1 + kept.slots), width = vectors * L<T>;
-    T* weights = reinterpret_cast<T*>(at.weights);  // [heads, age], then the kept slots
-    std::fill_n(weights, heads * width, -std::numeric_limits<T>::infinity());
+    T* weights = reinterpret_cast<T*>(at.weights);  // [query heads, age], then the kept slots
+    std::fill_n(weights, heads * g * width, -std::numeric_limits<T>::infinity());
 
     for (int64_t head = 0; head < heads; ++head)
-      weights[head * width] = scale * dot(q + (mine + head) * k, key + (mine + head) * k, k);
+      products(mine + head, key + (mine + head) * k, {nullptr, nullptr}, weights + head * g * width, width);
     clear_unused(keys_after, row, first, heads, count, k);
     for (int64_t age = std::max(reach, count - 1); age > 0; --age) {
       const T* held = keys + slot(row, s, age, first) * k;
@@ -271,7 +296,7 @@ struct OneToken {
       if (age > reach) continue;
       const Rotation<T> turn = by_age(age);
       for (int64_t head = 0; head < heads; ++head)
-        weights[head * width + age] = scale * product(q + (mine + head) * k, held + head * k, turn);
+        products(mine + head, held + head * k, turn, weights + head * g * width + age, width);
     }
     if (count > 0) std::copy_n(key + mine * k, heads * k, keys_after + slot(row, s_after, 1, first) * k);
     T* beyond = weights + reach + 1;
@@ -279,19 +304,16 @@ struct OneToken {
     const KeptStretch of = {row, first, heads, h, s, now, before, count, writes == leaving || writes == chunk};
     if (kept.slots) kept_keys(of, at, beyond, width);
 
-    for (int64_t head = 0; head < heads; ++head) {
-      softmax(at.weights + head * vectors, vectors);
-      std::fill_n(at.kv + head * at.row, v, T(0));
-      add(at.kv + head * at.row, weights[head * width], at.value + head * at.row);
-    }
+    std::fill_n(at.kv, heads * g * at.row, T(0));
+    for (int64_t reader = 0; reader < heads * g; ++reader) softmax(at.weights + reader * vectors, vectors);
+    for (int64_t head = 0; head < heads; ++head) weigh(at, head, weights + head * g * width, width, at.value + head * at.row);
     clear_unused(values_after, row, first, heads, count, v);
     for (int64_t age = std::max(reach, count - 1); age > 0; --age) {
       const T* held = values + slot(row, s, age, first) * v;
       prefetch(held + 2 * h * v, heads * v);
       if (age < count) put(values_after + slot(row, s_after, age + 1, first) * v, held, heads * v);
       if (age > reach) continue;
-      for (int64_t head = 0; head < heads; ++head)
-        add(at.kv + head * at.row, weights[head * width + age], held + head * v);
+      for (int64_t head = 0; head < heads; ++head) weigh(at, head, weights + head * g * width + age, width, held + head * v);
     }
     for (int64_t head = 0; count > 0 && head < heads; ++head)
       std::copy_n(at.value + head * at.row, v, values_after + (slot(row, s_after, 1, first) + head) * v);
@@ -311,33 +333,37 @@ struct OneToken {
     const Rotation<T> same = kept.distances == Kept<T>::as_the_window ? kept.rotation(window, half, at.kept.rotation) : Rotation<T>{nullptr, nullptr};
     const auto read = [&](int64_t slot, int64_t head, int64_t entry, const T* held) {
       const Rotation<T> turn = kept.distances == Kept<T>::in_truth ? kept.rotation(of, at.kept, entry, head, half) : same;
-      weights[head * width + slot] = scale * product(q + (mine + head) * k, held, turn);
+      products(mine + head, held, turn, weights + head * g * width + slot, width);
     };
     kept.each(of, at.kept, {kept.keys, keys, key + mine * k, k, k, kept.keys_after}, read, putting());
     kept.write(of, at.kept);
   }
 
   void kept_values(const KeptStretch& of, const Room& at, const T* weights, int64_t width) const {
-    const auto read = [&](int64_t slot, int64_t head, int64_t, const T* held) { add(at.kv + head * at.row, weights[head * width + slot], held); };
+    const auto read = [&](int64_t slot, int64_t head, int64_t, const T* held) { weigh(at, head, weights + head * g * width + slot, width, held); };
     kept.each(of, at.kept, {kept.values, values, at.value, at.row, v, kept.values_after}, read, putting());
   }
 
-  // out = RMSNorm(mix(fw, kv)) of one head.
-  void mix(const Room& at, int64_t row, int64_t first, int64_t head) const {
-    const int64_t mine = row * h + first + head;
-    const T *fw = at.fw + head * at.row, *kv = at.kv + head * at.row;
-    T *mixed = at.value + head * at.row, *to = out + mine * v;
-    if (mixer == alone) std::copy_n(writes ? fw : kv, v, mixed);
-    else if (mixer == vector) std::copy_n(gate + mine * v, v, mixed);
-    const T fw_gate = mixer == scalar ? sigmoid(gate[row * 2 * h + first + head]) : T(1);
-    const T kv_gate = mixer == scalar ? sigmoid(gate[row * 2 * h + h + first + head]) : T(1);
-    for (int64_t i = 0; mixer != alone && i < v; i += L<T>) {
+  // out = RMSNorm(mix(fw, kv)) of one query head, or for `add`, the mix of RMSNorm(fw) and kv.
+  void mix(const Room& at, int64_t row, int64_t first, int64_t reader) const {
+    const int64_t all = h * g, of_row = first * g + reader, mine = row * all + of_row;
+    T *fw = at.fw + reader * at.row, *kv = at.kv + reader * at.row, *mixed = at.value, *to = out + mine * v;
+    if (mixer == alone) return normed(writes ? fw : kv, to);
+    if (mixer >= add) {
+      const T* gamma = gate + row * all * (v + (mixer == add_and_gate)) + of_row * v;
+      const T rest = mixer == add_and_gate ? 1 - gate[row * all * (v + 1) + all * v + of_row] : T(1);
+      normed(fw, fw);
+      for (int64_t i = 0; i < v; ++i) to[i] = gamma[i] * fw[i] + rest * kv[i];
+      return;
+    }
+    if (mixer == vector) std::copy_n(gate + mine * v, v, mixed);
+    const T fw_gate = mixer == scalar ? sigmoid(gate[row * 2 * all + of_row]) : T(1);
+    const T kv_gate = mixer == scalar ? sigmoid(gate[row * 2 * all + all + of_row]) : T(1);
+    for (int64_t i = 0; i < v; i += L<T>) {
       const Lanes<T> a = load(fw + i), b = load(kv + i);
       store(mixed + i, mixer == vector ? b + sigmoid<T>(load(mixed + i)) * (a - b) : fw_gate * a + kv_gate * b);
     }
-    if (!norm) return void(std::copy_n(mixed, v, to));
-    const T inverse = 1 / std::sqrt(dot(mixed, mixed, v) / v + norm_epsilon);
-    for (int64_t i = 0; i < v; ++i) to[i] = mixed[i] * inverse * norm[i];
+    normed(mixed, to);
   }
 
  private:
@@ -347,16 +373,22 @@ struct OneToken {
     for (int64_t i = 0; i < s_after - count; ++i) std::fill_n(after + ((row * s_after + i) * h + first) * width, heads * width, T(0));
   }
 
-  // The token's own value, as the memories hold it.
-  void activate(const T* from, T* to) const {
-    std::copy_n(from, v, to);
-    for (int64_t i = 0; writes && i < v; i += L<T>) store(to + i, load(to + i) * sigmoid<T>(load(to + i)));
+  void normed(const T* from, T* to) const {
+    const T inverse = norm ? 1 / std::sqrt(dot(from, from, v) / v + norm_epsilon) : T(1);
+    for (int64_t i = 0; i < v; ++i) to[i] = norm ? from[i] * inverse * norm[i] : from[i];
   }
 
-  // φ of a row: SiLU(x) / √(‖SiLU(x)‖² + 1e-6) for the delta rule, elu(x) + 1 for the additive one.
-  void feature(const T* row, Lanes<T>* to) const {
+  // Copies a value, activated or not, to a row of full vectors.
+  void copy(const T* from, T* to, bool silu) const {
+    std::copy_n(from, v, to);
+    for (int64_t i = 0; silu && i < v; i += L<T>) store(to + i, load(to + i) * sigmoid<T>(load(to + i)));
+  }
+
+  // φ of a row, mapped first if there is a map [k, k]: SiLU(x) / √(‖SiLU(x)‖² + 1e-6) for the delta rule, elu(x) + 1 for the
+  // additive one.
+  void feature(const T* row, const T* map, Lanes<T>* to) const {
     T* x = reinterpret_cast<T*>(to);
-    std::copy_n(row, k, x);
+    for (int64_t i = 0; i < k; ++i) x[i] = map ? dot(map + i * k, row, k) : row[i];
     std::fill_n(x + k, whole(k) * L<T> - k, T(0));
     for (int64_t n = 0; n < whole(k); ++n) {
       const Lanes<T> at = to[n];
@@ -370,20 +402,38 @@ struct OneToken {
 
   Rotation<T> by_age(int64_t age) const { return cos ? Rotation<T>{cos + age * (k / 2), sin + age * (k / 2)} : Rotation<T>{nullptr, nullptr}; }
 
-  // q·k for an older k, with its rotation: q₁, q₂ and k₁, k₂ are the halves of a head.
-  INLINE T product(const T* q, const T* key, Rotation<T> turn) const {
+  // Scaled products of a key, with its rotation, and the g queries of its head (a number over all rows), `apart` numbers from
+  // each other. k₁, k₂ and q₁, q₂ are the halves of a head.
+  INLINE void products(int64_t head, const T* key, Rotation<T> turn, T* to, int64_t apart) const {
+    const T* queries = q + head * g * k;
+    int64_t j = 0;
+    for (; j + 3 <= g; j += 3) some_products<3>(queries + j * k, key, turn, to + j * apart, apart);
+    if (j + 2 == g) some_products<2>(queries + j * k, key, turn, to + j * apart, apart);
+    else if (j < g) some_products<1>(queries + j * k, key, turn, to + j * apart, apart);
+  }
+  template <int G>
+  INLINE void some_products(const T* q, const T* key, Rotation<T> turn, T* to, int64_t apart) const {
     const T *c = turn.cos, *s = turn.sin;
-    if (!c) return dot(q, key, k);
-    const int64_t half = k / 2;
-    Lanes<T> sums = {};
+    const int64_t half = c ? k / 2 : 0, width = c ? half : k;
+    Lanes<T> sums[G] = {};
     int64_t i = 0;
-    for (; i + L<T> <= half; i += L<T>) {
-      const Lanes<T> q1 = load(q + i), q2 = load(q + half + i), ci = load(c + i), si = load(s + i);
-      sums += load(key + i) * (ci * q1 - si * q2) + load(key + half + i) * (ci * q2 + si * q1);
+    for (; i + L<T> <= width; i += L<T>) {
+      if (!c) {
+        const Lanes<T> x = load(key + i);
+        UNROLL for (int j = 0; j < G; ++j) sums[j] += load(q + j * k + i) * x;
+        continue;
+      }
+      const Lanes<T> k1 = load(key + i), k2 = load(key + half + i), ci = load(c + i), si = load(s + i);
+      const Lanes<T> x1 = ci * k1 + si * k2, x2 = ci * k2 - si * k1;
+      UNROLL for (int j = 0; j < G; ++j) sums[j] += load(q + j * k + i) * x1 + load(q + j * k + half + i) * x2;
     }
-    T sum = 0;
-    for (; i < half; ++i) sum += key[i] * (c[i] * q[i] - s[i] * q[half + i]) + key[half + i] * (c[i] * q[half + i] + s[i] * q[i]);
-    return sum + sum_of<T>(sums);
+    UNROLL for (int j = 0; j < G; ++j) {
+      T sum = sum_of<T>(sums[j]);
+      for (int64_t n = i; n < width; ++n)
+        sum += c ? q[j * k + n] * (c[n] * key[n] + s[n] * key[half + n]) + q[j * k + half + n] * (c[n] * key[half + n] - s[n] * key[n])
+                 : q[j * k + n] * key[n];
+      to[j * apart] = scale * sum;
+    }
   }
 
   static void softmax(Lanes<T>* x, int64_t width) {
@@ -396,10 +446,15 @@ struct OneToken {
     for (int64_t n = 0; n < width; ++n) x[n] /= total;
   }
 
-  INLINE void add(T* to, T weight, const T* row) const {
-    int64_t i = 0;
-    for (; i + L<T> <= v; i += L<T>) store(to + i, load(to + i) + weight * load(row + i));
-    for (; i < v; ++i) to[i] += weight * row[i];
+  // Adds a value, weighted, to the KV reads of the g queries of a head (counted from the task's first).
+  INLINE void weigh(const Room& at, int64_t head, const T* weights, int64_t apart, const T* value) const {
+    for (int64_t j = 0; j < g; ++j) {
+      T* to = at.kv + (head * g + j) * at.row;
+      const T weight = weights[j * apart];
+      int64_t i = 0;
+      for (; i + L<T> <= v; i += L<T>) store(to + i, load(to + i) + weight * load(value + i));
+      for (; i < v; ++i) to[i] += weight * value[i];
+    }
   }
 };
 
@@ -407,9 +462,10 @@ template <class T>
 void one_token(int threads, const OneTokenJob& packed) {
   const int64_t* n = packed.sizes;
   const double* factor = packed.factors;
-  OneToken<T> job = {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], {n[11], n[12], n[13], n[14], n[15]}, T(factor[0]), T(factor[1])};
+  OneToken<T> job = {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11], n[12],
+                     {n[13], n[14], n[15], n[16], n[17]}, T(factor[0]), T(factor[1])};
   Kept<T>& kept = job.kept;
-  void* const* next = from(packed.tensors, job.q, job.key, job.value, job.beta, job.decay, job.A_log, job.dt_bias, job.gate, job.norm,
+  void* const* next = from(packed.tensors, job.q, job.key, job.value, job.beta, job.decay, job.A_log, job.dt_bias, job.map_q, job.map_k, job.gate, job.norm,
                            job.resets, job.keys, job.values, job.betas, job.state, job.key_sum, job.position);
   if (kept.slots) next = from(next, kept.keys, kept.values, kept.positions, kept.scores);
   next = from(next, job.cos, job.sin);

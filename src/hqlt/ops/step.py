@@ -1,8 +1,8 @@
 """One token through everything between a layer's projections, in C++ (`hqlt/native/step.h`).
 
-    v ← SiLU(v), if there is an FW-memory      β = beta_max · σ(beta), for the delta rules
+    v ← SiLU(v), in one memory or both      β = beta_max · σ(beta), for the delta rules
     log α = −exp(A_log) · softplus(decay + dt_bias), for the gated delta rule
-    out = RMSNorm(mix(FW read of q, KV read of q))
+    out = RMSNorm(mix(FW read of q, KV read of q)), or for the mixer "add", γ RMSNorm(FW read) + (1 − δ) KV read
 
 It also selects the entries that stay visible beyond the window, if there are any.
 
@@ -26,7 +26,8 @@ from hqlt.shapes import Keys, KeySum, Matrix, Queries, Resets, Strengths, Values
 
 WRITES = ("nothing", "own", "leaving", "chunk")
 RULES = ("delta", "linear", "gated-delta")
-MIXERS = ("alone", "sum", "scalar", "vector")
+ACTIVATED = ("none", "all", "written")
+MIXERS = ("alone", "sum", "scalar", "vector", "add", "add-and-gate")
 RETENTIONS = ("recent", "error", "beta-error", "value-norm", "random")
 POSITIONS = ("true", "clamped", "none")
 DIGITS, LEVELS = 64, 11
@@ -35,7 +36,7 @@ EVERYTHING = 2**62
 NOTHING = torch.empty(0, device="cpu")  # placeholder for an absent tensor; its address is 0
 
 # The layout of OneTokenJob in native/memories.cpp.
-SIZES_AND_FACTORS, ADDRESSES, MORE_ADDRESSES = struct.Struct("16q2d"), struct.Struct("25P"), struct.Struct("35P")
+SIZES_AND_FACTORS, ADDRESSES, MORE_ADDRESSES = struct.Struct("18q2d"), struct.Struct("27P"), struct.Struct("37P")
 
 Layout: TypeAlias = tuple[type, tuple[int, ...], torch.dtype, bool]
 layout_of = operator.attrgetter("__class__", "shape", "dtype", "is_cpu")
@@ -44,14 +45,16 @@ layout_of = operator.attrgetter("__class__", "shape", "dtype", "is_cpu")
 class TokenInputs(NamedTuple):
     """Inputs of the kernel: the token's projections and the layer's state. Absent tensors are `NOTHING`."""
 
-    q: Queries  # [b, 1, h, k]; q, k, v, beta, decay and gate are as projected
+    q: Queries  # [b, 1, g·h, k]; q, k, v, beta, decay and gate are as projected
     k: Keys  # [b, 1, h, k]
     v: Values  # [b, 1, h, v]
     beta: Strengths  # [b, 1, h], for the delta rules
     decay: Strengths  # [b, 1, h], for the gated delta rule
     A_log: Tensor  # [h], a weight of the gated delta rule
     dt_bias: Tensor  # [h], likewise
-    gate: Tensor  # [b, 1, h·v] for the "vector" mixer; [b, 1, 2h] for the "scalar" one, FW heads first
+    q_map: Tensor  # [g·h, k, k], a learned map of queries before φ
+    k_map: Tensor  # [h, k, k], likewise of keys
+    gate: Tensor  # [b, 1, g·h·v] for "vector" and "add", + g·h for "add-and-gate"; 2·g·h for "scalar", FW heads first
     norm: Tensor  # [v], the weight of an RMSNorm over each head
     resets: Resets  # Bool[b, 1]
     keys: Tensor  # [b, s, h, k], before φ and before the rotary embedding; the latest in slot s−1
@@ -101,7 +104,10 @@ class Schedule(NamedTuple):
     """Write rule of the FW-memory, which also determines φ: "delta", "linear" or "gated-delta" (which does not support
     writing a whole chunk)."""
     mixer: str
-    """How the two reads are combined: "vector", "scalar" or "sum"; "alone" if there is only one memory."""
+    """How the two reads are combined, one of `MIXERS`; "alone" if there is only one memory."""
+    activated: str
+    """Where values are SiLU(v) instead of v: in both memories ("all"), in the FW-memory ("written") or in neither
+    ("none")."""
     retained: Retained | None = None
     """Entries that stay visible beyond the window; None for none."""
 
@@ -140,7 +146,7 @@ def plan(
         norm_eps: Added to the mean square in RMSNorm.
         rotary: cos and sin of at least s + 1 positions, [·, 1, k/2] each; if entries are kept, also those of `digits`.
     """
-    writes, attends, window, rule, mixer, retained = schedule
+    writes, attends, window, rule, mixer, activated, retained = schedule
     names = TokenInputs._fields + (KeptInputs._fields if retained else ())
     if len(names) != len(layouts):
         return None
@@ -148,11 +154,13 @@ def plan(
     (_, q_shape, dtype, _), (_, v_shape, _, _), (_, keys_shape, _, _) = got["q"], got["v"], got["keys"]
     if len(q_shape) != 4 or len(v_shape) != 4 or dtype not in (torch.float32, torch.float64):
         return None
-    (b, _, h, k), v = q_shape, v_shape[3]
+    (b, _, readers, k), (_, _, h, v) = q_shape, v_shape
     has_fw, delayed = writes != "nothing", writes in ("leaving", "chunk")
     linear, gated = (has_fw and rule == name for name in ("linear", "gated-delta"))
     if (
         b == 0
+        or h == 0
+        or readers % h
         or (gated and writes == "chunk")
         or (delayed and (window is None or not attends))
         or (mixer != "alone") != (has_fw and attends)
@@ -163,24 +171,29 @@ def plan(
     s = keys_shape[1] if attends and len(keys_shape) == 4 else 0
     K = got["kept_keys"][1][1] if retained and len(got["kept_keys"][1]) == 4 else 0
     nothing = layout_of(NOTHING)
+    mapped = has_fw and got["q_map"] != nothing
+    per_channel = readers * v
+    gates = {"vector": per_channel, "add": per_channel, "add-and-gate": per_channel + readers, "scalar": 2 * readers}
 
     def layout(*shape: int, dtype: torch.dtype = dtype, present: bool = True) -> Layout:
         return (Tensor, shape, dtype, True) if present else nothing
 
-    def weight(name: str, size: int, present: bool = True) -> Layout:
+    def weight(name: str, *shape: int, present: bool = True) -> Layout:
         """The layout of a weight, which may be a parameter or an ordinary tensor."""
-        expected = layout(size, present=present)
+        expected = layout(*shape, present=present)
         return got[name] if got[name] == (Parameter, *expected[1:]) else expected
 
     expected = {
-        "q": layout(b, 1, h, k),
+        "q": layout(b, 1, readers, k),
         "k": layout(b, 1, h, k),
         "v": layout(b, 1, h, v),
         "beta": layout(b, 1, h, present=has_fw and not linear),
         "decay": layout(b, 1, h, present=gated),
         "A_log": weight("A_log", h, present=gated),
         "dt_bias": weight("dt_bias", h, present=gated),
-        "gate": {"vector": layout(b, 1, h * v), "scalar": layout(b, 1, 2 * h)}.get(mixer, nothing),
+        "q_map": weight("q_map", readers, k, k, present=mapped),
+        "k_map": weight("k_map", h, k, k, present=mapped),
+        "gate": layout(b, 1, gates.get(mixer, 0), present=mixer in gates),
         "norm": nothing if got["norm"] == nothing else weight("norm", v),
         "resets": nothing if got["resets"] == nothing else layout(b, 1, dtype=torch.bool),
         "keys": layout(b, s, h, k, present=attends),
@@ -200,8 +213,9 @@ def plan(
     if not (got == expected and s == slots and (K > 0) == bool(retained) and rotary_fits and native.available()):
         return None
     grows = attends and window is None
-    numbers = WRITES.index(writes), attends, RULES.index(rule), MIXERS.index(mixer), K, *_numbers_of(retained)
-    head = SIZES_AND_FACTORS.pack(b, h, k, v, s, s + grows, window or EVERYTHING, *numbers, beta_max, norm_eps)
+    which = WRITES.index(writes), attends, ACTIVATED.index(activated), RULES.index(rule), MIXERS.index(mixer)
+    sizes = b, h, readers // h, k, v, s, s + grows, window or EVERYTHING
+    head = SIZES_AND_FACTORS.pack(*sizes, *which, K, *_numbers_of(retained), beta_max, norm_eps)
     return Plan(head, dtype is torch.float64, grows, rotary, MORE_ADDRESSES if retained else ADDRESSES)
 
 
@@ -226,11 +240,12 @@ def may_run(inputs: tuple[Tensor, ...]) -> bool:
 
 
 def run(plan: Plan, inputs: tuple[Tensor, ...]) -> tuple[Values, list[Tensor]]:
-    """Returns the output [b, 1, h, v] and the new state, from `keys` on, as new tensors."""
+    """Returns the output [b, 1, g·h, v] and the new state, from `keys` on, as new tensors."""
     if not all(map(Tensor.is_contiguous, inputs)):
         inputs = tuple(map(Tensor.contiguous, inputs))
     held = inputs[FIRST_HELD:]
-    out, after = torch.empty_like(inputs[VALUES]), [torch.empty_like(x) if x.numel() else x for x in held]
+    q, v = inputs[0], inputs[VALUES]
+    out, after = v.new_empty(*q.shape[:3], v.shape[3]), [torch.empty_like(x) if x.numel() else x for x in held]
     if plan.grows:
         after[:2] = [x.new_empty(len(x), x.shape[1] + 1, *x.shape[2:]) for x in held[:2]]
     addresses = map(Tensor.data_ptr, (*inputs, *plan.tables, out, *after))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from hqlt import ops
-from hqlt.memory.fw.features import feature_map_of
+from hqlt.memory.fw.features import feature_map_of, is_plain_map
 from hqlt.memory.fw.recurrence import Erasing, MatrixState, Terms
 from hqlt.memory.fw.rule import Write
 from hqlt.memory.heads import Heads
@@ -51,8 +51,8 @@ class DeltaMemory(Erasing):
 
     @property
     def native(self) -> str | None:  # type: ignore[override]
-        """Name of this rule in `hqlt.ops.step`, which supports no learned feature map."""
-        return "delta" if self.feature_map is None else None
+        """Name of this rule in `hqlt.ops.step`, which supports `LearnedMap` as feature map, but no subclass."""
+        return "delta" if is_plain_map(self.feature_map) else None
 
     def logits(self, x: Hidden) -> Tensor:
         logits: Tensor = self.beta_proj(x)

@@ -72,6 +72,11 @@ class Hedgehog(LearnedMap):
 MAPS: dict[str, type[LearnedMap]] = {"learned": LearnedMap, "hedgehog": Hedgehog}
 
 
+def is_plain_map(feature_map: LearnedMap | None) -> bool:
+    """Return whether a feature map is absent or exactly the `LearnedMap`, whose matrices can be applied elsewhere."""
+    return feature_map is None or type(feature_map) is LearnedMap
+
+
 def feature_map_of(heads: Heads, name: str | None, known: Sequence[str] = ("learned",)) -> LearnedMap | None:
     """Return the learned map of this name, or None; raise a ValueError for a name that the rule does not support."""
     if name is None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hqlt import ops
 from hqlt.memory.fw.decay import MatrixDecay
-from hqlt.memory.fw.features import feature_map_of
+from hqlt.memory.fw.features import feature_map_of, is_plain_map
 from hqlt.memory.fw.recurrence import Erasing, Terms
 from hqlt.memory.fw.rule import Write
 from hqlt.memory.heads import Heads
@@ -72,8 +72,8 @@ class GatedDeltaMemory(GatedErasing):
 
     @property
     def native(self) -> str | None:  # type: ignore[override]
-        """Name of this rule in `hqlt.ops.step`, which supports no learned feature map."""
-        return "gated-delta" if self.feature_map is None else None
+        """Name of this rule in `hqlt.ops.step`, which supports `LearnedMap` as feature map, but no subclass."""
+        return "gated-delta" if is_plain_map(self.feature_map) else None
 
     def terms(self, q: Queries, write: Write) -> Terms:
         beta, decay = write.gates

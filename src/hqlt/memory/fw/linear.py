@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 
 from hqlt import ops
-from hqlt.memory.fw.features import Hedgehog, feature_map_of
+from hqlt.memory.fw.features import Hedgehog, feature_map_of, is_plain_map
 from hqlt.memory.fw.rule import FWMemory, Write
 from hqlt.memory.heads import Heads
 from hqlt.memory.state import Entry
@@ -41,8 +41,8 @@ class LinearMemory(FWMemory):
 
     @property
     def native(self) -> str | None:  # type: ignore[override]
-        """Name of this rule in `hqlt.ops.step`, which supports no learned feature map."""
-        return "linear" if self.feature_map is None else None
+        """Name of this rule in `hqlt.ops.step`, which supports `LearnedMap` as feature map, but no subclass."""
+        return "linear" if is_plain_map(self.feature_map) else None
 
     def state_entries(self) -> LinearState:
         h, k, v = self.heads.matrices, self.key_width, self.heads.v

@@ -123,7 +123,8 @@ class KVMemory(nn.Module):
     @property
     def native(self) -> str | None:
         """Name of this memory in `hqlt.ops.step`, if it supports it; not inherited by subclasses."""
-        plain = self.positions is None or (self.positions.fraction == 1 and self.positions.scaling is None)
+        positions = self.positions
+        plain = positions is None or (positions.fraction == 1 and positions.frequencies(self.heads.k)[1] == 1)
         return "window" if plain and self.q_norm is None and self.gate is None else None
 
     @property
