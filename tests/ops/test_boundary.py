@@ -167,7 +167,7 @@ def test_kernels_reject_other_tensors(tensors, message):
 @needs_native
 def test_one_token_rejects_tensors_without_memory():
     with pytest.raises(ValueError, match="sizes of at least 1, and tensors with memory"):
-        native.one_token(False, bytes(step.SIZES_AND_FACTORS.size + step.ADDRESSES.size))
+        native.one_token(0, bytes(step.SIZES_AND_FACTORS.size + step.ADDRESSES.size))
 
 
 @needs_native

@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from hqlt import native, ops
 from hqlt.blend import Synchronous
@@ -201,6 +202,43 @@ def test_groups_of_query_heads(choice, group, width, dtype):
                 check_close(got, layer(*arguments), TOLERANCE[dtype])
             state = got[1]
     assert len(calls) == t
+
+
+@pytest.mark.parametrize("choice", [*GROUPED, *KEPT, *EVERY_STATE])
+def test_bfloat16(choice):
+    """Inputs, weights, KV entries and outputs in bfloat16, all else in float32: as the parts in float64, up to
+    the final rounding. Each step is compared from the same state, because rounding may change what is kept."""
+
+    def double(x):
+        return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+    heads = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 20}
+    if choice in GROUPED:
+        layer = build_layer("", dtype=torch.bfloat16, **GROUPED[choice] | heads)
+    elif choice in KEPT:
+        layer = layer_that_keeps(choice, 3, 2, dtype=torch.bfloat16, **heads)
+    else:
+        layer = build_layer(choice, dtype=torch.bfloat16)
+    if not has_native_form(layer):
+        return
+    exact, b, t = deepcopy(layer).double(), 2, 9
+    x, resets, state = tokens(b, t).bfloat16(), torch.zeros(b, t, dtype=torch.bool), layer.init_state(b)
+    resets[1, 4] = True
+    with torch.no_grad(), counting_steps() as calls:
+        for i in range(t):
+            token, marks = x[:, i : i + 1], resets[:, i : i + 1]
+            projected, _ = layer.project(token, state, marks)
+            read, after = layer.read_memories(projected, state, marks)
+            with ops.use_backend("reference"):
+                expected = exact.parts().run(pytree.tree_map(double, projected), state.map(double), marks)
+            got = [read, *after._replace(convolution=read).leaves()]
+            wanted = [expected[0], *expected[1]._replace(convolution=expected[0]).leaves()]
+            for mine, theirs in zip(got, wanted, strict=True):
+                tolerance = 4e-3 if mine.dtype == torch.bfloat16 else 1e-4
+                assert (mine.double() - theirs).norm() <= tolerance * theirs.double().norm()
+            assert [x.dtype for x in after.leaves()] == [x.dtype for x in state.leaves()]
+            state = layer(token, state, marks)[1]
+    assert len(calls) == 2 * t
 
 
 @pytest.mark.parametrize("width", [2, 6, 50, 64, 128])
@@ -405,9 +443,7 @@ def test_when_the_parts_run_instead():
             layer(x, None)
             layer(tokens(2, 2), state)
             layer(x, state.to(dtype=torch.float32))
-            build_layer("synchronous-vector-delta-plain", dtype=torch.bfloat16)(
-                x.bfloat16(), state.to(dtype=torch.bfloat16)
-            )
+            build_layer("synchronous-vector-delta-plain", dtype=torch.float16)(x.half(), state.to(dtype=torch.float16))
             with ops.use_backend("native"):
                 layer(x, state)
             with pytest.raises(ValueError, match="finite"), checked():

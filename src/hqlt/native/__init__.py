@@ -214,10 +214,10 @@ def _sizes(kernel: str, more_sizes: tuple[int, ...], *shapes: torch.Size | None)
     return (ctypes.c_int64 * len(sizes))(*sizes)
 
 
-def one_token(is_double: bool, job: bytes) -> None:
-    """Call the one-token kernel on a job packed by `hqlt.ops.step`."""
+def one_token(dtype: int, job: bytes) -> None:
+    """Call the one-token kernel of this dtype on a job packed by `hqlt.ops.step`."""
     assert _library is not None, "the caller checks native.available()"
-    _raise(_library.hqlt_one_token(is_double, torch.get_num_threads(), job))
+    _raise(_library.hqlt_one_token(dtype, torch.get_num_threads(), job))
 
 
 def _raise(error: bytes | None) -> None:

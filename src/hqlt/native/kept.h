@@ -13,7 +13,7 @@ struct Rotation {  // rotation of a key, [k/2] each; null for none
   const T *cos, *sin;
 };
 
-template <class T>
+template <class T, class S>
 struct Kept {
   enum Scores { lowest, error, weighted_error, value_norm, random };
   enum Distances { in_truth, as_the_window, nowhere };
@@ -22,11 +22,11 @@ struct Kept {
   static constexpr T highest = std::numeric_limits<float>::max();
 
   int64_t slots, sinks, alike, scored, distances;  // alike: whether all heads keep the same entries
-  const T *keys, *values;    // [b, K, h, ·]
+  const S *keys, *values;    // [b, K, h, ·]
   const int64_t* positions;  // [b, K, h]
   const T *scores;           // [b, K + s, h]
   const T *cos, *sin;        // [11 · 64, k/2], null without positions
-  T *keys_after, *values_after;
+  S *keys_after, *values_after;
   int64_t* positions_after;
   T* scores_after;
 
@@ -43,9 +43,9 @@ struct Kept {
   };
   // Locations of keys or values.
   struct Rows {
-    const T *kept, *held, *own;  // own: that of the first head; the next is `apart` numbers away
+    const S *kept, *held, *own;  // own: that of the first head; the next is `apart` numbers away
     int64_t apart, width;
-    T* after;
+    S* after;
   };
 
   bool asks_for_errors() const { return slots && (scored == error || scored == weighted_error); }
@@ -102,10 +102,10 @@ struct Kept {
           return entry < slots + of.s ? rows.held + of.number(of.s, entry - slots, head) * rows.width : rows.own + head * rows.apart;
         };
         const int64_t stays = at.stays[head * slots + i], seen = of.at_once ? stays : i < slots - in_use ? unused : i;
-        T* to = rows.after + of.number(slots, i, head) * rows.width;
+        S* to = rows.after + of.number(slots, i, head) * rows.width;
         if (seen != unused) read(i, head, seen, find(seen));
         if (stays != unused) put(to, find(stays), rows.width);
-        else std::fill_n(to, rows.width, T(0));
+        else std::fill_n(to, rows.width, S(0));
       }
   }
 

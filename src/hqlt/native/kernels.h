@@ -29,6 +29,6 @@ const Kernels kernels = {
     {rms_norm_backward<float>, rms_norm_backward<double>},
     {mix_forward<float>, mix_forward<double>},
     {mix_backward<float>, mix_backward<double>},
-    {one_token<float>, one_token<double>},
+    {one_token<float, float>, one_token<double, double>, one_token<float, Bfloat16>},
 };
 }  // namespace ISA

@@ -36,6 +36,17 @@ INLINE Lanes<T> load(const T* from) {
   return x;
 }
 
+// The same as type T, from numbers of type S.
+template <class T, class S>
+INLINE Lanes<T> load_as(const S* from) {
+  return load(from);
+}
+
+template <class A, class B>
+INLINE void convert(const A* from, int64_t n, B* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = B(from[i]);
+}
+
 template <class T>
 INLINE void store(T* to, Lanes<T> x) {
   __builtin_memcpy(to, &x, sizeof x);
@@ -66,6 +77,15 @@ template <class T>
 INLINE void store_until(T* row, int64_t i, int64_t width, Lanes<T> x) {
   if (i + L<T> <= width) return store(row + i, x);
   __builtin_memcpy(row + i, &x, (width - i) * sizeof(T));
+}
+
+template <>
+INLINE Lanes<float> load_as<float, Bfloat16>(const Bfloat16* from) {
+  typedef uint16_t Half __attribute__((vector_size(LANE_BYTES / 2)));
+  typedef uint32_t Wide __attribute__((vector_size(LANE_BYTES)));
+  Half x;
+  __builtin_memcpy(&x, from, sizeof x);
+  return (Lanes<float>)(__builtin_convertvector(x, Wide) << 16);
 }
 
 // The sum of all lanes, in rounds that add to each lane the one `apart` lanes away.
@@ -254,12 +274,16 @@ struct Head {
 // Waking a second thread pays off from about this many multiply-adds.
 inline int threads_for(int threads, int64_t multiply_adds) { return multiply_adds < 400000 ? 1 : threads; }
 
-template <class T>
-INLINE T dot(const T* a, const T* b, int64_t n) {
+template <class T, class A, class B>
+INLINE T dot_as(const A* a, const B* b, int64_t n) {
   Lanes<T> sums = {};
   int64_t i = 0;
-  for (; i + L<T> <= n; i += L<T>) sums += load(a + i) * load(b + i);
+  for (; i + L<T> <= n; i += L<T>) sums += load_as<T>(a + i) * load_as<T>(b + i);
   T sum = sum_of<T>(sums);
-  for (; i < n; ++i) sum += a[i] * b[i];
+  for (; i < n; ++i) sum += T(a[i]) * T(b[i]);
   return sum;
+}
+template <class T>
+INLINE T dot(const T* a, const T* b, int64_t n) {
+  return dot_as<T>(a, b, n);
 }

@@ -7,8 +7,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <new>
-#include <numeric>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -40,6 +40,26 @@
 
 namespace {
 
+// bfloat16: the upper half of a float32.
+struct Bfloat16 {
+  uint16_t bits;
+  Bfloat16() = default;
+  explicit Bfloat16(float x) : bits(rounded(x)) {}
+  operator float() const {
+    const uint32_t wide = uint32_t(bits) << 16;
+    float x;
+    __builtin_memcpy(&x, &wide, sizeof x);
+    return x;
+  }
+
+ private:
+  static uint16_t rounded(float x) {  // to the nearest, ties to even
+    uint32_t wide;
+    __builtin_memcpy(&wide, &x, sizeof wide);
+    return x == x ? uint16_t((wide + 0x7FFF + (wide >> 16 & 1)) >> 16) : uint16_t(0x7FC0);
+  }
+};
+
 // All kernels of operations have one signature: sizes, a scale, and the addresses of tensors (null if absent).
 using Kernel = void(int threads, const int64_t* sizes, double scale, void* const* tensors);
 
@@ -58,7 +78,7 @@ struct Kernels {
   Types<Kernel> delta_rule_forward, delta_rule_backward, fast_weights_forward, fast_weights_backward, linear_attention_forward, linear_attention_backward,
       window_attention_forward, window_attention_backward, expiry_forward, unit_silu_forward, unit_silu_backward, rotate_forward,
       rms_norm_forward, rms_norm_backward, mix_forward, mix_backward;
-  Types<void(int threads, const OneTokenJob&)> one_token;
+  void (*one_token[3])(int threads, const OneTokenJob&);  // in float32, float64 and bfloat16
 };
 
 // Returns the beginning of the next ones.
@@ -158,8 +178,8 @@ EXPORT(rms_norm_backward)
 EXPORT(mix_forward)
 EXPORT(mix_backward)
 
-extern "C" __attribute__((visibility("default"))) const char* hqlt_one_token(int is_double, int threads, const OneTokenJob* job) {
-  return guarded([&] { (is_double ? kernels->one_token.f64 : kernels->one_token.f32)(threads, *job); });
+extern "C" __attribute__((visibility("default"))) const char* hqlt_one_token(int dtype, int threads, const OneTokenJob* job) {
+  return guarded([&] { kernels->one_token[dtype](threads, *job); });
 }
 
 // The instruction set in use: "plain", "avx2" or "avx512"; "" if HQLT_NATIVE_ISA names one that this machine lacks.

@@ -14,6 +14,9 @@
 // Each KV head has g query heads, whose numbers are adjacent; gates and outputs belong to query heads. A task is a range of
 // KV heads of one row, whose numbers are adjacent within a slot: entries are read and copied in memory order. The old state
 // is only read.
+//
+// T is the type of all computation and of sums over time (the matrix, scores); S that of the held KV entries, of inputs,
+// weights and outputs: T itself, or bfloat16 with T = float. Inputs and outputs of type S are converted once for all tasks.
 
 template <class T>
 T sigmoid(T x) {
@@ -34,7 +37,7 @@ INLINE void stream(T* to, Lanes<T> x) {
 #endif
 }
 
-template <class T>
+template <class T, class S>
 struct OneToken {
   enum Writes { nothing, own, leaving, chunk };
   enum Rule { delta, linear, gated_delta };
@@ -43,16 +46,19 @@ struct OneToken {
   static constexpr T epsilon = T(1e-10);  // added to linear attention's normaliser
 
   int64_t b, h, g, k, v, s, s_after, window, writes, attends, activated, rule, mixer;
-  Kept<T> kept;
+  Kept<T, S> kept;
   T beta_max, norm_epsilon;
   const T *q, *key, *value, *beta, *decay, *A_log, *dt_bias;  // beta, decay: logits; null if the rule has none
-  const T *map_q, *map_k;                                     // learned maps [h·g, k, k] and [h, k, k]; null without them
+  const S *map_q, *map_k;                                     // learned maps [h·g, k, k] and [h, k, k]; null without them
   const T *gate, *norm;                                       // gate: logits; null if there is none
   const uint8_t* resets;                          // [b] or null
-  const T *keys, *values, *betas, *state, *key_sum;
+  const S *keys, *values;
+  const T *betas, *state, *key_sum;
   const int64_t* position;
   const T *cos, *sin;  // null without positions
-  T *out, *keys_after, *values_after, *betas_after, *final_state, *final_key_sum;
+  T* out;
+  S *keys_after, *values_after;
+  T *betas_after, *final_state, *final_key_sum;
   int64_t* position_after;
 
   T scale;
@@ -62,20 +68,24 @@ struct OneToken {
   static int64_t whole(int64_t width) { return (width + L<T> - 1) / L<T>; }
 
   // Checks for what would crash: null or misaligned addresses, and sizes of 0.
-  void check(void* const* tensors) const {
+  void check(void* const* tensors, bool inputs, bool decay, bool gate) const {
     int64_t misaligned = int64_t(position) % 8 | int64_t(position_after) % 8;
     if (kept.slots) misaligned |= int64_t(kept.positions) % 8 | int64_t(kept.positions_after) % 8;
     for (int i = 0; i < (kept.slots ? 37 : 27); ++i)
-      if (tensors[i] != resets) misaligned |= int64_t(tensors[i]) % int64_t(sizeof(T));
+      if (tensors[i] != resets) misaligned |= int64_t(tensors[i]) % int64_t(sizeof(S));
+    for (const T* x : {betas, state, key_sum, cos, sin, (const T*)betas_after, (const T*)final_state, (const T*)final_key_sum})
+      misaligned |= int64_t(x) % int64_t(sizeof(T));
+    for (const T* x : {kept.scores, kept.cos, kept.sin, (const T*)kept.scores_after})
+      if (kept.slots) misaligned |= int64_t(x) % int64_t(sizeof(T));
     if (misaligned) throw std::invalid_argument("tensors aligned to their numbers; clone() them");
     const bool fits = b > 0 && h > 0 && g > 0 && k > 0 && v > 0 && s >= 0 && s_after >= 0 && window > 0;
     const bool held = !attends || ((!s || (keys && values)) && (!s_after || (keys_after && values_after)));
     const bool written = writes == nothing || (state && final_state && (rule != linear || (key_sum && final_key_sum)));
     const bool weighed = (!holds_betas() || ((!s || betas) && (!s_after || betas_after))) && (mixer <= sum || gate) &&
-                         (rule != gated_delta || (decay && A_log && dt_bias && writes != chunk)) && !map_q == !map_k;
+                         (rule != gated_delta || (decay && writes != chunk)) && !map_q == !map_k;
     const bool stays = !kept.slots || (attends && s == s_after && kept.slots > 0 && kept.has_memory() && !kept.cos == !cos &&
                                        !(kept.asks_for_errors() && writes != own));
-    if (!(fits && held && written && weighed && stays && q && key && value && position && out && position_after))
+    if (!(fits && held && written && weighed && stays && inputs && position && position_after))
       throw std::invalid_argument("sizes of at least 1, and tensors with memory");
   }
 
@@ -91,41 +101,45 @@ struct OneToken {
   void prepare() {
     const auto aligned = [](int64_t address) { return address % LANE_BYTES == 0; };
     scale = 1 / std::sqrt(T(k));
-    bytes = b * h * ((writes ? k * v : 0) + (attends ? (s_after + kept.slots) * (k + v) : 0)) * int64_t(sizeof(T));
-    streams = bytes >= 1 << 18 && aligned(k * sizeof(T)) && aligned(v * sizeof(T)) && aligned(int64_t(keys_after)) &&
+    bytes = b * h * ((writes ? k * v * sizeof(T) : 0) + (attends ? (s_after + kept.slots) * (k + v) * sizeof(S) : 0));
+    streams = bytes >= 1 << 18 && aligned(k * sizeof(S)) && aligned(v * sizeof(S)) && aligned(int64_t(keys_after)) &&
               aligned(int64_t(values_after)) && aligned(int64_t(final_state)) && aligned(int64_t(kept.keys_after)) &&
               aligned(int64_t(kept.values_after));
   }
   INLINE void put(T* to, Lanes<T> x) const { streams ? stream(to, x) : store(to, x); }
   auto putting() const {
-    return [this](T* to, const T* from, int64_t n) { put(to, from, n); };
+    return [this](S* to, const S* from, int64_t n) { put(to, from, n); };
   }
-  INLINE void put(T* to, const T* from, int64_t n) const {
+  INLINE void put(S* to, const S* from, int64_t n) const {
     if (!streams) return void(std::copy_n(from, n, to));
-    for (int64_t i = 0; i < n; i += L<T>) stream(to + i, load(from + i));
+    constexpr int64_t vector = LANE_BYTES / sizeof(S);
+    for (int64_t i = 0; i < n; i += vector) stream(reinterpret_cast<T*>(to + i), load(reinterpret_cast<const T*>(from + i)));
   }
 
-  using KeptStretch = typename Kept<T>::Stretch;
+  using KeptStretch = typename Kept<T, S>::Stretch;
 
   // Scratch memory for a range of heads: a row of whole(v) numbers per KV head for its value and per query head for each
   // read, softmax weights [query heads, age and kept slot], the FW-memory's slice, features and factors of its reads.
   struct Room {
     int64_t row;
     T *value, *fw, *kv, *beta, *factors, *written;
+    S *own_key, *own_value;  // as they are stored, v and k numbers per KV head
     Lanes<T>*weights, *memory;
-    typename Kept<T>::Room kept;
+    typename Kept<T, S>::Room kept;
   };
   Room room(int64_t heads, int64_t reach, int64_t written) const {
     const int64_t row = whole(v), weights = attends ? heads * g * whole(reach + 1 + kept.slots) : 0, entries = heads * kept.slots;
     const int64_t memory = writes ? (g + written) * whole(k) + k * widest_slice<T> : 0, wide = sizeof(int64_t) / sizeof(T);
-    const int64_t values = activated == written_values ? written * row : 0;
+    const int64_t values = writes && copies_values() ? written * row : 0;
+    const int64_t own = attends ? whole(heads * k) + whole(heads * v) : 0;
     const int64_t stays = kept.slots ? whole(heads) + whole(entries) + whole(wide * entries) + 2 * whole(k / 2) : 0;
-    Lanes<T>* at = scratch<T>((1 + 2 * g) * heads * row + whole(heads) + whole(g) + values + weights + memory + stays);
+    Lanes<T>* at = scratch<T>((1 + 2 * g) * heads * row + whole(heads) + whole(g) + values + own + weights + memory + stays);
     const auto take = [&](int64_t vectors) { return (at += vectors) - vectors; };
     const auto numbers = [&](int64_t vectors) { return reinterpret_cast<T*>(take(vectors)); };
     T *value = numbers(heads * row), *fw = numbers(heads * g * row), *kv = numbers(heads * g * row);
     T *beta = numbers(whole(heads)), *factors = numbers(whole(g)), *active = numbers(values);
-    Room room = {row * L<T>, value, fw, kv, beta, factors, active, take(weights), take(memory), {}};
+    S *own_key = reinterpret_cast<S*>(take(attends ? whole(heads * k) : 0)), *own_value = reinterpret_cast<S*>(take(attends ? whole(heads * v) : 0));
+    Room room = {row * L<T>, value, fw, kv, beta, factors, active, own_key, own_value, take(weights), take(memory), {}};
     if (kept.slots) {
       room.kept = {numbers(whole(heads)), numbers(whole(entries)), numbers(2 * whole(k / 2)), nullptr};
       room.kept.stays = reinterpret_cast<int64_t*>(take(whole(wide * entries)));
@@ -163,24 +177,30 @@ struct OneToken {
 
   // The FW-memory's writes for one head: n entries, h rows apart.
   struct Written {
-    const T *key, *value, *beta;
+    const T *value, *beta;
     int64_t n, apart;  // strengths, h apart if each entry has its own, or one for all
     int64_t values_apart;
   };
+  // Whether written values are not used as they are held.
+  bool copies_values() const { return activated == written_values || (!std::is_same_v<T, S> && writes != own); }
 
   void fast_weights(const Room& at, int64_t row, int64_t first, int64_t head, int64_t n, bool empty) const {
     const int64_t mine = row * h + first + head, oldest = row * s * h + first + head, width = whole(k);
     const T* strengths = holds_betas() ? betas + oldest : at.beta + head;
     const int64_t apart = holds_betas() ? h : 0;
-    Written pairs = writes == own ? Written{key + mine * k, at.value + head * at.row, strengths, n, apart, at.row}
-                                  : Written{keys + oldest * k, values + oldest * v, strengths, n, apart, h * v};
-    if (activated == written_values) {
-      for (int64_t j = 0; j < n; ++j) copy(pairs.value + j * pairs.values_apart, at.written + j * at.row, true);
-      pairs.value = at.written, pairs.values_apart = at.row;
-    }
     Lanes<T>*memory = at.memory, *features = memory + k * widest_slice<T>, *phi_q = features + n * width;
-    const T* own_map = map_k ? map_k + (first + head) * k * k : nullptr;
-    for (int64_t j = 0; j < n; ++j) feature(pairs.key + j * h * k, own_map, features + j * width);
+    const S* map = map_k ? map_k + (first + head) * k * k : nullptr;
+    Written pairs = {at.value + head * at.row, strengths, n, apart, at.row};
+    if (writes == own) {
+      feature(key + mine * k, map, features);
+      if (copies_values()) copy(pairs.value, at.written, true);
+    } else {
+      for (int64_t j = 0; j < n; ++j) feature(keys + (oldest + j * h) * k, map, features + j * width);
+      for (int64_t j = 0; j < n && copies_values(); ++j)
+        copy(values + (oldest + j * h) * v, at.written + j * at.row, activated == written_values);
+      if constexpr (std::is_same_v<T, S>) pairs.value = values + oldest * v, pairs.values_apart = h * v;
+    }
+    if (copies_values()) pairs.value = at.written, pairs.values_apart = at.row;
     for (int64_t j = 0; j < g; ++j)
       feature(q + (mine * g + j) * k, map_q ? map_q + ((first + head) * g + j) * k * k : nullptr, phi_q + j * width);
 
@@ -290,7 +310,7 @@ struct OneToken {
       products(mine + head, key + (mine + head) * k, {nullptr, nullptr}, weights + head * g * width, width);
     clear_unused(keys_after, row, first, heads, count, k);
     for (int64_t age = std::max(reach, count - 1); age > 0; --age) {
-      const T* held = keys + slot(row, s, age, first) * k;
+      const S* held = keys + slot(row, s, age, first) * k;
       prefetch(held + 2 * h * k, heads * k);
       if (age < count) put(keys_after + slot(row, s_after, age + 1, first) * k, held, heads * k);
       if (age > reach) continue;
@@ -298,7 +318,9 @@ struct OneToken {
       for (int64_t head = 0; head < heads; ++head)
         products(mine + head, held + head * k, turn, weights + head * g * width + age, width);
     }
-    if (count > 0) std::copy_n(key + mine * k, heads * k, keys_after + slot(row, s_after, 1, first) * k);
+    convert(key + mine * k, heads * k, at.own_key);
+    for (int64_t head = 0; head < heads; ++head) convert(at.value + head * at.row, v, at.own_value + head * v);
+    if (count > 0) std::copy_n(at.own_key, heads * k, keys_after + slot(row, s_after, 1, first) * k);
     T* beyond = weights + reach + 1;
     const int64_t before = writes == chunk && now > 0 ? (now - 1) % window + 1 : std::min(now, s);
     const KeptStretch of = {row, first, heads, h, s, now, before, count, writes == leaving || writes == chunk};
@@ -309,14 +331,13 @@ struct OneToken {
     for (int64_t head = 0; head < heads; ++head) weigh(at, head, weights + head * g * width, width, at.value + head * at.row);
     clear_unused(values_after, row, first, heads, count, v);
     for (int64_t age = std::max(reach, count - 1); age > 0; --age) {
-      const T* held = values + slot(row, s, age, first) * v;
+      const S* held = values + slot(row, s, age, first) * v;
       prefetch(held + 2 * h * v, heads * v);
       if (age < count) put(values_after + slot(row, s_after, age + 1, first) * v, held, heads * v);
       if (age > reach) continue;
       for (int64_t head = 0; head < heads; ++head) weigh(at, head, weights + head * g * width + age, width, held + head * v);
     }
-    for (int64_t head = 0; count > 0 && head < heads; ++head)
-      std::copy_n(at.value + head * at.row, v, values_after + (slot(row, s_after, 1, first) + head) * v);
+    if (count > 0) std::copy_n(at.own_value, heads * v, values_after + slot(row, s_after, 1, first) * v);
     if (kept.slots) kept_values(of, at, beyond, width);
 
     if (!holds_betas()) return;
@@ -330,18 +351,18 @@ struct OneToken {
   void kept_keys(const KeptStretch& of, const Room& at, T* weights, int64_t width) const {
     const int64_t mine = of.row * h + of.first, half = k / 2;
     kept.contest(of, at.kept);
-    const Rotation<T> same = kept.distances == Kept<T>::as_the_window ? kept.rotation(window, half, at.kept.rotation) : Rotation<T>{nullptr, nullptr};
-    const auto read = [&](int64_t slot, int64_t head, int64_t entry, const T* held) {
-      const Rotation<T> turn = kept.distances == Kept<T>::in_truth ? kept.rotation(of, at.kept, entry, head, half) : same;
+    const Rotation<T> same = kept.distances == kept.as_the_window ? kept.rotation(window, half, at.kept.rotation) : Rotation<T>{nullptr, nullptr};
+    const auto read = [&](int64_t slot, int64_t head, int64_t entry, const S* held) {
+      const Rotation<T> turn = kept.distances == kept.in_truth ? kept.rotation(of, at.kept, entry, head, half) : same;
       products(mine + head, held, turn, weights + head * g * width + slot, width);
     };
-    kept.each(of, at.kept, {kept.keys, keys, key + mine * k, k, k, kept.keys_after}, read, putting());
+    kept.each(of, at.kept, {kept.keys, keys, at.own_key, k, k, kept.keys_after}, read, putting());
     kept.write(of, at.kept);
   }
 
   void kept_values(const KeptStretch& of, const Room& at, const T* weights, int64_t width) const {
-    const auto read = [&](int64_t slot, int64_t head, int64_t, const T* held) { weigh(at, head, weights + head * g * width + slot, width, held); };
-    kept.each(of, at.kept, {kept.values, values, at.value, at.row, v, kept.values_after}, read, putting());
+    const auto read = [&](int64_t slot, int64_t head, int64_t, const S* held) { weigh(at, head, weights + head * g * width + slot, width, held); };
+    kept.each(of, at.kept, {kept.values, values, at.own_value, v, v, kept.values_after}, read, putting());
   }
 
   // out = RMSNorm(mix(fw, kv)) of one query head, or for `add`, the mix of RMSNorm(fw) and kv.
@@ -369,8 +390,9 @@ struct OneToken {
  private:
   int64_t slot(int64_t row, int64_t slots, int64_t age, int64_t head) const { return (row * slots + slots - age) * h + head; }
 
-  void clear_unused(T* after, int64_t row, int64_t first, int64_t heads, int64_t count, int64_t width) const {
-    for (int64_t i = 0; i < s_after - count; ++i) std::fill_n(after + ((row * s_after + i) * h + first) * width, heads * width, T(0));
+  template <class N>
+  void clear_unused(N* after, int64_t row, int64_t first, int64_t heads, int64_t count, int64_t width) const {
+    for (int64_t i = 0; i < s_after - count; ++i) std::fill_n(after + ((row * s_after + i) * h + first) * width, heads * width, N(0));
   }
 
   void normed(const T* from, T* to) const {
@@ -379,16 +401,18 @@ struct OneToken {
   }
 
   // Copies a value, activated or not, to a row of full vectors.
-  void copy(const T* from, T* to, bool silu) const {
-    std::copy_n(from, v, to);
+  template <class N>
+  void copy(const N* from, T* to, bool silu) const {
+    convert(from, v, to);
     for (int64_t i = 0; silu && i < v; i += L<T>) store(to + i, load(to + i) * sigmoid<T>(load(to + i)));
   }
 
   // φ of a row, mapped first if there is a map [k, k]: SiLU(x) / √(‖SiLU(x)‖² + 1e-6) for the delta rule, elu(x) + 1 for the
   // additive one.
-  void feature(const T* row, const T* map, Lanes<T>* to) const {
+  template <class N>
+  void feature(const N* row, const S* map, Lanes<T>* to) const {
     T* x = reinterpret_cast<T*>(to);
-    for (int64_t i = 0; i < k; ++i) x[i] = map ? dot(map + i * k, row, k) : row[i];
+    for (int64_t i = 0; i < k; ++i) x[i] = map ? dot_as<T>(map + i * k, row, k) : T(row[i]);
     std::fill_n(x + k, whole(k) * L<T> - k, T(0));
     for (int64_t n = 0; n < whole(k); ++n) {
       const Lanes<T> at = to[n];
@@ -404,26 +428,27 @@ struct OneToken {
 
   // Scaled products of a key, with its rotation, and the g queries of its head (a number over all rows), `apart` numbers from
   // each other. k₁, k₂ and q₁, q₂ are the halves of a head.
-  INLINE void products(int64_t head, const T* key, Rotation<T> turn, T* to, int64_t apart) const {
+  template <class N>
+  INLINE void products(int64_t head, const N* key, Rotation<T> turn, T* to, int64_t apart) const {
     const T* queries = q + head * g * k;
     int64_t j = 0;
     for (; j + 3 <= g; j += 3) some_products<3>(queries + j * k, key, turn, to + j * apart, apart);
     if (j + 2 == g) some_products<2>(queries + j * k, key, turn, to + j * apart, apart);
     else if (j < g) some_products<1>(queries + j * k, key, turn, to + j * apart, apart);
   }
-  template <int G>
-  INLINE void some_products(const T* q, const T* key, Rotation<T> turn, T* to, int64_t apart) const {
+  template <int G, class N>
+  INLINE void some_products(const T* q, const N* key, Rotation<T> turn, T* to, int64_t apart) const {
     const T *c = turn.cos, *s = turn.sin;
     const int64_t half = c ? k / 2 : 0, width = c ? half : k;
     Lanes<T> sums[G] = {};
     int64_t i = 0;
     for (; i + L<T> <= width; i += L<T>) {
       if (!c) {
-        const Lanes<T> x = load(key + i);
+        const Lanes<T> x = load_as<T>(key + i);
         UNROLL for (int j = 0; j < G; ++j) sums[j] += load(q + j * k + i) * x;
         continue;
       }
-      const Lanes<T> k1 = load(key + i), k2 = load(key + half + i), ci = load(c + i), si = load(s + i);
+      const Lanes<T> k1 = load_as<T>(key + i), k2 = load_as<T>(key + half + i), ci = load(c + i), si = load(s + i);
       const Lanes<T> x1 = ci * k1 + si * k2, x2 = ci * k2 - si * k1;
       UNROLL for (int j = 0; j < G; ++j) sums[j] += load(q + j * k + i) * x1 + load(q + j * k + half + i) * x2;
     }
@@ -447,37 +472,65 @@ struct OneToken {
   }
 
   // Adds a value, weighted, to the KV reads of the g queries of a head (counted from the task's first).
-  INLINE void weigh(const Room& at, int64_t head, const T* weights, int64_t apart, const T* value) const {
+  template <class N>
+  INLINE void weigh(const Room& at, int64_t head, const T* weights, int64_t apart, const N* value) const {
     for (int64_t j = 0; j < g; ++j) {
       T* to = at.kv + (head * g + j) * at.row;
       const T weight = weights[j * apart];
       int64_t i = 0;
-      for (; i + L<T> <= v; i += L<T>) store(to + i, load(to + i) + weight * load(value + i));
+      for (; i + L<T> <= v; i += L<T>) store(to + i, load(to + i) + weight * load_as<T>(value + i));
       for (; i < v; ++i) to[i] += weight * value[i];
     }
   }
 };
 
-template <class T>
+// Inputs of type S as type T, in memory of their own; themselves if the types are the same. Null stays null.
+template <class T, class S>
+struct Converted {
+  std::vector<std::unique_ptr<T[]>> rows;
+  const T* operator()(const void* given, int64_t n) {
+    const S* from = static_cast<const S*>(given);
+    if constexpr (std::is_same_v<T, S>) return from;
+    else {
+      if (!from) return nullptr;
+      rows.push_back(std::make_unique<T[]>(n));
+      convert(from, n, rows.back().get());
+      return rows.back().get();
+    }
+  }
+};
+
+template <class T, class S>
 void one_token(int threads, const OneTokenJob& packed) {
   const int64_t* n = packed.sizes;
   const double* factor = packed.factors;
-  OneToken<T> job = {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11], n[12],
-                     {n[13], n[14], n[15], n[16], n[17]}, T(factor[0]), T(factor[1])};
-  Kept<T>& kept = job.kept;
-  void* const* next = from(packed.tensors, job.q, job.key, job.value, job.beta, job.decay, job.A_log, job.dt_bias, job.map_q, job.map_k, job.gate, job.norm,
-                           job.resets, job.keys, job.values, job.betas, job.state, job.key_sum, job.position);
+  OneToken<T, S> job = {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11], n[12],
+                        {n[13], n[14], n[15], n[16], n[17]}, T(factor[0]), T(factor[1])};
+  Kept<T, S>& kept = job.kept;
+  const void *q, *key, *value, *beta, *decay, *A_log, *dt_bias, *gate, *norm;
+  S* out;
+  void* const* next = from(packed.tensors, q, key, value, beta, decay, A_log, dt_bias, job.map_q, job.map_k, gate, norm, job.resets,
+                           job.keys, job.values, job.betas, job.state, job.key_sum, job.position);
   if (kept.slots) next = from(next, kept.keys, kept.values, kept.positions, kept.scores);
   next = from(next, job.cos, job.sin);
   if (kept.slots) next = from(next, kept.cos, kept.sin);
-  next = from(next, job.out, job.keys_after, job.values_after, job.betas_after, job.final_state, job.final_key_sum, job.position_after);
+  next = from(next, out, job.keys_after, job.values_after, job.betas_after, job.final_state, job.final_key_sum, job.position_after);
   if (kept.slots) from(next, kept.keys_after, kept.values_after, kept.positions_after, kept.scores_after);
-  job.check(packed.tensors);
+  job.check(packed.tensors, q && key && value && out, decay && A_log && dt_bias, gate);
+
+  const int64_t heads = job.b * job.h, readers = heads * job.g, outputs = readers * job.v;
+  Converted<T, S> as_T;
+  job.q = as_T(q, readers * job.k), job.key = as_T(key, heads * job.k), job.value = as_T(value, heads * job.v);
+  job.beta = as_T(beta, heads), job.decay = as_T(decay, heads), job.A_log = as_T(A_log, job.h), job.dt_bias = as_T(dt_bias, job.h);
+  job.gate = as_T(gate, job.mixer == job.scalar ? 2 * readers : outputs + (job.mixer == job.add_and_gate ? readers : 0));
+  job.norm = as_T(norm, job.v);
+  job.out = const_cast<T*>(as_T(out, outputs));
   job.prepare();
   if (job.bytes < 4 << 20) threads = 1;  // for a small state, waking a second thread takes longer than it saves
-  const int64_t stretches = kept.alike ? 1 : std::min((threads + job.b - 1) / job.b, job.h), heads = (job.h + stretches - 1) / stretches;
+  const int64_t stretches = kept.alike ? 1 : std::min((threads + job.b - 1) / job.b, job.h), many = (job.h + stretches - 1) / stretches;
   Pool::run(threads, job.b * stretches, [&](int64_t task) {
-    const int64_t first = task % stretches * heads;
-    if (first < job.h) job(task / stretches, first, std::min(first + heads, job.h));
+    const int64_t first = task % stretches * many;
+    if (first < job.h) job(task / stretches, first, std::min(first + many, job.h));
   });
+  if constexpr (!std::is_same_v<T, S>) convert(job.out, outputs, out);
 }

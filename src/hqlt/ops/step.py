@@ -30,6 +30,7 @@ ACTIVATED = ("none", "all", "written")
 MIXERS = ("alone", "sum", "scalar", "vector", "add", "add-and-gate")
 RETENTIONS = ("recent", "error", "beta-error", "value-norm", "random")
 POSITIONS = ("true", "clamped", "none")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 DIGITS, LEVELS = 64, 11
 """Base and number of digits of a distance (63 bits). The kernel multiplies the rotations of the digits."""
 EVERYTHING = 2**62
@@ -117,7 +118,8 @@ class Plan(NamedTuple):
 
     head: bytes
     """Sizes and factors, packed."""
-    is_double: bool
+    dtype: int
+    """Index in `DTYPES`."""
     grows: bool
     """Whether the entries grow with every token, because the window is unlimited."""
     tables: tuple[Tensor, ...]
@@ -136,8 +138,9 @@ def plan(
 ) -> Plan | None:
     """Plan calls for inputs of these layouts; None if the kernel does not support them.
 
-    The kernel supports one token on a CPU, with all tensors in float32 or all in float64. Everything else, wrong shapes
-    included, is left to the layer's parts to run or to reject.
+    The kernel supports one token on a CPU in one of `DTYPES`. With bfloat16, states of the FW-memory, scores and tables
+    are in float32, as is all computation. Everything else, wrong shapes included, is left to the layer's parts to run or
+    to reject.
 
     Args:
         schedule: What the layer computes.
@@ -152,7 +155,7 @@ def plan(
         return None
     got = dict(zip(names, layouts, strict=True))
     (_, q_shape, dtype, _), (_, v_shape, _, _), (_, keys_shape, _, _) = got["q"], got["v"], got["keys"]
-    if len(q_shape) != 4 or len(v_shape) != 4 or dtype not in (torch.float32, torch.float64):
+    if len(q_shape) != 4 or len(v_shape) != 4 or dtype not in DTYPES:
         return None
     (b, _, readers, k), (_, _, h, v) = q_shape, v_shape
     has_fw, delayed = writes != "nothing", writes in ("leaving", "chunk")
@@ -170,7 +173,7 @@ def plan(
         return None
     s = keys_shape[1] if attends and len(keys_shape) == 4 else 0
     K = got["kept_keys"][1][1] if retained and len(got["kept_keys"][1]) == 4 else 0
-    nothing = layout_of(NOTHING)
+    nothing, wide = layout_of(NOTHING), shapes.at_least_float32(dtype)
     mapped = has_fw and got["q_map"] != nothing
     per_channel = readers * v
     gates = {"vector": per_channel, "add": per_channel, "add-and-gate": per_channel + readers, "scalar": 2 * readers}
@@ -198,17 +201,17 @@ def plan(
         "resets": nothing if got["resets"] == nothing else layout(b, 1, dtype=torch.bool),
         "keys": layout(b, s, h, k, present=attends),
         "values": layout(b, s, h, v, present=attends),
-        "betas": layout(b, s, h, present=writes == "chunk" and not linear),
-        "matrix": layout(b, h, k, v, present=has_fw),
-        "key_sum": layout(b, h, k, present=linear),
+        "betas": layout(b, s, h, dtype=wide, present=writes == "chunk" and not linear),
+        "matrix": layout(b, h, k, v, dtype=wide, present=has_fw),
+        "key_sum": layout(b, h, k, dtype=wide, present=linear),
         "position": layout(b, dtype=torch.int64),
     }
     if retained:
-        kept = layout(b, K, h, k), layout(b, K, h, v), layout(b, K, h, dtype=torch.int64), layout(b, K + s, h)
+        kept = layout(b, K, h, k), layout(b, K, h, v), layout(b, K, h, dtype=torch.int64), layout(b, K + s, h, dtype=wide)
         expected |= zip(KeptInputs._fields, kept, strict=True)
     slots = 0 if not attends else s if window is None else window if delayed else window - 1
     rows = len(rotary[0])
-    tables = [layout(n, 1, k // 2, present=rows > 0) for n in (rows, DIGITS * LEVELS) for _ in range(2)]
+    tables = [layout(n, 1, k // 2, dtype=wide, present=rows > 0) for n in (rows, DIGITS * LEVELS) for _ in range(2)]
     rotary_fits = [*map(layout_of, rotary)] == tables[: 4 if retained else 2] and (rows > s or rows == 0)
     if not (got == expected and s == slots and (K > 0) == bool(retained) and rotary_fits and native.available()):
         return None
@@ -216,7 +219,7 @@ def plan(
     which = WRITES.index(writes), attends, ACTIVATED.index(activated), RULES.index(rule), MIXERS.index(mixer)
     sizes = b, h, readers // h, k, v, s, s + grows, window or EVERYTHING
     head = SIZES_AND_FACTORS.pack(*sizes, *which, K, *_numbers_of(retained), beta_max, norm_eps)
-    return Plan(head, dtype is torch.float64, grows, rotary, MORE_ADDRESSES if retained else ADDRESSES)
+    return Plan(head, DTYPES.index(dtype), grows, rotary, MORE_ADDRESSES if retained else ADDRESSES)
 
 
 def _numbers_of(retained: Retained | None) -> tuple[int, int, int, int]:
@@ -249,5 +252,5 @@ def run(plan: Plan, inputs: tuple[Tensor, ...]) -> tuple[Values, list[Tensor]]:
     if plan.grows:
         after[:2] = [x.new_empty(len(x), x.shape[1] + 1, *x.shape[2:]) for x in held[:2]]
     addresses = map(Tensor.data_ptr, (*inputs, *plan.tables, out, *after))
-    native.one_token(plan.is_double, plan.head + plan.addresses.pack(*addresses))
+    native.one_token(plan.dtype, plan.head + plan.addresses.pack(*addresses))
     return out, after
