@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import random as random_module
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from itertools import product
+from itertools import pairwise, product
 from unittest import mock
 
 import pytest
@@ -19,8 +21,9 @@ from hqlt.memory.fw.features import LearnedMap
 from hqlt.memory.kv.retention import ValueNorm
 from hqlt.memory.rotary import Rotary
 from hqlt.mixer import VectorMixer
-from hqlt.ops.step import NOTHING, KeptInputs, Retained, Schedule, TokenInputs, digits, layout_of, plan
+from hqlt.ops.step import NOTHING, KeptInputs, Retained, Room, Schedule, TokenInputs, digits, layout_of, plan
 from hqlt.shapes import checked
+from hqlt.state import load_state, save_state
 from tests.laws import Laws, close, normal
 from tests.layers import CHOICES, EVERY_STATE, HEADS, HIDDEN, as_memory, build_layer, tokens
 
@@ -421,7 +424,8 @@ def test_every_number_is_written(choice, dtype):
 
 @pytest.mark.parametrize("choice", EVERY_STATE)
 def test_states_share_no_memory(choice):
-    """The new state shares no memory with the old one, so that an in-place change does not affect the other."""
+    """The new state shares no memory with the old one, so that an in-place change does not affect the other. (With full
+    attention, states made by steps do share entries; see `TestRoom`.)"""
     layer = build_layer(choice)
     with torch.no_grad():
         state = layer(tokens(2, 9))[1]
@@ -430,6 +434,62 @@ def test_states_share_no_memory(choice):
         return
     before = {part.data_ptr() for part in state.leaves() if part.numel()}
     assert not before & {part.data_ptr() for part in after.leaves() if part.numel()}
+
+
+class TestRoom:
+    """With full attention, entries are appended in place, which no state shows."""
+
+    @pytest.fixture(autouse=True)
+    def few_spare_slots(self, monkeypatch):
+        monkeypatch.setattr(Room, "SPARE", 3)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+    @pytest.mark.parametrize("b", [1, 3])
+    def test_any_state_can_be_continued_in_several_ways(self, b, dtype):
+        layer, x = build_layer("synchronous-full", dtype=dtype), tokens(b, 30, dtype=dtype)
+        random, states = random_module.Random(0), [layer.init_state(b)]
+        with torch.no_grad():
+            for i in range(30):
+                marks = torch.rand(b, 1) < 0.2 if i % 7 == 6 else None
+                before = random.choice(states[-4:])
+                copies = [state.clone() for state in states]
+                y, after = layer(x[:, i : i + 1], before, marks)
+                same, then = layer(x[:, i : i + 1], before.clone(), marks)
+                assert torch.equal(y, same) and all(map(torch.equal, after.leaves(), then.leaves()))
+                for state, copy in zip(states, copies, strict=True):
+                    assert all(map(torch.equal, state.leaves(), copy.leaves()))
+                states.append(after)
+
+    def test_entries_are_copied_only_when_there_is_no_room(self):
+        layer, x = build_layer("kv-only-full-options"), tokens(1, 1)
+        with torch.no_grad():
+            state, places = layer(tokens(1, 2))[1], []
+            for _ in range(8):
+                state = layer(x, state)[1]
+                places.append(state.kv.keys.data_ptr())
+        assert [a == b for a, b in pairwise(places)] == [True, True, False, True, True, False, True]
+
+    def test_threads_continue_the_same_state(self):
+        layer = build_layer("synchronous-full", dtype=torch.float32)
+        with torch.no_grad():
+            state = layer(tokens(1, 1, dtype=torch.float32), layer(tokens(1, 5, dtype=torch.float32))[1])[1]
+            inputs = [tokens(1, 1, seed=i, dtype=torch.float32) for i in range(16)]
+            expected = [layer(x, state.clone()) for x in inputs]
+            with ThreadPoolExecutor(8) as pool:
+                got = list(pool.map(torch.no_grad()(lambda x: layer(x, state)), inputs))
+        for mine, theirs in zip(got, expected, strict=True):
+            check_close(mine, theirs, 1e-6)
+
+    def test_states_can_be_copied_stored_and_read_in_one_call(self, tmp_path):
+        layer, x = build_layer("synchronous-full"), tokens(2, 5)
+        with torch.no_grad():
+            state = layer(tokens(2, 1), layer(tokens(2, 5))[1])[1]
+            expected = layer(x, state.clone())
+            save_state(tmp_path / "state.safetensors", state, layer)
+            torch.save(state.leaves(), tmp_path / "state.pt")
+            stored = layer.state_of(torch.load(tmp_path / "state.pt"))
+            for other in (state, deepcopy(state), stored, load_state(tmp_path / "state.safetensors", layer)):
+                check_close(layer(x, other), expected, 0)
 
 
 def test_when_the_parts_run_instead():

@@ -67,6 +67,7 @@ using Kernel = void(int threads, const int64_t* sizes, double scale, void* const
 struct OneTokenJob {
   int64_t sizes[18];
   double factors[2];
+  int64_t rows, rows_after;
   void* tensors[];  // 27, or 37 if entries are kept beyond the window
 };
 

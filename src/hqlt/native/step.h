@@ -6,7 +6,8 @@
 //                 chunk), read φ(q); without a write there is no decay; with learned maps, φ(M q) and φ(N k)
 //     KV-memory:  softmax over the held entries in the window, the own one, and those kept beyond the window (kept.h)
 //     out:        RMSNorm(mix(FW read, KV read)) of each query head, or for the mixer `add`, γ RMSNorm(FW read) + (1 − δ) KV read
-//     state:      the entries moved by one slot, the own entry in the last slot; zeros in unused slots
+//     state:      the entries moved by one slot, the own entry in the last slot; zeros in unused slots. With full attention,
+//                 a slot is added instead: in place, if keys_after is keys
 //
 // Held keys have no rotary embedding. Rotating k by minus its age, (c k₁ + s k₂, c k₂ − s k₁), gives the same product as
 // rotating q and k by their positions: the table holds cos and sin by age, and tokens need not be counted.
@@ -48,6 +49,7 @@ struct OneToken {
   int64_t b, h, g, k, v, s, s_after, window, writes, attends, activated, rule, mixer;
   Kept<T, S> kept;
   T beta_max, norm_epsilon;
+  int64_t rows, rows_after;  // slots between two rows of keys (or values), before and after: at least s and s_after
   const T *q, *key, *value, *beta, *decay, *A_log, *dt_bias;  // beta, decay: logits; null if the rule has none
   const S *map_q, *map_k;                                     // learned maps [h·g, k, k] and [h, k, k]; null without them
   const T *gate, *norm;                                       // gate: logits; null if there is none
@@ -78,7 +80,8 @@ struct OneToken {
     for (const T* x : {kept.scores, kept.cos, kept.sin, (const T*)kept.scores_after})
       if (kept.slots) misaligned |= int64_t(x) % int64_t(sizeof(T));
     if (misaligned) throw std::invalid_argument("tensors aligned to their numbers; clone() them");
-    const bool fits = b > 0 && h > 0 && g > 0 && k > 0 && v > 0 && s >= 0 && s_after >= 0 && window > 0;
+    const bool fits = b > 0 && h > 0 && g > 0 && k > 0 && v > 0 && s >= 0 && s_after >= 0 && window > 0 &&
+                      rows >= s && rows_after >= s_after && (s == s_after || !holds_betas());
     const bool held = !attends || ((!s || (keys && values)) && (!s_after || (keys_after && values_after)));
     const bool written = writes == nothing || (state && final_state && (rule != linear || (key_sum && final_key_sum)));
     const bool weighed = (!holds_betas() || ((!s || betas) && (!s_after || betas_after))) && (mixer <= sum || gate) &&
@@ -308,11 +311,12 @@ struct OneToken {
 
     for (int64_t head = 0; head < heads; ++head)
       products(mine + head, key + (mine + head) * k, {nullptr, nullptr}, weights + head * g * width, width);
-    clear_unused(keys_after, row, first, heads, count, k);
-    for (int64_t age = std::max(reach, count - 1); age > 0; --age) {
-      const S* held = keys + slot(row, s, age, first) * k;
+    const int64_t moved = keys_after == keys ? 0 : count - 1;  // entries that are copied
+    if (keys_after != keys) clear_unused(keys_after, rows_after, row, first, heads, count, k);
+    for (int64_t age = std::max(reach, moved); age > 0; --age) {
+      const S* held = keys + slot(row, age, first) * k;
       prefetch(held + 2 * h * k, heads * k);
-      if (age < count) put(keys_after + slot(row, s_after, age + 1, first) * k, held, heads * k);
+      if (age <= moved) put(keys_after + slot_after(row, age + 1, first) * k, held, heads * k);
       if (age > reach) continue;
       const Rotation<T> turn = by_age(age);
       for (int64_t head = 0; head < heads; ++head)
@@ -320,7 +324,7 @@ struct OneToken {
     }
     convert(key + mine * k, heads * k, at.own_key);
     for (int64_t head = 0; head < heads; ++head) convert(at.value + head * at.row, v, at.own_value + head * v);
-    if (count > 0) std::copy_n(at.own_key, heads * k, keys_after + slot(row, s_after, 1, first) * k);
+    if (count > 0) std::copy_n(at.own_key, heads * k, keys_after + slot_after(row, 1, first) * k);
     T* beyond = weights + reach + 1;
     const int64_t before = writes == chunk && now > 0 ? (now - 1) % window + 1 : std::min(now, s);
     const KeptStretch of = {row, first, heads, h, s, now, before, count, writes == leaving || writes == chunk};
@@ -329,22 +333,22 @@ struct OneToken {
     std::fill_n(at.kv, heads * g * at.row, T(0));
     for (int64_t reader = 0; reader < heads * g; ++reader) softmax(at.weights + reader * vectors, vectors);
     for (int64_t head = 0; head < heads; ++head) weigh(at, head, weights + head * g * width, width, at.value + head * at.row);
-    clear_unused(values_after, row, first, heads, count, v);
-    for (int64_t age = std::max(reach, count - 1); age > 0; --age) {
-      const S* held = values + slot(row, s, age, first) * v;
+    if (keys_after != keys) clear_unused(values_after, rows_after, row, first, heads, count, v);
+    for (int64_t age = std::max(reach, moved); age > 0; --age) {
+      const S* held = values + slot(row, age, first) * v;
       prefetch(held + 2 * h * v, heads * v);
-      if (age < count) put(values_after + slot(row, s_after, age + 1, first) * v, held, heads * v);
+      if (age <= moved) put(values_after + slot_after(row, age + 1, first) * v, held, heads * v);
       if (age > reach) continue;
       for (int64_t head = 0; head < heads; ++head) weigh(at, head, weights + head * g * width + age, width, held + head * v);
     }
-    if (count > 0) std::copy_n(at.own_value, heads * v, values_after + slot(row, s_after, 1, first) * v);
+    if (count > 0) std::copy_n(at.own_value, heads * v, values_after + slot_after(row, 1, first) * v);
     if (kept.slots) kept_values(of, at, beyond, width);
 
     if (!holds_betas()) return;
-    clear_unused(betas_after, row, first, heads, count, 1);
-    for (int64_t age = 1; age < count; ++age)
-      std::copy_n(betas + slot(row, s, age, first), heads, betas_after + slot(row, s_after, age + 1, first));
-    if (count > 0) std::copy_n(at.beta, heads, betas_after + slot(row, s_after, 1, first));
+    clear_unused(betas_after, s_after, row, first, heads, count, 1);
+    const auto beta_at = [&](int64_t age) { return ((row + 1) * s - age) * h + first; };
+    for (int64_t age = 1; age < count; ++age) std::copy_n(betas + beta_at(age), heads, betas_after + beta_at(age + 1));
+    if (count > 0) std::copy_n(at.beta, heads, betas_after + beta_at(1));
   }
 
   // Keys beyond the window: selects the entries that stay, and computes weights [heads, width] of visible ones.
@@ -388,11 +392,12 @@ struct OneToken {
   }
 
  private:
-  int64_t slot(int64_t row, int64_t slots, int64_t age, int64_t head) const { return (row * slots + slots - age) * h + head; }
+  int64_t slot(int64_t row, int64_t age, int64_t head) const { return (row * rows + s - age) * h + head; }
+  int64_t slot_after(int64_t row, int64_t age, int64_t head) const { return (row * rows_after + s_after - age) * h + head; }
 
   template <class N>
-  void clear_unused(N* after, int64_t row, int64_t first, int64_t heads, int64_t count, int64_t width) const {
-    for (int64_t i = 0; i < s_after - count; ++i) std::fill_n(after + ((row * s_after + i) * h + first) * width, heads * width, N(0));
+  void clear_unused(N* after, int64_t rows, int64_t row, int64_t first, int64_t heads, int64_t count, int64_t width) const {
+    for (int64_t i = 0; i < s_after - count; ++i) std::fill_n(after + ((row * rows + i) * h + first) * width, heads * width, N(0));
   }
 
   void normed(const T* from, T* to) const {
@@ -505,7 +510,7 @@ void one_token(int threads, const OneTokenJob& packed) {
   const int64_t* n = packed.sizes;
   const double* factor = packed.factors;
   OneToken<T, S> job = {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11], n[12],
-                        {n[13], n[14], n[15], n[16], n[17]}, T(factor[0]), T(factor[1])};
+                        {n[13], n[14], n[15], n[16], n[17]}, T(factor[0]), T(factor[1]), packed.rows, packed.rows_after};
   Kept<T, S>& kept = job.kept;
   const void *q, *key, *value, *beta, *decay, *A_log, *dt_bias, *gate, *norm;
   S* out;

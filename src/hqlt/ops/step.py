@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import operator
 import struct
+import threading
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from hqlt import native, shapes
 from hqlt.ops import backend
@@ -37,7 +39,7 @@ EVERYTHING = 2**62
 NOTHING = torch.empty(0, device="cpu")  # placeholder for an absent tensor; its address is 0
 
 # The layout of OneTokenJob in native/memories.cpp.
-SIZES_AND_FACTORS, ADDRESSES, MORE_ADDRESSES = struct.Struct("18q2d"), struct.Struct("27P"), struct.Struct("37P")
+SIZES_AND_FACTORS, ADDRESSES, MORE_ADDRESSES = struct.Struct("18q2d"), struct.Struct("2q27P"), struct.Struct("2q37P")
 
 Layout: TypeAlias = tuple[type, tuple[int, ...], torch.dtype, bool]
 layout_of = operator.attrgetter("__class__", "shape", "dtype", "is_cpu")
@@ -75,7 +77,7 @@ class KeptInputs(NamedTuple):
     kept_scores: Tensor  # [b, K + s, h]
 
 
-VALUES, FIRST_HELD = map(TokenInputs._fields.index, ("v", "keys"))
+VALUES, RESETS, FIRST_HELD = map(TokenInputs._fields.index, ("v", "resets", "keys"))
 
 
 class Retained(NamedTuple):
@@ -122,10 +124,48 @@ class Plan(NamedTuple):
     """Index in `DTYPES`."""
     grows: bool
     """Whether the entries grow with every token, because the window is unlimited."""
+    slots: int
+    """Number of held entries."""
     tables: tuple[Tensor, ...]
     """Rotary tables."""
     addresses: struct.Struct
-    """Format of the tensors' addresses."""
+    """Format of the numbers of slots between two rows of entries, before and after, and of the tensors' addresses."""
+
+
+class Room:
+    """Memory for these KV entries and those to come, so that those already held are not copied for each new token.
+
+    Keys and values of a state are views of the first slots. A new entry goes to the slot after them, which no view
+    shows, unless another continuation of the same state was there first.
+    """
+
+    SPARE = 256
+    """Slots to add when there is no room left. Attention reads all entries for every token anyway, so that a copy every
+    256 tokens costs little."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.slots = keys.shape[1] + self.SPARE
+        self.keys, self.values = (x.new_empty(len(x), self.slots, *x.shape[2:]) for x in (keys, values))
+        self.used = keys.shape[1] + 1
+        self.lock = threading.Lock()
+
+    def take(self, slot: int) -> bool:
+        """Take this slot, if it is the next one."""
+        with self.lock:
+            taken = slot == self.used < self.slots
+            self.used += taken
+        return taken
+
+    def entries(self, count: int) -> list[Tensor]:
+        """Views of the first `count` keys and values."""
+        views = [self.keys[:, :count], self.values[:, :count]]
+        for view in views:
+            ROOMS[view] = self
+        return views
+
+
+ROOMS = WeakTensorKeyDictionary()
+"""The room of keys and values that are views of one."""
 
 
 def plan(
@@ -139,8 +179,8 @@ def plan(
     """Plan calls for inputs of these layouts; None if the kernel does not support them.
 
     The kernel supports one token on a CPU in one of `DTYPES`. With bfloat16, states of the FW-memory, scores and tables
-    are in float32, as is all computation. Everything else, wrong shapes included, is left to the layer's parts to run or
-    to reject.
+    are in float32, as is all computation. Everything else, wrong shapes included, is left to the layer's parts to run
+    or to reject.
 
     Args:
         schedule: What the layer computes.
@@ -207,7 +247,12 @@ def plan(
         "position": layout(b, dtype=torch.int64),
     }
     if retained:
-        kept = layout(b, K, h, k), layout(b, K, h, v), layout(b, K, h, dtype=torch.int64), layout(b, K + s, h, dtype=wide)
+        kept = (
+            layout(b, K, h, k),
+            layout(b, K, h, v),
+            layout(b, K, h, dtype=torch.int64),
+            layout(b, K + s, h, dtype=wide),
+        )
         expected |= zip(KeptInputs._fields, kept, strict=True)
     slots = 0 if not attends else s if window is None else window if delayed else window - 1
     rows = len(rotary[0])
@@ -219,7 +264,7 @@ def plan(
     which = WRITES.index(writes), attends, ACTIVATED.index(activated), RULES.index(rule), MIXERS.index(mixer)
     sizes = b, h, readers // h, k, v, s, s + grows, window or EVERYTHING
     head = SIZES_AND_FACTORS.pack(*sizes, *which, K, *_numbers_of(retained), beta_max, norm_eps)
-    return Plan(head, DTYPES.index(dtype), grows, rotary, MORE_ADDRESSES if retained else ADDRESSES)
+    return Plan(head, DTYPES.index(dtype), grows, s, rotary, MORE_ADDRESSES if retained else ADDRESSES)
 
 
 def _numbers_of(retained: Retained | None) -> tuple[int, int, int, int]:
@@ -243,14 +288,21 @@ def may_run(inputs: tuple[Tensor, ...]) -> bool:
 
 
 def run(plan: Plan, inputs: tuple[Tensor, ...]) -> tuple[Values, list[Tensor]]:
-    """Returns the output [b, 1, g·h, v] and the new state, from `keys` on, as new tensors."""
+    """Returns the output [b, 1, g·h, v] and the new state, from `keys` on, as new tensors (or views of a `Room`)."""
+    q, v, resets, keys, values = (inputs[i] for i in (0, VALUES, RESETS, FIRST_HELD, FIRST_HELD + 1))
+    room = ROOMS.get(keys) if plan.grows else None
     if not all(map(Tensor.is_contiguous, inputs)):
-        inputs = tuple(map(Tensor.contiguous, inputs))
-    held = inputs[FIRST_HELD:]
-    q, v = inputs[0], inputs[VALUES]
-    out, after = v.new_empty(*q.shape[:3], v.shape[3]), [torch.empty_like(x) if x.numel() else x for x in held]
+        views = () if room is None else (keys, values)
+        inputs = tuple(x if any(x is view for view in views) else x.contiguous() for x in inputs)
+    rows, rows_after = plan.slots if room is None else room.slots, plan.slots
     if plan.grows:
-        after[:2] = [x.new_empty(len(x), x.shape[1] + 1, *x.shape[2:]) for x in held[:2]]
-    addresses = map(Tensor.data_ptr, (*inputs, *plan.tables, out, *after))
-    native.one_token(plan.dtype, plan.head + plan.addresses.pack(*addresses))
-    return out, after
+        if room is None or resets is not NOTHING or not room.take(plan.slots):
+            room = Room(keys, values)
+        entries, rows_after = room.entries(plan.slots + 1), room.slots
+    else:
+        entries = [torch.empty_like(x) if x.numel() else x for x in inputs[FIRST_HELD : FIRST_HELD + 2]]
+    others = [torch.empty_like(x) if x.numel() else x for x in inputs[FIRST_HELD + 2 :]]
+    out = v.new_empty(*q.shape[:3], v.shape[3])
+    addresses = map(Tensor.data_ptr, (*inputs, *plan.tables, out, *entries, *others))
+    native.one_token(plan.dtype, plan.head + plan.addresses.pack(rows, rows_after, *addresses))
+    return out, [*entries, *others]
