@@ -44,6 +44,7 @@ INLINE Lanes<T> load_as(const S* from) {
 
 template <class A, class B>
 INLINE void convert(const A* from, int64_t n, B* to) {
+  if constexpr (std::is_same_v<A, B>) return void(std::copy_n(from, n, to));
   for (int64_t i = 0; i < n; ++i) to[i] = B(from[i]);
 }
 

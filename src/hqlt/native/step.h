@@ -44,6 +44,7 @@ struct OneToken {
   enum Rule { delta, linear, gated_delta };
   enum Activated { no_values, all_values, written_values };
   enum Mixer { alone, sum, scalar, vector, add, add_and_gate };
+  static constexpr bool same = std::is_same_v<T, S>;
   static constexpr T epsilon = T(1e-10);  // added to linear attention's normaliser
 
   int64_t b, h, g, k, v, s, s_after, window, writes, attends, activated, rule, mixer;
@@ -126,7 +127,7 @@ struct OneToken {
   struct Room {
     int64_t row;
     T *value, *fw, *kv, *beta, *factors, *written;
-    S *own_key, *own_value;  // as they are stored, v and k numbers per KV head
+    S* stored;  // the own keys, then the own values, if S is not T
     Lanes<T>*weights, *memory;
     typename Kept<T, S>::Room kept;
   };
@@ -134,15 +135,15 @@ struct OneToken {
     const int64_t row = whole(v), weights = attends ? heads * g * whole(reach + 1 + kept.slots) : 0, entries = heads * kept.slots;
     const int64_t memory = writes ? (g + written) * whole(k) + k * widest_slice<T> : 0, wide = sizeof(int64_t) / sizeof(T);
     const int64_t values = writes && copies_values() ? written * row : 0;
-    const int64_t own = attends ? whole(heads * k) + whole(heads * v) : 0;
+    const int64_t stored = attends && !same ? whole(heads * (k + v)) : 0;
     const int64_t stays = kept.slots ? whole(heads) + whole(entries) + whole(wide * entries) + 2 * whole(k / 2) : 0;
-    Lanes<T>* at = scratch<T>((1 + 2 * g) * heads * row + whole(heads) + whole(g) + values + own + weights + memory + stays);
+    Lanes<T>* at = scratch<T>((1 + 2 * g) * heads * row + whole(heads) + whole(g) + values + stored + weights + memory + stays);
     const auto take = [&](int64_t vectors) { return (at += vectors) - vectors; };
     const auto numbers = [&](int64_t vectors) { return reinterpret_cast<T*>(take(vectors)); };
     T *value = numbers(heads * row), *fw = numbers(heads * g * row), *kv = numbers(heads * g * row);
     T *beta = numbers(whole(heads)), *factors = numbers(whole(g)), *active = numbers(values);
-    S *own_key = reinterpret_cast<S*>(take(attends ? whole(heads * k) : 0)), *own_value = reinterpret_cast<S*>(take(attends ? whole(heads * v) : 0));
-    Room room = {row * L<T>, value, fw, kv, beta, factors, active, own_key, own_value, take(weights), take(memory), {}};
+    Lanes<T>* own = take(stored);
+    Room room = {row * L<T>, value, fw, kv, beta, factors, active, reinterpret_cast<S*>(own), take(weights), take(memory), {}};
     if (kept.slots) {
       room.kept = {numbers(whole(heads)), numbers(whole(entries)), numbers(2 * whole(k / 2)), nullptr};
       room.kept.stays = reinterpret_cast<int64_t*>(take(whole(wide * entries)));
@@ -185,7 +186,7 @@ struct OneToken {
     int64_t values_apart;
   };
   // Whether written values are not used as they are held.
-  bool copies_values() const { return activated == written_values || (!std::is_same_v<T, S> && writes != own); }
+  bool copies_values() const { return activated == written_values || (!same && writes != own); }
 
   void fast_weights(const Room& at, int64_t row, int64_t first, int64_t head, int64_t n, bool empty) const {
     const int64_t mine = row * h + first + head, oldest = row * s * h + first + head, width = whole(k);
@@ -201,7 +202,7 @@ struct OneToken {
       for (int64_t j = 0; j < n; ++j) feature(keys + (oldest + j * h) * k, map, features + j * width);
       for (int64_t j = 0; j < n && copies_values(); ++j)
         copy(values + (oldest + j * h) * v, at.written + j * at.row, activated == written_values);
-      if constexpr (std::is_same_v<T, S>) pairs.value = values + oldest * v, pairs.values_apart = h * v;
+      if constexpr (same) pairs.value = values + oldest * v, pairs.values_apart = h * v;
     }
     if (copies_values()) pairs.value = at.written, pairs.values_apart = at.row;
     for (int64_t j = 0; j < g; ++j)
@@ -302,6 +303,21 @@ struct OneToken {
     UNROLL for (int n = 0; n < N; ++n) store(reader.out + at.begin(n), reader.factor[0] * sum[n]);
   }
 
+  // The own entries of some heads as they are stored: keys next to each other, values `apart` numbers from each other.
+  struct Own {
+    const S *key, *value;
+    int64_t apart;
+  };
+  Own own_entries(const Room& at, int64_t mine, int64_t heads) const {
+    if constexpr (same) return {key + mine * k, at.value, at.row};
+    else {
+      S* values = at.stored + heads * k;
+      convert(key + mine * k, heads * k, at.stored);
+      for (int64_t head = 0; head < heads; ++head) convert(at.value + head * at.row, v, values + head * v);
+      return {at.stored, values, v};
+    }
+  }
+
   // The own entry has age 0; the entry in slot i has age s − i.
   void pairs(const Room& at, int64_t row, int64_t first, int64_t heads, int64_t now, int64_t reach) const {
     const int64_t count = std::min(writes == chunk ? now % window + 1 : now + 1, s_after);
@@ -322,13 +338,12 @@ struct OneToken {
       for (int64_t head = 0; head < heads; ++head)
         products(mine + head, held + head * k, turn, weights + head * g * width + age, width);
     }
-    convert(key + mine * k, heads * k, at.own_key);
-    for (int64_t head = 0; head < heads; ++head) convert(at.value + head * at.row, v, at.own_value + head * v);
-    if (count > 0) std::copy_n(at.own_key, heads * k, keys_after + slot_after(row, 1, first) * k);
+    const Own own = own_entries(at, mine, heads);
+    if (count > 0) std::copy_n(own.key, heads * k, keys_after + slot_after(row, 1, first) * k);
     T* beyond = weights + reach + 1;
     const int64_t before = writes == chunk && now > 0 ? (now - 1) % window + 1 : std::min(now, s);
     const KeptStretch of = {row, first, heads, h, s, now, before, count, writes == leaving || writes == chunk};
-    if (kept.slots) kept_keys(of, at, beyond, width);
+    if (kept.slots) kept_keys(of, at, own, beyond, width);
 
     std::fill_n(at.kv, heads * g * at.row, T(0));
     for (int64_t reader = 0; reader < heads * g; ++reader) softmax(at.weights + reader * vectors, vectors);
@@ -341,8 +356,9 @@ struct OneToken {
       if (age > reach) continue;
       for (int64_t head = 0; head < heads; ++head) weigh(at, head, weights + head * g * width + age, width, held + head * v);
     }
-    if (count > 0) std::copy_n(at.own_value, heads * v, values_after + slot_after(row, 1, first) * v);
-    if (kept.slots) kept_values(of, at, beyond, width);
+    for (int64_t head = 0; count > 0 && head < heads; ++head)
+      std::copy_n(own.value + head * own.apart, v, values_after + (slot_after(row, 1, first) + head) * v);
+    if (kept.slots) kept_values(of, at, own, beyond, width);
 
     if (!holds_betas()) return;
     clear_unused(betas_after, s_after, row, first, heads, count, 1);
@@ -352,7 +368,7 @@ struct OneToken {
   }
 
   // Keys beyond the window: selects the entries that stay, and computes weights [heads, width] of visible ones.
-  void kept_keys(const KeptStretch& of, const Room& at, T* weights, int64_t width) const {
+  void kept_keys(const KeptStretch& of, const Room& at, Own own, T* weights, int64_t width) const {
     const int64_t mine = of.row * h + of.first, half = k / 2;
     kept.contest(of, at.kept);
     const Rotation<T> same = kept.distances == kept.as_the_window ? kept.rotation(window, half, at.kept.rotation) : Rotation<T>{nullptr, nullptr};
@@ -360,13 +376,13 @@ struct OneToken {
       const Rotation<T> turn = kept.distances == kept.in_truth ? kept.rotation(of, at.kept, entry, head, half) : same;
       products(mine + head, held, turn, weights + head * g * width + slot, width);
     };
-    kept.each(of, at.kept, {kept.keys, keys, at.own_key, k, k, kept.keys_after}, read, putting());
+    kept.each(of, at.kept, {kept.keys, keys, own.key, k, k, kept.keys_after}, read, putting());
     kept.write(of, at.kept);
   }
 
-  void kept_values(const KeptStretch& of, const Room& at, const T* weights, int64_t width) const {
+  void kept_values(const KeptStretch& of, const Room& at, Own own, const T* weights, int64_t width) const {
     const auto read = [&](int64_t slot, int64_t head, int64_t, const S* held) { weigh(at, head, weights + head * g * width + slot, width, held); };
-    kept.each(of, at.kept, {kept.values, values, at.own_value, v, v, kept.values_after}, read, putting());
+    kept.each(of, at.kept, {kept.values, values, own.value, own.apart, v, kept.values_after}, read, putting());
   }
 
   // out = RMSNorm(mix(fw, kv)) of one query head, or for `add`, the mix of RMSNorm(fw) and kv.
@@ -401,8 +417,9 @@ struct OneToken {
   }
 
   void normed(const T* from, T* to) const {
-    const T inverse = norm ? 1 / std::sqrt(dot(from, from, v) / v + norm_epsilon) : T(1);
-    for (int64_t i = 0; i < v; ++i) to[i] = norm ? from[i] * inverse * norm[i] : from[i];
+    if (!norm) return void(std::copy_n(from, from == to ? 0 : v, to));
+    const T inverse = 1 / std::sqrt(dot(from, from, v) / v + norm_epsilon);
+    for (int64_t i = 0; i < v; ++i) to[i] = from[i] * inverse * norm[i];
   }
 
   // Copies a value, activated or not, to a row of full vectors.
@@ -417,7 +434,8 @@ struct OneToken {
   template <class N>
   void feature(const N* row, const S* map, Lanes<T>* to) const {
     T* x = reinterpret_cast<T*>(to);
-    for (int64_t i = 0; i < k; ++i) x[i] = map ? dot_as<T>(map + i * k, row, k) : T(row[i]);
+    if (!map) convert(row, k, x);
+    for (int64_t i = 0; map && i < k; ++i) x[i] = dot_as<T>(map + i * k, row, k);
     std::fill_n(x + k, whole(k) * L<T> - k, T(0));
     for (int64_t n = 0; n < whole(k); ++n) {
       const Lanes<T> at = to[n];
@@ -444,26 +462,29 @@ struct OneToken {
   template <int G, class N>
   INLINE void some_products(const T* q, const N* key, Rotation<T> turn, T* to, int64_t apart) const {
     const T *c = turn.cos, *s = turn.sin;
-    const int64_t half = c ? k / 2 : 0, width = c ? half : k;
+    const int64_t half = k / 2;
     Lanes<T> sums[G] = {};
+    T rest[G] = {};
     int64_t i = 0;
-    for (; i + L<T> <= width; i += L<T>) {
-      if (!c) {
+    if (c) {
+      for (; i + L<T> <= half; i += L<T>) {
+        const Lanes<T> k1 = load_as<T>(key + i), k2 = load_as<T>(key + half + i), ci = load(c + i), si = load(s + i);
+        const Lanes<T> x1 = ci * k1 + si * k2, x2 = ci * k2 - si * k1;
+        UNROLL for (int j = 0; j < G; ++j) sums[j] += load(q + j * k + i) * x1 + load(q + j * k + half + i) * x2;
+      }
+      for (; i < half; ++i) {
+        const T x1 = c[i] * key[i] + s[i] * key[half + i], x2 = c[i] * key[half + i] - s[i] * key[i];
+        UNROLL for (int j = 0; j < G; ++j) rest[j] += q[j * k + i] * x1 + q[j * k + half + i] * x2;
+      }
+    } else {
+      for (; i + L<T> <= k; i += L<T>) {
         const Lanes<T> x = load_as<T>(key + i);
         UNROLL for (int j = 0; j < G; ++j) sums[j] += load(q + j * k + i) * x;
-        continue;
       }
-      const Lanes<T> k1 = load_as<T>(key + i), k2 = load_as<T>(key + half + i), ci = load(c + i), si = load(s + i);
-      const Lanes<T> x1 = ci * k1 + si * k2, x2 = ci * k2 - si * k1;
-      UNROLL for (int j = 0; j < G; ++j) sums[j] += load(q + j * k + i) * x1 + load(q + j * k + half + i) * x2;
+      for (; i < k; ++i)
+        UNROLL for (int j = 0; j < G; ++j) rest[j] += q[j * k + i] * key[i];
     }
-    UNROLL for (int j = 0; j < G; ++j) {
-      T sum = sum_of<T>(sums[j]);
-      for (int64_t n = i; n < width; ++n)
-        sum += c ? q[j * k + n] * (c[n] * key[n] + s[n] * key[half + n]) + q[j * k + half + n] * (c[n] * key[half + n] - s[n] * key[n])
-                 : q[j * k + n] * key[n];
-      to[j * apart] = scale * sum;
-    }
+    UNROLL for (int j = 0; j < G; ++j) to[j * apart] = scale * (rest[j] + sum_of<T>(sums[j]));
   }
 
   static void softmax(Lanes<T>* x, int64_t width) {

@@ -126,6 +126,8 @@ class Plan(NamedTuple):
     """Whether the entries grow with every token, because the window is unlimited."""
     slots: int
     """Number of held entries."""
+    out: tuple[int, ...]
+    """Shape of the output."""
     tables: tuple[Tensor, ...]
     """Rotary tables."""
     addresses: struct.Struct
@@ -264,7 +266,9 @@ def plan(
     which = WRITES.index(writes), attends, ACTIVATED.index(activated), RULES.index(rule), MIXERS.index(mixer)
     sizes = b, h, readers // h, k, v, s, s + grows, window or EVERYTHING
     head = SIZES_AND_FACTORS.pack(*sizes, *which, K, *_numbers_of(retained), beta_max, norm_eps)
-    return Plan(head, DTYPES.index(dtype), grows, s, rotary, MORE_ADDRESSES if retained else ADDRESSES)
+    return Plan(
+        head, DTYPES.index(dtype), grows, s, (b, 1, readers, v), rotary, MORE_ADDRESSES if retained else ADDRESSES
+    )
 
 
 def _numbers_of(retained: Retained | None) -> tuple[int, int, int, int]:
@@ -289,20 +293,31 @@ def may_run(inputs: tuple[Tensor, ...]) -> bool:
 
 def run(plan: Plan, inputs: tuple[Tensor, ...]) -> tuple[Values, list[Tensor]]:
     """Returns the output [b, 1, g·h, v] and the new state, from `keys` on, as new tensors (or views of a `Room`)."""
-    q, v, resets, keys, values = (inputs[i] for i in (0, VALUES, RESETS, FIRST_HELD, FIRST_HELD + 1))
-    room = ROOMS.get(keys) if plan.grows else None
-    if not all(map(Tensor.is_contiguous, inputs)):
-        views = () if room is None else (keys, values)
-        inputs = tuple(x if any(x is view for view in views) else x.contiguous() for x in inputs)
-    rows, rows_after = plan.slots if room is None else room.slots, plan.slots
+    rows = rows_after = plan.slots
     if plan.grows:
-        if room is None or resets is not NOTHING or not room.take(plan.slots):
-            room = Room(keys, values)
-        entries, rows_after = room.entries(plan.slots + 1), room.slots
-    else:
-        entries = [torch.empty_like(x) if x.numel() else x for x in inputs[FIRST_HELD : FIRST_HELD + 2]]
-    others = [torch.empty_like(x) if x.numel() else x for x in inputs[FIRST_HELD + 2 :]]
-    out = v.new_empty(*q.shape[:3], v.shape[3])
-    addresses = map(Tensor.data_ptr, (*inputs, *plan.tables, out, *entries, *others))
+        inputs, rows, entries, rows_after = _grown(plan, inputs)
+    elif not all(map(Tensor.is_contiguous, inputs)):
+        inputs = tuple(map(Tensor.contiguous, inputs))
+    after = [torch.empty_like(x) if x.numel() else x for x in inputs[FIRST_HELD + 2 * plan.grows :]]
+    if plan.grows:
+        after = entries + after
+    out = inputs[VALUES].new_empty(plan.out)
+    addresses = map(Tensor.data_ptr, (*inputs, *plan.tables, out, *after))
     native.one_token(plan.dtype, plan.head + plan.addresses.pack(rows, rows_after, *addresses))
-    return out, [*entries, *others]
+    return out, after
+
+
+def _grown(plan: Plan, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], int, list[Tensor], int]:
+    """Returns the inputs in contiguous memory, except for entries in a `Room`; the number of slots between their rows;
+    keys and values with one more slot; and the number of slots between the rows of these."""
+    keys, values = inputs[FIRST_HELD : FIRST_HELD + 2]
+    room = ROOMS.get(keys)
+    if room is None:
+        inputs = tuple(map(Tensor.contiguous, inputs))
+    else:
+        own, others = inputs[:FIRST_HELD], inputs[FIRST_HELD + 2 :]
+        inputs = *map(Tensor.contiguous, own), keys, values, *map(Tensor.contiguous, others)
+    rows = plan.slots if room is None else room.slots
+    if room is None or inputs[RESETS] is not NOTHING or not room.take(plan.slots):
+        room = Room(keys, values)
+    return inputs, rows, room.entries(plan.slots + 1), room.slots
