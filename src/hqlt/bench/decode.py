@@ -4,7 +4,7 @@ The shape is that of SmolLM2-135M, with random weights, whose values do not affe
 actually read: the state after a short text is used, with attention's KV entries repeated up to the length of the
 context. In bfloat16, weights, activations and KV entries are bfloat16; fast weights stay float32.
 
-Decoding moves much data and computes little, so its ceiling is the copy rate: each step reads the weights and the state.
+Decoding moves much data and computes little, so its ceiling is the copy rate: each step reads weights and state.
 Reading (the next 256 tokens at once) is counted in operations; its ceiling is a large matrix product in the same dtype.
 """
 
