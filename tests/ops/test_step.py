@@ -21,7 +21,7 @@ from hqlt.memory.fw.features import LearnedMap
 from hqlt.memory.kv.retention import ValueNorm
 from hqlt.memory.rotary import Rotary
 from hqlt.mixer import VectorMixer
-from hqlt.ops.step import NOTHING, KeptInputs, Retained, Room, Schedule, TokenInputs, digits, layout_of, plan
+from hqlt.ops.step import NOTHING, EntryBuffer, KeptInputs, Retained, Schedule, TokenInputs, digits, layout_of, plan
 from hqlt.shapes import checked
 from hqlt.state import load_state, save_state
 from tests.laws import Laws, close, normal
@@ -425,7 +425,7 @@ def test_every_number_is_written(choice, dtype):
 @pytest.mark.parametrize("choice", EVERY_STATE)
 def test_states_share_no_memory(choice):
     """The new state shares no memory with the old one, so that an in-place change does not affect the other. (With full
-    attention, states made by steps do share entries; see `TestRoom`.)"""
+    attention, states made by steps do share entries; see `TestEntryBuffer`.)"""
     layer = build_layer(choice)
     with torch.no_grad():
         state = layer(tokens(2, 9))[1]
@@ -436,12 +436,12 @@ def test_states_share_no_memory(choice):
     assert not before & {part.data_ptr() for part in after.leaves() if part.numel()}
 
 
-class TestRoom:
+class TestEntryBuffer:
     """With full attention, entries are appended in place, which no state shows."""
 
     @pytest.fixture(autouse=True)
     def few_spare_slots(self, monkeypatch):
-        monkeypatch.setattr(Room, "SPARE", 3)
+        monkeypatch.setattr(EntryBuffer, "SPARE", 3)
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
     @pytest.mark.parametrize("b", [1, 3])

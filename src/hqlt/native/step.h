@@ -44,7 +44,7 @@ struct OneToken {
   enum Rule { delta, linear, gated_delta };
   enum Activated { no_values, all_values, written_values };
   enum Mixer { alone, sum, scalar, vector, add, add_and_gate };
-  static constexpr bool same = std::is_same_v<T, S>;
+  static constexpr bool same = std::is_same_v<T, S>;  // whether entries need no conversion
   static constexpr T epsilon = T(1e-10);  // added to linear attention's normaliser
 
   int64_t b, h, g, k, v, s, s_after, window, writes, attends, activated, rule, mixer;

@@ -134,7 +134,7 @@ class Plan(NamedTuple):
     """Format of the numbers of slots between two rows of entries, before and after, and of the tensors' addresses."""
 
 
-class Room:
+class EntryBuffer:
     """Memory for these KV entries and those to come, so that those already held are not copied for each new token.
 
     Keys and values of a state are views of the first slots. A new entry goes to the slot after them, which no view
@@ -162,12 +162,12 @@ class Room:
         """Views of the first `count` keys and values."""
         views = [self.keys[:, :count], self.values[:, :count]]
         for view in views:
-            ROOMS[view] = self
+            BUFFERS[view] = self
         return views
 
 
-ROOMS = WeakTensorKeyDictionary()
-"""The room of keys and values that are views of one."""
+BUFFERS = WeakTensorKeyDictionary()
+"""The buffer of keys and values that are views of one."""
 
 
 def plan(
@@ -292,7 +292,7 @@ def may_run(inputs: tuple[Tensor, ...]) -> bool:
 
 
 def run(plan: Plan, inputs: tuple[Tensor, ...]) -> tuple[Values, list[Tensor]]:
-    """Returns the output [b, 1, g·h, v] and the new state, from `keys` on, as new tensors (or views of a `Room`)."""
+    """Returns the output [b, 1, g·h, v] and the new state, from `keys` on: new tensors, or views of an `EntryBuffer`."""
     rows = rows_after = plan.slots
     if plan.grows:
         inputs, rows, entries, rows_after = _grown(plan, inputs)
@@ -308,16 +308,16 @@ def run(plan: Plan, inputs: tuple[Tensor, ...]) -> tuple[Values, list[Tensor]]:
 
 
 def _grown(plan: Plan, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], int, list[Tensor], int]:
-    """Returns the inputs in contiguous memory, except for entries in a `Room`; the number of slots between their rows;
-    keys and values with one more slot; and the number of slots between the rows of these."""
+    """Returns the inputs in contiguous memory, except for entries in an `EntryBuffer`; the number of slots between the
+    rows of entries; keys and values with one more slot; and the number of slots between the rows of these."""
     keys, values = inputs[FIRST_HELD : FIRST_HELD + 2]
-    room = ROOMS.get(keys)
-    if room is None:
+    buffer = BUFFERS.get(keys)
+    if buffer is None:
         inputs = tuple(map(Tensor.contiguous, inputs))
     else:
         own, others = inputs[:FIRST_HELD], inputs[FIRST_HELD + 2 :]
         inputs = *map(Tensor.contiguous, own), keys, values, *map(Tensor.contiguous, others)
-    rows = plan.slots if room is None else room.slots
-    if room is None or inputs[RESETS] is not NOTHING or not room.take(plan.slots):
-        room = Room(keys, values)
-    return inputs, rows, room.entries(plan.slots + 1), room.slots
+    rows = plan.slots if buffer is None else buffer.slots
+    if buffer is None or inputs[RESETS] is not NOTHING or not buffer.take(plan.slots):
+        buffer = EntryBuffer(keys, values)
+    return inputs, rows, buffer.entries(plan.slots + 1), buffer.slots
