@@ -292,7 +292,7 @@ def may_run(inputs: tuple[Tensor, ...]) -> bool:
 
 
 def run(plan: Plan, inputs: tuple[Tensor, ...]) -> tuple[Values, list[Tensor]]:
-    """Returns the output [b, 1, g·h, v] and the new state, from `keys` on: new tensors, or views of an `EntryBuffer`."""
+    """Returns the output [b, 1, g·h, v] and the new state from `keys` on: new tensors, or views of an `EntryBuffer`."""
     rows = rows_after = plan.slots
     if plan.grows:
         inputs, rows, entries, rows_after = _grown(plan, inputs)
