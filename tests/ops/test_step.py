@@ -355,18 +355,19 @@ def test_retentions_that_are_replaced_or_have_hooks_run_part_by_part():
         assert layer.explain().why.endswith("no native form of kv")
 
 
-def test_learned_maps_that_are_replaced_or_have_hooks_run_part_by_part():
+def test_parts_of_the_fw_memory_that_are_replaced_or_have_hooks_run_part_by_part():
     class Other(LearnedMap):
         def mapped(self, matrices, x):
             return -super().mapped(matrices, x)
 
     heard = []
-    for change in ("none", "class", "hook"):
-        layer = build_layer("", 2, feature_map="learned")
+    for change in ("none", "class", "hook", "hook of the activation"):
+        layer = build_layer("", 2, feature_map="learned", mixer="add")
         if change == "class":
             layer.fw.feature_map = Other(layer.heads).double()
-        if change == "hook":
-            layer.fw.feature_map.register_forward_hook(lambda *call: heard.append(call))
+        if change.startswith("hook"):
+            part = layer.fw.feature_map if change == "hook" else layer.fw.v_activation
+            part.register_forward_hook(lambda *call: heard.append(call))
         with torch.no_grad(), counting_steps() as calls:
             state, x = layer(tokens(2, 5))[1], tokens(2, 1)
             got = layer(x, state)
@@ -374,7 +375,7 @@ def test_learned_maps_that_are_replaced_or_have_hooks_run_part_by_part():
             with ops.use_backend("reference"):
                 check_close(got, layer(x, state), 1e-10)
         assert ("fw" in layer.explain().why) == (change == "class")
-    assert len(heard) == 3
+    assert len(heard) == 2 * 3
 
 
 @pytest.mark.parametrize("rope_theta", [10_000.0, None])

@@ -77,7 +77,8 @@ class Parts(NamedTuple):
         Then the part must be called, and no fused operation may run. (`hqlt.native.is_traced` tells whether tensors are
         traced instead.)
         """
-        parts = *self, self.retention, self.feature_map
+        of_fw = () if self.fw is None else (self.feature_map, self.fw._modules.get("v_activation"))
+        parts = *self, self.retention, *of_fw
         return _has_any_global_hook() or any([has_hooks(part) for part in parts if part is not None])  # noqa: C419
 
 
