@@ -165,6 +165,15 @@ class EntryBuffer:
             BUFFERS[view] = self
         return views
 
+    @staticmethod
+    def of(keys: Tensor, values: Tensor) -> EntryBuffer | None:
+        """The buffer that these keys and values are views of; None if they are not of one, as after `_replace`."""
+        buffer: EntryBuffer | None = BUFFERS.get(keys)
+        if buffer is None or BUFFERS.get(values) is not buffer:
+            return None
+        mine = buffer.keys.data_ptr(), buffer.values.data_ptr()
+        return buffer if (keys.data_ptr(), values.data_ptr()) == mine else None
+
 
 BUFFERS = WeakTensorKeyDictionary()
 """The buffer of keys and values that are views of one."""
@@ -311,7 +320,7 @@ def _grown(plan: Plan, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], 
     """Returns the inputs in contiguous memory, except for entries in an `EntryBuffer`; the number of slots between the
     rows of entries; keys and values with one more slot; and the number of slots between the rows of these."""
     keys, values = inputs[FIRST_HELD : FIRST_HELD + 2]
-    buffer = BUFFERS.get(keys)
+    buffer = EntryBuffer.of(keys, values)
     if buffer is None:
         inputs = tuple(map(Tensor.contiguous, inputs))
     else:
