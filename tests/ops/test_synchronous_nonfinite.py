@@ -40,7 +40,7 @@ def test_lost_tokens_follow_a_bad_entry_in_their_segment(data):
     for i in range(t):
         mine = ids[:, held + i, None]
         expected[:, i] = ((seen[:, : held + i + 2] == mine)[..., None] & bad[:, : held + i + 2]).any(dim=1)
-    assert torch.equal(lost_tokens(k, v, beta, decay, state, ids) != 0, expected)
+    assert torch.equal(lost_tokens(k, v, beta, decay, state, resets) != 0, expected)
     assert all(x.isfinite().all() for x in (zeroed(beta, None)[0], zeroed(beta, decay)[1].exp()))
 
 
@@ -53,7 +53,7 @@ def test_reached_entries_precede_a_dead_query_in_its_segment(data):
         ((b, l), 0.3), ((b, HEADS * group, t), 0.1), ((b, HEADS), 0.2)
     ))  # fmt: skip
     ids = segment_ids(resets).int()
-    reached, reached_state = reached_entries(dead.to(torch.int8), final, ids)
+    reached, reached_state = reached_entries(dead.to(torch.int8), final, resets)
     by_group = dead.view(b, HEADS, group, t).any(dim=2).transpose(1, 2)
     by_group[:, -1] |= final
     for j in range(l):

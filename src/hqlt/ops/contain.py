@@ -37,7 +37,7 @@ def scan(
     if resets is None:
         return run(q, *written, *states)
     marks = F.pad(resets, (1, 1))
-    low = torch.where(marks, torch.arange(marks.shape[1], device=marks.device), 0).cummax(dim=1).values
+    low = segment_begins(marks)
     tokens, begin, end = slice(1, -1), slice(0, 1), slice(-1, None)
 
     def run_placed(q: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
@@ -57,7 +57,7 @@ def attention(
     if resets is None:
         return run(q, k, v)
     index = torch.arange(resets.shape[1], device=resets.device)
-    low = torch.where(resets, index, 0).cummax(dim=1).values.maximum(index - (window - 1))
+    low = segment_begins(resets).maximum(index - (window - 1))
     everything, own = slice(None), slice(k.shape[1] - q.shape[1], None)
 
     def run_placed(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
@@ -71,7 +71,7 @@ def _contained(
     run: Callable[..., tuple[Tensor, ...]], low: Tensor, q: Placed, written: list[Placed], outputs: list[slice]
 ) -> tuple[Tensor, ...]:
     no_marks = low.new_zeros(*low.shape, q[0].shape[2], dtype=torch.bool)
-    lost = _non_finite(no_marks, [q]) | _sees_marked(_non_finite(no_marks, written), low)
+    lost = _non_finite(no_marks, [q]) | sees_marked(_non_finite(no_marks, written), low)
     inputs = [q, *written]
     clean = [x.masked_fill(_over(~_finite(x), x), 0) for x, _ in inputs]
     places = outputs, [place for _, place in inputs]
@@ -100,13 +100,19 @@ class _Contain(torch.autograd.Function):
         out_places, in_places = ctx.places
         lost = lost | _non_finite(torch.zeros_like(lost), list(zip(d_outputs, out_places, strict=True)))
         clean = [d.masked_fill(_over(lost[:, place], d), 0) for d, place in zip(d_outputs, out_places, strict=True)]
-        reached = _seen_by_marked(lost, low)
+        reached = seen_by_marked(lost, low)
         d_inputs = []
         for number, (place, (shape, dtype)) in enumerate(zip(in_places, ctx.like, strict=True)):
             marks = (reached if number else lost)[:, place]  # only its own output sees a query, the first input
             zero_or_nan = torch.where(marks, torch.nan, 0.0).to(dtype)
             d_inputs.append(zero_or_nan.view(*zero_or_nan.shape, *(1,) * (len(shape) - 3)).expand(shape))
         return None, None, None, *clean, *d_inputs
+
+
+def segment_begins(resets: Resets) -> Tensor:
+    """The index at which each index's segment begins: [b, T]."""
+    index = torch.arange(resets.shape[1], device=resets.device)
+    return torch.where(resets, index, 0).cummax(dim=1).values
 
 
 def _finite(x: Tensor) -> Tensor:
@@ -137,13 +143,13 @@ def _at(counts: Tensor, index: Tensor) -> Tensor:
     return counts.gather(1, index[..., None].expand(-1, -1, counts.shape[2]))
 
 
-def _sees_marked(marks: Tensor, low: Tensor) -> Tensor:
+def sees_marked(marks: Tensor, low: Tensor) -> Tensor:
     """Indices that see a marked index."""
     counts = _counts(marks)
     return counts[:, 1:] > _at(counts, low)
 
 
-def _seen_by_marked(marks: Tensor, low: Tensor) -> Tensor:
+def seen_by_marked(marks: Tensor, low: Tensor) -> Tensor:
     """Indices that a marked index sees."""
     counts = _counts(marks)
     index = torch.arange(low.shape[1], device=low.device).expand(low.shape)

@@ -7,15 +7,18 @@ replace NaN and infinity by zeros when they load q, k and v (`tiles.finite`), an
     dead queries       their own gradients: queries that are not finite or lost, or have no finite gradient
     reached entries    the gradients of all entries (and of the initial matrix) that a dead query's output can see
 
-A segment is taken as a whole: whether an entry has left the window does not matter, since the matrix holds it.
+As in `hqlt.ops.contain`, but within the kernels, which saves passes over q, k, v and the gradients. A segment is taken
+as a whole: whether an entry has left the window does not matter, since the matrix holds it.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from hqlt.shapes import Keys, Matrix, Strengths, Values
+from hqlt.ops.contain import seen_by_marked, sees_marked, segment_begins
+from hqlt.shapes import Keys, Matrix, Resets, Strengths, Values
 
 Gates = tuple[Strengths, Strengths | None]
 
@@ -31,34 +34,34 @@ def zeroed(beta: Strengths, decay: Strengths | None) -> Gates:
     return beta, None if decay is None else torch.where(decay < torch.inf, decay, 0)
 
 
-def lost_tokens(k: Keys, v: Values, beta: Strengths, decay: Strengths | None, state: Matrix, ids: Tensor) -> Tensor:
-    """Lost tokens: int8 [b, t, h]. ids: segments [b, l] of all entries."""
-    t, held = beta.shape[1], k.shape[1] - beta.shape[1]
+def _begins(resets: Resets, t: int) -> Tensor:
+    """`segment_begins` on the timeline of held entries, the initial matrix and the t new entries: [b, l + 1]."""
+    return segment_begins(torch.cat([resets[:, :-t], F.pad(resets[:, -t:], (1, 0))], dim=1))
+
+
+def lost_tokens(k: Keys, v: Values, beta: Strengths, decay: Strengths | None, state: Matrix, resets: Resets) -> Tensor:
+    """Lost tokens: int8 [b, t, h]."""
+    t = beta.shape[1]
     bad = ~(finite_rows(k) & finite_rows(v))
-    bad[:, held:] |= ~beta.isfinite()
+    bad[:, -t:] |= ~beta.isfinite()
     if decay is not None:
-        bad[:, held:] |= ~(decay < torch.inf)
-    before = ids[:, held - 1] if held else torch.zeros_like(ids[:, 0])
-    latest = torch.where(bad, ids[..., None], -1).cummax(dim=1).values[:, held:]  # the last segment with a bad entry
-    from_state = torch.where(finite_rows(state.flatten(2)), -1, before[:, None])
-    return (torch.maximum(latest, from_state[:, None]) == ids[:, held:, None]).to(torch.int8).view(-1, t, k.shape[2])
+        bad[:, -t:] |= ~(decay < torch.inf)
+    bad_state = ~finite_rows(state.flatten(2))
+    marks = torch.cat([bad[:, :-t], bad_state[:, None], bad[:, -t:]], dim=1)
+    return sees_marked(marks, _begins(resets, t))[:, -t:].to(torch.int8, memory_format=torch.contiguous_format)
 
 
-def reached_entries(dead: Tensor, dead_final: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+def reached_entries(dead: Tensor, dead_final: Tensor, resets: Resets) -> tuple[Tensor, Tensor]:
     """Reached entries, int8 [b, l, h], and initial matrices, Bool[b, h].
 
     Args:
         dead (`int8 [b, g·h, t]`): Dead queries.
         dead_final (`Bool[b, h]`): Final matrices that are lost or have no finite gradient.
-        ids (`[b, l]`): Segments of all entries.
+        resets (`Bool[b, l]`): Entries that begin a segment.
     """
-    h, t = dead_final.shape[1], dead.shape[2]
-    held = ids.shape[1] - t
-    by_group = dead.unflatten(1, (h, -1)).amax(dim=2).transpose(1, 2) != 0
-    none = torch.iinfo(ids.dtype).max
-    marks = torch.where(by_group, ids[:, held:, None], none)
-    marks[:, -1] = torch.minimum(marks[:, -1], torch.where(dead_final, ids[:, -1:], none))
-    following = marks.flip(1).cummin(dim=1).values.flip(1)  # the next segment with a dead query
-    following = torch.cat([following[:, :1].expand(-1, held, -1), following], dim=1)
-    before = ids[:, held - 1] if held else torch.zeros_like(ids[:, 0])
-    return (following == ids[..., None]).to(torch.int8), following[:, held] == before[:, None]
+    (b, h), t, l = dead_final.shape, dead.shape[2], resets.shape[1]
+    new = dead.unflatten(1, (h, -1)).amax(dim=2).transpose(1, 2) != 0
+    new[:, -1] |= dead_final  # the final matrix sees what the last token sees
+    marks = torch.cat([new.new_zeros(b, l - t + 1, h), new], dim=1)
+    reached = seen_by_marked(marks, _begins(resets, t))
+    return torch.cat([reached[:, : l - t], reached[:, -t:]], dim=1).to(torch.int8), reached[:, l - t]

@@ -66,7 +66,7 @@ def run_forward(
     kernels = call(q, k, v, most, window=window, scale=scale, norm_eps=norm_eps)
     far = _far(kernels, k, expiry, most)
     y, final, unit_k, inverse, Y, R, S, none = _outputs(q, k, v, beta, gate, norm_weight, state)
-    lost = None if resets is None else lost_tokens(k, v, beta, decay, state, ids)
+    lost = None if resets is None else lost_tokens(k, v, beta, decay, state, resets)
     if lost is not None:
         (beta, decay), state = zeroed(beta, decay), torch.where(state.isfinite(), state, 0)
     kernels.each_chunk(delta_rule.prepare, k, v, beta, decay, ids, lost, unit_k, inverse, Y, R)
@@ -147,8 +147,8 @@ def run_backward(
     kernels.each_slice(
         delta_rule_backward.carry_backward, q, unit_k, Y, dR, decay, ids, marks, d_fw, d_final, d_after, d_state
     )  # fmt: skip
-    if dead is not None:
-        reached, reached_state = reached_entries(dead, dead_final, ids)
+    if resets is not None and dead is not None:
+        reached, reached_state = reached_entries(dead, dead_final, resets)
         d_state.masked_fill_(reached_state[..., None, None], torch.nan)
     kernels.each_chunk_of_entries(
         delta_rule_backward.entries_backward, q, k, v, beta, decay, cos, sin, expiry, ids, reached, unit_k, inverse, R,
